@@ -1,0 +1,49 @@
+# demo, test: all that a fresh machine needs is Python >= 3.11 with pip, and make.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# pip runs again only when one of these changes.
+RECIPE_OF_VENV := pyproject.toml setup.py constraints.txt
+
+.PHONY: demo setup test lint format types bench clean
+
+demo: $(VENV)/.base  ## compress the embedded demo model, before and after
+	$(BIN)/tensorllm compress --model demo --mode hybrid $(DEMO_ARGS)
+
+setup: $(VENV)/.dev  ## the environment for development
+
+test: $(VENV)/.dev  ## all tests, one process per core of a small machine
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "tensorllm needs Python >= 3.11 on the PATH (or PYTHON=...)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(RECIPE_OF_VENV) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(RECIPE_OF_VENV) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.base

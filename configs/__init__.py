@@ -1,0 +1,1 @@
+"""Recipes as data, installed as `tensorllm.configs` and read through `importlib.resources`."""
