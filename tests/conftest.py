@@ -49,7 +49,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real models and data that are not part of the repository; its tests skip where it is absent."""
+    """Real models and data that are not in the repository; its tests skip where it is absent."""
     folder = Path(os.environ.get("TENSORLLM_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set TENSORLLM_SHARED to its folder)")
@@ -67,7 +67,7 @@ def tinystories(shared_dir: Path) -> Path:
 
 @pytest.fixture
 def make_tiny() -> Callable[..., PreTrainedModel]:
-    """`make_tiny(model_type, seed=0, **config)`: a tiny random model of a transformers architecture.
+    """`make_tiny(model_type, seed=0, **config)`: a tiny random transformers model.
 
     `config` overrides or adds fields of the architecture's own config class.
     """
