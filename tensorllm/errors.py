@@ -1,0 +1,9 @@
+"""The errors a user can cause. The command line prints them as one line and exits with 2."""
+
+
+class UserError(ValueError):
+    """Wrong input: the message says what is wrong, the allowed range, and what came."""
+
+
+class Incomplete(RuntimeError):
+    """The work stopped half-way for a reason outside the program (disk full, lost worker)."""

@@ -1,0 +1,75 @@
+"""Names for interchangeable things; unknown names fail with a suggestion."""
+
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from tensorllm.errors import UserError
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest known name, or nothing."""
+    close = get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Registry(Generic[T]):
+    """A mapping of names to entries that plugins may add to.
+
+    Installed packages add entries through the entry point group `group`; each entry point loads a
+    module or object whose import registers what it defines.
+    """
+
+    def __init__(self, kind: str, group: str | None = None) -> None:
+        self.kind = kind
+        self.group = group
+        self._entries: dict[str, T] = {}
+        self._aliases: dict[str, str] = {}
+
+    def register(self, name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[T], T]:
+        """Decorator: make the entry known under `name` and `aliases`; a taken name raises."""
+
+        def add(entry: T) -> T:
+            for taken in (name, *aliases):
+                if taken in self._entries or taken in self._aliases:
+                    raise UserError(f"{self.kind} {taken!r} is already registered")
+            self._entries[name] = entry
+            self._aliases.update(dict.fromkeys(aliases, name))
+            return entry
+
+        return add
+
+    def names(self) -> list[str]:
+        """The canonical names, plugins included, in alphabetical order."""
+        self._load_plugins()
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: str) -> bool:
+        self._load_plugins()
+        return name in self._entries or name in self._aliases
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self:
+            known = self.names()
+            hint = did_you_mean(name, known + list(self._aliases))
+            raise UserError(f"Unknown {self.kind} {name!r}.{hint} Known: {', '.join(known)}")
+        return self._entries[self._aliases.get(name, name)]
+
+    def name_of(self, entry: T) -> str:
+        """The canonical name under which `entry` is registered."""
+        for name, known in self._entries.items():
+            if known is entry:
+                return name
+        raise UserError(f"{entry!r} is not a registered {self.kind}")
+
+    def _load_plugins(self) -> None:
+        group, self.group = self.group, None  # once; an entry point may look names up itself
+        if group is not None:
+            for point in entry_points(group=group):
+                point.load()

@@ -1,0 +1,129 @@
+"""What a decomposition leaves: small objects that stand for a large tensor.
+
+Every kind has the same four members (`Factors`), so that whatever counts, saves or rebuilds weights
+never asks which kind it holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from tensorllm.registry import Registry
+
+
+class Factors(Protocol):
+    """A factorised tensor."""
+
+    def dense(self) -> Tensor:
+        """The tensor that the factors stand for, computed and returned in float32 or wider."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name; `from_tensors` takes it back."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self: ...
+
+
+FACTORS: Registry[type[Factors]] = Registry("factor kind")
+
+
+def parameters(factors: Factors) -> int:
+    """How many numbers the factors store."""
+    return sum(t.numel() for t in factors.tensors().values())
+
+
+def cast(factors: Factors, dtype: torch.dtype) -> Factors:
+    """The same factors with their numbers rounded to `dtype`."""
+    return type(factors).from_tensors({name: t.to(dtype) for name, t in factors.tensors().items()})
+
+
+def wide(t: Tensor) -> Tensor:
+    """`t` in float32, or float64 where it already is."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+@FACTORS.register("tucker")
+@dataclass(frozen=True, eq=False)
+class Tucker:
+    """A partial Tucker decomposition: core ×_n U_n over the modes that have a factor.
+
+    Source: Kolda and Bader, "Tensor decompositions and applications", SIAM Review 2009, section 4.
+
+    Attributes:
+        core: the core; mode n has size rank n where there is a factor, else the tensor's size.
+        factors: mode -> matrix (size of the mode, rank) with orthonormal columns.
+    """
+
+    core: Tensor
+    factors: dict[int, Tensor]
+
+    def dense(self) -> Tensor:
+        w = wide(self.core)
+        # Growing modes one by one, the cheapest product first, keeps intermediates small.
+        for mode in sorted(self.factors, key=lambda n: self.factors[n].shape[0]):
+            w = mode_product(w, wide(self.factors[mode]), mode)
+        return w
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"core": self.core} | {f"factor_{n}": u for n, u in sorted(self.factors.items())}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        factors = {int(k.removeprefix("factor_")): t for k, t in tensors.items() if k != "core"}
+        return cls(tensors["core"], factors)
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        return {mode: u.shape[1] for mode, u in self.factors.items()}
+
+
+@FACTORS.register("low-rank")
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A matrix as `u_IR @ v_RO`; the singular values are shared evenly between the two."""
+
+    u_IR: Tensor
+    v_RO: Tensor
+
+    def dense(self) -> Tensor:
+        return wide(self.u_IR) @ wide(self.v_RO)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"u": self.u_IR, "v": self.v_RO}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        return cls(tensors["u"], tensors["v"])
+
+
+@FACTORS.register("cp")
+@dataclass(frozen=True, eq=False)
+class CP:
+    """A sum of R rank-one tensors: one (size, R) matrix per mode and R weights."""
+
+    weights_R: Tensor
+    factors: tuple[Tensor, ...]
+
+    def dense(self) -> Tensor:
+        w = wide(self.factors[0]) * wide(self.weights_R)
+        for u in self.factors[1:-1]:
+            w = (w.unsqueeze(-2) * wide(u)).flatten(0, -2).reshape(*w.shape[:-1], *u.shape)
+        return w @ wide(self.factors[-1]).mT
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weights": self.weights_R} | {f"factor_{n}": u for n, u in enumerate(self.factors)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        names = sorted((k for k in tensors if k != "weights"), key=lambda k: int(k[len("factor_") :]))
+        return cls(tensors["weights"], tuple(tensors[name] for name in names))
+
+
+def mode_product(w: Tensor, u: Tensor, mode: int) -> Tensor:
+    """w ×_mode u: mode `mode` of `w`, of size u.shape[1], becomes u.shape[0]."""
+    return torch.tensordot(w, u, dims=([mode], [1])).movedim(-1, mode)

@@ -1,0 +1,140 @@
+"""How role matrices are stacked into the tensor that is decomposed, and taken apart again.
+
+Shapes: D model width, K head width, H query heads, G key/value heads, g = H/G queries per group,
+M matrices, I inner width of a role matrix (heads x K, or the FFN width).
+A role matrix is always (I, D); those of the output projections are transposed `nn.Linear` weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.registry import Registry
+
+ATTENTION = ("q", "k", "v", "o")
+FFN = ("in", "gate", "out")
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sizes of one layer."""
+
+    D: int
+    H: int
+    G: int
+    K: int
+    F: int
+    gated: bool
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.H // self.G
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ATTENTION + (FFN if self.gated else ("in", "out"))
+
+    def inner(self, role: str) -> int:
+        """Rows of the role matrix."""
+        if role in ("q", "o"):
+            return self.H * self.K
+        return self.G * self.K if role in ("k", "v") else self.F
+
+
+@dataclass(frozen=True, slots=True)
+class Stacking:
+    """A bijection between role matrices (I, D) and one tensor."""
+
+    stack: Callable[[Sequence[Tensor], Geometry], Tensor]
+    unstack: Callable[[Tensor, Geometry, int], list[Tensor]]
+    check: Callable[[Sequence[str], Geometry], None]
+
+
+STACKINGS: Registry[Stacking] = Registry("stacking")
+
+
+def _stack_heads(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
+    """The paper's tensor (D, K, 2g+2, G): per KV head its g queries, its key, value, g outputs."""
+    parts_MGKD = [w.view(geo.G, -1, geo.K, geo.D).transpose(0, 1) for w in w_ID]
+    return torch.cat(parts_MGKD).permute(3, 2, 0, 1)
+
+
+def _unstack_heads(w_DKMG: Tensor, geo: Geometry, count: int) -> list[Tensor]:
+    g = geo.groups
+    parts = w_DKMG.permute(3, 2, 1, 0).split([g, 1, 1, g], dim=1)  # each (G, m, K, D)
+    return [part.reshape(-1, geo.D) for part in parts]
+
+
+def _stack_official_heads(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
+    """The authors' code: (I, D) viewed as (I, H, D/H); its heads are chunks of the width axis."""
+    return torch.stack([w.view(geo.D, geo.H, -1).transpose(1, 2) for w in w_ID], dim=2)
+
+
+def _unstack_official_heads(w_DKMH: Tensor, geo: Geometry, count: int) -> list[Tensor]:
+    return [w.transpose(1, 2).reshape(geo.D, geo.D) for w in w_DKMH.unbind(2)]
+
+
+def _stack_head(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
+    return w_ID[0].view(-1, geo.K, geo.D).permute(2, 1, 0)  # (D, K, heads)
+
+
+def _unstack_head(w_DKH: Tensor, geo: Geometry, count: int) -> list[Tensor]:
+    return [w_DKH.permute(2, 1, 0).reshape(-1, geo.D)]
+
+
+def _stack_official_head(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
+    return w_ID[0].view(geo.D, geo.H, -1).transpose(1, 2)
+
+
+def _unstack_official_head(w_DKH: Tensor, geo: Geometry, count: int) -> list[Tensor]:
+    return [w_DKH.transpose(1, 2).reshape(geo.D, geo.D)]
+
+
+def _no_check(roles: Sequence[str], geo: Geometry) -> None:
+    """Any role, any geometry."""
+
+
+def _check_all_four(roles: Sequence[str], geo: Geometry) -> None:
+    if tuple(roles) != ATTENTION:
+        raise UserError(f"stacking all heads needs the roles {ATTENTION}, got {tuple(roles)}")
+
+
+def _check_official(roles: Sequence[str], geo: Geometry) -> None:
+    if geo.groups != 1 or geo.H * geo.K != geo.D:
+        raise UserError(
+            "layout 'official' is defined for square, ungrouped attention only (heads x head_dim = "
+            f"model width, as many KV heads as heads); this model has width {geo.D}, {geo.H} heads of "
+            f"{geo.K}, {geo.G} KV heads. Use layout 'paper'."
+        )
+
+
+def _check_equal_shapes(roles: Sequence[str], geo: Geometry) -> None:
+    sizes = {role: geo.inner(role) for role in roles}
+    if len(set(sizes.values())) > 1:
+        raise UserError(
+            f"matrices of unequal shapes cannot be stacked whole: rows {sizes}, width {geo.D}"
+        )
+
+
+def _stack_matrices(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
+    return torch.stack(list(w_ID), dim=2)  # (I, D, M)
+
+
+STACKINGS.register("heads")(Stacking(_stack_heads, _unstack_heads, _check_all_four))
+STACKINGS.register("official-heads")(
+    Stacking(_stack_official_heads, _unstack_official_heads, _check_official)
+)
+STACKINGS.register("head")(Stacking(_stack_head, _unstack_head, _no_check))
+STACKINGS.register("official-head")(
+    Stacking(_stack_official_head, _unstack_official_head, _check_official)
+)
+STACKINGS.register("matrix")(
+    Stacking(lambda w, geo: w[0], lambda w, geo, count: [w], _no_check)
+)
+STACKINGS.register("matrices")(
+    Stacking(_stack_matrices, lambda w, geo, count: list(w.unbind(2)), _check_equal_shapes)
+)
