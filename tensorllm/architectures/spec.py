@@ -1,0 +1,98 @@
+"""What a row says about one architecture: where its attention and FFN matrices are stored.
+
+Shapes: D model width, H query heads, G key/value heads, K head width, F FFN width, I inner width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tensorllm.errors import UserError
+from tensorllm.registry import Registry
+from tensorllm.tensors.stacking import Geometry
+
+Task = Literal["causal", "masked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One stored parameter and the roles it holds.
+
+    Attributes:
+        path: module path below the block; the parameter is its `weight`.
+        roles: one role, or the fused ones in their stored order.
+        grouped: the fused heads are stored group by group, (G, g queries + key + value, K, D),
+            and not role by role.
+        conv1d: stored (in, out), as GPT-2's Conv1D, and not (out, in), as `nn.Linear`.
+    """
+
+    path: str
+    roles: tuple[str, ...]
+    grouped: bool = False
+    conv1d: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the role matrix (I, D) is the transpose of what is stored."""
+        return self.conv1d != (self.roles[0] in ("o", "out"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """One Hugging Face architecture.
+
+    Attributes:
+        block: path of layer `{i}` below the base model.
+        attention: where q, k, v and o are stored.
+        ffn: where in, gate (if there is one) and out are stored.
+        task: whether the model predicts the next token or a masked one.
+        ffn_width: the config's name for F; a value of None there means 4 D.
+        kv_heads: G from the config; by default `num_key_value_heads`, or H where there is none.
+    """
+
+    block: str
+    attention: tuple[Stored, ...]
+    ffn: tuple[Stored, ...]
+    task: Task = "causal"
+    ffn_width: str = "intermediate_size"
+    kv_heads: Callable[[Any], int] = lambda config: (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
+
+    def __iter__(self) -> Iterator[Stored]:
+        return iter(self.attention + self.ffn)
+
+    def stored(self, role: str) -> Stored:
+        """The stored parameter that holds `role`."""
+        for stored in self:
+            if role in stored.roles:
+                return stored
+        known = ", ".join(role for stored in self for role in stored.roles)
+        raise UserError(f"this architecture has no matrix {role!r}; it has {known}")
+
+    def geometry(self, config: Any) -> Geometry:
+        """The sizes of one layer, from the model's config."""
+        width, heads = config.hidden_size, config.num_attention_heads
+        return Geometry(
+            D=width,
+            H=heads,
+            G=self.kv_heads(config),
+            K=getattr(config, "head_dim", None) or width // heads,
+            F=getattr(config, self.ffn_width) or 4 * width,
+            gated=any("gate" in stored.roles for stored in self.ffn),
+        )
+
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architecture (model_type)", group="tensorllm.architectures"
+)
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The row for a transformers config; an unknown `model_type` says how to add one."""
+    try:
+        return ARCHITECTURES[config.model_type]
+    except UserError as error:
+        raise UserError(
+            f"{error}. To add it, register one row: docs/add_an_architecture.md"
+        ) from None
