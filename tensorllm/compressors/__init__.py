@@ -1,0 +1,19 @@
+"""Compression strategies, one file each. Importing this package registers them."""
+
+from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.hybrid import Hybrid
+from tensorllm.compressors.laser import LaserSVD
+from tensorllm.compressors.trawl import Trawl
+from tensorllm.compressors.tucker import PerMatrixTucker3D, SharedTucker4D
+
+__all__ = [
+    "COMPRESSORS",
+    "Compressor",
+    "Hybrid",
+    "Job",
+    "LaserSVD",
+    "PerMatrixTucker3D",
+    "SharedTucker4D",
+    "Site",
+    "Trawl",
+]

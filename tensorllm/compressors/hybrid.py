@@ -1,0 +1,73 @@
+"""The hybrid: one strategy for the attention and another for the FFN."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
+from tensorllm.compressors.laser import LaserSVD
+from tensorllm.compressors.tucker import Layout, SharedTucker4D
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.stacking import Geometry
+
+
+@COMPRESSORS.register("hybrid", aliases=("4D_Tucker_laser",))
+@dataclass(frozen=True, kw_only=True)
+class Hybrid(Compressor):
+    """SharedTucker4D on the attention and LaserSVD on the FFN, or any other two strategies.
+
+    Source: TensorLLM, section 4 (hybrid of TensorLLM and LASER).
+
+    Attributes:
+        ranks, layout: of the SharedTucker4D, unless `attention` is given.
+        rho, rank, matrices: of the LaserSVD, unless `ffn` is given.
+        ffn_layers: the FFN strategy's layers, where they are not those of the attention.
+        attention: any other strategy for the attention (in YAML: `mode` and its fields).
+        ffn: any other strategy for the FFN.
+    """
+
+    ranks: tuple[int, ...] | None = None
+    layout: Layout | None = None
+    rho: float | None = None
+    rank: int | None = None
+    matrices: tuple[str, ...] | None = None
+    ffn_layers: tuple[int, ...] | None = None
+    attention: Compressor | None = None
+    ffn: Compressor | None = None
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2501.15674"
+
+    def __post_init__(self) -> None:
+        if self.ffn_layers is not None:
+            object.__setattr__(self, "ffn_layers", tuple(self.ffn_layers))
+        self.parts()  # refuses wrong fields now rather than at work
+
+    def parts(self) -> tuple[Compressor, Compressor]:
+        """The attention strategy and the FFN strategy."""
+        attention = _own(
+            SharedTucker4D, self.attention, {"ranks": self.ranks, "layout": self.layout}
+        )
+        fields = {"rho": self.rho, "rank": self.rank, "matrices": self.matrices}
+        return attention, _own(LaserSVD, self.ffn, fields)
+
+    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+        attention, ffn = self.parts()
+        ffn_layers = self.ffn_layers if self.ffn_layers is not None else layers
+        return attention.sites(geometry, layers) + ffn.sites(geometry, ffn_layers)
+
+    def compress(self, w: Tensor) -> Factors:
+        """Not one tensor but two kinds: its `sites` name the strategy of each."""
+        raise UserError("a hybrid decomposes through its sites; compress with one of its parts")
+
+
+def _own(kind: type[Compressor], given: Compressor | None, fields: Mapping[str, Any]) -> Compressor:
+    """`given`, or a `kind` made from the flat fields; both at once are refused."""
+    flat = {name: value for name, value in fields.items() if value is not None}
+    if given is None:
+        return kind(**flat)
+    if flat:
+        raise UserError(f"{', '.join(flat)} cannot be given beside another {type(given).__name__}")
+    return given

@@ -1,0 +1,77 @@
+"""LASER: single matrices replaced by their best low-rank approximation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.tucker import check_roles
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import LowRank
+from tensorllm.tensors.ranks import laser_rank
+from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
+from tensorllm.tensors.svd import truncated_svd
+
+
+@COMPRESSORS.register("laser", aliases=("laser-svd",))
+@dataclass(frozen=True, kw_only=True)
+class LaserSVD(Compressor):
+    """Rank-r truncation of each chosen matrix. Source: LASER, section 3.
+
+    Attributes:
+        rho: share of the full rank that is kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
+        rank: r itself, instead of rho.
+        matrices: which of in, gate, out, q, k, v, o.
+        method: `exact`, or `randomized` (seeded and checked).
+        seed: of the randomised method.
+    """
+
+    rho: float | None = None
+    rank: int | None = None
+    matrices: tuple[str, ...] = ("in",)
+    method: Literal["exact", "randomized"] = "exact"
+    seed: int = 0
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2312.13558"
+
+    def __post_init__(self) -> None:
+        if (self.rho is None) == (self.rank is None):
+            raise UserError(f"give one of rho and rank, got rho={self.rho}, rank={self.rank}")
+        if self.rho is not None and not 0 < self.rho <= 1:
+            raise UserError(f"rho must be in (0, 1], got {self.rho}")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"rank must be 1 or more, got {self.rank}")
+        object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
+
+    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+        missing = [role for role in self.matrices if role not in geometry.roles]
+        if missing:
+            raise UserError(
+                f"matrix {missing[0]!r} does not exist in this architecture; "
+                f"it has {', '.join(geometry.roles)}"
+            )
+        return [
+            Job(Site((layer,), (role,), "matrix"), self)
+            for layer in layers
+            for role in self.matrices
+        ]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if self.rank is not None and self.rank > min(shape):
+            raise UserError(f"rank must be in 1..{min(shape)}, got {self.rank}")
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        return self._rank(shape) * sum(shape)
+
+    def compress(self, w: Tensor) -> LowRank:
+        """Factors of a role matrix (I, D)."""
+        self.check(tuple(w.shape))
+        return truncated_svd(w, self._rank(tuple(w.shape)), method=self.method, seed=self.seed)
+
+    def _rank(self, shape: tuple[int, ...]) -> int:
+        if self.rank is not None:
+            return self.rank
+        assert self.rho is not None
+        return laser_rank(self.rho, shape)

@@ -1,0 +1,77 @@
+"""TRAWL: CP or Tucker of whole matrices stacked into a third mode.
+
+Shapes: I inner width, D model width, M stacked matrices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.tucker import check_roles
+from tensorllm.errors import UserError
+from tensorllm.tensors.cp import cp
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.ranks import check_ranks, tucker_parameters
+from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
+from tensorllm.tensors.tucker import tucker
+
+
+@COMPRESSORS.register("trawl")
+@dataclass(frozen=True, kw_only=True)
+class Trawl(Compressor):
+    """Decompose (I, D, M): a layer's QKVO or FFN matrices, or the same matrices of all layers.
+
+    Source: TRAWL, arXiv 2406.17261, section 3 (one layer, segments of layers, or all layers).
+
+    Attributes:
+        rank: of the CP decomposition.
+        ranks: (R1, R2, R3) of the Tucker decomposition, instead.
+        matrices: what is stacked; all must have one shape.
+        across_layers: stack the matrices of all the layers into one tensor.
+        method: `cp` (alternating least squares, seeded) or `tucker`, both by tensorly.
+        seed: of the CP initialisation.
+    """
+
+    rank: int | None = None
+    ranks: tuple[int, ...] | None = None
+    matrices: tuple[str, ...] = ("in", "out")
+    across_layers: bool = False
+    method: Literal["cp", "tucker"] = "cp"
+    seed: int = 0
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2406.17261"
+
+    def __post_init__(self) -> None:
+        if self.method not in ("cp", "tucker"):
+            raise UserError(f"method must be cp or tucker, got {self.method!r}")
+        wanted, other = ("rank", "ranks") if self.method == "cp" else ("ranks", "rank")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            raise UserError(f"method {self.method!r} takes {wanted} and not {other}")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"rank must be 1 or more, got {self.rank}")
+        object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
+
+    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+        groups = [tuple(layers)] if self.across_layers else [(layer,) for layer in layers]
+        return [Job(Site(group, self.matrices, "matrices"), self) for group in groups]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if self.ranks is not None:
+            check_ranks(self.ranks, shape)
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        if self.ranks is not None:
+            return tucker_parameters(shape, dict(enumerate(self.ranks)))
+        assert self.rank is not None
+        return self.rank * (sum(shape) + 1)
+
+    def compress(self, w: Tensor) -> Factors:
+        """Factors of a stack (I, D, M)."""
+        self.check(tuple(w.shape))
+        if self.ranks is not None:
+            return tucker(w, dict(enumerate(self.ranks)), method="tensorly")
+        assert self.rank is not None
+        return cp(w, self.rank, seed=self.seed)

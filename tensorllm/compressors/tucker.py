@@ -1,0 +1,157 @@
+"""Tucker strategies: all four attention matrices of a layer at once, or each alone.
+
+Shapes: D model width, K head width, M = 2g+2 matrices per group, G groups (= heads where g = 1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import Tucker
+from tensorllm.tensors.ranks import check_ranks, tucker_parameters
+from tensorllm.tensors.stacking import ATTENTION, Geometry
+from tensorllm.tensors.tucker import spectra, tucker
+
+Layout = Literal["paper", "official"]
+Solver = Literal["sthosvd", "tensorly"]
+LAYOUTS = ("paper", "official")
+SOLVERS = ("sthosvd", "tensorly")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuckerSettings(Compressor):
+    """What both Tucker strategies share: ranks given or asked for, layout and solver.
+
+    Attributes:
+        ranks: one rank per decomposed mode, in the order of the modes.
+        energy: instead of ranks, the share of the squared norm to keep in each mode, in (0, 1].
+        error: instead of ranks, an upper bound of the relative reconstruction error, in [0, 1).
+        layout: which axis is cut into heads: `paper`, or `official` as the authors' code does.
+        sweeps: HOOI sweeps after the HOSVD, at most.
+        tol: the sweeps end when the relative error moves by less.
+        solver: our `sthosvd`, or `tensorly` (slow; the reference).
+    """
+
+    ranks: tuple[int, ...] | None = None
+    energy: float | None = None
+    error: float | None = None
+    layout: Layout = "paper"
+    sweeps: int = 1
+    tol: float = 1e-5
+    solver: Solver = "sthosvd"
+
+    modes: ClassVar[tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("ranks", "energy", "error") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError(f"give exactly one of ranks, energy and error, got {given or 'none'}")
+        _check_share("energy", self.energy, low_open=True)
+        _check_share("error", self.error, low_open=False)
+        _check_choice("layout", self.layout, LAYOUTS)
+        _check_choice("solver", self.solver, SOLVERS)
+        if not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise UserError(f"sweeps must be 0 or more, got {self.sweeps}")
+        if self.ranks is not None:
+            object.__setattr__(self, "ranks", tuple(self.ranks))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if self.ranks is not None:
+            check_ranks(self.ranks, [shape[n] for n in self.modes])
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int | None:
+        if self.ranks is None:
+            return None
+        return tucker_parameters(shape, dict(zip(self.modes, self.ranks, strict=True)))
+
+    def compress(self, w: Tensor) -> Tucker:
+        """Factors of a stacked tensor; ranks out of range raise a `UserError`."""
+        self.check(tuple(w.shape))
+        ranks = self.ranks if self.ranks is not None else self._wanted_ranks(w)
+        by_mode = dict(zip(self.modes, ranks, strict=True))
+        return tucker(w, by_mode, sweeps=self.sweeps, tol=self.tol, method=self.solver)
+
+    def _wanted_ranks(self, w: Tensor) -> tuple[int, ...]:
+        """The smallest ranks that keep the wanted energy, mode by mode."""
+        from tensorllm.tensors.ranks import ranks_for_energy, ranks_for_error
+
+        by_mode = spectra(w, self.modes)
+        if self.energy is not None:
+            chosen = ranks_for_energy(by_mode, self.energy)
+        else:
+            assert self.error is not None
+            chosen = ranks_for_error(by_mode, self.error)
+        return tuple(chosen[mode] for mode in self.modes)
+
+
+@COMPRESSORS.register("shared-tucker", aliases=("shared-tucker-4d", "4D_Tucker"))
+@dataclass(frozen=True, kw_only=True)
+class SharedTucker4D(TuckerSettings):
+    """One set of factors per layer, shared by Q, K, V, O and by every head; a core per head.
+
+    `ranks` are (R1, R2, R3) of (D, K, 2g+2). Source: TensorLLM, sections 3.2 and 3.3.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2501.15674"
+    modes: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+        stacking = "heads" if self.layout == "paper" else "official-heads"
+        return [Job(Site((layer,), ATTENTION, stacking), self) for layer in layers]
+
+
+@COMPRESSORS.register("per-matrix-tucker", aliases=("per-matrix-tucker-3d", "3D_Tucker"))
+@dataclass(frozen=True, kw_only=True)
+class PerMatrixTucker3D(TuckerSettings):
+    """Each attention matrix alone, D x K x heads, modes 1 and 2: the paper's ablation.
+
+    `ranks` are (R1, R2) of (D, K). Source: TensorLLM, section 4 (ablation).
+
+    Attributes:
+        matrices: which of q, k, v, o.
+    """
+
+    matrices: tuple[str, ...] = ATTENTION
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2501.15674"
+    modes: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "matrices", check_roles(self.matrices, ATTENTION))
+
+    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+        stacking = "head" if self.layout == "paper" else "official-head"
+        return [
+            Job(Site((layer,), (role,), stacking), self)
+            for layer in layers
+            for role in self.matrices
+        ]
+
+
+def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The roles as a tuple; unknown, repeated or missing ones are refused."""
+    wrong = [role for role in roles if role not in known]
+    if wrong or not roles or len(set(roles)) != len(roles):
+        raise UserError(
+            f"matrices must be some of {', '.join(known)}, each once, got {list(roles)}"
+        )
+    return tuple(roles)
+
+
+def _check_share(name: str, value: float | None, *, low_open: bool) -> None:
+    if value is None:
+        return
+    allowed = "(0, 1]" if low_open else "[0, 1)"
+    inside = 0 < value <= 1 if low_open else 0 <= value < 1
+    if not inside:
+        raise UserError(f"{name} must be in {allowed}, got {value}")
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
