@@ -4,7 +4,7 @@ Every kind has the same four members (`Factors`), so that whatever counts, saves
 never asks which kind it holds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.registry import Registry
+from tensorllm.tensors.unfold import project
 
 
 class Factors(Protocol):
@@ -27,6 +28,11 @@ class Factors(Protocol):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self: ...
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks, in the order of the modes that are decomposed."""
+        ...
 
 
 FACTORS: Registry[type[Factors]] = Registry("factor kind")
@@ -63,10 +69,12 @@ class Tucker:
     factors: dict[int, Tensor]
 
     def dense(self) -> Tensor:
-        w = wide(self.core)
-        # Growing modes one by one, the cheapest product first, keeps intermediates small.
-        for mode in sorted(self.factors, key=lambda n: self.factors[n].shape[0]):
-            w = mode_product(w, wide(self.factors[mode]), mode)
+        # In memory the model width comes last, as in the matrices that are taken out of it.
+        reverse = range(self.core.ndim - 1, -1, -1)
+        w = wide(self.core).permute(*reverse).contiguous().permute(*reverse)
+        # By the pairwise exchange argument this order has the fewest multiply-adds.
+        for mode in sorted(self.factors, key=lambda n: growth(self.factors[n].shape)):
+            w = project(w, wide(self.factors[mode]).mT, mode)
         return w
 
     def tensors(self) -> dict[str, Tensor]:
@@ -78,8 +86,8 @@ class Tucker:
         return cls(tensors["core"], factors)
 
     @property
-    def ranks(self) -> dict[int, int]:
-        return {mode: u.shape[1] for mode, u in self.factors.items()}
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(u.shape[1] for _, u in sorted(self.factors.items()))
 
 
 @FACTORS.register("low-rank")
@@ -99,6 +107,10 @@ class LowRank:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         return cls(tensors["u"], tensors["v"])
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return (self.u_IR.shape[1],)
 
 
 @FACTORS.register("cp")
@@ -123,7 +135,12 @@ class CP:
         names = sorted((k for k in tensors if k != "weights"), key=lambda k: int(k[len("factor_") :]))
         return cls(tensors["weights"], tuple(tensors[name] for name in names))
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return (self.weights_R.numel(),)
 
-def mode_product(w: Tensor, u: Tensor, mode: int) -> Tensor:
-    """w ×_mode u: mode `mode` of `w`, of size u.shape[1], becomes u.shape[0]."""
-    return torch.tensordot(w, u, dims=([mode], [1])).movedim(-1, mode)
+
+
+def growth(shape: Sequence[int]) -> float:
+    """The key by which products with (N, R) factors are ordered: ascending to grow, descending to shrink."""
+    return 1 / shape[1] - 1 / shape[0]
