@@ -44,7 +44,9 @@ class RoleMatrices:
         return self._part(weights[self.name(layer, role)], role).reshape(-1, self.geometry.D)
 
     def write(self, weights: Mapping[str, Tensor], layer: int, role: str, w_ID: Tensor) -> None:
-        """Overwrite the role matrix in place, rounded to the stored dtype."""
+        """Overwrite the role matrix `(I, D)` in place, rounded to the stored dtype."""
+        want = (self.geometry.inner(role), self.geometry.D)
+        assert w_ID.shape == want, f"{role} must be {want}, got {tuple(w_ID.shape)}"
         with torch.no_grad():
             part = self._part(weights[self.name(layer, role)], role)
             part.copy_(w_ID.reshape(part.shape))

@@ -71,13 +71,18 @@ class Architecture:
         raise UserError(f"this architecture has no matrix {role!r}; it has {known}")
 
     def geometry(self, config: Any) -> Geometry:
-        """The sizes of one layer, from the model's config."""
-        width, heads = config.hidden_size, config.num_attention_heads
+        """The sizes of one layer, from the model's config; sizes that do not divide are refused."""
+        width, heads, groups = config.hidden_size, config.num_attention_heads, self.kv_heads(config)
+        head_dim = getattr(config, "head_dim", None)
+        if heads % groups:
+            raise UserError(f"heads must be a multiple of KV heads, got {heads} and {groups}")
+        if not head_dim and width % heads:
+            raise UserError(f"the model width must be a multiple of heads, got {width} and {heads}")
         return Geometry(
             D=width,
             H=heads,
-            G=self.kv_heads(config),
-            K=getattr(config, "head_dim", None) or width // heads,
+            G=groups,
+            K=head_dim or width // heads,
             F=getattr(config, self.ffn_width) or 4 * width,
             gated=any("gate" in stored.roles for stored in self.ffn),
         )
