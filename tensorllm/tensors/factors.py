@@ -132,13 +132,14 @@ class CP:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        names = sorted((k for k in tensors if k != "weights"), key=lambda k: int(k[len("factor_") :]))
+        names = sorted(
+            (k for k in tensors if k != "weights"), key=lambda k: int(k[len("factor_") :])
+        )
         return cls(tensors["weights"], tuple(tensors[name] for name in names))
 
     @property
     def ranks(self) -> tuple[int, ...]:
         return (self.weights_R.numel(),)
-
 
 
 def growth(shape: Sequence[int]) -> float:

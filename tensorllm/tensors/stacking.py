@@ -132,9 +132,7 @@ STACKINGS.register("head")(Stacking(_stack_head, _unstack_head, _no_check))
 STACKINGS.register("official-head")(
     Stacking(_stack_official_head, _unstack_official_head, _check_official)
 )
-STACKINGS.register("matrix")(
-    Stacking(lambda w, geo: w[0], lambda w, geo, count: [w], _no_check)
-)
+STACKINGS.register("matrix")(Stacking(lambda w, geo: w[0], lambda w, geo, count: [w], _no_check))
 STACKINGS.register("matrices")(
     Stacking(_stack_matrices, lambda w, geo, count: list(w.unbind(2)), _check_equal_shapes)
 )

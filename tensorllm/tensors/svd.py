@@ -1,0 +1,86 @@
+"""The best low-rank approximation of a matrix.
+
+Shapes: I rows, O columns, R rank.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.tensors.eigen import leading_vectors, require_finite
+from tensorllm.tensors.factors import LowRank, wide
+from tensorllm.tensors.ranks import check_rank
+
+Method = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0) -> LowRank:
+    """The rank-`rank` approximation of `w_IO` with the least squared error.
+
+    Args:
+        w_IO: any float dtype; computed in float32, or float64 where it is that or must be.
+        rank: 1 to min(I, O).
+        method: "exact"; "randomized", the range finder of Halko et al. 2011 with oversampling and power
+            iterations; "official", `torch.svd_lowrank(niter=2)` as in LASER's released code, seeded.
+        seed: of the two random methods.
+
+    Raises:
+        UserError: rank out of range, unknown method, NaN or Inf.
+    """
+    if method not in METHODS:
+        raise UserError(f"the SVD method must be one of {', '.join(METHODS)}, got {method!r}")
+    if w_IO.ndim != 2:
+        raise UserError(f"truncated SVD needs a matrix, got shape {tuple(w_IO.shape)}")
+    check_rank("r", rank, min(w_IO.shape))
+    u_IR, v_RO = METHODS[method](w_IO, rank, seed)
+    return _balanced(u_IR.to(wide(w_IO[:0]).dtype), v_RO.to(wide(w_IO[:0]).dtype))
+
+
+def singular_values(w_IO: Tensor) -> Tensor:
+    """All singular values, float64, largest first."""
+    short = int(w_IO.shape[1] < w_IO.shape[0])
+    return leading_vectors(w_IO, short, w_IO.shape[short]).singular_S
+
+
+def _exact(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    short = int(w_IO.shape[1] < w_IO.shape[0])  # its Gram matrix is the smaller one
+    u = leading_vectors(w_IO, short, rank).u_NR
+    x_IO = w_IO.to(torch.promote_types(wide(w_IO[:0]).dtype, u.dtype))
+    u = u.to(x_IO.dtype)
+    return (x_IO @ u, u.mT) if short else (u, u.mT @ x_IO)
+
+
+def _randomized(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    return _lowrank(w_IO, rank, seed, oversampling=max(16, rank // 2), powers=4)
+
+
+def _official(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    return _lowrank(w_IO, rank, seed, oversampling=0, powers=2)
+
+
+def _lowrank(
+    w_IO: Tensor, rank: int, seed: int, oversampling: int, powers: int
+) -> tuple[Tensor, Tensor]:
+    require_finite(w_IO)
+    q = min(rank + oversampling, *w_IO.shape)
+    devices = [w_IO.device] if w_IO.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(wide(w_IO), q=q, niter=powers)
+    return u[:, :rank] * s[:rank], v[:, :rank].mT
+
+
+METHODS: dict[str, Method] = {
+    "exact": _exact,
+    "randomized": _randomized,
+    "official": _official,
+}
+
+
+def _balanced(u_IR: Tensor, v_RO: Tensor) -> LowRank:
+    """Share the singular values evenly: one side has orthonormal vectors, the other carries them."""
+    ratio_R = (v_RO.norm(dim=1) / u_IR.norm(dim=0).clamp(min=1e-300)).sqrt()
+    ratio_R = torch.where(torch.isfinite(ratio_R) & (ratio_R > 0), ratio_R, 1.0)
+    return LowRank(u_IR * ratio_R, v_RO / ratio_R[:, None])

@@ -1,0 +1,173 @@
+"""Partial Tucker decomposition: sequentially truncated HOSVD, refined by HOOI sweeps.
+
+Sources: Vannieuwenhoven, Vandebril and Meerbergen, "A new truncation strategy for the higher-order
+singular value decomposition", SIAM J. Sci. Comput. 2012; De Lathauwer, De Moor and Vandewalle, "On the best
+rank-1 and rank-(R1,...,RN) approximation of higher-order tensors", SIAM J. Matrix Anal. 2000 (HOOI).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.tensors.eigen import leading_vectors, require_finite
+from tensorllm.tensors.factors import Factors, Tucker, growth, wide
+from tensorllm.tensors.ranks import check_rank
+from tensorllm.tensors.unfold import energy, gram, project, residual_energy
+
+Method = Callable[[Tensor, Mapping[int, int], int, float], Tucker]
+
+
+def tucker(
+    w: Tensor,
+    ranks: Mapping[int, int],
+    *,
+    sweeps: int = 0,
+    tol: float = 1e-5,
+    method: str = "sthosvd",
+) -> Tucker:
+    """Decompose `w` over the modes in `ranks`.
+
+    The factors are ordered: their leading columns, with the leading block of the core, are a good
+    decomposition at every smaller rank (`truncate`).
+
+    Args:
+        w: any float dtype and any strides; computed in float32, or float64 where it is that.
+        ranks: mode -> rank, 1 to the size of the mode; other modes are left alone.
+        sweeps: at most so many HOOI sweeps follow the initial truncation.
+        tol: sweeps end once the relative error moves by less.
+        method: "sthosvd", or "tensorly" for its `partial_tucker`, the slow reference.
+
+    Raises:
+        UserError: a rank or mode out of range, an unknown method, NaN or Inf in `w`.
+    """
+    if method not in METHODS:
+        raise UserError(f"the Tucker method must be one of {', '.join(METHODS)}, got {method!r}")
+    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
+        raise UserError(f"sweeps must be an integer, 0 or more, got {sweeps!r}")
+    if not tol >= 0:
+        raise UserError(f"tol must be a number, 0 or more, got {tol!r}")
+    checked = {
+        _mode(w, mode): check_rank(f"R{mode + 1}", r, w.shape[mode]) for mode, r in ranks.items()
+    }
+    return METHODS[method](w, checked, sweeps, tol)
+
+
+def _mode(w: Tensor, mode: int) -> int:
+    if not 0 <= mode < w.ndim:
+        raise UserError(f"a mode of this tensor must be in 0..{w.ndim - 1}, got {mode!r}")
+    return mode
+
+
+def _sthosvd(w: Tensor, ranks: Mapping[int, int], sweeps: int, tol: float) -> Tucker:
+    by_size = sorted(ranks, key=lambda n: w.shape[n])
+    cut = [n for n in by_size if ranks[n] < w.shape[n]]  # a full-rank factor is a mere rotation
+    core, factors = w, dict[int, Tensor]()
+    for mode in cut:
+        factors[mode] = leading_vectors(core, mode, ranks[mode]).u_NR.to(wide(w[:0]).dtype)
+        core = project(core, factors[mode], mode)
+    if sweeps and len(cut) > 1:
+        core = _hooi(w, factors, core, sweeps, tol)
+    if not cut:
+        require_finite(w)
+    return _ordered(wide(core), factors, by_size, diagonal=cut[-1] if cut else None)
+
+
+def _hooi(w: Tensor, factors: dict[int, Tensor], core: Tensor, sweeps: int, tol: float) -> Tensor:
+    """Improve the factors in place, each given the others, in their order; returns the new core."""
+    total = energy(w)
+    error = _error_of(total, core)
+    for _ in range(sweeps):
+        done = w  # projected on the factors that this sweep has renewed
+        for i, mode in enumerate(factors):
+            old = list(factors)[i + 1 :]
+            x = done
+            for other in sorted(old, key=lambda n: -growth(factors[n].shape)):
+                x = project(x, factors[other], other)
+            factors[mode] = leading_vectors(x, mode, factors[mode].shape[1]).u_NR.to(core.dtype)
+            done = project(x if not old else done, factors[mode], mode)
+        core, before = done, error
+        error = _error_of(total, core)
+        if before - error < tol:
+            break
+    return core
+
+
+def _error_of(total: float, core: Tensor) -> float:
+    return math.sqrt(max(0.0, 1 - energy(core) / total)) if total else 0.0
+
+
+def _ordered(
+    core: Tensor, factors: Mapping[int, Tensor], modes: Iterable[int], diagonal: int | None
+) -> Tucker:
+    """Rotate every mode so that the core's Gram matrices are diagonal, largest first.
+
+    Rotations of one mode leave the Gram matrices of the others as they are, so that of the mode
+    `diagonal`, which was computed last, needs none.
+    """
+    turned = dict(factors)
+    for mode in modes:
+        if mode != diagonal:
+            v_RR = torch.linalg.eigh(gram(core, mode, torch.float64)).eigenvectors.flip(1)
+            v_RR = v_RR.to(core.dtype)
+            core = project(core, v_RR, mode)
+            turned[mode] = turned[mode] @ v_RR if mode in turned else v_RR
+    return Tucker(core, dict(sorted(turned.items())))
+
+
+def _tensorly(w: Tensor, ranks: Mapping[int, int], sweeps: int, tol: float) -> Tucker:
+    import tensorly
+    from tensorly.decomposition import partial_tucker
+
+    require_finite(w)
+    modes = sorted(ranks)
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        (core, factors), _ = partial_tucker(
+            wide(w),
+            [ranks[n] for n in modes],
+            modes,
+            n_iter_max=max(1, sweeps),
+            init="svd",
+            tol=tol,
+        )
+    return _ordered(core, dict(zip(modes, factors, strict=True)), modes, diagonal=None)
+
+
+METHODS: dict[str, Method] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
+
+
+def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tucker:
+    """The same decomposition at smaller ranks.
+
+    Without `refine` leading columns and the leading block of the core: views, no arithmetic; the error is
+    at most sqrt(modes) times the best. With `refine` the small core is decomposed anew.
+    """
+    checked = {
+        mode: check_rank(f"R{mode + 1}", ranks.get(mode, full), full)
+        for mode, full in t.ranks.items()
+    }
+    if refine:
+        inner = tucker(t.core, checked, sweeps=1)
+        return Tucker(inner.core, {n: wide(u) @ inner.factors[n] for n, u in t.factors.items()})
+    core = t.core
+    for mode, rank in checked.items():
+        core = core.narrow(mode, 0, rank)
+    return Tucker(core, {mode: u[:, : checked[mode]] for mode, u in t.factors.items()})
+
+
+def spectra(w: Tensor, modes: Iterable[int]) -> dict[int, Tensor]:
+    """Singular values of each mode's unfolding, float64, largest first.
+
+    By Gram matrices: from float32 weights, values below 1e-7 of the largest are rounding.
+    """
+    return {mode: leading_vectors(w, _mode(w, mode), w.shape[mode]).singular_S for mode in modes}
+
+
+def relative_error(w: Tensor, factors: Factors) -> float:
+    """||w - dense|| / ||w||, with sums in float64; 0 for an exact all-zero tensor."""
+    left, total = residual_energy(w, factors.dense()), energy(w)
+    if not math.isfinite(total):
+        require_finite(w)
+    return math.sqrt(left / total) if total else float(left > 0)

@@ -1,0 +1,152 @@
+"""Passes over a large tensor in the order in which it lies in memory, never copied whole.
+
+The stackings return permuted views, so every pass first sorts the modes by stride. Around one mode
+the tensor then reads as blocks (A, N, B): N the size of the mode, A all modes before it in memory,
+B all after it. R is a rank. Sums over long axes are float64 over short chunks: one float32 dot product
+of 16 million terms was seen to be 0.4 % off.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # numbers converted, copied or multiplied at once: they stay in the cache
+SHORT = 1 << 16  # terms of one float32 dot product
+NARROW = 256  # below this many columns, blocks are multiplied as one matrix with zeros in it
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 products in float32: a trainer may have allowed TF32 or bfloat16 in the process."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def in_memory_order(w: Tensor) -> tuple[Tensor, list[int]]:
+    """A contiguous view of `w` and its order of modes; a copy only where memory has gaps."""
+    order = sorted(range(w.ndim), key=lambda n: -w.stride(n))
+    view = w.permute(order)
+    if view.is_contiguous():
+        return view, order
+    return w.contiguous(), list(range(w.ndim))
+
+
+def blocks(w: Tensor, mode: int) -> tuple[Tensor, list[int], list[int]]:
+    """`w` as (A, N, B) around `mode`, the sizes in memory order, and that order."""
+    view, order = in_memory_order(w)
+    at = order.index(mode)
+    sizes = list(view.shape)
+    return view.reshape(math.prod(sizes[:at]), sizes[at], -1), sizes, order
+
+
+def unfolding(w: Tensor, mode: int) -> Tensor:
+    """The (N, everything else) matrix of `mode`; columns in memory order, a view where possible."""
+    x_ANB, _, _ = blocks(w, mode)
+    if x_ANB.shape[2] == 1:
+        return x_ANB[:, :, 0].mT
+    return x_ANB.transpose(0, 1).reshape(x_ANB.shape[1], -1)
+
+
+def _pieces(x_ANB: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Slices over A and B of about `size` numbers each; B is cut only where A is used up."""
+    a, n, b = x_ANB.shape
+    step_a, step_b = max(1, size // (n * b)), b
+    if n * b > size:
+        step_b = max(1, size // n)
+    for i in range(0, a, step_a):
+        for j in range(0, b, step_b):
+            yield slice(i, i + step_a), slice(j, j + step_b)
+
+
+def gram(w: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
+    """The Gram matrix (N, N) of the unfolding of `mode`: products in `dtype`, sums in float64."""
+    x_ANB, _, _ = blocks(w, mode)
+    _, n, b = x_ANB.shape
+    total_NN = torch.zeros(n, n, dtype=torch.float64, device=w.device)
+    with exact_float32():
+        for at_a, at_b in _pieces(
+            x_ANB, max(CHUNK if n * b > NARROW else SHORT * n * b, 2 * n * n)
+        ):
+            piece = x_ANB[at_a, :, at_b].to(dtype)
+            total_NN += _gram_of_piece(piece)
+    return total_NN
+
+
+def _gram_of_piece(x_ANB: Tensor) -> Tensor:
+    a, n, b = x_ANB.shape
+    if b == 1:
+        return x_ANB[:, :, 0].mT @ x_ANB[:, :, 0]
+    if a == 1:
+        return x_ANB[0] @ x_ANB[0].mT
+    if n * b <= NARROW:  # one product over the long axis, then the trace over B
+        x_AC = x_ANB.reshape(a, n * b)
+        return (x_AC.mT @ x_AC).view(n, b, n, b).diagonal(dim1=1, dim2=3).sum(-1)
+    x_NC = x_ANB.transpose(0, 1).reshape(n, -1)
+    return x_NC @ x_NC.mT
+
+
+def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
+    """w ×_mode uᵀ: mode `mode` of size N becomes R, in the dtype of `u_NR`, w's order in memory."""
+    x_ANB, sizes, order = blocks(w, mode)
+    a, n, b = x_ANB.shape
+    r = u_NR.shape[1]
+    out_ARB = torch.empty(a, r, b, dtype=u_NR.dtype, device=w.device)
+    size = x_ANB.numel() if x_ANB.dtype == u_NR.dtype else 4 * CHUNK
+    narrow = b > 1 and a > 1 and n * b <= NARROW
+    u_wide = _beside_itself(u_NR, b) if narrow else u_NR
+    with exact_float32():
+        for at_a, at_b in _pieces(x_ANB, size):
+            piece = x_ANB[at_a, :, at_b].to(u_NR.dtype)
+            if narrow or b == 1:
+                torch.mm(piece.flatten(1), u_wide, out=out_ARB[at_a].flatten(1))
+            else:
+                out_ARB[at_a, :, at_b] = torch.matmul(u_NR.mT, piece)
+    sizes[order.index(mode)] = r
+    return out_ARB.view(sizes).permute(_inverse(order))
+
+
+def _beside_itself(u_NR: Tensor, b: int) -> Tensor:
+    """u ⊗ I_B: it multiplies (A, N·B) blocks as `u` multiplies (A, N)."""
+    return torch.kron(u_NR.contiguous(), torch.eye(b, dtype=u_NR.dtype, device=u_NR.device))
+
+
+def energy(w: Tensor) -> float:
+    """The sum of squares, in float64; Inf or NaN where `w` has one (or overflows)."""
+    flat = in_memory_order(w)[0].reshape(-1)
+    total = 0.0
+    for piece in flat.split(16 * CHUNK):
+        wide = piece if piece.dtype == torch.float64 else piece.float()
+        rows = wide[: wide.numel() // SHORT * SHORT].view(-1, SHORT)
+        rest = wide[rows.numel() :]
+        norms = torch.linalg.vector_norm(rows, dim=1) if rows.numel() else rows.new_zeros(1)
+        total += float(norms.double().square().sum()) + float(rest.double().square().sum())
+    return total
+
+
+def residual_energy(w: Tensor, approximation: Tensor) -> float:
+    """The sum of squares of `w - approximation`, chunk by chunk along w's first axis in memory."""
+    view, order = in_memory_order(w)
+    other = approximation.permute(order)
+    step = max(1, 4 * CHUNK * view.shape[0] // max(1, view.numel()))
+    pairs = zip(view.split(step), other.split(step), strict=True)
+    return sum(energy(x.to(y.dtype) - y) for x, y in pairs)
+
+
+def all_finite(w: Tensor) -> bool:
+    """Whether every number is finite."""
+    flat = in_memory_order(w)[0].reshape(-1)
+    return all(bool(torch.isfinite(piece).all()) for piece in flat.split(16 * CHUNK))
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
