@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the real data that may lie beside the repository. Tiny models: tiny_models.py.
+"""Fixtures of all tests: the real data that may lie beside the repository, and settings.
 
 Set before anything imports torch or transformers: one thread per test process, and no network.
 """
