@@ -18,7 +18,7 @@ from naive_layer import (
     assert_heads_are_the_modules,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY, tiny_config, tiny_model
+from tiny_models import TINY, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,10 +27,8 @@ from tensorllm.architectures import (
     Architecture,
     RoleMatrices,
     Stored,
-    architecture_of,
     parameters_of,
 )
-from tensorllm.errors import UserError
 
 every_row = pytest.mark.parametrize("name", TINY)
 
@@ -200,55 +198,3 @@ def test_writing_a_transposed_matrix_is_refused() -> None:
     layer = Layer(tiny_model("llama"))
     with pytest.raises(AssertionError, match=r"in must be \(56, 32\), got \(32, 56\)"):
         layer.roles.write(layer.weights, 0, "in", layer.read("in").T)
-
-
-def test_unknown_model_type_says_how_to_add_it() -> None:
-    config = tiny_config("llama")
-    config.model_type = "lama"
-    with pytest.raises(
-        UserError, match=r"'lama'.*Did you mean 'llama'.*docs/add_an_architecture.md"
-    ):
-        architecture_of(config)
-
-
-@pytest.mark.parametrize("layers", [[2], [-1], [0, 0], [], [1, 0, 1]])
-def test_wrong_layers_are_refused(layers: list[int]) -> None:
-    with pytest.raises(UserError, match="layers must be"):
-        untouched("llama").roles.check_layers(layers)
-
-
-def test_layers_keep_their_order() -> None:
-    assert untouched("llama").roles.check_layers([1, 0]) == (1, 0)
-
-
-@every_row
-def test_shapes_that_contradict_the_config_are_refused(name: str) -> None:
-    layer = untouched(name)
-    good = {n: tuple(w.shape) for n, w in layer.weights.items()}
-    for role in layer.geo.roles:
-        wrong = layer.roles.name(1, role)
-        with pytest.raises(UserError, match=rf"{wrong} has shape .* but the config says"):
-            layer.roles.check_shapes({**good, wrong: (good[wrong][0], good[wrong][1] + 1)})
-        with pytest.raises(UserError, match=f"no {wrong}, which the config asks for"):
-            layer.roles.check_shapes({n: s for n, s in good.items() if n != wrong})
-
-
-def test_weights_of_another_architecture_are_refused() -> None:
-    with pytest.raises(UserError, match="do not look like a 'gptj' model"):
-        RoleMatrices(tiny_config("gptj"), untouched("llama").weights)
-
-
-@pytest.mark.parametrize(
-    "sizes", [{"num_key_value_heads": 3}, {"hidden_size": 30, "head_dim": None}]
-)
-def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, Any]) -> None:
-    config = tiny_config("mistral")
-    for key, value in sizes.items():
-        setattr(config, key, value)
-    with pytest.raises(UserError, match="must be a multiple of"):
-        ARCHITECTURES["mistral"].geometry(config)
-
-
-def test_a_role_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(UserError, match="no matrix 'gate'; it has q, k, v, o, in, out"):
-        ARCHITECTURES["gptj"].stored("gate")

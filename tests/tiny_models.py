@@ -1,8 +1,8 @@
 """One tiny random model per registered architecture, and per variant of its stored layout.
 
 `tiny_model("falcon-grouped")` builds it; a row is a name and what its own config class takes. Two
-layers, width 32 and 4 heads everywhere. Sizes that may differ do (head_dim != D / H where the config
-has one, KV heads != heads, F != 4 D where it can be said), so that a mixed-up axis cannot fit.
+layers, width 32 and 4 heads everywhere. Sizes that may differ do (head_dim != D / H where there is
+one, KV heads != heads, F != 4 D where it can be said), so that a mixed-up axis cannot fit.
 """
 
 from dataclasses import dataclass, field

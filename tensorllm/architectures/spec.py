@@ -46,7 +46,7 @@ class Architecture:
         attention: where q, k, v and o are stored.
         ffn: where in, gate (if there is one) and out are stored.
         task: whether the model predicts the next token or a masked one.
-        ffn_width: the config's name for F; a value of None there means 4 D.
+        ffn_width: the config's name for F; where it is None or not there, F is 4 D.
         kv_heads: G from the config; by default `num_key_value_heads`, or H where there is none.
     """
 
@@ -83,7 +83,7 @@ class Architecture:
             H=heads,
             G=groups,
             K=head_dim or width // heads,
-            F=getattr(config, self.ffn_width) or 4 * width,
+            F=getattr(config, self.ffn_width, None) or 4 * width,
             gated=any("gate" in stored.roles for stored in self.ffn),
         )
 

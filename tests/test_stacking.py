@@ -1,0 +1,135 @@
+"""Stackings are bijections, and hold what the paper and the authors' code say, number for number.
+
+Shapes: D model width, H query heads, G key/value heads, g = H / G, K head width, I inner width.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from naive_layer import Layer
+from tiny_models import TINY, tiny_model
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry
+
+every_row = pytest.mark.parametrize("name", TINY)
+ROLES = {  # the roles each stacking is tried on
+    "heads": ATTENTION,
+    "official-heads": ATTENTION,
+    "head": ("k",),
+    "official-head": ("o",),
+    "matrix": ("out",),
+    "matrices": ("in", "out"),
+}
+
+
+@cache
+def layer_of(name: str) -> Layer:
+    return Layer(tiny_model(name))
+
+
+@every_row
+def test_heads_are_the_papers_tensor(name: str) -> None:
+    """Per KV head: its g query slices, its key, its value, its g output slices."""
+    layer, stacking = layer_of(name), STACKINGS["heads"]
+    geo = layer.geo
+    g = geo.H // geo.G
+    got = stacking.stack([layer.read(role) for role in ATTENTION], geo)
+    assert got.shape == (geo.D, geo.K, 2 * g + 2, geo.G)
+    for group in range(geo.G):
+        mine = range(group * g, (group + 1) * g)
+        slices_KD = [layer.head("q", h) for h in mine]
+        slices_KD += [layer.head("k", group), layer.head("v", group)]
+        slices_KD += [layer.head("o", h) for h in mine]
+        for m, slice_KD in enumerate(slices_KD):
+            for k in range(geo.K):
+                for d in range(geo.D):
+                    assert got[d, k, m, group] == slice_KD[k, d]
+
+
+@every_row
+@pytest.mark.parametrize("role", ATTENTION)
+def test_one_matrix_by_heads(name: str, role: str) -> None:
+    layer = layer_of(name)
+    got_DKH = STACKINGS["head"].stack([layer.read(role)], layer.geo)
+    assert got_DKH.shape[2] == (layer.geo.H if role in "qo" else layer.geo.G)
+    for h in range(got_DKH.shape[2]):
+        assert torch.equal(got_DKH[:, :, h], layer.head(role, h).T)
+
+
+@every_row
+@pytest.mark.parametrize("kind", STACKINGS.names())
+def test_unstack_undoes_stack(name: str, kind: str) -> None:
+    layer, stacking, roles = layer_of(name), STACKINGS[kind], ROLES[kind]
+    geo = layer.geo
+    if kind.startswith("official") and (geo.G != geo.H or geo.H * geo.K != geo.D):
+        with pytest.raises(UserError, match="square, ungrouped"):
+            stacking.check(roles, geo)
+        return
+    stacking.check(roles, geo)
+    matrices = [layer.read(role) for role in roles]
+    stacked = stacking.stack(matrices, geo)
+    assert stacked.numel() == sum(w_ID.numel() for w_ID in matrices)  # no slice is repeated
+    # a copy, as a decomposition gives back: contiguous, and no view of what was read
+    back = stacking.unstack(stacked.clone(memory_format=torch.contiguous_format), geo, len(roles))
+    assert len(back) == len(matrices)
+    for got_ID, w_ID in zip(back, matrices, strict=True):
+        assert torch.equal(got_ID, w_ID)
+
+
+SQUARE: dict[str, tuple[dict[str, Any], tuple[str, str, str, str]]] = {
+    "gptj": ({}, tuple(f"transformer.h.0.attn.{p}_proj" for p in ("q", "k", "v", "out"))),
+    "llama": (
+        {"num_key_value_heads": 4},
+        tuple(f"model.layers.0.self_attn.{p}_proj" for p in ("q", "k", "v", "o")),
+    ),
+    "roberta": (
+        {},
+        tuple(
+            f"roberta.encoder.layer.0.attention.{p}"
+            for p in ("self.query", "self.key", "self.value", "output.dense")
+        ),
+    ),
+}
+
+
+def authors_tensor(weights: list[Tensor], heads: int) -> Tensor:
+    """`(hidden, heads, head_dim, 4)`, as the authors' released code views `nn.Linear` weights."""
+    q, k, v, o = weights
+    hidden = q.shape[0]
+    views = [w.reshape(hidden, heads, hidden // heads) for w in (q, k, v, o.T)]
+    return torch.stack(views, dim=-1)
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_official_layout_is_the_authors(name: str) -> None:
+    """Modes 0, 2 and 3 of theirs are the decomposed modes 0, 1 and 2 of ours."""
+    sizes, paths = SQUARE[name]
+    layer = Layer(tiny_model(name, **sizes))
+    weights = [layer.model.get_submodule(path).weight.data for path in paths]
+    theirs = authors_tensor(weights, layer.geo.H)
+    roles = [layer.read(role) for role in ATTENTION]
+    ours = STACKINGS["official-heads"].stack(roles, layer.geo)
+    assert torch.equal(ours, theirs.permute(0, 2, 3, 1))
+    for m, w_ID in enumerate(roles):
+        alone = STACKINGS["official-head"].stack([w_ID], layer.geo)
+        assert torch.equal(alone, theirs[..., m].permute(0, 2, 1))
+    paper = STACKINGS["heads"].stack(roles, layer.geo)
+    assert paper.shape == ours.shape
+    assert not torch.equal(paper, ours)
+
+
+def test_all_heads_need_all_four_roles() -> None:
+    geo = layer_of("gptj").geo
+    with pytest.raises(UserError, match="needs the roles"):
+        STACKINGS["heads"].check(("q", "k", "v"), geo)
+
+
+def test_whole_matrices_of_unequal_shapes_are_refused() -> None:
+    grouped = Geometry(D=32, H=4, G=2, K=8, F=56, gated=True)
+    with pytest.raises(UserError, match=r"unequal shapes.*'q': 32, 'k': 16"):
+        STACKINGS["matrices"].check(("q", "k"), grouped)
+    STACKINGS["matrices"].check(("in", "gate", "out"), grouped)
