@@ -1,9 +1,9 @@
 """Leading singular vectors of an unfolding, by the cheapest way that is exact enough.
 
 Gram matrices square the condition number. Rounding moves their eigenvalues by about δ = unit·λ_max,
-so r components chosen by one lose at most about 2·r·δ of energy against the best r. Where that is far
-below the energy that is discarded anyway, the cheap Gram matrix is as good as an SVD; else the next
-exact way is taken: float32 products, float64 products, SVD in float64.
+so r components chosen by one lose at most about 2·r·δ of energy against the best r. Where that is
+far below the energy that is discarded anyway, the cheap Gram matrix is as good as an SVD; else the
+next exact way is taken: float32 products, float64 products, SVD in float64.
 
 Shapes: N size of the mode, C columns of its unfolding, R rank, S the smaller of N and C.
 """

@@ -143,5 +143,5 @@ class CP:
 
 
 def growth(shape: Sequence[int]) -> float:
-    """The key by which products with (N, R) factors are ordered: ascending to grow, descending to shrink."""
+    """Order of products with (N, R) factors: ascending to grow, descending to shrink."""
     return 1 / shape[1] - 1 / shape[0]

@@ -4,8 +4,9 @@ Source of the counts: Gu et al., "TensorLLM", IJCNN 2025, section III (arXiv 250
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from typing import SupportsIndex
 
 from torch import Tensor
 
@@ -31,11 +32,11 @@ def check_ranks(ranks: Sequence[object], sizes: Sequence[int]) -> tuple[int, ...
 
 def check_rank(name: str, rank: object, size: int) -> int:
     """One rank as an int within 1..size."""
-    if not isinstance(rank, Integral) or isinstance(rank, bool):
+    if isinstance(rank, bool) or not isinstance(rank, SupportsIndex):
         raise UserError(f"rank {name} must be an integer in 1..{size}, got {rank!r}")
-    if not 1 <= rank <= size:
+    if not 1 <= operator.index(rank) <= size:
         raise UserError(f"rank {name} must be in 1..{size}, got {rank}")
-    return int(rank)
+    return operator.index(rank)
 
 
 def laser_rank(rho: float, shape: Sequence[int]) -> int:
@@ -82,7 +83,9 @@ def _rank_with_tail(singular: Tensor, tail: float) -> int:
 
 
 def tucker_parameters(sizes: Sequence[int], ranks: Mapping[int, int]) -> int:
-    """Numbers in a core and factors: for modes 0, 1, 2 of (D, K, 4, H) R1·R2·R3·H + D·R1 + K·R2 + 4·R3.
+    """Numbers in a core and its factors.
+
+    For modes 0, 1, 2 of (D, K, 4, H) that is R1·R2·R3·H + D·R1 + K·R2 + 4·R3.
 
     Args:
         sizes: of the decomposed tensor.

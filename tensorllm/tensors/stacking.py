@@ -107,8 +107,8 @@ def _check_official(roles: Sequence[str], geo: Geometry) -> None:
     if geo.groups != 1 or geo.H * geo.K != geo.D:
         raise UserError(
             "layout 'official' is defined for square, ungrouped attention only (heads x head_dim = "
-            f"model width, as many KV heads as heads); this model has width {geo.D}, {geo.H} heads of "
-            f"{geo.K}, {geo.G} KV heads. Use layout 'paper'."
+            f"model width, as many KV heads as heads); this model has width {geo.D}, {geo.H} heads "
+            f"of {geo.K}, {geo.G} KV heads. Use layout 'paper'."
         )
 
 

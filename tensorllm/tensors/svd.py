@@ -22,8 +22,8 @@ def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0)
     Args:
         w_IO: any float dtype; computed in float32, or float64 where it is that or must be.
         rank: 1 to min(I, O).
-        method: "exact"; "randomized", the range finder of Halko et al. 2011 with oversampling and power
-            iterations; "official", `torch.svd_lowrank(niter=2)` as in LASER's released code, seeded.
+        method: "exact"; "randomized", the range finder of Halko et al. 2011 with oversampling and
+            power iterations; "official", `torch.svd_lowrank(niter=2)` as in LASER's code, seeded.
         seed: of the two random methods.
 
     Raises:
@@ -80,7 +80,7 @@ METHODS: dict[str, Method] = {
 
 
 def _balanced(u_IR: Tensor, v_RO: Tensor) -> LowRank:
-    """Share the singular values evenly: one side has orthonormal vectors, the other carries them."""
+    """Share the singular values, which one side carries, evenly between both."""
     ratio_R = (v_RO.norm(dim=1) / u_IR.norm(dim=0).clamp(min=1e-300)).sqrt()
     ratio_R = torch.where(torch.isfinite(ratio_R) & (ratio_R > 0), ratio_R, 1.0)
     return LowRank(u_IR * ratio_R, v_RO / ratio_R[:, None])

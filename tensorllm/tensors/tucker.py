@@ -1,8 +1,9 @@
 """Partial Tucker decomposition: sequentially truncated HOSVD, refined by HOOI sweeps.
 
 Sources: Vannieuwenhoven, Vandebril and Meerbergen, "A new truncation strategy for the higher-order
-singular value decomposition", SIAM J. Sci. Comput. 2012; De Lathauwer, De Moor and Vandewalle, "On the best
-rank-1 and rank-(R1,...,RN) approximation of higher-order tensors", SIAM J. Matrix Anal. 2000 (HOOI).
+singular value decomposition", SIAM J. Sci. Comput. 2012; De Lathauwer, De Moor and Vandewalle, "On
+the best rank-1 and rank-(R1,...,RN) approximation of higher-order tensors", SIAM J. Matrix Anal.
+2000 (HOOI).
 """
 
 import math
@@ -141,12 +142,12 @@ METHODS: dict[str, Method] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
 def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tucker:
     """The same decomposition at smaller ranks.
 
-    Without `refine` leading columns and the leading block of the core: views, no arithmetic; the error is
-    at most sqrt(modes) times the best. With `refine` the small core is decomposed anew.
+    Without `refine` leading columns and the leading block of the core: views, no arithmetic; the
+    error is at most sqrt(modes) times the best. With `refine` the small core is decomposed anew.
     """
     checked = {
-        mode: check_rank(f"R{mode + 1}", ranks.get(mode, full), full)
-        for mode, full in t.ranks.items()
+        mode: check_rank(f"R{mode + 1}", ranks.get(mode, u.shape[1]), u.shape[1])
+        for mode, u in t.factors.items()
     }
     if refine:
         inner = tucker(t.core, checked, sweeps=1)
