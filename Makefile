@@ -7,7 +7,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 # pip runs again only when one of these changes.
-RECIPE_OF_VENV := pyproject.toml setup.py constraints.txt
+WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
 .PHONY: demo setup test lint format types bench clean
 
@@ -40,10 +40,12 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "tensorllm needs Python >= 3.11 on the PATH (or PYTHON=...)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.base: $(RECIPE_OF_VENV) | $(BIN)/python
+$(VENV)/.base: $(WHAT_IT_NEEDS) | $(BIN)/python
+	@echo "Installing into $(VENV): some minutes the first time"
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.dev: $(RECIPE_OF_VENV) | $(BIN)/python
+$(VENV)/.dev: $(WHAT_IT_NEEDS) | $(BIN)/python
+	@echo "Installing into $(VENV), with the developer's tools: some minutes the first time"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.base

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tensorllm.compressors import COMPRESSORS
+from tensorllm.recipes import default_recipe, shipped
 from tensorllm.tensors.ranks import compression_ratio
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +177,21 @@ def test_models_name_their_weights_and_a_default_dataset(model: str):
     if model in PAPER_MODELS:
         assert row["default_dataset"] in DATASETS
         assert {"revision", "dtype", "model_type", "sizes"} <= row.keys()
+
+
+def test_every_shipped_recipe_makes_a_compressor():
+    names = {name(path) for path in FILES}
+    assert names <= shipped().keys()
+    for recipe in shipped().values():
+        assert COMPRESSORS.name_of(type(recipe.compressor())) == recipe.mode
+
+
+@pytest.mark.parametrize("model", PAPER_MODELS)
+@pytest.mark.parametrize("mode", ["shared-tucker", "laser", "hybrid"])
+def test_a_model_has_a_default_recipe(model: str, mode: str):
+    recipe = default_recipe(model, mode)
+    assert recipe is not None
+    assert recipe.name == f"{model}/{MODELS[model]['default_dataset']}/{mode}"
 
 
 def test_installed_package_carries_the_recipes():
