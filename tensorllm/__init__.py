@@ -1,0 +1,63 @@
+"""Denoise and shrink pretrained transformers with shared low-rank tensors.
+
+import tensorllm as tl
+report = tl.compress(model, tl.Hybrid(ranks=(304, 19, 2), rho=0.01), layers=[27])
+tl.save(model, "out/")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tensorllm.checkpoint.factored import load
+    from tensorllm.compression.model import compress
+    from tensorllm.compression.save import save
+    from tensorllm.compressors import (
+        COMPRESSORS,
+        Compressor,
+        Hybrid,
+        LaserSVD,
+        PerMatrixTucker3D,
+        SharedTucker4D,
+        Trawl,
+    )
+    from tensorllm.errors import UserError
+
+# Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
+_HOME = {
+    "COMPRESSORS": "tensorllm.compressors",
+    "Compressor": "tensorllm.compressors",
+    "Hybrid": "tensorllm.compressors",
+    "LaserSVD": "tensorllm.compressors",
+    "PerMatrixTucker3D": "tensorllm.compressors",
+    "SharedTucker4D": "tensorllm.compressors",
+    "Trawl": "tensorllm.compressors",
+    "UserError": "tensorllm.errors",
+    "compress": "tensorllm.compression.model",
+    "load": "tensorllm.checkpoint.factored",
+    "save": "tensorllm.compression.save",
+}
+
+__all__ = [
+    "COMPRESSORS",
+    "Compressor",
+    "Hybrid",
+    "LaserSVD",
+    "PerMatrixTucker3D",
+    "SharedTucker4D",
+    "Trawl",
+    "UserError",
+    "compress",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tensorllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,128 @@
+"""Factored checkpoints: cores and factors instead of the matrices that they stand for."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorllm.architectures import RoleMatrices
+from tensorllm.checkpoint.manifest import Manifest, StoredSite, check_files, read_manifest
+from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.compressors import Site
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import FACTORS, Factors
+
+STEM = "factored"
+
+
+def store_site(site: Site, factors: Factors) -> tuple[StoredSite, dict[str, Tensor]]:
+    """How a site is stored: its manifest entry and its tensors under their names in the file."""
+    tensors = {f"factors.{site.name}.{short}": t for short, t in factors.tensors().items()}
+    names = dict(zip(factors.tensors(), tensors, strict=True))
+    kind = FACTORS.name_of(type(factors))
+    return StoredSite(site.name, site.layers, site.roles, site.stacking, kind, names), tensors
+
+
+def rest_of(
+    roles: RoleMatrices, weights: Mapping[str, Tensor], replaced: Iterable[tuple[int, str]]
+) -> dict[str, Tensor]:
+    """Matrices that share a fused parameter with replaced ones but are left alone themselves."""
+    replaced = set(replaced)
+    out = {}
+    for layer, role in sorted(replaced):
+        for other in roles.architecture.stored(role).roles:
+            if (layer, other) not in replaced:
+                out[f"{layer}.{other}"] = roles.read(weights, layer, other).clone()
+    return out
+
+
+def dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the model that a factored folder stands for, rebuilt one by one."""
+    manifest = read_manifest(folder)
+    assert manifest is not None, "only called on a factored folder"
+    stored = Checkpoint(folder, stem=STEM)
+    roles = RoleMatrices(stored.config, set(stored.entries) | set(manifest.replaced))
+    special = {t for site in manifest.sites for t in site.tensors.values()}
+    special |= set(manifest.rest.values())
+    missing = special - set(stored.entries)
+    if missing:
+        raise UserError(f"{folder} lacks the tensor {sorted(missing)[0]}, which its manifest names")
+    for name in stored.entries:
+        if name not in special:
+            yield from stored.read([name]).items()
+    for group in _sharing(manifest, roles):
+        yield from _rebuild(group, manifest, stored, roles).items()
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model of a folder that tensorllm wrote, dense in memory.
+
+    Raises:
+        UserError: the folder is not ours, from a newer version, or its files have changed.
+    """
+    import transformers
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no tensorllm.json; load it with transformers")
+    check_files(folder, manifest)
+    if manifest.format == "dense":
+        config = Checkpoint(folder).config
+        return model_class(config).from_pretrained(folder, dtype=dtype or "auto")
+    config = Checkpoint(folder, stem=STEM).config
+    state = dict(dense_tensors(folder))
+    kind = model_class(config)
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that the checkpoint was saved from."""
+    import transformers
+
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise UserError(
+        f"config.json names no architecture that transformers has, got {config.architectures}"
+    )
+
+
+def _sharing(manifest: Manifest, roles: RoleMatrices) -> list[list[StoredSite]]:
+    """Sites grouped so that no parameter is spread over two groups."""
+    groups: list[tuple[set[str], list[StoredSite]]] = []
+    for site in manifest.sites:
+        names = {roles.name(*matrix) for matrix in site.site.matrices}
+        sites = [site]
+        for group in [g for g in groups if g[0] & names]:
+            groups.remove(group)
+            names |= group[0]
+            sites = group[1] + sites
+        groups.append((names, sites))
+    return [sites for _, sites in groups]
+
+
+def _rebuild(
+    sites: list[StoredSite], manifest: Manifest, stored: Checkpoint, roles: RoleMatrices
+) -> dict[str, Tensor]:
+    matrices = [matrix for site in sites for matrix in site.site.matrices]
+    weights = {
+        name: torch.empty(facts["shape"], dtype=getattr(torch, facts["dtype"]))
+        for name in sorted({roles.name(*matrix) for matrix in matrices})
+        for facts in [manifest.replaced[name]]
+    }
+    for site in sites:
+        factors = site.factors(stored.read(site.tensors.values()))
+        unstacked = site.site.unstack(factors.dense(), roles.geometry)
+        for (layer, role), w_ID in zip(site.site.matrices, unstacked, strict=True):
+            roles.write(weights, layer, role, w_ID)
+    for key, tensor in manifest.rest.items():
+        layer, role = key.split(".")
+        if roles.name(int(layer), role) in weights:
+            roles.write(weights, int(layer), role, stored.read([tensor])[tensor])
+    return weights

@@ -1,0 +1,100 @@
+"""`tensorllm.json`: what a folder's weights are, how they were made, and their checksums."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensorllm.checkpoint.writer import sha256
+from tensorllm.compressors import Site
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import FACTORS, Factors
+
+MANIFEST = "tensorllm.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSite:
+    """A site whose matrices are stored as factors: `tensors` maps the factors' names to files'."""
+
+    name: str
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+    stacking: str
+    kind: str
+    tensors: dict[str, str]
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layers, self.roles, self.stacking)
+
+    def factors(self, stored: Mapping[str, Any]) -> Factors:
+        """The factors, from the tensors of the folder."""
+        named = {short: stored[full] for short, full in self.tensors.items()}
+        return FACTORS[self.kind].from_tensors(named)
+
+
+@dataclass(slots=True)
+class Manifest:
+    """What `tensorllm.json` holds.
+
+    Attributes:
+        format: `dense` (an ordinary checkpoint) or `factored`.
+        source: model, revision and folder that were compressed.
+        replaced: stored parameter -> shape and dtype, of those that factors stand for.
+        rest: `layer.role` -> tensor, of matrices left alone in a fused, replaced parameter.
+        files: file -> bytes and SHA-256.
+    """
+
+    format: str
+    source: dict[str, Any]
+    mode: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    sites: list[StoredSite] = field(default_factory=list)
+    replaced: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rest: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest, or None where tensorllm did not write the folder."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        version = values["format_version"]
+        if version > VERSION:
+            raise UserError(
+                f"{path} has format version {version}, newer than {VERSION}, the newest that this "
+                "tensorllm reads; update tensorllm"
+            )
+        sites = [
+            StoredSite(**site | {key: tuple(site[key]) for key in ("layers", "roles")})
+            for site in values.pop("sites")
+        ]
+        return Manifest(**values, sites=sites)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a tensorllm manifest: {error}") from None
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse files that are missing, truncated or changed since they were written."""
+    for name, facts in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder} lacks {name}, which {MANIFEST} names")
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise UserError(f"{path} is truncated: {facts['bytes']} bytes expected, {size} found")
+        if sha256(path) != facts["sha256"]:
+            raise UserError(f"{path} has changed: its checksum is not the one in {MANIFEST}")

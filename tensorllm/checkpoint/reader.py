@@ -1,0 +1,160 @@
+"""A local checkpoint in the hub's layout: config.json and safetensors, read a few tensors at a time."""
+
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tensorllm.errors import UserError
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies, from its file's header."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+class Checkpoint:
+    """The weights of a folder, by name; nothing is held in memory.
+
+    Args:
+        stem: name of the weight files without its ending.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
+        self.folder, self.stem = folder, stem
+        if not folder.is_dir():
+            raise UserError(f"no such model folder: {folder}")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json, so it is not a model folder")
+        self.entries = self._read_headers(self._files())
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config; its own code is never run."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(f"{self.folder}/config.json: {_first_line(error)}") from None
+        method = getattr(config, "quantization_config", None)
+        if method is not None:
+            raise UserError(
+                f"{self.folder} holds quantised weights; compress the float checkpoint they were "
+                "made from, then quantise the result"
+            )
+        return config
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files on disk."""
+        files = {entry.file for entry in self.entries.values()}
+        return sum((self.folder / file).stat().st_size for file in files)
+
+    @property
+    def parameters(self) -> int:
+        return sum(entry.numel for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> str:
+        """The floating point type of most of the weights."""
+        counts: dict[str, int] = defaultdict(int)
+        for entry in self.entries.values():
+            counts[entry.dtype] += entry.numel
+        stored = max(counts, key=lambda dtype: counts[dtype])
+        return DTYPES.get(stored, stored)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, each in memory of its own.
+
+        A file stays mapped only while it is read: mapped pages count as resident memory.
+        """
+        from safetensors import safe_open
+
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self.entries[name].file].append(name)
+        out = {}
+        for file, wanted in by_file.items():
+            with safe_open(self.folder / file, framework="pt") as tensors:
+                for name in wanted:
+                    out[name] = tensors.get_tensor(name).clone()
+        return out
+
+    def _files(self) -> list[str]:
+        index = self.folder / index_name(self.stem)
+        if index.is_file():
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError):
+                raise UserError(f"{index} is not a safetensors index") from None
+            missing = [file for file in files if not (self.folder / file).is_file()]
+            if missing:
+                raise UserError(f"{self.folder} lacks {missing[0]}, which {index.name} names")
+            return files
+        if (self.folder / f"{self.stem}.safetensors").is_file():
+            return [f"{self.stem}.safetensors"]
+        pickles = [p.name for pattern in PICKLES for p in self.folder.glob(pattern)]
+        if pickles:
+            raise UserError(
+                f"{self.folder} holds only pickled weights ({pickles[0]}), which are not loaded. "
+                "Convert them once: python -m tensorllm.checkpoint.convert FOLDER NEW_FOLDER"
+            )
+        raise UserError(f"{self.folder} has no {self.stem}.safetensors and no {index.name}")
+
+    def _read_headers(self, files: Iterable[str]) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        for file in files:
+            for name, info in read_header(self.folder / file).items():
+                start, end = info["data_offsets"]
+                shape = tuple(info["shape"])
+                entries[name] = Entry(file, shape, info["dtype"], end - start)
+        return entries
+
+
+def index_name(stem: str) -> str:
+    """Name of the file that says which shard holds which tensor."""
+    return f"{stem}.safetensors.index.json"
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file; a corrupt or truncated file is refused."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((info["data_offsets"][1] for info in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a safetensors file, or is corrupt") from None
+    if size != 8 + length + end:
+        raise UserError(
+            f"{path} is truncated or corrupt: {8 + length + end} bytes expected, {size} found"
+        )
+    return dict(header)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,68 @@
+"""Where a model is: a short name, a hub id or a local folder, as a local folder in the end."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from tensorllm.errors import UserError
+from tensorllm.recipes import short_names
+from tensorllm.registry import did_you_mean
+
+# Code is never fetched, and pickled weights neither.
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model: its name for reports, revision, and the folder that holds it."""
+
+    name: str
+    revision: str | None
+    folder: Path
+
+
+def resolve(model: str, revision: str | None = None) -> Source:
+    """The local folder of a model, downloaded to the hub's cache where it has to be.
+
+    Args:
+        model: a short name (`tensorllm list models`), a local folder, or a hub id.
+        revision: branch, tag or commit on the hub.
+    """
+    known = short_names().get(model)
+    if known is not None and "package" in known:
+        inside = known["package"].removeprefix("tensorllm/")
+        return Source(model, None, Path(str(files("tensorllm") / inside)))
+    if known is not None:
+        revision = revision or known.get("safetensors_revision") or known["revision"]
+        return Source(model, revision, _download(known["hub"], revision))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Source(model, None, path)
+    if path.exists():
+        raise UserError(f"the model {model} is a file; give the folder that holds it")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        hint = did_you_mean(model, list(short_names()))
+        names = ", ".join(short_names())
+        raise UserError(
+            f"no model {model!r}: not a local folder, not a hub id (owner/name), and not one of "
+            f"{names}.{hint}"
+        )
+    return Source(model, revision, _download(model, revision))
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, HFValidationError):
+        pass  # not in the cache: fetch it
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot get {hub_id} from the hub ({reason}). Offline, give a local folder "
+            "(--model FOLDER, in the hub's layout) or the embedded model (--model demo)"
+        ) from None

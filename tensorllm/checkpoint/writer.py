@@ -1,0 +1,187 @@
+"""Writing a checkpoint shard by shard into a folder that appears only when it is complete.
+
+Work goes to a hidden folder beside the target, with a journal of the shards that are finished. Run
+again, a killed run skips what the journal has.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tensorllm.errors import Incomplete, UserError
+
+JOURNAL = "journal.json"
+
+
+class ShardWriter:
+    """Collects tensors and writes them in shards; `finish` puts the folder in its place.
+
+    Args:
+        target: the folder to make; it must not exist unless `overwrite`.
+        stem: name of the weight files (`model` or `factored`).
+        fingerprint: names the work; a journal of other work is thrown away.
+        shard_bytes: a shard is written as soon as it holds as much.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        *,
+        stem: str,
+        fingerprint: Mapping[str, Any],
+        shard_bytes: int = 2**29,
+        overwrite: bool = False,
+    ) -> None:
+        self.target, self.stem, self.shard_bytes = target, stem, shard_bytes
+        self.overwrite = overwrite
+        check_target(target, overwrite=overwrite)
+        self.folder = target.parent / f".{target.name}.partial"
+        self._buffer: dict[str, Tensor] = {}
+        self._units: dict[str, Any] = {}
+        self._journal = self._open_journal(json.loads(json.dumps(dict(fingerprint))))
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """Units of work that an earlier, interrupted run finished, with their notes."""
+        return {name: note for shard in self._journal["shards"] for name, note in shard["units"]}
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """The shards written so far: file, names, bytes and SHA-256."""
+        return list(self._journal["shards"])
+
+    def add(self, unit: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
+        """Take the tensors of one unit of work; whole units are what a resumed run skips."""
+        self._buffer |= {name: t.contiguous() for name, t in tensors.items()}
+        self._units[unit] = note
+        if sum(t.nbytes for t in self._buffer.values()) >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is buffered as one shard."""
+        if not self._units:
+            return
+        shard: dict[str, Any] = {"units": list(self._units.items()), "names": list(self._buffer)}
+        if self._buffer:
+            path = self.folder / f"{self.stem}-{len(self._journal['shards']) + 1:05d}.safetensors"
+            shard |= {"file": path.name, "sha256": self._save(path)}
+            shard["bytes"] = path.stat().st_size
+        self._journal["shards"].append(shard)
+        self.write_json(JOURNAL, self._journal)
+        self._buffer, self._units = {}, {}
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the folder, whole or not at all."""
+        path = self.folder / name
+        try:
+            path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
+            path.with_suffix(".tmp").replace(path)
+        except OSError as error:
+            raise _no_space(self.folder, error) from error
+
+    def copy(self, source: Path) -> None:
+        """Copy a small file, such as the tokenizer's, as it is."""
+        try:
+            shutil.copyfile(source, self.folder / source.name)
+        except OSError as error:
+            raise _no_space(self.folder, error) from error
+
+    def name_files(self) -> dict[str, str]:
+        """Give the shards their final names; returns parameter name -> file."""
+        self.flush()
+        shards = [shard for shard in self._journal["shards"] if shard["names"]]
+        for number, shard in enumerate(shards, 1):
+            single = f"{self.stem}.safetensors"
+            many = f"{self.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+            final = single if len(shards) == 1 else many
+            old = self.folder / shard["file"]
+            if old.exists():  # else renamed by a run that was killed after this
+                old.replace(self.folder / final)
+            shard["file"] = final
+        return {name: shard["file"] for shard in shards for name in shard["names"]}
+
+    def finish(self) -> None:
+        """Let the complete folder appear under its name."""
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            _sync(path)
+        if self.target.exists():
+            check_target(self.target, overwrite=self.overwrite)
+            old = self.target.parent / f".{self.target.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            self.target.replace(old)
+            self.folder.replace(self.target)
+            shutil.rmtree(old)
+        else:
+            self.folder.replace(self.target)
+        _sync(self.target.parent)
+
+    def _save(self, path: Path) -> str:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        temporary = path.with_suffix(".tmp")
+        try:
+            save_file(self._buffer, temporary, metadata={"format": "pt"})
+            digest = sha256(temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise _no_space(self.folder, error) from error
+        return digest
+
+    def _open_journal(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        path = self.folder / JOURNAL
+        try:
+            journal: dict[str, Any] = json.loads(path.read_text())
+            if journal["fingerprint"] == fingerprint:
+                return journal
+        except (OSError, ValueError, KeyError):
+            pass  # no journal, or one that a crash left unreadable: begin again
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.target.parent}: {error.strerror}") from None
+        return {"fingerprint": fingerprint, "shards": []}
+
+
+def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse an output folder that exists, is a file, is the input, or cannot be written."""
+    if source is not None and target.resolve() == source.resolve():
+        raise UserError(f"the output folder {target} is the input folder; give another --out")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"the output {target} exists and is not a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
+    parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write to {parent}: not a writable folder")
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _no_space(folder: Path, error: Exception) -> Incomplete:
+    free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+    return Incomplete(
+        f"writing to {folder} failed: {error} ({free:.0f} MiB free). Make room and run the same "
+        "command again: it goes on from the last finished file"
+    )

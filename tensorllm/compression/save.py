@@ -1,0 +1,54 @@
+"""Saving a model that was compressed in memory."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tensorllm.checkpoint.writer import check_target
+from tensorllm.compression.folder import FolderTask, Format, compress_folder
+from tensorllm.compression.model import compression_of
+from tensorllm.compression.report import CompressionReport
+from tensorllm.errors import UserError
+
+
+def save(
+    model: Any,
+    target: str | Path,
+    *,
+    format: Format = "factored",
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> CompressionReport:
+    """Save what `compress` made of a model: factors (`factored`) or ordinary weights (`dense`).
+
+    Args:
+        model: a transformers model, after `compress`.
+        target: the folder to make.
+        tokenizer: saved beside the weights, where given.
+
+    Raises:
+        UserError: the model was not compressed, or the folder cannot be made; nothing is written.
+    """
+    target = Path(target)
+    check_target(target, overwrite=overwrite)
+    compression = compression_of(model)
+    if compression is None:
+        raise UserError("this model was not compressed; compress it first")
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # transformers knows how its modules are named and tied on disk, so it writes them first
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".saving-") as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        task = FolderTask(
+            source=Path(folder),
+            target=target,
+            compressor=compression.compressor,
+            layers=compression.layers,
+            format=format,
+            overwrite=overwrite,
+            model=getattr(model.config, "_name_or_path", "") or model.config.model_type,
+            revision=getattr(model.config, "_commit_hash", None),
+            done={site.site.name: site for site in compression.sites},
+        )
+        return compress_folder(task)

@@ -1,0 +1,62 @@
+"""What a reported number was made with: versions, hardware, command."""
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "tensorllm",
+    "torch",
+    "transformers",
+    "lightning",
+    "tensorly",
+    "datasets",
+    "safetensors",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and command of this process, ready for JSON."""
+    return {
+        "versions": {"python": platform.python_version()} | versions(),
+        "hardware": hardware(),
+        "command": command(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> str:
+    """One line: processor, cores in use, and the GPUs there are."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpu = f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    return ", ".join([cpu, *gpus])
+
+
+def command() -> str:
+    """The command line as it could be typed again."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

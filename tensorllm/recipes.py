@@ -1,0 +1,124 @@
+"""Recipes: YAML files that say which model, layers and settings, and where these come from."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tensorllm.compressors import COMPRESSORS, Compressor
+from tensorllm.compressors.settings import fields_of, make_compressor
+from tensorllm.errors import UserError
+from tensorllm.registry import did_you_mean
+
+# What a recipe says beside the compressor's own settings.
+NOTES = ("origin", "source", "published", "alternatives")
+KEYS = ("model", "dataset", "mode", "layers", *NOTES)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One parsed recipe; `settings` are the compressor's fields."""
+
+    name: str
+    model: str
+    mode: str
+    layers: tuple[int, ...] | None
+    settings: dict[str, Any]
+    dataset: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def compressor(self, **override: Any) -> Compressor:
+        """The strategy, with fields of the recipe replaced where given."""
+        return make_compressor(self.mode, self.settings | override)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a YAML file; all its errors are told at once."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """A recipe from YAML text; `name` is what errors call it."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{name} must be a mapping of settings, got {type(values).__name__}")
+    problems = _problems(values)
+    if problems:
+        raise UserError(f"{name}: {'; '.join(problems)}")
+    settings = {key: value for key, value in values.items() if key not in KEYS}
+    layers = values.get("layers")
+    recipe = Recipe(
+        name=name,
+        model=values["model"],
+        mode=values["mode"],
+        layers=None if layers is None else tuple(layers),
+        settings=settings,
+        dataset=values.get("dataset"),
+        notes={key: values[key] for key in NOTES if key in values},
+    )
+    try:
+        recipe.compressor()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return recipe
+
+
+def _problems(values: dict[str, Any]) -> list[str]:
+    out = [f"{key} is missing" for key in ("model", "mode") if not isinstance(values.get(key), str)]
+    mode = values.get("mode")
+    known = list(KEYS)
+    if isinstance(mode, str):
+        try:
+            known += fields_of(mode)
+        except UserError as error:
+            return [*out, str(error)]
+    if mode in COMPRESSORS:
+        out += [
+            f"unknown key {key!r}.{did_you_mean(str(key), known)}"
+            for key in values
+            if key not in known
+        ]
+    layers = values.get("layers")
+    whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    if layers is not None and not whole:
+        out.append(f"layers must be a list of whole numbers, got {layers!r}")
+    return out
+
+
+@cache
+def shipped() -> dict[str, Recipe]:
+    """The recipes of the package by name, such as `gptj/fever/hybrid`."""
+    root = files("tensorllm.configs")
+    out = {}
+    for path in sorted(Path(str(root)).glob("*/**/*.yaml")):
+        name = path.relative_to(str(root)).with_suffix("").as_posix()
+        out[name] = parse_recipe(path.read_text(), name)
+    return out
+
+
+@cache
+def short_names() -> dict[str, dict[str, Any]]:
+    """What is known of the models that have a short name."""
+    import yaml
+
+    return dict(yaml.safe_load((files("tensorllm.configs") / "models.yaml").read_text()))
+
+
+def default_recipe(model: str, mode: str, dataset: str | None = None) -> Recipe | None:
+    """The shipped recipe of a model and mode, for its default dataset unless one is named."""
+    dataset = dataset or short_names().get(model, {}).get("default_dataset")
+    canonical = COMPRESSORS.name_of(COMPRESSORS[mode])
+    for recipe in shipped().values():
+        if (recipe.model, recipe.mode, recipe.dataset) == (model, canonical, dataset):
+            return recipe
+    return None
