@@ -1,0 +1,178 @@
+"""One base for all datasets: where rows come from, which are used, and in what batches."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from tensorllm.data.example import Example
+from tensorllm.data.reading import HubSource, Row, field_of, rows_of_file, rows_of_hub
+from tensorllm.errors import UserError
+from tensorllm.registry import Registry, did_you_mean
+
+Split = Literal["val", "test", "all"]
+VALIDATION = 0.2  # the first fifth, in order, as in the papers
+DATASETS: Registry[type["ReasoningDataModule"]] = Registry("dataset", "tensorllm.datasets")
+
+Planner = Callable[[Sequence[Example]], Sequence[Any]]
+
+
+def one_per_batch(examples: Sequence[Example]) -> Sequence[list[Example]]:
+    """The plan of who has no better one."""
+    return [[example] for example in examples]
+
+
+class ReasoningDataModule(LightningDataModule, ABC):
+    """Questions with known answers.
+
+    A dataset names its fields and says how a row becomes an `Example`; it may also filter (`select`).
+
+    Args:
+        data_file: a local file in place of the hub.
+        split: the first fifth (`val`), the rest (`test`) or `all`.
+        limit: at most so many examples of that split.
+        fields: other names of the fields: `{"answer": "gold"}`.
+
+    Class attributes:
+        source: where it is on the hub; None: local files only.
+        fields: role -> the names under which real files have it, the first one preferred.
+        max_new_tokens: how long a generated answer may be; 0: nothing is generated.
+    """
+
+    source: ClassVar[HubSource | None] = None
+    field_names: ClassVar[dict[str, tuple[str, ...]]] = {}
+    max_new_tokens: int = 0
+
+    def __init__(
+        self,
+        data_file: Path | str | None = None,
+        *,
+        split: Split = "test",
+        limit: int | None = None,
+        fields: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        if split not in get_args(Split):
+            known = ", ".join(get_args(Split))
+            raise UserError(f"split must be one of {known}, got {split!r}")
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit must be at least 1, got {limit}")
+        if unknown := set(fields or ()) - set(self.field_names):
+            name = min(unknown)
+            hint = did_you_mean(name, list(self.field_names))
+            known = ", ".join(self.field_names)
+            raise UserError(f"{self.name} has no field {name!r}.{hint} Known: {known}")
+        self.data_file = None if data_file is None else Path(data_file)
+        self.split: Split = split
+        self.limit = limit
+        self.fields = fields or {}
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.masked = False
+        self.notes: list[str] = []  # what was left out and why, for the results
+        self._examples: list[Example] | None = None
+        self._planner: Planner = one_per_batch
+        self._plan: Sequence[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return DATASETS.name_of(type(self))
+
+    def connect(self, tokenizer: PreTrainedTokenizerBase, *, masked: bool = False) -> None:
+        """Tell the dataset which tokenizer counts and what kind of model reads the prompts."""
+        self.tokenizer, self.masked = tokenizer, masked
+        self._examples = self._plan = None
+
+    @abstractmethod
+    def example(self, row: Row, where: str) -> Example | None:
+        """The row as an example, or None where the papers leave it out."""
+
+    def select(self, examples: Iterable[Example]) -> Iterable[Example]:
+        """What the papers keep of the examples of one hub split or file."""
+        return examples
+
+    def rows(self) -> Iterator[Iterator[Row]]:
+        """The rows of each part of the source, part by part."""
+        if self.data_file is not None:
+            yield rows_of_file(self.data_file)
+        elif self.source is not None:
+            for split in self.source.splits:
+                yield rows_of_hub(self.source, split)
+        else:
+            raise UserError(f"dataset {self.name!r} is not on the hub: give --data-file")
+
+    def value(self, row: Row, role: str, where: str) -> Any:
+        """The row's field that plays `role`, under whichever of its names the row has."""
+        names = (self.fields[role],) if role in self.fields else self.field_names[role]
+        return row[field_of(row, names, where)]
+
+    def text(self, row: Row, role: str, where: str) -> str:
+        """The same, stripped; it must be text that is not blank."""
+        value = self.value(row, role, where)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {role} must be text that is not empty, got {value!r:.60}")
+        return value.strip()
+
+    def load(self) -> list[Example]:
+        """All examples of the source, numbered, before any split."""
+        source = self.data_file if self.data_file is not None else self.name
+        found: list[Example] = []
+        for part in self.rows():
+            read = (self.example(row, f"{source}, row {n}") for n, row in enumerate(part, 1))
+            found += self.select(e for e in read if e is not None)
+        if not found:
+            raise UserError(f"{source} has no row that {self.name} can use")
+        return [
+            Example(e.prompt, e.answer, e.choices, index, e.tokens) for index, e in enumerate(found)
+        ]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The chosen examples, in the order of the dataset."""
+        if self._examples is None:
+            everything = self.load()
+            first = int(VALIDATION * len(everything))
+            spans = {"val": (0, first), "test": (first, None), "all": (0, None)}
+            chosen = list(itertools.islice(everything, *spans[self.split]))[: self.limit]
+            if not chosen:
+                raise UserError(
+                    f"split {self.split!r} of {self.name} is empty: it has {len(everything)} examples in all"
+                )
+            self._examples = chosen
+        return self._examples
+
+    def plan_with(self, planner: Planner) -> None:
+        """Make the batches by `planner`: examples in, batches out. One plan serves every later run."""
+        self._planner, self._plan = planner, None
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The plan, made once; each device takes its share of it by rank."""
+        if self._plan is None:
+            self._plan = self._planner(self.examples)
+        return self._plan
+
+    def _share(self) -> Sequence[Any]:
+        # Not Lightning's DistributedSampler: it repeats examples until all devices have as many.
+        if self.trainer is None or self.trainer.world_size == 1:
+            return self.batches
+        return self.batches[self.trainer.global_rank :: self.trainer.world_size]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(list(self._share()), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return batch  # lists of tokens; the scorer pads them where the model is
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,25 @@
+"""The demo world's held-out questions, in the shapes of the four datasets."""
+
+from tensorllm.data.base import DATASETS, ReasoningDataModule
+from tensorllm.data.demo import questions
+from tensorllm.data.example import Example
+from tensorllm.data.reading import Row
+from tensorllm.errors import UserError
+
+
+@DATASETS.register("demo")
+class DemoWorld(ReasoningDataModule):
+    """No file, no hub: the questions are generated."""
+
+    max_new_tokens = 2
+
+    def example(self, row: Row, where: str) -> Example | None:
+        return Example(row["prompt"], row["answer"], tuple(row["choices"]))
+
+    def load(self) -> list[Example]:
+        if self.data_file is not None:
+            raise UserError("the demo dataset is generated: it takes no --data-file")
+        return [
+            Example(q.prompt, q.answer, tuple(q.choices), index)
+            for index, q in enumerate(questions())
+        ]

@@ -1,0 +1,23 @@
+"""What a dataset is made of, whatever it came from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question and its gold answer.
+
+    Attributes:
+        prompt: what the model reads. For a masked model it may hold the tokenizer's mask token once,
+            where the answer belongs; otherwise the answer follows the prompt.
+        answer: the gold answer; one of `choices` where there are any.
+        choices: not empty: scored by the log-probability of each; empty: generated and matched.
+        index: the example's place in its dataset, before a part of it was chosen; unique.
+        tokens: for running text only: the token ids that are scored, in place of prompt and answer.
+    """
+
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    index: int = 0
+    tokens: tuple[int, ...] = ()

@@ -1,0 +1,69 @@
+"""HotpotQA: multi-hop questions with short answers (Yang et al. 2018, arXiv 1809.09600)."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tensorllm.data.base import DATASETS, ReasoningDataModule
+from tensorllm.data.example import Example
+from tensorllm.data.reading import HubSource, Row, rows_of_hub
+from tensorllm.errors import UserError
+
+ANSWER_TOKENS = 15
+# "We use the LLAMA tokenizer for consistency": so all models of the papers answer the same questions.
+COUNTING_TOKENIZER = "meta-llama/Llama-2-7b-hf"
+
+
+@DATASETS.register("hotpotqa", aliases=("hotpot", "hotpot_qa"))
+class HotpotQA(ReasoningDataModule):
+    """Answers of at most 15 LLaMA tokens, special tokens included, as LASER's `dataset_utils/hotpot.py`.
+
+    Args:
+        counting_tokenizer: whose tokens are counted: a hub id or folder. By default LLaMA-2's where it
+            is in the local cache, otherwise the evaluated model's own; the results say which.
+    """
+
+    source = HubSource("hotpotqa/hotpot_qa", "fullwiki", ("train", "validation"))
+    field_names: ClassVar = {"question": ("question",), "answer": ("answer",)}
+    max_new_tokens = 15
+
+    def __init__(self, *args: Any, counting_tokenizer: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.counting_tokenizer = counting_tokenizer
+        self._counter: PreTrainedTokenizerBase | None = None
+
+    def rows(self) -> Iterator[Iterator[Row]]:
+        """On the hub: as many train rows as there are validation rows, then those (test has no answers)."""
+        if self.data_file is not None or self.source is None:
+            yield from super().rows()
+            return
+        validation = list(rows_of_hub(self.source, "validation"))
+        yield itertools.islice(rows_of_hub(self.source, "train"), len(validation))
+        yield iter(validation)
+
+    def example(self, row: Row, where: str) -> Example | None:
+        question, answer = self.text(row, "question", where), self.text(row, "answer", where)
+        if len(self.counter(answer).input_ids) > ANSWER_TOKENS:
+            return None
+        mark = "" if question.endswith(("?", ".")) else "?"
+        return Example(f"{question}{mark} The answer is", answer)
+
+    @property
+    def counter(self) -> PreTrainedTokenizerBase:
+        if self._counter is None:
+            self._counter = self._load_counter()
+            self.notes.append(f"answers counted by the tokenizer of {self._counter.name_or_path}")
+        return self._counter
+
+    def _load_counter(self) -> PreTrainedTokenizerBase:
+        wanted = self.counting_tokenizer
+        try:
+            return AutoTokenizer.from_pretrained(
+                wanted or COUNTING_TOKENIZER, local_files_only=wanted is None
+            )
+        except (OSError, ValueError) as error:
+            if wanted is not None or self.tokenizer is None:
+                raise UserError(f"cannot load the tokenizer {wanted!r}: {error!s:.120}") from None
+        return self.tokenizer

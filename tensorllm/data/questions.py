@@ -1,0 +1,94 @@
+"""Questions of your own: any file with prompts and answers, described by one YAML or by nothing at all."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from tensorllm.data.base import DATASETS, ReasoningDataModule
+from tensorllm.data.example import Example
+from tensorllm.data.reading import Row
+from tensorllm.errors import UserError
+from tensorllm.registry import did_you_mean
+
+SETTINGS = {
+    "data_file": str,
+    "template": str,
+    "choices": list,
+    "max_new_tokens": int,
+    "fields": dict,
+}
+
+
+@DATASETS.register("questions", aliases=("custom",))
+class Questions(ReasoningDataModule):
+    """Rows with `prompt` and `answer`, and `choices` where there are any.
+
+    Args:
+        template: how a row becomes a prompt, with the row's fields in braces: `"Q: {question} A:"`.
+        choices: the answers allowed for every row.
+        max_new_tokens: how long a generated answer may be.
+    """
+
+    field_names: ClassVar = {
+        "prompt": ("prompt", "question", "input", "inputs"),
+        "answer": ("answer", "target", "targets", "label"),
+        "choices": ("choices",),
+    }
+
+    def __init__(
+        self,
+        *args: Any,
+        template: str | None = None,
+        choices: list[str] | None = None,
+        max_new_tokens: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.template = template
+        self.choices = tuple(choices or ())
+        self.max_new_tokens = max_new_tokens
+
+    def example(self, row: Row, where: str) -> Example | None:
+        answer = self.text(row, "answer", where)
+        choices = tuple(row["choices"]) if row.get("choices") else self.choices
+        if choices and answer not in choices:
+            raise UserError(f"{where}: answer must be one of {', '.join(choices)}, got {answer!r}")
+        return Example(self._prompt(row, where), answer, choices)
+
+    def _prompt(self, row: Row, where: str) -> str:
+        if self.template is None:
+            return self.text(row, "prompt", where)
+        try:
+            return self.template.format_map(dict(row))
+        except KeyError as error:
+            known = ", ".join(map(repr, row))
+            raise UserError(
+                f"{where}: the template's field {error} is not in the row: {known}"
+            ) from None
+
+
+def questions_from_yaml(path: Path, **options: Any) -> Questions:
+    """The dataset that a YAML file describes (docs/add_a_dataset.md); `options` go before what it says.
+
+    Raises:
+        UserError: a key is unknown or of the wrong type.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the dataset {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold keys and values, got {settings!r:.60}")
+    for key, value in settings.items():
+        if key not in SETTINGS:
+            hint = did_you_mean(str(key), list(SETTINGS))
+            raise UserError(f"{path}: unknown key {key!r}.{hint} Known: {', '.join(SETTINGS)}")
+        if not isinstance(value, SETTINGS[key]):
+            raise UserError(f"{path}: {key} must be {SETTINGS[key].__name__}, got {value!r:.60}")
+    file = settings.pop("data_file", None)
+    if file is not None:
+        settings["data_file"] = path.parent / file
+    return Questions(**{**settings, **{k: v for k, v in options.items() if v is not None}})

@@ -1,0 +1,157 @@
+"""Rows from local files and from the hub, as dictionaries, in the order in which they are stored."""
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorllm.errors import UserError
+from tensorllm.registry import did_you_mean
+
+Row = Mapping[str, Any]
+PARQUET_ROWS = 1024  # read at a time
+KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A dataset on the Hugging Face hub.
+
+    Attributes:
+        repo: its name there.
+        config: the configuration (subset), if it has several.
+        splits: which splits are read, in this order.
+    """
+
+    repo: str
+    config: str | None
+    splits: tuple[str, ...]
+
+
+def rows_of_file(path: Path) -> Iterator[Row]:
+    """The rows of a jsonl, json, csv, tsv or parquet file, one at a time.
+
+    Raises:
+        UserError: the file is missing, empty or malformed (says at which line).
+    """
+    if not path.is_file():
+        raise UserError(f"--data-file must be a readable file, got {str(path)!r}")
+    suffix = path.suffix.lower()
+    readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".json": _json}
+    if suffix not in KNOWN:
+        known = ", ".join(KNOWN)
+        raise UserError(f"--data-file must end in one of {known}, got {path.name!r}")
+    rows = readers.get(suffix, _jsonl)(path)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path} has no rows")
+    return itertools.chain([first], rows)
+
+
+def _row(row: object, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: each row must be an object with named fields, got {row!r:.60}")
+    return row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} must be UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: malformed JSON on line {number}: {error.msg}") from None
+            yield _row(row, f"{path}, line {number}")
+
+
+def json_items(path: Path) -> list[Any]:
+    """The items of a JSON list, or of the one list that a JSON object holds (`data`, `examples`, ...)."""
+    try:
+        loaded = json.loads("".join(_lines(path)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: malformed JSON on line {error.lineno}: {error.msg}") from None
+    if isinstance(loaded, dict):
+        lists = [value for value in loaded.values() if isinstance(value, list)]
+        loaded = lists[0] if len(lists) == 1 else loaded
+    if not isinstance(loaded, list):
+        raise UserError(f"{path} must hold a JSON list of rows, got {type(loaded).__name__}")
+    return loaded
+
+
+def _json(path: Path) -> Iterator[Row]:
+    for number, row in enumerate(json_items(path), 1):
+        yield _row(row, f"{path}, row {number}")
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(_lines(path), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields"
+                )
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path}: malformed CSV on line {reader.line_num}: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is not a readable parquet file: {str(error)[:120]}") from None
+
+
+def rows_of_hub(source: HubSource, split: str) -> Iterator[Row]:
+    """The rows of one split on the hub, streamed: nothing but what is used is downloaded.
+
+    Raises:
+        UserError: it cannot be had; the message says how to go on without the network.
+    """
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(source.repo, source.config, split=split, streaming=True)
+        yield from stream
+    except (OSError, RuntimeError, ValueError) as error:  # what `datasets` and the hub client raise
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot load {source.repo} ({split}) from the hub: {reason}. "
+            "Fetch the file where there is a network and give it with --data-file"
+        ) from None
+
+
+def field_of(row: Row, names: tuple[str, ...], where: str) -> str:
+    """The first of `names` that the row has.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    for name in names:
+        if name in row:
+            return name
+    hint = did_you_mean(names[0], list(row))
+    raise UserError(
+        f"{where} must have a field named {' or '.join(map(repr, names))}, "
+        f"got {', '.join(map(repr, row))}.{hint}"
+    )

@@ -1,0 +1,77 @@
+"""Any text: how well the model predicts it (perplexity). Nothing is generated, there is no accuracy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tensorllm.data.base import DATASETS, ReasoningDataModule
+from tensorllm.data.example import Example
+from tensorllm.data.reading import KNOWN, Row, json_items, rows_of_file
+from tensorllm.errors import UserError
+
+
+@DATASETS.register("text", aliases=("perplexity",))
+class Text(ReasoningDataModule):
+    """Documents cut into blocks that share one token, so that every token but a document's first is scored once.
+
+    A file of rows gives one document per row (field `text`), a JSON list of strings one per string, any other
+    file is one document.
+
+    Args:
+        block: tokens per block; the model's context, if that is shorter.
+    """
+
+    field_names: ClassVar = {"text": ("text", "story", "content", "document")}
+
+    def __init__(self, *args: Any, block: int = 1024, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if block < 2:
+            raise UserError(f"block must be at least 2 tokens, got {block}")
+        self.block = block
+
+    def documents(self) -> Iterator[str]:
+        path = self.data_file
+        if path is None:
+            raise UserError("dataset 'text' is not on the hub: give --data-file")
+        if path.suffix.lower() not in KNOWN:
+            yield _whole(path)
+            return
+        if path.suffix.lower() == ".json":
+            items = json_items(path)
+            if all(isinstance(item, str) for item in items):
+                yield from items
+                return
+        for number, row in enumerate(rows_of_file(path), 1):
+            yield self.text(row, "text", f"{path}, row {number}")
+
+    def example(self, row: Row, where: str) -> Example | None:
+        return Example("", self.text(row, "text", where))
+
+    def load(self) -> list[Example]:
+        if self.masked:
+            raise UserError("perplexity of running text needs a causal model, got a masked one")
+        assert self.tokenizer is not None, "connect() comes first"
+        found: list[Example] = []
+        for document in self.documents():
+            ids = self.tokenizer(document, verbose=False).input_ids
+            for start in range(0, len(ids) - 1, self.block - 1):
+                block = ids[start : start + self.block]
+                found.append(
+                    Example("", self.tokenizer.decode(block), (), len(found), tuple(block))
+                )
+        if not found:
+            raise UserError(f"{self.data_file} has no text of two tokens or more")
+        return found
+
+
+def _whole(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} must be UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--data-file must be a readable file, got {str(path)!r}: {error.strerror}"
+        ) from None

@@ -1,0 +1,25 @@
+"""BigBench QA-WikiData: complete a sentence made of a Wikidata triple (arXiv 2206.04615)."""
+
+from typing import ClassVar
+
+from tensorllm.data.base import DATASETS, ReasoningDataModule
+from tensorllm.data.example import Example
+from tensorllm.data.reading import HubSource, Row
+
+
+@DATASETS.register("wikidata_qa", aliases=("qa_wikidata", "bigbench_wikidata", "wikidata"))
+class WikidataQA(ReasoningDataModule):
+    """Rows with exactly one target; the prompt is the input, stripped."""
+
+    source = HubSource("tasksource/bigbench", "qa_wikidata", ("validation", "train"))
+    field_names: ClassVar = {
+        "input": ("inputs", "input", "prompt", "question"),
+        "target": ("targets", "target", "answer"),
+    }
+    max_new_tokens = 10
+
+    def example(self, row: Row, where: str) -> Example | None:
+        targets = self.value(row, "target", where)
+        if isinstance(targets, list) and len(targets) > 1:
+            return None
+        return Example(self.text(row, "input", where), self.text(row, "target", where))

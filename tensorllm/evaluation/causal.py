@@ -1,0 +1,242 @@
+"""Scoring a batch with a causal model: each prompt is read once, whatever is asked of it.
+
+Shapes: B examples, T tokens, V vocabulary, N positions with logits, S cached columns.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tensorllm.evaluation.encoding import Encoded
+from tensorllm.evaluation.forward import Forward, Padded, left_padded
+from tensorllm.evaluation.generation import Greedy
+from tensorllm.evaluation.matching import token_f1
+from tensorllm.evaluation.protocol import Protocol
+from tensorllm.evaluation.row import Row
+
+
+class Batch(NamedTuple):
+    """Examples that are scored together.
+
+    Attributes:
+        key: the batch's number in its plan.
+        items: its examples: all with choices, all without, or all running text.
+    """
+
+    key: int
+    items: tuple[Encoded, ...]
+
+
+class CausalScorer:
+    """Turns batches into rows.
+
+    Args:
+        forward: the model.
+        tokenizer: its tokenizer.
+        protocol: what counts as right.
+        max_new_tokens: how long a generated answer may be.
+        eos: tokens that end a generation.
+        stop_early: stop a generation when its verdict is certain.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: Protocol,
+        *,
+        max_new_tokens: int,
+        eos: frozenset[int] = frozenset(),
+        stop_early: bool = True,
+    ) -> None:
+        self.forward = forward
+        self.tokenizer = tokenizer
+        self.protocol = protocol
+        self.greedy = Greedy(forward, tokenizer, protocol, max_new_tokens, eos, stop_early)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> list[Row]:
+        first = batch.items[0].example
+        if first.tokens:
+            return self._running_text(batch)
+        return self._choices(batch) if first.choices else self._generated(batch)
+
+    def _answers(
+        self, batch: Batch, keep: int, *, grow: bool
+    ) -> tuple[Tensor, Padded, object, list[tuple[float, int]]]:
+        """Read prompt and gold answer; logits (B, keep, V), and each answer's log-probability and first rank."""
+        padded = left_padded([e.full[0] for e in batch.items], self.forward.device)
+        logits_BNV, cache = self.forward(padded, keep=keep, grow=grow, key=batch.key)
+        lengths = [len(e.full[0]) - e.start for e in batch.items]
+        return logits_BNV, padded, cache, answer_scores(logits_BNV, padded.ids_BT, lengths)
+
+    def _running_text(self, batch: Batch) -> list[Row]:
+        keep = max(e.length for e in batch.items)
+        scores = self._answers(batch, keep, grow=False)[3]
+        return [
+            Row(
+                e.example.index,
+                "",
+                e.example.answer,
+                "",
+                None,
+                score,
+                e.length - e.start,
+                rank,
+                0.0,
+            )
+            for e, (score, rank) in zip(batch.items, scores, strict=True)
+        ]
+
+    def _generated(self, batch: Batch) -> list[Row]:
+        keep = max(e.length - min(e.start, len(e.prompt)) for e in batch.items) + 1
+        logits_BNV, padded, cache, scores = self._answers(batch, keep, grow=True)
+        if self.protocol.unmasked_padding:
+            scores = self._unmasked(batch, scores)
+        told = self.greedy(batch.items, logits_BNV, padded, cache)
+        return [
+            Row(
+                index=e.example.index,
+                prompt=e.example.prompt,
+                answer=e.example.answer,
+                generation=new.text,
+                correct=new.correct,
+                log_probability=score,
+                answer_tokens=len(e.full[0]) - e.start,
+                rank=rank,
+                token_f1=new.token_f1,
+                truncated=e.truncated,
+            )
+            for e, (score, rank), new in zip(batch.items, scores, told, strict=True)
+        ]
+
+    def _unmasked(self, batch: Batch, scores: list[tuple[float, int]]) -> list[tuple[float, int]]:
+        """The papers' batched loss: pads are read as tokens, and positions count from the first of them."""
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        found = []
+        size = self.protocol.unmasked_padding
+        groups = groupby(enumerate(batch.items), key=lambda item: item[1].example.index // size)
+        for _, group in groups:
+            rows, items = zip(*group, strict=True)
+            padded = left_padded([e.full[0] for e in items], self.forward.device)
+            ids_BT = padded.ids_BT.where(padded.mask_BT, torch.as_tensor(pad or 0))
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+            blind = Padded(ids_BT, torch.ones_like(padded.mask_BT), positions_BT)
+            lengths = [len(e.full[0]) - e.start for e in items]
+            logits_BNV, _ = self.forward(blind, keep=max(lengths) + 1)
+            losses = answer_scores(logits_BNV, ids_BT, lengths)
+            found += [(loss, scores[row][1]) for row, (loss, _) in zip(rows, losses, strict=True)]
+        return found
+
+    def _choices(self, batch: Batch) -> list[Row]:
+        totals = self._choice_scores(batch)
+        rows = []
+        for e, (sums, rank) in zip(batch.items, totals, strict=True):
+            gold = e.example.choices.index(e.example.answer)
+            others = [s for i, s in enumerate(sums) if i != gold]
+            chosen = e.example.choices[max(range(len(sums)), key=sums.__getitem__)]
+            rows.append(
+                Row(
+                    index=e.example.index,
+                    prompt=e.example.prompt,
+                    answer=e.example.answer,
+                    generation=chosen,
+                    correct=sums[gold] > max(others, default=float("-inf")),
+                    log_probability=sums[gold],
+                    answer_tokens=len(e.full[gold]) - e.start,
+                    rank=rank,
+                    token_f1=token_f1(chosen, e.example.answer),
+                    choice_log_probabilities=tuple(sums),
+                    truncated=e.truncated,
+                )
+            )
+        return rows
+
+    def _choice_scores(self, batch: Batch) -> list[tuple[list[float], int]]:
+        """Per example the log-probability of every choice and the rank of the gold one's first token."""
+        items = batch.items
+        branches = [[ids[e.shared :] for ids in e.full] for e in items]
+        long = any(len(b) > 1 for of_one in branches for b in of_one)
+        padded = left_padded([e.full[0][: e.shared] for e in items], self.forward.device)
+        logits_BNV, cache = self.forward(padded, keep=1, grow=long, key=batch.key)
+        log_BV = logits_BNV[:, -1].float().log_softmax(-1)
+        firsts = [[b[0] for b in of_one] for of_one in branches]
+        width = max(map(len, firsts))
+        index = torch.tensor([f + f[:1] * (width - len(f)) for f in firsts], device=log_BV.device)
+        first = log_BV.gather(1, index).tolist()
+        sums = [
+            # What all choices share counts only if it belongs to the answer.
+            [value if e.shared >= e.start else 0.0 for value in values[: len(f)]]
+            for e, values, f in zip(items, first, firsts, strict=True)
+        ]
+        golds = [e.example.choices.index(e.example.answer) for e in items]
+        gold_B1 = log_BV.gather(
+            1, torch.tensor([[f[g]] for f, g in zip(firsts, golds, strict=True)]).to(index)
+        )
+        ranks = ((log_BV > gold_B1).sum(1) + 1).tolist()
+        if long:
+            self._add_branches(items, branches, padded, cache, sums)
+        return list(zip(sums, ranks, strict=True))
+
+    def _add_branches(
+        self,
+        items: Sequence[Encoded],
+        branches: list[list[list[int]]],
+        padded: Padded,
+        cache: object,
+        sums: list[list[float]],
+    ) -> None:
+        """Add the log-probabilities of each choice's further tokens to `sums`."""
+        places = [(i, c) for i, of in enumerate(branches) for c, b in enumerate(of) if len(b) > 1]
+        size = max(
+            len(items), len(places) // 4
+        )  # the cache is repeated: not for all choices at once
+        for at in range(0, len(places), size):
+            chunk = places[at : at + size]
+            rows = torch.tensor([i for i, _ in chunk], device=padded.ids_BT.device)
+            heads = [branches[i][c][:-1] for i, c in chunk]
+            new = left_padded(heads, rows.device, [items[i].shared for i, _ in chunk])
+            mask_BS = torch.cat([padded.mask_BT[rows], new.mask_BT], 1)
+            width = new.ids_BT.shape[1]
+            logits_BNV, _ = self.forward(
+                new, keep=width, mask_BS=mask_BS, cache=self.forward.select(cache, rows)
+            )
+            ends = left_padded([branches[i][c][1:] for i, c in chunk], rows.device).ids_BT
+            gains = _picked(logits_BNV, ends).cpu()
+            for (i, c), gain, head in zip(chunk, gains, heads, strict=True):
+                begins = max(0, items[i].start - items[i].shared - 1)
+                sums[i][c] += float(gain[width - len(head) + begins :].sum())
+
+
+def _picked(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
+    """Log-probabilities of the given tokens, (B, N), in float64 sums' precision."""
+    values = logits_BNV.float()
+    return values.gather(2, ids_BN[..., None])[..., 0] - values.logsumexp(-1)
+
+
+def answer_scores(
+    logits_BNV: Tensor, ids_BT: Tensor, lengths: list[int]
+) -> list[tuple[float, int]]:
+    """Log-probability of each row's last tokens, `lengths` of them, and the rank of the first of these.
+
+    Args:
+        logits_BNV: logits of the last N columns of `ids_BT`, N > max(lengths).
+        ids_BT: right-aligned tokens.
+        lengths: tokens of each row's answer.
+    """
+    longest = max(lengths)
+    before_BNV = logits_BNV[:, -longest - 1 : -1].float()
+    gold_BN = ids_BT[:, -longest:]
+    logits_BN = before_BNV.gather(2, gold_BN[..., None])[..., 0]
+    wanted_BN = torch.arange(longest, 0, -1)[None] <= torch.tensor(lengths)[:, None]
+    picked_BN = (logits_BN - before_BNV.logsumexp(-1)).double()
+    sums = picked_BN.where(wanted_BN.to(picked_BN.device), 0.0).sum(1).tolist()
+    rows = torch.arange(len(lengths), device=gold_BN.device)
+    first = longest - torch.tensor(lengths, device=gold_BN.device)
+    ranks = (before_BNV[rows, first] > logits_BN[rows, first, None]).sum(-1) + 1
+    return list(zip(sums, ranks.tolist(), strict=True))

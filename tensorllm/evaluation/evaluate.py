@@ -1,0 +1,63 @@
+"""A model in memory on a dataset, without a Trainer: for the compress command and for the rank search."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tensorllm.data.base import DATASETS, ReasoningDataModule, Split
+from tensorllm.data.catalog import Questions  # noqa: F401  registers all datasets
+from tensorllm.data.questions import questions_from_yaml
+from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
+from tensorllm.evaluation.scorer import is_masked, score
+from tensorllm.evaluation.summary import metrics_of
+
+YAML = (".yaml", ".yml")
+
+
+def make_dataset(
+    dataset: str,
+    *,
+    data_file: Path | str | None = None,
+    split: Split = "test",
+    limit: int | None = None,
+    **options: Any,
+) -> ReasoningDataModule:
+    """A dataset by its name, or by the YAML file that describes one's own."""
+    chosen = {"data_file": data_file, "split": split, "limit": limit, **options}
+    if dataset.endswith(YAML):
+        return questions_from_yaml(Path(dataset), **chosen)
+    return DATASETS[dataset](**chosen)
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | ReasoningDataModule,
+    protocol: str | Protocol = "strict",
+    split: Split = "test",
+    limit: int | None = None,
+    *,
+    data_file: Path | str | None = None,
+) -> dict[str, float]:
+    """`accuracy` (per cent), `loss` (nats per answer token) and the other metrics, and `examples`.
+
+    Args:
+        model: any causal or masked transformers model, on its device.
+        tokenizer: its tokenizer.
+        dataset: a name, or a dataset (whose own split and limit then hold): it keeps its examples, so
+            that a second call does not read them again.
+        protocol: a name or a protocol.
+        split: the first fifth (`val`), the rest (`test`) or `all`.
+        limit: at most so many examples.
+        data_file: a local file in place of the hub.
+    """
+    if isinstance(dataset, str):
+        dataset = make_dataset(dataset, data_file=data_file, split=split, limit=limit)
+    rules = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+    dataset.connect(tokenizer, masked=is_masked(model))
+    training = model.training
+    model.eval()
+    rows = score(model, tokenizer, dataset.examples, rules, max_new_tokens=dataset.max_new_tokens)
+    model.train(training)
+    return {**metrics_of(rows), "examples": len(rows)}

@@ -1,0 +1,115 @@
+"""Running a causal model on padded batches with a cache that can be narrowed to some of its rows.
+
+Shapes: B rows, T new tokens, S cached and new tokens, V vocabulary, N positions whose logits are wanted.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PAD = 0  # any token: it is masked out
+
+
+class Padded(NamedTuple):
+    """Token lists as one rectangle, padded on the left."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor  # bool
+    positions_BT: Tensor
+
+
+def left_padded(
+    sequences: Sequence[Sequence[int]], device: torch.device, first: Sequence[int] | None = None
+) -> Padded:
+    """Right-aligned rows; positions count from 0, or from `first` of each row."""
+    width = max(map(len, sequences))
+    ids = np.full((len(sequences), width), PAD, dtype=np.int64)
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[width - len(sequence) :] = sequence
+    places = np.arange(width)[None] - (width - lengths)[:, None]
+    starts = np.zeros(len(sequences), np.int64) if first is None else np.asarray(first, np.int64)
+    positions = np.maximum(places, 0) + starts[:, None]
+    return Padded(*(torch.from_numpy(a).to(device) for a in (ids, places >= 0, positions)))
+
+
+class Forward(Protocol):
+    """What a scorer needs of a model; a search may bring its own that keeps what does not change."""
+
+    vocabulary: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(
+        self,
+        batch: Padded,
+        *,
+        keep: int,
+        mask_BS: Tensor | None = None,
+        cache: Any = None,
+        grow: bool = False,
+        key: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Logits (B, keep, V) of the last `keep` columns, and the cache where `grow` is set.
+
+        Args:
+            batch: the new tokens.
+            keep: how many of its last columns need logits.
+            mask_BS: which cached and new columns may be seen; None: the batch's own mask.
+            cache: what an earlier call returned; it may be changed.
+            grow: return a cache that holds these tokens too.
+            key: the same number for the same tokens of a plan, so that results of unedited layers can be kept.
+        """
+        ...
+
+    def select(self, cache: Any, rows: Tensor) -> Any:
+        """A new cache of these rows, which may repeat."""
+        ...
+
+
+class ModelForward:
+    """A transformers model as a `Forward`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self._accepts = set(inspect.signature(model.forward).parameters)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device  # read anew: a Trainer moves the model
+
+    def __call__(
+        self,
+        batch: Padded,
+        *,
+        keep: int,
+        mask_BS: Tensor | None = None,
+        cache: Any = None,
+        grow: bool = False,
+        key: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        seen = batch.mask_BT if mask_BS is None else mask_BS
+        extra: dict[str, Any] = {"logits_to_keep": keep, "position_ids": batch.positions_BT}
+        output = self.model(
+            input_ids=batch.ids_BT,
+            # Without padding no mask is needed, and attention takes its fast causal path.
+            attention_mask=None if cache is None and bool(seen.all()) else seen.long(),
+            past_key_values=cache,
+            use_cache=grow or cache is not None,
+            **{name: value for name, value in extra.items() if name in self._accepts},
+        )
+        return output.logits[:, -keep:], output.past_key_values if grow else None
+
+    def select(self, cache: Any, rows: Tensor) -> Any:
+        narrowed = copy.copy(cache)
+        narrowed.layers = [copy.copy(layer) for layer in cache.layers]
+        narrowed.batch_select_indices(rows)
+        return narrowed

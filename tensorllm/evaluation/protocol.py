@@ -1,0 +1,69 @@
+"""What counts as a right answer: what the papers' scripts did, and what one should do.
+
+The sources of the quirks are the scripts themselves: github.com/pratyushasharma/laser, `src/study_utils/metric_utils.py`
+and `src/intervention_*.py`; docs/protocols.md tells each one's effect.
+"""
+
+from dataclasses import dataclass, fields
+
+from tensorllm.errors import UserError
+from tensorllm.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """Which of the papers' quirks are kept. All off is the strict protocol.
+
+    Attributes:
+        name: as it stands in the results.
+        search_prompt: the text that is searched for the answer begins with the prompt.
+        substring: the answer matches as a case-insensitive substring (`no` in `north`), not as whole words
+            normalised as SQuAD does.
+        masked_extra_token: a masked model's loss divides by one token more than the answer has.
+        masked_bare_loss: a masked model's loss is computed on text without its special tokens.
+        unmasked_padding: the loss is computed in batches of so many examples, in the dataset's order, padded on
+            the left with no attention mask; 0: padding is masked.
+        single_token_choices: choices must be single tokens.
+    """
+
+    name: str = "strict"
+    search_prompt: bool = False
+    substring: bool = False
+    masked_extra_token: bool = False
+    masked_bare_loss: bool = False
+    unmasked_padding: int = 0
+    single_token_choices: bool = False
+
+    def quirks(self) -> dict[str, bool | int]:
+        """The switches that are on, for the results."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+
+
+PROTOCOLS: Registry[Protocol] = Registry("protocol")
+STRICT = PROTOCOLS.register("strict")(Protocol())
+PAPER = PROTOCOLS.register("paper")(
+    Protocol(
+        name="paper",
+        search_prompt=True,
+        substring=True,
+        masked_extra_token=True,
+        masked_bare_loss=True,
+        unmasked_padding=16,
+        single_token_choices=True,
+    )
+)
+
+
+def require_single_tokens(choices: dict[str, int]) -> None:
+    """Choice -> its number of tokens: the papers look one token up, so each must be one.
+
+    Raises:
+        UserError: one is not.
+    """
+    long = {choice: tokens for choice, tokens in choices.items() if tokens != 1}
+    if long:
+        told = ", ".join(f"{choice!r} is {tokens}" for choice, tokens in sorted(long.items()))
+        raise UserError(
+            f"protocol 'paper' needs choices of one token each, but with this tokenizer {told}; "
+            "protocol 'strict' scores choices of any length"
+        )

@@ -1,0 +1,259 @@
+"""Scoring examples by a model: the plan of batches, the memory they may take, and what runs out of it.
+
+`score` is the whole evaluation as one function; the LightningModules and the rank search use its parts.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, TypeVar
+from typing import Protocol as Interface
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tensorllm.data.example import Example
+from tensorllm.errors import Incomplete, UserError
+from tensorllm.evaluation.causal import Batch, CausalScorer
+from tensorllm.evaluation.encoding import Encoded, Encoder
+from tensorllm.evaluation.forward import Forward, ModelForward
+from tensorllm.evaluation.masked import MaskedEncoder, MaskedItem, MaskedScorer, context_of_masked
+from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
+from tensorllm.evaluation.row import Row
+
+T = TypeVar("T", Encoded, MaskedItem)
+I = TypeVar("I")
+
+log = logging.getLogger(__name__)
+
+BATCH_TOKENS = (
+    8192  # columns x rows of one batch; what fits the caches of small machines and fills large ones
+)
+LOGITS = 2**26  # numbers in one batch's logits: 256 MiB in float32
+
+
+class Scorer(Interface):
+    """What evaluates one kind of model."""
+
+    def plan(self, examples: Sequence[Example]) -> list[Any]:
+        """Batches of examples; the same for every model with this tokenizer and context."""
+        ...
+
+    def score(self, batch: Any) -> list[Row]:
+        """Rows of one batch, in the batch's order."""
+        ...
+
+
+def is_masked(model: PreTrainedModel) -> bool:
+    """Whether the model fills masks in: it has no causal head."""
+    return not model.can_generate()
+
+
+def make_scorer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    protocol: Protocol = STRICT,
+    max_new_tokens: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    forward: Forward | None = None,
+    stop_early: bool = True,
+) -> Scorer:
+    """The scorer for this kind of model.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: its tokenizer.
+        protocol: what counts as right.
+        max_new_tokens: how long a generated answer may be.
+        batch_tokens: how many tokens a batch may have, padding and generated ones included.
+        forward: how a causal model is run, if not as it is.
+        stop_early: stop a generation when its verdict is certain.
+    """
+    context = context_of(model, tokenizer)
+    if is_masked(model):
+        return MaskedModelScorer(model, tokenizer, protocol, context, batch_tokens)
+    causal = CausalScorer(
+        forward or ModelForward(model),
+        tokenizer,
+        protocol,
+        max_new_tokens=max_new_tokens,
+        eos=eos_of(model),
+        stop_early=stop_early,
+    )
+    return CausalModelScorer(causal, Encoder(tokenizer, context, max_new_tokens), batch_tokens)
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    protocol: Protocol = STRICT,
+    *,
+    max_new_tokens: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    on_rows: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:
+    """Score all examples; rows come in the order of the examples.
+
+    Args:
+        on_rows: called with the rows of each finished batch.
+    """
+    scorer = make_scorer(
+        model,
+        tokenizer,
+        protocol=protocol,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+    )
+    found: dict[int, Row] = {}
+    for batch in scorer.plan(examples):
+        rows = scorer.score(batch)
+        found.update((row.index, row) for row in rows)
+        if on_rows is not None:
+            on_rows(rows)
+    return [found[example.index] for example in examples]
+
+
+class CausalModelScorer:
+    """Plans and scores for a causal model."""
+
+    def __init__(self, scorer: CausalScorer, encoder: Encoder, batch_tokens: int) -> None:
+        self.scorer = scorer
+        self.encoder = encoder
+        self.batch_tokens = batch_tokens
+
+    def plan(self, examples: Sequence[Example]) -> list[Batch]:
+        items = self.encoder(examples)
+        if self.scorer.protocol.single_token_choices:
+            for e in items:
+                lengths = [len(ids) - e.shared for ids in e.full]
+                require_single_tokens(dict(zip(e.example.choices, lengths, strict=False)))
+        vocabulary = self.scorer.forward.vocabulary
+        new = self.encoder.max_new_tokens
+
+        def cost(e: Encoded) -> tuple[int, int]:
+            if e.example.choices:
+                extra = sum(len(ids) - e.shared for ids in e.full)
+                return e.shared + extra, extra * vocabulary
+            return e.length + new, (e.length - min(e.start, len(e.prompt)) + 1) * vocabulary
+
+        kinds: dict[tuple[bool, bool], list[Encoded]] = {}
+        for e in items:
+            kinds.setdefault((bool(e.example.choices), bool(e.example.tokens)), []).append(e)
+        together = self.scorer.protocol.unmasked_padding
+        batches = [
+            batch
+            for kind, of_kind in sorted(kinds.items())
+            for batch in fill(
+                of_kind, cost, self.batch_tokens, together if kind == (False, False) else 1
+            )
+        ]
+        return [Batch(key, tuple(batch)) for key, batch in enumerate(batches)]
+
+    def score(self, batch: Batch) -> list[Row]:
+        def part(items: Sequence[Encoded]) -> list[Row]:
+            # A part has another shape than the planned batch, so nothing may be kept under its key.
+            whole = len(items) == len(batch.items)
+            return self.scorer(Batch(batch.key if whole else -1, tuple(items)))
+
+        return halving(part, batch.items)
+
+
+class MaskedModelScorer:
+    """Plans and scores for a masked model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: Protocol,
+        context: int,
+        batch_tokens: int,
+    ) -> None:
+        self.encoder = MaskedEncoder(tokenizer, context_of_masked(model, context), protocol)
+        self.scorer = MaskedScorer(model, tokenizer, protocol)
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.batch_tokens = batch_tokens
+
+    def plan(self, examples: Sequence[Example]) -> list[list[MaskedItem]]:
+        def cost(item: MaskedItem) -> tuple[int, int]:
+            tokens = item.length * len(item.texts)
+            return tokens, tokens * self.vocabulary
+
+        return list(fill(self.encoder(examples), cost, self.batch_tokens))
+
+    def score(self, batch: list[MaskedItem]) -> list[Row]:
+        return halving(self.scorer, batch)
+
+
+def fill(
+    items: Sequence[T], cost: Callable[[T], tuple[int, int]], tokens: int, together: int = 1
+) -> Iterator[list[T]]:
+    """Batches of items of similar cost, the dearest first: what does not fit memory shows at once.
+
+    Args:
+        items: in the dataset's order.
+        cost: an item's tokens and logits; a batch costs its number of items times its dearest one.
+        tokens: the budget of tokens per batch.
+        together: items whose indices fall into the same so many stay together, in order.
+    """
+    size = max(1, together)
+    groups = [list(g) for _, g in groupby(items, key=lambda item: item.example.index // size)]
+    groups.sort(key=lambda group: max(map(cost, group)), reverse=True)
+    batch: list[T] = []
+    for group in groups:
+        if batch:
+            dearest = [max(values) for values in zip(*map(cost, batch + group), strict=True)]
+            rows = len(batch) + len(group)
+            if rows * dearest[0] > tokens or rows * dearest[1] > LOGITS:
+                yield batch
+                batch = []
+        batch = batch + group
+    if batch:
+        yield batch
+
+
+def halving(scored: Callable[[Sequence[I]], list[Row]], items: Sequence[I]) -> list[Row]:
+    """`scored(items)`, in halves where memory runs out."""
+    try:
+        return scored(items)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        if len(items) == 1:
+            raise Incomplete(f"out of memory for a single example: {str(error)[:120]}") from None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(items) // 2
+    log.warning("out of memory: going on with %d instead of %d examples at once", half, len(items))
+    return halving(scored, items[:half]) + halving(scored, items[half:])
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU torch has no error class of its own for it.
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the model can read."""
+    limits = [
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        tokenizer.model_max_length,
+    ]
+    return min(int(limit) for limit in limits if limit)
+
+
+def eos_of(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a generation."""
+    config = model.generation_config
+    eos = None if config is None else config.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+def check_task(model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Raise UserError where a masked model cannot do what is asked."""
+    if is_masked(model) and any(e.tokens for e in examples):
+        raise UserError("running text needs a causal model, got a masked one")

@@ -1,0 +1,109 @@
+"""What is reported of many answers, as torchmetrics: exact over any number of devices.
+
+Every metric keeps two float64 sums, so that neither the order of batches nor their sizes matter. Each takes what it
+needs of the columns `correct`, `log_probability`, `answer_tokens`, `rank` and `token_f1`, all of shape (examples,).
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+TOP = (1, 5, 10)
+
+
+class Ratio(Metric, ABC):
+    """A quotient of two sums over examples."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add(self, values: Tensor, weights: Tensor) -> None:
+        """Add examples; NaN values do not count."""
+        known = ~values.isnan()
+        self.total += values[known].double().sum()
+        self.count += weights[known].double().sum()
+
+    def ratio(self) -> Tensor:
+        """Total over count; NaN where nothing was counted."""
+        return self.total / self.count
+
+    @abstractmethod
+    def compute(self) -> Tensor: ...
+
+
+class Accuracy(Ratio):
+    """Right answers, in per cent; running text (NaN) has none."""
+
+    def update(self, correct: Tensor) -> None:
+        self.add(correct, torch.ones_like(correct))
+
+    def compute(self) -> Tensor:
+        return 100 * self.ratio()
+
+
+class AnswerLoss(Ratio):
+    """Mean over examples of -(log-probability of the answer) / (its tokens), in nats per token."""
+
+    def update(self, log_probability: Tensor, answer_tokens: Tensor) -> None:
+        self.add(-log_probability / answer_tokens, torch.ones_like(log_probability))
+
+    def compute(self) -> Tensor:
+        return self.ratio()
+
+
+class Perplexity(Ratio):
+    """exp of the mean over tokens, not over examples."""
+
+    def update(self, log_probability: Tensor, answer_tokens: Tensor) -> None:
+        self.add(-log_probability, answer_tokens)
+
+    def compute(self) -> Tensor:
+        return self.ratio().exp()
+
+
+class TopK(Ratio):
+    """How often the answer's first token is among the k most probable, in per cent."""
+
+    def __init__(self, k: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.k = k
+
+    def update(self, rank: Tensor) -> None:
+        within = (rank <= self.k).double().masked_fill(rank.isnan(), torch.nan)
+        self.add(within, torch.ones_like(within))
+
+    def compute(self) -> Tensor:
+        return 100 * self.ratio()
+
+
+class TokenF1(Ratio):
+    """Mean token F1, in per cent; running text (NaN) has none."""
+
+    def update(self, token_f1: Tensor) -> None:
+        self.add(token_f1, torch.ones_like(token_f1))
+
+    def compute(self) -> Tensor:
+        return 100 * self.ratio()
+
+
+def answer_metrics() -> MetricCollection:
+    """All of them by the names they have in results."""
+    return MetricCollection(
+        {
+            "accuracy": Accuracy(),
+            "loss": AnswerLoss(),
+            "perplexity": Perplexity(),
+            **{f"top_{k}": TopK(k) for k in TOP},
+            "token_f1": TokenF1(),
+        },
+        compute_groups=False,
+    )

@@ -1,0 +1,51 @@
+"""The papers' three architectures by name; every other one is a plain causal or masked reasoner."""
+
+from typing import ClassVar, final
+
+from transformers import PreTrainedModel
+
+from tensorllm.errors import UserError
+from tensorllm.evaluation.scorer import is_masked
+from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner, Reasoner
+
+
+def _check_type(model: PreTrainedModel, expected: str) -> None:
+    if model.config.model_type != expected:
+        raise UserError(f"a model of type {expected!r} is needed, got {model.config.model_type!r}")
+
+
+@final
+class GPTJReasoner(CausalReasoner):
+    """GPT-J (EleutherAI/gpt-j-6b)."""
+
+    model_type: ClassVar[str] = "gptj"
+
+    def _check(self, model: PreTrainedModel) -> None:
+        _check_type(model, self.model_type)
+
+
+@final
+class LlamaReasoner(CausalReasoner):
+    """LLaMA (meta-llama/Llama-2-7b-hf)."""
+
+    model_type: ClassVar[str] = "llama"
+
+    def _check(self, model: PreTrainedModel) -> None:
+        _check_type(model, self.model_type)
+
+
+@final
+class RobertaReasoner(MaskedReasoner):
+    """RoBERTa (FacebookAI/roberta-base)."""
+
+    model_type: ClassVar[str] = "roberta"
+
+    def _check(self, model: PreTrainedModel) -> None:
+        _check_type(model, self.model_type)
+
+
+def reasoner_of(model: PreTrainedModel) -> type[Reasoner]:
+    """The class that fits a model."""
+    named = {c.model_type: c for c in (GPTJReasoner, LlamaReasoner, RobertaReasoner)}
+    general = MaskedReasoner if is_masked(model) else CausalReasoner
+    return named.get(model.config.model_type, general)

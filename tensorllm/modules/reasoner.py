@@ -1,0 +1,118 @@
+"""A model, perhaps compressed, that answers questions: `trainer.validate(module, datamodule)`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tensorllm.compression.model import compress
+from tensorllm.compressors.base import Compressor
+from tensorllm.data.base import ReasoningDataModule
+from tensorllm.errors import UserError
+from tensorllm.evaluation.protocol import STRICT, Protocol
+from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.scorer import BATCH_TOKENS, Scorer, is_masked, make_scorer
+from tensorllm.evaluation.summary import columns
+from tensorllm.metrics import answer_metrics
+
+
+class Reasoner(LightningModule, ABC):
+    """Evaluates a model; logs every metric of `tensorllm.metrics` when an epoch of validation or test ends.
+
+    Args:
+        model: a transformers model, or what loads one: then each device's process loads its own.
+        tokenizer: its tokenizer.
+        compressor: applied to the model before the first batch.
+        layers: which layers it edits; all by default.
+        protocol: what counts as a right answer.
+        batch_tokens: how many tokens a batch may have.
+        on_rows: called with the rows of each finished batch.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        compressor: Compressor | None = None,
+        layers: Sequence[int] | None = None,
+        protocol: Protocol = STRICT,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        on_rows: Callable[[list[Row]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._load: Callable[[], PreTrainedModel] | None = None
+        if isinstance(model, PreTrainedModel):
+            self._check(model)
+            self.model = model
+        else:
+            self._load = model
+        self.tokenizer = tokenizer
+        self.compressor = compressor
+        self.layers = layers
+        self.protocol = protocol
+        self.batch_tokens = batch_tokens
+        self.on_rows = on_rows
+        self.metrics = answer_metrics()
+        self._scorer: Scorer | None = None
+
+    @abstractmethod
+    def _check(self, model: PreTrainedModel) -> None:
+        """Raise UserError for a model of another kind."""
+
+    def configure_model(self) -> None:
+        """Load, compress, and plan the batches; once, however often Lightning calls it."""
+        if self._load is not None:
+            loaded = self._load()
+            self._check(loaded)
+            self.model, self._load = loaded, None
+        if self.compressor is not None:
+            compress(self.model, self.compressor, self.layers)
+            self.compressor = None
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ReasoningDataModule):
+            raise UserError(f"validation needs a ReasoningDataModule, got {type(data).__name__}")
+        data.connect(self.tokenizer, masked=is_masked(self.model))
+        self._scorer = make_scorer(
+            self.model,
+            self.tokenizer,
+            protocol=self.protocol,
+            max_new_tokens=data.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+        )
+        data.plan_with(self._scorer.plan)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert self._scorer is not None, "Lightning calls configure_model first"
+        rows = self._scorer.score(batch)
+        self.metrics.update(**{k: v.to(self.device) for k, v in columns(rows).items()})
+        if self.on_rows is not None:
+            self.on_rows(rows)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {name: value.float() for name, value in self.metrics.compute().items()}
+        self.log_dict({name: value for name, value in values.items() if not value.isnan()})
+        self.metrics.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+
+class CausalReasoner(Reasoner):
+    """A model that predicts the next token."""
+
+    def _check(self, model: PreTrainedModel) -> None:
+        if is_masked(model):
+            raise UserError(f"a causal model is needed, got {type(model).__name__}")
+
+
+class MaskedReasoner(Reasoner):
+    """A model that fills masks in."""
+
+    def _check(self, model: PreTrainedModel) -> None:
+        if not is_masked(model):
+            raise UserError(f"a masked model is needed, got {type(model).__name__}")
