@@ -1,1 +1,1 @@
-"""Checkpoints on disk: reading local ones, writing dense and factored ones, loading factored ones."""
+"""Checkpoints on disk: reading, writing dense and factored folders, loading factored ones."""

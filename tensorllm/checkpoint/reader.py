@@ -1,4 +1,4 @@
-"""A local checkpoint in the hub's layout: config.json and safetensors, read a few tensors at a time."""
+"""A local checkpoint in the layout of the hub, read a few tensors at a time."""
 
 import json
 import struct

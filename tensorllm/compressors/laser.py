@@ -21,7 +21,7 @@ class LaserSVD(Compressor):
     """Rank-r truncation of each chosen matrix. Source: LASER, section 3.
 
     Attributes:
-        rho: share of the full rank that is kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
+        rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
         rank: r itself, instead of rho.
         matrices: which of in, gate, out, q, k, v, o.
         method: `exact`, or `randomized` (seeded and checked).

@@ -1,0 +1,118 @@
+"""`tensorllm compress`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tensorllm_cli import options
+
+
+def compress(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Short name (`tensorllm list models`), local folder, or hub id."),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Strategy: `tensorllm list compressors`.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe (YAML) instead of --mode.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Take the shipped recipe for this dataset.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Such as 27, 0,1, 8-27 or all (default: recipe, else all).")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Tucker ranks R1,R2,R3 of width, head_dim, matrices.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead of ranks: energy to keep per mode, in (0, 1].")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Instead of ranks: relative error allowed, in [0, 1).")
+    ] = None,
+    rho: Annotated[
+        float | None, typer.Option(help="LASER: share of the full rank to keep, in (0, 1].")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="LASER, TRAWL: the rank itself.")] = None,
+    matrices: Annotated[
+        str | None, typer.Option(help="Which of q,k,v,o,in,gate,out, where the mode asks.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="How heads are cut: paper or official (authors' code).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field of the mode: field=value.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write the checkpoint to.")] = None,
+    format: Annotated[
+        str, typer.Option(help="dense (loads anywhere) or factored (small on disk).")
+    ] = "dense",
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; default: as it is.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Score on this dataset before and after.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples to score at most.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and its cost; do nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="Module to import first, with compressors of yours.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compress a model; without --out, in memory, to see what it does.
+
+    Examples:
+
+      tensorllm compress --model demo --mode hybrid
+
+      tensorllm compress --model my-llama/ --mode shared-tucker --ranks 1920,60,3 --out small/
+
+      tensorllm compress --model gptj --mode hybrid --out out/ --format factored
+    """
+    from tensorllm.pipeline.compress import CompressRequest, run
+    from tensorllm.pipeline.scores import scorer
+    from tensorllm_cli.show import print_json, print_result, progress_bar
+
+    given: dict[str, Any] = {
+        "ranks": options.ranks(ranks),
+        "energy": energy,
+        "error": error,
+        "rho": rho,
+        "rank": rank,
+        "matrices": options.names(matrices),
+        "layout": layout,
+    }
+    request = CompressRequest(
+        model=model,
+        revision=revision,
+        mode=mode,
+        config=config,
+        dataset=dataset,
+        layers=options.layers(layers),
+        all_layers=layers == "all",
+        settings={key: value for key, value in given.items() if value is not None}
+        | options.assignments(settings),
+        out=out,
+        format=format,
+        dtype=dtype,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        evaluate=evaluate,
+        limit=limit,
+        plugins=plugin or (),
+    )
+    with progress_bar() as progress:
+        result = run(request, progress, scorer(limit))
+    if json:
+        print_json(result.to_json())
+    else:
+        from tensorllm.reporting.tables import result_tables
+
+        print_result(result_tables(result))
+        if out is not None and not dry_run:
+            print_result(f"written to {out}")

@@ -1,0 +1,65 @@
+"""Reading what is typed: lists of layers, ranks, `key=value`."""
+
+from typing import Any
+
+from tensorllm.errors import UserError
+
+
+def layers(text: str | None) -> tuple[int, ...] | None:
+    """`27`, `0,1` or `8-27` as layer numbers; `all` and nothing give None."""
+    if text is None or text == "all":
+        return None
+    out: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            out += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            raise UserError(
+                f"--layers takes numbers such as 27, 0,1 or 8-27, or all; got {text!r}"
+            ) from None
+    if not out:
+        raise UserError(f"--layers {text!r} names no layer")
+    return tuple(out)
+
+
+def ranks(text: str | None) -> tuple[int, ...] | None:
+    """`304,19,2` as numbers; how many there must be is the compressor's to say."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--ranks takes whole numbers such as 304,19,2; got {text!r}") from None
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """`q,k` as names."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+def assignments(items: list[str] | None) -> dict[str, Any]:
+    """`key=value` pairs, the values read as YAML."""
+    import yaml
+
+    out = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set takes field=value, got {item!r}")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: {value!r} is not a YAML value") from None
+    return out
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """`0.5,0.9` as shares in (0, 1]."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value <= 1 for value in values):
+        raise UserError(f"--energy takes shares in (0, 1] such as 0.5,0.9; got {text!r}")
+    return values

@@ -1,0 +1,105 @@
+"""What a compression would do and cost, told before any weight is read."""
+
+import time
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from tensorllm.compression.folder import FolderTask, open_checkpoint, units
+from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compressors import Job
+from tensorllm.tensors.stacking import Geometry
+
+BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers, measured
+SHARD_BYTES = 2**29
+WORKING_COPIES = 5  # float32 copies of a stacked tensor that are alive at once, measured
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A site and its parameters before and after; None where only the decomposition can tell."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `--dry-run` prints.
+
+    Attributes:
+        seconds: predicted for decompositions at the GEMM speed of this machine, and for reading
+            and writing at `DISK` bytes per second.
+        peak_bytes: predicted peak of resident memory.
+    """
+
+    sites: list[PlannedSite]
+    parameters_before: int
+    parameters_after: int | None
+    bytes_before: int
+    bytes_after: int | None
+    seconds: float
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+DISK = 400e6
+
+
+def plan_folder(task: FolderTask) -> Plan:
+    """The plan of a task; it is checked as the task itself would be."""
+    checkpoint, roles = open_checkpoint(task.source)
+    layers = tuple(range(roles.layers)) if task.layers is None else tuple(task.layers)
+    jobs = plan_jobs(task.compressor, roles, layers)
+    sites = [_planned(job, roles.geometry) for job in jobs]
+    known = [site.parameters_after for site in sites]
+    saved = (
+        sum(site.parameters_before for site in sites) - sum(n or 0 for n in known)
+        if None not in known
+        else None
+    )
+    before = checkpoint.parameters
+    width = task.dtype.itemsize if task.dtype is not None else checkpoint.bytes / before
+    after = None if saved is None else before - saved
+    written = before if task.format == "dense" else after
+    largest = max(prod(site.shape) for site in sites)
+    work = units(checkpoint, roles, jobs)
+    heaviest = max(sum(checkpoint.entries[n].bytes for n in unit.names) for unit in work)
+    flops = sum(_flops(site.shape) for site in sites)
+    traffic = checkpoint.bytes + (width * (written or before))
+    return Plan(
+        sites=sites,
+        parameters_before=before,
+        parameters_after=after,
+        bytes_before=checkpoint.bytes,
+        bytes_after=None if written is None else round(width * written),
+        seconds=flops / gemm_speed() + traffic / DISK,
+        peak_bytes=BASE_BYTES + SHARD_BYTES + 2 * heaviest + WORKING_COPIES * 4 * largest,
+    )
+
+
+def _planned(job: Job, geometry: Geometry) -> PlannedSite:
+    shape = job.site.shape(geometry)
+    after = job.compressor.stored_parameters(shape)
+    return PlannedSite(job.site.name, shape, prod(shape), after)
+
+
+def _flops(shape: tuple[int, ...]) -> float:
+    """Order of the work: one Gram matrix over the second largest mode, forth and back."""
+    side = sorted(shape)[-2]
+    return 4.0 * prod(shape) * side
+
+
+def gemm_speed(size: int = 1024) -> float:
+    """Float32 multiply-adds of this machine, in flop per second."""
+    import torch
+
+    a = torch.randn(size, size)
+    _ = a @ a
+    started = time.perf_counter()
+    _ = a @ a
+    return 2 * size**3 / (time.perf_counter() - started)

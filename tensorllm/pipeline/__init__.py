@@ -1,0 +1,1 @@
+"""Compress, evaluate, search: where the parts are put together."""

@@ -1,0 +1,205 @@
+"""`tensorllm compress`: from a request to a compressed model and its report."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorllm.checkpoint.factored import load, model_class
+from tensorllm.checkpoint.source import Source, resolve
+from tensorllm.checkpoint.writer import check_target
+from tensorllm.compression.folder import (
+    FORMATS,
+    FolderTask,
+    Format,
+    compress_folder,
+    open_checkpoint,
+)
+from tensorllm.compression.model import Progress, compress, quiet
+from tensorllm.compression.plan import Plan, plan_folder
+from tensorllm.compression.report import CompressionReport
+from tensorllm.compressors.settings import make_compressor
+from tensorllm.errors import UserError
+from tensorllm.pipeline.plugins import load_plugins
+from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
+
+# Settings of which one excludes the others: giving one drops the recipe's.
+EXCLUSIVE = (("ranks", "energy", "error"), ("rho", "rank"))
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+Evaluate = Callable[[Any, Any, str], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressRequest:
+    """What the user asked for; None where a recipe or a default decides.
+
+    Attributes:
+        settings: the compressor's fields that were given.
+        evaluate: dataset to score before and after.
+        plugins: modules to import first; they register compressors of their own.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    mode: str | None = None
+    config: Path | None = None
+    dataset: str | None = None
+    layers: tuple[int, ...] | None = None
+    all_layers: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    out: Path | None = None
+    format: str = "dense"
+    dtype: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    evaluate: str | None = None
+    limit: int | None = None
+    plugins: Sequence[str] = ()
+
+
+def recipe_of(request: CompressRequest) -> Recipe:
+    """Recipe file or shipped recipe with the request's own settings put on top."""
+    base = None
+    if request.config is not None:
+        base = read_recipe(request.config)
+        if request.mode is not None and request.mode != base.mode:
+            raise UserError(
+                f"--mode {request.mode} contradicts {base.name}, which says {base.mode}"
+            )
+    model = request.model or (base.model if base else None)
+    if model is None:
+        raise UserError("give --model: a short name, a local folder or a hub id (or --config FILE)")
+    if base is None:
+        if request.mode is None:
+            raise UserError("give --mode: see `tensorllm list compressors` (or --config FILE)")
+        base = default_recipe(model, request.mode, request.dataset)
+    if base is None:
+        base = Recipe("command line", model, request.mode or "", None, {})
+    given = dict(request.settings)
+    kept = {key: value for key, value in base.settings.items() if not _excluded(key, given)}
+    layers = None if request.all_layers else request.layers or base.layers
+    if layers is None and base.notes and not request.all_layers:
+        raise UserError(
+            f"the layer of {base.name} was never published; give --layers, or find the best with "
+            "`tensorllm search-ranks`"
+        )
+    return Recipe(base.name, model, base.mode, layers, kept | given, base.dataset, base.notes)
+
+
+def run(
+    request: CompressRequest,
+    progress: Progress = quiet,
+    evaluate: Evaluate | None = None,
+) -> CompressionReport | Plan:
+    """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
+    load_plugins(request.plugins)
+    recipe = recipe_of(request)
+    compressor = make_compressor(recipe.mode, recipe.settings)
+    if request.format not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {request.format!r}")
+    dtype = _dtype(request.dtype)
+    if request.out is not None:
+        check_target(request.out, overwrite=request.overwrite)
+    source = resolve(recipe.model, request.revision)
+    dataset = request.evaluate or short_names().get(recipe.model, {}).get("evaluate")
+    scorer = _scorer(evaluate, dataset)
+    task = FolderTask(
+        source=source.folder,
+        target=request.out or Path(),
+        compressor=compressor,
+        layers=recipe.layers,
+        format=_format(request.format),
+        dtype=dtype,
+        overwrite=request.overwrite,
+        model=source.name,
+        revision=source.revision,
+    )
+    if request.dry_run:
+        return plan_folder(task)
+    if request.out is None:
+        return _in_memory(task, source, progress, scorer)
+    return _to_folder(task, progress, scorer)
+
+
+Score = Callable[[Any, Any], dict[str, Any]]
+
+
+def _scorer(evaluate: Evaluate | None, dataset: str | None) -> Score | None:
+    if evaluate is None or dataset is None:
+        return None
+    return lambda model, tokenizer: evaluate(model, tokenizer, dataset)
+
+
+def _in_memory(
+    task: FolderTask, source: Source, progress: Progress, score: Score | None
+) -> CompressionReport:
+    checkpoint, _ = open_checkpoint(task.source)
+    model = load_original(task.source, task.dtype, checkpoint.config)
+    tokenizer = load_tokenizer(task.source) if score else None
+    before = score(model, tokenizer) if score else None
+    report = compress(model, task.compressor, task.layers, progress=progress)
+    report.model, report.revision = source.name, source.revision
+    if score:
+        report.evaluation = {"before": before, "after": score(model, tokenizer)}
+    return report
+
+
+def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> CompressionReport:
+    report = compress_folder(task, progress)
+    if score:
+        tokenizer = load_tokenizer(task.source)
+        checkpoint, _ = open_checkpoint(task.source)
+        before = score(load_original(task.source, task.dtype, checkpoint.config), tokenizer)
+        report.evaluation = {"before": before, "after": score(load(task.target), tokenizer)}
+        temporary = task.target / "report.json.tmp"
+        temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        temporary.replace(task.target / "report.json")
+    return report
+
+
+def load_original(folder: Path, dtype: torch.dtype | None, config: Any) -> Any:
+    """The transformers model of a checkpoint folder, for evaluation."""
+    model = model_class(config).from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+    )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} has no tokenizer that can be loaded: {reason}") from None
+
+
+def _excluded(key: str, given: Mapping[str, Any]) -> bool:
+    return key not in given and any(
+        key in group and any(name in given for name in group) for group in EXCLUSIVE
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _format(name: str) -> Format:
+    return "factored" if name == "factored" else "dense"

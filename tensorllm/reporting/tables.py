@@ -1,0 +1,133 @@
+"""Rich tables that fit a terminal of 80 columns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tensorllm.compression.plan import Plan
+from tensorllm.compression.report import CompressionReport
+
+RATIO_NAMES = {
+    "matrices_compressed": "the compressed matrices",
+    "attention_of_edited_layers": "attention of the edited layers",
+    "all_attention": "attention of all layers",
+    "whole_model": "whole model (parameters)",
+    "bytes_on_disk": "weight files (bytes)",
+}
+
+
+def compression_tables(report: CompressionReport) -> RenderableType:
+    """Sites, ratios, and scores before and after where there are any."""
+    parts: list[RenderableType] = [_headline(report), _sites(report), _ratios(report)]
+    if report.evaluation:
+        parts.append(_scores(report.evaluation))
+    return Group(*parts)
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """What a run would do, for `--dry-run`."""
+    table = new_table("site", "shape", "parameters", "after", "ratio", number_from=2)
+    for site in plan.sites:
+        after = site.parameters_after
+        ratio = "by result" if after is None else f"{site.parameters_before / after:.2f}"
+        left = "by result" if after is None else count(after)
+        table.add_row(site.name, _shape(site.shape), count(site.parameters_before), left, ratio)
+    totals = new_table("plan", "before", "after", number_from=1)
+    totals.add_row(
+        "parameters", count(plan.parameters_before), _known(plan.parameters_after, count)
+    )
+    totals.add_row("weight files", size(plan.bytes_before), _known(plan.bytes_after, size))
+    totals.add_row("predicted time", "", f"{plan.seconds:.0f} s")
+    totals.add_row("predicted peak memory", "", size(plan.peak_bytes))
+    return Group(table, totals)
+
+
+def count(n: int) -> str:
+    """67.1M, 1.4M, 950."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            return f"{n / limit:.{1 if n >= 10 * limit else 2}f}{unit}"
+    return str(n)
+
+
+def size(n: int) -> str:
+    """Bytes in binary units."""
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= limit:
+            return f"{n / limit:.2f} {unit}"
+    return f"{n} B"
+
+
+def _headline(report: CompressionReport) -> Text:
+    settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
+    text = Text()
+    text.append(report.mode, style="bold")
+    text.append(f"({settings}) on {report.model}, {report.dtype}, {report.format}")
+    return text
+
+
+def _sites(report: CompressionReport) -> Table:
+    table = new_table("site", "shape", "ranks", "parameters", "CR", "error", "s", number_from=3)
+    for site in report.sites:
+        table.add_row(
+            site.name,
+            _shape(site.shape),
+            ",".join(str(rank) for rank in site.ranks),
+            f"{count(site.parameters_before)} → {count(site.parameters_after)}",
+            f"{site.ratio:.2f}",
+            f"{site.relative_error:.4f}",
+            f"{site.seconds:.2f}",
+        )
+    return table
+
+
+def _ratios(report: CompressionReport) -> Table:
+    table = new_table("compression ratio of", "ratio", number_from=1)
+    for name, value in report.ratios().items():
+        table.add_row(RATIO_NAMES[name], f"{value:.3f}")
+    return table
+
+
+def _scores(evaluation: Mapping[str, Any]) -> Table:
+    before, after = evaluation["before"], evaluation["after"]
+    named = ", ".join(str(before[key]) for key in ("dataset", "split", "protocol") if key in before)
+    table = new_table(named or "scores", "before", "after", "change", number_from=1)
+    for name, unit in (("accuracy", " %"), ("loss", "")):
+        one, other = before[name], after[name]
+        table.add_row(
+            f"{name}{unit}", f"{one:.2f}", f"{other:.2f}", Text(f"{other - one:+.2f}", style="bold")
+        )
+    return table
+
+
+def new_table(*columns: str, number_from: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = index >= number_from
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(str(n) for n in shape)
+
+
+def _known(value: int | None, show: Any) -> str:
+    return "by result" if value is None else show(value)
+
+
+def result_tables(result: CompressionReport | Plan) -> RenderableType:
+    """The tables of whatever `tensorllm compress` gave."""
+    return plan_table(result) if isinstance(result, Plan) else compression_tables(result)
+
+
+def rows_table(rows: list[dict[str, str]]) -> RenderableType:
+    """Rows of text with the same keys."""
+    table = new_table(*(rows[0] if rows else ["nothing"]), number_from=99)
+    for row in rows:
+        table.add_row(*row.values())
+    return table
