@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.eigen import leading_vectors, require_finite
+from tensorllm.tensors.eigen import all_singular_values, leading_vectors, require_finite
 from tensorllm.tensors.factors import LowRank, wide
 from tensorllm.tensors.ranks import check_rank
 
@@ -40,13 +40,12 @@ def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0)
 
 def singular_values(w_IO: Tensor) -> Tensor:
     """All singular values, float64, largest first."""
-    short = int(w_IO.shape[1] < w_IO.shape[0])
-    return leading_vectors(w_IO, short, w_IO.shape[short]).singular_S
+    return all_singular_values(w_IO, 0)
 
 
 def _exact(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     short = int(w_IO.shape[1] < w_IO.shape[0])  # its Gram matrix is the smaller one
-    u = leading_vectors(w_IO, short, rank).u_NR
+    u = leading_vectors(w_IO, short, rank)
     x_IO = w_IO.to(torch.promote_types(wide(w_IO[:0]).dtype, u.dtype))
     u = u.to(x_IO.dtype)
     return (x_IO @ u, u.mT) if short else (u, u.mT @ x_IO)
