@@ -15,6 +15,7 @@ from torch import Tensor
 
 CHUNK = 1 << 20  # numbers converted, copied or multiplied at once: they stay in the cache
 SHORT = 1 << 16  # terms of one float32 dot product
+ROW = 1 << 9  # the same of a norm, which costs less to cut short
 NARROW = 256  # below this many columns, blocks are multiplied as one matrix with zeros in it
 
 
@@ -102,7 +103,7 @@ def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
     r = u_NR.shape[1]
     out_ARB = torch.empty(a, r, b, dtype=u_NR.dtype, device=w.device)
     size = x_ANB.numel() if x_ANB.dtype == u_NR.dtype else 4 * CHUNK
-    narrow = b > 1 and a > 1 and n * b <= NARROW
+    narrow = b > 1 and a > 1 and n * b <= min(NARROW, size)
     u_wide = _beside_itself(u_NR, b) if narrow else u_NR
     with exact_float32():
         for at_a, at_b in _pieces(x_ANB, size):
@@ -117,7 +118,8 @@ def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
 
 def _beside_itself(u_NR: Tensor, b: int) -> Tensor:
     """u ⊗ I_B: it multiplies (A, N·B) blocks as `u` multiplies (A, N)."""
-    return torch.kron(u_NR.contiguous(), torch.eye(b, dtype=u_NR.dtype, device=u_NR.device))
+    eye_BB = torch.eye(b, dtype=u_NR.dtype, device=u_NR.device)
+    return (u_NR[:, None, :, None] * eye_BB[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def energy(w: Tensor) -> float:
@@ -126,7 +128,7 @@ def energy(w: Tensor) -> float:
     total = 0.0
     for piece in flat.split(16 * CHUNK):
         wide = piece if piece.dtype == torch.float64 else piece.float()
-        rows = wide[: wide.numel() // SHORT * SHORT].view(-1, SHORT)
+        rows = wide[: wide.numel() // ROW * ROW].view(-1, ROW)
         rest = wide[rows.numel() :]
         norms = torch.linalg.vector_norm(rows, dim=1) if rows.numel() else rows.new_zeros(1)
         total += float(norms.double().square().sum()) + float(rest.double().square().sum())
