@@ -1,0 +1,101 @@
+"""What the factored attention has to know of each architecture that its weights do not say.
+
+Paths and names are those of the transformers 5 modelling files (`models/<model_type>`).
+Shapes: B batch, H heads, T tokens, K head width, J rotated width.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorllm.registry import Registry
+
+Rotate = Callable[[Any, Tensor, Tensor, Any, Any], tuple[Tensor, Tensor]]
+
+
+def rotate_halves(
+    module: Any, q_BHTJ: Tensor, k_BGTJ: Tensor, position_embeddings: Any, position_ids: Any
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding by the model's own function; the model passes cosines and sines down."""
+    cos, sin = position_embeddings
+    return module.rotary_function(q_BHTJ, k_BGTJ, cos, sin)
+
+
+def rotate_pairs(
+    module: Any, q_BHTJ: Tensor, k_BGTJ: Tensor, position_embeddings: Any, position_ids: Any
+) -> tuple[Tensor, Tensor]:
+    """The same where each layer keeps a table of sines and cosines, heads after tokens."""
+    table = module._get_embed_positions(position_ids)
+    index = position_ids.unsqueeze(-1).expand(-1, -1, table.shape[-1])
+    sin, cos = torch.gather(table, 1, index).to(k_BGTJ.dtype).chunk(2, dim=-1)
+    q, k = (module.rotary_function(t.transpose(1, 2), sin, cos) for t in (q_BHTJ, k_BGTJ))
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def _rope_width(config: Any, head_dim: int) -> int:
+    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wiring:
+    """One architecture's attention beside its matrices.
+
+    Attributes:
+        rotate: how queries and keys are rotated; None where positions are not rotary.
+        width: how many of a head's numbers are rotated, the first ones.
+        norms: modules that normalise queries and keys, head by head, where they are there.
+        scale: what scores are multiplied by.
+        softcap: attribute of the soft-capping of scores.
+        dropout, output_dropout: attributes of the dropout of probabilities and of the output.
+        latent: whether the module with this config can keep latents.
+    """
+
+    rotate: Rotate | None = rotate_halves
+    width: Callable[[Any, int], int] = _rope_width
+    norms: tuple[str, str] | None = None
+    scale: Callable[[Any], float] = lambda module: module.scaling
+    softcap: str | None = None
+    dropout: str = "attention_dropout"
+    output_dropout: str | None = None
+    latent: Callable[[Any], bool] = lambda config: True
+
+
+WIRINGS: Registry[Wiring] = Registry("attention wiring", group="tensorllm.wirings")
+
+_ROTARY = Wiring()
+for _name in ("llama", "mistral", "qwen2", "phi3", "gpt_neox"):
+    WIRINGS.register(_name)(_ROTARY)
+for _name in ("qwen3", "gemma3_text"):
+    WIRINGS.register(_name)(replace(_ROTARY, norms=("q_norm", "k_norm")))
+WIRINGS.register("gemma2")(replace(_ROTARY, softcap="attn_logit_softcapping"))
+WIRINGS.register("phi")(replace(_ROTARY, norms=("q_layernorm", "k_layernorm")))
+WIRINGS.register("falcon")(
+    replace(
+        _ROTARY,
+        scale=lambda module: module.inv_norm_factor,
+        latent=lambda config: not config.alibi,
+    )
+)
+WIRINGS.register("gptj")(
+    Wiring(
+        rotate=rotate_pairs,
+        width=lambda config, head_dim: config.rotary_dim or head_dim,
+        scale=lambda module: 1 / module.scale_attn,
+        dropout="attn_dropout",
+        output_dropout="resid_dropout",
+    )
+)
+
+_PLAIN = Wiring(rotate=None, width=lambda config, head_dim: 0, dropout="dropout")
+for _name in ("opt", "bert", "roberta", "distilbert"):
+    WIRINGS.register(_name)(_PLAIN)
+WIRINGS.register("gpt2")(replace(_PLAIN, dropout="attn_dropout", output_dropout="resid_dropout"))
+
+
+def rotary_function(dense: type[nn.Module]) -> Any:
+    """The rotary embedding of the modelling file that defines an attention class."""
+    return getattr(sys.modules[dense.__module__], "apply_rotary_pos_emb", None)
