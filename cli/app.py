@@ -5,10 +5,10 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
 
 import typer
-from click.exceptions import Abort
 
 from tensorllm.errors import Incomplete, UserError
 from tensorllm_cli.compress import compress
@@ -51,23 +51,42 @@ app.command()(inspect)
 app.command("list")(list_)
 
 
-def main() -> None:
+# Typer carries its own copy of click since 0.26 and names none of its errors but this one, whose
+# last ancestor before Exception is that of every wrong use.
+WRONG_USE: type[Exception] = typer.BadParameter.__mro__[
+    typer.BadParameter.__mro__.index(Exception) - 1
+]
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line, never a traceback."""
     # Progress bars and notices of the libraries would spoil the output, and --json.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(standalone_mode=True)
+        code = app(list(arguments) or ["--help"], standalone_mode=False)
     except UserError as error:
         fail(str(error), 2)
+    except WRONG_USE as error:
+        fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except Incomplete as error:
         fail(str(error), 1)
-    except (KeyboardInterrupt, Abort):
-        fail("interrupted; run the same command again to go on", 130)
+    except BrokenPipeError:  # whoever read our output has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # what is wrong is outside the program; its text names the file
+        fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # Typer turns the first Ctrl-C into this
+        fail("interrupted; run the same command again to go on", INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """One line on standard error, and the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
     sys.exit(code)
