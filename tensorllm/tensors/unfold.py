@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20  # numbers converted, copied or multiplied at once: they stay in the cache
-SHORT = 1 << 16  # terms of one float32 dot product
-ROW = 1 << 9  # the same of a norm, which costs less to cut short
-NARROW = 256  # below this many columns, blocks are multiplied as one matrix with zeros in it
+ROW = 1 << 12  # terms of one float32 norm
+FOLDED = 64  # columns from which on products are fast and add in blocks
+NARROW = 256  # up to so many columns, blocks are multiplied as one matrix with zeros in it
 
 
 @contextmanager
@@ -70,30 +70,45 @@ def _pieces(x_ANB: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def gram(w: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
-    """The Gram matrix (N, N) of the unfolding of `mode`: products in `dtype`, sums in float64."""
+    """The Gram matrix (N, N) of the unfolding of `mode`: products in `dtype`, sums in float64.
+
+    Narrow blocks are folded into wider matrices, whose Gram matrix holds the wanted one in pieces:
+    a product of thin matrices is slow, and adds its terms one by one, which drifts.
+    """
     x_ANB, _, _ = blocks(w, mode)
-    _, n, b = x_ANB.shape
-    total_NN = torch.zeros(n, n, dtype=torch.float64, device=w.device)
-    with exact_float32():
-        for at_a, at_b in _pieces(
-            x_ANB, max(CHUNK if n * b > NARROW else SHORT * n * b, 2 * n * n)
-        ):
-            piece = x_ANB[at_a, :, at_b].to(dtype)
-            total_NN += _gram_of_piece(piece)
-    return total_NN
-
-
-def _gram_of_piece(x_ANB: Tensor) -> Tensor:
     a, n, b = x_ANB.shape
-    if b == 1:
-        return x_ANB[:, :, 0].mT @ x_ANB[:, :, 0]
-    if a == 1:
-        return x_ANB[0] @ x_ANB[0].mT
-    if n * b <= NARROW:  # one product over the long axis, then the trace over B
-        x_AC = x_ANB.reshape(a, n * b)
-        return (x_AC.mT @ x_AC).view(n, b, n, b).diagonal(dim1=1, dim2=3).sum(-1)
-    x_NC = x_ANB.transpose(0, 1).reshape(n, -1)
-    return x_NC @ x_NC.mT
+    fold = _fold(b, n)
+    if fold > 1:
+        wide_CC = _plain_gram(x_ANB.view(a, n * fold, b // fold), dtype)
+        return wide_CC.view(n, fold, n, fold).diagonal(dim1=1, dim2=3).sum(-1)
+    if n * b <= NARROW:
+        fold = _fold(a, n * b)
+        wide_CC = _plain_gram(x_ANB.view(a // fold, fold * n * b, 1), dtype)
+        pieces = wide_CC.view(fold, n, b, fold, n, b)
+        return pieces.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum((-1, -2))
+    return _plain_gram(x_ANB, dtype)
+
+
+def _fold(long: int, short: int) -> int:
+    """The largest power of two that divides `long` and keeps `short` times it within FOLDED."""
+    fold = 1
+    while 2 * fold * short <= FOLDED and long % (2 * fold) == 0:
+        fold *= 2
+    return fold
+
+
+def _plain_gram(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
+    n = x_ANB.shape[1]
+    total_NN = torch.zeros(n, n, dtype=torch.float64, device=x_ANB.device)
+    with exact_float32():
+        for at_a, at_b in _pieces(x_ANB, max(CHUNK, 2 * n * n)):
+            piece = x_ANB[at_a, :, at_b].to(dtype)
+            if piece.shape[2] == 1:
+                total_NN += piece[:, :, 0].mT @ piece[:, :, 0]
+            else:
+                x_NC = piece[0] if len(piece) == 1 else piece.transpose(0, 1).flatten(1)
+                total_NN += x_NC @ x_NC.mT
+    return total_NN
 
 
 def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
