@@ -56,6 +56,9 @@ def compress(
     evaluate: Annotated[
         str | None, typer.Option(help="Score on this dataset before and after.")
     ] = None,
+    data_file: Annotated[
+        Path | None, typer.Option(help="The dataset's rows, from a local file.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Examples to score at most.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and its cost; do nothing.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
@@ -103,11 +106,10 @@ def compress(
         overwrite=overwrite,
         dry_run=dry_run,
         evaluate=evaluate,
-        limit=limit,
         plugins=plugin or (),
     )
     with progress_bar() as progress:
-        result = run(request, progress, scorer(limit))
+        result = run(request, progress, scorer(data_file, limit))
     if json:
         print_json(result.to_json())
     else:

@@ -64,7 +64,6 @@ class CompressRequest:
     overwrite: bool = False
     dry_run: bool = False
     evaluate: str | None = None
-    limit: int | None = None
     plugins: Sequence[str] = ()
 
 
