@@ -1,7 +1,8 @@
 """What is reported of many answers, as torchmetrics: exact over any number of devices.
 
-Every metric keeps two float64 sums, so that neither the order of batches nor their sizes matter. Each takes what it
-needs of the columns `correct`, `log_probability`, `answer_tokens`, `rank` and `token_f1`, all of shape (examples,).
+Every metric keeps two float64 sums, so that neither the order of batches nor their sizes matter.
+Each takes what it needs of the columns `correct`, `log_probability`, `answer_tokens`, `rank` and
+`token_f1`, all of shape (examples,).
 """
 
 from abc import ABC, abstractmethod

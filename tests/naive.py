@@ -1,7 +1,9 @@
-"""The papers' way, independent of tensorllm.evaluation: one example at a time, everything computed anew.
+"""The papers' way, independent of tensorllm.evaluation: one example at a time, everything computed
+anew.
 
-Follows LASER's scripts (github.com/pratyushasharma/laser, src/intervention_gptj_hotpot.py and others): `generate` for the
-verdict, a forward pass over prompt and answer for the loss, a forward pass per choice. No caches, no batches.
+Follows LASER's scripts (github.com/pratyushasharma/laser, src/intervention_gptj_hotpot.py and
+others): `generate` for the verdict, a forward pass over prompt and answer for the loss, a forward
+pass per choice. No caches, no batches.
 """
 
 import re
@@ -44,7 +46,8 @@ def find_answer_len(ids: list[int], prompt: str, answer: str, tokenizer: Any) ->
     for i in range(len(ids) - 1, -1, -1):
         if tokenizer.decode(ids[i:], clean_up_tokenization_spaces=False).strip() == answer.strip():
             return len(ids) - i
-    # LASER asserts here; an answer that the tokenizer cannot spell begins where the prompt's tokens end.
+    # LASER asserts here; an answer that the tokenizer cannot spell begins where the prompt's tokens
+    # end.
     same = 0
     for token, other in zip(tokenizer(prompt).input_ids, ids, strict=False):
         if token != other:

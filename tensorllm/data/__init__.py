@@ -1,6 +1,7 @@
 """Datasets of questions: one short file each over `ReasoningDataModule`, and the demo world.
 
-`DATASETS`, `ReasoningDataModule` and `Example` are loaded on first use: the demo world itself needs no torch.
+`DATASETS`, `ReasoningDataModule` and `Example` are loaded on first use: the demo world itself needs
+no torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -30,7 +30,8 @@ def one_per_batch(examples: Sequence[Example]) -> Sequence[list[Example]]:
 class ReasoningDataModule(LightningDataModule, ABC):
     """Questions with known answers.
 
-    A dataset names its fields and says how a row becomes an `Example`; it may also filter (`select`).
+    A dataset names its fields and says how a row becomes an `Example`; it may also filter
+    (`select`).
 
     Args:
         data_file: a local file in place of the hub.
@@ -57,30 +58,29 @@ class ReasoningDataModule(LightningDataModule, ABC):
         fields: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
+        known = (name for name in DATASETS if DATASETS[name] is type(self))
+        self.name = next(known, type(self).__name__)  # a class need not be registered to be used
         if split not in get_args(Split):
-            known = ", ".join(get_args(Split))
-            raise UserError(f"split must be one of {known}, got {split!r}")
+            raise UserError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
         if limit is not None and limit < 1:
             raise UserError(f"--limit must be at least 1, got {limit}")
         if unknown := set(fields or ()) - set(self.field_names):
             name = min(unknown)
             hint = did_you_mean(name, list(self.field_names))
-            known = ", ".join(self.field_names)
-            raise UserError(f"{self.name} has no field {name!r}.{hint} Known: {known}")
+            raise UserError(
+                f"{self.name} has no field {name!r}.{hint} Known: {', '.join(self.field_names)}"
+            )
         self.data_file = None if data_file is None else Path(data_file)
         self.split: Split = split
         self.limit = limit
         self.fields = fields or {}
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.masked = False
+        self.done: frozenset[int] = frozenset()  # indices scored by an earlier, interrupted run
         self.notes: list[str] = []  # what was left out and why, for the results
         self._examples: list[Example] | None = None
         self._planner: Planner = one_per_batch
         self._plan: Sequence[Any] | None = None
-
-    @property
-    def name(self) -> str:
-        return DATASETS.name_of(type(self))
 
     def connect(self, tokenizer: PreTrainedTokenizerBase, *, masked: bool = False) -> None:
         """Tell the dataset which tokenizer counts and what kind of model reads the prompts."""
@@ -142,30 +142,36 @@ class ReasoningDataModule(LightningDataModule, ABC):
             chosen = list(itertools.islice(everything, *spans[self.split]))[: self.limit]
             if not chosen:
                 raise UserError(
-                    f"split {self.split!r} of {self.name} is empty: it has {len(everything)} examples in all"
+                    f"split {self.split!r} of {self.name} is empty: "
+                    f"it has {len(everything)} examples in all"
                 )
             self._examples = chosen
         return self._examples
 
     def plan_with(self, planner: Planner) -> None:
-        """Make the batches by `planner`: examples in, batches out. One plan serves every later run."""
+        """Make the batches by `planner`: examples in, batches out. One plan serves every later
+        run.
+        """
         self._planner, self._plan = planner, None
 
     @property
     def batches(self) -> Sequence[Any]:
         """The plan, made once; each device takes its share of it by rank."""
         if self._plan is None:
-            self._plan = self._planner(self.examples)
+            self._plan = self._planner([e for e in self.examples if e.index not in self.done])
         return self._plan
 
-    def _share(self) -> Sequence[Any]:
+    def _share(self) -> list[Any]:
+        """This process's batches; None fills up, so that all processes take as many steps."""
         # Not Lightning's DistributedSampler: it repeats examples until all devices have as many.
-        if self.trainer is None or self.trainer.world_size == 1:
-            return self.batches
-        return self.batches[self.trainer.global_rank :: self.trainer.world_size]
+        world = 1 if self.trainer is None else self.trainer.world_size
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        steps = -(-len(self.batches) // world)
+        mine = list(self.batches[rank::world])
+        return mine + [None] * (steps - len(mine))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(list(self._share()), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        return DataLoader(self._share(), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         return batch  # lists of tokens; the scorer pads them where the model is

@@ -1,4 +1,6 @@
-"""Bias in Bios: the profession of a person from a biography (De-Arteaga et al. 2019, arXiv 1901.09451)."""
+"""Bias in Bios: the profession of a person from a biography (De-Arteaga et al. 2019, arXiv
+1901.09451).
+"""
 
 from typing import ClassVar
 
@@ -8,36 +10,11 @@ from tensorllm.data.reading import HubSource, Row
 from tensorllm.errors import UserError
 
 # The order of the hub's integer labels.
-PROFESSIONS = [
-    "accountant",
-    "architect",
-    "attorney",
-    "chiropractor",
-    "comedian",
-    "composer",
-    "dentist",
-    "dietitian",
-    "dj",
-    "filmmaker",
-    "interior_designer",
-    "journalist",
-    "model",
-    "nurse",
-    "painter",
-    "paralegal",
-    "pastor",
-    "personal_trainer",
-    "photographer",
-    "physician",
-    "poet",
-    "professor",
-    "psychologist",
-    "rapper",
-    "software_engineer",
-    "surgeon",
-    "teacher",
-    "yoga_teacher",
-]
+PROFESSIONS = """
+    accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker
+    interior_designer journalist model nurse painter paralegal pastor personal_trainer photographer
+    physician poet professor psychologist rapper software_engineer surgeon teacher yoga_teacher
+""".split()
 # Those that are one token in the papers' tokenizers, in LASER's order.
 CHOICES = (
     "journalist",
@@ -66,13 +43,14 @@ class BiosProfession(ReasoningDataModule):
         text = self.text(row, "text", where)
         if self.masked and self.tokenizer is not None:
             kept = self.tokenizer(text, add_special_tokens=False).input_ids[-MASKED_TOKENS:]
-            text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+            text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
         prompt = f"Consider the following text: {text}{'' if text.endswith(('.', '?')) else '.'}"
         if self.masked and self.tokenizer is not None:
             mask = self.tokenizer.mask_token
             prompt += f" The profession of the person in the text is called {mask}."
         else:
-            prompt += " What is the profession of the person in this text? The profession of this person is"
+            prompt += " What is the profession of the person in this text?"
+            prompt += " The profession of this person is"
         return Example(prompt, profession, CHOICES)
 
     def _profession(self, row: Row, where: str) -> str:

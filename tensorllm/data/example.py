@@ -8,8 +8,8 @@ class Example:
     """One question and its gold answer.
 
     Attributes:
-        prompt: what the model reads. For a masked model it may hold the tokenizer's mask token once,
-            where the answer belongs; otherwise the answer follows the prompt.
+        prompt: what the model reads. For a masked model it may hold the tokenizer's mask token
+            once, where the answer belongs; otherwise the answer follows the prompt.
         answer: the gold answer; one of `choices` where there are any.
         choices: not empty: scored by the log-probability of each; empty: generated and matched.
         index: the example's place in its dataset, before a part of it was chosen; unique.

@@ -12,17 +12,19 @@ from tensorllm.data.reading import HubSource, Row, rows_of_hub
 from tensorllm.errors import UserError
 
 ANSWER_TOKENS = 15
-# "We use the LLAMA tokenizer for consistency": so all models of the papers answer the same questions.
+# "We use the LLAMA tokenizer for consistency": so all models of the papers answer the same
+# questions.
 COUNTING_TOKENIZER = "meta-llama/Llama-2-7b-hf"
 
 
 @DATASETS.register("hotpotqa", aliases=("hotpot", "hotpot_qa"))
 class HotpotQA(ReasoningDataModule):
-    """Answers of at most 15 LLaMA tokens, special tokens included, as LASER's `dataset_utils/hotpot.py`.
+    """Answers of at most 15 LLaMA tokens, special tokens included, as LASER's
+    `dataset_utils/hotpot.py`.
 
     Args:
-        counting_tokenizer: whose tokens are counted: a hub id or folder. By default LLaMA-2's where it
-            is in the local cache, otherwise the evaluated model's own; the results say which.
+        counting_tokenizer: whose tokens are counted: a hub id or folder. By default LLaMA-2's where
+            it is in the local cache, otherwise the evaluated model's own; the results say which.
     """
 
     source = HubSource("hotpotqa/hotpot_qa", "fullwiki", ("train", "validation"))
@@ -35,7 +37,9 @@ class HotpotQA(ReasoningDataModule):
         self._counter: PreTrainedTokenizerBase | None = None
 
     def rows(self) -> Iterator[Iterator[Row]]:
-        """On the hub: as many train rows as there are validation rows, then those (test has no answers)."""
+        """On the hub: as many train rows as there are validation rows, then those (test has no
+        answers).
+        """
         if self.data_file is not None or self.source is None:
             yield from super().rows()
             return

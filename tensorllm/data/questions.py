@@ -1,4 +1,6 @@
-"""Questions of your own: any file with prompts and answers, described by one YAML or by nothing at all."""
+"""Questions of your own: any file with prompts and answers, described by one YAML or by nothing at
+all.
+"""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,7 +73,8 @@ class Questions(ReasoningDataModule):
 
 
 def questions_from_yaml(path: Path, **options: Any) -> Questions:
-    """The dataset that a YAML file describes (docs/add_a_dataset.md); `options` go before what it says.
+    """The dataset that a YAML file describes (docs/add_a_dataset.md); `options` go before what it
+    says.
 
     Raises:
         UserError: a key is unknown or of the wrong type.

@@ -1,4 +1,6 @@
-"""Rows from local files and from the hub, as dictionaries, in the order in which they are stored."""
+"""Rows from local files and from the hub, as dictionaries, in the order in which they are
+stored.
+"""
 
 import csv
 import itertools
@@ -78,7 +80,9 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def json_items(path: Path) -> list[Any]:
-    """The items of a JSON list, or of the one list that a JSON object holds (`data`, `examples`, ...)."""
+    """The items of a JSON list, or of the one list that a JSON object holds (`data`, `examples`,
+    ...).
+    """
     try:
         loaded = json.loads("".join(_lines(path)))
     except json.JSONDecodeError as error:
@@ -103,7 +107,8 @@ def _csv(path: Path) -> Iterator[Row]:
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(
-                    f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields"
+                    f"{path}, line {reader.line_num}: "
+                    f"expected {len(reader.fieldnames or ())} fields"
                 )
             yield row
     except csv.Error as error:

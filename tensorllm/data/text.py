@@ -1,4 +1,6 @@
-"""Any text: how well the model predicts it (perplexity). Nothing is generated, there is no accuracy."""
+"""Any text: how well the model predicts it (perplexity). Nothing is generated, there is no
+accuracy.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,11 @@ from tensorllm.errors import UserError
 
 @DATASETS.register("text", aliases=("perplexity",))
 class Text(ReasoningDataModule):
-    """Documents cut into blocks that share one token, so that every token but a document's first is scored once.
+    """Documents cut into blocks that share one token, so that every token but a document's first is
+    scored once.
 
-    A file of rows gives one document per row (field `text`), a JSON list of strings one per string, any other
-    file is one document.
+    A file of rows gives one document per row (field `text`), a JSON list of strings one per string,
+    any other file is one document.
 
     Args:
         block: tokens per block; the model's context, if that is shorter.
@@ -57,7 +60,7 @@ class Text(ReasoningDataModule):
             for start in range(0, len(ids) - 1, self.block - 1):
                 block = ids[start : start + self.block]
                 found.append(
-                    Example("", self.tokenizer.decode(block), (), len(found), tuple(block))
+                    Example("", str(self.tokenizer.decode(block)), (), len(found), tuple(block))
                 )
         if not found:
             raise UserError(f"{self.data_file} has no text of two tokens or more")

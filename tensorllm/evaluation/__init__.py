@@ -1,1 +1,3 @@
-"""How answers are scored: the protocol, the fast scorers for causal and masked models, statistics."""
+"""How answers are scored: the protocol, the fast scorers for causal and masked models,
+statistics.
+"""

@@ -68,7 +68,9 @@ class CausalScorer:
     def _answers(
         self, batch: Batch, keep: int, *, grow: bool
     ) -> tuple[Tensor, Padded, object, list[tuple[float, int]]]:
-        """Read prompt and gold answer; logits (B, keep, V), and each answer's log-probability and first rank."""
+        """Read prompt and gold answer; logits (B, keep, V), and each answer's log-probability and
+        first rank.
+        """
         padded = left_padded([e.full[0] for e in batch.items], self.forward.device)
         logits_BNV, cache = self.forward(padded, keep=keep, grow=grow, key=batch.key)
         lengths = [len(e.full[0]) - e.start for e in batch.items]
@@ -115,7 +117,9 @@ class CausalScorer:
         ]
 
     def _unmasked(self, batch: Batch, scores: list[tuple[float, int]]) -> list[tuple[float, int]]:
-        """The papers' batched loss: pads are read as tokens, and positions count from the first of them."""
+        """The papers' batched loss: pads are read as tokens, and positions count from the first of
+        them.
+        """
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         found = []
@@ -158,7 +162,9 @@ class CausalScorer:
         return rows
 
     def _choice_scores(self, batch: Batch) -> list[tuple[list[float], int]]:
-        """Per example the log-probability of every choice and the rank of the gold one's first token."""
+        """Per example the log-probability of every choice and the rank of the gold one's first
+        token.
+        """
         items = batch.items
         branches = [[ids[e.shared :] for ids in e.full] for e in items]
         long = any(len(b) > 1 for of_one in branches for b in of_one)
@@ -222,7 +228,8 @@ def _picked(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
 def answer_scores(
     logits_BNV: Tensor, ids_BT: Tensor, lengths: list[int]
 ) -> list[tuple[float, int]]:
-    """Log-probability of each row's last tokens, `lengths` of them, and the rank of the first of these.
+    """Log-probability of each row's last tokens, `lengths` of them, and the rank of the first of
+    these.
 
     Args:
         logits_BNV: logits of the last N columns of `ids_BT`, N > max(lengths).

@@ -1,4 +1,6 @@
-"""Examples as tokens for a causal model: what is read once, what branches off it, where the answer begins."""
+"""Examples as tokens for a causal model: what is read once, what branches off it, where the answer
+begins.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError
 
-TAIL_WORDS = 4  # enough of a prompt's end that what precedes it cannot change how the answer is cut into tokens
+# Words of a prompt's end: what precedes them cannot change how the answer is cut into tokens.
+TAIL_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,8 @@ class Encoded:
     Attributes:
         example: the example.
         prompt: tokens of the prompt alone, from which answers are generated.
-        full: tokens of prompt and answer, one sequence per choice; without choices only the gold answer's.
+        full: tokens of prompt and answer, one sequence per choice; without choices only the gold
+            answer's.
         shared: how many leading tokens all of `full` have in common, at most up to `start`.
         start: where the answers begin in `full`.
         truncated: how many tokens of the prompt's beginning did not fit the model's context.
@@ -60,7 +64,8 @@ class Encoder:
     ) -> None:
         if max_new_tokens >= context:
             raise UserError(
-                f"max_new_tokens must be below the model's context of {context} tokens, got {max_new_tokens}"
+                f"max_new_tokens must be below the model's context of {context} tokens, "
+                f"got {max_new_tokens}"
             )
         self.tokenizer = tokenizer
         self.context = context
@@ -82,7 +87,8 @@ class Encoder:
         tokens = list(example.tokens)
         if len(tokens) > self.context:
             raise UserError(
-                f"blocks of text must be at most the model's context of {self.context} tokens, got {len(tokens)}"
+                f"blocks of text must be at most the model's context of {self.context} tokens, "
+                f"got {len(tokens)}"
             )
         return Encoded(example, tokens[:1], (tokens,), 1, 1, 0)
 
@@ -123,7 +129,7 @@ class Encoder:
         for length in range(
             1, len(after) + 1
         ):  # LASER's find_answer_len: the shortest ending that reads so
-            if self.tokenizer.decode(after[-length:]).strip() == answer.strip():
+            if str(self.tokenizer.decode(after[-length:])).strip() == answer.strip():
                 return before, after, length
         return before, after, max(1, len(after) - common_prefix((before, after)))
 
@@ -141,8 +147,8 @@ class Encoder:
         )  # a bos stays the first token
         if kept + cut >= min(shared, len(prompt)):
             raise UserError(
-                f"an answer must fit the model's context of {self.context} tokens beside its prompt, "
-                f"got {longest} tokens of which only {shared} belong to the prompt"
+                f"an answer must fit the model's context of {self.context} tokens beside its prompt,"
+                f" got {longest} tokens of which only {shared} belong to the prompt"
             )
         shorter = [ids[:kept] + ids[kept + cut :] for ids in (prompt, *full)]
         return shorter[0], tuple(shorter[1:]), cut

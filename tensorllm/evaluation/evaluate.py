@@ -1,4 +1,6 @@
-"""A model in memory on a dataset, without a Trainer: for the compress command and for the rank search."""
+"""A model in memory on a dataset, without a Trainer: for the compress command and for the rank
+search.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,15 @@ def evaluate_model(
     limit: int | None = None,
     *,
     data_file: Path | str | None = None,
-) -> dict[str, float]:
-    """`accuracy` (per cent), `loss` (nats per answer token) and the other metrics, and `examples`.
+) -> dict[str, Any]:
+    """`accuracy` (per cent), `loss` (nats per answer token) the other metrics, `examples`, and what
+    names them.
 
     Args:
         model: any causal or masked transformers model, on its device.
         tokenizer: its tokenizer.
-        dataset: a name, or a dataset (whose own split and limit then hold): it keeps its examples, so
-            that a second call does not read them again.
+        dataset: a name, or a dataset (whose own split and limit then hold): it keeps its examples,
+            so that a second call does not read them again.
         protocol: a name or a protocol.
         split: the first fifth (`val`), the rest (`test`) or `all`.
         limit: at most so many examples.
@@ -60,4 +63,10 @@ def evaluate_model(
     model.eval()
     rows = score(model, tokenizer, dataset.examples, rules, max_new_tokens=dataset.max_new_tokens)
     model.train(training)
-    return {**metrics_of(rows), "examples": len(rows)}
+    return {
+        **metrics_of(rows),
+        "examples": len(rows),
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "protocol": rules.name,
+    }

@@ -1,6 +1,7 @@
 """Running a causal model on padded batches with a cache that can be narrowed to some of its rows.
 
-Shapes: B rows, T new tokens, S cached and new tokens, V vocabulary, N positions whose logits are wanted.
+Shapes: B rows, T new tokens, S cached and new tokens, V vocabulary, N positions whose logits are
+wanted.
 """
 
 import copy
@@ -40,7 +41,9 @@ def left_padded(
 
 
 class Forward(Protocol):
-    """What a scorer needs of a model; a search may bring its own that keeps what does not change."""
+    """What a scorer needs of a model; a search may bring its own that keeps what does not
+    change.
+    """
 
     vocabulary: int
 
@@ -65,7 +68,8 @@ class Forward(Protocol):
             mask_BS: which cached and new columns may be seen; None: the batch's own mask.
             cache: what an earlier call returned; it may be changed.
             grow: return a cache that holds these tokens too.
-            key: the same number for the same tokens of a plan, so that results of unedited layers can be kept.
+            key: the same number for the same tokens of a plan, so that results of unedited layers
+                can be kept.
         """
         ...
 

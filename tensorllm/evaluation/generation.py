@@ -1,8 +1,8 @@
 """Greedy answers that begin where the teacher-forced pass has already proved them.
 
-The pass over prompt and gold answer shows the most probable token after each of their tokens. As long as those are
-the gold tokens, greedy decoding would have said them too; the first other one is known as well. Only from there,
-and only while the verdict is open, is anything generated.
+The pass over prompt and gold answer shows the most probable token after each of their tokens. As
+long as those are the gold tokens, greedy decoding would have said them too; the first other one is
+known as well. Only from there, and only while the verdict is open, is anything generated.
 
 Shapes: B examples, T tokens, N positions with logits, S cached columns, V vocabulary.
 """
@@ -65,7 +65,14 @@ class Greedy:
     def __call__(
         self, items: Sequence[Encoded], logits_BNV: Tensor, padded: Padded, cache: Any
     ) -> list[Told]:
-        """Args: `logits_BNV` of the last columns of `padded`, which holds each item's gold sequence."""
+        """Verdicts of a batch.
+
+        Args:
+            items: the batch's examples.
+            logits_BNV: of the last columns of `padded`.
+            padded: each item's gold sequence, as it was read.
+            cache: what reading it left.
+        """
         rows = self._proved(items, logits_BNV)
         self._continue(rows, padded, cache)
         return [self._told(row) for row in rows]
@@ -167,8 +174,12 @@ class Greedy:
 
     def _told(self, row: _Row) -> Told:
         answer = row.item.example.answer
-        decode = self.tokenizer.decode
-        text = decode(row.new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._text(row.new)
         searched = self._texts([row])[0] if self.protocol.search_prompt else text
-        window = decode(row.new[: self._window(row)], skip_special_tokens=True)
+        window = self._text(row.new[: self._window(row)])
         return Told(text, holds_answer(searched, answer, self.protocol), token_f1(window, answer))
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.batch_decode(
+            [tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )[0]

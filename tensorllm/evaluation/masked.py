@@ -32,7 +32,9 @@ class Text:
 
 
 class MaskedItem(NamedTuple):
-    """One example as one or more texts: per distinct choice length, or one to answer and one for the loss."""
+    """One example as one or more texts: per distinct choice length, or one to answer and one for
+    the loss.
+    """
 
     example: Example
     texts: tuple[Text, ...]
@@ -52,7 +54,8 @@ class MaskedEncoder:
     ) -> None:
         if tokenizer.mask_token_id is None:
             raise UserError(
-                f"a masked model needs a tokenizer with a mask token, {tokenizer.name_or_path!r} has none"
+                "a masked model needs a tokenizer with a mask token, "
+                f"{tokenizer.name_or_path!r} has none"
             )
         self.tokenizer = tokenizer
         self.context = context
@@ -100,7 +103,7 @@ class MaskedEncoder:
 
     def _answer_start(self, full: list[int], example: Example) -> int:
         for start in range(len(full) - 1, 0, -1):
-            if self.tokenizer.decode(full[start:]).strip() == example.answer.strip():
+            if str(self.tokenizer.decode(full[start:])).strip() == example.answer.strip():
                 return start
         return max(1, len(full) - len(self.answer_ids(example.answer)))
 
@@ -184,8 +187,8 @@ class MaskedScorer:
     def _said(self, item: MaskedItem, said_NV: Tensor, loss_NV: Tensor) -> Row:
         e, gold = item.example, item.texts[1].gold
         said = said_NV.argmax(-1).tolist()
-        text = self.tokenizer.decode(said)
-        window = self.tokenizer.decode(said[: len(gold)], skip_special_tokens=True)
+        text = str(self.tokenizer.decode(said))
+        window = str(self.tokenizer.decode(said[: len(gold)], skip_special_tokens=True))
         return Row(
             index=e.index,
             prompt=e.prompt,

@@ -1,4 +1,6 @@
-"""Does a text hold the answer? Normalisation and token F1 as the SQuAD evaluation script defines them."""
+"""Does a text hold the answer? Normalisation and token F1 as the SQuAD evaluation script defines
+them.
+"""
 
 import re
 import string
@@ -33,7 +35,9 @@ def holds_answer(text: str, answer: str, protocol: Protocol) -> bool:
 
 
 def surely_holds_answer(text: str, answer: str, protocol: Protocol) -> bool:
-    """Whether every text that begins with `text` holds the answer, so that nothing more need be read."""
+    """Whether every text that begins with `text` holds the answer, so that nothing more need be
+    read.
+    """
     if protocol.substring:
         return answer.strip().lower() in text.lower()
     # The last word may still grow: "Paris" into "Parisian".

@@ -1,7 +1,8 @@
 """What counts as a right answer: what the papers' scripts did, and what one should do.
 
-The sources of the quirks are the scripts themselves: github.com/pratyushasharma/laser, `src/study_utils/metric_utils.py`
-and `src/intervention_*.py`; docs/protocols.md tells each one's effect.
+The sources of the quirks are the scripts themselves: github.com/pratyushasharma/laser,
+`src/study_utils/metric_utils.py` and `src/intervention_*.py`; docs/protocols.md tells each one's
+effect.
 """
 
 from dataclasses import dataclass, fields
@@ -17,12 +18,12 @@ class Protocol:
     Attributes:
         name: as it stands in the results.
         search_prompt: the text that is searched for the answer begins with the prompt.
-        substring: the answer matches as a case-insensitive substring (`no` in `north`), not as whole words
-            normalised as SQuAD does.
+        substring: the answer matches as a case-insensitive substring (`no` in `north`), not as
+            whole words normalised as SQuAD does.
         masked_extra_token: a masked model's loss divides by one token more than the answer has.
         masked_bare_loss: a masked model's loss is computed on text without its special tokens.
-        unmasked_padding: the loss is computed in batches of so many examples, in the dataset's order, padded on
-            the left with no attention mask; 0: padding is masked.
+        unmasked_padding: the loss is computed in batches of so many examples, in the dataset's
+            order, padded on the left with no attention mask; 0: padding is masked.
         single_token_choices: choices must be single tokens.
     """
 

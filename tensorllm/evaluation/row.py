@@ -14,7 +14,8 @@ class Row:
         correct: the verdict; None where there is no question (running text).
         log_probability: of the gold answer given the prompt, in nats.
         answer_tokens: by how many tokens it is divided for the loss.
-        rank: 1 if the answer's first token was the most probable of the vocabulary, 2 if the second, ...
+        rank: 1 if the answer's first token was the most probable of the vocabulary, 2 if the
+            second, ...
         token_f1: of as many new tokens as the answer has, or of the chosen choice.
         choice_log_probabilities: of each choice, in nats.
         truncated: tokens of the prompt that did not fit the context.

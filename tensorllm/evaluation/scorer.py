@@ -1,10 +1,12 @@
-"""Scoring examples by a model: the plan of batches, the memory they may take, and what runs out of it.
+"""Scoring examples by a model: the plan of batches, the memory they may take, and what runs out of
+it.
 
-`score` is the whole evaluation as one function; the LightningModules and the rank search use its parts.
+`score` is the whole evaluation as one function; the LightningModules and the rank search use its
+parts.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 from typing import Protocol as Interface
@@ -22,13 +24,13 @@ from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_token
 from tensorllm.evaluation.row import Row
 
 T = TypeVar("T", Encoded, MaskedItem)
-I = TypeVar("I")
+Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
 
-BATCH_TOKENS = (
-    8192  # columns x rows of one batch; what fits the caches of small machines and fills large ones
-)
+# Columns x rows of one batch. A CPU is fastest while a layer's activations fit its caches.
+BATCH_TOKENS = {"cpu": 4096}
+LARGE_BATCH_TOKENS = 65536
 LOGITS = 2**26  # numbers in one batch's logits: 256 MiB in float32
 
 
@@ -55,7 +57,7 @@ def make_scorer(
     *,
     protocol: Protocol = STRICT,
     max_new_tokens: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     forward: Forward | None = None,
     stop_early: bool = True,
 ) -> Scorer:
@@ -66,11 +68,13 @@ def make_scorer(
         tokenizer: its tokenizer.
         protocol: what counts as right.
         max_new_tokens: how long a generated answer may be.
-        batch_tokens: how many tokens a batch may have, padding and generated ones included.
+        batch_tokens: how many tokens a batch may have, padding and generated ones included; None:
+            what suits the device.
         forward: how a causal model is run, if not as it is.
         stop_early: stop a generation when its verdict is certain.
     """
     context = context_of(model, tokenizer)
+    batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, LARGE_BATCH_TOKENS)
     if is_masked(model):
         return MaskedModelScorer(model, tokenizer, protocol, context, batch_tokens)
     causal = CausalScorer(
@@ -91,7 +95,7 @@ def score(
     protocol: Protocol = STRICT,
     *,
     max_new_tokens: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     on_rows: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Score all examples; rows come in the order of the examples.
@@ -199,22 +203,33 @@ def fill(
         together: items whose indices fall into the same so many stay together, in order.
     """
     size = max(1, together)
-    groups = [list(g) for _, g in groupby(items, key=lambda item: item.example.index // size)]
-    groups.sort(key=lambda group: max(map(cost, group)), reverse=True)
+    grouped = groupby(items, key=lambda item: item.example.index // size)
+    groups = [_measured(group, cost) for _, group in grouped]
+    groups.sort(key=lambda group: group[1], reverse=True)
     batch: list[T] = []
-    for group in groups:
-        if batch:
-            dearest = [max(values) for values in zip(*map(cost, batch + group), strict=True)]
-            rows = len(batch) + len(group)
-            if rows * dearest[0] > tokens or rows * dearest[1] > LOGITS:
-                yield batch
-                batch = []
-        batch = batch + group
+    dearest = (0, 0)
+    for group, costs in groups:
+        worse = (max(dearest[0], costs[0]), max(dearest[1], costs[1]))
+        rows = len(batch) + len(group)
+        if batch and (rows * worse[0] > tokens or rows * worse[1] > LOGITS):
+            yield batch
+            batch, worse = [], costs
+        batch += group
+        dearest = worse
     if batch:
         yield batch
 
 
-def halving(scored: Callable[[Sequence[I]], list[Row]], items: Sequence[I]) -> list[Row]:
+def _measured(
+    group: Iterable[T], cost: Callable[[T], tuple[int, int]]
+) -> tuple[list[T], tuple[int, int]]:
+    """The items, and the most tokens and logits that one of them costs."""
+    items = list(group)
+    tokens, logits = zip(*map(cost, items), strict=True)
+    return items, (max(tokens), max(logits))
+
+
+def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]) -> list[Row]:
     """`scored(items)`, in halves where memory runs out."""
     try:
         return scored(items)

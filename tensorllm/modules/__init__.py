@@ -1,4 +1,6 @@
-"""LightningModules that evaluate: causal and masked behaviour, a thin final class per architecture."""
+"""LightningModules that evaluate: causal and masked behaviour, a thin final class per
+architecture.
+"""
 
 from tensorllm.modules.architectures import (
     GPTJReasoner,

@@ -13,13 +13,14 @@ from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import UserError
 from tensorllm.evaluation.protocol import STRICT, Protocol
 from tensorllm.evaluation.row import Row
-from tensorllm.evaluation.scorer import BATCH_TOKENS, Scorer, is_masked, make_scorer
+from tensorllm.evaluation.scorer import Scorer, is_masked, make_scorer
 from tensorllm.evaluation.summary import columns
 from tensorllm.metrics import answer_metrics
 
 
 class Reasoner(LightningModule, ABC):
-    """Evaluates a model; logs every metric of `tensorllm.metrics` when an epoch of validation or test ends.
+    """Evaluates a model; logs every metric of `tensorllm.metrics` when an epoch of validation or
+    test ends.
 
     Args:
         model: a transformers model, or what loads one: then each device's process loads its own.
@@ -27,7 +28,7 @@ class Reasoner(LightningModule, ABC):
         compressor: applied to the model before the first batch.
         layers: which layers it edits; all by default.
         protocol: what counts as a right answer.
-        batch_tokens: how many tokens a batch may have.
+        batch_tokens: how many tokens a batch may have; None: what suits the device.
         on_rows: called with the rows of each finished batch.
     """
 
@@ -41,7 +42,7 @@ class Reasoner(LightningModule, ABC):
         layers: Sequence[int] | None = None,
         protocol: Protocol = STRICT,
         *,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         on_rows: Callable[[list[Row]], None] | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +89,8 @@ class Reasoner(LightningModule, ABC):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         assert self._scorer is not None, "Lightning calls configure_model first"
+        if batch is None:
+            return  # another device has one batch more
         rows = self._scorer.score(batch)
         self.metrics.update(**{k: v.to(self.device) for k, v in columns(rows).items()})
         if self.on_rows is not None:

@@ -1,0 +1,103 @@
+"""How sure a figure is: bootstrap intervals, and paired tests of before against after.
+
+Shapes: N examples, C columns, R resamples.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorllm.evaluation.row import Row
+
+RESAMPLES = 2000
+CHUNK = 2**22  # numbers drawn at once
+Numbers = NDArray[np.float64]
+
+
+def resampled_means(values_NC: Numbers, seed: int, resamples: int = RESAMPLES) -> Numbers:
+    """Means (R, C) of the columns over examples drawn with replacement; columns share the draws."""
+    generator = np.random.default_rng(seed)
+    n = len(values_NC)
+    per_chunk = max(1, CHUNK // max(n, 1))
+    means = []
+    for start in range(0, resamples, per_chunk):
+        drawn = generator.integers(0, n, (min(per_chunk, resamples - start), n))
+        # one bincount for all resamples of the chunk, then means by a matrix product
+        flat = (drawn + n * np.arange(len(drawn))[:, None]).ravel()
+        counts_RN = np.bincount(flat, minlength=n * len(drawn)).reshape(len(drawn), n)
+        means.append(counts_RN @ values_NC / n)
+    return np.concatenate(means)
+
+
+def interval(samples: Numbers, level: float = 0.95) -> list[float]:
+    """The percentile interval [low, high]."""
+    tail = (1 - level) / 2
+    return [float(v) for v in np.quantile(samples, [tail, 1 - tail])]
+
+
+def intervals(rows: Sequence[Row], seed: int) -> dict[str, list[float]]:
+    """95 % bootstrap intervals of accuracy (per cent), loss and perplexity (nats per token, 1)."""
+    columns = [
+        [
+            r.loss,
+            -r.log_probability,
+            r.answer_tokens,
+            0.0 if r.correct is None else 100.0 * r.correct,
+        ]
+        for r in rows
+    ]
+    means_RC = resampled_means(np.array(columns, np.float64), seed)
+    found = {
+        "loss": interval(means_RC[:, 0]),
+        "perplexity": interval(np.exp(means_RC[:, 1] / means_RC[:, 2])),
+    }
+    if rows[0].correct is not None:
+        found["accuracy"] = interval(means_RC[:, 3])
+    return found
+
+
+def mcnemar(mended: int, broken: int) -> float:
+    """Exact two-sided p-value that wrong-to-right and right-to-wrong are equally likely."""
+    n, few = mended + broken, min(mended, broken)
+    if n == 0:
+        return 1.0
+    log_terms = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
+        for i in range(few + 1)
+    ]
+    return min(1.0, 2 * math.fsum(map(math.exp, log_terms)))
+
+
+def compared(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str, Any]:
+    """Two runs over the same examples, in the same order: differences after - before, and their
+    tests.
+
+    Returns:
+        `mended` and `broken`: how many went from wrong to right and back; `mcnemar_p`: the exact
+        test of these; `accuracy` (points) and `loss` (nats per token): difference, 95 % paired
+        bootstrap interval; `loss_p`: twice the smaller share of resamples on either side of zero.
+    """
+    verdicts = [(b.correct, a.correct) for b, a in zip(before, after, strict=True)]
+    mended = sum(was is False and now is True for was, now in verdicts)
+    broken = sum(was is True and now is False for was, now in verdicts)
+    differences = np.array(
+        [
+            [a.loss - b.loss, 100.0 * (bool(a.correct) - bool(b.correct))]
+            for b, a in zip(before, after, strict=True)
+        ]
+    )
+    means_RC = resampled_means(differences, seed)
+    loss, accuracy = differences.mean(0).tolist()
+    share = float(np.mean(means_RC[:, 0] <= 0)), float(np.mean(means_RC[:, 0] >= 0))
+    return {
+        "accuracy": {"difference": accuracy, "interval": interval(means_RC[:, 1])},
+        "loss": {"difference": loss, "interval": interval(means_RC[:, 0])},
+        "loss_p": min(1.0, 2 * max(min(share), 1 / len(means_RC))),
+        "mended": mended,
+        "broken": broken,
+        "mcnemar_p": mcnemar(mended, broken),
+        "examples": len(before),
+    }

@@ -1,0 +1,250 @@
+"""Evaluate a checkpoint, alone or beside the original it was made from, into a folder of
+results.
+"""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensorllm.checkpoint.source import Source, resolve
+from tensorllm.data.base import ReasoningDataModule, Split
+from tensorllm.environment import environment
+from tensorllm.errors import Incomplete, UserError
+from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
+from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
+from tensorllm.evaluation.results import (
+    PREDICTIONS,
+    SCHEMA,
+    ResultsFolder,
+    check_free,
+    read_results,
+)
+from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.statistics import compared, intervals
+from tensorllm.evaluation.summary import metrics_of
+from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner
+from tensorllm.pipeline.devices import Devices, validate
+from tensorllm.pipeline.models import Loader, dtype_of
+from tensorllm.pipeline.plugins import load_plugins
+
+__all__ = ["EvaluateRequest", "Evaluation", "compare", "evaluate", "evaluate_model"]
+
+BEFORE = "predictions-before.parquet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateRequest:
+    """What is asked for; the command line's options.
+
+    Attributes:
+        model: short name, hub id or folder.
+        compressed: a folder that tensorllm wrote from this model: scored beside the original.
+        out: folder of results; without one nothing is kept and nothing resumed.
+    """
+
+    model: str
+    dataset: str
+    data_file: Path | None = None
+    compressed: Path | None = None
+    revision: str | None = None
+    protocol: str = "strict"
+    split: Split = "test"
+    limit: int | None = None
+    out: Path | None = None
+    overwrite: bool = False
+    dtype: str | None = None
+    seed: int = 0
+    batch_tokens: int | None = None
+    devices: Devices = field(default_factory=Devices)
+    plugins: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The content of results.json, and the rows: of the model, and of the original beside it."""
+
+    results: dict[str, Any]
+    rows: list[Row]
+    before: list[Row] | None = None
+
+
+def evaluate(request: EvaluateRequest) -> Evaluation:
+    """Score the model on the dataset; with `compressed`, original and compressed.
+
+    Raises:
+        UserError: wrong input.
+        Incomplete: the run stopped half-way; the same request goes on where it stopped.
+    """
+    load_plugins(request.plugins)
+    protocol = PROTOCOLS[request.protocol]
+    if request.batch_tokens is not None and request.batch_tokens < 1:
+        raise UserError(f"--batch-tokens must be at least 1, got {request.batch_tokens}")
+    if request.out is not None:
+        check_free(request.out, request.overwrite)
+    data = make_dataset(
+        request.dataset, data_file=request.data_file, split=request.split, limit=request.limit
+    )
+    source = resolve(request.model, request.revision)
+    loaders = _loaders(request, source)
+    tokenizer = loaders["model"].tokenizer()
+    data.connect(tokenizer, masked=loaders["model"].masked)
+    fingerprint = _fingerprint(request, protocol, data, loaders)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = request.out or Path(scratch) / "results"
+        folder = ResultsFolder(target, fingerprint, overwrite=request.overwrite)
+        started = time.perf_counter()
+        rows = {
+            name: _score(request, protocol, data, loader, folder, name)
+            for name, loader in loaders.items()
+        }
+        results = _results(request, source, protocol, data, loaders, rows)
+        results["seconds"] = time.perf_counter() - started
+        if request.out is not None:
+            files = {PREDICTIONS: rows["model"]}
+            folder.finish(results, files | ({BEFORE: rows["before"]} if "before" in rows else {}))
+    return Evaluation(results, rows["model"], rows.get("before"))
+
+
+def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
+    dtype = dtype_of(request.dtype)
+    original = Loader(source.folder, dtype)
+    if request.compressed is None:
+        return {"model": original}
+    if not request.compressed.is_dir():
+        raise UserError(
+            f"--compressed must be a folder that tensorllm wrote, got {request.compressed}"
+        )
+    compressed = Loader(request.compressed, dtype)
+    manifest = compressed.manifest()
+    if manifest is None:
+        raise UserError(f"--compressed: {request.compressed} has no tensorllm.json")
+    made_from = str(manifest.source.get("model"))
+    if made_from != source.name and Path(made_from).resolve() != source.folder.resolve():
+        raise UserError(
+            f"{request.compressed} was made from {made_from!r}, not from {source.name!r}: "
+            "give the model it belongs to"
+        )
+    return {"before": original, "model": compressed}
+
+
+def _score(
+    request: EvaluateRequest,
+    protocol: Protocol,
+    data: ReasoningDataModule,
+    loader: Loader,
+    folder: ResultsFolder,
+    name: str,
+) -> list[Row]:
+    """The rows of one model, those of an earlier, interrupted run included."""
+    journal = folder.journal(name)
+    data.done = frozenset(journal.rows())
+    if len(data.done) < len(data.examples):
+        kind = MaskedReasoner if loader.masked else CausalReasoner
+        module = kind(
+            loader,
+            loader.tokenizer(),
+            protocol=protocol,
+            batch_tokens=request.batch_tokens,
+            on_rows=journal.append,
+        )
+        validate(request.devices, module, data)
+    found = journal.rows()
+    missing = [e.index for e in data.examples if e.index not in found]
+    if missing:
+        raise Incomplete(
+            f"{len(missing)} of {len(data.examples)} examples were not scored, the first of them "
+            f"number {missing[0]}; run the same command again to go on"
+        )
+    return [found[e.index] for e in data.examples]
+
+
+def _results(
+    request: EvaluateRequest,
+    source: Source,
+    protocol: Protocol,
+    data: ReasoningDataModule,
+    loaders: dict[str, Loader],
+    rows: dict[str, list[Row]],
+) -> dict[str, Any]:
+    manifest = loaders["model"].manifest()
+    compressor = None
+    if manifest is not None:
+        compressor = {"mode": manifest.mode, **manifest.settings}
+        compressor["layers"] = manifest.source.get("layers")
+    results = {
+        "schema": SCHEMA,
+        "metrics": metrics_of(rows["model"]),
+        "intervals": intervals(rows["model"], request.seed),
+        "examples": len(rows["model"]),
+        "model": source.name,
+        "revision": source.revision,
+        "compressed": None if request.compressed is None else str(request.compressed),
+        "compressor": compressor,
+        "dataset": data.name,
+        "data_file": None if data.data_file is None else str(data.data_file),
+        "notes": data.notes,
+        "protocol": protocol.name,
+        "quirks": protocol.quirks(),
+        "split": data.split,
+        "limit": data.limit,
+        "truncated_prompts": sum(row.truncated > 0 for row in rows["model"]),
+        "seed": request.seed,
+        "dtype": request.dtype or str(loaders["model"].config().dtype).removeprefix("torch."),
+        "devices": asdict(request.devices),
+        **environment(),
+    }
+    if "before" in rows:
+        results["before"] = {
+            "metrics": metrics_of(rows["before"]),
+            "intervals": intervals(rows["before"], request.seed),
+        }
+        results["comparison"] = compared(rows["before"], rows["model"], request.seed)
+    return results
+
+
+def _fingerprint(
+    request: EvaluateRequest,
+    protocol: Protocol,
+    data: ReasoningDataModule,
+    loaders: dict[str, Loader],
+) -> str:
+    facts = {
+        "protocol": asdict(protocol),
+        "examples": [asdict(e) for e in data.examples],
+        "max_new_tokens": data.max_new_tokens,
+        "models": {name: loader.fingerprint() for name, loader in loaders.items()},
+        "precision": request.devices.precision,
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
+    """What changed from one folder of results to another, over the examples both have.
+
+    Returns:
+        The two results, the statistics of `compared`, and the examples that went from wrong to
+        right (`mended`) and back (`broken`).
+    """
+    (first, old), (second, new) = read_results(before), read_results(after)
+    if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
+        raise UserError(
+            f"only results of one dataset and protocol compare, got {first['dataset']} "
+            f"({first['protocol']}) and {second['dataset']} ({second['protocol']})"
+        )
+    found = {(row.index, row.prompt, row.answer): row for row in new}
+    pairs = [(r, found[k]) for r in old if (k := (r.index, r.prompt, r.answer)) in found]
+    if not pairs:
+        raise UserError(f"{before} and {after} have no example in common")
+    changed = [(was, now) for was, now in pairs if was.correct != now.correct]
+    return {
+        "before": first,
+        "after": second,
+        "comparison": compared([was for was, _ in pairs], [now for _, now in pairs], seed),
+        "mended": [asdict(now) for _, now in changed if now.correct],
+        "broken": [asdict(now) for _, now in changed if not now.correct],
+    }

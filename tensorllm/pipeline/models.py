@@ -1,0 +1,96 @@
+"""Loading what is evaluated: a checkpoint folder, dense or compressed, as model and tokenizer."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tensorllm.checkpoint.factored import load, model_class
+from tensorllm.checkpoint.manifest import Manifest, read_manifest
+from tensorllm.errors import UserError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Loads the model of a folder; small enough to be sent to other processes.
+
+    Attributes:
+        folder: an ordinary checkpoint, or one that tensorllm wrote.
+        dtype: of the weights in memory; None: as they are stored.
+    """
+
+    folder: Path
+    dtype: torch.dtype | None = None
+
+    def __call__(self) -> PreTrainedModel:
+        manifest = read_manifest(self.folder)
+        try:
+            if manifest is not None and manifest.format == "factored":
+                return load(self.folder, dtype=self.dtype)
+            made = model_class(self.config()).from_pretrained(
+                self.folder, dtype=self.dtype or "auto"
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"cannot load the model in {self.folder}: {_line(error)}") from None
+        return made.eval()
+
+    def config(self) -> Any:
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError) as error:
+            manifest = read_manifest(self.folder)
+            if manifest is None:
+                raise UserError(f"{self.folder} holds no model: {_line(error)}") from None
+            raise
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"cannot load a tokenizer from {self.folder}: {_line(error)}") from None
+
+    @property
+    def masked(self) -> bool:
+        return not model_class(self.config()).can_generate()
+
+    def manifest(self) -> Manifest | None:
+        """What tensorllm wrote about the folder, or None."""
+        return read_manifest(self.folder)
+
+    def fingerprint(self) -> str:
+        """Changes when any file of the folder does."""
+        facts = [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+        ]
+        return hashlib.sha256(json.dumps([str(self.dtype), facts]).encode()).hexdigest()
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The torch dtype of a name such as bf16."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
