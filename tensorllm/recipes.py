@@ -82,7 +82,7 @@ def _problems(values: dict[str, Any]) -> list[str]:
             known += fields_of(mode)
         except UserError as error:
             return [*out, str(error)]
-    if mode in COMPRESSORS:
+    if isinstance(mode, str) and mode in COMPRESSORS:
         out += [
             f"unknown key {key!r}.{did_you_mean(str(key), known)}"
             for key in values

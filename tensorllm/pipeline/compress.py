@@ -6,9 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tensorllm.checkpoint.factored import load, model_class
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.folder import (
@@ -23,20 +20,12 @@ from tensorllm.compression.plan import Plan, plan_folder
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
+from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
 
 # Settings of which one excludes the others: giving one drops the recipe's.
 EXCLUSIVE = (("ranks", "energy", "error"), ("rho", "rank"))
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
-
 Evaluate = Callable[[Any, Any, str], dict[str, Any]]
 
 
@@ -107,7 +96,7 @@ def run(
     compressor = make_compressor(recipe.mode, recipe.settings)
     if request.format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {request.format!r}")
-    dtype = _dtype(request.dtype)
+    dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
     source = resolve(recipe.model, request.revision)
@@ -143,9 +132,10 @@ def _scorer(evaluate: Evaluate | None, dataset: str | None) -> Score | None:
 def _in_memory(
     task: FolderTask, source: Source, progress: Progress, score: Score | None
 ) -> CompressionReport:
-    checkpoint, _ = open_checkpoint(task.source)
-    model = load_original(task.source, task.dtype, checkpoint.config)
-    tokenizer = load_tokenizer(task.source) if score else None
+    open_checkpoint(task.source)  # refuses a broken one before transformers reads it
+    loader = Loader(task.source, task.dtype)
+    model = loader()
+    tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None
     report = compress(model, task.compressor, task.layers, progress=progress)
     report.model, report.revision = source.name, source.revision
@@ -157,47 +147,20 @@ def _in_memory(
 def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> CompressionReport:
     report = compress_folder(task, progress)
     if score:
-        tokenizer = load_tokenizer(task.source)
-        checkpoint, _ = open_checkpoint(task.source)
-        before = score(load_original(task.source, task.dtype, checkpoint.config), tokenizer)
-        report.evaluation = {"before": before, "after": score(load(task.target), tokenizer)}
+        original = Loader(task.source, task.dtype)
+        tokenizer = original.tokenizer()
+        before = score(original(), tokenizer)
+        report.evaluation = {"before": before, "after": score(Loader(task.target)(), tokenizer)}
         temporary = task.target / "report.json.tmp"
         temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n")
         temporary.replace(task.target / "report.json")
     return report
 
 
-def load_original(folder: Path, dtype: torch.dtype | None, config: Any) -> Any:
-    """The transformers model of a checkpoint folder, for evaluation."""
-    model = model_class(config).from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
-    )
-    return model.eval()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder} has no tokenizer that can be loaded: {reason}") from None
-
-
 def _excluded(key: str, given: Mapping[str, Any]) -> bool:
     return key not in given and any(
         key in group and any(name in given for name in group) for group in EXCLUSIVE
     )
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
 
 
 def _format(name: str) -> Format:
