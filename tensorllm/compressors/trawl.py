@@ -18,6 +18,11 @@ from tensorllm.tensors.ranks import check_ranks, tucker_parameters
 from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
 from tensorllm.tensors.tucker import tucker
 
+SWEEPS, TOLERANCE = (
+    100,
+    1e-4,
+)  # tensorly's defaults for `tucker`, which TRAWL's code leaves as they are
+
 
 @COMPRESSORS.register("trawl")
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,7 @@ class Trawl(Compressor):
         """Factors of a stack (I, D, M)."""
         self.check(tuple(w.shape))
         if self.ranks is not None:
-            return tucker(w, dict(enumerate(self.ranks)), method="tensorly")
+            ranks = dict(enumerate(self.ranks))
+            return tucker(w, ranks, method="tensorly", sweeps=SWEEPS, tol=TOLERANCE)
         assert self.rank is not None
         return cp(w, self.rank, seed=self.seed)
