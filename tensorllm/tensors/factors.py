@@ -116,7 +116,7 @@ class LowRank:
 @FACTORS.register("cp")
 @dataclass(frozen=True, eq=False)
 class CP:
-    """A sum of R rank-one tensors: one (size, R) matrix per mode and R weights."""
+    """A sum of R rank-one tensors: a (size, R) matrix for each of two or more modes, R weights."""
 
     weights_R: Tensor
     factors: tuple[Tensor, ...]
@@ -124,7 +124,7 @@ class CP:
     def dense(self) -> Tensor:
         w = wide(self.factors[0]) * wide(self.weights_R)
         for u in self.factors[1:-1]:
-            w = (w.unsqueeze(-2) * wide(u)).flatten(0, -2).reshape(*w.shape[:-1], *u.shape)
+            w = w.unsqueeze(-2) * wide(u)
         return w @ wide(self.factors[-1]).mT
 
     def tensors(self) -> dict[str, Tensor]:
@@ -132,9 +132,7 @@ class CP:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        names = sorted(
-            (k for k in tensors if k != "weights"), key=lambda k: int(k[len("factor_") :])
-        )
+        names = [f"factor_{n}" for n in range(len(tensors) - 1)]
         return cls(tensors["weights"], tuple(tensors[name] for name in names))
 
     @property

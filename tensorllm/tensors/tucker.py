@@ -167,6 +167,8 @@ def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tu
     Without `refine` leading columns and the leading block of the core: views, no arithmetic; the
     error is at most sqrt(modes) times the best. With `refine` the small core is decomposed anew.
     """
+    for mode in ranks.keys() - t.factors.keys():
+        raise UserError(f"mode {mode} has no factor to truncate; modes {list(t.factors)} have one")
     checked = {
         mode: check_rank(f"R{mode + 1}", ranks.get(mode, u.shape[1]), u.shape[1])
         for mode, u in t.factors.items()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20  # numbers converted, copied or multiplied at once: they stay in the cache
+TINY = 1e-25  # smaller float32 sums of squares may have lost terms
 ROW = 1 << 12  # terms of one float32 norm
 FOLDED = 64  # columns from which on products are fast and add in blocks
 NARROW = 256  # up to so many columns, blocks are multiplied as one matrix with zeros in it
@@ -138,15 +139,23 @@ def _beside_itself(u_NR: Tensor, b: int) -> Tensor:
 
 
 def energy(w: Tensor) -> float:
-    """The sum of squares, in float64; Inf or NaN where `w` has one (or overflows)."""
+    """The sum of squares, to about 1e-6 of itself; Inf or NaN where `w` has one."""
     flat = in_memory_order(w)[0].reshape(-1)
+    if w.dtype != torch.float64:
+        total = _energy(flat, torch.float32)
+        if TINY < total < math.inf:  # no square under- or overflowed
+            return total
+    return _energy(flat, torch.float64)
+
+
+def _energy(flat: Tensor, dtype: torch.dtype) -> float:
     total = 0.0
     for piece in flat.split(16 * CHUNK):
-        wide = piece if piece.dtype == torch.float64 else piece.float()
+        wide = piece.to(dtype)
         rows = wide[: wide.numel() // ROW * ROW].view(-1, ROW)
-        rest = wide[rows.numel() :]
-        norms = torch.linalg.vector_norm(rows, dim=1) if rows.numel() else rows.new_zeros(1)
-        total += float(norms.double().square().sum()) + float(rest.double().square().sum())
+        norms = torch.linalg.vector_norm(rows, dim=1).double()
+        rest = wide[rows.numel() :].double()
+        total += float(norms.square().sum() + rest.square().sum())
     return total
 
 

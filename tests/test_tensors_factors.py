@@ -1,0 +1,109 @@
+"""Every kind of factors: rebuilt against einsum, stored and read again, counted, cast."""
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.tensors.cp import cp
+from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker, cast, parameters
+
+
+def random(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
+
+
+def examples() -> dict[str, tuple[Factors, Tensor]]:
+    """Kind -> factors and the tensor that they stand for, by einsum."""
+    core, a, b, c = random(5, 3, 2, 4), random(12, 5), random(7, 3), random(4, 2)
+    u, v = random(9, 3), random(3, 6)
+    weights, x, y, z = random(4), random(6, 4), random(5, 4), random(3, 4)
+    return {
+        "tucker": (
+            Tucker(core, {2: c, 0: a, 1: b}),
+            torch.einsum("prsh,dp,kr,ms->dkmh", core, a, b, c),
+        ),
+        "low-rank": (LowRank(u, v), torch.einsum("ir,ro->io", u, v)),
+        "cp": (CP(weights, (x, y, z)), torch.einsum("r,ir,jr,kr->ijk", weights, x, y, z)),
+    }
+
+
+EXAMPLES = examples()
+
+
+def test_every_kind_has_an_example() -> None:
+    assert set(EXAMPLES) == set(FACTORS)
+    assert all(FACTORS.name_of(type(EXAMPLES[kind][0])) == kind for kind in EXAMPLES)
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_dense_is_the_sum_over_all_ranks(kind: str) -> None:
+    factors, want = EXAMPLES[kind]
+    torch.testing.assert_close(factors.dense(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_stored_and_read_again(kind: str) -> None:
+    factors, _ = EXAMPLES[kind]
+    stored = {name: t.contiguous() for name, t in factors.tensors().items()}
+    again = FACTORS[kind].from_tensors(load(save(stored)))
+    assert torch.equal(again.dense(), factors.dense())
+    assert again.ranks == factors.ranks
+    assert parameters(again) == parameters(factors) == sum(t.numel() for t in stored.values())
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_cast_stores_narrow_and_rebuilds_wide(kind: str, dtype: torch.dtype) -> None:
+    factors, want = EXAMPLES[kind]
+    narrow = cast(factors, dtype)
+    assert all(t.dtype == dtype for t in narrow.tensors().values())
+    dense = narrow.dense()
+    assert dense.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert float((dense - want).norm() / want.norm()) < 0.02
+
+
+def test_ranks() -> None:
+    assert [EXAMPLES[kind][0].ranks for kind in ("tucker", "low-rank", "cp")] == [
+        (5, 3, 2),
+        (3,),
+        (4,),
+    ]
+
+
+@pytest.mark.parametrize("modes", [2, 3, 4])
+def test_cp_of_any_number_of_modes(modes: int) -> None:
+    factors = tuple(random(size, 2, seed=size) for size in (6, 5, 4, 3)[:modes])
+    letters = "ijkl"[:modes]
+    inputs = ",".join(f"{letter}r" for letter in letters)
+    want = torch.einsum(f"r,{inputs}->{letters}", torch.tensor([2.0, 3.0]), *factors)
+    torch.testing.assert_close(CP(torch.tensor([2.0, 3.0]), factors).dense(), want)
+
+
+def test_cp_finds_a_planted_sum() -> None:
+    planted = CP(torch.ones(2), (random(20, 2), random(15, 2), random(4, 2)))
+    for dtype in (torch.float32, torch.float64):
+        w = planted.dense().to(dtype)
+        found = cp(w, 2, sweeps=500, tol=1e-9)
+        assert float((found.dense() - w).norm() / w.norm()) < 1e-2
+        assert found.weights_R.dtype == dtype
+
+
+def test_cp_is_seeded_and_leaves_the_global_state_alone() -> None:
+    w, state = random(8, 7, 3), torch.random.get_rng_state()
+    first, again, other = (cp(w, 2, seed=seed, sweeps=2).dense() for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True])
+def test_cp_rank_out_of_range(rank: int) -> None:
+    with pytest.raises(UserError, match="1 or more"):
+        cp(random(4, 3, 2), rank)
+
+
+def test_cp_of_what_is_not_finite() -> None:
+    with pytest.raises(UserError, match="finite"):
+        cp(torch.full((4, 3, 2), float("nan")), 1)
