@@ -4,6 +4,8 @@ from typing import Any
 
 from tensorllm.errors import UserError
 
+MOST_LAYERS = 100_000  # far more than any model has: a typing error must not fill the memory
+
 
 def layers(text: str | None) -> tuple[int, ...] | None:
     """`27`, `0,1` or `8-27` as layer numbers; `all` and nothing give None."""
@@ -13,7 +15,9 @@ def layers(text: str | None) -> tuple[int, ...] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            out += range(int(first), int(last) + 1) if dash else [int(first)]
+            start = int(first)
+            end = min(int(last), start + MOST_LAYERS) if dash else start
+            out += range(start, end + 1)
         except ValueError:
             raise UserError(
                 f"--layers takes numbers such as 27, 0,1 or 8-27, or all; got {text!r}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.compressors import COMPRESSORS, Compressor
-from tensorllm.compressors.settings import fields_of, make_compressor
+from tensorllm.compressors.settings import fields_of, make_compressor, setting_problems
 from tensorllm.errors import UserError
 from tensorllm.registry import did_you_mean
 
@@ -82,12 +82,14 @@ def _problems(values: dict[str, Any]) -> list[str]:
             known += fields_of(mode)
         except UserError as error:
             return [*out, str(error)]
-    if isinstance(mode, str) and mode in COMPRESSORS:
+    if isinstance(mode, str):
         out += [
             f"unknown key {key!r}.{did_you_mean(str(key), known)}"
             for key in values
             if key not in known
         ]
+        settings = {key: v for key, v in values.items() if key in known and key not in KEYS}
+        out += setting_problems(mode, settings)
     layers = values.get("layers")
     whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
     if layers is not None and not whole:

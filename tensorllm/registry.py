@@ -72,4 +72,10 @@ class Registry(Generic[T]):
         group, self.group = self.group, None  # once; an entry point may look names up itself
         if group is not None:
             for point in entry_points(group=group):
-                point.load()
+                try:
+                    point.load()
+                except Exception as error:  # the plugin's own code may raise anything
+                    raise UserError(
+                        f"the installed plugin {point.value!r} ({group}) cannot be imported: "
+                        f"{type(error).__name__}: {error}. Repair or uninstall it"
+                    ) from None

@@ -108,19 +108,23 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Let the complete folder appear under its name."""
-        (self.folder / JOURNAL).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             _sync(path)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        old = self.target.parent / f".{self.target.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
         if self.target.exists():
             check_target(self.target, overwrite=self.overwrite)
-            old = self.target.parent / f".{self.target.name}.old"
-            shutil.rmtree(old, ignore_errors=True)
             self.target.replace(old)
             self.folder.replace(self.target)
             shutil.rmtree(old)
         else:
             self.folder.replace(self.target)
         _sync(self.target.parent)
+
+    def discard(self) -> None:
+        """Throw away all that was written: the work was refused, not interrupted."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _save(self, path: Path) -> str:
         from safetensors import SafetensorError
@@ -129,6 +133,7 @@ class ShardWriter:
         temporary = path.with_suffix(".tmp")
         try:
             save_file(self._buffer, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read
             digest = sha256(temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
@@ -156,13 +161,23 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
     """Refuse an output folder that exists, is a file, is the input, or cannot be written."""
     if source is not None and target.resolve() == source.resolve():
         raise UserError(f"the output folder {target} is the input folder; give another --out")
-    if target.exists() and not target.is_dir():
+    inside = [p for p in (Path.cwd(), source) if p and p.resolve().is_relative_to(target.resolve())]
+    if inside:
+        raise UserError(f"the output folder {target} holds {inside[0]}; give another --out")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(f"the output {target} exists and is not a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if target.exists() and not overwrite:
         raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
     parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to {parent}: not a writable folder")
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def sha256(path: Path) -> str:

@@ -44,7 +44,12 @@ class Plan:
     peak_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The plan as plain JSON values."""
+        out = asdict(self)
+        for site, record in zip(self.sites, out["sites"], strict=True):
+            after = site.parameters_after
+            record["compression_ratio"] = site.parameters_before / after if after else None
+        return out
 
 
 DISK = 400e6

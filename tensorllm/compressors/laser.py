@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
-from tensorllm.compressors.tucker import check_roles
+from tensorllm.compressors.tucker import check_choice, check_roles, check_seed
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.ranks import laser_rank
 from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
-from tensorllm.tensors.svd import truncated_svd
+from tensorllm.tensors.svd import METHODS, truncated_svd
 
 
 @COMPRESSORS.register("laser", aliases=("laser-svd",))
@@ -24,14 +24,14 @@ class LaserSVD(Compressor):
         rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
         rank: r itself, instead of rho.
         matrices: which of in, gate, out, q, k, v, o.
-        method: `exact`, or `randomized` (seeded and checked).
+        method: `exact`, `randomized` (oversampled), or `official` as in LASER's code.
         seed: of the randomised method.
     """
 
     rho: float | None = None
     rank: int | None = None
     matrices: tuple[str, ...] = ("in",)
-    method: Literal["exact", "randomized"] = "exact"
+    method: Literal["exact", "randomized", "official"] = "exact"
     seed: int = 0
 
     source: ClassVar[str] = "https://arxiv.org/abs/2312.13558"
@@ -43,6 +43,8 @@ class LaserSVD(Compressor):
             raise UserError(f"rho must be in (0, 1], got {self.rho}")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
+        check_choice("method", self.method, tuple(METHODS))
+        check_seed(self.seed)
         object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
 
     def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:

@@ -5,12 +5,13 @@ Shapes: I inner width, D model width, M stacked matrices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
-from tensorllm.compressors.tucker import check_roles
+from tensorllm.compressors.tucker import check_choice, check_roles, check_seed
 from tensorllm.errors import UserError
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import Factors
@@ -50,8 +51,8 @@ class Trawl(Compressor):
     source: ClassVar[str] = "https://arxiv.org/abs/2406.17261"
 
     def __post_init__(self) -> None:
-        if self.method not in ("cp", "tucker"):
-            raise UserError(f"method must be cp or tucker, got {self.method!r}")
+        check_choice("method", self.method, ("cp", "tucker"))
+        check_seed(self.seed)
         wanted, other = ("rank", "ranks") if self.method == "cp" else ("ranks", "rank")
         if getattr(self, wanted) is None or getattr(self, other) is not None:
             raise UserError(f"method {self.method!r} takes {wanted} and not {other}")
@@ -66,6 +67,10 @@ class Trawl(Compressor):
     def check(self, shape: tuple[int, ...]) -> None:
         if self.ranks is not None:
             check_ranks(self.ranks, shape)
+        # no tensor (I, D, M) has a larger CP rank than the product of its two smaller sizes
+        most = prod(sorted(shape)[:2])
+        if self.rank is not None and self.rank > most:
+            raise UserError(f"rank must be in 1..{most}, got {self.rank}")
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
         if self.ranks is not None:

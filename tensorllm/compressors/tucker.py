@@ -50,10 +50,10 @@ class TuckerSettings(Compressor):
         given = [name for name in ("ranks", "energy", "error") if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(f"give exactly one of ranks, energy and error, got {given or 'none'}")
-        _check_share("energy", self.energy, low_open=True)
-        _check_share("error", self.error, low_open=False)
-        _check_choice("layout", self.layout, LAYOUTS)
-        _check_choice("solver", self.solver, SOLVERS)
+        check_share("energy", self.energy, low_open=True)
+        check_share("error", self.error, low_open=False)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("solver", self.solver, SOLVERS)
         if not isinstance(self.sweeps, int) or self.sweeps < 0:
             raise UserError(f"sweeps must be 0 or more, got {self.sweeps}")
         if self.ranks is not None:
@@ -143,7 +143,8 @@ def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     return tuple(roles)
 
 
-def _check_share(name: str, value: float | None, *, low_open: bool) -> None:
+def check_share(name: str, value: float | None, *, low_open: bool) -> None:
+    """Refuse a share out of its range; None passes."""
     if value is None:
         return
     allowed = "(0, 1]" if low_open else "[0, 1)"
@@ -152,6 +153,13 @@ def _check_share(name: str, value: float | None, *, low_open: bool) -> None:
         raise UserError(f"{name} must be in {allowed}, got {value}")
 
 
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a random generator of numpy's does not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be in 0..2^32-1, got {seed}")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse what is not one of the words."""
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
