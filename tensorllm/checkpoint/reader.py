@@ -15,6 +15,7 @@ from torch import Tensor
 from tensorllm.errors import UserError
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -54,7 +55,7 @@ class Checkpoint:
 
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # a wrong config fails in many ways inside transformers
             raise UserError(f"{self.folder}/config.json: {_first_line(error)}") from None
         method = getattr(config, "quantization_config", None)
         if method is not None:
@@ -105,7 +106,9 @@ class Checkpoint:
         if index.is_file():
             try:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+                if any(Path(file).name != file for file in files):
+                    raise ValueError  # weights lie in the folder itself, nowhere else
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{index} is not a safetensors index") from None
             missing = [file for file in files if not (self.folder / file).is_file()]
             if missing:
@@ -146,7 +149,13 @@ def read_header(path: Path) -> dict[str, Any]:
                 raise ValueError
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = max((info["data_offsets"][1] for info in header.values()), default=0)
+        end = 0
+        for info in sorted(header.values(), key=lambda info: info["data_offsets"]):
+            first, last = info["data_offsets"]
+            width = WIDTHS.get(info["dtype"])
+            if first != end or (width and last - first != width * prod(info["shape"])):
+                raise ValueError  # a gap, an overlap, or a shape that contradicts the bytes
+            end = last
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a safetensors file, or is corrupt") from None
     if size != 8 + length + end:

@@ -23,6 +23,7 @@ from tensorllm.compressors import Compressor, Job
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import environment, versions
 from tensorllm.errors import UserError
+from tensorllm.tensors.unfold import all_finite
 
 Format = Literal["dense", "factored"]
 FORMATS = ("dense", "factored")
@@ -37,6 +38,7 @@ class FolderTask:
         dtype: of the written weights; that of each stored tensor by default.
         model: the name that reports give the model; the folder by default.
         done: factors that are there already, by the site's name.
+        shard_bytes: a file of weights is ended as soon as it holds so many.
     """
 
     source: Path
@@ -49,6 +51,7 @@ class FolderTask:
     model: str | None = None
     revision: str | None = None
     done: Mapping[str, Compressed] = field(default_factory=dict)
+    shard_bytes: int = 2**29
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,23 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
         task.target,
         stem=STEM if factored else "model",
         fingerprint=_fingerprint(task, checkpoint, layers),
+        shard_bytes=task.shard_bytes,
         overwrite=task.overwrite,
     )
     total = sum(_bytes(checkpoint, unit) for unit in work)
     done = 0
-    for unit in work:
-        progress(done, total, unit.name)
-        if unit.name not in writer.finished:
-            writer.add(unit.name, *_run_unit(unit, task, checkpoint, roles))
-        done += _bytes(checkpoint, unit)
-    progress(total, total, "finishing")
-    return _finish(task, checkpoint, roles, layers, writer, started)
+    finished = writer.finished
+    try:
+        for unit in work:
+            progress(done, total, unit.name)
+            if unit.name not in finished:
+                writer.add(unit.name, *_run_unit(unit, task, checkpoint, roles))
+            done += _bytes(checkpoint, unit)
+        progress(total, total, "finishing")
+        return _finish(task, checkpoint, roles, layers, writer, started)
+    except UserError:  # wrong weights, met on the way: nothing to go on with
+        writer.discard()
+        raise
 
 
 def _run_unit(
@@ -144,6 +153,9 @@ def _run_unit(
         for compressed in done:
             write_dense(compressed, roles, weights)
         out = weights
+    for name, w in weights.items():  # what a job reads it checks itself
+        if not unit.jobs and w.is_floating_point() and not all_finite(w):
+            raise UserError(f"{name} has NaN or infinite values")
     return {name: _cast(t, task.dtype) for name, t in out.items()}, note
 
 
@@ -244,5 +256,6 @@ def _fingerprint(
         "layers": list(layers),
         "format": task.format,
         "dtype": str(task.dtype),
+        "shard_bytes": task.shard_bytes,
         "versions": versions(),
     }
