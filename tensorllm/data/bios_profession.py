@@ -10,11 +10,12 @@ from tensorllm.data.reading import HubSource, Row
 from tensorllm.errors import UserError
 
 # The order of the hub's integer labels.
-PROFESSIONS = """
+_NAMES = """
     accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker
     interior_designer journalist model nurse painter paralegal pastor personal_trainer photographer
     physician poet professor psychologist rapper software_engineer surgeon teacher yoga_teacher
-""".split()
+"""
+PROFESSIONS = _NAMES.split()
 # Those that are one token in the papers' tokenizers, in LASER's order.
 CHOICES = (
     "journalist",

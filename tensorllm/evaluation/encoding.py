@@ -98,7 +98,8 @@ class Encoder:
         full, starts = zip(*(self._with(example.prompt, prompt, a) for a in answers), strict=True)
         start = max(1, min(starts))
         shared = max(1, min(common_prefix(full), *(len(ids) - 1 for ids in full), start))
-        prompt, full, cut = self._fitted(prompt, full, shared)
+        new = 0 if example.choices else self.max_new_tokens
+        prompt, full, cut = self._fitted(prompt, full, shared, new)
         return Encoded(example, prompt, full, shared - cut, start - cut, cut)
 
     def _beginning(self) -> list[int]:
@@ -134,10 +135,10 @@ class Encoder:
         return before, after, max(1, len(after) - common_prefix((before, after)))
 
     def _fitted(
-        self, prompt: list[int], full: tuple[list[int], ...], shared: int
+        self, prompt: list[int], full: tuple[list[int], ...], shared: int, new: int
     ) -> tuple[list[int], tuple[list[int], ...], int]:
         """The same without so many of the prompt's first tokens as the context cannot hold."""
-        longest = max(len(prompt) + self.max_new_tokens, *map(len, full))
+        longest = max(len(prompt) + new, *map(len, full))
         cut = longest - self.context
         if cut <= 0:
             return prompt, full, 0
@@ -147,7 +148,7 @@ class Encoder:
         )  # a bos stays the first token
         if kept + cut >= min(shared, len(prompt)):
             raise UserError(
-                f"an answer must fit the model's context of {self.context} tokens beside its prompt,"
+                f"the model's context of {self.context} tokens must hold prompt and answer,"
                 f" got {longest} tokens of which only {shared} belong to the prompt"
             )
         shorter = [ids[:kept] + ids[kept + cut :] for ids in (prompt, *full)]

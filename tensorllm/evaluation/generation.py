@@ -9,6 +9,7 @@ Shapes: B examples, T tokens, N positions with logits, S cached columns, V vocab
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,8 @@ from tensorllm.evaluation.forward import Forward, Padded, left_padded
 from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_f1
 from tensorllm.evaluation.protocol import Protocol
 
-CHECK_EVERY = (
-    4  # tokens between looks at the text: decoding it costs as much as a step of a small model
-)
+# Steps between looks at the text: decoding it costs as much as a step of a small model.
+CHECK_EVERY = 4
 
 
 class Told(NamedTuple):
@@ -121,8 +121,8 @@ class Greedy:
         seen = torch.tensor([r.read + width - len(r.item.full[0]) for r in rows], device=device)
         mask_BS = mask_BS & (torch.arange(width, device=device)[None] < seen[:, None])
         live = list(range(len(rows)))  # of `rows`, in the order of the cache's rows
-        while True:
-            going = self._unfinished(rows, live)
+        for step in count():
+            going = self._unfinished(rows, live, look=step % CHECK_EVERY == 0)
             if not going:
                 return
             if len(going) < len(live):
@@ -140,14 +140,13 @@ class Greedy:
                 row.pending = [token]
                 row.new.append(token)
 
-    def _unfinished(self, rows: list[_Row], live: list[int]) -> list[int]:
+    def _unfinished(self, rows: list[_Row], live: list[int], *, look: bool) -> list[int]:
         going, due = [], []
         for i in live:
             new = rows[i].new
             if not new or (len(new) < self.max_new_tokens and new[-1] not in self.eos):
                 going.append(i)
-                beyond = len(new) - self._window(rows[i])
-                if self.stop_early and beyond >= 0 and beyond % CHECK_EVERY == 0:
+                if look and self.stop_early and len(new) >= self._window(rows[i]):
                     due.append(i)
         texts = self._texts([rows[i] for i in due])
         certain = {

@@ -5,17 +5,15 @@ it.
 parts.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 from typing import Protocol as Interface
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
-from tensorllm.errors import Incomplete, UserError
+from tensorllm.errors import UserError
+from tensorllm.evaluation.batching import fill, halving
 from tensorllm.evaluation.causal import Batch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
 from tensorllm.evaluation.forward import Forward, ModelForward
@@ -23,15 +21,9 @@ from tensorllm.evaluation.masked import MaskedEncoder, MaskedItem, MaskedScorer,
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
 from tensorllm.evaluation.row import Row
 
-T = TypeVar("T", Encoded, MaskedItem)
-Item = TypeVar("Item")
-
-log = logging.getLogger(__name__)
-
 # Columns x rows of one batch. A CPU is fastest while a layer's activations fit its caches.
 BATCH_TOKENS = {"cpu": 4096}
 LARGE_BATCH_TOKENS = 65536
-LOGITS = 2**26  # numbers in one batch's logits: 256 MiB in float32
 
 
 class Scorer(Interface):
@@ -189,65 +181,6 @@ class MaskedModelScorer:
 
     def score(self, batch: list[MaskedItem]) -> list[Row]:
         return halving(self.scorer, batch)
-
-
-def fill(
-    items: Sequence[T], cost: Callable[[T], tuple[int, int]], tokens: int, together: int = 1
-) -> Iterator[list[T]]:
-    """Batches of items of similar cost, the dearest first: what does not fit memory shows at once.
-
-    Args:
-        items: in the dataset's order.
-        cost: an item's tokens and logits; a batch costs its number of items times its dearest one.
-        tokens: the budget of tokens per batch.
-        together: items whose indices fall into the same so many stay together, in order.
-    """
-    size = max(1, together)
-    grouped = groupby(items, key=lambda item: item.example.index // size)
-    groups = [_measured(group, cost) for _, group in grouped]
-    groups.sort(key=lambda group: group[1], reverse=True)
-    batch: list[T] = []
-    dearest = (0, 0)
-    for group, costs in groups:
-        worse = (max(dearest[0], costs[0]), max(dearest[1], costs[1]))
-        rows = len(batch) + len(group)
-        if batch and (rows * worse[0] > tokens or rows * worse[1] > LOGITS):
-            yield batch
-            batch, worse = [], costs
-        batch += group
-        dearest = worse
-    if batch:
-        yield batch
-
-
-def _measured(
-    group: Iterable[T], cost: Callable[[T], tuple[int, int]]
-) -> tuple[list[T], tuple[int, int]]:
-    """The items, and the most tokens and logits that one of them costs."""
-    items = list(group)
-    tokens, logits = zip(*map(cost, items), strict=True)
-    return items, (max(tokens), max(logits))
-
-
-def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]) -> list[Row]:
-    """`scored(items)`, in halves where memory runs out."""
-    try:
-        return scored(items)
-    except RuntimeError as error:
-        if not _out_of_memory(error):
-            raise
-        if len(items) == 1:
-            raise Incomplete(f"out of memory for a single example: {str(error)[:120]}") from None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(items) // 2
-    log.warning("out of memory: going on with %d instead of %d examples at once", half, len(items))
-    return halving(scored, items[:half]) + halving(scored, items[half:])
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # On a CPU torch has no error class of its own for it.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
