@@ -8,6 +8,8 @@ tl.save(model, "out/")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tensorllm.checkpoint.hook import watch
+
 if TYPE_CHECKING:
     from tensorllm.checkpoint.factored import load
     from tensorllm.compression.model import compress
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
         Trawl,
     )
     from tensorllm.errors import UserError
+    from tensorllm.pipeline.runtime import factorize
 
 # Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
 _HOME = {
@@ -34,6 +37,7 @@ _HOME = {
     "Trawl": "tensorllm.compressors",
     "UserError": "tensorllm.errors",
     "compress": "tensorllm.compression.model",
+    "factorize": "tensorllm.pipeline.runtime",
     "load": "tensorllm.checkpoint.factored",
     "save": "tensorllm.compression.save",
 }
@@ -48,9 +52,12 @@ __all__ = [
     "Trawl",
     "UserError",
     "compress",
+    "factorize",
     "load",
     "save",
 ]
+
+watch()  # transformers' from_pretrained then opens factored folders
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,22 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.factors import FACTORS, Factors
 
 STEM = "factored"
+METHOD = "tensorllm"
+NOT_WITHOUT_US = "these-weights-are-factored-first-import-tensorllm.safetensors"
+README = """# A factored model
+
+Some of the matrices of this model are stored as low-rank factors, and run as such:
+
+```python
+import tensorllm  # teaches transformers this format
+from transformers import AutoModelForCausalLM  # or AutoModelForMaskedLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+`tensorllm export THIS_FOLDER --format dense DENSE_FOLDER` writes an ordinary checkpoint.
+`tensorllm.json` says how the factors were made.
+"""
 
 
 def store_site(site: Site, factors: Factors) -> tuple[StoredSite, dict[str, Tensor]]:
@@ -23,6 +39,37 @@ def store_site(site: Site, factors: Factors) -> tuple[StoredSite, dict[str, Tens
     names = dict(zip(factors.tensors(), tensors, strict=True))
     kind = FACTORS.name_of(type(factors))
     return StoredSite(site.name, site.layers, site.roles, site.stacking, kind, names), tensors
+
+
+def mark_config(config: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    """config.json of a factored folder: transformers loads it with tensorllm, and not without.
+
+    A way of storing weights that transformers does not know it merely warns of, and fills what it
+    misses at random. So it is sent to a file that is not there, whose name says what to do.
+
+    Args:
+        weights: the file, or the index of files, that holds the factors.
+    """
+    return {
+        **config,
+        "quantization_config": {"quant_method": METHOD, "weights": weights},
+        "transformers_weights": NOT_WITHOUT_US,
+    }
+
+
+def unmark_config(config: Any) -> Any:
+    """The config, in memory, of the dense model that a factored folder stands for."""
+    for name in ("quantization_config", "transformers_weights"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
+
+
+def write_readme(folder: Path) -> None:
+    """Say how the folder is used, where it has no README.md yet."""
+    path = folder / "README.md"
+    if not path.exists():
+        path.write_text(README)
 
 
 def rest_of(
@@ -72,7 +119,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
     if manifest.format == "dense":
         config = Checkpoint(folder).config
         return model_class(config).from_pretrained(folder, dtype=dtype or "auto")
-    config = Checkpoint(folder, stem=STEM).config
+    config = unmark_config(Checkpoint(folder, stem=STEM).config)
     state = dict(dense_tensors(folder))
     kind = model_class(config)
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)

@@ -58,7 +58,7 @@ class Checkpoint:
         except Exception as error:  # a wrong config fails in many ways inside transformers
             raise UserError(f"{self.folder}/config.json: {_first_line(error)}") from None
         method = getattr(config, "quantization_config", None)
-        if method is not None:
+        if method is not None and self.stem == "model":  # else it is our own mark
             raise UserError(
                 f"{self.folder} holds quantised weights; compress the float checkpoint they were "
                 "made from, then quantise the result"

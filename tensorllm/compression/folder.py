@@ -1,5 +1,6 @@
 """Compressing a checkpoint on disk unit by unit, so that the model is never whole in memory."""
 
+import json
 import resource
 import sys
 import time
@@ -12,7 +13,13 @@ import torch
 from torch import Tensor
 
 from tensorllm.architectures import RoleMatrices
-from tensorllm.checkpoint.factored import STEM, rest_of, store_site
+from tensorllm.checkpoint.factored import (
+    STEM,
+    mark_config,
+    rest_of,
+    store_site,
+    write_readme,
+)
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint, index_name
 from tensorllm.checkpoint.writer import ShardWriter, check_target
@@ -202,8 +209,10 @@ def _finish(
         peak_resident_bytes=peak_resident_bytes(),
         environment=environment(),
     )
-    _copy_small_files(task, writer)
-    if len(files) > 1:
+    single = len(files) == 1
+    weights = f"{writer.stem}.safetensors" if single else index_name(writer.stem)
+    _copy_small_files(task, writer, weights)
+    if not single:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         writer.write_json(index_name(writer.stem), index)
     writer.write_json(MANIFEST, manifest.to_json())
@@ -212,19 +221,22 @@ def _finish(
     return report
 
 
-def _copy_small_files(task: FolderTask, writer: ShardWriter) -> None:
+def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> None:
     """Config, tokenizer and generation config; never code or weights."""
     ours = {MANIFEST, "report.json"}
     for path in sorted(task.source.iterdir()):
-        weights = path.name.endswith(".index.json") or path.name in ours
-        if path.is_file() and path.suffix in COPIED and not weights:
+        left = path.name.endswith(".index.json") or path.name in ours
+        if path.is_file() and path.suffix in COPIED and not left:
             writer.copy(path)
+    config = json.loads((task.source / "config.json").read_text())
     if task.dtype is not None:
-        import json
-
-        config = json.loads((task.source / "config.json").read_text())
         config.pop("torch_dtype", None)
-        writer.write_json("config.json", config | {"dtype": str(task.dtype).removeprefix("torch.")})
+        config["dtype"] = str(task.dtype).removeprefix("torch.")
+    if task.format == "factored":
+        config = mark_config(config, weights)
+        write_readme(writer.folder)
+    if task.dtype is not None or task.format == "factored":
+        writer.write_json("config.json", config)
 
 
 def peak_resident_bytes() -> int:

@@ -1,12 +1,23 @@
 """Running what was compressed: a model in memory, or a factored folder, in its factors."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.checkpoint.factored import STEM, load, model_class, store_site
+from tensorllm.checkpoint.manifest import Manifest, read_manifest
+from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.checkpoint.skeleton import record
 from tensorllm.compression.model import compression_of
+from tensorllm.compressors import Site
+from tensorllm.compressors.settings import settings_of
+from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.runtime import install
 from tensorllm.runtime.cost import Choice, Policy, choose
+from tensorllm.tensors.factors import cast
 
 
 def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
@@ -25,11 +36,74 @@ def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
     compression = compression_of(model)
     if compression is None:
         raise UserError("this model was not compressed; compress it first")
-    if getattr(model, "tensorllm_factored", False):
+    if getattr(model, "tensorllm_manifest", None) is not None:
         raise UserError("this model runs in its factors already")
     geometry = RoleMatrices(model.config, parameters_of(model)).geometry
     choices = [choose(done.site, done.factors, geometry, policy) for done in compression.sites]
     wanted = {choice.site for choice in choices if choice.factored}
-    install(model, [(d.site, d.factors) for d in compression.sites if d.site.name in wanted])
-    model.tensorllm_factored = True
+    sites = [(d.site, d.factors) for d in compression.sites if d.site.name in wanted]
+    replaced = _replaced(model, [site for site, _ in sites])
+    placements = install(model, sites)
+    mode, settings = settings_of(compression.compressor)
+    manifest = Manifest(
+        format="factored",
+        source={
+            "model": getattr(model.config, "_name_or_path", "") or model.config.model_type,
+            "revision": getattr(model.config, "_commit_hash", None),
+            "layers": list(compression.layers),
+        },
+        mode=mode,
+        settings=settings,
+        versions=versions(),
+        sites=[store_site(site, factors)[0] for site, factors in sites],
+        replaced=replaced,
+        rest={p.tensor: f"rest.{p.tensor}" for p in placements if not p.site},
+    )
+    record(model, manifest, placements)
     return choices
+
+
+def load_factored(
+    folder: Path, policy: Policy = "always", dtype: torch.dtype | None = None
+) -> tuple[Any, list[Choice]]:
+    """The model of a factored folder, running in its factors.
+
+    Returns:
+        The model, and how every site runs and why.
+
+    Raises:
+        UserError: not a factored folder, or one whose files are not what its manifest says.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.format != "factored":
+        raise UserError(
+            f"{folder} is not factored; write one with tensorllm compress --format factored"
+        )
+    stored = Checkpoint(folder, stem=STEM)
+    roles = RoleMatrices(stored.config, set(stored.entries) | set(manifest.replaced))
+    sites = []
+    for site in manifest.sites:
+        factors = site.factors(stored.read(site.tensors.values()))
+        sites.append((site.site, factors, choose(site.site, factors, roles.geometry, policy)))
+    choices = [choice for _, _, choice in sites]
+    if all(choice.factored for choice in choices):
+        del sites
+        model = model_class(stored.config).from_pretrained(folder, dtype=dtype or "auto")
+        return model, choices
+    model = load(folder, dtype=dtype)
+    install(model, [(s, cast(f, model.dtype)) for s, f, choice in sites if choice.factored])
+    return model, choices
+
+
+def _replaced(model: Any, sites: list[Site]) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of the parameters that factors will stand for."""
+    weights = parameters_of(model)
+    roles = RoleMatrices(model.config, weights)
+    names = sorted({roles.name(*matrix) for site in sites for matrix in site.matrices})
+    return {
+        name: {
+            "shape": list(weights[name].shape),
+            "dtype": str(weights[name].dtype).removeprefix("torch."),
+        }
+        for name in names
+    }

@@ -1,0 +1,57 @@
+"""Telling transformers of factored folders, without importing it: it is told when it is imported.
+
+`import tensorllm` calls `watch`. Nothing heavy may be imported here.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+WATCHED = "transformers.quantizers.auto"  # the table of ways in which weights may be stored
+OURS = "tensorllm.checkpoint.quantizer"
+
+
+def watch() -> None:
+    """Register the factored format with transformers, now or as soon as it is imported."""
+    if WATCHED in sys.modules:
+        import_module(OURS)
+    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
+
+
+class _Watcher(MetaPathFinder):
+    """Finds one module, by asking the others, and adds a line to what its import does."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != WATCHED:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader)
+        return spec
+
+
+class _Registering(Loader):
+    """Runs a module as its own loader does, then registers the factored format."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self._loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        import_module(OURS)
+
+    def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks
+        return getattr(self._loader, name)

@@ -1,0 +1,216 @@
+"""A factored folder opens, runs and saves itself through transformers' own functions."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY, tiny_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    pipeline,
+)
+
+import tensorllm as tl
+from tensorllm.errors import UserError
+from tensorllm.pipeline.runtime import factorize
+from tensorllm.runtime.attention import FactoredAttention
+
+HYBRID = tl.Hybrid(ranks=(20, 3, 2), rho=0.4, matrices=("in", "out"))
+IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def auto(name: str) -> Any:
+    return AutoModelForMaskedLM if TINY[name].task == "masked" else AutoModelForCausalLM
+
+
+def saved(name: str, folder: Path, compressor: Any = HYBRID, **config: Any) -> Any:
+    """A factored folder, and the dense model that it stands for."""
+    dense = tiny_model(name, **config)
+    tl.compress(dense, compressor)
+    tl.save(dense, folder)
+    return dense
+
+
+@torch.no_grad()
+def same(got: Any, want: Any, tol: float = 1e-5) -> None:
+    a, b = got(IDS).logits, want(IDS).logits
+    assert (a - b).abs().max() <= tol * b.abs().max()
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("compressor", [HYBRID, tl.Trawl(rank=9, across_layers=True)])
+def test_a_folder_opens_factored_and_saves_itself(name: str, compressor: Any, tmp_path: Path):
+    dense = saved(name, tmp_path / "out", compressor)
+    model, info = auto(name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    same(model, dense)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
+
+    model.save_pretrained(tmp_path / "again")
+    again = auto(name).from_pretrained(tmp_path / "again")
+    same(again, model, tol=0)
+    same(tl.load(tmp_path / "again"), dense)
+
+
+def test_what_was_factored_in_memory_saves_itself(tmp_path: Path):
+    model = tiny_model("phi3")
+    tl.compress(model, tl.LaserSVD(rho=0.5, matrices=("in", "q")))
+    factorize(model)
+    model.save_pretrained(tmp_path / "out")
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+    same(tl.load(tmp_path / "out"), model)
+
+
+def test_nothing_is_expanded_and_attention_is_ours(tmp_path: Path):
+    dense = saved("llama", tmp_path / "out", tl.SharedTucker4D(ranks=(20, 3, 2)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention, FactoredAttention)
+    assert isinstance(attention, type(dense.model.layers[0].self_attn))
+    core_and_factors = 20 * 3 * 2 * 2 + 32 * 20 + 8 * 3 + 6 * 2
+    biases = 32 + 16 + 16 + 32
+    assert sum(p.numel() for p in attention.parameters()) == core_and_factors + biases
+
+
+def test_trained_weights_are_what_is_saved(tmp_path: Path):
+    saved("gptj", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.eval().save_pretrained(tmp_path / "tuned")
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"), model, tol=0)
+
+
+def test_without_the_import_it_fails_clearly(tmp_path: Path):
+    saved("llama", tmp_path / "out")
+    lines = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", lines, str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "first-import-tensorllm" in run.stderr.strip().splitlines()[-1]
+    assert "import tensorllm" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("first", ["tensorllm", "transformers", "transformers.modeling_utils"])
+def test_the_order_of_imports_does_not_matter(first: str, tmp_path: Path):
+    saved("llama", tmp_path / "out")
+    lines = (
+        f"import {first}, sys, tensorllm\n"
+        f"assert {first!r} != 'tensorllm' or 'torch' not in sys.modules\n"
+        "from transformers import AutoModelForCausalLM as A\n"
+        "print(type(A.from_pretrained(sys.argv[1]).model.layers[1].self_attn).__name__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", lines, str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "FactoredLlamaAttention", run.stderr
+
+
+def test_dtype_device_map_and_headless(tmp_path: Path):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("psutil", reason="accelerate measures memory with it")
+    dense = saved("llama", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, device_map="auto"
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    same(model.float(), dense, tol=5e-2)  # an ordinary model: it can be cast
+    base = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(
+        base(IDS).last_hidden_state, dense.model(IDS).last_hidden_state, rtol=0, atol=1e-4
+    )
+
+
+def test_pipeline_and_assisted_decoding(tinystories: Path, tmp_path: Path):
+    dense = AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32).eval()
+    tl.compress(dense, tl.SharedTucker4D(ranks=(96, 12, 4)))
+    tokenizer = AutoTokenizer.from_pretrained(tinystories)
+    tl.save(dense, tmp_path / "out", tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    story = writer("Once upon a time", **settings)[0]["generated_text"]
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    want = dense.generate(ids, **settings)
+    assert story == tokenizer.decode(want[0], skip_special_tokens=True)
+    assert torch.equal(model.generate(ids, assistant_model=dense, **settings), want)
+
+
+def broken(folder: Path, what: str) -> None:
+    """Damage a factored folder."""
+    manifest = folder / "tensorllm.json"
+    weights = folder / "factored.safetensors"
+    if what == "no manifest":
+        manifest.unlink()
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif what == "changed":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    else:
+        values = json.loads(manifest.read_text())
+        if what == "newer":
+            values["format_version"] = 99
+        elif what == "a tensor missing":
+            values["sites"][0]["tensors"]["core"] = "factors.elsewhere"
+        elif what == "another layer":
+            values["sites"][0]["layers"] = [7]
+        manifest.write_text(json.dumps(values))
+
+
+BROKEN = {
+    "no manifest": "has no tensorllm.json",
+    "no weights": "factored.safetensors",
+    "truncated": "truncated",
+    "changed": "checksum",
+    "newer": "update tensorllm",
+    "a tensor missing": "lacks the tensor factors.elsewhere",
+    "another layer": "layers must be in",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_folders_are_refused(what: str, tmp_path: Path):
+    saved("llama", tmp_path / "out")
+    broken(tmp_path / "out", what)
+    with pytest.raises((ValueError, OSError), match=BROKEN[what]):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_config_of_other_sizes_is_refused(tmp_path: Path):
+    saved("llama", tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 48}))
+    with pytest.raises(UserError, match="the config says"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_authors_layout_says_what_to_do(tmp_path: Path):
+    saved("bert", tmp_path / "out", tl.SharedTucker4D(ranks=(20, 4, 2), layout="official"))
+    with pytest.raises(UserError, match="export --format dense"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+
+
+def test_save_pretrained_refuses_what_it_cannot(tmp_path: Path):
+    saved("gpt2", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(UserError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "x", push_to_hub=True)
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("factored-*.safetensors"))) > 1
+    shutil.rmtree(tmp_path / "out")
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "many"), model, tol=0)
