@@ -52,6 +52,7 @@ def compress(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16; default: as it is.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to decompose: auto, cpu, cuda.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     evaluate: Annotated[
         str | None, typer.Option(help="Score on this dataset before and after.")
@@ -59,7 +60,7 @@ def compress(
     data_file: Annotated[
         Path | None, typer.Option(help="The dataset's rows, from a local file.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples to score at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples to score at most.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and its cost; do nothing.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     plugin: Annotated[
@@ -103,6 +104,7 @@ def compress(
         out=out,
         format=format,
         dtype=dtype,
+        device=device,
         overwrite=overwrite,
         dry_run=dry_run,
         evaluate=evaluate,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.architectures import RoleMatrices
+from tensorllm.checkpoint.grouping import sharing
 from tensorllm.checkpoint.manifest import Manifest, StoredSite, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors import Site
@@ -99,7 +100,10 @@ def dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name in stored.entries:
         if name not in special:
             yield from stored.read([name]).items()
-    for group in _sharing(manifest, roles):
+    touched = {
+        site.name: {roles.name(*matrix) for matrix in site.site.matrices} for site in manifest.sites
+    }
+    for _, group in sharing(manifest.sites, lambda site: touched[site.name]):
         yield from _rebuild(group, manifest, stored, roles).items()
 
 
@@ -140,20 +144,6 @@ def model_class(config: Any) -> Any:
     )
 
 
-def _sharing(manifest: Manifest, roles: RoleMatrices) -> list[list[StoredSite]]:
-    """Sites grouped so that no parameter is spread over two groups."""
-    groups: list[tuple[set[str], list[StoredSite]]] = []
-    for site in manifest.sites:
-        names = {roles.name(*matrix) for matrix in site.site.matrices}
-        sites = [site]
-        for group in [g for g in groups if g[0] & names]:
-            groups.remove(group)
-            names |= group[0]
-            sites = group[1] + sites
-        groups.append((names, sites))
-    return [sites for _, sites in groups]
-
-
 def _rebuild(
     sites: list[StoredSite], manifest: Manifest, stored: Checkpoint, roles: RoleMatrices
 ) -> dict[str, Tensor]:
@@ -169,7 +159,7 @@ def _rebuild(
         for (layer, role), w_ID in zip(site.site.matrices, unstacked, strict=True):
             roles.write(weights, layer, role, w_ID)
     for key, tensor in manifest.rest.items():
-        layer, role = key.split(".")
-        if roles.name(int(layer), role) in weights:
-            roles.write(weights, int(layer), role, stored.read([tensor])[tensor])
+        number, role = key.split(".")
+        if roles.name(int(number), role) in weights:
+            roles.write(weights, int(number), role, stored.read([tensor])[tensor])
     return weights

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from tensorllm.compression.folder import FolderTask, open_checkpoint, units
 from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compression.task import FolderTask
+from tensorllm.compression.units import open_checkpoint, units
 from tensorllm.compressors import Job
 from tensorllm.tensors.stacking import Geometry
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.writer import check_target
-from tensorllm.compression.folder import FolderTask, Format, compress_folder
+from tensorllm.compression.folder import compress_folder
 from tensorllm.compression.model import compression_of
 from tensorllm.compression.report import CompressionReport
+from tensorllm.compression.task import FolderTask, Format
 from tensorllm.errors import UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorllm.compression.folder import open_checkpoint
 from tensorllm.compression.model import Progress, quiet
+from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import Site
 from tensorllm.tensors.ranks import ranks_for_energy, tucker_parameters
 from tensorllm.tensors.stacking import ATTENTION

@@ -8,16 +8,13 @@ from typing import Any
 
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.checkpoint.writer import check_target
-from tensorllm.compression.folder import (
-    FORMATS,
-    FolderTask,
-    Format,
-    compress_folder,
-    open_checkpoint,
-)
+from tensorllm.compression.folder import compress_folder
+from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import Progress, compress, quiet
 from tensorllm.compression.plan import Plan, plan_folder
 from tensorllm.compression.report import CompressionReport
+from tensorllm.compression.task import FORMATS, FolderTask, Format
+from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
 from tensorllm.pipeline.models import Loader, dtype_of
@@ -50,6 +47,7 @@ class CompressRequest:
     out: Path | None = None
     format: str = "dense"
     dtype: str | None = None
+    device: str = "auto"
     overwrite: bool = False
     dry_run: bool = False
     evaluate: str | None = None
@@ -100,6 +98,10 @@ def run(
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
     source = resolve(recipe.model, request.revision)
+    if request.evaluate is not None:
+        from tensorllm.data import DATASETS
+
+        _ = DATASETS[request.evaluate]  # an unknown one is refused before any work
     dataset = request.evaluate or short_names().get(recipe.model, {}).get("evaluate")
     scorer = _scorer(evaluate, dataset)
     task = FolderTask(
@@ -108,6 +110,7 @@ def run(
         compressor=compressor,
         layers=recipe.layers,
         format=_format(request.format),
+        device=_device(request.device),
         dtype=dtype,
         overwrite=request.overwrite,
         model=source.name,
@@ -132,8 +135,9 @@ def _scorer(evaluate: Evaluate | None, dataset: str | None) -> Score | None:
 def _in_memory(
     task: FolderTask, source: Source, progress: Progress, score: Score | None
 ) -> CompressionReport:
-    open_checkpoint(task.source)  # refuses a broken one before transformers reads it
-    loader = Loader(task.source, task.dtype)
+    _, roles = open_checkpoint(task.source)  # refuses a broken one before transformers reads it
+    plan_jobs(task.compressor, roles, range(roles.layers) if task.layers is None else task.layers)
+    loader = Loader(task.source, task.dtype, task.device)
     model = loader()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None
@@ -145,12 +149,13 @@ def _in_memory(
 
 
 def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> CompressionReport:
+    original = Loader(task.source, task.dtype)
+    tokenizer = original.tokenizer() if score else None
     report = compress_folder(task, progress)
     if score:
-        original = Loader(task.source, task.dtype)
-        tokenizer = original.tokenizer()
         before = score(original(), tokenizer)
-        report.evaluation = {"before": before, "after": score(Loader(task.target)(), tokenizer)}
+        after = score(Loader(task.target, device=task.device)(), tokenizer)
+        report.evaluation = {"before": before, "after": after}
         temporary = task.target / "report.json.tmp"
         temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n")
         temporary.replace(task.target / "report.json")
@@ -165,3 +170,17 @@ def _excluded(key: str, given: Mapping[str, Any]) -> bool:
 
 def _format(name: str) -> Format:
     return "factored" if name == "factored" else "dense"
+
+
+def _device(name: str) -> str:
+    """`auto` is the first GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device must be auto, cpu or cuda[:N], got {name!r}: {reason}") from None
+    return name

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tensorllm.checkpoint.factored import load, model_class
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
@@ -30,24 +31,26 @@ class Loader:
     Attributes:
         folder: an ordinary checkpoint, or one that tensorllm wrote.
         dtype: of the weights in memory; None: as they are stored.
+        device: where the weights go; a Trainer moves them itself.
     """
 
     folder: Path
     dtype: torch.dtype | None = None
+    device: str = "cpu"
 
-    def __call__(self) -> PreTrainedModel:
+    def __call__(self) -> Any:
         manifest = read_manifest(self.folder)
         try:
             if manifest is not None and manifest.format == "factored":
-                return load(self.folder, dtype=self.dtype)
-            made = model_class(self.config()).from_pretrained(
-                self.folder, dtype=self.dtype or "auto"
-            )
+                made: nn.Module = load(self.folder, dtype=self.dtype)
+            else:
+                kind = model_class(self.config())
+                made = kind.from_pretrained(self.folder, dtype=self.dtype or "auto")
         except (OSError, RuntimeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"cannot load the model in {self.folder}: {_line(error)}") from None
-        return made.eval()
+        return made.to(self.device).eval()
 
     def config(self) -> Any:
         try:

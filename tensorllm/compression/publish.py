@@ -1,0 +1,98 @@
+"""The last step of a compression on disk: manifest, report and small files beside the weights."""
+
+import json
+import resource
+import sys
+import time
+
+from tensorllm.architectures import RoleMatrices
+from tensorllm.checkpoint.factored import mark_config, write_readme
+from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
+from tensorllm.checkpoint.reader import Checkpoint, index_name
+from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.compression.report import CompressionReport, Totals, saved_parameters, site_report
+from tensorllm.compression.task import FolderTask
+from tensorllm.compressors.settings import settings_of
+from tensorllm.environment import environment, versions
+
+COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def publish(
+    task: FolderTask,
+    checkpoint: Checkpoint,
+    roles: RoleMatrices,
+    layers: tuple[int, ...],
+    writer: ShardWriter,
+    started: float,
+) -> CompressionReport:
+    """Write what goes beside the shards, and let the folder appear under its name."""
+    weight_map = writer.name_files()
+    files = {shard["file"]: shard for shard in writer.shards if shard["names"]}
+    notes = [note for note in writer.finished.values() if note]
+    mode, settings = settings_of(task.compressor)
+    model = task.model or str(task.source)
+    manifest = Manifest(
+        format=task.format,
+        source={"model": model, "revision": task.revision, "layers": list(layers)},
+        mode=mode,
+        settings=settings,
+        versions=versions(),
+        sites=[StoredSite(**site) for note in notes for site in note["sites"]],
+        replaced={name: facts for note in notes for name, facts in note["replaced"].items()},
+        rest={key: name for note in notes for key, name in note["rest"].items()},
+        files={f: {"bytes": s["bytes"], "sha256": s["sha256"]} for f, s in files.items()},
+    )
+    sites = [site_report(record) for note in notes for record in note["reports"]]
+    size = sum(shard["bytes"] for shard in files.values())
+    parameters = checkpoint.parameters
+    report = CompressionReport(
+        model=model,
+        revision=task.revision,
+        mode=mode,
+        settings=settings,
+        layers=layers,
+        dtype=str(task.dtype or checkpoint.dtype).removeprefix("torch."),
+        format=task.format,
+        sites=sites,
+        geometry=roles.geometry,
+        model_layers=roles.layers,
+        totals=Totals(parameters, parameters - saved_parameters(sites), checkpoint.bytes, size),
+        seconds=time.perf_counter() - started,
+        peak_resident_bytes=peak_resident_bytes(),
+        environment=environment(),
+    )
+    single = len(files) == 1
+    weights = f"{writer.stem}.safetensors" if single else index_name(writer.stem)
+    _copy_small_files(task, writer, weights)
+    if not single:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        writer.write_json(index_name(writer.stem), index)
+    writer.write_json(MANIFEST, manifest.to_json())
+    writer.write_json("report.json", report.to_json())
+    writer.finish()
+    return report
+
+
+def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> None:
+    """Config, tokenizer and generation config; never code or weights."""
+    ours = {MANIFEST, "report.json"}
+    for path in sorted(task.source.iterdir()):
+        left = path.name.endswith(".index.json") or path.name in ours
+        if path.is_file() and path.suffix in COPIED and not left:
+            writer.copy(path)
+    config = json.loads((task.source / "config.json").read_text())
+    if task.dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(task.dtype).removeprefix("torch.")
+    if task.format == "factored":
+        config = mark_config(config, weights)
+        write_readme(writer.folder)
+    if task.dtype is not None or task.format == "factored":
+        writer.write_json("config.json", config)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

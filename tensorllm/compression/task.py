@@ -1,0 +1,40 @@
+"""What is to be made of a checkpoint on disk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tensorllm.compression.jobs import Compressed
+from tensorllm.compressors import Compressor
+
+Format = Literal["dense", "factored"]
+FORMATS = ("dense", "factored")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderTask:
+    """What is to be made of a checkpoint.
+
+    Attributes:
+        device: where decompositions run.
+        dtype: of the written weights; that of each stored tensor by default.
+        model: the name that reports give the model; the folder by default.
+        done: factors that are there already, by the site's name.
+        shard_bytes: a file of weights is ended as soon as it holds so many.
+    """
+
+    source: Path
+    target: Path
+    compressor: Compressor
+    layers: Sequence[int] | None = None
+    format: Format = "dense"
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+    model: str | None = None
+    revision: str | None = None
+    done: Mapping[str, Compressed] = field(default_factory=dict)
+    shard_bytes: int = 2**29

@@ -1,0 +1,90 @@
+"""A checkpoint as units of work, each small enough to be whole in memory."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorllm.architectures import RoleMatrices
+from tensorllm.checkpoint.factored import rest_of, store_site
+from tensorllm.checkpoint.grouping import sharing
+from tensorllm.checkpoint.manifest import read_manifest
+from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.compression.jobs import run_job, write_dense
+from tensorllm.compression.task import FolderTask
+from tensorllm.compressors import Job
+from tensorllm.errors import UserError
+from tensorllm.tensors.unfold import all_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Jobs that share stored parameters, with all the parameters that they touch."""
+
+    name: str
+    names: list[str]
+    jobs: list[Job]
+
+
+def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
+    """A checkpoint that can be compressed, its shapes checked against its config."""
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.format == "factored":
+        raise UserError(f"{folder} is factored already; give the model it was made from")
+    checkpoint = Checkpoint(folder)
+    roles = RoleMatrices(checkpoint.config, checkpoint.entries)
+    roles.check_shapes({name: entry.shape for name, entry in checkpoint.entries.items()})
+    return checkpoint, roles
+
+
+def units(checkpoint: Checkpoint, roles: RoleMatrices, jobs: Iterable[Job]) -> list[Unit]:
+    """All of the checkpoint as units of work: the jobs first, then what is only copied."""
+    groups = sharing(jobs, lambda job: {roles.name(*matrix) for matrix in job.site.matrices})
+    out = [Unit(together[0].site.name, sorted(names), together) for names, together in groups]
+    touched = {name for unit in out for name in unit.names}
+    out += [Unit(name, [name], []) for name in checkpoint.entries if name not in touched]
+    return out
+
+
+def run_unit(
+    unit: Unit, task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors to write for a unit, and a note for the manifest and the report."""
+    weights = checkpoint.read(unit.names)
+    if unit.jobs:
+        weights = {name: w.to(task.device) for name, w in weights.items()}
+    note: dict[str, Any] = {"sites": [], "reports": [], "replaced": {}, "rest": {}}
+    dtype = task.dtype if unit.jobs else None
+    done = [
+        task.done.get(job.site.name) or run_job(job, roles, weights, dtype) for job in unit.jobs
+    ]
+    note["reports"] = [asdict(compressed.report) for compressed in done]
+    out: dict[str, Tensor] = {}
+    if task.format == "factored" and done:
+        for compressed in done:
+            stored, tensors = store_site(compressed.site, compressed.factors)
+            note["sites"].append(asdict(stored))
+            out |= tensors
+        matrices = [matrix for job in unit.jobs for matrix in job.site.matrices]
+        for key, w_ID in rest_of(roles, weights, matrices).items():
+            out[f"rest.{key}"] = w_ID
+            note["rest"][key] = f"rest.{key}"
+        for name, w in weights.items():
+            kept = str(task.dtype or w.dtype).removeprefix("torch.")
+            note["replaced"][name] = {"shape": list(w.shape), "dtype": kept}
+    else:
+        for compressed in done:
+            write_dense(compressed, roles, weights)
+        out = weights
+    for name, w in weights.items():  # what a job reads it checks itself
+        if not unit.jobs and w.is_floating_point() and not all_finite(w):
+            raise UserError(f"{name} has NaN or infinite values")
+    return {name: _stored(t, task.dtype) for name, t in out.items()}, note
+
+
+def _stored(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As it is written: in the wanted dtype, in main memory."""
+    return t.to("cpu", dtype if t.is_floating_point() else None)
