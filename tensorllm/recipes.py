@@ -52,7 +52,10 @@ def parse_recipe(text: str, name: str) -> Recipe:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{name} must be a mapping of settings, got {type(values).__name__}")
-    problems = _problems(values)
+    try:
+        problems = _problems(values)
+    except UserError as error:
+        problems = [str(error)]
     if problems:
         raise UserError(f"{name}: {'; '.join(problems)}")
     settings = {key: value for key, value in values.items() if key not in KEYS}

@@ -31,6 +31,8 @@ class RoleMatrices:
         self.architecture = architecture_of(config)
         self.geometry: Geometry = self.architecture.geometry(config)
         self.layers: int = config.num_hidden_layers
+        if self.layers < 1:
+            raise UserError(f"a model must have 1 layer or more, the config says {self.layers}")
         self._prefix = self._find_prefix(config.model_type, names)
 
     def name(self, layer: int, role: str) -> str:

@@ -74,6 +74,10 @@ class Architecture:
         """The sizes of one layer, from the model's config; sizes that do not divide are refused."""
         width, heads, groups = config.hidden_size, config.num_attention_heads, self.kv_heads(config)
         head_dim = getattr(config, "head_dim", None)
+        if min(width, heads, groups) < 1:
+            raise UserError(
+                f"width, heads and KV heads must be 1 or more, got {width}, {heads} and {groups}"
+            )
         if heads % groups:
             raise UserError(f"heads must be a multiple of KV heads, got {heads} and {groups}")
         if not head_dim and width % heads:

@@ -1,0 +1,81 @@
+"""Turn a folder with pickled weights into safetensors, without running the code a pickle can hold.
+
+python -m tensorllm.checkpoint.convert FOLDER NEW_FOLDER
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from tensorllm.checkpoint.reader import PICKLES, index_name
+from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.errors import Incomplete, UserError
+
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write the weights of `source` to the new folder `target`, pickle file by pickle file.
+
+    Raises:
+        UserError: no pickles, or one that holds more than named tensors; nothing is written.
+        Incomplete: the disk is full.
+    """
+    check_target(target, overwrite=False, source=source)
+    pickles = sorted(path for pattern in PICKLES for path in source.glob(pattern))
+    if not pickles:
+        raise UserError(f"{source} holds no pickled weights ({', '.join(PICKLES)})")
+    stats = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in pickles}
+    writer = ShardWriter(target, stem="model", fingerprint={"convert": stats})
+    try:
+        for path in pickles:
+            if path.name not in writer.finished:
+                writer.add(path.name, _read(path))
+    except UserError:
+        writer.discard()
+        raise
+    weight_map = writer.name_files()
+    if len(set(weight_map.values())) > 1:
+        total = sum(shard["bytes"] for shard in writer.shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        writer.write_json(index_name("model"), index)
+    for path in sorted(path for pattern in SMALL for path in source.glob(pattern)):
+        if not path.name.endswith(".index.json"):
+            writer.copy(path)
+    writer.finish()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a pickle; `weights_only` builds nothing but tensors and containers."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a pickle of plain weights: {reason}") from None
+    named = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not named:
+        raise UserError(f"{path} must hold names and tensors only, got {type(state).__name__}")
+    return {name: t.clone() for name, t in state.items()}  # tied tensors are stored for each name
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line: two folders."""
+    if len(arguments) != 2:
+        sys.stderr.write("usage: python -m tensorllm.checkpoint.convert FOLDER NEW_FOLDER\n")
+        return 2
+    try:
+        convert(Path(arguments[0]), Path(arguments[1]))
+    except (UserError, Incomplete) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,452 @@
+"""Whatever is wrong is told in one line, with exit code 2, and nothing is written."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from transformers.utils.logging import disable_progress_bar
+
+from tensorllm_cli.app import main
+
+PLUGIN = "no_such_plugin_anywhere"
+
+
+@pytest.fixture(scope="session")
+def gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "gptj"
+    tiny_model("gptj").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grouped attention: no layout `official`."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_bars() -> None:
+    """What `main` does by an environment variable, too late where transformers is there already."""
+    disable_progress_bar()
+
+
+def run(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+Capture = pytest.CaptureFixture[str]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: Capture) -> Refused:
+    """Runs a command that must be refused with words, and gives its line."""
+
+    def check(arguments: Sequence[Any], *words: str) -> str:
+        before = tree(tmp_path)
+        assert run(*arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        for word in words:
+            assert word in err, err
+        assert tree(tmp_path) == before
+        return err
+
+    return check
+
+
+SHARED = ("--mode", "shared-tucker")
+LASER = ("--mode", "laser")
+OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "rank too large": ((*SHARED, "--ranks", "33,4,2"), ("R1", "1..32", "33")),
+    "rank zero": ((*SHARED, "--ranks", "8,0,2"), ("R2", "1..8", "0")),
+    "rank negative": (
+        (
+            *SHARED,
+            "--ranks=-3,4,2",
+        ),
+        ("R1", "1..32", "-3"),
+    ),
+    "too few ranks": ((*SHARED, "--ranks", "8,4"), ("3 ranks", "R1 in 1..32", "got 2")),
+    "too many ranks": ((*SHARED, "--ranks", "8,4,2,2"), ("3 ranks", "got 4")),
+    "ranks are words": ((*SHARED, "--ranks", "a,b,c"), ("--ranks", "whole numbers", "a,b,c")),
+    "ranks are fractions": ((*SHARED, "--ranks", "8.5,4,2"), ("--ranks", "8.5")),
+    "no ranks": ((*SHARED, "--ranks", ""), ("--ranks", "whole numbers")),
+    "neither ranks nor energy": (SHARED, ("ranks, energy and error",)),
+    "ranks and energy": ((*SHARED, "--ranks", "8,4,2", "--energy", "0.5"), ("exactly one",)),
+    "energy 0": ((*SHARED, "--energy", "0"), ("energy", "(0, 1]")),
+    "energy nan": ((*SHARED, "--energy", "nan"), ("energy", "(0, 1]", "nan")),
+    "error 1": ((*SHARED, "--error", "1"), ("error", "[0, 1)")),
+    "layer too large": ((*LASER, "--rho", "0.5", "--layers", "2"), ("0..1", "got 2")),
+    "layer negative": ((*LASER, "--rho", "0.5", "--layers=-1"), ("--layers", "-1")),
+    "layer repeated": ((*LASER, "--rho", "0.5", "--layers", "1,1"), ("each once", "[1, 1]")),
+    "layers are words": ((*LASER, "--rho", "0.5", "--layers", "last"), ("--layers", "last")),
+    "layers backwards": ((*LASER, "--rho", "0.5", "--layers", "1-0"), ("1-0", "no layer")),
+    "no layer is so high": ((*LASER, "--rho", "1", "--layers", "0-99999999999"), ("0..1",)),
+    "rho 0": ((*LASER, "--rho", "0"), ("rho", "(0, 1]", "0")),
+    "rho 1.5": ((*LASER, "--rho", "1.5"), ("rho", "(0, 1]", "1.5")),
+    "rho negative": ((*LASER, "--rho=-0.1"), ("rho", "(0, 1]", "-0.1")),
+    "rho nan": ((*LASER, "--rho", "nan"), ("rho", "(0, 1]")),
+    "rho is a word": ((*LASER, "--rho", "half"), ("--rho", "number")),
+    "rho lacks its value": ((*LASER, "--rho"), ("--rho", "argument")),
+    "laser rank 0": ((*LASER, "--rank", "0"), ("rank", "1 or more")),
+    "laser rank too large": ((*LASER, "--rank", "33"), ("rank", "1..32", "33")),
+    "rho and rank": ((*LASER, "--rho", "1", "--rank", "2"), ("one of rho and rank",)),
+    "matrix unknown": ((*LASER, "--rho", "1", "--matrices", "in,up"), ("in, gate, out", "up")),
+    "matrix missing": ((*LASER, "--rho", "1", "--matrices", "gate"), ("gate", "does not exist")),
+    "matrix twice": ((*LASER, "--rho", "1", "--matrices", "in,in"), ("each once",)),
+    "mode unknown": (("--mode", "shared-tuker", "--rho", "1"), ("Did you mean 'shared-tucker'",)),
+    "no mode": ((), ("--mode", "tensorllm list compressors")),
+    "layout unknown": (
+        (*SHARED, "--ranks", "8,4,2", "--layout", "papper"),
+        ("layout must be one of paper, official", "papper"),
+    ),
+    "setting unknown": ((*LASER, "--rho", "1", "--set", "sead=1"), ("did you mean 'seed'",)),
+    "settings wrong, all at once": (
+        (*SHARED, "--ranks", "8,4,2", "--set", "sweeps=many", "--set", "solver=3", "--set", "a=1"),
+        (
+            "sweeps must be a whole number, got 'many'",
+            "solver must be one of",
+            "unknown setting 'a'",
+        ),
+    ),
+    "setting is no pair": ((*LASER, "--rho", "1", "--set", "seed"), ("field=value", "seed")),
+    "setting is not YAML": ((*LASER, "--rho", "1", "--set", "seed=[1"), ("seed", "YAML")),
+    "seed negative": ((*LASER, "--rho", "1", "--set", "seed=-1"), ("seed must be in 0..",)),
+    "setting of another mode": ((*LASER, "--ranks", "8,4,2"), ("unknown setting 'ranks'",)),
+    "CP rank too large": (("--mode", "trawl", "--rank", "999"), ("rank must be in 1..64", "999")),
+    "unequal matrices": (
+        ("--mode", "trawl", "--rank", "2", "--matrices", "q,in"),
+        ("unequal shapes",),
+    ),
+    "format unknown": ((*LASER, "--rho", "1", "--format", "gguf"), ("dense, factored", "gguf")),
+    "dtype unknown": ((*LASER, "--rho", "1", "--dtype", "int8"), ("bf16", "int8")),
+    "dataset unknown": ((*LASER, "--rho", "1", "--evaluate", "fevr"), ("fevr",)),
+    "plugin missing": ((*LASER, "--rho", "1", "--plugin", PLUGIN), (PLUGIN, "PYTHONPATH")),
+    "plugin nameless": ((*LASER, "--rho", "1", "--plugin", ""), ("cannot import",)),
+    "option unknown": ((*LASER, "--rhoo", "1"), ("No such option", "--rhoo")),
+    "argument too many": ((*LASER, "here"), ("unexpected", "here")),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("out", [False, True], ids=["in memory", "to a folder"])
+def test_wrong_options(name: str, out: bool, gptj: Path, tmp_path: Path, refused: Refused) -> None:
+    options, words = OPTIONS[name]
+    where = ("--out", tmp_path / "out") if out else ()
+    refused(("compress", "--model", gptj, *where, *options), *words)
+
+
+@pytest.mark.parametrize("mode", ["shared-tucker", "per-matrix-tucker"])
+def test_official_layout_of_grouped_attention(
+    mode: str, llama: Path, tmp_path: Path, refused: Refused
+) -> None:
+    ranks = "8,4,2" if mode == "shared-tucker" else "8,4"
+    options = ("--mode", mode, "--ranks", ranks, "--layout", "official", "--out", tmp_path / "o")
+    refused(("compress", "--model", llama, *options), "square, ungrouped", "2 KV heads", "'paper'")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("gptjj", ("no model 'gptjj'", "Did you mean 'gptj'")),
+        ("./nowhere", ("no model './nowhere'",)),
+        ("a/b/c", ("no model 'a/b/c'",)),
+        ("", ()),
+        ("no one/no thing", ("no one/no thing",)),
+        ("nobody/nothing-here", ("nobody/nothing-here", "--model FOLDER", "--model demo")),
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "inspect"])
+def test_wrong_models(command: str, model: str, words: tuple[str, ...], refused: Refused) -> None:
+    """No network here: what only the hub could have is refused at once, with the ways that work."""
+    options = (*LASER, "--rho", "0.5") if command == "compress" else ()
+    refused((command, "--model", model, *options), *words)
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def write_config(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(text) and None
+
+
+def edit_bytes(edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(edit(path.read_bytes()))
+
+    return apply
+
+
+def edit_header(edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(data: bytes) -> bytes:
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        edit(header)
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+    return edit_bytes(apply)
+
+
+def edit_weights(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        edit(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return apply
+
+
+Q = "transformer.h.1.attn.q_proj.weight"
+EMBEDDING = "transformer.wte.weight"
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def index_to(*files: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        weight_map = {f"w{i}": file for i, file in enumerate(files)}
+        text = json.dumps({"weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return apply
+
+
+def set_value(name: str, value: float) -> Callable[[Path], None]:
+    return edit_weights(lambda w: w[name].view(-1)[5].fill_(value))
+
+
+def as_integers(weights: dict[str, torch.Tensor]) -> None:
+    weights[Q] = weights[Q].to(torch.int8)
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), ("no config.json",)),
+    "config is not JSON": (write_config("{"), ("config.json",)),
+    "config is a list": (write_config("[]"), ("config.json",)),
+    "config is empty": (write_config("{}"), ("config.json", "model_type")),
+    "architecture unknown": (
+        edit_config(model_type="t5"),
+        ("'t5'", "Known: bert", "docs/add_an_architecture.md"),
+    ),
+    "model type unknown": (edit_config(model_type="llamma9"), ("config.json", "llamma9")),
+    "width is a word": (edit_config(n_embd="wide"), ("config.json",)),
+    "width contradicts": (edit_config(n_embd=64), ("(32, 32)", "config says (64, 64)")),
+    "heads do not divide": (edit_config(n_head=5), ("32", "5")),
+    "no heads": (edit_config(n_head=0), ("heads", "1 or more", "0")),
+    "FFN contradicts": (edit_config(n_inner=60), ("(56, 32)", "config says (60, 32)")),
+    "more layers than weights": (edit_config(n_layer=3), ("no transformer.h.2.",)),
+    "no layers": (edit_config(n_layer=0), ("1 layer or more",)),
+    "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), ("quantised",)),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        ("no model.safetensors and no model.safetensors.index.json",),
+    ),
+    "only pickles": (pickled, ("pytorch_model.bin", "python -m tensorllm.checkpoint.convert")),
+    "truncated": (edit_bytes(lambda data: data[:-100]), ("truncated",)),
+    "truncated in the header": (edit_bytes(lambda data: data[:50]), ("corrupt",)),
+    "empty file": (edit_bytes(lambda data: b""), ("corrupt",)),
+    "text": (
+        edit_bytes(lambda data: b"version https://git-lfs"),
+        ("corrupt",),
+    ),
+    "header without shapes": (edit_header(lambda h: h[Q].pop("shape")), ("corrupt",)),
+    "header with a wrong shape": (edit_header(lambda h: h[Q].update(shape=[32, 31])), ("corrupt",)),
+    "header that overlaps": (
+        edit_header(lambda h: h[Q].update(data_offsets=[0, 4096])),
+        ("corrupt",),
+    ),
+    "header of numbers": (edit_header(lambda h: h.update(x=3)), ("corrupt",)),
+    "a tensor is missing": (edit_weights(lambda w: w.pop(Q)), (f"no {Q}",)),
+    "a tensor is transposed": (
+        edit_weights(lambda w: w.update({"transformer.h.0.mlp.fc_in.weight": torch.ones(32, 56)})),
+        ("fc_in", "(32, 56)", "(56, 32)"),
+    ),
+    "NaN": (set_value(Q, float("nan")), (Q, "NaN or infinite")),
+    "infinite": (set_value(Q, float("-inf")), (Q, "NaN or infinite")),
+    "NaN where nothing is compressed": (set_value(EMBEDDING, float("nan")), (EMBEDDING, "NaN")),
+    "integers": (edit_weights(as_integers), (Q, "int8", "not a floating point")),
+    "another model's weights": (
+        edit_weights(lambda w: [w.pop(name) for name in list(w) if "h.0" in name]),
+        ("do not look like a 'gptj' model",),
+    ),
+    "index is not JSON": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{") and None,
+        ("not a safetensors index",),
+    ),
+    "index names a missing file": (index_to("model-00001-of-00001.safetensors"), ("lacks model-",)),
+    "index leads outside": (index_to("../other.safetensors"), ("not a safetensors index",)),
+    "index holds numbers": (index_to(3), ("not a safetensors index",)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("format", ["dense", "factored"])
+def test_wrong_folders(
+    name: str, format: str, gptj: Path, tmp_path: Path, refused: Refused
+) -> None:
+    edit, words = FOLDERS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(gptj, folder)
+    edit(folder)
+    options = (*SHARED, "--ranks", "8,4,2", "--format", format, "--out", tmp_path / "out")
+    refused(("compress", "--model", folder, *options), *words)
+
+
+def test_a_model_that_is_a_file(gptj: Path, refused: Refused) -> None:
+    file = gptj / "model.safetensors"
+    refused(("compress", "--model", file, *LASER, "--rho", "1"), "is a file", "folder")
+
+
+def test_a_factored_folder_is_not_compressed_again(
+    gptj: Path, tmp_path: Path, refused: Refused, capsys: Capture
+) -> None:
+    command = ("compress", *LASER, "--rho", "0.5", "--format", "factored", "--out")
+    assert run(*command, tmp_path / "one", "--model", gptj) == 0
+    capsys.readouterr()
+    refused((*command, tmp_path / "two", "--model", tmp_path / "one"), "factored already")
+
+
+OUTPUTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "exists": (lambda f: f / "full", ("full exists", "--overwrite")),
+    "exists and is empty": (lambda f: f / "empty", ("empty exists", "--overwrite")),
+    "is a file": (lambda f: f / "full" / "notes.txt", ("not a folder",)),
+    "is below a file": (lambda f: f / "full" / "notes.txt" / "out", ("not a writable folder",)),
+    "is the input": (lambda f: f / "model", ("model",)),
+    "is where we are": (lambda f: Path(), ("give another --out",)),
+    "holds all": (lambda f: Path("/"), ("give another --out",)),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_wrong_outputs(
+    name: str, overwrite: bool, gptj: Path, tmp_path: Path, refused: Refused
+) -> None:
+    if overwrite and name.startswith("exists"):
+        return  # that is what --overwrite is for: see test_checkpoint_folders.py
+    shutil.copytree(gptj, tmp_path / "model")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    target, words = OUTPUTS[name]
+    options = ("--out", target(tmp_path), *(("--overwrite",) if overwrite else ()))
+    refused(("compress", "--model", tmp_path / "model", *LASER, "--rho", "1", *options), *words)
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+RECIPES = {
+    "unknown keys, all at once": (
+        "model: demo\nmode: shared-tucker\nrnaks: [8, 4, 2]\nlayer: [1]\nsweeps: some",
+        ("'rnaks'. Did you mean 'ranks'", "'layer'. Did you mean 'layers'", "sweeps must be"),
+    ),
+    "nothing": ("", ("mapping",)),
+    "a list": ("- mode", ("mapping", "list")),
+    "not YAML": ("mode: [", ("not YAML",)),
+    "no mode": ("model: demo", ("mode is missing",)),
+    "mode unknown": ("model: demo\nmode: lasr\nrho: 1", ("Did you mean 'laser'",)),
+    "layers are words": ("model: demo\nmode: laser\nrho: 1\nlayers: last", ("layers must be",)),
+    "rho out of range": ("model: demo\nmode: laser\nrho: 2", ("rho", "(0, 1]")),
+    "part unknown": (
+        "model: demo\nmode: hybrid\nranks: [8, 4, 2]\nffn: {mode: lazer}",
+        ("Did you mean 'laser'",),
+    ),
+    "part is a word": (
+        "model: demo\nmode: hybrid\nffn: laser\nranks: [1]",
+        ("ffn must be",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_wrong_recipes(name: str, tmp_path: Path, refused: Refused) -> None:
+    text, words = RECIPES[name]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    refused(("compress", "--config", path), "recipe.yaml", *words)
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path, refused: Refused) -> None:
+    refused(("compress", "--config", tmp_path / "none.yaml"), "none.yaml", "No such file")
+    refused(("compress", "--config", tmp_path), "Is a directory")
+
+
+def test_unpublished_layers_have_to_be_given(refused: Refused) -> None:
+    refused(("compress", "--model", "roberta", "--mode", "shared-tucker"), "--layers")
+
+
+words = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["demo", "8,4,2", "0", "-1", "1e9", "nan", "in,out", "all", "0-1", "seed=x"]),
+    st.integers().map(str),
+    st.floats().map(str),
+)
+flags = ["model", "mode", "config", "layers", "ranks", "energy", "error", "rho", "rank", "matrices"]
+flags += ["layout", "set", "format", "dtype", "plugin"]
+modes = ["shared-tucker", "per-matrix-tucker", "laser", "hybrid", "trawl"]
+
+
+def tricky(mode: str, *options: tuple[str, str]) -> Callable[[Any], Any]:
+    return example(command="compress", mode=["--mode", mode], options=list(options), loose=[])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    command=st.sampled_from(["compress", "inspect", "list", ""]),
+    mode=st.one_of(st.just([]), st.sampled_from([["--mode", m] for m in modes])),
+    options=st.lists(st.tuples(st.sampled_from(flags), words), max_size=4),
+    loose=st.lists(words, max_size=1),
+)
+@tricky("laser", ("rho", "0.5"), ("set", "matrices={in: 1}"))
+@tricky("trawl", ("rank", "2"), ("set", "seed=" + "9" * 40))
+@tricky("shared-tucker", ("ranks", "8,4,2"), ("set", "tol=.nan"))
+@tricky("shared-tucker", ("energy", "0.5"), ("set", "ranks=7"))
+@tricky("laser", ("rho", "0.5"), ("plugin", ".."))
+@tricky("laser", ("rho", "0.5"), ("model", "\ud800/x"))
+def test_random_arguments_never_give_a_traceback(
+    command: str,
+    mode: list[str],
+    options: list[tuple[str, str]],
+    loose: list[str],
+    gptj: Path,
+    capsys: Capture,
+) -> None:
+    """Only a SystemExit leaves `main`, whatever is typed; 0 or 2, and for 2 one line."""
+    model = [] if command == "list" else ["--model", str(gptj)]
+    typed = [f"--{flag}={word}" for flag, word in options]
+    code = run(*([command] if command else []), *model, *mode, *typed, *loose)
+    err = capsys.readouterr().err
+    assert code in (0, 2)
+    assert (code == 0) == (err == ""), err
+    assert err.count("\n") <= 1
