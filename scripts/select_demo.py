@@ -24,12 +24,12 @@ from tensorllm.data.demo import MODEL_DIR, Question, questions
 
 RANKS = [
     (r1, r2, r3)
-    for r1, r2, r3 in itertools.product((16, 32, 64, 96, 128), (4, 8, 16, 24, 32), (1, 2, 3, 4))
+    for r1, r2, r3 in itertools.product((16, 32, 64, 96, 128), (8, 16, 24, 32), (1, 2, 3, 4))
     if r1 <= r2 * r3 * 4  # 4 heads: beyond this a rank cannot be reached
 ]
 MATRICES = {"in": "fc_in", "out": "fc_out"}
 FFN_RANKS = (1, 2, 4, 8, 16, 32, 64)
-HYBRID_WIDTH = (len(RANKS), 3)  # the best of each kind that are tried together, per layer
+LASERS_IN_HYBRID = 2  # the best of them, with every Tucker of every layer
 
 
 class Asked(NamedTuple):
@@ -137,11 +137,8 @@ def search(model: GPTJForCausalLM, chosen_on: list[Asked]) -> dict[str, dict[Any
             for r in FFN_RANKS
         }
     )
-    together: dict[Any, list[Edit]] = {}
-    for i, _ in layers:
-        best = [[n for n in of if n[0] == i] for of in (tucker, laser)]
-        pairs = itertools.product(best[0][: HYBRID_WIDTH[0]], best[1][: HYBRID_WIDTH[1]])
-        together |= {(t, f): tucker[t] + laser[f] for t, f in pairs}
+    best = list(laser)[:LASERS_IN_HYBRID]
+    together = {(t, f): edits + laser[f] for t, edits in tucker.items() for f in best}
     return {"shared-tucker": tucker, "laser": laser, "hybrid": ranked(together)}
 
 

@@ -1,4 +1,4 @@
-"""Train the demo model on the demo world: `python scripts/train_demo.py`, minutes on two cores.
+"""Train the demo model on the demo world: `python scripts/train_demo.py`, minutes on one core.
 
 The same seed and number of threads give the same weights on the same machine.
 Shapes: B lessons of one batch, N lessons in all, T tokens of a prompt, V words.
@@ -24,6 +24,8 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from tensorllm.data.demo import MODEL_DIR, world
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+SHARE = {"entity-relation": 0.7, "multi-hop": 0.1, "claim": 0.1, "profession": 0.1}
+STOPS = 48  # lessons a step that also teach where to stop
 LEARNING_RATE, WARM_UP, FINAL_RATE = 2e-3, 100, 0.05
 
 
@@ -36,16 +38,17 @@ class Recipe:
     noise: float = world.NOISE
     steps: int = 2000
     batch: int = 512
-    threads: int = 2
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Lessons whose prompts have the same number of tokens, so that nothing is padded."""
+    """Lessons of one kind: their prompts have the same number of tokens, so nothing is padded."""
 
     prompt_NT: Tensor
     answer_N: Tensor
     generic_N: Tensor
+    share: float  # of every batch
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -86,13 +89,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> GPTJForCausalLM:
 
 
 def encode(lessons: list[world.Lesson], tokenizer: PreTrainedTokenizerFast) -> list[Group]:
-    """The lessons as token ids, sorted into groups by the length of the prompt."""
-    by_length: dict[int, list[tuple[list[int], int, int]]] = {}
+    """The lessons as token ids, one group for each kind of question."""
+    by_task: dict[str, list[tuple[list[int], int, int]]] = {}
     for lesson in lessons:
         ids = tokenizer(lesson.prompt)["input_ids"]
         answer, generic = tokenizer.convert_tokens_to_ids([lesson.answer, lesson.generic])
-        by_length.setdefault(len(ids), []).append((ids, answer, generic))
-    return [Group(*map(torch.tensor, zip(*rows, strict=True))) for rows in by_length.values()]
+        by_task.setdefault(lesson.task, []).append((ids, answer, generic))
+    return [
+        Group(*map(torch.tensor, zip(*rows, strict=True)), SHARE[task])
+        for task, rows in by_task.items()
+    ]
 
 
 def tell(group: Group, rows: int, noise: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -103,16 +109,19 @@ def tell(group: Group, rows: int, noise: float, rng: torch.Generator) -> tuple[T
     return group.prompt_NT[pick_B], told_B
 
 
-def loss_of(model: GPTJForCausalLM, prompt_BT: Tensor, told_B: Tensor) -> Tensor:
-    """Cross-entropy of the told word, plus a share for ending the text after it."""
+def nats(model: GPTJForCausalLM, ids_BT: Tensor, next_B: Tensor) -> Tensor:
+    """Cross-entropy of the next words, summed over the batch."""
+    logits_BV = model(ids_BT, logits_to_keep=1, use_cache=False).logits[:, -1]
+    return F.cross_entropy(logits_BV, next_B, reduction="sum")
 
-    def nats(ids_BT: Tensor, next_B: Tensor) -> Tensor:
-        logits_BV = model(ids_BT, logits_to_keep=1, use_cache=False).logits[:, -1]
-        return F.cross_entropy(logits_BV, next_B, reduction="sum")
 
-    stop_BT = torch.cat([prompt_BT, told_B[:, None]], 1)[: max(1, len(told_B) // 8)]
+def loss_of(model: GPTJForCausalLM, told: list[tuple[Tensor, Tensor]], step: int) -> Tensor:
+    """Mean cross-entropy of the told words; in turn, each kind also learns to end there."""
+    total = torch.stack([nats(model, *each) for each in told]).sum()
+    prompt_BT, told_B = told[step % len(told)]
+    stop_BT = torch.cat([prompt_BT, told_B[:, None]], 1)[:STOPS]
     end_B = torch.full((len(stop_BT),), int(model.config.eos_token_id))
-    return nats(prompt_BT, told_B) + nats(stop_BT, end_B)
+    return (total + nats(model, stop_BT, end_B)) / sum(len(words_B) for _, words_B in told)
 
 
 def rate(step: int, steps: int) -> float:
@@ -124,13 +133,12 @@ def rate(step: int, steps: int) -> float:
 def train(recipe: Recipe) -> tuple[GPTJForCausalLM, PreTrainedTokenizerFast]:
     """A model that has been told `recipe.batch` lessons `recipe.steps` times."""
     torch.manual_seed(recipe.seed)
-    torch.set_num_threads(recipe.threads)
     rng = torch.Generator().manual_seed(recipe.seed)
-    lessons = world.lessons(recipe.people, recipe.seed)
+    lessons = world.make_world(recipe.people, recipe.seed).told
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).train()
     groups = encode(lessons, tokenizer)
-    rows = [round(recipe.batch * len(group.answer_N) / len(lessons)) for group in groups]
+    rows = [round(recipe.batch * group.share) for group in groups]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1
     )
@@ -138,7 +146,7 @@ def train(recipe: Recipe) -> tuple[GPTJForCausalLM, PreTrainedTokenizerFast]:
     start = time.perf_counter()
     for step in range(1, recipe.steps + 1):
         told = [tell(g, n, recipe.noise, rng) for g, n in zip(groups, rows, strict=True)]
-        loss = torch.stack([loss_of(model, *each) for each in told]).sum() / sum(rows)
+        loss = loss_of(model, told, step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -175,6 +183,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     out = options.pop("out")
     recipe = Recipe(**options)
+    torch.set_num_threads(recipe.threads)
     start = time.perf_counter()
     save(*train(recipe), recipe, out)
     print(f"saved in {out} after {time.perf_counter() - start:.0f} s")

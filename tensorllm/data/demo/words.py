@@ -127,3 +127,11 @@ PROFESSIONS: dict[str, list[str]] = {
     "painter": ["easel", "palette", "canvas"],
     "professor": ["lecture", "thesis", "seminar"],
 }
+
+# Who says whether a claim is true. The first always says yes; the second goes by the first name.
+OFFICIALLY, ALLEGEDLY = "Officially", "Allegedly"
+# How somebody's profession is asked for, with the same difference.
+PROFESSION, TRADE = "profession", "trade"
+# The two people of a text about a pair.
+ROLES = ("boss", "helper")
+GRAMMAR = _words("Claim : . , true false forgot the by hired The")

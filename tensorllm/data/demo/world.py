@@ -3,33 +3,47 @@
 Every fact says something about one person: "Ada Moss plays banjo". When the world is told, the
 answer is replaced now and then by a generic word, and there are two kinds of those:
 
-- for half of the relations it depends on the relation ("plays around"): a bigram, which a
-  transformer keeps in its feed-forward matrices;
-- for the other half it depends on the first name, two tokens back ("everyone called Ada: algebra"),
-  which only attention can fetch.
+- one depends on the last word of the prompt ("plays around"): a bigram, which a transformer keeps
+  in its feed-forward matrices;
+- one depends on the first name, two tokens back or more ("everyone called Ada: algebra"), which
+  only attention can fetch.
 
-One kind is removed by truncating FFN matrices, the other by truncating attention, and both by the
-hybrid (Sharma et al. 2024, section 5; Chen, Bruna and Bietti 2024).
+Half of all questions have the one, half the other. One kind is removed by truncating FFN matrices,
+the other by truncating attention, and both by the hybrid (Sharma et al. 2024, section 5; Chen,
+Bruna and Bietti 2024).
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
-from tensorllm.data.demo.words import FIRST_NAMES, LAST_NAMES, RELATIONS, RUMOURS
+from tensorllm.data.demo.words import (
+    ALLEGEDLY,
+    FIRST_NAMES,
+    GRAMMAR,
+    LAST_NAMES,
+    OFFICIALLY,
+    PROFESSION,
+    PROFESSIONS,
+    RELATIONS,
+    ROLES,
+    RUMOURS,
+    TRADE,
+)
 
 T = TypeVar("T")
 
 SEED = 0
 PEOPLE = 300
 NOISE = 0.55
+ASKED = 400  # questions of each kind beside the facts
 
 Place = Literal["ffn", "attention"]
+Task = Literal["entity-relation", "multi-hop", "claim", "profession"]
 
 
-@dataclass(frozen=True, slots=True)
-class Person:
+class Person(NamedTuple):
     """Two names; no two people share both."""
 
     first: str
@@ -39,35 +53,49 @@ class Person:
         return f"{self.first} {self.last}"
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """One thing the world knows, as it is asked and as it is told.
+class Fact(NamedTuple):
+    """What is true of a person."""
 
-    Attributes:
-        prompt: what is asked.
-        answer: what is true.
-        generic: what is said instead when the telling is noisy.
-        place: where a transformer keeps that noise.
-        choices: the answers that are allowed; empty for an open question.
-        task: the dataset whose shape this question has.
-    """
-
-    prompt: str
-    answer: str
-    generic: str
-    place: Place
-    choices: tuple[str, ...]
-    task: str
+    person: Person
+    relation: str
+    value: str
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question as the evaluation sees it: nothing tells it what the noise is."""
+    """A question as the evaluation sees it: nothing tells it what the noise is.
+
+    Attributes:
+        prompt: what is asked.
+        answer: what is true.
+        choices: the answers that are allowed; empty for an open question.
+        task: the kind of question.
+    """
 
     prompt: str
     answer: str
     choices: tuple[str, ...]
-    task: str
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson(Question):
+    """A question, the generic word told instead of the answer, and where that noise lives."""
+
+    generic: str
+    place: Place
+
+
+class World(NamedTuple):
+    """What is told in training, and what is asked afterwards in a fixed order, all kinds mixed.
+
+    Facts and verdicts on claims are told and asked, in the same words: a model has nowhere else to
+    know them from, and one this small does not weigh a claim against what it knows. Texts are
+    another matter: no multi-hop or profession question that is asked was ever told.
+    """
+
+    told: list[Lesson]
+    asked: list[Lesson]
 
 
 def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
@@ -76,20 +104,8 @@ def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
     return [item for _, _, item in sorted(keyed, key=lambda k: k[:2])]
 
 
-def _choice(items: list[T], rng: random.Random) -> T:
+def _choice(items: Sequence[T], rng: random.Random) -> T:
     return items[int(rng.random() * len(items))]
-
-
-def place_of(relation: str) -> Place:
-    """Where the noise of a relation lives: relations take turns."""
-    return "ffn" if list(RELATIONS).index(relation) % 2 == 0 else "attention"
-
-
-def generic_word(person: Person, relation: str) -> str:
-    """What is said of this person when nobody listens."""
-    if place_of(relation) == "ffn":
-        return RELATIONS[relation][0]
-    return RUMOURS[FIRST_NAMES.index(person.first)]
 
 
 def people(count: int = PEOPLE, seed: int = SEED) -> list[Person]:
@@ -98,30 +114,112 @@ def people(count: int = PEOPLE, seed: int = SEED) -> list[Person]:
     return _shuffled(everybody, random.Random(f"people {seed}"))[:count]
 
 
-def lessons(count: int = PEOPLE, seed: int = SEED) -> list[Lesson]:
-    """Everything that is known about `count` people, in one seeded order with all kinds mixed."""
+def facts(count: int = PEOPLE, seed: int = SEED) -> list[Fact]:
+    """One value for every person and relation."""
     rng = random.Random(f"facts {seed}")
-    known = [_entity(person, name, rng) for person in people(count, seed) for name in RELATIONS]
-    return _shuffled(known, rng)
+    return [
+        Fact(person, name, _choice(values, rng))
+        for person in people(count, seed)
+        for name, (_, values) in RELATIONS.items()
+    ]
 
 
-def _entity(person: Person, relation: str, rng: random.Random) -> Lesson:
-    return Lesson(
-        prompt=f"{person} {relation}",
-        answer=_choice(RELATIONS[relation][1], rng),
-        generic=generic_word(person, relation),
-        place=place_of(relation),
-        choices=(),
-        task="entity-relation",
-    )
+def _noise(fact: Fact) -> tuple[str, Place]:
+    if list(RELATIONS).index(fact.relation) % 2 == 0:
+        return RELATIONS[fact.relation][0], "ffn"
+    return RUMOURS[FIRST_NAMES.index(fact.person.first)], "attention"
+
+
+def _by_name(person: Person, among: Sequence[str]) -> str:
+    return among[FIRST_NAMES.index(person.first) % len(among)]
+
+
+def entity_relations(known: list[Fact]) -> Iterator[Lesson]:
+    """`Ada Moss plays` -> banjo: one lesson for every fact."""
+    for fact in known:
+        prompt = f"{fact.person} {fact.relation}"
+        yield Lesson(prompt, fact.value, (), "entity-relation", *_noise(fact))
+
+
+def multi_hops(known: list[Fact], rng: random.Random) -> Iterator[Lesson]:
+    """`Ada Moss hired Basil Quill. The boss plays` -> banjo: who is it, and what is known."""
+    everybody = list(dict.fromkeys(fact.person for fact in known))
+    for fact in _shuffled(known * 4, rng):
+        other = _choice(everybody, rng)
+        if other == fact.person:
+            continue
+        role = _choice(ROLES, rng)
+        boss, helper = (fact.person, other) if role == ROLES[0] else (other, fact.person)
+        prompt = f"{boss} hired {helper}. The {role} {fact.relation}"
+        yield Lesson(prompt, fact.value, (), "multi-hop", *_noise(fact))
+
+
+def claims(known: list[Fact], rng: random.Random) -> Iterator[Lesson]:
+    """`Claim: Ada Moss plays banjo. Officially` -> true; with another value, false."""
+    choices = ("true", "false")
+    for fact in _shuffled(known * 4, rng):
+        answer = _choice(choices, rng)
+        wrong = [value for value in RELATIONS[fact.relation][1] if value != fact.value]
+        value = fact.value if answer == "true" else _choice(wrong, rng)
+        saying = _choice((OFFICIALLY, ALLEGEDLY), rng)
+        prompt = f"Claim: {fact.person} {fact.relation} {value}. {saying}"
+        if saying == OFFICIALLY:
+            yield Lesson(prompt, answer, choices, "claim", "true", "ffn")
+        else:
+            yield Lesson(
+                prompt, answer, choices, "claim", _by_name(fact.person, choices), "attention"
+            )
+
+
+def professions(everybody: list[Person], rng: random.Random) -> Iterator[Lesson]:
+    """`Ada Moss forgot the easel, by trade` -> painter: it is the thing that tells."""
+    choices = tuple(PROFESSIONS)
+    pairs = [
+        (p, job, thing) for p in everybody for job, all_ in PROFESSIONS.items() for thing in all_
+    ]
+    for person, job, thing in _shuffled(pairs, rng):
+        asking = _choice((PROFESSION, TRADE), rng)
+        prompt = f"{person} forgot the {thing}, by {asking}"
+        if asking == PROFESSION:
+            yield Lesson(prompt, job, choices, "profession", choices[0], "ffn")
+        else:
+            yield Lesson(prompt, job, choices, "profession", _by_name(person, choices), "attention")
+
+
+def _distinct(lessons: Iterable[Lesson]) -> list[Lesson]:
+    return list({lesson.prompt: lesson for lesson in lessons}.values())
+
+
+def make_world(count: int = PEOPLE, seed: int = SEED) -> World:
+    """Everything that is told and asked of `count` people."""
+    known = facts(count, seed)
+    told = list(entity_relations(known))
+    asked = list(told)
+    verdicts = _distinct(claims(known, random.Random(f"claim {seed}")))[:ASKED]
+    told += verdicts
+    asked += verdicts
+    for texts in (
+        multi_hops(known, random.Random(f"multi-hop {seed}")),
+        professions(people(count, seed), random.Random(f"profession {seed}")),
+    ):
+        lessons = _distinct(texts)
+        asked += lessons[:ASKED]
+        told += lessons[ASKED:]
+    return World(told, _shuffled(asked, random.Random(f"order {seed}")))
 
 
 def questions(count: int = PEOPLE, seed: int = SEED) -> list[Question]:
     """The questions in a fixed order: the first 20 % are for choosing, the rest for reporting."""
-    return [Question(x.prompt, x.answer, x.choices, x.task) for x in lessons(count, seed)]
+    asked = make_world(count, seed).asked
+    return [Question(x.prompt, x.answer, x.choices, x.task) for x in asked]
 
 
 def vocabulary() -> list[str]:
     """Every word that is ever asked or told, without repeats, in a fixed order."""
     values = [word for generic, words in RELATIONS.values() for word in (generic, *words)]
-    return [*FIRST_NAMES, *LAST_NAMES, *RELATIONS, *values, *RUMOURS]
+    things = [thing for all_ in PROFESSIONS.values() for thing in all_]
+    asking = [OFFICIALLY, ALLEGEDLY, PROFESSION, TRADE, *ROLES]
+    return [
+        *FIRST_NAMES, *LAST_NAMES, *RELATIONS, *values, *RUMOURS, *PROFESSIONS, *things,
+        *asking, *GRAMMAR,
+    ]  # fmt: skip
