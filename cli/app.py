@@ -13,8 +13,10 @@ import typer
 
 from tensorllm.errors import Incomplete, UserError
 from tensorllm_cli.compress import compress
+from tensorllm_cli.evaluate import evaluate
 from tensorllm_cli.inspect import inspect
 from tensorllm_cli.list import list_
+from tensorllm_cli.reproduce import reproduce
 
 app = typer.Typer(
     name="tensorllm",
@@ -48,6 +50,8 @@ def root(
 
 
 app.command()(compress)
+app.command()(evaluate)
+app.command()(reproduce)
 app.command()(inspect)
 app.command("list")(list_)
 

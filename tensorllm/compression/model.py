@@ -1,7 +1,8 @@
 """Compressing a model that is in memory, in place."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +96,23 @@ def compress(
 def compression_of(model: nn.Module) -> Compression | None:
     """What `compress` did to this model, or None."""
     return getattr(model, ATTRIBUTE, None)
+
+
+@contextmanager
+def compressed(
+    model: nn.Module, compressor: Compressor, layers: Sequence[int] | None = None
+) -> Iterator[CompressionReport]:
+    """The model compressed within the block; afterwards its weights are back bit for bit."""
+    weights = parameters_of(model)
+    roles = RoleMatrices(model.config, weights)
+    wanted = tuple(range(roles.layers)) if layers is None else tuple(layers)
+    sites = [job.site for job in plan_jobs(compressor, roles, wanted)]
+    touched = {roles.name(*matrix) for site in sites for matrix in site.matrices}
+    kept = {name: weights[name].clone() for name in touched}
+    try:
+        yield compress(model, compressor, wanted)
+    finally:
+        for name, w in kept.items():
+            weights[name].copy_(w)
+        if compression_of(model) is not None:
+            delattr(model, ATTRIBUTE)

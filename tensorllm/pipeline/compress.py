@@ -110,7 +110,7 @@ def run(
         compressor=compressor,
         layers=recipe.layers,
         format=_format(request.format),
-        device=_device(request.device),
+        device=device_of(request.device),
         dtype=dtype,
         overwrite=request.overwrite,
         model=source.name,
@@ -172,7 +172,7 @@ def _format(name: str) -> Format:
     return "factored" if name == "factored" else "dense"
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     """`auto` is the first GPU where there is one."""
     import torch
 

@@ -1,0 +1,70 @@
+"""`tensorllm reproduce`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensorllm_cli import options
+
+
+def reproduce(
+    model: Annotated[str, typer.Option(help="gptj, llama2 or roberta.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Some of the datasets, with commas (default: all four).")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Local folder of the weights, instead of the hub.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with <dataset>.jsonl, instead of the hub.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer for the cells whose layer was never published.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per cell at most.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder that keeps each finished cell; these are not run again.")
+    ] = Path("reproduction"),
+    dry_run: Annotated[
+        bool, typer.Option(help="Run each cell on a tiny model; print what the real ones take.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run the published experiments, and print ours beside theirs.
+
+    Examples:
+
+      tensorllm reproduce --model gptj --dry-run
+
+      tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out reproduction/
+    """
+    from tensorllm.pipeline.compress import device_of
+    from tensorllm.pipeline.rehearse import rehearse
+    from tensorllm.pipeline.reproduce import ReproduceRequest
+    from tensorllm.pipeline.reproduce import reproduce as run
+    from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
+    from tensorllm_cli.show import print_json, print_result, progress_bar
+
+    request = ReproduceRequest(
+        model=model,
+        weights=weights,
+        datasets=options.names(dataset),
+        data=data,
+        layer=layer,
+        limit=limit,
+        dtype=dtype,
+        device=device_of(device),
+        out=out,
+    )
+    if dry_run:
+        rows = [rehearsal.to_json() for rehearsal in rehearse(request)]
+    else:
+        with progress_bar() as progress:
+            rows = [outcome.to_json() for outcome in run(request, progress)]
+    if json:
+        print_json(rows)
+    else:
+        print_result(rehearsal_table(rows) if dry_run else reproduction_tables(rows))
