@@ -99,7 +99,8 @@ def score_cell(cell: Cell, model: Any, tokenizer: Any, request: ReproduceRequest
     layers = cell.recipe.layers if cell.recipe.layers is not None else (request.layer or 0,)
     with compressed(model, cell.recipe.compressor(**layout), layers) as report:
         metrics = evaluate_model(model, tokenizer, data, PROTOCOL)
-    return metrics | {"ratios": report.ratios(), "settings": report.settings, "layers": list(layers)}
+    facts = {"ratios": report.ratios(), "settings": report.settings, "layers": list(layers)}
+    return metrics | facts
 
 
 def data_file(request: ReproduceRequest, cell: Cell) -> Path | None:
