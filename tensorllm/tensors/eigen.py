@@ -10,6 +10,8 @@ Shapes: N size of the mode, C columns of its unfolding, R rank, S the smaller of
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from tensorllm.tensors.unfold import all_finite, gram, unfolding
 
 LOSS = 5e-6  # energy that rounding may lose by that sum, as a share of the energy discarded
 VALUES = 1e4  # singular values are read off a Gram matrix while their squares exceed so many e
-LARGE = 1024  # from this size on a float64 eigendecomposition costs more than all the products
+LARGE = 1024  # from this size on eigendecompositions cost more than all the products
 
 
 def leading_vectors(w: Tensor, mode: int, rank: int) -> Tensor:
@@ -91,7 +93,7 @@ def _by_gram(w: Tensor, mode: int, rank: int, dtype: torch.dtype, last: bool) ->
     if g_SS.shape[0] >= LARGE and dtype == torch.float32:
         g_SS = g_SS.float()
         entry += torch.finfo(dtype).eps / 2 * float(torch.linalg.matrix_norm(g_SS))
-    ascending, v_SS = torch.linalg.eigh(g_SS)
+    ascending, v_SS = eigh(g_SS)
     if not last and not _is_exact_enough(ascending.flip(0).double(), rank, entry):
         return None
     v_SR = v_SS.flip(1)[:, :rank].contiguous()
@@ -113,7 +115,33 @@ def _is_exact_enough(values_S: Tensor, rank: int, entry: float) -> bool:
 
 def _orthonormal(y_NR: Tensor, rank: int) -> Tensor:
     mode = "reduced" if y_NR.shape[1] >= rank else "complete"
-    return torch.linalg.qr(y_NR, mode=mode).Q[:, :rank]
+    with _few_threads(y_NR.shape[1]):
+        return torch.linalg.qr(y_NR, mode=mode).Q[:, :rank]
+
+
+def eigh(g_SS: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, smallest first, and eigenvectors of a symmetric matrix."""
+    with _few_threads(g_SS.shape[0]):
+        values_S, vectors_SS = torch.linalg.eigh(g_SS)
+    return values_S, vectors_SS
+
+
+@contextmanager
+def _few_threads(size: int) -> Iterator[None]:
+    """One thread for the many short steps of a small factorisation.
+
+    With two threads it is a third faster on an idle machine, but on one whose cores others use too,
+    where the threads wait for each other at every step, it was seen to take 20 times longer.
+    """
+    threads = torch.get_num_threads()
+    if size >= 2 * LARGE or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _svd(x_NC: Tensor) -> tuple[Tensor, Tensor]:

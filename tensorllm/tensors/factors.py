@@ -45,7 +45,11 @@ def parameters(factors: Factors) -> int:
 
 def cast(factors: Factors, dtype: torch.dtype) -> Factors:
     """The same factors with their numbers rounded to `dtype`."""
-    return type(factors).from_tensors({name: t.to(dtype) for name, t in factors.tensors().items()})
+    rounded = {
+        name: t.to(dtype) if t.is_floating_point() else t  # row numbers stay what they are
+        for name, t in factors.tensors().items()
+    }
+    return type(factors).from_tensors(rounded)
 
 
 def wide(t: Tensor) -> Tensor:

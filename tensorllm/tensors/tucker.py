@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.eigen import all_singular_values, leading_vectors, require_finite
+from tensorllm.tensors.eigen import all_singular_values, eigh, leading_vectors, require_finite
 from tensorllm.tensors.factors import Factors, Tucker, growth, wide
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import energy, gram, project, residual_energy
@@ -137,7 +137,7 @@ def _ordered(
     turned = dict(factors)
     for mode in modes:
         if mode != diagonal:
-            v_RR = torch.linalg.eigh(gram(core, mode, torch.float64)).eigenvectors.flip(1)
+            v_RR = eigh(gram(core, mode, torch.float64))[1].flip(1)
             v_RR = v_RR.to(core.dtype)
             core = project(core, v_RR, mode)
             turned[mode] = turned[mode] @ v_RR if mode in turned else v_RR

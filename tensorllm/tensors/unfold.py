@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # numbers converted, copied or multiplied at once: they stay in the cache
+CHUNK = 1 << 21  # numbers converted, copied or multiplied at once: they stay in the cache
 TINY = 1e-25  # smaller float32 sums of squares may have lost terms
 ROW = 1 << 12  # terms of one float32 norm
-FOLDED = 64  # columns from which on products are fast and add in blocks
+FOLDED = 16  # columns from which on products are fast and add in blocks
 NARROW = 256  # up to so many columns, blocks are multiplied as one matrix with zeros in it
 
 
@@ -99,10 +99,11 @@ def _fold(long: int, short: int) -> int:
 
 
 def _plain_gram(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
-    n = x_ANB.shape[1]
+    n, b = x_ANB.shape[1:]
+    size = max(CHUNK, 2 * n * n) if b < n else min(CHUNK, n * b)  # one block needs no copy
     total_NN = torch.zeros(n, n, dtype=torch.float64, device=x_ANB.device)
     with exact_float32():
-        for at_a, at_b in _pieces(x_ANB, max(CHUNK, 2 * n * n)):
+        for at_a, at_b in _pieces(x_ANB, size):
             piece = x_ANB[at_a, :, at_b].to(dtype)
             if piece.shape[2] == 1:
                 total_NN += piece[:, :, 0].mT @ piece[:, :, 0]

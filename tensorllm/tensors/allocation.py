@@ -1,0 +1,124 @@
+"""Ranks for many matrices out of one budget, by what each number more is worth.
+
+A curve says what each rank costs (numbers stored) and what error it leaves. A cluster is a set of
+matrices that may be grouped in several ways; each way is a list of curves. For a price λ per number
+the best of everything is found curve by curve; the price is bisected until the budget is met
+(Lagrangian relaxation), and what is left over buys the best steps that still fit.
+Shapes: S ranks of a curve, 1 to S.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tensorllm.errors import UserError
+
+
+class Curve(NamedTuple):
+    """Cost and error of the ranks 1 to S; costs ascend, errors descend."""
+
+    cost_S: Tensor
+    error_S: Tensor
+
+
+Cluster = Sequence[Sequence[Curve]]  # ways to group its matrices; each is a list of curves
+
+
+class Choice(NamedTuple):
+    """For one cluster: which way of grouping, and the rank of each of its curves."""
+
+    way: int
+    ranks: tuple[int, ...]
+
+
+def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
+    """The choice of each cluster with about the least summed error within the budget.
+
+    Raises:
+        UserError: even rank 1 everywhere costs more; says how much.
+    """
+    least = [_cheapest(cluster, float("inf")) for cluster in clusters]
+    if _cost(clusters, least) > budget:
+        raise UserError(
+            f"the smallest factors that there are (rank 1) store {_cost(clusters, least)} numbers, "
+            f"more than the {budget} asked for"
+        )
+    free = [_cheapest(cluster, 0.0) for cluster in clusters]
+    if _cost(clusters, free) <= budget:
+        return free
+    low, high = _prices(clusters)
+    best = least
+    for _ in range(80):
+        middle = (low * high) ** 0.5
+        chosen = [_cheapest(cluster, middle) for cluster in clusters]
+        if _cost(clusters, chosen) <= budget:
+            best, high = chosen, middle
+        else:
+            low = middle
+    return _spend_rest(clusters, best, budget)
+
+
+def error_of(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> float:
+    """The summed error of a choice."""
+    return sum(float(curve.error_S[rank - 1]) for curve, rank in _chosen_curves(clusters, choices))
+
+
+def _cheapest(cluster: Cluster, price: float) -> Choice:
+    """The way and ranks of least error + price · cost; at an infinite price, of least cost."""
+    best, best_value = Choice(0, ()), float("inf")
+    for way, curves in enumerate(cluster):
+        value, ranks = 0.0, []
+        for curve in curves:
+            total_S = curve.error_S + price * curve.cost_S if price < float("inf") else curve.cost_S
+            ranks.append(int(total_S.argmin()) + 1)
+            value += float(total_S[ranks[-1] - 1])
+        if value < best_value:
+            best, best_value = Choice(way, tuple(ranks)), value
+    return best
+
+
+def _prices(clusters: Sequence[Cluster]) -> tuple[float, float]:
+    """Prices between which every choice changes."""
+    curves = [curve for cluster in clusters for way in cluster for curve in way]
+    top = max(float(curve.error_S[0]) for curve in curves) + 1e-300
+    return top * 1e-18, top * 1e3
+
+
+def _spend_rest(
+    clusters: Sequence[Cluster], choices: Sequence[Choice], budget: int
+) -> list[Choice]:
+    """Buy, again and again, the affordable higher rank with the most gain per number."""
+    ranks = [list(choice.ranks) for choice in choices]
+    ways = [cluster[choice.way] for cluster, choice in zip(clusters, choices, strict=True)]
+    left = budget - _cost(clusters, choices)
+    while True:
+        best, step = 0.0, None
+        for c, curves in enumerate(ways):
+            for i, (cost_S, error_S) in enumerate(curves):
+                now = ranks[c][i] - 1
+                extra = cost_S[now + 1 :] - cost_S[now]
+                extra = extra[extra <= left]
+                if extra.numel():
+                    gain = (error_S[now] - error_S[now + 1 : now + 1 + len(extra)]) / extra
+                    if float(gain.max()) > best:
+                        best, step = float(gain.max()), (c, i, now + 2 + int(gain.argmax()))
+        if step is None:
+            return [Choice(one.way, tuple(r)) for one, r in zip(choices, ranks, strict=True)]
+        c, i, rank = step
+        left -= int(ways[c][i].cost_S[rank - 1] - ways[c][i].cost_S[ranks[c][i] - 1])
+        ranks[c][i] = rank
+
+
+def _cost(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> int:
+    return sum(int(curve.cost_S[rank - 1]) for curve, rank in _chosen_curves(clusters, choices))
+
+
+def _chosen_curves(
+    clusters: Sequence[Cluster], choices: Sequence[Choice]
+) -> list[tuple[Curve, int]]:
+    return [
+        (curve, rank)
+        for cluster, choice in zip(clusters, choices, strict=True)
+        for curve, rank in zip(cluster[choice.way], choice.ranks, strict=True)
+    ]

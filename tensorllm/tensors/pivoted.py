@@ -1,0 +1,87 @@
+"""A low-rank matrix without the r² numbers that two full factors store twice.
+
+The factors of a rank-r matrix are defined up to an invertible r x r matrix. Choosing it so that r
+rows of the first factor are the identity leaves r(I + O - r) numbers in place of r(I + O): as many
+as the rank-r matrices have degrees of freedom. At full rank that is the matrix itself.
+Shapes: I rows, O columns, R rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tensorllm.tensors.factors import FACTORS, wide
+
+
+@FACTORS.register("pivoted-low-rank")
+@dataclass(frozen=True, eq=False)
+class PivotedLowRank:
+    """R rows of a matrix, and every other row as a combination of them.
+
+    Attributes:
+        basis_RO: the chosen rows.
+        mix_XR: the other I - R rows are `mix_XR @ basis_RO`, in ascending order.
+        rows_R: the numbers of the chosen rows, int32; they count as parameters.
+    """
+
+    basis_RO: Tensor
+    mix_XR: Tensor
+    rows_R: Tensor
+
+    def dense(self) -> Tensor:
+        basis_RO = wide(self.basis_RO)
+        w_IO = basis_RO.new_empty(self.rows_R.numel() + len(self.mix_XR), basis_RO.shape[1])
+        chosen = self.rows_R.long()
+        w_IO[chosen] = basis_RO
+        w_IO[_others(chosen, len(w_IO))] = wide(self.mix_XR) @ basis_RO
+        return w_IO
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"basis": self.basis_RO, "mix": self.mix_XR, "rows": self.rows_R}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        return cls(tensors["basis"], tensors["mix"], tensors["rows"])
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return (self.rows_R.numel(),)
+
+
+def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
+    """`u_IR @ v_RO` with R of its rows as the basis.
+
+    The rows are the pivots of Gaussian elimination with partial pivoting on an orthonormal basis
+    of the columns: the triangular factor is well conditioned and the mixing weights stay small
+    (at most 2^(R-1) in theory, single digits in practice), so narrow floats can hold them.
+    """
+    q_IR = torch.linalg.qr(u_IR.double()).Q
+    permutation_II, lower_IR, _ = torch.linalg.lu(q_IR)
+    order_I = permutation_II.mT.argmax(dim=1)
+    rank = q_IR.shape[1]
+    chosen_R = order_I[:rank].sort().values
+    others_X = _others(chosen_R, len(u_IR))
+    # lower[:R] is unit lower triangular, so solving with it cannot fail.
+    mix = torch.linalg.solve_triangular(
+        lower_IR[:rank], lower_IR[rank:], upper=False, left=False, unitriangular=True
+    )
+    mix_XR = mix[order_I[rank:].argsort()][:, order_I[:rank].argsort()]
+    basis_RO = u_IR[chosen_R].double() @ v_RO.double()
+    assert len(mix_XR) == len(others_X)
+    dtype = wide(u_IR[:0]).dtype
+    return PivotedLowRank(basis_RO.to(dtype), mix_XR.to(dtype), chosen_R.int())
+
+
+def pivoted_parameters(shape: tuple[int, int], rank: int) -> int:
+    """Numbers that a pivoted matrix stores: R(I + O - R), and the R row numbers."""
+    return rank * (sum(shape) - rank + 1)
+
+
+def _others(chosen_R: Tensor, rows: int) -> Tensor:
+    """The row numbers that are not chosen, ascending."""
+    left_I = torch.ones(rows, dtype=torch.bool, device=chosen_R.device)
+    left_I[chosen_R] = False
+    return left_I.nonzero().flatten()

@@ -1,0 +1,41 @@
+"""Stackings of matrices that read the same input: their rows one below the other.
+
+`rows-q-k` is (rows of q + rows of k, D); a low-rank approximation of it has one input factor for
+both. Shapes: I rows of one matrix, D model width.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.tensors.stacking import STACKINGS, Geometry, Stacking
+
+READERS = (("q", "k", "v"), ("in", "gate"))  # roles that read the same input
+
+
+def rows_stacking(roles: Sequence[str]) -> str:
+    """The name of the stacking for these roles; one role alone is the plain matrix."""
+    return "matrix" if len(roles) == 1 else "-".join(("rows", *roles))
+
+
+def _register(roles: tuple[str, ...]) -> None:
+    def stack(w_ID: Sequence[Tensor], geometry: Geometry) -> Tensor:
+        return torch.cat(list(w_ID))
+
+    def unstack(w_ID: Tensor, geometry: Geometry, count: int) -> list[Tensor]:
+        return list(w_ID.split([geometry.inner(role) for role in roles]))
+
+    def check(given: Sequence[str], geometry: Geometry) -> None:
+        if tuple(given) != roles:
+            raise UserError(f"{rows_stacking(roles)} stacks the roles {roles}, got {tuple(given)}")
+
+    STACKINGS.register(rows_stacking(roles))(Stacking(stack, unstack, check))
+
+
+for _readers in READERS:
+    for _size in range(2, len(_readers) + 1):
+        for _roles in combinations(_readers, _size):
+            _register(_roles)
