@@ -213,7 +213,9 @@ def attend(
     batch, heads, tokens, _ = q_BHTE.shape
     groups = k_BGNE.shape[1]
     q_BGgTE = (q_BHTE * scale).reshape(batch, groups, -1, q_BHTE.shape[-1])
-    scores = (q_BGgTE @ k_BGNE.mT).view(batch, heads, tokens, -1)
+    single = q_BGgTE.shape[2] == 1  # a CPU is up to four times faster at it the other way round
+    scores = (k_BGNE @ q_BGgTE.mT).mT if single else q_BGgTE @ k_BGNE.mT
+    scores = scores.reshape(batch, heads, tokens, -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:

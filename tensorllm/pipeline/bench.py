@@ -1,0 +1,130 @@
+"""`tensorllm bench`: a factored folder beside the dense model that it stands for."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorllm.checkpoint.factored import load
+from tensorllm.checkpoint.manifest import read_manifest
+from tensorllm.compression.publish import peak_resident_bytes
+from tensorllm.environment import environment
+from tensorllm.errors import UserError
+from tensorllm.pipeline.measure import Measured, measure
+from tensorllm.pipeline.models import dtype_of
+from tensorllm.pipeline.runtime import load_factored
+from tensorllm.runtime.cost import Choice, Policy
+
+KINDS = ("dense", "factored")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRequest:
+    """What is measured; the command line's options."""
+
+    model: Path
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    repeats: int = 5
+    policy: Policy = "always"
+    dtype: str | None = None
+    device: str = "cpu"
+    peak: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Both models' figures, how every site ran, and where all this was."""
+
+    models: dict[str, Measured]
+    choices: list[Choice]
+    environment: dict[str, Any]
+
+    def ratios(self) -> dict[str, float]:
+        """Dense over factored for bytes, factored over dense for speed: above 1 is better."""
+        dense, small = self.models["dense"], self.models["factored"]
+        out = {
+            "prefill": small.prefill_tokens_per_second / dense.prefill_tokens_per_second,
+            "weights": dense.weight_bytes / small.weight_bytes,
+        }
+        if dense.decode_tokens_per_second and small.decode_tokens_per_second:
+            out["decode"] = small.decode_tokens_per_second / dense.decode_tokens_per_second
+            out["keys"] = dense.key_bytes / small.key_bytes
+            out["values"] = dense.value_bytes / small.value_bytes
+        if dense.peak_bytes and small.peak_bytes:
+            out["peak"] = dense.peak_bytes / small.peak_bytes
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "models": {name: measured.to_json() for name, measured in self.models.items()},
+            "ratios": self.ratios(),
+            "sites": [{"site": c.site, "factored": c.factored, "why": c.why} for c in self.choices],
+            "environment": self.environment,
+        }
+
+
+def bench(request: BenchRequest) -> Bench:
+    """Measure a factored folder, in its factors and dense, in turns in one process.
+
+    Raises:
+        UserError: not a factored folder, or numbers that make no sense.
+    """
+    for name in ("prompt_tokens", "new_tokens", "repeats"):
+        if getattr(request, name) < 1:
+            raise UserError(f"{name} must be 1 or more, got {getattr(request, name)}")
+    manifest = read_manifest(request.model)
+    if manifest is None or manifest.format != "factored":
+        raise UserError(f"{request.model} is not factored; there is nothing to compare")
+    dense, _ = _load(request, "dense")
+    factored, choices = _load(request, "factored")
+    limit = getattr(dense.config, "max_position_embeddings", None)
+    wanted = request.prompt_tokens + request.new_tokens
+    if limit is not None and wanted > limit:
+        raise UserError(f"prompt and new tokens must fit the model's {limit}, got {wanted}")
+    models = {"dense": dense, "factored": factored}
+    found = measure(models, request.prompt_tokens, request.new_tokens, request.repeats)
+    if request.peak and request.device == "cpu":
+        del dense, factored, models
+        found = {kind: replace(m, peak_bytes=_peak(request, kind)) for kind, m in found.items()}
+    return Bench(found, choices, environment())
+
+
+def _load(request: BenchRequest, kind: str) -> tuple[Any, list[Choice]]:
+    dtype = dtype_of(request.dtype)
+    choices: list[Choice] = []
+    if kind == "dense":
+        model = load(request.model, dtype=dtype)
+    else:
+        model, choices = load_factored(request.model, request.policy, dtype)
+    return model.to(torch.device(request.device)).eval(), choices
+
+
+def _peak(request: BenchRequest, kind: str) -> int:
+    """Peak resident bytes of a fresh process that loads one model and runs it once."""
+    values = [str(request.model), kind, request.policy, str(request.dtype or "")]
+    sizes = [str(request.prompt_tokens), str(request.new_tokens)]
+    run = subprocess.run(
+        [sys.executable, "-m", "tensorllm.pipeline.bench", *values, *sizes],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode != 0:
+        raise RuntimeError(f"measuring the memory failed: {run.stderr.strip().splitlines()[-1]}")
+    return int(json.loads(run.stdout.splitlines()[-1]))
+
+
+def _main(model: str, kind: str, policy: Any, dtype: str, prompt: str, new: str) -> None:
+    request = BenchRequest(model=Path(model), policy=policy, dtype=dtype or None)
+    made, _ = _load(request, kind)
+    measure({kind: made}, int(prompt), int(new), 1)
+    sys.stdout.write(f"{peak_resident_bytes()}\n")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

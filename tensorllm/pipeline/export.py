@@ -1,0 +1,78 @@
+"""`tensorllm export`: a factored folder as an ordinary checkpoint, parameter by parameter."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tensorllm.checkpoint.factored import dense_tensors
+from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
+from tensorllm.checkpoint.reader import index_name
+from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.compression.publish import COPIED
+from tensorllm.errors import UserError
+
+FORMATS = ("dense",)
+
+
+def export(
+    source: Path,
+    target: Path,
+    *,
+    format: str = "dense",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write the dense checkpoint that a factored folder stands for; every tool reads it.
+
+    Args:
+        source: a folder that `tensorllm compress --format factored` wrote.
+        target: the folder to make.
+        dtype: of the written weights; by default that of the original.
+
+    Returns:
+        Bytes of the weight files.
+
+    Raises:
+        UserError: not a factored folder, a folder that has changed, or another format.
+    """
+    if format not in FORMATS:
+        raise UserError(f"export writes {', '.join(FORMATS)}, got {format!r}")
+    check_target(target, overwrite=overwrite, source=source)
+    manifest = read_manifest(source)
+    if manifest is None or manifest.format != "factored":
+        what = "is not one that tensorllm wrote" if manifest is None else "is dense already"
+        raise UserError(f"{source} {what}; export takes a factored folder")
+    check_files(source, manifest)
+    fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
+    writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
+    for name, tensor in dense_tensors(source):
+        if name not in writer.finished:
+            writer.add(name, {name: _cast(tensor, dtype)})
+    weight_map = writer.name_files()
+    shards = [shard for shard in writer.shards if shard["names"]]
+    size = sum(shard["bytes"] for shard in shards)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        writer.write_json(index_name("model"), index)
+    for path in sorted(source.iterdir()):
+        ours = path.name in (MANIFEST, "report.json") or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in COPIED and not ours:
+            writer.copy(path)
+    config = json.loads((source / "config.json").read_text())
+    for name in ("quantization_config", "transformers_weights"):
+        config.pop(name, None)
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    writer.write_json("config.json", config)
+    files = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
+    dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
+    writer.write_json(MANIFEST, dense.to_json())
+    writer.finish()
+    return size
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -1,0 +1,82 @@
+"""`tensorllm generate`: text from any folder, a factored one in its factors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tensorllm.checkpoint.source import resolve
+from tensorllm.errors import UserError
+from tensorllm.pipeline.models import Loader, dtype_of
+from tensorllm.pipeline.runtime import load_factored
+from tensorllm.runtime.cost import Policy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """What is asked for; the command line's options.
+
+    Attributes:
+        temperature: 0: always the likeliest token.
+        beams: of the beam search; 1: none.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    revision: str | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    beams: int = 1
+    seed: int = 0
+    policy: Policy = "always"
+    dtype: str | None = None
+    device: str = "cpu"
+
+
+def generate(request: GenerateRequest) -> list[str]:
+    """The prompts and what the model writes behind them, one text per prompt.
+
+    Raises:
+        UserError: settings out of range, no tokenizer, or a model that writes no text.
+    """
+    _check(request)
+    folder = resolve(request.model, request.revision).folder
+    loader = Loader(folder, dtype_of(request.dtype))
+    tokenizer: Any = loader.tokenizer()
+    manifest = loader.manifest()
+    if manifest is not None and manifest.format == "factored":
+        model, _ = load_factored(folder, request.policy, loader.dtype)
+    else:
+        model = loader()
+    if not model.can_generate():
+        raise UserError(f"{request.model} fills masks and writes no text; evaluate it instead")
+    model = model.to(torch.device(request.device)).eval()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(list(request.prompts), return_tensors="pt", padding=len(request.prompts) > 1)
+    torch.manual_seed(request.seed)
+    sampling = {"temperature": request.temperature, "top_p": request.top_p}
+    out = model.generate(
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        max_new_tokens=request.max_new_tokens,
+        num_beams=request.beams,
+        do_sample=request.temperature > 0,
+        pad_token_id=tokenizer.pad_token_id,
+        **(sampling if request.temperature > 0 else {}),
+    )
+    return [str(text) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+def _check(request: GenerateRequest) -> None:
+    if not request.prompts or not all(request.prompts):
+        raise UserError("give a prompt that is not empty")
+    for name in ("max_new_tokens", "beams"):
+        if getattr(request, name) < 1:
+            raise UserError(f"{name} must be 1 or more, got {getattr(request, name)}")
+    if request.temperature < 0:
+        raise UserError(f"temperature must be 0 or more, got {request.temperature}")
+    if not 0 < request.top_p <= 1:
+        raise UserError(f"top_p must be in (0, 1], got {request.top_p}")

@@ -1,0 +1,125 @@
+"""Measuring how models run: time of a prompt and of one more token, bytes of weights and caches."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How one model ran; times are medians.
+
+    Attributes:
+        prefill_tokens_per_second: of a whole prompt at once.
+        decode_tokens_per_second: one token after another behind that prompt; None for encoders.
+        weight_bytes: parameters and buffers, tied ones once.
+        key_bytes, value_bytes: of the cache behind the prompt, all layers.
+        peak_bytes: the most memory resident, of a process that did only this; None: not measured.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float | None
+    weight_bytes: int
+    key_bytes: int
+    value_bytes: int
+    peak_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turns, so that what else the machine does hits all alike."""
+    for call in calls.values():
+        call()
+    out: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            _wait()
+            out[name].append(time.perf_counter() - started)
+    return out
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.inference_mode()
+def measure(
+    models: Mapping[str, Any], prompt: int, new: int, repeats: int, seed: int = 0
+) -> dict[str, Measured]:
+    """Run models side by side on the same random tokens.
+
+    Args:
+        prompt: tokens of the prompt.
+        new: tokens that are decoded behind it, one by one.
+    """
+    some = next(iter(models.values()))
+    noise = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, some.config.vocab_size, (1, prompt + new), generator=noise)
+    ids = ids.to(some.device)
+    whole = ids[:, :prompt]
+    prefill = medians(
+        interleaved({name: _prefill(model, whole) for name, model in models.items()}, repeats)
+    )
+    decodes = all(model.can_generate() for model in models.values())
+    decode: dict[str, float] = {}
+    caches = dict.fromkeys(models)
+    if decodes:
+        decode = medians(
+            interleaved({n: _decode(m, ids, prompt) for n, m in models.items()}, repeats)
+        )
+        decode = {name: max(seconds - prefill[name], 1e-9) for name, seconds in decode.items()}
+        caches = {n: m(whole, use_cache=True).past_key_values for n, m in models.items()}
+    return {
+        name: Measured(
+            prompt / prefill[name],
+            new / decode[name] if decodes else None,
+            weight_bytes(model),
+            *cache_bytes(caches[name]),
+        )
+        for name, model in models.items()
+    }
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers; storage that is shared counts once."""
+    storages: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def cache_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes of the keys and of the values that a cache holds, counted on its tensors."""
+    if cache is None:
+        return 0, 0
+    keys = sum(layer.keys.nbytes for layer in cache.layers)
+    return keys, sum(layer.values.nbytes for layer in cache.layers)
+
+
+def _prefill(model: Any, ids: Tensor) -> Callable[[], Any]:
+    last = {"logits_to_keep": 1} if model.can_generate() else {}
+    return lambda: model(ids, **last)
+
+
+def _decode(model: Any, ids: Tensor, prompt: int) -> Callable[[], Any]:
+    def run() -> None:
+        cache = model(ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+        for i in range(prompt, ids.shape[1]):
+            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+
+    return run
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,127 @@
+"""generate, export and bench: from Python, and as commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import tensorllm as tl
+from tensorllm.errors import UserError
+from tensorllm.pipeline.bench import BenchRequest, bench
+from tensorllm.pipeline.export import export
+from tensorllm.pipeline.generate import GenerateRequest, generate
+from tensorllm.pipeline.measure import weight_bytes
+from tensorllm.pipeline.runtime import load_factored
+from tensorllm.runtime.attention import FactoredAttention
+from tensorllm_cli import bench as bench_command
+from tensorllm_cli import export as export_command
+from tensorllm_cli import generate as generate_command
+
+
+@pytest.fixture(scope="module")
+def story_folder(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small trained model, factored, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("stories") / "out"
+    model = AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32)
+    tl.compress(model, tl.Hybrid(ranks=(64, 8, 3), rho=0.5))
+    tl.save(model, folder, tokenizer=AutoTokenizer.from_pretrained(tinystories))
+    return folder
+
+
+def command(module: Any, name: str, *arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(getattr(module, name))
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def test_generate_writes_what_the_dense_model_would(story_folder: Path):
+    prompts = ("Once upon a time", "Lily had a big red ball")
+    texts = generate(GenerateRequest(model=str(story_folder), prompts=prompts, max_new_tokens=12))
+    dense, tokenizer = tl.load(story_folder), AutoTokenizer.from_pretrained(story_folder)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        want = dense.generate(ids, max_new_tokens=12, do_sample=False)
+        assert text == tokenizer.decode(want[0], skip_special_tokens=True)
+    run = command(
+        generate_command, "generate", "--model", str(story_folder), "--prompt", prompts[0],
+        "--max-new-tokens", "12", "--json",
+    )  # fmt: skip
+    assert json.loads(run.stdout)[0]["text"] == texts[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prompts": ()}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"beams": 0}],
+)
+def test_generate_refuses_what_makes_no_sense(wrong: dict[str, Any], story_folder: Path):
+    with pytest.raises(UserError):
+        generate(GenerateRequest(**{"model": str(story_folder), "prompts": ("a",), **wrong}))
+
+
+@torch.no_grad()
+def test_export_is_the_dense_model(story_folder: Path, tmp_path: Path):
+    run = command(export_command, "export", str(story_folder), str(tmp_path / "dense"))
+    assert run.exit_code == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    want = tl.load(story_folder)
+    for (name, a), b in zip(exported.state_dict().items(), want.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert (tmp_path / "dense" / "tokenizer.json").is_file()
+    with pytest.raises(UserError, match="dense already"):
+        export(tmp_path / "dense", tmp_path / "twice")
+    with pytest.raises(UserError, match="exists"):
+        export(story_folder, tmp_path / "dense")
+    with pytest.raises(UserError, match="got 'gguf'"):
+        export(story_folder, tmp_path / "other", format="gguf")
+    export(story_folder, tmp_path / "half", dtype=torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_bench_counts_bytes_that_are_there(story_folder: Path):
+    found = bench(
+        BenchRequest(model=story_folder, prompt_tokens=20, new_tokens=3, repeats=1, peak=False)
+    )
+    dense, small = found.models["dense"], found.models["factored"]
+    config = tl.load(story_folder).config
+    heads = config.num_key_value_heads * config.num_hidden_layers * 20 * 4
+    width = config.hidden_size // config.num_attention_heads
+    assert (dense.value_bytes, small.value_bytes) == (heads * width, heads * 8)
+    assert small.weight_bytes == weight_bytes(AutoModelForCausalLM.from_pretrained(story_folder))
+    assert found.ratios()["weights"] == dense.weight_bytes / small.weight_bytes
+    assert all(choice.factored for choice in found.choices)
+    with pytest.raises(UserError, match="fit the model's"):
+        bench(BenchRequest(model=story_folder, prompt_tokens=10**6))
+    with pytest.raises(UserError, match="repeats"):
+        bench(BenchRequest(model=story_folder, repeats=0))
+
+
+def test_bench_measures_peaks_of_its_own_processes(story_folder: Path):
+    run = command(
+        bench_command, "bench", "--model", str(story_folder), "--prompt-tokens", "16",
+        "--new-tokens", "2", "--repeats", "1", "--json",
+    )  # fmt: skip
+    values = json.loads(run.stdout)
+    assert all(model["peak_bytes"] > 10**8 for model in values["models"].values())
+    assert {"prefill", "decode", "weights", "values", "peak"} <= values["ratios"].keys()
+
+
+@torch.no_grad()
+def test_auto_loads_a_folder_partly_dense(tmp_path: Path):
+    dense = tiny_model("llama")
+    tl.compress(dense, tl.Hybrid(ranks=(32, 8, 6), rho=0.2, matrices=("in",)))
+    tl.save(dense, tmp_path / "out")
+    model, choices = load_factored(tmp_path / "out", "auto")
+    assert {choice.site for choice in choices if choice.factored} == {"layers.0.in", "layers.1.in"}
+    assert not any(isinstance(m, FactoredAttention) for m in model.modules())
+    ids = torch.arange(3, 14)[None]
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="policy must be"):
+        load_factored(tmp_path / "out", "never")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is not factored"):
+        load_factored(tmp_path)
