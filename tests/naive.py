@@ -98,10 +98,18 @@ def chosen(model: Any, tokenizer: Any, e: Example, *, context: int = 10**9) -> V
         find_answer_len(f, e.prompt, c, tokenizer) for f, c in zip(full, e.choices, strict=True)
     ]
     start = min(len(f) - n for f, n in zip(full, lengths, strict=True))
+    if all(f[:start] == full[0][:start] and len(f) == start + 1 for f in full):
+        last = model(torch.tensor([full[0][:start]])).logits[0, -1].float().log_softmax(-1)
+        sums = [float(last[f[start]]) for f in full]  # the scripts' case: one token, one pass
+        return verdict(e, sums, [1] * len(full))
     sums = [float(log_probabilities(model, f)[start - 1 :].sum()) for f in full]
+    return verdict(e, sums, [len(f) - start for f in full])
+
+
+def verdict(e: Example, sums: list[float], tokens: list[int]) -> Verdict:
     gold = e.choices.index(e.answer)
     best = max(s for i, s in enumerate(sums) if i != gold)
-    return Verdict(sums[gold] > best, sums[gold], len(full[gold]) - start, "", tuple(sums))
+    return Verdict(sums[gold] > best, sums[gold], tokens[gold], "", tuple(sums))
 
 
 def naive(
@@ -131,9 +139,7 @@ def masked(model: Any, tokenizer: Any, e: Example, *, paper: bool = False) -> Ve
         sums = [
             float(sum(p[t] for p, t in zip(at_masks(asked(len(i))), i, strict=True))) for i in ids
         ]
-        gold = e.choices.index(e.answer)
-        best = max(s for i, s in enumerate(sums) if i != gold)
-        return Verdict(sums[gold] > best, sums[gold], len(ids[gold]), "", tuple(sums))
+        return verdict(e, sums, list(map(len, ids)))
     text = tokenizer.decode(at_masks(asked(5)).argmax(-1).tolist())
     full = tokenizer(f"{e.prompt} {e.answer}", add_special_tokens=False).input_ids
     length = find_answer_len(full, e.prompt, e.answer, tokenizer)

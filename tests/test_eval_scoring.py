@@ -13,9 +13,10 @@ from naive import masked as naive_masked
 from tensorllm.data.example import Example
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.causal import CausalScorer
+from tensorllm.evaluation.evaluate import score
 from tensorllm.evaluation.forward import ModelForward
 from tensorllm.evaluation.protocol import PAPER, STRICT
-from tensorllm.evaluation.scorer import eos_of, make_scorer, score
+from tensorllm.evaluation.scorer import eos_of, make_scorer
 
 NEW = 8
 ALONE = replace(PAPER, unmasked_padding=1, single_token_choices=False)  # one by one: no padding

@@ -2,6 +2,7 @@
 search.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.base import DATASETS, ReasoningDataModule, Split
 from tensorllm.data.catalog import Questions  # noqa: F401  registers all datasets
+from tensorllm.data.example import Example
 from tensorllm.data.questions import questions_from_yaml
-from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
-from tensorllm.evaluation.scorer import is_masked, score
+from tensorllm.evaluation.parallel import score_all, workers_for
+from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
+from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.scorer import is_masked, make_scorer
 from tensorllm.evaluation.summary import metrics_of
 
 YAML = (".yaml", ".yml")
@@ -30,6 +34,36 @@ def make_dataset(
     if dataset.endswith(YAML):
         return questions_from_yaml(Path(dataset), **chosen)
     return DATASETS[dataset](**chosen)
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    protocol: Protocol = STRICT,
+    *,
+    max_new_tokens: int = 0,
+    batch_tokens: int | None = None,
+    on_rows: Callable[[list[Row]], None] | None = None,
+) -> list[Row]:
+    """Score all examples; rows come in the order of the examples.
+
+    Args:
+        on_rows: called with the rows of each finished batch.
+    """
+    scorer = make_scorer(
+        model,
+        tokenizer,
+        protocol=protocol,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+    )
+    found: dict[int, Row] = {}
+    for rows in score_all(scorer, scorer.plan(examples), workers_for(model)):
+        found.update((row.index, row) for row in rows)
+        if on_rows is not None:
+            on_rows(rows)
+    return [found[example.index] for example in examples]
 
 
 def evaluate_model(

@@ -1,12 +1,11 @@
-"""Scoring examples by a model: the plan of batches, the memory they may take, and what runs out of
-it.
+"""Scoring by a model: the plan of batches, and the rows of each.
 
-`score` is the whole evaluation as one function; the LightningModules and the rank search use its
-parts.
+`tensorllm.evaluation.evaluate.score` is the whole evaluation as one function; the LightningModules
+and the rank search use these parts.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from typing import Protocol as Interface
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +20,22 @@ from tensorllm.evaluation.masked import MaskedEncoder, MaskedItem, MaskedScorer,
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
 from tensorllm.evaluation.row import Row
 
-# Columns x rows of one batch. A CPU is fastest while a layer's activations fit its caches.
-BATCH_TOKENS = {"cpu": 4096}
-LARGE_BATCH_TOKENS = 65536
+
+class Budget(NamedTuple):
+    """Columns x rows of one batch, padding included.
+
+    Attributes:
+        read: where prompts are only read.
+        generate: where answers are generated, a token per row at a time.
+    """
+
+    read: int
+    generate: int
+
+
+# A CPU is fastest while a layer's activations fit its caches.
+CPU = Budget(read=1024, generate=4096)
+ACCELERATOR = Budget(read=65536, generate=65536)
 
 
 class Scorer(Interface):
@@ -66,9 +78,10 @@ def make_scorer(
         stop_early: stop a generation when its verdict is certain.
     """
     context = context_of(model, tokenizer)
-    batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, LARGE_BATCH_TOKENS)
+    suited = CPU if model.device.type == "cpu" else ACCELERATOR
+    budget = Budget(batch_tokens, batch_tokens) if batch_tokens else suited
     if is_masked(model):
-        return MaskedModelScorer(model, tokenizer, protocol, context, batch_tokens)
+        return MaskedModelScorer(model, tokenizer, protocol, context, budget)
     causal = CausalScorer(
         forward or ModelForward(model),
         tokenizer,
@@ -77,47 +90,16 @@ def make_scorer(
         eos=eos_of(model),
         stop_early=stop_early,
     )
-    return CausalModelScorer(causal, Encoder(tokenizer, context, max_new_tokens), batch_tokens)
-
-
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    protocol: Protocol = STRICT,
-    *,
-    max_new_tokens: int = 0,
-    batch_tokens: int | None = None,
-    on_rows: Callable[[list[Row]], None] | None = None,
-) -> list[Row]:
-    """Score all examples; rows come in the order of the examples.
-
-    Args:
-        on_rows: called with the rows of each finished batch.
-    """
-    scorer = make_scorer(
-        model,
-        tokenizer,
-        protocol=protocol,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-    )
-    found: dict[int, Row] = {}
-    for batch in scorer.plan(examples):
-        rows = scorer.score(batch)
-        found.update((row.index, row) for row in rows)
-        if on_rows is not None:
-            on_rows(rows)
-    return [found[example.index] for example in examples]
+    return CausalModelScorer(causal, Encoder(tokenizer, context, max_new_tokens), budget)
 
 
 class CausalModelScorer:
     """Plans and scores for a causal model."""
 
-    def __init__(self, scorer: CausalScorer, encoder: Encoder, batch_tokens: int) -> None:
+    def __init__(self, scorer: CausalScorer, encoder: Encoder, budget: Budget) -> None:
         self.scorer = scorer
         self.encoder = encoder
-        self.batch_tokens = batch_tokens
+        self.budget = budget
 
     def plan(self, examples: Sequence[Example]) -> list[Batch]:
         items = self.encoder(examples)
@@ -138,13 +120,11 @@ class CausalModelScorer:
         for e in items:
             kinds.setdefault((bool(e.example.choices), bool(e.example.tokens)), []).append(e)
         together = self.scorer.protocol.unmasked_padding
-        batches = [
-            batch
-            for kind, of_kind in sorted(kinds.items())
-            for batch in fill(
-                of_kind, cost, self.batch_tokens, together if kind == (False, False) else 1
-            )
-        ]
+        batches = []
+        for kind, of_kind in sorted(kinds.items()):
+            generated = kind == (False, False)
+            tokens = self.budget.generate if generated else self.budget.read
+            batches += fill(of_kind, cost, tokens, together if generated else 1)
         return [Batch(key, tuple(batch)) for key, batch in enumerate(batches)]
 
     def score(self, batch: Batch) -> list[Row]:
@@ -165,19 +145,19 @@ class MaskedModelScorer:
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
         context: int,
-        batch_tokens: int,
+        budget: Budget,
     ) -> None:
         self.encoder = MaskedEncoder(tokenizer, context_of_masked(model, context), protocol)
         self.scorer = MaskedScorer(model, tokenizer, protocol)
         self.vocabulary = model.config.get_text_config().vocab_size
-        self.batch_tokens = batch_tokens
+        self.budget = budget
 
     def plan(self, examples: Sequence[Example]) -> list[list[MaskedItem]]:
         def cost(item: MaskedItem) -> tuple[int, int]:
             tokens = item.length * len(item.texts)
             return tokens, tokens * self.vocabulary
 
-        return list(fill(self.encoder(examples), cost, self.batch_tokens))
+        return list(fill(self.encoder(examples), cost, self.budget.read))
 
     def score(self, batch: list[MaskedItem]) -> list[Row]:
         return halving(self.scorer, batch)

@@ -11,6 +11,7 @@ from tensorllm.compression.model import compress
 from tensorllm.compressors.base import Compressor
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import UserError
+from tensorllm.evaluation.parallel import grouped, score_all, workers_for
 from tensorllm.evaluation.protocol import STRICT, Protocol
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.scorer import Scorer, is_masked, make_scorer
@@ -60,6 +61,7 @@ class Reasoner(LightningModule, ABC):
         self.on_rows = on_rows
         self.metrics = answer_metrics()
         self._scorer: Scorer | None = None
+        self._workers = 1
 
     @abstractmethod
     def _check(self, model: PreTrainedModel) -> None:
@@ -85,13 +87,17 @@ class Reasoner(LightningModule, ABC):
             max_new_tokens=data.max_new_tokens,
             batch_tokens=self.batch_tokens,
         )
-        data.plan_with(self._scorer.plan)
+        plan, self._workers = self._scorer.plan, workers_for(self.model)
+        data.plan_with(lambda examples: grouped(plan(examples), self._workers))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         assert self._scorer is not None, "Lightning calls configure_model first"
         if batch is None:
             return  # another device has one batch more
-        rows = self._scorer.score(batch)
+        for rows in score_all(self._scorer, batch, self._workers):
+            self._keep(rows)
+
+    def _keep(self, rows: list[Row]) -> None:
         self.metrics.update(**{k: v.to(self.device) for k, v in columns(rows).items()})
         if self.on_rows is not None:
             self.on_rows(rows)
