@@ -17,6 +17,7 @@ from tensorllm_cli.evaluate import evaluate
 from tensorllm_cli.inspect import inspect
 from tensorllm_cli.list import list_
 from tensorllm_cli.reproduce import reproduce
+from tensorllm_cli.search import search_ranks
 
 app = typer.Typer(
     name="tensorllm",
@@ -54,6 +55,7 @@ app.command()(evaluate)
 app.command()(reproduce)
 app.command()(inspect)
 app.command("list")(list_)
+app.command("search-ranks")(search_ranks)
 
 
 # Typer carries its own copy of click since 0.26 and names none of its errors but this one, whose

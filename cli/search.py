@@ -1,0 +1,140 @@
+"""`tensorllm search-ranks`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensorllm_cli import options
+
+
+def search_ranks(
+    model: Annotated[
+        str, typer.Option(help="Short name (`tensorllm list models`), local folder, or hub id.")
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="`tensorllm list datasets`, or a YAML file (default: the model's)."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="shared-tucker, per-matrix-tucker, laser or hybrid.")
+    ] = "shared-tucker",
+    objective: Annotated[
+        str, typer.Option(help="accuracy, loss, pareto (accuracy against ratio), or energy.")
+    ] = "accuracy",
+    layers: Annotated[
+        str | None, typer.Option(help="Candidates such as 8-27 (default: all).")
+    ] = None,
+    together: Annotated[int, typer.Option(help="Neighbouring layers edited at once.")] = 1,
+    r1: Annotated[str | None, typer.Option(help="Values of R1 (model width) to try.")] = None,
+    r2: Annotated[str | None, typer.Option(help="Values of R2 (head width) to try.")] = None,
+    r3: Annotated[str | None, typer.Option(help="Values of R3 (matrices) to try.")] = None,
+    tied: Annotated[bool, typer.Option(help="R1 = heads * R2, as the authors published.")] = False,
+    rho: Annotated[str | None, typer.Option(help="Shares of the rank LASER keeps.")] = None,
+    matrices: Annotated[
+        str | None, typer.Option(help="Sets of matrices LASER edits, such as in,out,in+out.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="How heads are cut: paper or official (authors' code).")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Largest relative error of a decomposition.")
+    ] = None,
+    min_ratio: Annotated[
+        float | None, typer.Option(help="Least ratio of the decomposed matrices' parameters.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="How many (default: the whole grid, else 200).")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="grid, tpe or nsga2 (default: by the space's size).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order, the sampler and the bootstrap.")] = 0,
+    stop_level: Annotated[
+        float,
+        typer.Option(help="Chance of giving the best trial up early; 0: only when it has lost."),
+    ] = 0.001,
+    full: Annotated[bool, typer.Option(help="Examine every trial to its end.")] = False,
+    study: Annotated[
+        Path | None, typer.Option(help="Folder of the study; an interrupted one goes on.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Database URL, for workers on many machines.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes on this machine, one per GPU.")] = 1,
+    protocol: Annotated[str, typer.Option(help="strict or paper.")] = "strict",
+    data_file: Annotated[
+        Path | None, typer.Option(help="Local jsonl, json, csv or parquet in place of the hub.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Examples at most, of validation and of test.")
+    ] = None,
+    cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for activations (default: 1/4 of what is free).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Weights as fp32, bf16 or fp16.")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option(help="Module to import first, with datasets of yours.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the layer and the ranks that make a model best; chosen on validation, told on test.
+
+    Examples:
+
+      tensorllm search-ranks --model demo --dataset demo --mode shared-tucker
+
+      tensorllm search-ranks --model gptj --dataset fever --mode hybrid --trials 500 --study runs/f
+
+      tensorllm compress --config runs/f/best.yaml
+    """
+    from tensorllm.pipeline.search import SearchRequest
+    from tensorllm.pipeline.search_ranks import run
+    from tensorllm.search.worker import Rules
+    from tensorllm_cli.show import print_json, print_result, progress_bar
+
+    request = SearchRequest(
+        model=model,
+        dataset=dataset,
+        mode=mode,
+        revision=revision,
+        data_file=data_file,
+        protocol=protocol,
+        limit=limit,
+        dtype=dtype,
+        layers=options.layers(layers),
+        r1=options.ranks(r1),
+        r2=options.ranks(r2),
+        r3=options.ranks(r3),
+        rho=None if rho is None else options.shares(rho),
+        matrices=options.names(matrices),
+        tied=tied,
+        together=together,
+        layout=layout,
+        rules=Rules(
+            objective=objective,  # type: ignore[arg-type]  # checked there
+            level=None if full else stop_level,
+            max_error=max_error,
+            min_ratio=min_ratio,
+        ),
+        sampler=sampler,
+        trials=trials,
+        seed=seed,
+        study=study,
+        storage=storage,
+        workers=workers,
+        cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
+        plugins=plugin or (),
+    )
+    with progress_bar() as progress:
+        result = run(request, progress)
+    if json:
+        print_json(result.to_json())
+        return
+    from tensorllm.reporting.search import search_tables
+
+    print_result(search_tables(result.results))
+    typer.echo(result.recipe)  # as it is: rich would break its lines
+    if study is not None:
+        print_result(f"written to {study}: tensorllm compress --config {study / 'best.yaml'}")

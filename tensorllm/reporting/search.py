@@ -1,0 +1,74 @@
+"""The terminal view of `tensorllm search-ranks`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from tensorllm.reporting.tables import new_table
+
+
+def search_tables(results: Mapping[str, Any]) -> RenderableType:
+    """The top trials, validation and test of winner and original, and how sure the gain is."""
+    parts: list[RenderableType] = [_sentence(results), _trials(results["top"]), _scores(results)]
+    if results["objective"] == "pareto":
+        parts[1:2] = [
+            "accuracy against ratio: no trial beats these in both",
+            _trials(results["front"]),
+        ]
+    if results["selection"] is not None:
+        parts.append(_selection(results["selection"]))
+    return Group(*parts)
+
+
+def _sentence(results: Mapping[str, Any]) -> str:
+    n = results["trials"]
+    level = results["stop_level"]
+    given_up = f", {n['given_up']} given up early" if n["given_up"] else ""
+    error = f" (the best one with probability at most {level:g})" if n["given_up"] else ""
+    other = [f"{n[name]} {name}" for name in ("infeasible", "failed") if n[name]]
+    return (
+        f"{n['examined']} trials of {results['model']} on {results['validation_examples']} "
+        f"validation examples of {results['dataset']}, protocol {results['protocol']}"
+        f"{given_up}{error}{''.join(f', {text}' for text in other)}"
+    )
+
+
+def _trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    names = list(rows[0]["params"]) if rows else []
+    table = new_table(
+        "trial", *names, "accuracy %", "loss", "ratio", "relative error", number_from=0
+    )
+    for row in rows:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
+        table.add_row(
+            str(row["trial"]),
+            *(str(row["params"][name]) for name in names),
+            accuracy,
+            f"{row['loss']:.4f}",
+            f"{row['ratio']:.2f}",
+            f"{row['relative_error']:.4f}",
+        )
+    return table
+
+
+def _scores(results: Mapping[str, Any]) -> RenderableType:
+    table = new_table("", "validation", "test", number_from=1)
+    for metric, unit in (("accuracy", " %"), ("loss", " nats/token")):
+        for who in ("original", "winner"):
+            found = results[who]
+            if found["test"].get(metric) is not None:
+                table.add_row(
+                    f"{who}, {metric}{unit}",
+                    f"{found['validation'][metric]:.4g}",
+                    f"{found['test'][metric]:.4g}",
+                )
+    return table
+
+
+def _selection(gain: Mapping[str, Any]) -> str:
+    low, high = gain["interval"]
+    return (
+        f"gain on validation {gain['gain']:+.1f} points, of which selection alone is worth "
+        f"{gain['optimism']:.1f} (95 % of resamples {low:.1f} to {high:.1f})"
+    )

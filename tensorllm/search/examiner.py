@@ -1,0 +1,236 @@
+"""Examining one point: its weights written, validation questions asked, weights restored."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compressors import Job
+from tensorllm.data.example import Example
+from tensorllm.evaluation.causal import Batch
+from tensorllm.evaluation.protocol import Protocol
+from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.scorer import is_masked, make_scorer
+from tensorllm.search.bank import Bank, Edit, edited, nests
+from tensorllm.search.prefix import PrefixForward
+from tensorllm.search.space import Point, ratio_of
+from tensorllm.search.stopping import Race, Rival
+
+# After each of these shares of the validation set a losing trial may be given up. More of them
+# would make batches small, which costs more than it saves.
+STAGES = (1 / 8, 1 / 4, 1 / 2, 1)
+LEAST = 32  # examples in a stage
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a trial gave.
+
+    Attributes:
+        accuracy: per cent of the examples seen; None for running text.
+        loss: nats per token, mean over the examples seen.
+        seen: examples examined.
+        stopped: given up before the last example, as a loser.
+        ratio: numbers in the decomposed matrices over numbers stored for them.
+        parameters_saved: numbers that the model has fewer.
+        relative_error: the largest of the sites'.
+        correct: verdicts in the order of examination, as a hexadecimal number (first one lowest).
+        seconds: of the whole trial.
+    """
+
+    accuracy: float | None
+    loss: float
+    seen: int
+    stopped: bool
+    ratio: float
+    parameters_saved: int
+    relative_error: float
+    correct: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TooFar(Exception):
+    """The decomposition's relative error is beyond what was allowed."""
+
+
+class Examiner:
+    """Scores points on the validation examples with one model, in place.
+
+    Args:
+        model: unedited, in eval mode.
+        tokenizer: its tokenizer.
+        examples: of the validation part.
+        protocol: what counts as right.
+        max_new_tokens: how long a generated answer may be.
+        points: all that may be asked for; they say how large the decompositions must be.
+        seed: of the order of the examples.
+        cache_bytes: for activations below the edited layer.
+        batch_tokens: tokens of a batch; None: what suits the device.
+        refine: see `Bank`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        protocol: Protocol,
+        *,
+        max_new_tokens: int,
+        points: Sequence[Point],
+        seed: int = 0,
+        cache_bytes: int = 0,
+        batch_tokens: int | None = None,
+        refine: bool = True,
+    ) -> None:
+        self.weights = parameters_of(model)
+        self.roles = RoleMatrices(model.config, self.weights)
+        self.bank = Bank(self.roles, self.weights, self._largest(points), refine=refine)
+        self.forward = None if is_masked(model) else PrefixForward(model, self.roles, cache_bytes)
+        self.scorer = make_scorer(
+            model,
+            tokenizer,
+            protocol=protocol,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            forward=self.forward,
+        )
+        self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))
+        self.sequential = protocol.unmasked_padding <= 1  # groups are no sample of examples
+        self.stages = self._plan(sizes)
+
+    def _largest(self, points: Sequence[Point]) -> list[Job]:
+        jobs: dict[Any, Job] = {}
+        for point in points:
+            for job in self._jobs(point):
+                if nests(job.compressor):
+                    jobs[job.site, repr(job.compressor)] = job
+        return list(jobs.values())
+
+    def _jobs(self, point: Point) -> list[Job]:
+        return plan_jobs(point.compressor, self.roles, point.layers)
+
+    def _plan(self, sizes: Sequence[int]) -> list[list[Any]]:
+        """Per stage its batches; each has a number of its own, under which activations are kept."""
+        stages, start, key = [], 0, 0
+        for size in sizes:
+            batches = []
+            for batch in self.scorer.plan(self.order[start : start + size]):
+                batches.append(batch._replace(key=key) if isinstance(batch, Batch) else batch)
+                key += 1
+            stages.append(batches)
+            start += size
+        return stages
+
+    def __call__(
+        self,
+        point: Point | None,
+        rival: Rival | None = None,
+        *,
+        level: float = 0.0,
+        max_error: float | None = None,
+    ) -> Found:
+        """Examine a point, or the original model.
+
+        Args:
+            rival: the trial to beat; None: nothing is given up.
+            level: with which probability a trial that would win may be given up.
+            max_error: the relative error allowed.
+
+        Raises:
+            TooFar: the relative error is beyond `max_error`.
+        """
+        started = time.perf_counter()
+        jobs = self._jobs(point) if point else []
+        edits = self.bank.edits(jobs)
+        error = max((edit.relative_error for edit in edits), default=0.0)
+        if max_error is not None and error > max_error:
+            raise TooFar(f"relative error {error:.3f}")
+        rows, stopped = self._rows(edits, rival, level)
+        ratio = ratio_of(jobs, self.roles) if jobs else 1.0
+        saved = round(sum(self._size(job) for job in jobs) * (1 - 1 / ratio))
+        return found(rows, stopped, ratio, saved, error, time.perf_counter() - started)
+
+    def _size(self, job: Job) -> int:
+        return sum(self.roles.geometry.inner(r) for _, r in job.site.matrices) * (
+            self.roles.geometry.D
+        )
+
+    def _rows(
+        self, edits: Sequence[Edit], rival: Rival | None, level: float
+    ) -> tuple[list[Row], bool]:
+        """Rows in the order of examination, and whether the trial was given up."""
+        if self.forward is not None:
+            layers = [layer for edit in edits for layer in edit.site.layers]
+            self.forward.edit_from(min(layers, default=0))
+        race = Race(rival, len(self.order), level if self.sequential else 0.0) if rival else None
+        place = {example.index: i for i, example in enumerate(self.order)}
+        rows: list[Row] = []
+        with edited(edits, self.roles, self.weights):
+            for stage in self.stages:
+                new = [row for batch in stage for row in self.scorer.score(batch)]
+                new.sort(key=lambda row: place[row.index])
+                rows += new
+                given_up = race is not None and race.lost(
+                    [row.correct for row in new], [row.loss for row in new]
+                )
+                if given_up and len(rows) < len(self.order):
+                    return rows, True
+        return rows, False
+
+
+def shuffled(
+    examples: Sequence[Example], seed: int, together: int
+) -> tuple[list[Example], list[int]]:
+    """The examples in random order, `together` neighbours kept as they are, and sizes of parts."""
+    groups = [list(g) for _, g in groupby(examples, key=lambda e: e.index // together)]
+    random.Random(seed).shuffle(groups)
+    ends = [share * len(examples) for share in STAGES]
+    sizes, done = [0], 0
+    for group in groups:
+        if sizes[-1] >= LEAST and done >= next(end for end in ends if end >= done - sizes[-1] + 1):
+            sizes.append(0)
+        sizes[-1] += len(group)
+        done += len(group)
+    return [example for group in groups for example in group], sizes
+
+
+def found(
+    rows: Sequence[Row], stopped: bool, ratio: float, saved: int, error: float, seconds: float
+) -> Found:
+    """The figures of these rows; a loss that is not finite is an error."""
+    asked = rows[0].correct is not None
+    loss = sum(row.loss for row in rows) / len(rows)
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise FloatingPointError(f"the model's loss is {loss}")
+    return Found(
+        accuracy=100 * sum(bool(row.correct) for row in rows) / len(rows) if asked else None,
+        loss=loss,
+        seen=len(rows),
+        stopped=stopped,
+        ratio=ratio,
+        parameters_saved=saved,
+        relative_error=error,
+        correct=pack([bool(row.correct) for row in rows]) if asked else "",
+        seconds=seconds,
+    )
+
+
+def pack(verdicts: Sequence[bool]) -> str:
+    """Verdicts as a hexadecimal number, the first one its lowest bit."""
+    return f"{sum(1 << i for i, verdict in enumerate(verdicts) if verdict):x}"
+
+
+def unpack(text: str, count: int) -> tuple[bool, ...]:
+    """The verdicts that `pack` made this of."""
+    number = int(text or "0", 16)
+    return tuple(bool(number >> i & 1) for i in range(count))

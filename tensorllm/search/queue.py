@@ -1,0 +1,178 @@
+"""A study as a queue: every trial is taken by one worker, none is lost, none is done twice.
+
+All trials are queued beforehand (a grid with its values, other samplers without), because taking a
+queued trial is atomic in every storage and counting to a limit is not. In the embedded file a
+worker also holds a lock for its trial; when it dies the lock opens, and whoever comes next adopts
+the trial under its old number. In a database a heartbeat does this, and the trial is queued again.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from tensorllm.errors import UserError
+from tensorllm.search.space import Values
+from tensorllm.search.storage import HEARTBEAT, Claims, open_storage
+
+CLAIMS = "claims.lock"
+RESULT, REASON = "result", "reason"
+
+
+class TrialQueue:
+    """One study, as one process sees it.
+
+    Args:
+        folder: of the study.
+        url: a database in place of the folder's own file.
+        name: of the study.
+        directions: `maximize` or `minimize` of each value.
+        sampler: of values that are not queued.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        url: str | None,
+        name: str,
+        directions: Sequence[Literal["minimize", "maximize"]],
+        sampler: optuna.samplers.BaseSampler,
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.storage: BaseStorage = open_storage(folder, url)
+        self.claims = None if url else Claims(folder / CLAIMS)
+        self.study = optuna.create_study(
+            storage=self.storage,
+            sampler=sampler,
+            study_name=name,
+            directions=list(directions),
+            load_if_exists=True,
+        )
+        self._id = self.storage.get_study_id_from_name(name)
+        self._beating: dict[int, threading.Event] = {}
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Refuse a study that was begun with something else, and say with what."""
+        known = self.study.user_attrs.get("identity")
+        if known is None:
+            self.study.set_user_attr("identity", dict(identity))
+            return
+        differs = [
+            f"{name} was {_short(known.get(name))} and is {_short(identity.get(name))}"
+            for name in sorted({*known, *identity})
+            if known.get(name) != identity.get(name)
+        ]
+        if differs:
+            raise UserError(
+                f"the study {self.study.study_name!r} was begun with something else: "
+                f"{'; '.join(differs)}. Choose another --study"
+            )
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials in these states (all by default), without those of lost workers."""
+        lost = {int(k[5:]) for k in self.study.user_attrs if k.startswith("lost-")}
+        found = self.storage.get_all_trials(self._id, deepcopy=False, states=states or None)
+        return [t for t in found if t.number not in lost]
+
+    def fill_grid(self, points: Sequence[Values]) -> None:
+        """Queue those of the points that no trial has."""
+        known = {_key(_values(trial)) for trial in self.trials()}
+        for values in points:
+            if _key(values) not in known:
+                self.study.enqueue_trial(dict(values))
+
+    def fill(self, count: int) -> None:
+        """Queue trials without values until there are `count`, infeasible ones not counted."""
+        free = [t for t in self.trials() if t.state == TrialState.PRUNED and REASON in t.user_attrs]
+        there = len(self.trials()) - min(len(free), 10 * count)  # a space may have nothing else
+        for _ in range(count - there):
+            self.study.enqueue_trial({})
+
+    def take(self) -> optuna.Trial | None:
+        """The next trial of the queue, or one that a dead worker left; None where there is none."""
+        if self.claims is None:
+            optuna.storages.fail_stale_trials(self.study)
+        for trial in self.trials(TrialState.WAITING):
+            if self._claim(trial) and self._start(trial):
+                return optuna.Trial(self.study, trial._trial_id)
+        for trial in self.trials(TrialState.RUNNING) if self.claims else []:
+            if self._claim(trial):
+                if self.storage.get_trial(trial._trial_id).state == TrialState.RUNNING:
+                    return optuna.Trial(self.study, trial._trial_id)
+                self.release(trial.number)
+        return None
+
+    def running(self) -> int:
+        """Trials that some worker is at."""
+        return len(self.trials(TrialState.RUNNING))
+
+    def waiting(self) -> int:
+        """Trials that no worker has taken."""
+        return len(self.trials(TrialState.WAITING))
+
+    def finish(
+        self,
+        trial: optuna.Trial,
+        state: TrialState,
+        values: Sequence[float] | None = None,
+        **notes: Any,
+    ) -> None:
+        """Record a trial's end with its notes."""
+        for name, note in notes.items():
+            trial.set_user_attr(name, note)
+        self.study.tell(trial, values, state)
+        self.release(trial.number)
+
+    def release(self, number: int) -> None:
+        """Give the claim on a trial up."""
+        if self.claims is not None:
+            self.claims.free(number)
+        if number in self._beating:
+            self._beating.pop(number).set()
+
+    def _claim(self, trial: FrozenTrial) -> bool:
+        if self.claims is not None:
+            return self.claims.take(trial.number)
+        assert isinstance(self.storage, RDBStorage)
+        self.storage.record_heartbeat(trial._trial_id)  # before it runs: never without a heartbeat
+        return True
+
+    def _start(self, trial: FrozenTrial) -> bool:
+        try:
+            mine = self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            mine = False
+        if not mine:
+            self.release(trial.number)
+        elif self.claims is None:
+            self._beat(trial)
+        return mine
+
+    def _beat(self, trial: FrozenTrial) -> None:
+        over = self._beating[trial.number] = threading.Event()
+        storage = self.storage
+        assert isinstance(storage, RDBStorage)
+
+        def beat() -> None:
+            while not over.wait(HEARTBEAT):
+                storage.record_heartbeat(trial._trial_id)
+
+        threading.Thread(target=beat, daemon=True).start()
+
+
+def _values(trial: FrozenTrial) -> dict[str, Any]:
+    return trial.system_attrs.get("fixed_params") or trial.params
+
+
+def _key(values: Values) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(values.items()))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

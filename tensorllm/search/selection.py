@@ -1,0 +1,80 @@
+"""The winner, and how much of its gain is the luck of having been selected.
+
+Shapes: T trials, N validation examples, R resamples.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from tensorllm.search.examiner import Found, unpack
+from tensorllm.search.worker import finished, merit
+
+RESAMPLES = 1000
+
+
+def ranked(trials: Sequence[FrozenTrial], objective: str) -> list[tuple[FrozenTrial, Found]]:
+    """The trials that were examined in full, the best first; ties by loss, size, then number."""
+    key = "accuracy" if objective == "pareto" else objective
+    return sorted(finished(trials), key=lambda pair: (*merit(pair[1], key), _values(pair[0])))
+
+
+def front(trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, Found]]:
+    """Trials that no other one beats in both accuracy and ratio, the most accurate first."""
+    best, out = 0.0, []
+    for trial, found in ranked(trials, "accuracy"):
+        if found.ratio > best:
+            best = found.ratio
+            out.append((trial, found))
+    return out
+
+
+def selection_gain(
+    trials: Sequence[FrozenTrial], original: Found, seed: int, resamples: int = RESAMPLES
+) -> dict[str, Any] | None:
+    """How far selection flatters the winner's accuracy, by the bootstrap over validation examples.
+
+    Per resample the trial with the best accuracy on the drawn examples is chosen as in the search;
+    its accuracy there minus that on the examples not drawn is the optimism. Trials that were given
+    up are left out: they lost on the way.
+
+    Returns:
+        `optimism` (points), its 95 % `interval`, `gain` over the original on validation (points),
+        and `gain_without` the optimism; None where there is no accuracy or one trial only.
+    """
+    known = [found for _, found in finished(trials) if found.accuracy is not None]
+    if len(known) < 2 or original.accuracy is None:
+        return None
+    correct_TN = np.array([unpack(f.correct, f.seen) for f in known], np.float32)
+    n = correct_TN.shape[1]
+    generator = np.random.default_rng(seed)
+    optimism = []
+    for _ in range(resamples):
+        times_N = np.bincount(generator.integers(0, n, n), minlength=n)
+        out_N = times_N == 0
+        chosen = int(np.argmax(correct_TN @ times_N.astype(np.float32)))
+        inside = float(correct_TN[chosen] @ times_N) / n
+        outside = float(correct_TN[chosen][out_N].mean()) if out_N.any() else inside
+        optimism.append(100 * (inside - outside))
+    mean = float(np.mean(optimism))
+    gain = max(f.accuracy or 0.0 for f in known) - original.accuracy
+    low, high = np.quantile(optimism, [0.025, 0.975])
+    return {
+        "optimism": mean,
+        "interval": [float(low), float(high)],
+        "gain": gain,
+        "gain_without": gain - mean,
+        "resamples": resamples,
+    }
+
+
+def half_width(examples: int) -> float:
+    """Half of the 95 % interval of an accuracy near one half, in points."""
+    return 100 * 1.96 * 0.5 / max(1, examples) ** 0.5
+
+
+def _values(trial: FrozenTrial) -> str:
+    """An order of trials that does not depend on when they were run."""
+    return repr(sorted(trial.params.items()))

@@ -1,0 +1,90 @@
+"""When a trial is given up: it has lost, for certain or with an error level that is stated.
+
+The validation examples are examined in a random order, so those seen so far are a sample without
+replacement. Two rules, both against one trial that was examined in full, the rival:
+
+- certain: even if all that is left were right (loss 0), the trial would end below the rival;
+- betting: a test martingale for "the trial ends at least as well as the rival", on the paired
+  differences of verdicts. Source: Waudby-Smith and Ramdas, "Estimating means of bounded random
+  variables by betting", JRSS B 2024, section 5 (sampling without replacement).
+
+If the hypothesis is true, the martingale ever exceeds 1 / level with probability at most `level`
+(Ville's inequality). So the trial that is best on all validation examples is given up with
+probability at most `level`, however many trials there are: only its own test, against the one
+rival it met, can be wrong about it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """The trial to beat, examined in full.
+
+    Attributes:
+        correct: its verdicts, in the order of examination; None: compare losses.
+        loss: its mean loss, in nats per token.
+    """
+
+    correct: tuple[bool, ...] | None
+    loss: float
+
+
+@dataclass(slots=True)
+class Race:
+    """One trial against its rival, example by example.
+
+    Args:
+        rival: the trial to beat.
+        total: validation examples.
+        level: probability with which a trial that would win is given up; 0: only when certain.
+    """
+
+    rival: Rival
+    total: int
+    level: float
+    seen: int = 0
+    right: int = 0
+    nats: float = 0.0
+    behind: int = 0  # sum of the rival's verdicts minus the trial's
+    _spread: float = 0.0  # sum of the squared differences
+    _log_wealth: float = 0.0
+
+    def lost(self, correct: Sequence[bool | None], losses: Sequence[float]) -> bool:
+        """Take the next examples; whether the trial can be given up now."""
+        found = False
+        for verdict, loss in zip(correct, losses, strict=True):
+            found = self._next(bool(verdict), loss) or found
+        return found or self._certain()
+
+    def _next(self, verdict: bool, loss: float) -> bool:
+        rival = self.rival.correct
+        out = False
+        if rival is not None:
+            out = self._bet(int(rival[self.seen]) - int(verdict))
+        self.seen += 1
+        self.right += verdict
+        self.nats += loss
+        return out
+
+    def _bet(self, difference: int) -> bool:
+        """One factor of the martingale; the stake depends on earlier examples only."""
+        left = self.total - self.seen
+        fair = -self.behind / left  # the next difference's mean if both end equal
+        if self.level > 0 and fair > -1:
+            # A prior of one difference of variance 1/4 keeps the first stakes small.
+            mean = self.behind / (self.seen + 1) - fair
+            spread = (self._spread + 0.25) / (self.seen + 1)
+            stake = min(max(mean / (spread + mean * mean), 0.0), 0.75 / (1 + fair))
+            self._log_wealth += math.log1p(stake * (difference - fair))
+        self.behind += difference
+        self._spread += difference * difference
+        return self.level > 0 and self._log_wealth >= -math.log(self.level)
+
+    def _certain(self) -> bool:
+        left = self.total - self.seen
+        if self.rival.correct is None:
+            return self.nats > self.rival.loss * self.total * (1 + 1e-9)
+        return self.right + left < sum(self.rival.correct)

@@ -1,0 +1,161 @@
+"""Where trials are kept: one file that survives kills, or any database that SQLAlchemy knows."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock  # the type of `lock_obj`
+
+from tensorllm.errors import Incomplete, UserError
+
+JOURNAL = "trials.journal"
+HEARTBEAT = 10  # seconds; a trial without a sign of life for three of these is taken over
+
+
+class FileLock(BaseJournalFileLock):
+    """An advisory lock that the system releases when its holder dies.
+
+    Optuna's own locks are files or links that a killed process leaves behind for 30 s. Taking the
+    lock also cuts off a half-written last line: whoever wrote it was killed, or the disk was full.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> bool:
+        file = self.journal.with_suffix(".lock").open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._file = file
+        self._cut_torn_line()
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _cut_torn_line(self) -> None:
+        with self.journal.open("r+b") as journal:
+            size = end = journal.seek(0, os.SEEK_END)
+            while end:
+                step = min(end, 4096)
+                journal.seek(end - step)
+                newline = journal.read(step).rfind(b"\n")
+                if newline >= 0:
+                    end += newline + 1 - step
+                    break
+                end -= step
+            if end < size:
+                journal.truncate(end)
+
+
+class Claims:
+    """Which trials a living process of this machine is at work on: one byte of a file for each.
+
+    A record lock ends with its process, however that ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+
+    def take(self, number: int) -> bool:
+        """Claim a trial; False where another process has it."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except BlockingIOError:
+            return False
+        return True
+
+    def free(self, number: int) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
+
+
+def open_storage(folder: Path, url: str | None) -> BaseStorage:
+    """The journal in `folder`, or the database at `url`.
+
+    Raises:
+        UserError: the journal is damaged; it is then kept aside. The URL is wrong.
+        Incomplete: the database cannot be reached.
+    """
+    if url is not None:
+        return _database(url)
+    journal = folder / JOURNAL
+    journal.touch()
+    check_journal(journal)
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=FileLock(journal)))
+
+
+def check_journal(journal: Path) -> None:
+    """A damaged line anywhere but at the end is an error; the file is copied aside first."""
+    lines = journal.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            aside = journal.with_name(f"{journal.name}.damaged")
+            count = 1
+            while aside.exists():
+                count += 1
+                aside = journal.with_name(f"{journal.name}.damaged-{count}")
+            journal.rename(aside)
+            raise UserError(
+                f"the study file {journal} is damaged at line {number}; it is kept as "
+                f"{aside.name}. The same command begins the study anew; to save the trials "
+                f"before line {number}, copy these lines back to {journal.name}"
+            ) from None
+
+
+def _database(url: str) -> BaseStorage:
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+    try:
+        return RDBStorage(
+            url,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=3 * HEARTBEAT,
+            heartbeat_stale_trial_callback=queue_again,
+        )
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise UserError(f"--storage {url!r} is not usable: {_line(error)}") from None
+    except SQLAlchemyError as error:
+        raise Incomplete(f"cannot reach the storage {url}: {_line(error)}") from None
+
+
+def queue_again(study: optuna.Study, lost: optuna.trial.FrozenTrial) -> None:
+    """Put the trial of a lost worker back into the queue."""
+    study.set_user_attr(f"lost-{lost.number}", True)
+    study.add_trial(
+        optuna.create_trial(
+            state=optuna.trial.TrialState.WAITING,
+            params=lost.params,
+            distributions=lost.distributions,
+            system_attrs={k: v for k, v in lost.system_attrs.items() if k == "fixed_params"},
+        )
+    )
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Failures of disk and database as one line that says how to go on."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
+        raise Incomplete(
+            f"{what}: the study cannot be written: {_line(error)}. Finished trials are safe; run "
+            "the same command again to go on"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    text: Any = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
