@@ -68,6 +68,7 @@ def mean_and_residual(w_ID: torch.Tensor, width: int, rank: int) -> torch.Tensor
     return torch.cat([mean + part for part in low.split(width)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["--plugin", "installed"])
 def test_the_pages_compressor_runs(way: str, packages: Path, model: Path, tmp_path: Path) -> None:
     plugin = ("--plugin", "mean_head")
@@ -93,6 +94,7 @@ def test_the_pages_compressor_runs(way: str, packages: Path, model: Path, tmp_pa
         assert not torch.allclose(before[name], after[name], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_broken_installed_plugin_is_one_line(packages: Path, model: Path) -> None:
     install(packages)
     (packages / "mean_head.py").write_text("import something_that_is_not_there")

@@ -4,9 +4,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.folder import compress_folder
-from tensorllm.compression.model import compression_of
+from tensorllm.compression.model import Compression, compression_of
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask, Format
 from tensorllm.errors import UserError
@@ -28,13 +31,15 @@ def save(
         tokenizer: saved beside the weights, where given.
 
     Raises:
-        UserError: the model was not compressed, or the folder cannot be made; nothing is written.
+        UserError: the model was not compressed, its compressed matrices were changed since, or the
+            folder cannot be made; nothing is written.
     """
     target = Path(target)
     check_target(target, overwrite=overwrite)
     compression = compression_of(model)
     if compression is None:
         raise UserError("this model was not compressed; compress it first")
+    _refuse_changed(model, compression)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     # transformers knows how its modules are named and tied on disk, so it writes them first
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".saving-") as folder:
@@ -53,3 +58,18 @@ def save(
             done={site.site.name: site for site in compression.sites},
         )
         return compress_folder(task)
+
+
+def _refuse_changed(model: Any, compression: Compression) -> None:
+    """Factors may only be saved while they are what the weights are: training changes those."""
+    weights = parameters_of(model)
+    roles = RoleMatrices(model.config, weights)
+    for done in compression.sites:
+        matrices = done.site.unstack(done.factors.dense(), roles.geometry)
+        for slot, w_ID in zip(done.site.matrices, matrices, strict=True):
+            now = roles.read(weights, *slot)
+            if not torch.equal(now, w_ID.to(now)):
+                raise UserError(
+                    f"{roles.name(*slot)} has changed since it was compressed, so its factors no "
+                    "longer stand for it; save with save_pretrained and compress that folder"
+                )
