@@ -52,7 +52,7 @@ class Text(ReasoningDataModule):
 
     def load(self) -> list[Example]:
         if self.masked:
-            raise UserError("perplexity of running text needs a causal model, got a masked one")
+            raise UserError("running text needs a causal model, got a masked one")
         assert self.tokenizer is not None, "connect() comes first"
         found: list[Example] = []
         for document in self.documents():

@@ -11,7 +11,6 @@ from typing import Protocol as Interface
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
-from tensorllm.errors import UserError
 from tensorllm.evaluation.batching import fill, halving
 from tensorllm.evaluation.causal import Batch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
@@ -120,7 +119,7 @@ class CausalModelScorer:
         for e in items:
             kinds.setdefault((bool(e.example.choices), bool(e.example.tokens)), []).append(e)
         together = self.scorer.protocol.unmasked_padding
-        batches = []
+        batches: list[list[Encoded]] = []
         for kind, of_kind in sorted(kinds.items()):
             generated = kind == (False, False)
             tokens = self.budget.generate if generated else self.budget.read
@@ -179,9 +178,3 @@ def eos_of(model: PreTrainedModel) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset(eos if isinstance(eos, list) else [eos])
-
-
-def check_task(model: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Raise UserError where a masked model cannot do what is asked."""
-    if is_masked(model) and any(e.tokens for e in examples):
-        raise UserError("running text needs a causal model, got a masked one")
