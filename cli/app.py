@@ -12,8 +12,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from tensorllm.errors import Incomplete, UserError
+from tensorllm_cli.bench import bench
 from tensorllm_cli.compress import compress
 from tensorllm_cli.evaluate import evaluate
+from tensorllm_cli.export import export
+from tensorllm_cli.generate import generate
 from tensorllm_cli.inspect import inspect
 from tensorllm_cli.list import list_
 from tensorllm_cli.reproduce import reproduce
@@ -54,6 +57,9 @@ app.command()(compress)
 app.command()(evaluate)
 app.command()(reproduce)
 app.command()(inspect)
+app.command()(generate)
+app.command()(export)
+app.command()(bench)
 app.command("list")(list_)
 app.command("search-ranks")(search_ranks)
 
