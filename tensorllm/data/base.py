@@ -84,6 +84,8 @@ class ReasoningDataModule(LightningDataModule, ABC):
 
     def connect(self, tokenizer: PreTrainedTokenizerBase, *, masked: bool = False) -> None:
         """Tell the dataset which tokenizer counts and what kind of model reads the prompts."""
+        if tokenizer is self.tokenizer and masked == self.masked:
+            return
         self.tokenizer, self.masked = tokenizer, masked
         self._examples = self._plan = None
 

@@ -31,7 +31,8 @@ class Journal:
     def append(self, rows: Sequence[Row]) -> None:
         """Add the rows of one batch; they survive a crash of this process."""
         name = f"rows-{socket.gethostname()}-{os.getpid()}.jsonl"
-        text = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        # A line break first: what a crash cut short before must not swallow the next row.
+        text = "\n" + "".join(json.dumps(asdict(row)) + "\n" for row in rows)
         try:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(text)

@@ -147,7 +147,7 @@ def _score(
         kind = MaskedReasoner if loader.masked else CausalReasoner
         module = kind(
             loader,
-            loader.tokenizer(),
+            data.tokenizer or loader.tokenizer(),
             protocol=protocol,
             batch_tokens=request.batch_tokens,
             on_rows=journal.append,

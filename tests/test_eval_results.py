@@ -1,0 +1,194 @@
+"""Results folders: complete or not there, resumed, compared; and the statistics in them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import eval_world as world
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from test_metrics import rows as random_rows
+
+from tensorllm.errors import Incomplete, UserError
+from tensorllm.evaluation.results import (
+    Journal,
+    ResultsFolder,
+    read_results,
+)
+from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.statistics import compared, intervals, mcnemar, resampled_means
+from tensorllm.pipeline.evaluate import EvaluateRequest, compare, evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    world.model("gptj").save_pretrained(path)
+    world.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def request_of(folder: Path, tmp_path: Path) -> EvaluateRequest:
+    file = tmp_path / "questions.jsonl"
+    made = [
+        {"prompt": e.prompt, "answer": e.answer, "choices": list(e.choices)}
+        for e in world.questions(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return EvaluateRequest(
+        model=str(folder),
+        dataset="questions",
+        data_file=file,
+        split="all",
+        out=tmp_path / "out",
+        batch_tokens=150,
+    )
+
+
+def test_a_run_leaves_one_folder_with_all_that_names_it(request_of: EvaluateRequest):
+    done = evaluate(request_of)
+    assert request_of.out is not None
+    assert sorted(p.name for p in request_of.out.iterdir()) == [
+        "predictions.parquet",
+        "results.json",
+    ]
+    assert not list(request_of.out.parent.glob(".*.partial"))
+    results, rows = read_results(request_of.out)
+    assert results == json.loads(json.dumps(done.results)) | {"seconds": results["seconds"]}
+    assert rows == done.rows
+    assert {
+        "metrics", "intervals", "examples", "model", "revision", "compressor", "dataset",
+        "protocol", "quirks", "split", "seed", "dtype", "versions", "hardware", "command",
+    } <= results.keys()  # fmt: skip
+    assert results["examples"] == 40
+    assert results["metrics"]["accuracy"] == pytest.approx(
+        100 * sum(bool(r.correct) for r in rows) / 40
+    )
+
+
+def test_an_interrupted_run_goes_on(request_of: EvaluateRequest, monkeypatch: pytest.MonkeyPatch):
+    want = evaluate(replace(request_of, out=None))
+    appended: list[int] = []
+    append = Journal.append
+
+    def dies(self: Journal, rows: list[Row]) -> None:
+        if len(appended) == 3:
+            raise KeyboardInterrupt
+        appended.extend([1])
+        append(self, rows)
+
+    monkeypatch.setattr(Journal, "append", dies)
+    with pytest.raises((KeyboardInterrupt, SystemExit, Incomplete)):
+        evaluate(request_of)
+    assert request_of.out is not None
+    assert not request_of.out.exists()
+    journal = next(request_of.out.parent.glob(".out.partial/journal-model/rows-*.jsonl"))
+    finished = sum(bool(line) for line in journal.read_text().splitlines())
+    journal.write_text(journal.read_text() + '{"index": 7, "prom')  # cut short by the crash
+    scored: list[int] = []
+
+    def counts(self: Journal, rows: list[Row]) -> None:
+        scored.extend(row.index for row in rows)
+        append(self, rows)
+
+    monkeypatch.setattr(Journal, "append", counts)
+    done = evaluate(request_of)
+    assert 0 < finished < 40
+    assert len(scored) == 40 - finished
+    assert [r.correct for r in done.rows] == [r.correct for r in want.rows]
+    assert done.results["metrics"] == pytest.approx(want.results["metrics"], rel=1e-5)
+
+
+def test_another_run_does_not_go_on_from_it(tmp_path: Path):
+    first = ResultsFolder(tmp_path / "out", "one").journal("model")
+    first.append(random_rows(3))
+    assert len(ResultsFolder(tmp_path / "out", "one").journal("model").rows()) == 3
+    assert not ResultsFolder(tmp_path / "out", "two").journal("model").rows()
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import pyarrow.parquet as pq
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = ResultsFolder(tmp_path / "out", "one")
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(Incomplete, match=r"No space left on device.*run the same command again"):
+        folder.finish({}, {"predictions.parquet": random_rows(3)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_folders_are_safe(tmp_path: Path):
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("all my work")
+    with pytest.raises(UserError, match="exists; give --overwrite"):
+        ResultsFolder(other, "x")
+    with pytest.raises(UserError, match=r"replaces results only"):
+        ResultsFolder(other, "x", overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        ResultsFolder(other / "chapter.txt", "x")
+
+
+def test_two_folders_compare(request_of: EvaluateRequest, tmp_path: Path):
+    evaluate(request_of)
+    assert request_of.out is not None
+    before, rows = read_results(request_of.out)
+    changed = [replace(r, correct=not r.correct) if r.index < 5 else r for r in rows]
+    ResultsFolder(tmp_path / "b", "b").finish(before, {"predictions.parquet": changed[::-1]})
+    found = compare(request_of.out, tmp_path / "b")
+    right = sum(bool(r.correct) for r in rows if r.index < 5)
+    assert [r["index"] for r in found["broken"]] == [
+        r.index for r in rows if r.index < 5 and r.correct
+    ]
+    assert (found["comparison"]["mended"], found["comparison"]["broken"]) == (5 - right, right)
+    assert found["comparison"]["loss"]["difference"] == 0
+    other = {**before, "dataset": "fever"}
+    ResultsFolder(tmp_path / "c", "c").finish(other, {"predictions.parquet": rows})
+    with pytest.raises(UserError, match="only results of one dataset and protocol compare"):
+        compare(request_of.out, tmp_path / "c")
+    with pytest.raises(UserError, match="is not a folder of results"):
+        compare(request_of.out, tmp_path / "nothing")
+
+
+def test_bootstrap_equals_a_plain_loop():
+    values = np.random.default_rng(3).normal(size=(25, 2))
+    got = resampled_means(values, seed=5, resamples=40)
+    generator = np.random.default_rng(5)
+    drawn = generator.integers(0, 25, (40, 25))
+    want = np.array([[values[list(draw), c].mean() for c in range(2)] for draw in drawn])
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    np.testing.assert_array_equal(got, resampled_means(values, seed=5, resamples=40))
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for trial in range(60):
+        verdicts = rng.random(80) < 0.3
+        made = [replace(r, correct=bool(v)) for r, v in zip(random_rows(80), verdicts, strict=True)]
+        low, high = intervals(made, seed=trial)["accuracy"]
+        inside += low <= 30 <= high
+    assert inside >= 51  # of 60; 57 expected
+
+
+@pytest.mark.parametrize(("mended", "broken"), [(0, 0), (1, 0), (5, 2), (40, 61), (700, 650)])
+def test_mcnemar_is_the_exact_binomial_test(mended: int, broken: int):
+    n = mended + broken
+    want = binomtest(mended, n).pvalue if n else 1.0
+    assert mcnemar(mended, broken) == pytest.approx(want, rel=1e-9)
+
+
+def test_paired_comparison_sees_what_intervals_of_each_do_not():
+    before = random_rows(60)
+    after = [replace(r, log_probability=r.log_probability + 0.05 * r.answer_tokens) for r in before]
+    found = compared(before, after, seed=0)
+    assert found["loss"]["difference"] == pytest.approx(-0.05)
+    assert found["loss"]["interval"] == pytest.approx([-0.05, -0.05])
+    assert found["loss_p"] < 0.01
+    assert found["mcnemar_p"] == 1.0
