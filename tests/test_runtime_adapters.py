@@ -13,6 +13,7 @@ from tensorllm.pipeline.runtime import factorize
 peft = pytest.importorskip("peft")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
 def test_lora_on_factors_learns_merges_and_is_saved(tmp_path: Path):
     model = tiny_model("llama")
     tl.compress(model, tl.Hybrid(ranks=(20, 3, 2), rho=0.4, matrices=("in", "out")))
