@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import tensorllm as tl
 from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
+from tensorllm.checkpoint.writer import exclusive
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.errors import Incomplete
 
@@ -376,3 +377,13 @@ def test_other_work_does_not_resume(wide: Path, undisturbed: Path, tmp_path: Pat
     assert journal_of(target)
     compress_folder(task_for(wide, target))
     assert contents(target) == contents(undisturbed)
+
+
+def test_a_second_run_to_the_same_folder_is_refused(tmp_path: Path) -> None:
+    tiny_model("gptj").save_pretrained(tmp_path / "in")
+    target = tmp_path / "out"
+    task = FolderTask(source=tmp_path / "in", target=target, compressor=HYBRID)
+    with exclusive(target), pytest.raises(tl.UserError, match="another run is writing"):
+        compress_folder(task)
+    compress_folder(task)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}

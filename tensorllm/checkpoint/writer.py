@@ -4,11 +4,13 @@ Work goes to a hidden folder beside the target, with a journal of the shards tha
 again, a killed run skips what the journal has.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,22 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
     parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to {parent}: not a writable folder")
+
+
+@contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Refuse a second run that would write the same folder at the same time."""
+    lock = target.parent / f".{target.name}.lock"
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process that holds it
+        except BlockingIOError:
+            raise UserError(f"another run is writing {target}; give another --out") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -1,11 +1,13 @@
 """Compressing a checkpoint on disk unit by unit, so that the model is never whole in memory."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.publish import publish
@@ -31,28 +33,39 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
     checkpoint, roles = open_checkpoint(task.source)
     layers = tuple(range(roles.layers)) if task.layers is None else tuple(task.layers)
     work = units(checkpoint, roles, plan_jobs(task.compressor, roles, layers))
-    factored = task.format == "factored"
-    writer = ShardWriter(
-        task.target,
-        stem=STEM if factored else "model",
-        fingerprint=_fingerprint(task, checkpoint, layers),
-        shard_bytes=task.shard_bytes,
-        overwrite=task.overwrite,
-    )
+    with exclusive(task.target):
+        writer = ShardWriter(
+            task.target,
+            stem=STEM if task.format == "factored" else "model",
+            fingerprint=_fingerprint(task, checkpoint, layers),
+            shard_bytes=task.shard_bytes,
+            overwrite=task.overwrite,
+        )
+        try:
+            _run_units(work, task, checkpoint, roles, writer, progress)
+            return publish(task, checkpoint, roles, layers, writer, started)
+        except UserError:  # wrong weights, met on the way: nothing to go on with
+            writer.discard()
+            raise
+
+
+def _run_units(
+    work: Sequence[Unit],
+    task: FolderTask,
+    checkpoint: Checkpoint,
+    roles: RoleMatrices,
+    writer: ShardWriter,
+    progress: Progress,
+) -> None:
+    """Every unit that an earlier, interrupted run has not finished."""
     total = sum(_bytes(checkpoint, unit) for unit in work)
-    done = 0
-    finished = writer.finished
-    try:
-        for unit in work:
-            progress(done, total, unit.name)
-            if unit.name not in finished:
-                writer.add(unit.name, *run_unit(unit, task, checkpoint, roles))
-            done += _bytes(checkpoint, unit)
-        progress(total, total, "finishing")
-        return publish(task, checkpoint, roles, layers, writer, started)
-    except UserError:  # wrong weights, met on the way: nothing to go on with
-        writer.discard()
-        raise
+    done, finished = 0, writer.finished
+    for unit in work:
+        progress(done, total, unit.name)
+        if unit.name not in finished:
+            writer.add(unit.name, *run_unit(unit, task, checkpoint, roles))
+        done += _bytes(checkpoint, unit)
+    progress(total, total, "finishing")
 
 
 def _bytes(checkpoint: Checkpoint, unit: Unit) -> int:
