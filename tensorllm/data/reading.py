@@ -158,5 +158,5 @@ def field_of(row: Row, names: tuple[str, ...], where: str) -> str:
     hint = did_you_mean(names[0], list(row))
     raise UserError(
         f"{where} must have a field named {' or '.join(map(repr, names))}, "
-        f"got {', '.join(map(repr, row))}.{hint}"
+        f"got {', '.join(map(repr, row))}{'.' + hint if hint else ''}"
     )
