@@ -1,5 +1,6 @@
 """Compression strategies, one file each. Importing this package registers them."""
 
+from tensorllm.compressors.activation import ActivationHybrid, ActivationTucker
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
 from tensorllm.compressors.hybrid import Hybrid
 from tensorllm.compressors.laser import LaserSVD
@@ -8,6 +9,8 @@ from tensorllm.compressors.tucker import PerMatrixTucker3D, SharedTucker4D
 
 __all__ = [
     "COMPRESSORS",
+    "ActivationHybrid",
+    "ActivationTucker",
     "Compressor",
     "Hybrid",
     "Job",

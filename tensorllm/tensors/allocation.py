@@ -48,15 +48,19 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
     if _cost(clusters, free) <= budget:
         return free
     low, high = _prices(clusters)
-    best = least
+    affordable = [least]
     for _ in range(80):
         middle = (low * high) ** 0.5
         chosen = [_cheapest(cluster, middle) for cluster in clusters]
         if _cost(clusters, chosen) <= budget:
-            best, high = chosen, middle
+            high = middle
+            if chosen != affordable[-1]:
+                affordable.append(chosen)
         else:
             low = middle
-    return _spend_rest(clusters, best, budget)
+    # What is left over at the lowest price may buy nothing, and more at another.
+    spent = [_spend_rest(clusters, choices, budget) for choices in affordable]
+    return min(spent, key=lambda choices: error_of(clusters, choices))
 
 
 def error_of(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> float:

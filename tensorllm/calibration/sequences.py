@@ -1,0 +1,142 @@
+"""The text that a compression is fitted to, as token sequences.
+
+Shapes: B sequences of a batch, T their padded length.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorllm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences padded on the right; `mask_BT` is True where there is a token."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The rows (N, X) of what a module saw, without padding; some modules flatten B and T."""
+        mask_BT = self.mask_BT.to(x.device)
+        return x.reshape(*mask_BT.shape, -1)[mask_BT]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token sequences and where they come from."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    source: str = "given"
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the text."""
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "sequences": len(self.sequences),
+            "tokens": self.tokens,
+            "seed": self.seed,
+        }
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256("\n".join(sorted(self.hashes())).encode()).hexdigest()
+
+    def hashes(self) -> set[str]:
+        """One hash per sequence of tokens."""
+        return {_hash(sequence) for sequence in self.sequences}
+
+    def refuse_overlap(self, evaluated: Sequence[Sequence[int]]) -> None:
+        """UserError where a sequence that is evaluated was calibrated on."""
+        both = self.hashes() & {_hash(sequence) for sequence in evaluated}
+        if both:
+            raise UserError(
+                f"{len(both)} sequences of the calibration text ({self.source}) are evaluated too; "
+                "a score on them says nothing. Use other text"
+            )
+
+    def check(self, vocabulary: int, width: int) -> None:
+        """Refuse tokens that the model does not have, and text too short for its matrices.
+
+        Args:
+            width: of the widest input of a matrix that is fitted.
+        """
+        top = max((max(s) for s in self.sequences if s), default=0)
+        if top >= vocabulary or min((min(s) for s in self.sequences if s), default=0) < 0:
+            raise UserError(
+                f"the calibration text has token {top}, but the model knows 0..{vocabulary - 1}; "
+                "was it made by another tokenizer?"
+            )
+        if self.tokens < width:
+            raise UserError(
+                f"the calibration text has {self.tokens} tokens; matrices with {width} inputs need "
+                f"at least {width}, and ten times as many to be fitted well"
+            )
+
+    def batches(self, tokens: int = 4096) -> list[Batch]:
+        """Sequences of similar length together, at most about `tokens` padded positions each."""
+        out: list[Batch] = []
+        group: list[tuple[int, ...]] = []
+        for sequence in sorted(filter(None, self.sequences), key=len):
+            if group and len(sequence) * (len(group) + 1) > tokens:
+                out.append(_pad(group))
+                group = []
+            group.append(sequence)
+        return [*out, _pad(group)] if group else out
+
+
+def read_calibration(
+    file: Path | str,
+    tokenizer: Any,
+    *,
+    sequences: int = 128,
+    length: int = 512,
+    seed: int = 0,
+) -> Calibration:
+    """Token sequences from any text file, JSON list, JSON Lines, CSV or Parquet.
+
+    Documents are cut into blocks of at most `length` tokens, of which `sequences` are drawn.
+
+    Args:
+        file: see the dataset `text`.
+        length: at most the model's context.
+        seed: of the draw.
+    """
+    from tensorllm.data.text import Text
+
+    if sequences < 1 or length < 2:
+        raise UserError(
+            f"calibration needs 1 or more sequences of 2 or more tokens, got {sequences} × {length}"
+        )
+    text = Text(data_file=Path(file), split="all", block=length)
+    text.connect(tokenizer)
+    blocks = [tuple(example.tokens or ()) for example in text.examples]
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    drawn = [blocks[i] for i in order[:sequences].tolist()]
+    return Calibration(tuple(drawn), source=Path(file).name, seed=seed)
+
+
+def _pad(group: Sequence[tuple[int, ...]]) -> Batch:
+    longest = max(map(len, group))
+    ids_BT = torch.zeros(len(group), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(group), longest, dtype=torch.bool)
+    for row, sequence in enumerate(group):
+        ids_BT[row, : len(sequence)] = torch.tensor(sequence)
+        mask_BT[row, : len(sequence)] = True
+    return Batch(ids_BT, mask_BT)
+
+
+def _hash(sequence: Sequence[int]) -> str:
+    return hashlib.sha256(",".join(map(str, sequence)).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Data-aware low rank: fitted to what the layers see, with sizes from one budget.
+
+What is declared here is made by `tensorllm.calibration.fit`, which needs the model and text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import Factors, parameters
+from tensorllm.tensors.shared_input import READERS
+from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
+
+Weighting = Literal["loss", "outputs"]
+WEIGHTINGS = ("loss", "outputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Compressor):
+    """Factors that were fitted before; the weights themselves are not looked at again."""
+
+    factors: Factors
+    source: ClassVar[str] = ""
+
+    def compress(self, w: Tensor) -> Factors:
+        return self.factors
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        return parameters(self.factors)
+
+
+@COMPRESSORS.register("activation-tucker")
+@dataclass(frozen=True, kw_only=True)
+class ActivationTucker(Compressor):
+    """Attention fitted to calibration text: matrices that read one input may share a factor.
+
+    Source: truncation-aware whitening is SVD-LLM's (arXiv 2403.07378), the two-sided second moments
+    are K-FAC's (arXiv 1503.05671); docs/methods/activation.md says what is put together here.
+
+    Attributes:
+        target_ratio: numbers in the compressed matrices before over after, above 1.
+        target_params: instead, the parameters of the whole model afterwards.
+        weighting: `loss` prices errors by the loss's own curvature (one backward pass over the
+            text); `outputs` by the size of the outputs alone (no gradients).
+        sharing: whether q, k, v (and in, gate) may share input factors where that pays.
+        correction: whether layers are fitted on the inputs that the compressed model gives them.
+        rounds: how often moments are measured again, on the compressed model, and all is refitted.
+        ridge: weight of the original matrix in the correction, of the mean squared input.
+        seed: of the labels that the curvature is sampled with.
+        calibration: what the text was; filled in by the fit.
+    """
+
+    target_ratio: float | None = None
+    target_params: int | None = None
+    weighting: Weighting = "loss"
+    sharing: bool = True
+    correction: bool = True
+    rounds: int = 0
+    ridge: float = 1e-2
+    seed: int = 0
+    calibration: Mapping[str, Any] | None = None
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
+    roles: ClassVar[tuple[str, ...]] = ATTENTION
+    fitted: ClassVar[tuple[Job, ...]] = ()  # of one fit: set on the instance, no setting
+
+    def __post_init__(self) -> None:
+        if (self.target_ratio is None) == (self.target_params is None):
+            raise UserError(
+                "give one of target_ratio (such as 1.5) and target_params (of the whole model), "
+                f"got {self.target_ratio} and {self.target_params}"
+            )
+        if self.target_ratio is not None and not self.target_ratio > 1:
+            raise UserError(f"target_ratio must be above 1, got {self.target_ratio}")
+        if self.target_params is not None and self.target_params < 1:
+            raise UserError(f"target_params must be 1 or more, got {self.target_params}")
+        if self.weighting not in WEIGHTINGS:
+            raise UserError(f"weighting must be loss or outputs, got {self.weighting!r}")
+        if self.rounds < 0 or self.ridge <= 0:
+            raise UserError(
+                f"rounds must be 0 or more and ridge above 0, got {self.rounds} and {self.ridge}"
+            )
+
+    def clusters(self, geometry: Geometry) -> list[tuple[str, ...]]:
+        """Roles of this strategy that read the same input, in the order in which they run."""
+        wanted = [role for role in self.roles if role in geometry.roles]
+        attention, ffn = (tuple(r for r in readers if r in wanted) for readers in READERS)
+        return [roles for roles in (attention, ("o",), ffn, ("out",)) if set(roles) & set(wanted)]
+
+    def with_fit(self, jobs: Sequence[Job], calibration: Mapping[str, Any]) -> "ActivationTucker":
+        """This strategy with what it made of a model."""
+        out = replace(self, calibration=dict(calibration))
+        object.__setattr__(out, "fitted", tuple(jobs))
+        return out
+
+    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+        if not self.fitted:
+            raise UserError(
+                f"mode {COMPRESSORS.name_of(type(self))!r} fits the model to text: "
+                "give --calibration FILE (or tensorllm.calibration.fit in Python)"
+            )
+        found = {layer for job in self.fitted for layer in job.site.layers}
+        if found != set(layers):
+            raise UserError(
+                f"this strategy was fitted to layers {sorted(found)}, not {sorted(layers)}"
+            )
+        return list(self.fitted)
+
+    def compress(self, w: Tensor) -> Factors:
+        """Not one tensor alone: its `sites` hold what was fitted."""
+        raise UserError("this strategy needs a model and text, not one tensor")
+
+
+@COMPRESSORS.register("activation-hybrid")
+@dataclass(frozen=True, kw_only=True)
+class ActivationHybrid(ActivationTucker):
+    """The same for attention and FFN, out of one budget."""
+
+    roles: ClassVar[tuple[str, ...]] = ATTENTION + FFN
