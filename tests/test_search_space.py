@@ -11,7 +11,8 @@ from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import compress
 from tensorllm.errors import UserError
-from tensorllm.search.space import feasible, make_space, ratio_of
+from tensorllm.search.feasible import feasible, ratio_of
+from tensorllm.search.space import make_space
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,11 @@ from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.recipes import short_names
 from tensorllm.search.examiner import Examiner, Found
+from tensorllm.search.feasible import feasible
 from tensorllm.search.identity import examples_fingerprint, model_fingerprint
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
-from tensorllm.search.space import Space, Values, feasible, make_space
+from tensorllm.search.space import Space, Values, make_space
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.worker import DIRECTIONS, SAMPLERS, Rules, Worker, make_sampler
 

@@ -3,6 +3,7 @@
 Shapes: I rows and O columns of a matrix, R rank.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from tensorllm.compressors.tucker import TuckerSettings
 from tensorllm.tensors.factors import Factors, LowRank, Tucker, cast
 from tensorllm.tensors.ranks import laser_rank
 from tensorllm.tensors.tucker import relative_error, truncate
+
+EXACT_BELOW = 2**24  # 64 MiB in float32
+MARGIN = 2
 
 
 class Edit(NamedTuple):
@@ -33,8 +37,9 @@ class Bank:
         roles: of the model.
         weights: its parameters by name, unedited whenever `edits` is called for a new site.
         largest: strategies at the largest ranks that will be asked for, one per kind.
-        refine: decompose the small core anew at every rank, which is as good as decomposing the
-            weights anew; else plain slices, at most sqrt(modes) times the least error.
+        exact_below: tensors of at most so many numbers are turned onto their principal axes and
+            not truncated; the core that a trial decomposes is then as good as the weights. Of
+            larger ones the leading `MARGIN` times the largest ranks are kept.
     """
 
     def __init__(
@@ -43,11 +48,11 @@ class Bank:
         weights: Mapping[str, Tensor],
         largest: Iterable[Job],
         *,
-        refine: bool = True,
+        exact_below: int = EXACT_BELOW,
     ) -> None:
         self.roles = roles
         self.weights = weights
-        self.refine = refine
+        self.exact_below = exact_below
         self.decompositions = 0
         self._largest: dict[Site, Compressor] = {}
         for job in largest:
@@ -74,9 +79,18 @@ class Bank:
             self.decompositions += 1
             return job.compressor.compress(w)
         if job.site not in self._factors:
-            self._factors[job.site] = kind.compress(w)
+            self._factors[job.site] = self._enlarged(kind, tuple(w.shape)).compress(w)
             self.decompositions += 1
-        return sliced(self._factors[job.site], job.compressor, tuple(w.shape), refine=self.refine)
+        return sliced(self._factors[job.site], job.compressor, tuple(w.shape))
+
+    def _enlarged(self, kind: Compressor, shape: tuple[int, ...]) -> Compressor:
+        """Tucker ranks with a margin: the best subspaces of smaller ranks are not quite nested."""
+        if not isinstance(kind, TuckerSettings):
+            return kind
+        scale = float("inf") if math.prod(shape) <= self.exact_below else MARGIN
+        sizes = [shape[mode] for mode in kind.modes]
+        ranks = tuple(int(min(n, scale * r)) for n, r in zip(sizes, kind.ranks or (), strict=True))
+        return replace(kind, ranks=ranks)
 
     def _shape(self, job: Job) -> tuple[int, ...]:
         return job.site.shape(self.roles.geometry)
@@ -98,15 +112,13 @@ def larger(one: Compressor, other: Compressor, shape: tuple[int, ...]) -> Compre
     return replace(one, rho=None, rank=max(_laser_rank(c, shape) for c in (one, other)))
 
 
-def sliced(
-    largest: Factors, compressor: Compressor, shape: tuple[int, ...], *, refine: bool
-) -> Factors:
-    """The factors at the compressor's ranks."""
+def sliced(largest: Factors, compressor: Compressor, shape: tuple[int, ...]) -> Factors:
+    """The factors at the compressor's ranks: a small core decomposed anew, or leading columns."""
     if isinstance(largest, Tucker):
         assert isinstance(compressor, TuckerSettings)
         ranks = dict(zip(compressor.modes, compressor.ranks or (), strict=True))
         same = all(largest.factors[mode].shape[1] == rank for mode, rank in ranks.items())
-        return largest if same else truncate(largest, ranks, refine=refine)
+        return largest if same else truncate(largest, ranks, refine=True)
     assert isinstance(largest, LowRank)
     assert isinstance(compressor, LaserSVD)
     rank = _laser_rank(compressor, shape)

@@ -17,9 +17,10 @@ from tensorllm.evaluation.causal import Batch
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.scorer import is_masked, make_scorer
-from tensorllm.search.bank import Bank, Edit, edited, nests
+from tensorllm.search.bank import EXACT_BELOW, Bank, Edit, edited, nests
+from tensorllm.search.feasible import ratio_of
 from tensorllm.search.prefix import PrefixForward
-from tensorllm.search.space import Point, ratio_of
+from tensorllm.search.space import Point
 from tensorllm.search.stopping import Race, Rival
 
 # After each of these shares of the validation set a losing trial may be given up. More of them
@@ -75,7 +76,7 @@ class Examiner:
         seed: of the order of the examples.
         cache_bytes: for activations below the edited layer.
         batch_tokens: tokens of a batch; None: what suits the device.
-        refine: see `Bank`.
+        exact_below: see `Bank`.
     """
 
     def __init__(
@@ -90,11 +91,11 @@ class Examiner:
         seed: int = 0,
         cache_bytes: int = 0,
         batch_tokens: int | None = None,
-        refine: bool = True,
+        exact_below: int = EXACT_BELOW,
     ) -> None:
         self.weights = parameters_of(model)
         self.roles = RoleMatrices(model.config, self.weights)
-        self.bank = Bank(self.roles, self.weights, self._largest(points), refine=refine)
+        self.bank = Bank(self.roles, self.weights, self._largest(points), exact_below=exact_below)
         self.forward = None if is_masked(model) else PrefixForward(model, self.roles, cache_bytes)
         self.scorer = make_scorer(
             model,

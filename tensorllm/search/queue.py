@@ -17,9 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.errors import UserError
 from tensorllm.search.space import Values
-from tensorllm.search.storage import HEARTBEAT, Claims, open_storage
+from tensorllm.search.storage import HEARTBEAT, Claims, alone, open_storage, stable
 
-CLAIMS = "claims.lock"
+CLAIMS, FILLING = "claims.lock", "filling.lock"
 RESULT, REASON = "result", "reason"
 
 
@@ -44,15 +44,17 @@ class TrialQueue:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
-        self.storage: BaseStorage = open_storage(folder, url)
+        self.folder = folder
+        opened = open_storage(folder, url)
+        self.heart = opened if isinstance(opened, RDBStorage) else None
         self.claims = None if url else Claims(folder / CLAIMS)
-        self.study = optuna.create_study(
-            storage=self.storage,
-            sampler=sampler,
-            study_name=name,
-            directions=list(directions),
-            load_if_exists=True,
-        )
+        options: dict[str, Any] = {"storage": opened, "sampler": sampler, "study_name": name}
+        try:
+            self.study = optuna.load_study(**options)
+        except KeyError:
+            options |= {"directions": list(directions), "load_if_exists": True}
+            self.study = optuna.create_study(**options)
+        self.storage: BaseStorage = self.study._storage  # a database gets a cache around it
         self._id = self.storage.get_study_id_from_name(name)
         self._beating: dict[int, threading.Event] = {}
 
@@ -81,24 +83,28 @@ class TrialQueue:
 
     def fill_grid(self, points: Sequence[Values]) -> None:
         """Queue those of the points that no trial has."""
-        known = {_key(_values(trial)) for trial in self.trials()}
-        for values in points:
-            if _key(values) not in known:
-                self.study.enqueue_trial(dict(values))
+        with alone(self.folder / FILLING):
+            known = {_key(_values(trial)) for trial in self.trials()}
+            for values in points:
+                if _key(values) not in known:
+                    self.study.enqueue_trial(dict(values))
 
     def fill(self, count: int) -> None:
         """Queue trials without values until there are `count`, infeasible ones not counted."""
-        free = [t for t in self.trials() if t.state == TrialState.PRUNED and REASON in t.user_attrs]
-        there = len(self.trials()) - min(len(free), 10 * count)  # a space may have nothing else
-        for _ in range(count - there):
-            self.study.enqueue_trial({})
+        with alone(self.folder / FILLING):
+            trials = self.trials()
+            free = [t for t in trials if t.state == TrialState.PRUNED and REASON in t.user_attrs]
+            there = len(trials) - min(len(free), 10 * count)  # a space may have nothing else
+            for _ in range(count - there):
+                self.study.enqueue_trial({})
 
     def take(self) -> optuna.Trial | None:
         """The next trial of the queue, or one that a dead worker left; None where there is none."""
         if self.claims is None:
-            optuna.storages.fail_stale_trials(self.study)
+            with stable():
+                optuna.storages.fail_stale_trials(self.study)
         for trial in self.trials(TrialState.WAITING):
-            if self._claim(trial) and self._start(trial):
+            if self._claim(trial) and self._start(trial) and not self._doubled(trial):
                 return optuna.Trial(self.study, trial._trial_id)
         for trial in self.trials(TrialState.RUNNING) if self.claims else []:
             if self._claim(trial):
@@ -106,6 +112,18 @@ class TrialQueue:
                     return optuna.Trial(self.study, trial._trial_id)
                 self.release(trial.number)
         return None
+
+    def _doubled(self, trial: FrozenTrial) -> bool:
+        """Drop a point that two machines have queued at the same moment."""
+        values = _key(_values(trial))
+        if self.claims is not None or not values:
+            return False
+        if values not in {_key(_values(t)) for t in self.trials() if t.number < trial.number}:
+            return False
+        self.study.set_user_attr(f"lost-{trial.number}", True)
+        self.study.tell(trial.number, state=TrialState.FAIL)
+        self.release(trial.number)
+        return True
 
     def running(self) -> int:
         """Trials that some worker is at."""
@@ -128,6 +146,11 @@ class TrialQueue:
         self.study.tell(trial, values, state)
         self.release(trial.number)
 
+    def report(self, trial: optuna.Trial, value: float, step: int) -> None:
+        """What is known half-way; a dead worker may have reported it before."""
+        if step not in self.storage.get_trial(trial._trial_id).intermediate_values:
+            trial.report(value, step)
+
     def release(self, number: int) -> None:
         """Give the claim on a trial up."""
         if self.claims is not None:
@@ -138,8 +161,8 @@ class TrialQueue:
     def _claim(self, trial: FrozenTrial) -> bool:
         if self.claims is not None:
             return self.claims.take(trial.number)
-        assert isinstance(self.storage, RDBStorage)
-        self.storage.record_heartbeat(trial._trial_id)  # before it runs: never without a heartbeat
+        assert self.heart is not None
+        self.heart.record_heartbeat(trial._trial_id)  # before it runs: never without a heartbeat
         return True
 
     def _start(self, trial: FrozenTrial) -> bool:
@@ -155,12 +178,12 @@ class TrialQueue:
 
     def _beat(self, trial: FrozenTrial) -> None:
         over = self._beating[trial.number] = threading.Event()
-        storage = self.storage
-        assert isinstance(storage, RDBStorage)
+        heart = self.heart
+        assert heart is not None
 
         def beat() -> None:
             while not over.wait(HEARTBEAT):
-                storage.record_heartbeat(trial._trial_id)
+                heart.record_heartbeat(trial._trial_id)
 
         threading.Thread(target=beat, daemon=True).start()
 

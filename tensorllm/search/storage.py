@@ -3,10 +3,11 @@
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -28,19 +29,18 @@ class FileLock(BaseJournalFileLock):
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
-        self._file: IO[bytes] | None = None
+        self._descriptor: int | None = None
 
     def acquire(self) -> bool:
-        file = self.journal.with_suffix(".lock").open("ab")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        self._file = file
+        self._descriptor = _descriptor(self.journal.with_suffix(".lock"))
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self._cut_torn_line()
         return True
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _cut_torn_line(self) -> None:
         with self.journal.open("r+b") as journal:
@@ -57,6 +57,17 @@ class FileLock(BaseJournalFileLock):
                 journal.truncate(end)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds a lock that the system opens when its holder dies."""
+    descriptor = _descriptor(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Claims:
     """Which trials a living process of this machine is at work on: one byte of a file for each.
 
@@ -64,18 +75,33 @@ class Claims:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
+        self._descriptor = _descriptor(path)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
 
     def take(self, number: int) -> bool:
         """Claim a trial; False where another process has it."""
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except BlockingIOError:
             return False
         return True
 
     def free(self, number: int) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)
+
+
+def _descriptor(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+@contextmanager
+def stable() -> Iterator[None]:
+    """Without Optuna's warnings that heartbeats and the like may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
@@ -117,12 +143,13 @@ def _database(url: str) -> BaseStorage:
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     try:
-        return RDBStorage(
-            url,
-            heartbeat_interval=HEARTBEAT,
-            grace_period=3 * HEARTBEAT,
-            heartbeat_stale_trial_callback=queue_again,
-        )
+        with stable():
+            return RDBStorage(
+                url,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=3 * HEARTBEAT,
+                heartbeat_stale_trial_callback=queue_again,
+            )
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise UserError(f"--storage {url!r} is not usable: {_line(error)}") from None
     except SQLAlchemyError as error:

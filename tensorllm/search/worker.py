@@ -10,9 +10,11 @@ from optuna.trial import FrozenTrial, TrialState
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.search.examiner import Examiner, Found, TooFar, unpack
+from tensorllm.search.feasible import ratio_of
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
-from tensorllm.search.space import Point, Space, Value, ratio_of
+from tensorllm.search.space import Point, Space, Value
 from tensorllm.search.stopping import Rival
+from tensorllm.search.storage import stable
 
 Objective = Literal["accuracy", "loss", "pareto"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -59,7 +61,8 @@ class Rules:
 def make_sampler(name: str, seed: int, workers: int = 1) -> optuna.samplers.BaseSampler:
     """The sampler of trials whose values are not queued."""
     if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=workers > 1)
+        with stable():
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=workers > 1)
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed)
     if name == "grid":
@@ -150,7 +153,7 @@ class Worker:
             return
         value = found.loss if objective == "loss" else found.accuracy or 0.0
         if found.stopped:
-            trial.report(value, step=found.seen)
+            self.queue.report(trial, value, found.seen)
             self.queue.finish(trial, TrialState.PRUNED, result=result)
         else:
             self.queue.finish(trial, TrialState.COMPLETE, [value], result=result)

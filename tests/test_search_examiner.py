@@ -1,0 +1,204 @@
+"""Trials in place against the naive way: a fresh model, compressed and evaluated as it is."""
+
+import pytest
+import torch
+from tiny_models import TINY, tiny_model
+
+from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.checkpoint.source import resolve
+from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compression.model import compress
+from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
+from tensorllm.evaluation.forward import ModelForward, left_padded
+from tensorllm.evaluation.protocol import PROTOCOLS
+from tensorllm.pipeline.models import Loader
+from tensorllm.search.bank import Bank, edited
+from tensorllm.search.examiner import LEAST, Examiner, TooFar, pack, shuffled, unpack
+from tensorllm.search.prefix import PrefixForward
+from tensorllm.search.space import make_space
+from tensorllm.search.stopping import Rival
+
+CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
+
+
+@pytest.fixture(scope="module")
+def loader():
+    return Loader(resolve("demo").folder)
+
+
+@pytest.fixture(scope="module")
+def data(loader):
+    dataset = make_dataset("demo", split="val", limit=160)
+    dataset.connect(loader.tokenizer())
+    return dataset
+
+
+def points_of(model, mode, **options):
+    roles = RoleMatrices(model.config, parameters_of(model))
+    space = make_space(roles, mode, **options)
+    return [space.point(values) for values in space.grid]
+
+
+def examiner_of(loader, data, points, **options):
+    return Examiner(
+        loader(),
+        loader.tokenizer(),
+        data.examples,
+        PROTOCOLS["strict"],
+        max_new_tokens=data.max_new_tokens,
+        points=points,
+        **{"cache_bytes": 2**26, **options},
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("shared-tucker", {"ranks": {"R1": [64, 96], "R2": [24, 32], "R3": [2, 4]}}),
+        ("laser", {"rhos": [0.01, 0.5], "matrices": ["in", "in+out"]}),
+        ("hybrid", {"ranks": {"R1": [64], "R2": [24], "R3": [4]}, "rhos": [0.01, 0.3]}),
+        ("per-matrix-tucker", {"ranks": {"R1": [32], "R2": [8, 16]}}),
+    ],
+)
+def test_trials_find_what_the_naive_way_finds(loader, data, mode, options):
+    points = points_of(loader(), mode, layers=[1, 3], **options)
+    examiner = examiner_of(loader, data, points)
+    before = {name: w.clone() for name, w in examiner.weights.items()}
+    for point in (points[0], points[-1], points[len(points) // 2], points[0]):
+        found = examiner(point)
+        model = loader()
+        report = compress(model, point.compressor, point.layers)
+        naive = evaluate_model(model, loader.tokenizer(), data)
+        error = max(site.relative_error for site in report.sites)
+        assert found.relative_error == pytest.approx(error, rel=1e-4)
+        assert found.accuracy == pytest.approx(naive["accuracy"], abs=1e-9)
+        assert found.loss == pytest.approx(naive["loss"], rel=1e-3)
+        assert found.ratio == pytest.approx(report.ratios()["matrices_compressed"])
+    for name, w in examiner.weights.items():
+        assert torch.equal(w, before[name])
+    sites = {job.site for p in points for job in plan_jobs(p.compressor, examiner.roles, p.layers)}
+    assert examiner.bank.decompositions <= len(sites)
+
+
+def test_large_tensors_lose_little_by_being_decomposed_once(loader):
+    model = loader()
+    weights = parameters_of(model)
+    roles = RoleMatrices(model.config, weights)
+    points = points_of(model, "shared-tucker", layers=[1], ranks={"R1": [16, 32], "R2": [4, 8]})
+    jobs = [job for p in points for job in plan_jobs(p.compressor, roles, p.layers)]
+    bank = Bank(roles, weights, jobs, exact_below=0)
+    exact = Bank(roles, weights, jobs)
+    for job in jobs:
+        errors = [b.edits([job])[0].relative_error for b in (bank, exact)]
+        assert errors[0] <= 1.01 * errors[1]
+    assert bank.decompositions == exact.decompositions == 1
+
+
+def test_the_cache_changes_no_verdict_and_skips_layers(loader, data):
+    points = points_of(loader(), "laser", rhos=[0.01], layers=[2, 3], matrices=["in", "out"])
+    kept, plain = (examiner_of(loader, data, points, cache_bytes=size) for size in (2**26, 0))
+    for point in points + points:
+        one, other = kept(point), plain(point)
+        assert one.correct == other.correct
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    assert plain.forward.skipped == 0
+    assert kept.forward.skipped > 0
+    assert kept.forward.computed < plain.forward.computed
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.inference_mode()
+def test_every_architecture_resumes_above_what_is_kept(name):
+    model = tiny_model(name, num_hidden_layers=3)
+    roles = RoleMatrices(model.config, parameters_of(model))
+    forward, plain = PrefixForward(model, roles, 2**20), ModelForward(model)
+    ids = [[5, 9, 11, 4, 8], [7, 3], [6, 6, 2, 9]]
+    batch = left_padded(ids, torch.device("cpu"))
+    new = left_padded([[12], [13], [14]], torch.device("cpu"), [len(row) for row in ids])
+    mask_BS = torch.cat([batch.mask_BT, new.mask_BT], 1)
+    weights = parameters_of(model)
+    for round_, lowest in enumerate((1, 1, 2, 2, 0, 1)):
+        forward.edit_from(lowest)
+        with torch.no_grad():  # an edit of the lowest layer, another one each time
+            weights[roles.name(lowest, "o")].mul_(1 + 0.1 * round_)
+        kept_BNV, cache = forward(batch, keep=2, grow=True, key=0)
+        want_BNV, known = plain(batch, keep=2, grow=True)
+        torch.testing.assert_close(kept_BNV, want_BNV, rtol=1e-5, atol=1e-5)
+        after_BNV, _ = forward(new, keep=1, mask_BS=mask_BS, cache=cache, grow=True)
+        want_BNV, _ = plain(new, keep=1, mask_BS=mask_BS, cache=known, grow=True)
+        torch.testing.assert_close(after_BNV, want_BNV, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            weights[roles.name(lowest, "o")].div_(1 + 0.1 * round_)
+    assert forward.skipped >= 1 + 1 + 2 + 1
+    assert not any("forward" in layer.__dict__ for layer in forward.layers)
+
+
+@torch.inference_mode()
+def test_the_byte_budget_is_respected():
+    model = tiny_model("llama", num_hidden_layers=3)
+    roles = RoleMatrices(model.config, parameters_of(model))
+    batches = [left_padded([[5, 9, 11, 4 + i]] * 4, torch.device("cpu")) for i in range(6)]
+    one = 4 * 4 * 32 * 4  # rows, tokens, width, bytes
+    forward = PrefixForward(model, roles, 3 * one)
+    for lowest in (1, 2, 1):
+        forward.edit_from(lowest)
+        for key, batch in enumerate(batches):
+            forward(batch, keep=1, key=key)
+            held = sum(kept.bytes for of in forward._kept.values() for kept in of.values())
+            assert held == forward.bytes <= 3 * one
+    assert forward.bytes == 3 * one
+
+
+def test_a_loser_is_given_up_and_a_winner_is_not(loader, data):
+    points = points_of(loader(), "laser", rhos=[0.01], layers=[0, 3], matrices=["in"])
+    examiner = examiner_of(loader, data, points)
+    original = examiner(None)
+    always_right = Rival((True,) * len(data.examples), 0.0)
+    never_right = Rival((False,) * len(data.examples), 99.0)
+    given_up = examiner(None, always_right)
+    assert given_up.stopped
+    assert LEAST <= given_up.seen < len(data.examples)
+    assert examiner(None, never_right, level=0.5).correct == original.correct
+
+
+def test_errors_beyond_the_limit_cost_no_evaluation(loader, data):
+    points = points_of(loader(), "laser", rhos=[0.01], layers=[0], matrices=["in"])
+    with pytest.raises(TooFar, match="relative error 0"):
+        examiner_of(loader, data, points)(points[0], max_error=0.1)
+
+
+def test_weights_are_restored_when_a_trial_fails(loader):
+    model = loader()
+    weights = parameters_of(model)
+    roles = RoleMatrices(model.config, weights)
+    before = {name: w.clone() for name, w in weights.items()}
+    point = points_of(model, "laser", rhos=[0.01], layers=[0])[0]
+    jobs = plan_jobs(point.compressor, roles, point.layers)
+    edits = Bank(roles, weights, jobs).edits(jobs)
+    seen = []
+
+    def fail():
+        with edited(edits, roles, weights):
+            seen.extend(name for name, w in weights.items() if not torch.equal(w, before[name]))
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    assert seen
+    assert all(torch.equal(w, before[name]) for name, w in weights.items())
+
+
+def test_stages_hold_every_example_once_and_groups_stay_whole(data):
+    order, sizes = shuffled(data.examples, 0, 1)
+    assert sorted(e.index for e in order) == [e.index for e in data.examples]
+    assert sum(sizes) == len(order)
+    assert min(sizes) >= LEAST
+    grouped, _ = shuffled(data.examples, 0, 16)
+    starts = [e.index for e in grouped][::16]
+    assert all(start % 16 == 0 for start in starts)
+
+
+def test_verdicts_survive_packing():
+    verdicts = [True, False, False, True, True] * 13
+    assert unpack(pack(verdicts), 65) == tuple(verdicts)
+    assert unpack(pack([False] * 4), 4) == (False,) * 4

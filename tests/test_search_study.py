@@ -1,0 +1,249 @@
+"""A study survives whatever happens to its workers, and refuses what it was not begun with."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tensorllm.errors import UserError
+from tensorllm.pipeline.search import SearchRequest, SearchRun
+from tensorllm.pipeline.search_ranks import run
+from tensorllm.search.queue import RESULT, TrialQueue
+from tensorllm.search.selection import ranked
+from tensorllm.search.storage import JOURNAL, Claims, FileLock
+from tensorllm.search.worker import Rules
+
+SMALL = SearchRequest(
+    model="demo",
+    dataset="demo",
+    mode="laser",
+    rho=(0.01, 0.05, 0.2),
+    limit=40,
+    cache_bytes=2**24,
+)
+POINTS = 4 * 3 * 2  # layers, rhos, matrices
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One model and its data for all studies of this module."""
+    search = SearchRun(SMALL)
+    _ = search.examiner
+    return search
+
+
+def opened(search: SearchRun, folder: Path) -> TrialQueue:
+    queue = search.queue(folder)
+    search.fill(queue)
+    return queue
+
+
+def outcome(search: SearchRun, folder: Path) -> tuple[dict[str, tuple], str]:
+    """Per point how often it was finished and its verdicts (if it came to its end); the winner."""
+    queue = search.queue(folder)
+    found: dict[str, list] = {}
+    for trial in queue.trials():
+        assert trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        found.setdefault(search.space.point(trial.params).key, []).append(trial.user_attrs[RESULT])
+    winner = ranked(queue.trials(), "accuracy")[0][0]
+    whole = {
+        key: (len(rs), rs[0]["correct"] if not rs[0]["stopped"] else "")
+        for key, rs in found.items()
+    }
+    return whole, search.space.point(winner.params).key
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    small.work(opened(small, folder))
+    return outcome(small, folder)
+
+
+def _body(search: SearchRun, folder: Path) -> None:
+    search.work(opened(search, folder))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_at_random_moments_and_continued(small, undisturbed, tmp_path, workers):
+    context = multiprocessing.get_context("fork")  # the model is loaded already
+    moments = random.Random(workers)
+    killed = 0
+    while killed < 20:
+        children = [context.Process(target=_body, args=(small, tmp_path)) for _ in range(workers)]
+        for child in children:
+            child.start()
+        time.sleep(moments.uniform(0.02, 0.25))
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+        killed += 1
+    small.work(opened(small, tmp_path))
+    points, winner = outcome(small, tmp_path)
+    assert len(points) == POINTS
+    assert {count for count, _ in points.values()} == {1}
+    assert winner == undisturbed[1]
+    for key, (_, correct) in points.items():
+        assert correct in ("", undisturbed[0][key][1]) or undisturbed[0][key][1] == ""
+
+
+def test_everything_runs_again_without_work(small, tmp_path):
+    small.work(opened(small, tmp_path))
+    before = (tmp_path / JOURNAL).read_bytes()
+    small.work(opened(small, tmp_path))
+    assert (tmp_path / JOURNAL).read_bytes() == before
+
+
+def test_a_torn_last_line_is_cut_and_no_trial_lost(small, tmp_path):
+    queue = opened(small, tmp_path)
+    with (tmp_path / JOURNAL).open("ab") as journal:
+        journal.write(b'{"op_code": 6, "trial_i')
+    small.work(opened(small, tmp_path))
+    assert len(ranked(queue.trials(), "accuracy")) <= POINTS == len(queue.trials())
+    for line in (tmp_path / JOURNAL).read_bytes().splitlines():
+        json.loads(line)
+
+
+def test_a_damaged_file_is_kept_aside(small, tmp_path):
+    opened(small, tmp_path)
+    journal = tmp_path / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:3], b"\x00\x01 not json\n", *lines[3:]])
+    journal.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"damaged at line 4; it is kept as trials.journal.damaged"):
+        small.queue(tmp_path)
+    assert (tmp_path / f"{JOURNAL}.damaged").read_bytes() == damaged
+    opened(small, tmp_path)  # the same command begins anew
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"protocol": "paper"}, "protocol was 'strict' and is 'paper'"),
+        ({"limit": 41}, "dataset was"),
+        ({"rho": (0.01,)}, "space was"),
+        ({"rules": Rules(objective="loss")}, "directions|objective"),
+        ({"seed": 5}, "seed was 0 and is 5"),
+    ],
+)
+def test_another_search_is_refused_and_told_what_differs(small, tmp_path, change, named):
+    small.queue(tmp_path)
+    with pytest.raises(UserError, match=named):
+        SearchRun(replace(SMALL, **change)).queue(tmp_path)
+
+
+def test_a_failing_trial_is_recorded_and_the_search_goes_on(small, tmp_path, monkeypatch):
+    examine = type(small.examiner)._rows
+
+    def broken(self, edits, rival, level):
+        if edits and edits[0].site.layers == (2,):
+            raise RuntimeError("not enough memory: you tried to allocate 99 bytes\nsecond line")
+        return examine(self, edits, rival, level)
+
+    monkeypatch.setattr(type(small.examiner), "_rows", broken)
+    queue = opened(small, tmp_path)
+    small.work(queue)
+    failed = [t for t in queue.trials() if t.state == TrialState.FAIL]
+    assert len(failed) == POINTS / 4
+    assert {t.user_attrs["reason"] for t in failed} == {
+        "RuntimeError: not enough memory: you tried to allocate 99 bytes"
+    }
+    assert not queue.waiting()
+    assert not queue.running()
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "pareto"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_samplers_make_exactly_the_trials_asked_for(small, tmp_path, objective, sampler):
+    request = replace(
+        SMALL, sampler=sampler, trials=14, rules=Rules(objective=objective, min_ratio=2.0)
+    )
+    search = SearchRun(request)
+    search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
+    queue = opened(search, tmp_path)
+    search.work(queue)
+    while queue.waiting() == 0 and (search.fill(queue), queue.waiting())[1]:
+        search.work(queue)
+    found = [t for t in queue.trials() if RESULT in t.user_attrs]
+    assert len(found) == 14
+    assert all(t.user_attrs[RESULT]["ratio"] >= 2.0 for t in found)
+
+
+def test_a_database_serves_as_storage_and_lost_trials_are_queued_again(small, tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    search = SearchRun(replace(SMALL, storage=url, rho=(0.01,)))
+    search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
+    queue = opened(search, tmp_path)
+    trial = queue.take()
+    queue.release(trial.number)
+    queue.heart.grace_period = -1  # its worker is dead as soon as it stops beating
+    time.sleep(1.1)
+    search.work(opened(search, tmp_path))
+    search.work(queue)
+    queue.study.enqueue_trial(dict(search.points[0]))  # as if another machine had done it too
+    search.work(queue)
+    points = [search.space.point(t.params).key for t in queue.trials()]
+    assert len(points) == len(set(points)) == POINTS / 3
+    assert all(RESULT in t.user_attrs for t in queue.trials())
+
+
+def test_locks_end_with_their_process(tmp_path):
+    def hold() -> None:
+        journal = tmp_path / "j"
+        journal.touch()
+        lock, claims = FileLock(journal), Claims(tmp_path / "claims")
+        assert lock.acquire()
+        assert claims.take(7)
+        (tmp_path / "held").touch()
+        time.sleep(60)
+
+    child = multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    claims = Claims(tmp_path / "claims")
+    assert not claims.take(7)
+    assert claims.take(8)
+    child.kill()
+    child.join()
+    assert claims.take(7)
+    assert FileLock(tmp_path / "j").acquire()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"trials": 0}, "at least 1, got 0"),
+        ({"sampler": "gird"}, "grid, tpe, nsga2, got 'gird'"),
+        ({"workers": 99}, r"--workers must be 1\.\."),
+        ({"workers": 0}, r"--workers must be 1\.\."),
+        ({"storage": "nosuch://host/db"}, "not usable"),
+        ({"rules": Rules(min_ratio=1e9)}, "best reachable is"),
+        ({"layers": (9,)}, r"0\.\.3, got 9"),
+        ({"dataset": "deno"}, "Did you mean 'demo'"),
+    ],
+)
+def test_bad_requests_are_refused(wrong, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(replace(SMALL, study=tmp_path, **wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"objective": "acuracy"}, {"level": 1.0}, {"max_error": 0.0}, {"min_ratio": -1.0}]
+)
+def test_bad_rules_are_refused(wrong):
+    with pytest.raises(UserError, match="must be"):
+        Rules(**wrong)
+
+
+def test_optuna_is_quiet():
+    assert optuna.logging.get_verbosity() == optuna.logging.ERROR
