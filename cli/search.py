@@ -94,6 +94,26 @@ def search_ranks(
     from tensorllm.search.worker import Rules
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
+    if objective == "energy":
+        from tensorllm.pipeline.search_energy import run_energy
+        from tensorllm.reporting.search import energy_tables
+
+        with progress_bar() as progress:
+            spectral = run_energy(
+                model,
+                mode=mode,
+                layers=options.layers(layers),
+                min_ratio=min_ratio,
+                study=study,
+                revision=revision,
+                progress=progress,
+            )
+        if json:
+            print_json(spectral.to_json())
+            return
+        print_result(energy_tables(spectral.results))
+        typer.echo(spectral.recipe)
+        return
     request = SearchRequest(
         model=model,
         dataset=dataset,

@@ -72,3 +72,14 @@ def _selection(gain: Mapping[str, Any]) -> str:
         f"gain on validation {gain['gain']:+.1f} points, of which selection alone is worth "
         f"{gain['optimism']:.1f} (95 % of resamples {low:.1f} to {high:.1f})"
     )
+
+
+def energy_tables(results: Mapping[str, Any]) -> RenderableType:
+    """Ranks of each layer by each rule."""
+    table = new_table("layer", *results["rules"], number_from=99)
+    for row, layer in enumerate(results["layers"]):
+        ranks = (rule["ranks"][row] for rule in results["rules"].values())
+        table.add_row(str(layer), *(",".join(map(str, of)) for of in ranks))
+    for name, key in (("ratio", "ratio"), ("error, at most", "error_bound")):
+        table.add_row(name, *(f"{rule[key]:.4g}" for rule in results["rules"].values()))
+    return Group(f"ranks R1,R2,R3 of {results['model']} from its weights alone", table)

@@ -1,0 +1,109 @@
+"""`tensorllm search-ranks` from the command line to the recipe that compress takes."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from tensorllm.data.demo import MODEL_DIR
+from tensorllm.errors import UserError
+from tensorllm.search.energy import by_energy, by_noise_edge, by_ratio
+from tensorllm.tensors.tucker import spectra
+from tensorllm_cli.app import main
+
+SMALL = ["--model", "demo", "--mode", "laser", "--rho", "0.01,0.1", "--limit", "120"]
+
+
+def command(*arguments, code=0):
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    assert (end.value.code or 0) == code
+
+
+def test_search_then_compress_with_what_was_found(tmp_path, capfd):
+    command("search-ranks", *SMALL, "--study", tmp_path, "--json")
+    results = json.loads(capfd.readouterr().out)
+    command("compress", "--config", tmp_path / "best.yaml", "--json", "--limit", 120)
+    report = json.loads(capfd.readouterr().out)
+    assert report["layers"] == results["winner"]["layers"]
+    after = report["evaluation"]["after"]
+    assert after["accuracy"] == pytest.approx(results["winner"]["test"]["accuracy"])
+    assert results["test_looks"] == 1
+    recipe = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    assert recipe["origin"] == "searched"
+    table = pq.read_table(tmp_path / "trials.parquet").to_pylist()
+    assert len(table) == results["trials"]["all"] == 4 * 2 * 2
+    full = [row for row in table if row["state"] == "complete"]
+    best = min(full, key=lambda row: (-row["accuracy"], row["loss"], -row["parameters_saved"]))
+    assert best["layer"] == recipe["layers"][0]
+    assert best["rho"] == recipe["rho"]
+
+    command("search-ranks", *SMALL, "--study", tmp_path)  # continued: nothing left to do
+    shown = capfd.readouterr().out
+    assert "16 trials" in shown
+    assert json.loads((tmp_path / "results.json").read_text())["test_looks"] == 1
+
+
+def test_two_workers_share_the_trials(tmp_path, capfd):
+    command("search-ranks", *SMALL, "--study", tmp_path, "--workers", 2, "--json")
+    results = json.loads(capfd.readouterr().out)
+    table = pq.read_table(tmp_path / "trials.parquet").to_pylist()
+    assert len({row["point"] for row in table}) == len(table) == 16
+    assert all(row["state"] in ("complete", "pruned") for row in table)
+    assert results["trials"]["failed"] == 0
+
+
+def test_a_user_s_mistake_is_one_line(tmp_path, capfd):
+    command("search-ranks", *SMALL, "--trials", 0, code=2)
+    assert capfd.readouterr().err.strip() == "error: --trials must be at least 1, got 0"
+    command("search-ranks", "--model", "demo", "--layers", "7", code=2)
+    assert "0..3, got 7" in capfd.readouterr().err
+
+
+def test_energy_needs_no_data(tmp_path, capfd):
+    ratio = ["--objective", "energy", "--min-ratio", 3, "--study", tmp_path]
+    command("search-ranks", "--model", MODEL_DIR, *ratio, "--json")
+    found = json.loads(capfd.readouterr().out)
+    assert found["rules"]["marginal error"]["ratio"] >= 3
+    command("compress", "--config", tmp_path / "best.yaml", "--json")
+    report = json.loads(capfd.readouterr().out)
+    assert report["ratios"]["matrices_compressed"] >= 3
+    command(
+        "search-ranks", "--model", MODEL_DIR, "--objective", "energy", "--min-ratio", 1e9, code=2
+    )
+    assert "best reachable" in capfd.readouterr().err
+
+
+def planted(noise, seed=0, shape=(60, 24, 4, 4), ranks=(7, 5, 2)):
+    g = torch.Generator().manual_seed(seed)
+    core = torch.randn(*ranks, shape[3], generator=g, dtype=torch.float64)
+    u = [
+        torch.linalg.qr(torch.randn(n, r, generator=g, dtype=torch.float64)).Q
+        for n, r in zip(shape, ranks, strict=False)
+    ]
+    w = torch.einsum("prsh,dp,kr,ms->dkmh", core, *u)
+    return w + noise * torch.randn(shape, generator=g, dtype=torch.float64), shape, ranks
+
+
+def test_energy_rules_find_planted_ranks():
+    w, shape, ranks = planted(0.0)
+    found = by_energy([spectra(w, (0, 1, 2))], shape, 1 - 1e-12)
+    assert tuple(found.ranks[0].values()) == ranks
+    noisy, shape, ranks = planted(0.01)
+    edge = by_noise_edge([spectra(noisy, (0, 1))], shape)
+    assert tuple(edge.ranks[0].values()) == ranks[:2]
+
+
+def test_the_ratio_is_met_with_less_error_than_equal_energies_leave():
+    layers = [planted(noise, seed)[0] for seed, noise in enumerate((0.05, 0.3, 1.0))]
+    of = [spectra(w, (0, 1, 2)) for w in layers]
+    shape = tuple(layers[0].shape)
+    for share in (0.5, 0.8, 0.95):
+        equal = by_energy(of, shape, share)
+        spread = by_ratio(of, shape, equal.ratio)
+        assert spread.ratio >= equal.ratio
+        assert spread.error_bound <= equal.error_bound * 1.02
+    with pytest.raises(UserError, match="best reachable"):
+        by_ratio(of, shape, 1e6)
