@@ -139,9 +139,8 @@ def main() -> None:
         "gptj-4x128-random": (gptj(), trained_tokenizer(shared / "data")),
     }
     found: dict[str, dict[str, Any]] = {}
-    print(
-        f"{'model':<20}{'dataset':<18}{'ours/s':>9}{'naive/s':>9}{'times':>7}{'wanted':>8}  verdicts"
-    )
+    titles = ("ours/s", "naive/s", "times", "wanted")
+    print(f"{'model':<20}{'dataset':<18}" + "".join(f"{t:>9}" for t in titles) + "  verdicts")
     for name, (model, tokenizer) in runs.items():
         for dataset, file in FILES.items():
             path = shared / "data" / file

@@ -96,15 +96,15 @@ class TokenF1(Ratio):
         return 100 * self.ratio()
 
 
-def answer_metrics() -> MetricCollection:
-    """All of them by the names they have in results."""
+def answer_metrics(**options: Any) -> MetricCollection:
+    """All of them by the names they have in results; `options` are torchmetrics' own."""
     return MetricCollection(
         {
-            "accuracy": Accuracy(),
-            "loss": AnswerLoss(),
-            "perplexity": Perplexity(),
-            **{f"top_{k}": TopK(k) for k in TOP},
-            "token_f1": TokenF1(),
+            "accuracy": Accuracy(**options),
+            "loss": AnswerLoss(**options),
+            "perplexity": Perplexity(**options),
+            **{f"top_{k}": TopK(k, **options) for k in TOP},
+            "token_f1": TokenF1(**options),
         },
         compute_groups=False,
     )

@@ -16,6 +16,7 @@ from tensorllm.data.example import Example
 from tensorllm.data.questions import Questions
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model
+from tensorllm.evaluation.results import read_results
 from tensorllm.evaluation.row import Row
 from tensorllm.modules import (
     CausalReasoner,
@@ -136,6 +137,36 @@ def test_two_processes_equal_one(folder: Path, questions_file: Path, tmp_path: P
         same(a, b)
     for name, value in one.results["metrics"].items():
         assert two.results["metrics"][name] == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_processes_of_ddp_share_the_folder(folder: Path, questions_file: Path, tmp_path: Path):
+    import subprocess
+    import sys
+
+    out = tmp_path / "out"
+    options = {
+        "--model": folder, "--dataset": "questions", "--data-file": questions_file,
+        "--split": "all", "--out": out, "--accelerator": "cpu", "--devices": 2, "--strategy": "ddp",
+        "--batch-tokens": 300,
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair]
+    subprocess.run([sys.executable, "-m", "tensorllm", "evaluate", *words], check=True, timeout=250)
+    model, tokenizer = world.model("gptj"), world.tokenizer()
+    want = evaluate_model(model, tokenizer, Questions(questions_file, split="all"))
+    results, rows = read_results(out)
+    assert len(rows) == EXAMPLES
+    for name, value in results["metrics"].items():
+        assert value == pytest.approx(want[name], rel=1e-5), name
+    with pytest.raises(UserError, match="give --out"):
+        evaluate(
+            EvaluateRequest(
+                model=str(folder),
+                dataset="questions",
+                data_file=questions_file,
+                devices=Devices(devices="2", strategy="ddp"),
+            )
+        )
 
 
 class DiesOn:

@@ -30,7 +30,7 @@ def columns(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 def metrics_of(rows: Sequence[Row]) -> dict[str, float]:
     """All metrics of these rows; those that do not apply are left out."""
-    metrics = answer_metrics()
+    metrics = answer_metrics(sync_on_compute=False)  # these rows, and no other process's
     metrics.update(**columns(sorted(rows, key=lambda row: row.index)))
     found = {name: float(value) for name, value in metrics.compute().items()}
     return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from tensorllm.data.base import ReasoningDataModule
@@ -39,12 +40,14 @@ class Devices:
     def several(self) -> bool:
         return self.devices not in ("1", "auto") or self.num_nodes > 1
 
+    @property
+    def spawned(self) -> bool:
+        """Whether the other processes are children of this one: when one dies, it can say so."""
+        return self.several and self.strategy == "auto" and self.num_nodes == 1
+
     def trainer(self) -> Trainer:
         """Raises UserError for what the Trainer refuses."""
-        strategy = self.strategy
-        if strategy == "auto" and self.several and self.num_nodes == 1:
-            # Spawned workers are this process's children: when one dies, this one lives to say so.
-            strategy = "ddp_spawn"
+        strategy = "ddp_spawn" if self.spawned else self.strategy
         devices: int | str = int(self.devices) if self.devices.isdigit() else self.devices
         try:
             return Trainer(
@@ -76,7 +79,9 @@ def validate(devices: Devices, module: Reasoner, data: ReasoningDataModule) -> N
     """
     with _quiet():
         try:
-            devices.trainer().validate(module, data, verbose=False)
+            trainer = devices.trainer()
+            trainer.validate(module, data, verbose=False)
+            trainer.strategy.barrier()  # where all processes go on from here: their rows are kept
         except ProcessRaisedException as error:
             last = str(error).strip().splitlines()[-1]
             name, _, message = last.partition(": ")
@@ -86,6 +91,16 @@ def validate(devices: Devices, module: Reasoner, data: ReasoningDataModule) -> N
         except ProcessExitedException as error:
             how = error.signal_name or f"exit code {error.exit_code}"
             raise Incomplete(f"worker {error.error_index} died ({how}); {AGAIN}") from None
+        except RuntimeError as error:  # a collective whose other end is gone
+            if isinstance(error, Incomplete) or not devices.several:
+                raise
+            reason = str(error).strip().splitlines()[0][:200]
+            raise Incomplete(f"a process failed: {reason}; {AGAIN}") from None
+
+
+def is_first() -> bool:
+    """Whether this process tells the results: of those that torchrun, SLURM or ddp started, one."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @contextmanager

@@ -4,6 +4,7 @@ results.
 
 import hashlib
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.statistics import compared, intervals
 from tensorllm.evaluation.summary import metrics_of
 from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner
-from tensorllm.pipeline.devices import Devices, validate
+from tensorllm.pipeline.devices import Devices, is_first, validate
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 
@@ -84,6 +85,10 @@ def evaluate(request: EvaluateRequest) -> Evaluation:
     protocol = PROTOCOLS[request.protocol]
     if request.batch_tokens is not None and request.batch_tokens < 1:
         raise UserError(f"--batch-tokens must be at least 1, got {request.batch_tokens}")
+    if request.out is None and request.devices.several and not request.devices.spawned:
+        raise UserError(
+            "give --out: its folder is where the processes of --strategy put their rows"
+        )
     if request.out is not None:
         check_free(request.out, request.overwrite)
     data = make_dataset(
@@ -102,6 +107,8 @@ def evaluate(request: EvaluateRequest) -> Evaluation:
             name: _score(request, protocol, data, loader, folder, name)
             for name, loader in loaders.items()
         }
+        if not is_first():
+            sys.exit(0)
         results = _results(request, source, protocol, data, loaders, rows)
         results["seconds"] = time.perf_counter() - started
         if request.out is not None:
