@@ -7,6 +7,9 @@ Shapes: Y outputs, X inputs, R rank.
 import torch
 from torch import Tensor
 
+from tensorllm.tensors.ranks import tucker_parameters
+from tensorllm.tensors.tucker import relative_error, tucker
+
 
 def rank_at(shape: tuple[int, int], ratio: float) -> int:
     """The rank at which two factors store 1/ratio of the matrix's numbers."""
@@ -40,3 +43,18 @@ def svd_llm(w_YX: Tensor, moment_XX: Tensor, rank: int) -> Tensor:
         shift = max(2 * shift, 1e-8 * float(moment_XX.diagonal().mean()))
     truncated = svd(w_YX.double() @ s_XX, rank)
     return torch.linalg.solve_triangular(s_XX, truncated, upper=False, left=False)
+
+
+def tucker_ranks(w_DKMG: Tensor, ratio: float) -> tuple[int, int, int]:
+    """Of all ranks on a grid that meet the ratio, those with the least error on this layer."""
+    sizes, found = tuple(w_DKMG.shape), []
+    for r2 in sorted({sizes[1] * eighths // 8 for eighths in range(4, 9)}):
+        for r3 in range(2, sizes[2] + 1):
+            stored = [
+                tucker_parameters(sizes, {0: r, 1: r2, 2: r3}) for r in range(1, sizes[0] + 1)
+            ]
+            r1 = sum(numbers <= w_DKMG.numel() / ratio for numbers in stored)
+            if r1:
+                error = relative_error(w_DKMG, tucker(w_DKMG, {0: r1, 1: r2, 2: r3}))
+                found.append((error, (r1, r2, r3)))
+    return min(found)[1]

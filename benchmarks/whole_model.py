@@ -1,6 +1,6 @@
 """Whole models at equal size: ours beside SVD, SharedTucker4D, ASVD and SVD-LLM.
 
-    python benchmarks/whole_model.py --shared ../shared --out docs/results/whole_model.json
+    python benchmarks/whole_model.py --shared FOLDER --out docs/results/whole_model.json
 
 Per calibration seed: 128 of the first 800 stories to calibrate on; the loss (nats per token) on 64
 stories never drawn from, and on WikiText-2 test. The share of the gap that a method closes is
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import asvd, rank_at, svd, svd_llm
+from baselines import asvd, rank_at, svd, svd_llm, tucker_ranks
 from torch import nn
 
 from tensorllm.architectures import RoleMatrices, parameters_of
@@ -30,7 +30,6 @@ from tensorllm.compression.model import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker, SharedTucker4D
 from tensorllm.environment import environment
 from tensorllm.tensors.pivoted import pivoted_parameters
-from tensorllm.tensors.ranks import tucker_parameters
 
 SCOPES: dict[str, type[ActivationTucker]] = {
     "attention": ActivationTucker,
@@ -119,7 +118,10 @@ class Bench:
     def shared_tucker(self, scope: str, ratio: float) -> None:
         """SharedTucker4D of each layer's attention at its best ranks, plain SVD of the FFN."""
         model, stored = copy.deepcopy(self.dense), 0
-        ranks = _tucker_ranks(self.roles, self.dense, ratio)
+        site = SharedTucker4D(ranks=(1, 1, 1)).sites(self.roles.geometry, (0,))[0].site
+        weights = parameters_of(self.dense)
+        first = [self.roles.read(weights, *matrix) for matrix in site.matrices]
+        ranks = tucker_ranks(site.stack(first, self.roles.geometry), ratio)
         report = compress(model, SharedTucker4D(ranks=ranks))
         stored = sum(site.parameters_after for site in report.sites)
         for layer, role in self.matrices(scope):
@@ -147,28 +149,6 @@ def _pivoted_rank(shape: tuple[int, int], ratio: float) -> int:
     budget = shape[0] * shape[1] / ratio
     fits = [r for r in range(1, min(shape) + 1) if pivoted_parameters(shape, r) <= budget]
     return fits[-1]
-
-
-def _tucker_ranks(roles: RoleMatrices, model: nn.Module, ratio: float) -> tuple[int, int, int]:
-    """Of all ranks on a grid that meet the ratio, those of the least error on the first layer."""
-    from tensorllm.tensors.tucker import relative_error, tucker
-
-    site = SharedTucker4D(ranks=(1, 1, 1)).sites(roles.geometry, (0,))[0].site
-    weights = parameters_of(model)
-    w = site.stack([roles.read(weights, *m) for m in site.matrices], roles.geometry)
-    budget, found = w.numel() / ratio, []
-    for r2 in sorted({w.shape[1] * k // 8 for k in range(4, 9)}):
-        for r3 in range(2, w.shape[2] + 1):
-            fits = [
-                r1
-                for r1 in range(1, w.shape[0] + 1)
-                if tucker_parameters(w.shape, {0: r1, 1: r2, 2: r3}) <= budget
-            ]
-            if fits:
-                ranks = (fits[-1], r2, r3)
-                error = relative_error(w, tucker(w, dict(enumerate(ranks))))
-                found.append((error, ranks))
-    return min(found)[1]
 
 
 def _mean_abs(bench: Bench, text: Calibration) -> dict[Matrix, torch.Tensor]:
