@@ -82,6 +82,12 @@ def test_sums_of_many_numbers_do_not_drift() -> None:
         assert got == pytest.approx(want, rel=2e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1e24])
+def test_energy_where_float32_squares_vanish_or_overflow(scale: float) -> None:
+    w = torch.randn(10_000) * scale
+    assert unfold.energy(w) == pytest.approx(float(w.double().square().sum()), rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_all_finite(value: float) -> None:
     w = laid_out(ORDERS[9])
@@ -96,6 +102,8 @@ def test_reduced_precision_of_the_process_is_left_out_and_left_alone() -> None:
     torch.set_float32_matmul_precision("medium")
     try:
         assert torch.equal(unfold.gram(w, 0, torch.float32), want)
+        with unfold.exact_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
