@@ -67,8 +67,8 @@ def evaluate(
 
       tensorllm evaluate --compare runs/before runs/after
     """
+    from tensorllm.pipeline.comparison import compare as compare_folders
     from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
-    from tensorllm.pipeline.evaluate import compare as compare_folders
     from tensorllm.reporting.scores import comparison_tables, score_tables
     from tensorllm_cli.show import print_json, print_result
 

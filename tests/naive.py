@@ -9,6 +9,7 @@ pass per choice. No caches, no batches.
 import re
 import string
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,8 +90,21 @@ def generated(
     return Verdict(answered(searched, e.answer, paper=paper), float(log_p), length, text)
 
 
+@cache
+def one_token(tokenizer: Any, choice: str) -> int | None:
+    """The choice's token after a space, where it is one: the scripts look it up before they begin."""
+    plain, more = tokenizer("x").input_ids, tokenizer(f"x {choice}").input_ids
+    return more[-1] if more[:-1] == plain else None
+
+
 @torch.inference_mode()
 def chosen(model: Any, tokenizer: Any, e: Example, *, context: int = 10**9) -> Verdict:
+    tokens = [one_token(tokenizer, choice) for choice in e.choices]
+    if None not in tokens:
+        prompt = tokenizer(e.prompt).input_ids
+        prompt = shortened(prompt, len(prompt) + 1 - context)
+        last = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)[-1]
+        return verdict(e, last[tokens].tolist(), [1] * len(tokens))
     full = [tokenizer(f"{e.prompt} {choice}").input_ids for choice in e.choices]
     cut = max(map(len, (*full, tokenizer(e.prompt).input_ids))) - context
     full = [shortened(ids, cut) for ids in full]
@@ -98,10 +112,6 @@ def chosen(model: Any, tokenizer: Any, e: Example, *, context: int = 10**9) -> V
         find_answer_len(f, e.prompt, c, tokenizer) for f, c in zip(full, e.choices, strict=True)
     ]
     start = min(len(f) - n for f, n in zip(full, lengths, strict=True))
-    if all(f[:start] == full[0][:start] and len(f) == start + 1 for f in full):
-        last = model(torch.tensor([full[0][:start]])).logits[0, -1].float().log_softmax(-1)
-        sums = [float(last[f[start]]) for f in full]  # the scripts' case: one token, one pass
-        return verdict(e, sums, [1] * len(full))
     sums = [float(log_probabilities(model, f)[start - 1 :].sum()) for f in full]
     return verdict(e, sums, [len(f) - start for f in full])
 

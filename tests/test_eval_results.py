@@ -18,7 +18,8 @@ from tensorllm.evaluation.results import (
 )
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.statistics import compared, intervals, mcnemar, resampled_means
-from tensorllm.pipeline.evaluate import EvaluateRequest, compare, evaluate
+from tensorllm.pipeline.comparison import compare
+from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
 

@@ -23,7 +23,6 @@ from tensorllm.evaluation.results import (
     SCHEMA,
     ResultsFolder,
     check_free,
-    read_results,
 )
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.statistics import compared, intervals
@@ -33,7 +32,7 @@ from tensorllm.pipeline.devices import Devices, is_first, validate
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 
-__all__ = ["EvaluateRequest", "Evaluation", "compare", "evaluate", "evaluate_model"]
+__all__ = ["EvaluateRequest", "Evaluation", "evaluate", "evaluate_model"]
 
 BEFORE = "predictions-before.parquet"
 
@@ -228,30 +227,3 @@ def _fingerprint(
         "precision": request.devices.precision,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
-    """What changed from one folder of results to another, over the examples both have.
-
-    Returns:
-        The two results, the statistics of `compared`, and the examples that went from wrong to
-        right (`mended`) and back (`broken`).
-    """
-    (first, old), (second, new) = read_results(before), read_results(after)
-    if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
-        raise UserError(
-            f"only results of one dataset and protocol compare, got {first['dataset']} "
-            f"({first['protocol']}) and {second['dataset']} ({second['protocol']})"
-        )
-    found = {(row.index, row.prompt, row.answer): row for row in new}
-    pairs = [(r, found[k]) for r in old if (k := (r.index, r.prompt, r.answer)) in found]
-    if not pairs:
-        raise UserError(f"{before} and {after} have no example in common")
-    changed = [(was, now) for was, now in pairs if was.correct != now.correct]
-    return {
-        "before": first,
-        "after": second,
-        "comparison": compared([was for was, _ in pairs], [now for _, now in pairs], seed),
-        "mended": [asdict(now) for _, now in changed if now.correct],
-        "broken": [asdict(now) for _, now in changed if not now.correct],
-    }
