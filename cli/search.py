@@ -44,7 +44,7 @@ def search_ranks(
         float | None, typer.Option(help="Least ratio of the decomposed matrices' parameters.")
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(help="How many (default: the whole grid, else 200).")
+        int | None, typer.Option(help="How many (default: a grid of up to 100, else 100).")
     ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="grid, tpe or nsga2 (default: by the space's size).")

@@ -30,8 +30,8 @@ from tensorllm.search.space import Space, Values, make_space
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.worker import DIRECTIONS, SAMPLERS, Rules, Worker, make_sampler
 
-GRID = 1000  # points up to which a space is searched whole
-TRIALS = 200
+GRID = 100  # points up to which a space is searched whole
+TRIALS = 100
 
 Warn = Callable[[str], None]
 Progress = Callable[["SearchRun", TrialQueue], None]
@@ -42,8 +42,8 @@ class SearchRequest:
     """What the user asked for; None where the model's sizes or a default decide.
 
     Attributes:
-        trials: how many; None: the whole grid, or 200 of another sampler.
-        sampler: `grid`, `tpe` or `nsga2`; None: a grid if it has at most 1,000 points.
+        trials: how many; None: the whole grid, or 100 of another sampler.
+        sampler: `grid`, `tpe` or `nsga2`; None: a grid if it has at most 100 points.
         study: folder of the study; None: a temporary one.
         storage: URL of a database for many machines.
         cache_bytes: for activations below the edited layer; None: a quarter of the free memory.
@@ -104,10 +104,7 @@ class SearchRun:
         self.source = resolve(request.model, request.revision)
         self.loader = Loader(self.source.folder, dtype_of(request.dtype))
         self.protocol: Protocol = PROTOCOLS[request.protocol]
-        if self.grid and request.trials is None and len(self.points) > GRID:
-            raise UserError(
-                f"the grid has {len(self.points)} points; give --trials for a part of it"
-            )
+        _ = self.points  # a ratio that cannot be met is refused now
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -154,9 +151,7 @@ class SearchRun:
     def grid(self) -> bool:
         if self.request.sampler is not None:
             return self.request.sampler == "grid"
-        return len(self.space.grid) <= max(
-            GRID if self.request.trials is None else 0, self.request.trials or 0
-        )
+        return len(self.space.grid) <= (self.request.trials or GRID)
 
     @property
     def sampler(self) -> str:

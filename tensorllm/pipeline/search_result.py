@@ -76,10 +76,16 @@ def conclude(run: SearchRun, queue: TrialQueue) -> SearchResult:
 
 
 def write_files(result: SearchResult, run: SearchRun, queue: TrialQueue, folder: Path) -> None:
-    """`best.yaml`, `trials.parquet` and `results.json`, each written whole or not at all."""
+    """`best.yaml`, `trials.parquet`, `results.json` and, where matplotlib is, the plots."""
+    import pyarrow.parquet as pq
+
+    from tensorllm.reporting.search_plots import save_plots
+
     _write(folder / RECIPE, result.recipe.encode())
     _write(folder / RESULTS, (json.dumps(result.results, indent=2) + "\n").encode())
     write_trials(folder / TRIALS, run, queue.trials())
+    rows = pq.read_table(folder / TRIALS).to_pylist()
+    save_plots(folder, rows, result.results)
 
 
 def write_trials(path: Path, run: SearchRun, trials: Sequence[FrozenTrial]) -> None:
