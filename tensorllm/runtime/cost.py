@@ -16,7 +16,7 @@ from tensorllm.tensors.stacking import Geometry
 
 Policy = Literal["auto", "always"]
 POLICIES = ("auto", "always")
-# A factored site runs more and smaller operations; measured on two CPU cores, GPT-J's sizes.
+# A factored site runs more and smaller operations; a cautious margin, not a measurement.
 OVERHEAD = 1.15
 
 
