@@ -5,6 +5,8 @@ Shapes: I rows, O columns, R rank, S ranks of a curve.
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,16 @@ def test_pivoted_factors_survive_storage_and_narrow_floats():
     assert torch.equal(again.rows_R, factors.rows_R)  # 257 and more are no bfloat16 numbers
     dense = factors.dense()
     assert float((again.dense() - dense).norm() / dense.norm()) < 1e-2
+
+
+def test_what_reads_checkpoints_knows_the_kind():
+    """In a fresh process, where nothing was fitted."""
+    code = (
+        "import tensorllm.checkpoint.manifest as m;"
+        "assert 'pivoted-low-rank' in m.FACTORS;"
+        "from tensorllm.tensors.stacking import STACKINGS; assert 'rows-in-gate' in STACKINGS"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def cost(e: Tensor, rows: Tensor, columns: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+import tensorllm.tensors.pivoted  # noqa: F401  registers the kind of factors that is stored
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import Factors, parameters

@@ -82,6 +82,6 @@ def pivoted_parameters(shape: tuple[int, int], rank: int) -> int:
 
 def _others(chosen_R: Tensor, rows: int) -> Tensor:
     """The row numbers that are not chosen, ascending."""
-    left_I = torch.ones(rows, dtype=torch.bool, device=chosen_R.device)
-    left_I[chosen_R] = False
-    return left_I.nonzero().flatten()
+    numbers_I = torch.arange(rows, device=chosen_R.device)
+    numbers_I[chosen_R] = rows  # sorts behind all that are left; unlike a mask it has a known size
+    return numbers_I.sort().values[: rows - len(chosen_R)]
