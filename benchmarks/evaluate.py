@@ -88,7 +88,7 @@ def best_threads(model: Any, tokenizer: Any, data: Any, context: int) -> int:
 def race(model: Any, tokenizer: Any, data: Any, naive_rows: int) -> dict[str, Any]:
     """Both ways over the same examples, in alternating slices."""
     examples, new = data.examples, data.max_new_tokens
-    context = context_of(model, tokenizer)
+    context = context_of(model.config, tokenizer)
     score(model, tokenizer, examples[:16], max_new_tokens=new)  # warm up
     cores, threads = torch.get_num_threads(), best_threads(model, tokenizer, data, context)
     ours, theirs, verdicts, rows = 0.0, 0.0, [], []

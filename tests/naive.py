@@ -92,7 +92,7 @@ def generated(
 
 @cache
 def one_token(tokenizer: Any, choice: str) -> int | None:
-    """The choice's token after a space, where it is one: the scripts look it up before they begin."""
+    """The choice's token after a space, where it is one: the scripts look it up beforehand."""
     plain, more = tokenizer("x").input_ids, tokenizer(f"x {choice}").input_ids
     return more[-1] if more[:-1] == plain else None
 

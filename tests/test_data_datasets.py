@@ -161,6 +161,14 @@ def test_running_text_is_cut_so_that_each_token_is_scored_once(tmp_path: Path):
     assert [e.tokens[0] for e in found[1:]] == [e.tokens[-1] for e in found[:-1]]
 
 
+def test_blocks_of_text_fit_the_model(tmp_path: Path):
+    path = tmp_path / "text.raw"
+    path.write_text(" ".join(world.sentences(20)))
+    data = make_dataset("text", data_file=path, split="all")
+    data.connect(TOKENIZER, context=16)
+    assert data.examples == read("text", path, block=16)
+
+
 def test_the_demo_needs_no_file():
     data = make_dataset("demo", split="all")
     data.connect(TOKENIZER)

@@ -28,7 +28,7 @@ def test_real_rows_equal_naive(name: str, shared_dir: Path, tinystories: Path):
     tokenizer = AutoTokenizer.from_pretrained(tinystories)
     data = make_dataset(name, data_file=shared_dir / "data" / FILES[name], split="all", limit=ROWS)
     data.connect(tokenizer)
-    context = context_of(model, tokenizer)
+    context = context_of(model.config, tokenizer)
     rows = score(model, tokenizer, data.examples, max_new_tokens=data.max_new_tokens)
     want = [naive(model, tokenizer, e, data.max_new_tokens, context=context) for e in data.examples]
     assert len(rows) == ROWS

@@ -76,17 +76,30 @@ class ReasoningDataModule(LightningDataModule, ABC):
         self.fields = fields or {}
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.masked = False
+        self.context: int | None = None
         self.done: frozenset[int] = frozenset()  # indices scored by an earlier, interrupted run
         self.notes: list[str] = []  # what was left out and why, for the results
         self._examples: list[Example] | None = None
         self._planner: Planner = one_per_batch
         self._plan: Sequence[Any] | None = None
 
-    def connect(self, tokenizer: PreTrainedTokenizerBase, *, masked: bool = False) -> None:
-        """Tell the dataset which tokenizer counts and what kind of model reads the prompts."""
-        if tokenizer is self.tokenizer and masked == self.masked:
+    def connect(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        masked: bool = False,
+        context: int | None = None,
+    ) -> None:
+        """Tell the dataset what reads it.
+
+        Args:
+            tokenizer: whose tokens count.
+            masked: the model fills masks in.
+            context: how many tokens the model can read; None: as many as there are.
+        """
+        if (tokenizer, masked, context) == (self.tokenizer, self.masked, self.context):
             return
-        self.tokenizer, self.masked = tokenizer, masked
+        self.tokenizer, self.masked, self.context = tokenizer, masked, context
         self._examples = self._plan = None
 
     @abstractmethod

@@ -54,11 +54,12 @@ class Text(ReasoningDataModule):
         if self.masked:
             raise UserError("running text needs a causal model, got a masked one")
         assert self.tokenizer is not None, "connect() comes first"
+        size = min(self.block, self.context or self.block)
         found: list[Example] = []
         for document in self.documents():
             ids = self.tokenizer(document, verbose=False).input_ids
-            for start in range(0, len(ids) - 1, self.block - 1):
-                block = ids[start : start + self.block]
+            for start in range(0, len(ids) - 1, size - 1):
+                block = ids[start : start + size]
                 found.append(
                     Example("", str(self.tokenizer.decode(block)), (), len(found), tuple(block))
                 )

@@ -15,7 +15,7 @@ from tensorllm.data.questions import questions_from_yaml
 from tensorllm.evaluation.parallel import score_all, workers_for
 from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
 from tensorllm.evaluation.row import Row
-from tensorllm.evaluation.scorer import is_masked, make_scorer
+from tensorllm.evaluation.scorer import context_of, is_masked, make_scorer
 from tensorllm.evaluation.summary import metrics_of
 
 YAML = (".yaml", ".yml")
@@ -92,7 +92,8 @@ def evaluate_model(
     if isinstance(dataset, str):
         dataset = make_dataset(dataset, data_file=data_file, split=split, limit=limit)
     rules = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
-    dataset.connect(tokenizer, masked=is_masked(model))
+    context = context_of(model.config, tokenizer)
+    dataset.connect(tokenizer, masked=is_masked(model), context=context)
     training = model.training
     model.eval()
     rows = score(model, tokenizer, dataset.examples, rules, max_new_tokens=dataset.max_new_tokens)

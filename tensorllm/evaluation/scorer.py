@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from typing import Protocol as Interface
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
 from tensorllm.evaluation.batching import fill, halving
@@ -76,7 +76,7 @@ def make_scorer(
         forward: how a causal model is run, if not as it is.
         stop_early: stop a generation when its verdict is certain.
     """
-    context = context_of(model, tokenizer)
+    context = context_of(model.config, tokenizer)
     suited = CPU if model.device.type == "cpu" else ACCELERATOR
     budget = Budget(batch_tokens, batch_tokens) if batch_tokens else suited
     if is_masked(model):
@@ -162,10 +162,10 @@ class MaskedModelScorer:
         return halving(self.scorer, batch)
 
 
-def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the model can read."""
+def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model can read."""
     limits = [
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        getattr(config.get_text_config(), "max_position_embeddings", None),
         tokenizer.model_max_length,
     ]
     return min(int(limit) for limit in limits if limit)

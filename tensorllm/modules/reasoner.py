@@ -14,7 +14,7 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.parallel import grouped, score_all, workers_for
 from tensorllm.evaluation.protocol import STRICT, Protocol
 from tensorllm.evaluation.row import Row
-from tensorllm.evaluation.scorer import Scorer, is_masked, make_scorer
+from tensorllm.evaluation.scorer import Scorer, context_of, is_masked, make_scorer
 from tensorllm.evaluation.summary import columns
 from tensorllm.metrics import answer_metrics
 
@@ -79,7 +79,8 @@ class Reasoner(LightningModule, ABC):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ReasoningDataModule):
             raise UserError(f"validation needs a ReasoningDataModule, got {type(data).__name__}")
-        data.connect(self.tokenizer, masked=is_masked(self.model))
+        context = context_of(self.model.config, self.tokenizer)
+        data.connect(self.tokenizer, masked=is_masked(self.model), context=context)
         self._scorer = make_scorer(
             self.model,
             self.tokenizer,

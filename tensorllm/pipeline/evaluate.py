@@ -25,6 +25,7 @@ from tensorllm.evaluation.results import (
     check_free,
 )
 from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.scorer import context_of
 from tensorllm.evaluation.statistics import compared, intervals
 from tensorllm.evaluation.summary import metrics_of
 from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner
@@ -96,7 +97,8 @@ def evaluate(request: EvaluateRequest) -> Evaluation:
     source = resolve(request.model, request.revision)
     loaders = _loaders(request, source)
     tokenizer = loaders["model"].tokenizer()
-    data.connect(tokenizer, masked=loaders["model"].masked)
+    loader = loaders["model"]
+    data.connect(tokenizer, masked=loader.masked, context=context_of(loader.config(), tokenizer))
     fingerprint = _fingerprint(request, protocol, data, loaders)
     with tempfile.TemporaryDirectory() as scratch:
         target = request.out or Path(scratch) / "results"
