@@ -93,8 +93,8 @@ def _side_by_side(
 def _tests(comparison: Mapping[str, Any]) -> Text:
     return Text(
         f"wrong to right {comparison['mended']}, right to wrong {comparison['broken']} of "
-        f"{comparison['examples']}: McNemar p = {comparison['mcnemar_p']:.2g}; "
-        f"loss, paired bootstrap p = {comparison['loss_p']:.2g}"
+        f"{comparison['examples']}: McNemar p {_p(comparison['mcnemar_p'])}; "
+        f"loss, paired bootstrap p {_p(comparison['loss_p'])}"
     )
 
 
@@ -106,7 +106,11 @@ def _notes(results: Mapping[str, Any]) -> list[Text]:
 
 
 def _interval(bounds: list[float] | None, digits: int) -> str:
-    return "" if bounds is None else f"{bounds[0]:.{digits}f} … {bounds[1]:.{digits}f}"
+    return "" if bounds is None else f"{bounds[0]:.{digits}f}…{bounds[1]:.{digits}f}"
+
+
+def _p(value: float) -> str:
+    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
 
 
 def _short(text: str) -> str:
