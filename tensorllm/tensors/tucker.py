@@ -165,7 +165,8 @@ def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tu
     """The same decomposition at smaller ranks.
 
     Without `refine` leading columns and the leading block of the core: views, no arithmetic; the
-    error is at most sqrt(modes) times the best. With `refine` the small core is decomposed anew.
+    error is at most sqrt(modes) times the best if `t` was made without sweeps, sqrt(2 * modes) else.
+    With `refine` the small core is decomposed anew.
     """
     for mode in ranks.keys() - t.factors.keys():
         raise UserError(f"mode {mode} has no factor to truncate; modes {list(t.factors)} have one")
