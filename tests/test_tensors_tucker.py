@@ -17,7 +17,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.factors import LowRank, Tucker
+from tensorllm.tensors.factors import LowRank, Tucker, cast
 from tensorllm.tensors.tucker import relative_error, spectra, truncate, tucker
 from tensorllm.tensors.unfold import in_memory_order
 
@@ -237,6 +237,12 @@ def test_relative_error_and_spectra() -> None:
         for mode, got in spectra(w, range(4)).items():
             want = torch.linalg.svdvals(w.double().movedim(mode, 0).flatten(1))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    w = random_tensor((30, 12, 4, 3), 0.5).float()
+    rounded = cast(tucker(w, {0: 8, 1: 3, 2: 2}), torch.bfloat16)
+    other = Tucker(torch.randn(8, 3, 4, 3), {0: torch.randn(30, 8), 1: torch.randn(12, 3)})
+    for t in (rounded, other):
+        assert isinstance(t, Tucker)
+        assert relative_error(w, t) == pytest.approx(naive_error(w, t), rel=1e-4)
     zero = torch.zeros(3, 4)
     assert relative_error(zero, LowRank(torch.zeros(3, 1), torch.zeros(1, 4))) == 0
     assert relative_error(zero, LowRank(torch.ones(3, 1), torch.ones(1, 4))) == 1
