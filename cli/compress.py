@@ -42,6 +42,17 @@ def compress(
     layout: Annotated[
         str | None, typer.Option(help="How heads are cut: paper or official (authors' code).")
     ] = None,
+    target_ratio: Annotated[
+        float | None, typer.Option(help="Modes that use data: how much smaller, over 1.")
+    ] = None,
+    target_params: Annotated[
+        int | None, typer.Option(help="Instead: parameters that the whole model may keep.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Modes that use data: a text file to fit to.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences to draw.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field of the mode: field=value.")
     ] = None,
@@ -68,13 +79,16 @@ def compress(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compress a model; without --out, in memory, to see what it does.
+    r"""Compress a model; without --out, in memory, to see what it does.
 
     Examples:
 
       tensorllm compress --model demo --mode hybrid
 
       tensorllm compress --model my-llama/ --mode shared-tucker --ranks 1920,60,3 --out small/
+
+      tensorllm compress --model my-llama/ --mode activation-tucker --target-ratio 1.5 \
+          --calibration stories.txt --out small/
 
       tensorllm compress --model gptj --mode hybrid --out out/ --format factored
     """
@@ -90,6 +104,8 @@ def compress(
         "rank": rank,
         "matrices": options.names(matrices),
         "layout": layout,
+        "target_ratio": target_ratio,
+        "target_params": target_params,
     }
     request = CompressRequest(
         model=model,
@@ -108,6 +124,9 @@ def compress(
         overwrite=overwrite,
         dry_run=dry_run,
         evaluate=evaluate,
+        calibration=calibration,
+        sequences=sequences,
+        seed=seed,
         plugins=plugin or (),
     )
     with progress_bar() as progress:

@@ -33,6 +33,7 @@ class CompressRequest:
     Attributes:
         settings: the compressor's fields that were given.
         evaluate: dataset to score before and after.
+        calibration: text for the modes that use data; `sequences` of it are drawn by `seed`.
         plugins: modules to import first; they register compressors of their own.
     """
 
@@ -51,6 +52,9 @@ class CompressRequest:
     overwrite: bool = False
     dry_run: bool = False
     evaluate: str | None = None
+    calibration: Path | None = None
+    sequences: int = 128
+    seed: int = 0
     plugins: Sequence[str] = ()
 
 
@@ -116,6 +120,11 @@ def run(
         model=source.name,
         revision=source.revision,
     )
+    if request.calibration is not None:
+        from tensorllm.pipeline.calibrate import calibrated
+
+        count, seed = request.sequences, request.seed
+        task = calibrated(task, request.calibration, sequences=count, seed=seed, progress=progress)
     if request.dry_run:
         return plan_folder(task)
     if request.out is None:
