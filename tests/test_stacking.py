@@ -24,6 +24,8 @@ ROLES = {  # the roles each stacking is tried on
     "matrix": ("out",),
     "matrices": ("in", "out"),
 }
+# Others are registered by the strategies that need them, and named by their roles: rows-q-k-v.
+ROLES |= {name: tuple(name.split("-")[1:]) for name in STACKINGS.names() if name not in ROLES}
 
 
 @cache
@@ -65,6 +67,8 @@ def test_one_matrix_by_heads(name: str, role: str) -> None:
 def test_unstack_undoes_stack(name: str, kind: str) -> None:
     layer, stacking, roles = layer_of(name), STACKINGS[kind], ROLES[kind]
     geo = layer.geo
+    if not set(roles) <= set(geo.roles):
+        return  # no such matrix in this architecture
     if kind.startswith("official") and (geo.G != geo.H or geo.H * geo.K != geo.D):
         with pytest.raises(UserError, match="square, ungrouped"):
             stacking.check(roles, geo)

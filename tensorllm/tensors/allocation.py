@@ -3,16 +3,19 @@
 A curve says what each rank costs (numbers stored) and what error it leaves. A cluster is a set of
 matrices that may be grouped in several ways; each way is a list of curves. For a price λ per number
 the best of everything is found curve by curve; the price is bisected until the budget is met
-(Lagrangian relaxation), and what is left over buys the best steps that still fit.
+(Lagrangian relaxation), and what is left over buys the best steps that still fit. Merged
+frontiers, exact for small problems, give another choice; the better of the two is taken.
 Shapes: S ranks of a curve, 1 to S.
 """
 
 from collections.abc import Sequence
+from functools import partial, reduce
 from typing import NamedTuple
 
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors.frontier import Front, front_of, merge, union
 
 
 class Curve(NamedTuple):
@@ -60,6 +63,7 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
             low = middle
     # What is left over at the lowest price may buy nothing, and more at another.
     spent = [_spend_rest(clusters, choices, budget) for choices in affordable]
+    spent += [_spend_rest(clusters, choices, budget) for choices in _by_frontier(clusters, budget)]
     return min(spent, key=lambda choices: error_of(clusters, choices))
 
 
@@ -80,6 +84,26 @@ def _cheapest(cluster: Cluster, price: float) -> Choice:
         if value < best_value:
             best, best_value = Choice(way, tuple(ranks)), value
     return best
+
+
+def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[list[Choice]]:
+    """The best choice along merged frontiers: exact while they are small; or none."""
+    whole: Front | None = None
+    widths = []
+    for cluster in clusters:
+        ways = [
+            reduce(partial(merge, budget=budget), [front_of(*curve, budget) for curve in curves])
+            for curves in cluster
+        ]
+        front = union(ways, budget)
+        widths.append(front.picks_NC.shape[1])
+        whole = front if whole is None else merge(whole, front, budget)
+    if whole is None or not len(whole.cost_N):
+        return []  # thinning kept nothing that fits
+    picks = whole.picks_NC[-1].split(widths)
+    return [
+        [Choice(way, tuple(r for r in ranks if r)) for way, *ranks in map(Tensor.tolist, picks)]
+    ]
 
 
 def _prices(clusters: Sequence[Cluster]) -> tuple[float, float]:

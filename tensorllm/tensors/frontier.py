@@ -1,0 +1,79 @@
+"""The exact side of rank allocation: frontiers of cost and error, merged curve by curve.
+
+A frontier has every (cost, error) that no other point beats at both; frontiers of two sets of
+matrices merge by adding all pairs. It is exact until it has more than `POINTS` points, of which the
+best in each of as many equal ranges of cost are kept (multiple-choice knapsack; Kellerer, Pferschy
+and Pisinger, "Knapsack problems", 2004, chapter 11).
+Shapes: N points, C picks that led to a point.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POINTS = 512
+
+
+class Front(NamedTuple):
+    """Points by ascending cost and descending error, and the picks behind each."""
+
+    cost_N: Tensor
+    error_N: Tensor
+    picks_NC: Tensor
+
+
+def front_of(cost_N: Tensor, error_N: Tensor, budget: int) -> Front:
+    """The frontier of one curve; the pick is the rank, counted from 1."""
+    ranks_N = torch.arange(1, len(cost_N) + 1)
+    return _pareto(Front(cost_N.long(), error_N.double(), ranks_N[:, None]), budget)
+
+
+def merge(a: Front, b: Front, budget: int) -> Front:
+    """All affordable pairs of a point of each, and of these the frontier."""
+    cost = (a.cost_N[:, None] + b.cost_N).flatten()
+    error = (a.error_N[:, None] + b.error_N).flatten()
+    pair = torch.arange(len(cost))
+    kept = _undominated(cost, error, budget)
+    left, right = pair[kept] // len(b.cost_N), pair[kept] % len(b.cost_N)
+    picks = torch.cat((a.picks_NC[left], b.picks_NC[right]), dim=1)
+    return _thinned(Front(cost[kept], error[kept], picks), budget)
+
+
+def union(fronts: Sequence[Front], budget: int) -> Front:
+    """The frontier of several ways; the first pick tells the way, shorter ones end in 0."""
+    width = max(f.picks_NC.shape[1] for f in fronts)
+    picks = []
+    for way, front in enumerate(fronts):
+        padded = torch.nn.functional.pad(front.picks_NC, (1, width - front.picks_NC.shape[1]))
+        padded[:, 0] = way
+        picks.append(padded)
+    cost, error = (torch.cat(part) for part in zip(*(f[:2] for f in fronts), strict=True))
+    return _pareto(Front(cost, error, torch.cat(picks)), budget)
+
+
+def _pareto(front: Front, budget: int) -> Front:
+    kept = _undominated(front.cost_N, front.error_N, budget)
+    return _thinned(Front(*(part[kept] for part in front)), budget)
+
+
+def _undominated(cost: Tensor, error: Tensor, budget: int) -> Tensor:
+    """Indices of the affordable points that no cheaper one beats, by ascending cost."""
+    index = torch.nonzero(cost <= budget).flatten()
+    index = index[error[index].argsort(stable=True)]
+    index = index[cost[index].argsort(stable=True)]
+    least = error[index].cummin(0).values
+    better = torch.ones(len(index), dtype=torch.bool)
+    better[1:] = least[1:] < least[:-1]
+    return index[better]
+
+
+def _thinned(front: Front, budget: int) -> Front:
+    if len(front.cost_N) <= POINTS:
+        return front
+    bucket = front.cost_N * POINTS // max(1, budget)
+    last = torch.ones(len(bucket), dtype=torch.bool)
+    last[:-1] = bucket[1:] != bucket[:-1]  # the best of a range of costs is its dearest
+    last[0] = True  # the cheapest, without which nothing may fit
+    return Front(*(part[last] for part in front))
