@@ -20,9 +20,12 @@ from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
 from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_f1
 from tensorllm.evaluation.protocol import Protocol
+from tensorllm.evaluation.reach import reach_of
 
 # Steps between looks at the text: decoding it costs as much as a step of a small model.
 CHECK_EVERY = 4
+# Finished rows are carried along while they are few: to leave them out, the cache must be copied.
+CROWD = 0.5
 
 
 class Told(NamedTuple):
@@ -41,6 +44,13 @@ class _Row:
     read: int  # tokens in the cache that belong to this generation
     pending: list[int]  # tokens still to be read before the next one is known
     new: list[int] = field(default_factory=list)
+    takes: int = 0  # tokens that the answer takes at least
+
+    def said(self, token: int) -> None:
+        """All pending tokens were read, and this one came out."""
+        self.read += len(self.pending)
+        self.pending = [token]
+        self.new.append(token)
 
 
 class Greedy:
@@ -61,6 +71,8 @@ class Greedy:
         self.max_new_tokens = max_new_tokens
         self.eos = eos
         self.stop_early = stop_early
+        bounded = stop_early and max_new_tokens > 0 and not protocol.substring
+        self.reach = reach_of(tokenizer) if bounded else None
 
     def __call__(
         self, items: Sequence[Encoded], logits_BNV: Tensor, padded: Padded, cache: Any
@@ -74,6 +86,9 @@ class Greedy:
             cache: what reading it left.
         """
         rows = self._proved(items, logits_BNV)
+        if self.reach is not None:
+            for row in rows:
+                row.takes = self.reach.missing("", row.item.example.answer)
         self._continue(rows, padded, cache)
         return [self._told(row) for row in rows]
 
@@ -121,40 +136,44 @@ class Greedy:
         seen = torch.tensor([r.read + width - len(r.item.full[0]) for r in rows], device=device)
         mask_BS = mask_BS & (torch.arange(width, device=device)[None] < seen[:, None])
         live = list(range(len(rows)))  # of `rows`, in the order of the cache's rows
+        going = set(live)
         for step in count():
-            going = self._unfinished(rows, live, look=step % CHECK_EVERY == 0)
+            going = self._unfinished(rows, going, look=step % CHECK_EVERY == 0)
             if not going:
                 return
-            if len(going) < len(live):
-                keep = torch.tensor([live.index(i) for i in going], device=device)
-                cache, mask_BS, live = self.forward.select(cache, keep), mask_BS[keep], going
+            if len(going) <= CROWD * len(live):
+                keep = torch.tensor([at for at, i in enumerate(live) if i in going], device=device)
+                cache, mask_BS = self.forward.select(cache, keep), mask_BS[keep]
+                live = [i for i in live if i in going]
             active = [rows[i] for i in live]
             new = left_padded([r.pending for r in active], device, [r.read for r in active])
             mask_BS = torch.cat([mask_BS, new.mask_BT], 1)
             logits_BNV, cache = self.forward(new, keep=1, mask_BS=mask_BS, cache=cache, grow=True)
             answers = [0 if not r.new else -1 for r in active]
-            for row, token in zip(
-                active, self._best(logits_BNV, answers)[:, -1].tolist(), strict=True
-            ):
-                row.read += len(row.pending)
-                row.pending = [token]
-                row.new.append(token)
+            best = self._best(logits_BNV, answers)[:, -1].tolist()
+            for i, token in zip(live, best, strict=True):
+                if i in going:
+                    rows[i].said(token)
 
-    def _unfinished(self, rows: list[_Row], live: list[int], *, look: bool) -> list[int]:
-        going, due = [], []
-        for i in live:
+    def _unfinished(self, rows: list[_Row], candidates: set[int], *, look: bool) -> set[int]:
+        going, due = set(), []
+        for i in candidates:
             new = rows[i].new
             if not new or (len(new) < self.max_new_tokens and new[-1] not in self.eos):
-                going.append(i)
-                if look and self.stop_early and len(new) >= self._window(rows[i]):
+                going.add(i)
+                short = self.max_new_tokens - len(new) < rows[i].takes
+                if self.stop_early and (look or short) and len(new) >= self._window(rows[i]):
                     due.append(i)
         texts = self._texts([rows[i] for i in due])
-        certain = {
-            i
-            for i, text in zip(due, texts, strict=True)
-            if surely_holds_answer(text, rows[i].item.example.answer, self.protocol)
-        }
-        return [i for i in going if i not in certain]
+        certain = {i for i, text in zip(due, texts, strict=True) if self._certain(rows[i], text)}
+        return going - certain
+
+    def _certain(self, row: _Row, text: str) -> bool:
+        answer = row.item.example.answer
+        if surely_holds_answer(text, answer, self.protocol):
+            return True
+        left = self.max_new_tokens - len(row.new)
+        return self.reach is not None and self.reach.missing(text, answer) > left
 
     def _window(self, row: _Row) -> int:
         """As many new tokens as the answer has: what token F1 looks at."""

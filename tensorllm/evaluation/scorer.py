@@ -33,7 +33,7 @@ class Budget(NamedTuple):
 
 
 # A CPU is fastest while a layer's activations fit its caches.
-CPU = Budget(read=1024, generate=4096)
+CPU = Budget(read=1536, generate=4096)
 ACCELERATOR = Budget(read=65536, generate=65536)
 
 
