@@ -14,6 +14,7 @@ from tensorllm.compressors import Compressor, Job, Site
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import FACTORS, Factors, cast, parameters
 from tensorllm.tensors.tucker import relative_error
+from tensorllm.tensors.unfold import all_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,6 @@ def _finite(roles: RoleMatrices, weights: Mapping[str, Tensor], layer: int, role
     w_ID = roles.read(weights, layer, role)
     if not w_ID.is_floating_point():
         raise UserError(f"{roles.name(layer, role)} is {w_ID.dtype}, not a floating point type")
-    if not torch.isfinite(w_ID).all():
+    if not all_finite(w_ID):
         raise UserError(f"{roles.name(layer, role)} has NaN or infinite values")
     return w_ID

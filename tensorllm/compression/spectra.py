@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tensorllm.compression.cost import decomposition_seconds, gemm_speed
 from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import Site
@@ -26,6 +27,7 @@ class LayerSpectra:
         spectra: mode name -> singular values of its unfolding, largest first.
         effective_ranks: mode name -> entropy of the normalised squared spectrum, as a rank.
         plans: energy share -> ranks that keep it in every mode, and their compression ratio.
+        seconds: predicted for one decomposition of this tensor on this machine.
     """
 
     layer: int
@@ -34,6 +36,7 @@ class LayerSpectra:
     spectra: dict[str, list[float]]
     effective_ranks: dict[str, float]
     plans: dict[str, dict[str, Any]]
+    seconds: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,6 +51,7 @@ def attention_spectra(
     """Spectra of each layer's attention, read layer by layer from the folder's files."""
     checkpoint, roles = open_checkpoint(folder)
     wanted = roles.check_layers(tuple(range(roles.layers)) if layers is None else tuple(layers))
+    speed = gemm_speed()
     out = []
     for index, layer in enumerate(wanted):
         progress(index, len(wanted), f"layer {layer}")
@@ -55,12 +59,12 @@ def attention_spectra(
         names = {roles.name(*matrix) for matrix in site.matrices}
         weights = checkpoint.read(sorted(names))
         w = site.stack([roles.read(weights, *m) for m in site.matrices], roles.geometry)
-        out.append(_of_layer(layer, w, tuple(energies)))
+        out.append(_of_layer(layer, w, tuple(energies), speed))
     progress(len(wanted), len(wanted), "done")
     return out
 
 
-def _of_layer(layer: int, w: Tensor, energies: tuple[float, ...]) -> LayerSpectra:
+def _of_layer(layer: int, w: Tensor, energies: tuple[float, ...], speed: float) -> LayerSpectra:
     by_mode = spectra(w, tuple(MODES))
     plans = {}
     for share in energies:
@@ -77,6 +81,7 @@ def _of_layer(layer: int, w: Tensor, energies: tuple[float, ...]) -> LayerSpectr
         spectra={name: by_mode[mode].tolist() for mode, name in MODES.items()},
         effective_ranks={name: _effective_rank(by_mode[mode]) for mode, name in MODES.items()},
         plans=plans,
+        seconds=decomposition_seconds([tuple(w.shape)], speed),
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from tensorllm.architectures import architecture_of
+from tensorllm.compression.cost import gemm_speed
 from tensorllm.compression.model import compressed
-from tensorllm.compression.plan import gemm_speed
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.pipeline.cells import Cell, cells, hub_id
