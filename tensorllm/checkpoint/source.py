@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from tensorllm.errors import UserError
+from tensorllm.hub import why_not
 from tensorllm.recipes import short_names
 from tensorllm.registry import did_you_mean
 
@@ -58,11 +59,14 @@ def _download(hub_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, HFValidationError):
         pass  # not in the cache: fetch it
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"cannot get {hub_id} from the hub ({reason}). Offline, give a local folder "
-            "(--model FOLDER, in the hub's layout) or the embedded model (--model demo)"
-        ) from None
+    reason = why_not(hub_id, "model", revision)
+    if reason is None:
+        try:
+            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            lines = str(error).strip().splitlines()
+            reason = lines[0] if lines else type(error).__name__
+    raise UserError(
+        f"cannot get {hub_id} from the hub ({reason}). Offline, give a local folder "
+        "(--model FOLDER, in the hub's layout) or the embedded model (--model demo)"
+    )

@@ -32,7 +32,10 @@ MASKED_TOKENS = 50  # of the text, its last ones
 
 @DATASETS.register("bios_profession", aliases=("bios", "bias_in_bios"))
 class BiosProfession(ReasoningDataModule):
-    """Eight of the 28 professions; of a local file with a `split` column, all rows."""
+    """The profession of a person from a biography: one of eight.
+
+    Of a local file with a `split` column, all rows count.
+    """
 
     source = HubSource("LabHC/bias_in_bios", None, ("dev",))
     field_names: ClassVar = {"text": ("hard_text", "bio", "text"), "profession": ("profession",)}

@@ -9,7 +9,7 @@ from tensorllm.errors import UserError
 
 @DATASETS.register("demo")
 class DemoWorld(ReasoningDataModule):
-    """No file, no hub: the questions are generated."""
+    """Questions about the demo's small world, in four shapes; generated, so no file and no hub."""
 
     max_new_tokens = 2
 

@@ -18,7 +18,10 @@ UNDECIDED = {"not enough info", "nei"}  # the hub's v1.0 has no such rows; FEVER
 
 @DATASETS.register("fever")
 class Fever(ReasoningDataModule):
-    """Each claim once, and only where all its labels agree, as LASER's `dataset_utils/fever.py`."""
+    """Whether a claim is true or false.
+
+    Each claim once, and only where all its labels agree, as LASER's `dataset_utils/fever.py`.
+    """
 
     source = HubSource("EleutherAI/fever", "v1.0", ("paper_dev", "paper_test"))
     field_names: ClassVar = {"claim": ("claim", "question"), "label": ("label", "answer")}

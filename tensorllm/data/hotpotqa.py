@@ -19,7 +19,9 @@ COUNTING_TOKENIZER = "meta-llama/Llama-2-7b-hf"
 
 @DATASETS.register("hotpotqa", aliases=("hotpot", "hotpot_qa"))
 class HotpotQA(ReasoningDataModule):
-    """Answers of at most 15 LLaMA tokens, special tokens included, as LASER's
+    """Questions whose answer takes two steps; the answer is generated.
+
+    Answers of at most 15 LLaMA tokens, special tokens included, as LASER's
     `dataset_utils/hotpot.py`.
 
     Args:

@@ -24,7 +24,7 @@ SETTINGS = {
 
 @DATASETS.register("questions", aliases=("custom",))
 class Questions(ReasoningDataModule):
-    """Rows with `prompt` and `answer`, and `choices` where there are any.
+    """Questions of your own: rows with `prompt` and `answer`, and `choices` if there are any.
 
     Args:
         template: how a row becomes a prompt, with the row's fields in braces: `"Q: {question} A:"`.

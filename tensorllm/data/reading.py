@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.errors import UserError
+from tensorllm.hub import why_not
 from tensorllm.registry import did_you_mean
 
 Row = Mapping[str, Any]
@@ -135,14 +136,16 @@ def rows_of_hub(source: HubSource, split: str) -> Iterator[Row]:
     """
     from datasets import load_dataset
 
+    hint = "Fetch the file where there is a network and give it with --data-file"
+    if reason := why_not(source.repo, "dataset"):
+        raise UserError(f"cannot load {source.repo} ({split}) from the hub: {reason}. {hint}")
     try:
         stream = load_dataset(source.repo, source.config, split=split, streaming=True)
         yield from stream
     except (OSError, RuntimeError, ValueError) as error:  # what `datasets` and the hub client raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot load {source.repo} ({split}) from the hub: {reason}. "
-            "Fetch the file where there is a network and give it with --data-file"
+            f"cannot load {source.repo} ({split}) from the hub: {reason}. {hint}"
         ) from None
 
 

@@ -14,8 +14,10 @@ from tensorllm.errors import UserError
 
 @DATASETS.register("text", aliases=("perplexity",))
 class Text(ReasoningDataModule):
-    """Documents cut into blocks that share one token, so that every token but a document's first is
-    scored once.
+    """The perplexity of any text file.
+
+    Documents are cut into blocks that share one token, so that every token but a document's first
+    is scored once.
 
     A file of rows gives one document per row (field `text`), a JSON list of strings one per string,
     any other file is one document.

@@ -9,7 +9,10 @@ from tensorllm.data.reading import HubSource, Row
 
 @DATASETS.register("wikidata_qa", aliases=("qa_wikidata", "bigbench_wikidata", "wikidata"))
 class WikidataQA(ReasoningDataModule):
-    """Rows with exactly one target; the prompt is the input, stripped."""
+    """Facts of Wikidata as sentences to complete; the answer is generated.
+
+    Rows with exactly one target count; the prompt is the input, stripped.
+    """
 
     source = HubSource("tasksource/bigbench", "qa_wikidata", ("validation", "train"))
     field_names: ClassVar = {
