@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import mark_config, write_readme
@@ -93,6 +94,13 @@ def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> No
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had resident so far."""
+    """The most memory that this process has had resident so far.
+
+    On Linux not from getrusage: there a child process begins with its parent's peak.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
