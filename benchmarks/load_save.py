@@ -1,0 +1,208 @@
+"""Loading and saving checkpoints, beside transformers' own way, and the floor of the disk.
+
+    python benchmarks/load_save.py
+    python benchmarks/load_save.py --layers 12 --width 2048     # 1.3 GB
+
+A random GPT-J in bfloat16. Ours: a folder compressed into another one, streaming (shared Tucker on
+every layer's attention; the decompositions' own time is told apart), written dense and factored;
+the factored folder exported; both loaded. Peer: `from_pretrained` and `save_pretrained` of the same
+model. Floor: the bytes copied to another file and synced, or only read. Files are in the page cache
+when they are read, on both sides. What is written is synced before the clock stops, as ours does
+anyhow; transformers' files are synced for it. Peak memory is that of a fresh process.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import Comparison, parser, save
+from transformers import AutoModelForCausalLM, GPTJConfig
+
+import tensorllm as tl
+from tensorllm.compression.folder import FolderTask, compress_folder
+from tensorllm.compression.publish import peak_resident_bytes
+from tensorllm.pipeline.export import export
+
+REPEATS = 3
+CHUNK = 2**24
+
+
+def make_model(folder: Path, layers: int, width: int) -> int:
+    """A random model's folder; returns its weights' bytes."""
+    torch.manual_seed(0)
+    config = GPTJConfig(
+        n_embd=width, n_layer=layers, n_head=width // 64, rotary_dim=32, vocab_size=8192,
+        n_positions=512, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return weight_bytes(folder)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def copied(source: Path, target: Path) -> None:
+    """The floor of every way to write: the bytes read, written and synced."""
+    target.mkdir()
+    for path in source.glob("*.safetensors"):
+        with path.open("rb") as a, (target / path.name).open("wb") as b:
+            while chunk := a.read(CHUNK):
+                b.write(chunk)
+    sync(target)
+
+
+def read(source: Path) -> None:
+    """The floor of every way to load: the bytes brought to memory of one's own."""
+    for path in source.glob("*.safetensors"):
+        memory = bytearray(path.stat().st_size)
+        with path.open("rb") as file:
+            file.readinto(memory)
+
+
+def compressed(source: Path, target: Path, form: Any) -> float:
+    """Stream a folder into another one; returns the seconds that decompositions took."""
+    width = json.loads((source / "config.json").read_text())["n_embd"]
+    compressor = tl.SharedTucker4D(ranks=(width // 13, 5, 2), sweeps=0)
+    report = compress_folder(
+        FolderTask(source=source, target=target, compressor=compressor, format=form)
+    )
+    return sum(site.seconds for site in report.sites)
+
+
+def loaded(folder: Path) -> Any:
+    """Through transformers, as users do; every weight is touched, mapped ones too."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for p in model.parameters():
+        p.view(-1)[:: 2**9].sum()
+    return model
+
+
+def saved(source: Path, target: Path) -> None:
+    """transformers' way to make a folder of another one."""
+    loaded(source).save_pretrained(target)
+    sync(target)
+
+
+class Clock:
+    """The fastest of some turns; what a turn writes is thrown away, but for the last."""
+
+    def __init__(self, folder: Path, repeats: int) -> None:
+        self.folder, self.repeats = folder, repeats
+        self.seconds: dict[str, float] = {}
+
+    def read(self, name: str, call: Callable[[], Any]) -> None:
+        self.seconds[name] = min(self._turn(call)[0] for _ in range(self.repeats))
+
+    def write(self, name: str, call: Callable[[Path], float | None]) -> Path:
+        target, times = self.folder / name, []
+        for _ in range(self.repeats):
+            shutil.rmtree(target, ignore_errors=True)
+            seconds, apart = self._turn(lambda: call(target))
+            times.append(seconds - (apart or 0.0))
+        self.seconds[name] = min(times)
+        return target
+
+    def _turn(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        started = time.perf_counter()
+        result = call()
+        return time.perf_counter() - started, result
+
+
+def peak(folder: Path) -> int:
+    """Peak resident bytes of a fresh process that loads a folder."""
+    run = subprocess.run(
+        [sys.executable, __file__, "--peak", str(folder)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(run.stdout.split()[-1])
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and bytes of every way, on one model."""
+    source = folder / "source"
+    size = make_model(source, args.layers, args.width)
+    clock = Clock(folder, 1 if args.quick else REPEATS)
+    clock.write("copy and sync", lambda target: copied(source, target))
+    dense = clock.write("stream to dense", lambda target: compressed(source, target, "dense"))
+    factored = clock.write(
+        "stream to factored", lambda target: compressed(source, target, "factored")
+    )
+    clock.write("export to dense", lambda target: export(factored, target) and None)
+    clock.write("transformers, load and save", lambda target: saved(source, target))
+    clock.read("read dense", lambda: read(dense))
+    clock.read("read factored", lambda: read(factored))
+    clock.read("transformers, load dense", lambda: loaded(source))
+    clock.read("load dense", lambda: tl.load(dense))
+    clock.read("load factored", lambda: loaded(factored))
+    sizes = {"dense": size, "factored": weight_bytes(factored)}
+    peaks = {} if args.quick else {"dense": peak(source), "factored": peak(factored)}
+    return {"seconds": clock.seconds, "bytes": sizes, "peak_bytes": peaks}
+
+
+def comparisons(found: dict[str, Any]) -> dict[str, Comparison]:
+    """Ours beside transformers' way to the same end."""
+    s, theirs = found["seconds"], "transformers"
+    rewrite, load = s["transformers, load and save"], s["transformers, load dense"]
+    floor = s["copy and sync"]
+    out = {
+        "stream to dense": (s["stream to dense"], rewrite, floor),
+        "stream to factored": (s["stream to factored"], rewrite, floor),
+        "export to dense": (s["export to dense"], rewrite, floor),
+        "load dense": (s["load dense"], load, s["read dense"]),
+        "load factored": (s["load factored"], load, s["read factored"]),
+    }
+    rows = {
+        what: Comparison(ours=ours, unit="s", peer=peer, peer_name=theirs, floor=least)
+        for what, (ours, peer, least) in out.items()
+    }
+    b = found["bytes"]
+    rows["weight files"] = Comparison(
+        ours=b["factored"], unit="bytes", peer=b["dense"], peer_name="dense"
+    )
+    if found["peak_bytes"]:
+        ours, peer = found["peak_bytes"]["factored"], found["peak_bytes"]["dense"]
+        rows["peak memory of loading"] = Comparison(
+            ours=ours, unit="bytes", peer=peer, peer_name="dense"
+        )
+    return rows
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=8)
+    options.add_argument("--width", type=int, default=1536)
+    options.add_argument("--folder", type=Path, help="on the disk to measure; by default /tmp")
+    options.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        loaded(args.peak)
+        print(peak_resident_bytes())
+        return
+    if args.quick:
+        args.layers, args.width = 2, 128
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        found = measure(Path(folder), args)
+    sizes = {"layers": args.layers, "width": args.width}
+    save("load_save", f"{args.layers} x {args.width}", comparisons(found), args, **sizes, **found)
+
+
+if __name__ == "__main__":
+    main()
