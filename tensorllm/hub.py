@@ -1,5 +1,9 @@
-"""Asking the hub whether it has something, before a download that would retry for half a minute."""
+"""The hub: whether it answers, before a download that would retry for half a minute, and what of it
+is here already.
+"""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 TIMEOUT = 10  # seconds
@@ -22,3 +26,52 @@ def why_not(
         lines = str(error).strip().splitlines()
         return lines[0][:200] if lines else type(error).__name__
     return None
+
+
+def local_copy(
+    repo: str,
+    kind: Literal["model", "dataset"],
+    root: Path | None = None,
+    revision: str | None = None,
+) -> Path | None:
+    """The folder of a repository that was fetched before, or None.
+
+    Args:
+        repo: its name on the hub, in any case: the hub itself does not tell them apart.
+        root: a cache of the hub (`models--OWNER--NAME/snapshots/...`, perhaps in its folder `hub`),
+            or a folder with the plain folder `OWNER/NAME` or `NAME`; None: this user's cache.
+        revision: preferred where there are several.
+    """
+    if root is None:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        root = Path(HF_HUB_CACHE)
+    cached = f"{kind}s--{repo.replace('/', '--')}"
+    for place in _named(root, cached), _named(root / "hub", cached):
+        if place is not None and (snapshot := _snapshot(place, revision)) is not None:
+            return snapshot
+    owner, _, name = repo.rpartition("/")
+    under = _named(root, owner) if owner else None
+    return (_named(under, name) if under else None) or _named(root, name)
+
+
+def _named(folder: Path, name: str) -> Path | None:
+    """The folder of that name, whatever its case."""
+    found = (path for path in _folders(folder) if path.name.lower() == name.lower())
+    return next(found, None)
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _snapshot(place: Path, revision: str | None) -> Path | None:
+    """One of a cached repository's snapshots: the revision, `main`, or the newest."""
+    for wanted in (revision, "main"):
+        note = place / "refs" / (wanted or "main")
+        commit = note.read_text().strip() if note.is_file() else wanted
+        if commit and (place / "snapshots" / commit).is_dir():
+            return place / "snapshots" / commit
+    newest = sorted(_folders(place / "snapshots"), key=lambda path: path.stat().st_mtime)
+    return newest[-1] if newest else None

@@ -3,6 +3,7 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,8 +11,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tensorllm.data.example import Example
-from tensorllm.data.reading import HubSource, Row, field_of, rows_of_file, rows_of_hub
+from tensorllm.data.example import Example, Workload
+from tensorllm.data.reading import Row, field_of, rows_of_file
+from tensorllm.data.repository import HubSource, rows_of_hub
 from tensorllm.errors import UserError
 from tensorllm.registry import Registry, did_you_mean
 
@@ -34,7 +36,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
     (`select`).
 
     Args:
-        data_file: a local file in place of the hub.
+        data_file: a local file in place of the hub, or a folder: a copy of the hub's repository.
         split: the first fifth (`val`), the rest (`test`) or `all`.
         limit: at most so many examples of that split.
         fields: other names of the fields: `{"answer": "gold"}`.
@@ -43,8 +45,10 @@ class ReasoningDataModule(LightningDataModule, ABC):
         source: where it is on the hub; None: local files only.
         fields: role -> the names under which real files have it, the first one preferred.
         max_new_tokens: how long a generated answer may be; 0: nothing is generated.
+        workload: how much the papers' experiments read, so that a plan needs no data.
     """
 
+    workload: ClassVar[Workload | None] = None
     source: ClassVar[HubSource | None] = None
     field_names: ClassVar[dict[str, tuple[str, ...]]] = {}
     max_new_tokens: int = 0
@@ -110,13 +114,21 @@ class ReasoningDataModule(LightningDataModule, ABC):
         """What the papers keep of the examples of one hub split or file."""
         return examples
 
+    @property
+    def repository(self) -> HubSource | None:
+        """The hub's repository, or the local copy of it; None where rows come from one file."""
+        if self.data_file is None or self.source is None:
+            return self.source if self.data_file is None else None
+        return replace(self.source, folder=self.data_file) if self.data_file.is_dir() else None
+
     def rows(self) -> Iterator[Iterator[Row]]:
         """The rows of each part of the source, part by part."""
-        if self.data_file is not None:
+        source = self.repository
+        if source is not None:
+            for split in source.splits:
+                yield rows_of_hub(source, split)
+        elif self.data_file is not None:
             yield rows_of_file(self.data_file)
-        elif self.source is not None:
-            for split in self.source.splits:
-                yield rows_of_hub(self.source, split)
         else:
             raise UserError(f"dataset {self.name!r} is not on the hub: give --data-file")
 

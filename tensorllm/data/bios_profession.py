@@ -5,8 +5,9 @@
 from typing import ClassVar
 
 from tensorllm.data.base import DATASETS, ReasoningDataModule
-from tensorllm.data.example import Example
-from tensorllm.data.reading import HubSource, Row
+from tensorllm.data.example import Example, Workload
+from tensorllm.data.reading import Row
+from tensorllm.data.repository import HubSource
 from tensorllm.errors import UserError
 
 # The order of the hub's integer labels.
@@ -38,6 +39,7 @@ class BiosProfession(ReasoningDataModule):
     """
 
     source = HubSource("LabHC/bias_in_bios", None, ("dev",))
+    workload = Workload(19223, 100.5, 1.0)
     field_names: ClassVar = {"text": ("hard_text", "bio", "text"), "profession": ("profession",)}
 
     def example(self, row: Row, where: str) -> Example | None:

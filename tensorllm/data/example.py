@@ -1,6 +1,7 @@
 """What a dataset is made of, whatever it came from."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +22,17 @@ class Example:
     choices: tuple[str, ...] = ()
     index: int = 0
     tokens: tuple[int, ...] = ()
+
+
+class Workload(NamedTuple):
+    """How much an experiment on a dataset reads.
+
+    Attributes:
+        examples: of all splits, as LASER's appendix counts them (arXiv 2312.13558).
+        prompt_tokens, answer_tokens: means on real rows, by GPT-2's tokenizer (which is GPT-J's and
+            RoBERTa's).
+    """
+
+    examples: int
+    prompt_tokens: float
+    answer_tokens: float

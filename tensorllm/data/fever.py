@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from tensorllm.data.base import DATASETS, ReasoningDataModule
-from tensorllm.data.example import Example
-from tensorllm.data.reading import HubSource, Row
+from tensorllm.data.example import Example, Workload
+from tensorllm.data.reading import Row
+from tensorllm.data.repository import HubSource
 from tensorllm.errors import UserError
 
 ANSWERS = {"supports": "true", "true": "true", "1": "true"} | {
@@ -24,6 +25,7 @@ class Fever(ReasoningDataModule):
     """
 
     source = HubSource("EleutherAI/fever", "v1.0", ("paper_dev", "paper_test"))
+    workload = Workload(13086, 25.9, 1.0)
     field_names: ClassVar = {"claim": ("claim", "question"), "label": ("label", "answer")}
 
     def example(self, row: Row, where: str) -> Example | None:

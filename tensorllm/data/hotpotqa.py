@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tensorllm.data.base import DATASETS, ReasoningDataModule
-from tensorllm.data.example import Example
-from tensorllm.data.reading import HubSource, Row, rows_of_hub
+from tensorllm.data.example import Example, Workload
+from tensorllm.data.reading import Row
+from tensorllm.data.repository import HubSource, rows_of_hub
 from tensorllm.errors import UserError
 
 ANSWER_TOKENS = 15
@@ -30,6 +31,7 @@ class HotpotQA(ReasoningDataModule):
     """
 
     source = HubSource("hotpotqa/hotpot_qa", "fullwiki", ("train", "validation"))
+    workload = Workload(14618, 23.1, 3.5)
     field_names: ClassVar = {"question": ("question",), "answer": ("answer",)}
     max_new_tokens = 15
 
@@ -42,11 +44,12 @@ class HotpotQA(ReasoningDataModule):
         """On the hub: as many train rows as there are validation rows, then those (test has no
         answers).
         """
-        if self.data_file is not None or self.source is None:
+        source = self.repository
+        if source is None:
             yield from super().rows()
             return
-        validation = list(rows_of_hub(self.source, "validation"))
-        yield itertools.islice(rows_of_hub(self.source, "train"), len(validation))
+        validation = list(rows_of_hub(source, "validation"))
+        yield itertools.islice(rows_of_hub(source, "train"), len(validation))
         yield iter(validation)
 
     def example(self, row: Row, where: str) -> Example | None:

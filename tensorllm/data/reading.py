@@ -1,37 +1,18 @@
-"""Rows from local files and from the hub, as dictionaries, in the order in which they are
-stored.
-"""
+"""Rows of local files as dictionaries, in the order in which they are stored."""
 
 import csv
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tensorllm.errors import UserError
-from tensorllm.hub import why_not
 from tensorllm.registry import did_you_mean
 
 Row = Mapping[str, Any]
 PARQUET_ROWS = 1024  # read at a time
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-
-
-@dataclass(frozen=True, slots=True)
-class HubSource:
-    """A dataset on the Hugging Face hub.
-
-    Attributes:
-        repo: its name there.
-        config: the configuration (subset), if it has several.
-        splits: which splits are read, in this order.
-    """
-
-    repo: str
-    config: str | None
-    splits: tuple[str, ...]
 
 
 def rows_of_file(path: Path) -> Iterator[Row]:
@@ -126,27 +107,6 @@ def _parquet(path: Path) -> Iterator[Row]:
                 yield from batch.to_pylist()
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file: {str(error)[:120]}") from None
-
-
-def rows_of_hub(source: HubSource, split: str) -> Iterator[Row]:
-    """The rows of one split on the hub, streamed: nothing but what is used is downloaded.
-
-    Raises:
-        UserError: it cannot be had; the message says how to go on without the network.
-    """
-    from datasets import load_dataset
-
-    hint = "Fetch the file where there is a network and give it with --data-file"
-    if reason := why_not(source.repo, "dataset"):
-        raise UserError(f"cannot load {source.repo} ({split}) from the hub: {reason}. {hint}")
-    try:
-        stream = load_dataset(source.repo, source.config, split=split, streaming=True)
-        yield from stream
-    except (OSError, RuntimeError, ValueError) as error:  # what `datasets` and the hub client raise
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot load {source.repo} ({split}) from the hub: {reason}. {hint}"
-        ) from None
 
 
 def field_of(row: Row, names: tuple[str, ...], where: str) -> str:

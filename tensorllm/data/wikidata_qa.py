@@ -3,8 +3,9 @@
 from typing import ClassVar
 
 from tensorllm.data.base import DATASETS, ReasoningDataModule
-from tensorllm.data.example import Example
-from tensorllm.data.reading import HubSource, Row
+from tensorllm.data.example import Example, Workload
+from tensorllm.data.reading import Row
+from tensorllm.data.repository import HubSource
 
 
 @DATASETS.register("wikidata_qa", aliases=("qa_wikidata", "bigbench_wikidata", "wikidata"))
@@ -15,6 +16,7 @@ class WikidataQA(ReasoningDataModule):
     """
 
     source = HubSource("tasksource/bigbench", "qa_wikidata", ("validation", "train"))
+    workload = Workload(20321, 8.7, 1.1)
     field_names: ClassVar = {
         "input": ("inputs", "input", "prompt", "question"),
         "target": ("targets", "target", "answer"),

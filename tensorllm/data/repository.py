@@ -1,0 +1,103 @@
+"""Rows of a dataset's repository: on the hub, or in a local copy of it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorllm.data.reading import KNOWN, Row, rows_of_file
+from tensorllm.errors import UserError
+from tensorllm.hub import local_copy, why_not
+
+# Where the hub keeps what it made of repositories that are a script.
+EXPORT = "hf://datasets/{repo}@refs/convert/parquet/{config}/{split}/*.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A dataset on the Hugging Face hub.
+
+    Attributes:
+        repo: its name there.
+        config: the configuration (subset), if it has several.
+        splits: which splits are read, in this order.
+        folder: a local copy of the repository, or a folder with such a copy, read instead.
+    """
+
+    repo: str
+    config: str | None
+    splits: tuple[str, ...]
+    folder: Path | None = None
+
+    @property
+    def what(self) -> str:
+        """Which files these are, for messages."""
+        config = f"{self.config}, " if self.config else ""
+        return f"{self.repo} ({config}{' and '.join(self.splits)})"
+
+
+def rows_of_hub(source: HubSource, split: str) -> Iterator[Row]:
+    """The rows of one split: of the local copy, of the hub's cache, or streamed: no more is
+    downloaded than is used.
+
+    Raises:
+        UserError: it cannot be had; the message says how to go on without the network.
+    """
+    folder = local_copy(source.repo, "dataset", source.folder) or source.folder
+    files = [] if folder is None else files_of_split(folder, source.config, split)
+    if not files and source.folder is not None:
+        raise UserError(
+            f"{source.folder} has no file of {source.config or source.repo}, split {split}: it "
+            f"should be a copy of {source.repo}, such as {_example(source, split)}"
+        )
+    if files:
+        for file in files:
+            yield from rows_of_file(file)
+        return
+    yield from _streamed(source, split)
+
+
+def files_of_split(folder: Path, config: str | None, split: str) -> list[Path]:
+    """The files of one split in a copy of a repository, in order.
+
+    Repositories name them `CONFIG/SPLIT-00000-of-00002.parquet`, `CONFIG/SPLIT/0000.parquet`,
+    `data/SPLIT-...` or `SPLIT.jsonl`.
+    """
+    named = re.compile(rf"(.*/)?{re.escape(split)}[-./][^/]*")
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in KNOWN]
+    inside = [(path.relative_to(folder), path) for path in files if path.is_file()]
+    of_config = [(short, path) for short, path in inside if config in short.parts]
+    return [path for short, path in of_config or inside if named.fullmatch(short.as_posix())]
+
+
+def _example(source: HubSource, split: str) -> str:
+    return "/".join(filter(None, (source.config, f"{split}.parquet")))
+
+
+def _streamed(source: HubSource, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    if reason := why_not(source.repo, "dataset"):
+        raise _unreachable(source, split, reason)
+    try:
+        try:
+            stream: Any = load_dataset(source.repo, source.config, split=split, streaming=True)
+        except RuntimeError as error:  # `datasets` 4 and later run no scripts
+            if "scripts are no longer supported" not in str(error):
+                raise
+            config = source.config or "default"
+            files = EXPORT.format(repo=source.repo, config=config, split=split)
+            stream = load_dataset("parquet", data_files=files, split="train", streaming=True)
+        yield from stream
+    except (OSError, RuntimeError, ValueError) as error:  # what `datasets` and the hub client raise
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise _unreachable(source, split, reason) from None
+
+
+def _unreachable(source: HubSource, split: str, reason: str) -> UserError:
+    return UserError(
+        f"cannot load {source.repo} ({split}) from the hub: {reason}. Fetch it where there is a "
+        f"network (hf download {source.repo} --repo-type dataset --local-dir FOLDER) and give that "
+        "folder, or one file of rows, with --data-file"
+    )
