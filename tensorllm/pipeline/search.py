@@ -1,7 +1,7 @@
 """`tensorllm search-ranks`: from a request to the best layers and ranks, and their honest score."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +24,7 @@ from tensorllm.recipes import short_names
 from tensorllm.search.examiner import Examiner, Found
 from tensorllm.search.feasible import feasible
 from tensorllm.search.identity import examples_fingerprint, model_fingerprint
+from tensorllm.search.kept import Budget
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.space import Space, Values, make_space
@@ -42,11 +43,13 @@ class SearchRequest:
     """What the user asked for; None where the model's sizes or a default decide.
 
     Attributes:
+        fixed: other fields of the compressor, for every trial.
         trials: how many; None: the whole grid, or 100 of another sampler.
         sampler: `grid`, `tpe` or `nsga2`; None: a grid if it has at most 100 points.
         study: folder of the study; None: a temporary one.
         storage: URL of a database for many machines.
         cache_bytes: for activations below the edited layer; None: a quarter of the free memory.
+        disk_cache_bytes: for those that this memory does not hold, in files of the study's folder.
         device: such as `cuda:1`; None: the first GPU if there is one.
     """
 
@@ -67,6 +70,7 @@ class SearchRequest:
     tied: bool = False
     together: int = 1
     layout: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     rules: Rules = field(default_factory=Rules)
     sampler: str | None = None
     trials: int | None = None
@@ -75,6 +79,7 @@ class SearchRequest:
     storage: str | None = None
     workers: int = 1
     cache_bytes: int | None = None
+    disk_cache_bytes: int = 0
     batch_tokens: int | None = None
     device: str | None = None
     plugins: Sequence[str] = ()
@@ -84,8 +89,9 @@ class SearchRequest:
             raise UserError(f"--trials must be at least 1, got {self.trials}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise UserError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
-        if self.cache_bytes is not None and self.cache_bytes < 0:
-            raise UserError(f"the cache must have 0 bytes or more, got {self.cache_bytes}")
+        for size in (self.cache_bytes, self.disk_cache_bytes):
+            if size is not None and size < 0:
+                raise UserError(f"the cache must have 0 bytes or more, got {size}")
 
     def data(self, split: Split) -> ReasoningDataModule:
         """The dataset's validation or test part."""
@@ -132,7 +138,7 @@ class SearchRun:
             matrices=r.matrices,
             together=r.together,
             tied=r.tied,
-            fixed={"layout": r.layout} if r.layout else {},
+            fixed={**r.fixed, **({"layout": r.layout} if r.layout else {})},
         )
 
     @cached_property
@@ -176,10 +182,12 @@ class SearchRun:
         return data
 
     @cached_property
-    def cache_bytes(self) -> int:
-        given = self.request.cache_bytes
-        free = default_budget(self.model.device) // max(1, self.request.workers)
-        return free if given is None else given // max(1, self.request.workers)
+    def budget(self) -> Budget:
+        """What this worker may keep: its share."""
+        given, workers = self.request.cache_bytes, max(1, self.request.workers)
+        memory = default_budget(self.model.device) if given is None else given
+        folder = self.request.study or Path(tempfile.gettempdir())
+        return Budget(memory // workers, self.request.disk_cache_bytes // workers, folder)
 
     @cached_property
     def examiner(self) -> Examiner:
@@ -191,7 +199,7 @@ class SearchRun:
             max_new_tokens=self.validation.max_new_tokens,
             points=[self.space.point(values) for values in self._corners()],
             seed=self.request.seed,
-            cache_bytes=self.cache_bytes,
+            budget=self.budget,
             batch_tokens=self.request.batch_tokens,
         )
 
