@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM  # or AutoModelForMaskedLM
 model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
 
-`tensorllm export THIS_FOLDER --format dense DENSE_FOLDER` writes an ordinary checkpoint.
+`tensorllm export THIS_FOLDER DENSE_FOLDER` writes an ordinary checkpoint.
 `tensorllm.json` says how the factors were made.
 """
 

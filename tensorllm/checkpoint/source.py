@@ -10,7 +10,13 @@ from tensorllm.recipes import short_names
 from tensorllm.registry import did_you_mean
 
 # Code is never fetched, and pickled weights neither.
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+# The card is read for the licence.
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md"]
+
+OFFLINE = (
+    "Offline, give a local folder (--model FOLDER, in the hub's layout) or the embedded model "
+    "(--model demo)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +28,13 @@ class Source:
     folder: Path
 
 
-def resolve(model: str, revision: str | None = None) -> Source:
+def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Source:
     """The local folder of a model, downloaded to the hub's cache where it has to be.
 
     Args:
         model: a short name (`tensorllm list models`), a local folder, or a hub id.
         revision: branch, tag or commit on the hub.
+        hint: what to do when the hub does not give it.
     """
     known = short_names().get(model)
     if known is not None and "package" in known:
@@ -35,23 +42,23 @@ def resolve(model: str, revision: str | None = None) -> Source:
         return Source(model, None, Path(str(files("tensorllm") / inside)))
     if known is not None:
         revision = revision or known.get("safetensors_revision") or known["revision"]
-        return Source(model, revision, _download(known["hub"], revision))
+        return Source(model, revision, _download(known["hub"], revision, hint))
     path = Path(model).expanduser()
     if path.is_dir():
         return Source(model, None, path)
     if path.exists():
         raise UserError(f"the model {model} is a file; give the folder that holds it")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        hint = did_you_mean(model, list(short_names()))
+        close = did_you_mean(model, list(short_names()))
         names = ", ".join(short_names())
         raise UserError(
             f"no model {model!r}: not a local folder, not a hub id (owner/name), and not one of "
-            f"{names}.{hint}"
+            f"{names}.{close}"
         )
-    return Source(model, revision, _download(model, revision))
+    return Source(model, revision, _download(model, revision, hint))
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, hint: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -66,7 +73,4 @@ def _download(hub_id: str, revision: str | None) -> Path:
         except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
-    raise UserError(
-        f"cannot get {hub_id} from the hub ({reason}). Offline, give a local folder "
-        "(--model FOLDER, in the hub's layout) or the embedded model (--model demo)"
-    )
+    raise UserError(f"cannot get {hub_id} from the hub ({reason}). {hint}")

@@ -80,9 +80,13 @@ class ShardWriter:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file of the folder, whole or not at all."""
         path = self.folder / name
         try:
-            path.with_suffix(".tmp").write_text(json.dumps(value, indent=2) + "\n")
+            path.with_suffix(".tmp").write_text(text, encoding="utf-8")
             path.with_suffix(".tmp").replace(path)
         except OSError as error:
             raise _no_space(self.folder, error) from error

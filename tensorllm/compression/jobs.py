@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensorllm.architectures import RoleMatrices
+from tensorllm.compression.details import details_of
 from tensorllm.compression.report import SiteReport
 from tensorllm.compressors import Compressor, Job, Site
 from tensorllm.errors import UserError
@@ -24,6 +26,7 @@ class Compressed:
     site: Site
     factors: Factors
     report: SiteReport
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def plan_jobs(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int]) -> list[Job]:
@@ -48,7 +51,8 @@ def run_job(
         dtype: in which the factors are stored; that of the weights by default.
     """
     site = job.site
-    w = site.stack([_finite(roles, weights, *m) for m in site.matrices], roles.geometry)
+    w_ID = [_finite(roles, weights, *m) for m in site.matrices]
+    w = site.stack(w_ID, roles.geometry)
     started = time.perf_counter()
     factors = cast(job.compressor.compress(w), dtype or w.dtype)
     if w.is_cuda:
@@ -67,7 +71,7 @@ def run_job(
         relative_error=relative_error(w, factors),
         seconds=seconds,
     )
-    return Compressed(site, factors, report)
+    return Compressed(site, factors, report, details_of(site, w, w_ID, factors, roles.geometry))
 
 
 def write_dense(done: Compressed, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> None:

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 from tensorllm.architectures import RoleMatrices
-from tensorllm.checkpoint.factored import mark_config, write_readme
+from tensorllm.checkpoint.factored import mark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
 from tensorllm.checkpoint.reader import Checkpoint, index_name
 from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.compression.card import CARD, REPORT, card
+from tensorllm.compression.details import DETAILS
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters, site_report
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.settings import settings_of
@@ -70,14 +72,20 @@ def publish(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         writer.write_json(index_name(writer.stem), index)
     writer.write_json(MANIFEST, manifest.to_json())
-    writer.write_json("report.json", report.to_json())
+    values = report.to_json()
+    writer.write_json(REPORT, values)
+    details = [record for note in notes for record in note["details"]]
+    writer.write_text(DETAILS, json.dumps(details) + "\n")
+    original = task.source / CARD
+    previous = original.read_text(encoding="utf-8", errors="replace") if original.exists() else ""
+    writer.write_text(CARD, card(values, config=checkpoint.config.to_dict(), previous=previous))
     writer.finish()
     return report
 
 
 def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> None:
     """Config, tokenizer and generation config; never code or weights."""
-    ours = {MANIFEST, "report.json"}
+    ours = {MANIFEST, REPORT, DETAILS}
     for path in sorted(task.source.iterdir()):
         left = path.name.endswith(".index.json") or path.name in ours
         if path.is_file() and path.suffix in COPIED and not left:
@@ -88,7 +96,6 @@ def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> No
         config["dtype"] = str(task.dtype).removeprefix("torch.")
     if task.format == "factored":
         config = mark_config(config, weights)
-        write_readme(writer.folder)
     if task.dtype is not None or task.format == "factored":
         writer.write_json("config.json", config)
 

@@ -6,6 +6,14 @@ from typing import Any
 
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 
+RATIO_NAMES = {
+    "matrices_compressed": "the compressed matrices",
+    "attention_of_edited_layers": "attention of the edited layers",
+    "all_attention": "attention of all layers",
+    "whole_model": "whole model (parameters)",
+    "bytes_on_disk": "weight files (bytes)",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SiteReport:

@@ -62,6 +62,7 @@ def run_unit(
         task.done.get(job.site.name) or run_job(job, roles, weights, dtype) for job in unit.jobs
     ]
     note["reports"] = [asdict(compressed.report) for compressed in done]
+    note["details"] = [compressed.details for compressed in done]
     out: dict[str, Tensor] = {}
     if task.format == "factored" and done:
         for compressed in done:

@@ -1,8 +1,10 @@
 """`tensorllm export`: a factored folder as an ordinary checkpoint, parameter by parameter."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from tensorllm.checkpoint.factored import dense_tensors
 from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from tensorllm.checkpoint.reader import index_name
 from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.compression.publish import COPIED
 from tensorllm.errors import UserError
 
@@ -58,7 +61,7 @@ def export(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         writer.write_json(index_name("model"), index)
     for path in sorted(source.iterdir()):
-        ours = path.name in (MANIFEST, "report.json") or path.name.endswith(".index.json")
+        ours = path.name in (MANIFEST, REPORT) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in COPIED and not ours:
             writer.copy(path)
     config = json.loads((source / "config.json").read_text())
@@ -70,8 +73,31 @@ def export(
     files = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
     dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
     writer.write_json(MANIFEST, dense.to_json())
+    if (source / REPORT).is_file():
+        _write_report(writer, source, config, size, dtype)
     writer.finish()
     return size
+
+
+def _write_report(
+    writer: ShardWriter,
+    source: Path,
+    config: Mapping[str, Any],
+    size: int,
+    dtype: torch.dtype | None,
+) -> None:
+    """The factored folder's report and card, as they are true of the dense one."""
+    report = json.loads((source / REPORT).read_text())
+    report["format"] = "dense"
+    report["totals"]["bytes_after"] = size
+    if before := report["totals"]["bytes_before"]:
+        report["ratios"]["bytes_on_disk"] = before / size
+    if dtype is not None:
+        report["dtype"] = str(dtype).removeprefix("torch.")
+    writer.write_json(REPORT, report)
+    old = source / CARD
+    previous = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
+    writer.write_text(CARD, card(report, config=config, previous=previous))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -9,15 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorllm.compression.plan import Plan
-from tensorllm.compression.report import CompressionReport
-
-RATIO_NAMES = {
-    "matrices_compressed": "the compressed matrices",
-    "attention_of_edited_layers": "attention of the edited layers",
-    "all_attention": "attention of all layers",
-    "whole_model": "whole model (parameters)",
-    "bytes_on_disk": "weight files (bytes)",
-}
+from tensorllm.compression.report import RATIO_NAMES, CompressionReport
 
 
 def compression_tables(report: CompressionReport) -> RenderableType:
@@ -63,11 +55,19 @@ def size(n: int) -> str:
 
 
 def _headline(report: CompressionReport) -> Text:
-    settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
+    settings = ", ".join(f"{key}={_brief(value)}" for key, value in report.settings.items())
     text = Text()
     text.append(report.mode, style="bold")
     text.append(f"({settings}) on {report.model}, {report.dtype}, {report.format}")
     return text
+
+
+def _brief(value: Any) -> str:
+    """A setting on one line; of long lists only how long they are."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_brief(inner)}" for key, inner in value.items())
+    long = isinstance(value, list) and (len(value) > 7 or any(isinstance(v, dict) for v in value))
+    return f"{len(value)} of them" if long else str(value)
 
 
 def _sites(report: CompressionReport) -> Table:

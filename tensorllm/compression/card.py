@@ -1,0 +1,148 @@
+"""The README.md of a checkpoint folder: a model card as the Hugging Face hub reads it.
+
+Our part stands between two marks, so that it can be written anew while the rest stays.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tensorllm.compression.card_text import body
+from tensorllm.evaluation.before_after import BeforeAfter, of_scores
+from tensorllm.recipes import short_names
+
+CARD = "README.md"
+REPORT = "report.json"
+BEGIN, END = "<!-- tensorllm: begin -->", "<!-- tensorllm: end -->"
+OURS = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags")
+MEASURED = ("model-index", "model_name")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
+
+
+def card(
+    report: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    previous: str = "",
+    measured: Sequence[BeforeAfter] = (),
+) -> str:
+    """The card of a folder.
+
+    Args:
+        report: the content of report.json; the scores it holds are shown too.
+        config: the content of config.json.
+        previous: a card to extend: the folder's own, or that of the original model.
+        measured: further measurements, shown in order.
+    """
+    kept, text = _split(previous)
+    if report.get("evaluation"):
+        scores = of_scores(report["evaluation"])
+        known = {(m.dataset, m.split, m.protocol) for m in measured}
+        again = (scores.dataset, scores.split, scores.protocol) in known
+        measured = measured if again else [scores, *measured]
+    base = hub_id(report["model"])
+    task = _task(config)
+    own = f"{BEGIN}\n\n{body(report, base=base, task=task, measured=measured)}\n\n{END}"
+    if OURS.search(text):
+        text = OURS.sub(lambda _: own, text)
+    elif text.strip():
+        text = f"{own}\n\n## The card of the original model\n\n{text.strip()}"
+    else:
+        text = own
+    data = _metadata(kept, report, base, task, measured)
+    return f"---\n{data}\n---\n\n{text.strip()}\n"
+
+
+def rewrite_card(folder: Path, measured: Sequence[BeforeAfter] = ()) -> None:
+    """Write the card of a finished folder anew, from its report, with measurements."""
+    report, config = (json.loads((folder / name).read_text()) for name in (REPORT, "config.json"))
+    path = folder / CARD
+    previous = path.read_text(encoding="utf-8") if path.is_file() else ""
+    temporary = folder / f"{CARD}.tmp"
+    temporary.write_text(
+        card(report, config=config, previous=previous, measured=measured), encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+def hub_id(model: str) -> str | None:
+    """The id on the hub of a model that a report names; None for a local folder."""
+    known = short_names().get(model)
+    if known is not None:
+        return known.get("hub")
+    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else None
+
+
+def _metadata(
+    kept: dict[str, Any],
+    report: Mapping[str, Any],
+    base: str | None,
+    task: str | None,
+    measured: Sequence[BeforeAfter],
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name = f"{report['model'].rpartition('/')[2]}-{report['mode']}"
+    results = [
+        EvalResult(
+            task_type=task or "text-generation",
+            dataset_type=found.dataset,
+            dataset_name=found.dataset,
+            dataset_split=found.split,
+            dataset_args={"protocol": found.protocol, "examples": found.examples},
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=round(found.after[metric], 4),
+        )
+        for found in measured
+        for metric in ("accuracy", "loss", "perplexity")
+        if metric in found.after
+    ]
+    kinds = sorted({site["kind"] for site in report["sites"]})
+    tags = [*kept.pop("tags", []), "tensorllm", "compression", "low-rank", report["mode"], *kinds]
+    values = {
+        **kept,
+        "library_name": "transformers" if report["format"] == "dense" else "tensorllm",
+        "pipeline_tag": task,
+        "tags": list(dict.fromkeys(tags)),
+    }
+    if base is not None:
+        values["base_model"] = base
+    if results:  # the hub wants the name of what was measured, and only then
+        values |= {"model_name": name, "eval_results": results}
+    return ModelCardData(**values).to_yaml()
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """Metadata worth keeping and text of a card; one that cannot be read is all text."""
+    from huggingface_hub import ModelCard
+
+    if not card.strip():
+        return {}, ""
+    try:
+        read = ModelCard(card, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError):
+        return {}, card
+    values = read.data.to_dict()
+    if OURS.search(read.text):
+        values = {key: value for key, value in values.items() if key not in MEASURED}
+    else:
+        values = {key: values[key] for key in INHERITED if values.get(key)}
+    if isinstance(values.get("tags"), str):
+        values["tags"] = [values["tags"]]
+    return values, read.text
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    """The hub's name of what the model does."""
+    for name in config.get("architectures") or []:
+        for ending, task in TASKS.items():
+            if name.endswith(ending):
+                return task
+    return None

@@ -1,0 +1,140 @@
+"""The text of a model card: what was done, how to load it, what was measured, how to repeat it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from tensorllm.compression.citations import bibtex
+from tensorllm.compression.report import RATIO_NAMES
+from tensorllm.compression.wording import done_in_words
+from tensorllm.compressors import COMPRESSORS
+from tensorllm.evaluation.before_after import BeforeAfter
+
+UNITS = {"accuracy": ("accuracy, %", 2), "loss": ("loss, nats per answer token", 4)}
+AUTO = {"fill-mask": "AutoModelForMaskedLM"}
+
+
+def body(
+    report: Mapping[str, Any],
+    *,
+    base: str | None,
+    task: str | None,
+    measured: Sequence[BeforeAfter],
+) -> str:
+    """Markdown, without front matter; the arguments are those of `card.write_card`."""
+    parts = [
+        f"# {report['model']}, compressed: {report['mode']}",
+        _what(report, base),
+        _loading(report["format"], task),
+        _sites(report["sites"]),
+        _ratios(report["ratios"]),
+        *([_measured(measured)] if measured else []),
+        _again(report),
+        _citation(report["mode"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _what(report: Mapping[str, Any], base: str | None) -> str:
+    link = f"[{base}](https://huggingface.co/{base})" if base else f"`{report['model']}`"
+    revision = f" at revision `{report['revision']}`" if report["revision"] else ""
+    return (
+        f"{link}{revision} with {done_in_words(report['sites'])}, by "
+        "tensorllm. All other weights are as they were."
+    )
+
+
+def _loading(format: str, task: str | None) -> str:
+    auto = AUTO.get(task or "", "AutoModelForCausalLM")
+    first = "import tensorllm  # teaches transformers this format\n" if format == "factored" else ""
+    how = (
+        "The compressed matrices are stored as their factors, and run as such:"
+        if format == "factored"
+        else "An ordinary checkpoint; every tool that reads the original reads it:"
+    )
+    also = (
+        "\n\n`tensorllm export THIS_FOLDER DENSE` writes an ordinary checkpoint."
+        if format == "factored"
+        else ""
+    )
+    return (
+        f"## Load it\n\n{how}\n\n```python\n{first}"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("this folder or repository")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this folder or repository")\n```'
+        f"{also}"
+    )
+
+
+def _sites(sites: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            f"`{site['name']}`",
+            f"{'×'.join(map(str, site['shape']))}",
+            f"{site['kind']} ({', '.join(map(str, site['ranks']))})",
+            f"{site['parameters_before']:,}",
+            f"{site['parameters_after']:,}",
+            f"{site['compression_ratio']:.2f}",
+            f"{site['relative_error']:.4f}",
+        )
+        for site in sites
+    ]
+    head = ("what", "shape", "factors (ranks)", "parameters", "after", "ratio", "relative error")
+    return f"## What was done\n\n{_table(head, rows)}"
+
+
+def _ratios(ratios: Mapping[str, float]) -> str:
+    rows = [(RATIO_NAMES[name], f"{value:.3f}") for name, value in ratios.items()]
+    return f"## Compression ratios, each by its name\n\n{_table(('of', 'ratio'), rows)}"
+
+
+def _measured(measured: Sequence[BeforeAfter]) -> str:
+    parts = ["## Measured"]
+    for found in measured:
+        rows = []
+        for name, (title, digits) in UNITS.items():
+            if name not in found.after:
+                continue
+            after = _value(found.after[name], found.intervals_after.get(name), digits)
+            before = "" if found.before is None else found.before[name]
+            if isinstance(before, float):
+                before = _value(before, found.intervals_before.get(name), digits)
+            rows.append((title, str(before), after))
+        seed = "" if found.seed is None else f", bootstrap seed {found.seed}"
+        spread = "; in brackets 95 % intervals" if found.intervals_after else ""
+        table = _table(("", "before", "after"), rows)
+        parts.append(f"{found.where[0].upper()}{found.where[1:]}{seed}{spread}.\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _value(value: float, interval: Sequence[float] | None, digits: int) -> str:
+    spread = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+    return f"{value:.{digits}f}{spread}"
+
+
+def _again(report: Mapping[str, Any]) -> str:
+    """The recipe holds what the shipped one and the command line's options came to."""
+    settings = {key: v for key, v in report["settings"].items() if key != "calibration"}
+    recipe = {"model": report["model"], "mode": report["mode"], "layers": report["layers"]}
+    text = yaml.safe_dump(recipe | settings, sort_keys=False, default_flow_style=None, width=100)
+    revision = f" --revision {report['revision']}" if report["revision"] else ""
+    fitted = report["settings"].get("calibration")
+    data = " --calibration FILE" if fitted else ""
+    facts = f"\n\nIt was fitted to this text: `{dict(fitted)}`" if fitted else ""
+    version = report["environment"].get("versions", {}).get("tensorllm", "")
+    return (
+        f"## Make it again\n\nWith tensorllm {version}, this in `recipe.yaml`:\n\n"
+        f"```yaml\n{text}```\n\n```\ntensorllm compress --config recipe.yaml{revision}{data} "
+        f"--format {report['format']} --out FOLDER\n```{facts}"
+    )
+
+
+def _citation(mode: str) -> str:
+    source = COMPRESSORS[mode].source if mode in COMPRESSORS else ""
+    return f"## Cite\n\n```bibtex\n{bibtex(source)}\n```"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)

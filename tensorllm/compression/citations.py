@@ -1,0 +1,42 @@
+"""The papers that a model card names, by the address a compressor gives as its source."""
+
+PAPERS = {
+    "https://arxiv.org/abs/2501.15674": """@inproceedings{gu2025tensorllm,
+  title     = {{TensorLLM}: Tensorising Multi-Head Attention for Enhanced Reasoning and
+               Compression in {LLMs}},
+  author    = {Gu, Yuxuan and Zhou, Wuyang and Iacovides, Giorgos and Mandic, Danilo},
+  booktitle = {International Joint Conference on Neural Networks (IJCNN)},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2501.15674}
+}""",
+    "https://arxiv.org/abs/2312.13558": """@inproceedings{sharma2024laser,
+  title     = {The Truth is in There: Improving Reasoning in Language Models with
+               Layer-Selective Rank Reduction},
+  author    = {Sharma, Pratyusha and Ash, Jordan T. and Misra, Dipendra},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2312.13558}
+}""",
+    "https://arxiv.org/abs/2403.07378": """@inproceedings{wang2025svdllm,
+  title     = {{SVD-LLM}: Truncation-aware Singular Value Decomposition for Large Language
+               Model Compression},
+  author    = {Wang, Xin and Zheng, Yu and Wan, Zhongwei and Zhang, Mi},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2403.07378}
+}""",
+    "https://arxiv.org/abs/2406.17261": """@misc{luo2024trawl,
+  title  = {{TRAWL}: Tensor Reduced and Approximated Weights for Large Language Models},
+  author = {Luo, Yiran and Patel, Het and Fu, Yu and Ahn, Dawon and Chen, Jia and Dong, Yue
+            and Papalexakis, Evangelos E.},
+  year   = {2024},
+  url    = {https://arxiv.org/abs/2406.17261}
+}""",
+}
+ALWAYS = ("https://arxiv.org/abs/2501.15674", "https://arxiv.org/abs/2312.13558")
+
+
+def bibtex(source: str) -> str:
+    """BibTeX of the two papers all this rests on, and of the strategy's own."""
+    cited = dict.fromkeys((*ALWAYS, source))
+    return "\n\n".join(PAPERS[url] for url in cited if url in PAPERS)

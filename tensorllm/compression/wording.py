@@ -1,0 +1,60 @@
+"""What a compression did, in plain words, from the sites of its report."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from tensorllm.tensors.stacking import ATTENTION
+
+Sites = Sequence[Mapping[str, Any]]
+
+
+def done_in_words(sites: Sites) -> str:
+    """Such as `attention of layer 1 as a shared Tucker tensor of ranks (64, 16, 4), ...`."""
+    parts = []
+    for (roles, kind), together in _grouped(sites):
+        layers = numbers(layer for site in together for layer in site["layers"])
+        parts.append(f"{_matrices(roles)} of {layers} as {_factors(kind, together)}")
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else ""
+
+
+def numbers(layers: Iterable[int]) -> str:
+    """`layer 3`, `layers 0-3, 7`."""
+    found = sorted(set(layers))
+    runs = [
+        [n for _, n in run]
+        for _, run in groupby(enumerate(found), key=lambda pair: pair[1] - pair[0])
+    ]
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' if len(found) > 1 else ''} {text}"
+
+
+def _grouped(sites: Sites) -> list[tuple[tuple[tuple[str, ...], str], Sites]]:
+    groups: dict[tuple[tuple[str, ...], str], list[Mapping[str, Any]]] = {}
+    for site in sites:
+        groups.setdefault((tuple(site["roles"]), site["kind"]), []).append(site)
+    return list(groups.items())
+
+
+def _matrices(roles: tuple[str, ...]) -> str:
+    if set(roles) == set(ATTENTION):
+        return "attention"
+    part = "attention" if set(roles) <= set(ATTENTION) else "FFN"
+    many = "matrices" if len(roles) > 1 else "matrix"
+    return f"{part} {many} {', '.join(roles)}"
+
+
+def _factors(kind: str, sites: Sites) -> str:
+    ranks = sorted({tuple(site["ranks"]) for site in sites})
+    several = len({tuple(site["layers"]) for site in sites}) > 1
+    if kind == "tucker":
+        name = "shared Tucker tensors" if several else "a shared Tucker tensor"
+        return f"{name} of ranks {_range([str(tuple(r)) for r in ranks])}"
+    if kind == "low-rank":
+        name = "products" if several else "a product"
+        return f"{name} of rank {_range([str(r[0]) for r in ranks])}"
+    return f"{kind} factors of rank {_range([', '.join(map(str, r)) for r in ranks])}"
+
+
+def _range(texts: list[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
