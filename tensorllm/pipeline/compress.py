@@ -8,6 +8,7 @@ from typing import Any
 
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.checkpoint.writer import check_target
+from tensorllm.compression.card import rewrite_card
 from tensorllm.compression.folder import compress_folder
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import Progress, compress, quiet
@@ -168,6 +169,7 @@ def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> Com
         temporary = task.target / "report.json.tmp"
         temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n")
         temporary.replace(task.target / "report.json")
+        rewrite_card(task.target)
     return report
 
 
