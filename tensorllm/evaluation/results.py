@@ -19,6 +19,7 @@ from tensorllm.evaluation.row import Row
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.parquet"
+BEFORE = "predictions-before.parquet"
 SCHEMA = 1
 
 
@@ -161,13 +162,28 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     Raises:
         UserError: it is not one, or is damaged.
     """
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_results(folder, error) from None
+    return results, read_rows(folder / PREDICTIONS)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table that `write_rows` wrote.
+
+    Raises:
+        UserError: it is damaged or not there.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        rows = [row_of(values) for values in pq.read_table(folder / PREDICTIONS).to_pylist()]
+        return [row_of(values) for values in pq.read_table(path).to_pylist()]
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(f"{folder} is not a folder of results: {reason}") from None
-    return results, rows
+        raise _no_results(path.parent, error) from None
+
+
+def _no_results(folder: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:120]
+    return UserError(f"{folder} is not a folder of results: {reason}")

@@ -43,6 +43,8 @@ class Bench:
     models: dict[str, Measured]
     choices: list[Choice]
     environment: dict[str, Any]
+    model: str
+    compressor: dict[str, Any]
 
     def ratios(self) -> dict[str, float]:
         """Dense over factored for bytes, factored over dense for speed: above 1 is better."""
@@ -61,6 +63,8 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "model": self.model,
+            "compressor": self.compressor,
             "models": {name: measured.to_json() for name, measured in self.models.items()},
             "ratios": self.ratios(),
             "sites": [{"site": c.site, "factored": c.factored, "why": c.why} for c in self.choices],
@@ -91,7 +95,8 @@ def bench(request: BenchRequest) -> Bench:
     if request.peak and request.device == "cpu":
         del dense, factored, models
         found = {kind: replace(m, peak_bytes=_peak(request, kind)) for kind, m in found.items()}
-    return Bench(found, choices, environment())
+    made = {"mode": manifest.mode, **manifest.settings, "layers": manifest.source.get("layers")}
+    return Bench(found, choices, environment(), str(manifest.source.get("model")), made)
 
 
 def _load(request: BenchRequest, kind: str) -> tuple[Any, list[Choice]]:

@@ -19,6 +19,7 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.results import (
+    BEFORE,
     PREDICTIONS,
     SCHEMA,
     ResultsFolder,
@@ -34,8 +35,6 @@ from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 
 __all__ = ["EvaluateRequest", "Evaluation", "evaluate", "evaluate_model"]
-
-BEFORE = "predictions-before.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
