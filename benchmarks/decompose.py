@@ -5,12 +5,10 @@ with a relative error at most 1.0002 times its; 50 rank triples of one layer, as
 times the cost of one decomposition at the largest of them. Exit code 1 where a target is missed.
 
     python benchmarks/decompose.py            # all; tensorly takes minutes
-    python benchmarks/decompose.py --quick    # a sixteenth of the sizes, no targets
+    python benchmarks/decompose.py --quick    # small sizes, no targets
 """
 
-import argparse
 import itertools
-import json
 import math
 import os
 import statistics
@@ -18,23 +16,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tensorly
 import torch
+from counts import necessary_multiply_adds
+from results import Comparison, begin, parser, save
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
-from tensorllm.environment import environment
 from tensorllm.tensors.factors import Tucker
 from tensorllm.tensors.tucker import relative_error, truncate, tucker
 from tensorllm.tensors.unfold import project
 
 T = TypeVar("T")
-OUT = Path(__file__).parents[1] / "docs" / "results" / "decompose.json"
 SPEEDUP, ERROR_RATIO, SWEEP_COST = 100.0, 1.0002, 3.0
 
 
@@ -52,7 +48,7 @@ class Case:
     def shrunk(self) -> "Case":
         d, k, m, h = self.sizes
         r1, r2, r3 = self.ranks
-        sizes, ranks = (d // 4, k // 4, m, h), (r1 // 4, max(1, r2 // 4), r3)
+        sizes, ranks = (d // 16, k // 4, m, h), (r1 // 16, max(1, r2 // 4), r3)
         return Case(self.name, sizes, ranks, self.decay, self.reference_sweeps)
 
     @property
@@ -91,25 +87,13 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[float, float, T]
     return time.perf_counter() - start, time.process_time() - processor, result
 
 
-def machine_rates(device: torch.device) -> dict[str, float]:
+def machine_rates(case: Case, device: torch.device) -> dict[str, float]:
     """float32 multiply-adds per second of a large product, bytes per second of a sum."""
-    a, x = torch.randn(3072, 3072, device=device), torch.randn(1 << 26, device=device)
+    size = min(3072, 4 * case.sizes[0])  # tiny for tiny layers, whose times are no measurement
+    a, x = torch.randn(size, size, device=device), torch.randn(size**2 * 7, device=device)
     gemm = min(timed(lambda: a @ a, device)[0] for _ in range(5))
     read = min(timed(lambda: x.sum(), device)[0] for _ in range(5))
-    return {"multiply_adds_per_s": 3072**3 / gemm, "bytes_per_s": x.numel() * 4 / read}
-
-
-def necessary_multiply_adds(case: Case, sweeps: int) -> float:
-    """Of the Gram matrices (halved by symmetry) and projections; eigenvectors are not counted."""
-    (d, k, m, h), (r1, r2, r3) = case.sizes, case.ranks
-    last = min(d, k_m := r2 * r3 * h)  # the smaller side of the last unfolding
-    stack = d * k * h * (m * m / 2 + r3 * m) if r3 < m else 0.0
-    head = d * r3 * h * (k * k / 2 + r2 * k)
-    width = last * last / 2 * max(d, k_m) + 2 * d * min(last, k_m) * r1
-    sweep = d * k * r3 * h * r1 + r1 * r3 * h * (k * k / 2) + d * k * r3 * h * r2 + width
-    if r3 < m:
-        sweep += d * k * m * h * r2 + d * r2 * m * h * r1 + r1 * r2 * h * (m * m / 2 + r3 * m)
-    return stack + head + width + sweeps * sweep
+    return {"multiply_adds_per_s": size**3 / gemm, "bytes_per_s": x.numel() * 4 / read}
 
 
 def by_tensorly(w: Tensor, case: Case) -> Tucker:
@@ -131,7 +115,7 @@ def side_by_side(case: Case, device: torch.device) -> dict[str, Any]:
         "ours, as stacked, bfloat16": lambda: tucker(stacked.bfloat16(), case.by_mode),
     }
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    rates, loads = [machine_rates(device)], [os.getloadavg()[0]]
+    rates, loads = [machine_rates(case, device)], [os.getloadavg()[0]]
     rows, repeats = dict[str, Any](), 1 if math.prod(case.ranks) > 1e5 else 5
     for part in range(2):
         for _ in range(repeats):
@@ -143,14 +127,14 @@ def side_by_side(case: Case, device: torch.device) -> dict[str, Any]:
             clock, processor, reference = timed(lambda: by_tensorly(w, case), device)
             error = relative_error(w, reference)
             rows["tensorly"] = {"best_s": clock, "processor_s": processor, "relative_error": error}
-        rates.append(machine_rates(device))
+        rates.append(machine_rates(case, device))
         loads.append(os.getloadavg()[0])  # how much else ran
     for way in ways:
         clocks, processors = zip(*times[way], strict=True)
         rows[way] |= {"best_s": min(clocks), "processor_s": min(processors)}
         rows[way] |= {"median_s": statistics.median(clocks)}
     rate = {name: max(r[name] for r in rates) for name in rates[0]}
-    needed = necessary_multiply_adds(case, sweeps=1)
+    needed = necessary_multiply_adds(case.sizes, case.ranks, sweeps=1)
     floor = w.numel() * 4 / rate["bytes_per_s"] + needed / rate["multiply_adds_per_s"]
     ours, theirs = rows["ours"], rows["tensorly"]
     faster = theirs["best_s"] / ours["best_s"]
@@ -205,44 +189,49 @@ def tell(result: dict[str, Any]) -> None:
     for way, row in result["rows"].items():
         median = f" (median {row['median_s']:.3f})" if "median_s" in row else ""
         print(f"  {way:28s} {row['best_s']:9.3f} s{median}  error {row['relative_error']:.6f}")
-    for words, name in (
-        ("times faster", "times_faster"),
-        ("times faster by our median", "times_faster_by_median"),
-        ("times less processor time", "times_less_processor"),
-        ("times its relative error", "error_ratio"),
-        ("s floor: read once, multiply-adds at GEMM speed", "floor_s"),
-        ("times that is ours", "times_floor"),
-    ):
-        print(f"  {result[name]:12.6g} {words}")
+
+
+def comparisons(
+    results: list[dict[str, Any]], sweep: dict[str, Any], targets: bool
+) -> dict[str, Comparison]:
+    """Time and error of every case beside tensorly's; the rank sweep beside one decomposition."""
+    out: dict[str, Comparison] = {}
+    for result, case in zip(results, CASES, strict=False):
+        ours, theirs = result["rows"]["ours"], result["rows"]["tensorly"]
+        wanted = (SPEEDUP, 1 / ERROR_RATIO) if targets and case.target else (None, None)
+        for name, field, unit, want in (
+            (case.name, "best_s", "s", wanted[0]),
+            (f"{case.name}, error", "relative_error", "of the norm", wanted[1]),
+        ):
+            floor = result["floor_s"] if unit == "s" else None
+            out[name] = Comparison(
+                ours=ours[field], unit=unit, peer=theirs[field], peer_name="tensorly",
+                wanted=want, floor=floor,
+            )  # fmt: skip
+    out[f"{sweep['triples']} rank triples"] = Comparison(
+        ours=sweep["sliced"]["best_s"],
+        unit="s",
+        peer=sweep["one"]["best_s"],
+        peer_name="the largest alone",
+        wanted=1 / SWEEP_COST if targets else None,
+    )
+    return out
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Decompose layers, beside tensorly.")
-    parser.add_argument("--quick", action="store_true", help="small sizes, no targets")
-    parser.add_argument("--out", type=Path, help="JSON file; in docs/results unless --quick")
-    parser.add_argument("--threads", type=int, help="1 compares best on a shared machine")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    args = parser(__doc__).parse_args()
+    begin(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [case.shrunk() for case in CASES] if options.quick else list(CASES)
+    cases = [case.shrunk() for case in CASES] if args.quick else list(CASES)
     sweep = rank_sweep(cases[1], device)
     for way in ("sliced", "refined"):
         print(f"{sweep['triples']} triples {way}: {sweep[way]['of_one']:.2f} times the largest one")
     results: list[dict[str, Any]] = []
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment(),
-        "device": str(device),
-        "targets": {"faster": SPEEDUP, "error_ratio": ERROR_RATIO, "sweep_cost": SWEEP_COST},
-        "rank_sweep": sweep,
-        "side_by_side": results,
-    }
-    out = options.out or (None if options.quick else OUT)
     for case in cases:
         results.append(side_by_side(case, device))
-        tell(results[-1])
-        if out:  # after each case: the last ones take long
-            out.write_text(json.dumps(report, indent=2) + "\n")
+        tell(results[-1])  # at once: the last ones take long
+    compared = comparisons(results, sweep, targets=not args.quick)
+    save("decompose", device.type, compared, args, rank_sweep=sweep, side_by_side=results)
     missed = [result["case"] for result in (*results, sweep) if not result["met"]]
     print("targets missed:", ", ".join(missed) or "none")
     return min(1, len(missed))

@@ -1,8 +1,9 @@
 """How every benchmark says what it measured: a part of docs/results/NAME.json, and a table.
 
-    args = results.parser(__doc__).parse_args()
+    args = parser(__doc__).parse_args()
+    begin(args)
     ...
-    results.save("decompose", "cpu", {"GPT-J": Comparison(...)}, args, rates=...)
+    save("decompose", "cpu", {"GPT-J": Comparison(...)}, args, rates=...)
 
 A part is what one command measures: name it after the machine or the piece of work. Its
 `comparisons` are what docs/benchmarks.md shows; whatever else is given is kept beside them.
@@ -69,6 +70,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     out.add_argument("--out", type=Path, help="JSON file; in docs/results, or none with --quick")
     out.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return out
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Threads as asked for; one where nothing is measured."""
+    torch.set_num_threads(1 if args.quick else args.threads)
 
 
 def save(
