@@ -1,32 +1,38 @@
-"""The `tensorllm` command: the list of commands, and how errors end it.
-
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.
-"""
+"""The `tensorllm` command: the list of commands, and how errors end it."""
 
 import os
+import signal
 import sys
+import textwrap
+import traceback
 from collections.abc import Sequence
 from io import TextIOWrapper
+from shutil import get_terminal_size
 from typing import Annotated, NoReturn
 
 import typer
 
 from tensorllm.errors import Incomplete, UserError
+from tensorllm_cli import volume
 from tensorllm_cli.bench import bench
 from tensorllm_cli.compress import compress
 from tensorllm_cli.evaluate import evaluate
 from tensorllm_cli.export import export
 from tensorllm_cli.generate import generate
 from tensorllm_cli.inspect import inspect
+from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.list import list_
 from tensorllm_cli.reproduce import reproduce
 from tensorllm_cli.search import search_ranks
+
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted."
 
 app = typer.Typer(
     name="tensorllm",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -40,6 +46,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
+@volume.with_volume
 def root(
     version: Annotated[
         bool,
@@ -53,19 +60,23 @@ def root(
     del version
 
 
-app.command()(compress)
-app.command()(evaluate)
-app.command()(reproduce)
-app.command()(inspect)
-app.command()(generate)
-app.command()(export)
-app.command()(bench)
-app.command("list")(list_)
-app.command("search-ranks")(search_ranks)
+COMMANDS = {
+    "compress": compress,
+    "evaluate": evaluate,
+    "search-ranks": search_ranks,
+    "reproduce": reproduce,
+    "inspect": inspect,
+    "generate": generate,
+    "export": export,
+    "bench": bench,
+    "list": list_,
+}
+for name, command in COMMANDS.items():
+    app.command(name, epilog=EXIT_CODES)(volume.with_volume(command))
 
 
 # Typer carries its own copy of click since 0.26 and names none of its errors but this one, whose
-# last ancestor before Exception is that of every wrong use.
+# last ancestors before Exception are those of every wrong use.
 WRONG_USE: type[Exception] = typer.BadParameter.__mro__[
     typer.BadParameter.__mro__.index(Exception) - 1
 ]
@@ -74,35 +85,58 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line, never a traceback."""
-    # Progress bars and notices of the libraries would spoil the output, and --json.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    INTERRUPT.listen()
+    volume.normal()
+    if arguments is None:  # this process is ours
+        volume.silence_libraries()
+        arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end the program
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(list(arguments) or ["--help"], standalone_mode=False)
-    except UserError as error:
-        fail(str(error), 2)
-    except WRONG_USE as error:
-        fail(error.format_message(), 2)  # type: ignore[attr-defined]
-    except Incomplete as error:
-        fail(str(error), 1)
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # what is wrong is outside the program; its text names the file
-        fail(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    if code == INTERRUPTED:  # Typer turns the first Ctrl-C into this
-        fail("interrupted; run the same command again to go on", INTERRUPTED)
+    except BaseException as error:
+        if volume.is_verbose():
+            traceback.print_exception(error)
+        if INTERRUPT.pressed:
+            stop()
+        fail(*told(error))
+    if code == INTERRUPTED:  # Typer turns Ctrl-C into this
+        stop()
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def told(error: BaseException) -> tuple[str, int]:
+    """What is said of an error, and the exit code; what is not an error goes on as it is."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, WRONG_USE):
+        return error.format_message(), 2  # type: ignore[attr-defined]
+    if isinstance(error, (Incomplete, OSError)):  # an OSError's text names the file
+        return str(error), 1
+    if isinstance(error, typer.Abort):
+        return "given up", 1
+    if not isinstance(error, Exception):
+        raise error
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"this should not happen: {what}; with --verbose the traceback is printed", 1
+
+
+def stop() -> NoReturn:
+    """The end after Ctrl-C; pressing it again changes nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fail(f"interrupted; {INTERRUPT.leaves}", INTERRUPTED)
+
+
 def fail(message: str, code: int) -> NoReturn:
-    """One line on standard error, and the exit code."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    """One line on standard error, broken between words where that is a terminal; the exit code."""
+    line = f"error: {' '.join(message.split())}"
+    if sys.stderr.isatty():
+        width = get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)  # noqa: T201
     sys.exit(code)

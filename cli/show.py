@@ -7,11 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.text import Text
+
+from tensorllm_cli.volume import is_quiet
+
+Update = Callable[[int, int, str], None]
 
 
 def print_result(value: RenderableType) -> None:
-    """A table or text on standard output."""
-    Console(highlight=False).print(value)
+    """A table or text on standard output; brackets in a text mean nothing."""
+    Console(highlight=False).print(Text(value) if isinstance(value, str) else value)
 
 
 def print_json(value: Any) -> None:
@@ -20,29 +25,40 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the time left on standard error; nothing where that is not a terminal."""
+def progress_bar(begin: str = "reading") -> Iterator[Update]:
+    """A bar with the time left on standard error; nothing where that is not a terminal.
+
+    Args:
+        begin: what is being done until the first update says more.
+    """
     from rich.progress import (
         BarColumn,
         Progress,
         TaskProgressColumn,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description:<24.24}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<24.24}", markup=False),
+        BarColumn(bar_width=20),
         TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("reading")
+    hidden = not console.is_terminal or is_quiet()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(begin, total=None)  # it pulses until something can be counted
+        seen: tuple[int, int | None] = (0, None)
 
         def update(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
+            nonlocal seen
+            if done < seen[0] or total != seen[1]:  # something else began: its time is its own
+                bar.reset(task, total=total or None)
+            bar.update(task, completed=done, description=what)
+            seen = (done, total)
 
         yield update

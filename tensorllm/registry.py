@@ -1,6 +1,6 @@
 """Names for interchangeable things; unknown names fail with a suggestion."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -14,6 +14,14 @@ def did_you_mean(name: str, known: list[str]) -> str:
     """`" Did you mean 'x'?"` for the closest known name, or nothing."""
     close = get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(what: str, name: str, known: Sequence[str]) -> str:
+    """`name`, which must be one of a few; `what` is what an error calls it."""
+    if name in known:
+        return name
+    hint = did_you_mean(name, list(known))
+    raise UserError(f"{what} must be one of {', '.join(known)}, got {name!r}{hint and '.' + hint}")
 
 
 class Registry(Generic[T]):

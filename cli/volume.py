@@ -1,0 +1,88 @@
+"""How much is said: `--verbose`, `--quiet`, and what the libraries may say.
+
+The level of the logger `tensorllm` is what everything else asks: DEBUG says all, ERROR nothing but
+errors.
+"""
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+OURS = logging.getLogger("tensorllm")
+LIBRARIES = ("transformers", "datasets", "huggingface_hub", "lightning", "optuna", "matplotlib")
+
+
+def is_verbose() -> bool:
+    """Whether tracebacks and the libraries' notices are wanted."""
+    return OURS.level == logging.DEBUG
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are."""
+    return OURS.level == logging.ERROR
+
+
+def normal() -> None:
+    """Results, progress, warnings and errors: what is said without either option."""
+    OURS.setLevel(logging.WARNING)
+
+
+def silence_libraries() -> None:
+    """Their notices would spoil the output; called before anything imports them."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    warnings.simplefilter("ignore")
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _verbose(wanted: bool) -> None:
+    if wanted:
+        OURS.setLevel(logging.DEBUG)
+        warnings.simplefilter("default")
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+        for name in LIBRARIES:
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _quiet(wanted: bool) -> None:
+    if wanted and not is_verbose():
+        OURS.setLevel(logging.ERROR)
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", callback=_verbose, expose_value=False, help="Tracebacks, libraries' notices."
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", callback=_quiet, expose_value=False, help="Only results and errors."),
+]
+
+
+def with_volume(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with `--verbose` and `--quiet` behind its own options."""
+
+    @wraps(command)
+    def run(*, verbose: bool = False, quiet: bool = False, **options: Any) -> Any:
+        del verbose, quiet  # their callbacks have done it
+        return command(**options)
+
+    known = inspect.signature(command, eval_str=True).parameters
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in (("verbose", Verbose), ("quiet", Quiet))
+    ]
+    run.__signature__ = inspect.Signature([*known.values(), *added])  # type: ignore[attr-defined]
+    return run
