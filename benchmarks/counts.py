@@ -11,9 +11,10 @@ Ranks = tuple[int, int, int]
 def necessary_multiply_adds(sizes: Sizes, ranks: Ranks, sweeps: int) -> float:
     """Of the Gram matrices (halved by symmetry) and projections, modes in the order of their sizes.
 
-    Eigenvectors are not counted; `eigen_sizes` are the matrices that they are wanted of.
+    A mode that keeps its full rank costs nothing at the stack, the smallest; eigenvectors are not
+    counted, `eigen_sizes` are the orders of the matrices that they are wanted of.
     """
-    (d, k, m, h), (r1, r2, r3) = case.sizes, case.ranks
+    (d, k, m, h), (r1, r2, r3) = sizes, ranks
     last = min(d, k_m := r2 * r3 * h)  # the smaller side of the last unfolding
     stack = d * k * h * (m * m / 2 + r3 * m) if r3 < m else 0.0
     head = d * r3 * h * (k * k / 2 + r2 * k)
@@ -26,7 +27,7 @@ def necessary_multiply_adds(sizes: Sizes, ranks: Ranks, sweeps: int) -> float:
 
 def eigen_sizes(sizes: Sizes, ranks: Ranks, sweeps: int) -> list[int]:
     """Orders of the symmetric matrices whose eigenvectors are wanted, in the same algorithm."""
-    (d, k, m, h), (r1, r2, r3) = sizes, ranks
+    (d, k, m, h), (_, r2, r3) = sizes, ranks
     width = min(d, r2 * r3 * h)
     once = [k, width] + ([m] if r3 < m else [])
     return once * (1 + sweeps)
