@@ -31,6 +31,7 @@ from tensorllm.environment import environment
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.search.examiner import Examiner, Found
+from tensorllm.search.kept import Budget
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
 from tensorllm.search.stopping import Rival
@@ -143,7 +144,7 @@ def main() -> None:
         started = time.perf_counter()
         examiner = Examiner(
             model, tokenizer, data.examples, PROTOCOLS["strict"],
-            cache_bytes=default_budget(model.device), **options,
+            budget=Budget(default_budget(model.device)), **options,
         )  # fmt: skip
         full = [examiner(point) for point in points]
         found["search"] = time.perf_counter() - started

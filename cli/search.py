@@ -72,6 +72,9 @@ def search_ranks(
     cache_gib: Annotated[
         float | None, typer.Option(help="Memory for activations (default: 1/4 of what is free).")
     ] = None,
+    disk_cache_gib: Annotated[
+        float, typer.Option(help="Disk for activations that this memory does not hold.")
+    ] = 0.0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights as fp32, bf16 or fp16.")] = None,
     plugin: Annotated[
@@ -102,6 +105,11 @@ def search_ranks(
             spectral = run_energy(
                 model,
                 mode=mode,
+                settings={
+                    key: value
+                    for key, value in (("layout", layout), ("matrices", options.names(matrices)))
+                    if value is not None
+                },
                 layers=options.layers(layers),
                 min_ratio=min_ratio,
                 study=study,
@@ -145,6 +153,7 @@ def search_ranks(
         storage=storage,
         workers=workers,
         cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
+        disk_cache_bytes=int(disk_cache_gib * 2**30),
         plugins=plugin or (),
     )
     with progress_bar() as progress:

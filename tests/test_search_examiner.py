@@ -2,23 +2,19 @@
 
 import pytest
 import torch
-from tiny_models import TINY, tiny_model
 
 from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import compress
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.evaluation.forward import ModelForward, left_padded
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.pipeline.models import Loader
 from tensorllm.search.bank import Bank, edited
 from tensorllm.search.examiner import LEAST, Examiner, TooFar, pack, shuffled, unpack
-from tensorllm.search.prefix import PrefixForward
+from tensorllm.search.kept import Budget
 from tensorllm.search.space import make_space
 from tensorllm.search.stopping import Rival
-
-CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def examiner_of(loader, data, points, **options):
         PROTOCOLS["strict"],
         max_new_tokens=data.max_new_tokens,
         points=points,
-        **{"cache_bytes": 2**26, **options},
+        **{"budget": Budget(2**26), **options},
     )
 
 
@@ -96,57 +92,14 @@ def test_large_tensors_lose_little_by_being_decomposed_once(loader):
 
 def test_the_cache_changes_no_verdict_and_skips_layers(loader, data):
     points = points_of(loader(), "laser", rhos=[0.01], layers=[2, 3], matrices=["in", "out"])
-    kept, plain = (examiner_of(loader, data, points, cache_bytes=size) for size in (2**26, 0))
+    kept, plain = (examiner_of(loader, data, points, budget=Budget(size)) for size in (2**26, 0))
     for point in points + points:
         one, other = kept(point), plain(point)
         assert one.correct == other.correct
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
-    assert plain.forward.skipped == 0
-    assert kept.forward.skipped > 0
-    assert kept.forward.computed < plain.forward.computed
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-@torch.inference_mode()
-def test_every_architecture_resumes_above_what_is_kept(name):
-    model = tiny_model(name, num_hidden_layers=3)
-    roles = RoleMatrices(model.config, parameters_of(model))
-    forward, plain = PrefixForward(model, roles, 2**20), ModelForward(model)
-    ids = [[5, 9, 11, 4, 8], [7, 3], [6, 6, 2, 9]]
-    batch = left_padded(ids, torch.device("cpu"))
-    new = left_padded([[12], [13], [14]], torch.device("cpu"), [len(row) for row in ids])
-    mask_BS = torch.cat([batch.mask_BT, new.mask_BT], 1)
-    weights = parameters_of(model)
-    for round_, lowest in enumerate((1, 1, 2, 2, 0, 1)):
-        forward.edit_from(lowest)
-        with torch.no_grad():  # an edit of the lowest layer, another one each time
-            weights[roles.name(lowest, "o")].mul_(1 + 0.1 * round_)
-        kept_BNV, cache = forward(batch, keep=2, grow=True, key=0)
-        want_BNV, known = plain(batch, keep=2, grow=True)
-        torch.testing.assert_close(kept_BNV, want_BNV, rtol=1e-5, atol=1e-5)
-        after_BNV, _ = forward(new, keep=1, mask_BS=mask_BS, cache=cache, grow=True)
-        want_BNV, _ = plain(new, keep=1, mask_BS=mask_BS, cache=known, grow=True)
-        torch.testing.assert_close(after_BNV, want_BNV, rtol=1e-5, atol=1e-5)
-        with torch.no_grad():
-            weights[roles.name(lowest, "o")].div_(1 + 0.1 * round_)
-    assert forward.skipped >= 1 + 1 + 2 + 1
-    assert not any("forward" in layer.__dict__ for layer in forward.layers)
-
-
-@torch.inference_mode()
-def test_the_byte_budget_is_respected():
-    model = tiny_model("llama", num_hidden_layers=3)
-    roles = RoleMatrices(model.config, parameters_of(model))
-    batches = [left_padded([[5, 9, 11, 4 + i]] * 4, torch.device("cpu")) for i in range(6)]
-    one = 4 * 4 * 32 * 4  # rows, tokens, width, bytes
-    forward = PrefixForward(model, roles, 3 * one)
-    for lowest in (1, 2, 1):
-        forward.edit_from(lowest)
-        for key, batch in enumerate(batches):
-            forward(batch, keep=1, key=key)
-            held = sum(kept.bytes for of in forward._kept.values() for kept in of.values())
-            assert held == forward.bytes <= 3 * one
-    assert forward.bytes == 3 * one
+    assert plain.prefix.skipped == 0
+    assert kept.prefix.skipped > 0
+    assert kept.prefix.computed < plain.prefix.computed
 
 
 def test_a_loser_is_given_up_and_a_winner_is_not(loader, data):

@@ -23,11 +23,11 @@ class Batch(NamedTuple):
     """Examples that are scored together.
 
     Attributes:
-        key: the batch's number in its plan.
+        key: the batch's number in its plan; None: a part of a batch.
         items: its examples: all with choices, all without, or all running text.
     """
 
-    key: int
+    key: int | None
     items: tuple[Encoded, ...]
 
 
@@ -186,7 +186,7 @@ class CausalScorer:
         )
         ranks = ((log_BV > gold_B1).sum(1) + 1).tolist()
         if long:
-            self._add_branches(items, branches, padded, cache, sums)
+            self._add_branches(items, branches, padded, cache, sums, batch.key)
         return list(zip(sums, ranks, strict=True))
 
     def _add_branches(
@@ -196,6 +196,7 @@ class CausalScorer:
         padded: Padded,
         cache: object,
         sums: list[list[float]],
+        key: int | None,
     ) -> None:
         """Add the log-probabilities of each choice's further tokens to `sums`."""
         places = [(i, c) for i, of in enumerate(branches) for c, b in enumerate(of) if len(b) > 1]
@@ -210,7 +211,12 @@ class CausalScorer:
             mask_BS = torch.cat([padded.mask_BT[rows], new.mask_BT], 1)
             width = new.ids_BT.shape[1]
             logits_BNV, _ = self.forward(
-                new, keep=width, mask_BS=mask_BS, cache=self.forward.select(cache, rows)
+                new,
+                keep=width,
+                mask_BS=mask_BS,
+                cache=cache,
+                rows=rows,
+                key=None if key is None else (key, at),
             )
             ends = left_padded([branches[i][c][1:] for i, c in chunk], rows.device).ids_BT
             gains = _picked(logits_BNV, ends).cpu()

@@ -6,13 +6,15 @@ wanted.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from tensorllm.evaluation.tail import Tail
 
 PAD = 0  # any token: it is masked out
 
@@ -57,8 +59,9 @@ class Forward(Protocol):
         keep: int,
         mask_BS: Tensor | None = None,
         cache: Any = None,
+        rows: Tensor | None = None,
         grow: bool = False,
-        key: int | None = None,
+        key: Hashable = None,
     ) -> tuple[Tensor, Any]:
         """Logits (B, keep, V) of the last `keep` columns, and the cache where `grow` is set.
 
@@ -67,9 +70,11 @@ class Forward(Protocol):
             keep: how many of its last columns need logits.
             mask_BS: which cached and new columns may be seen; None: the batch's own mask.
             cache: what an earlier call returned; it may be changed.
+            rows: the cache's rows that the batch's continue, which may repeat; the cache is then
+                left as it is. None: all, in order.
             grow: return a cache that holds these tokens too.
-            key: the same number for the same tokens of a plan, so that results of unedited layers
-                can be kept.
+            key: the same for the same tokens of a plan, so that results of unedited layers can be
+                kept; None: keep nothing.
         """
         ...
 
@@ -85,6 +90,7 @@ class ModelForward:
         self.model = model
         self.vocabulary = model.config.get_text_config().vocab_size
         self._accepts = set(inspect.signature(model.forward).parameters)
+        self._tail = Tail(model)
 
     @property
     def device(self) -> torch.device:
@@ -97,19 +103,21 @@ class ModelForward:
         keep: int,
         mask_BS: Tensor | None = None,
         cache: Any = None,
+        rows: Tensor | None = None,
         grow: bool = False,
-        key: int | None = None,
+        key: Hashable = None,
     ) -> tuple[Tensor, Any]:
         seen = batch.mask_BT if mask_BS is None else mask_BS
         extra: dict[str, Any] = {"logits_to_keep": keep, "position_ids": batch.positions_BT}
-        output = self.model(
-            input_ids=batch.ids_BT,
-            # Without padding no mask is needed, and attention takes its fast causal path.
-            attention_mask=None if cache is None and bool(seen.all()) else seen.long(),
-            past_key_values=cache,
-            use_cache=grow or cache is not None,
-            **{name: value for name, value in extra.items() if name in self._accepts},
-        )
+        with self._tail.keeping(keep):
+            output = self.model(
+                input_ids=batch.ids_BT,
+                # Without padding no mask is needed, and attention takes its fast causal path.
+                attention_mask=None if cache is None and bool(seen.all()) else seen.long(),
+                past_key_values=cache if rows is None else self.select(cache, rows),
+                use_cache=grow or cache is not None,
+                **{name: value for name, value in extra.items() if name in self._accepts},
+            )
         return output.logits[:, -keep:], output.past_key_values if grow else None
 
     def select(self, cache: Any, rows: Tensor) -> Any:

@@ -4,7 +4,7 @@ Shapes: B texts, T tokens, V vocabulary, N masked places.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -122,13 +122,28 @@ class MaskedEncoder:
         return ids[:kept] + ids[kept + cut :], cut
 
 
+class MaskedForward:
+    """A transformers model on padded texts."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device  # read anew: a Trainer moves the model
+
+    def __call__(self, ids_BT: Tensor, seen_BT: Tensor, key: Hashable = None) -> Tensor:
+        """Logits (B, T, V); `key` is the same for the same tokens, see `Forward`."""
+        return self.model(input_ids=ids_BT, attention_mask=seen_BT).logits
+
+
 class MaskedScorer:
     """Turns batches of masked items into rows."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
+        self, forward: MaskedForward, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
     ) -> None:
-        self.model = model
+        self.forward = forward
         self.tokenizer = tokenizer
         self.protocol = protocol
 
@@ -151,11 +166,9 @@ class MaskedScorer:
         for row, seen, text in zip(ids_BT, seen_BT, texts, strict=True):
             row[: len(text.ids)] = text.ids
             seen[: len(text.ids)] = 1
-        device = self.model.device
-        logits_BTV = self.model(
-            input_ids=torch.from_numpy(ids_BT).to(device),
-            attention_mask=torch.from_numpy(seen_BT).to(device),
-        ).logits
+        device = self.forward.device
+        inputs = (torch.from_numpy(ids_BT).to(device), torch.from_numpy(seen_BT).to(device))
+        logits_BTV = self.forward(*inputs, key=ids_BT.tobytes())
         counts = [len(t.places) for t in texts]
         rows = torch.arange(len(texts)).repeat_interleave(torch.tensor(counts)).to(device)
         columns = torch.tensor([place for t in texts for place in t.places], device=device)

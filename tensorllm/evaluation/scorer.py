@@ -15,7 +15,13 @@ from tensorllm.evaluation.batching import fill, halving
 from tensorllm.evaluation.causal import Batch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
 from tensorllm.evaluation.forward import Forward, ModelForward
-from tensorllm.evaluation.masked import MaskedEncoder, MaskedItem, MaskedScorer, context_of_masked
+from tensorllm.evaluation.masked import (
+    MaskedEncoder,
+    MaskedForward,
+    MaskedItem,
+    MaskedScorer,
+    context_of_masked,
+)
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
 from tensorllm.evaluation.row import Row
 
@@ -61,7 +67,7 @@ def make_scorer(
     protocol: Protocol = STRICT,
     max_new_tokens: int = 0,
     batch_tokens: int | None = None,
-    forward: Forward | None = None,
+    forward: Forward | MaskedForward | None = None,
     stop_early: bool = True,
 ) -> Scorer:
     """The scorer for this kind of model.
@@ -73,14 +79,16 @@ def make_scorer(
         max_new_tokens: how long a generated answer may be.
         batch_tokens: how many tokens a batch may have, padding and generated ones included; None:
             what suits the device.
-        forward: how a causal model is run, if not as it is.
+        forward: how the model is run, if not as it is.
         stop_early: stop a generation when its verdict is certain.
     """
     context = context_of(model.config, tokenizer)
     suited = CPU if model.device.type == "cpu" else ACCELERATOR
     budget = Budget(batch_tokens, batch_tokens) if batch_tokens else suited
     if is_masked(model):
-        return MaskedModelScorer(model, tokenizer, protocol, context, budget)
+        run = forward if isinstance(forward, MaskedForward) else MaskedForward(model)
+        return MaskedModelScorer(run, tokenizer, protocol, context, budget)
+    assert not isinstance(forward, MaskedForward)
     causal = CausalScorer(
         forward or ModelForward(model),
         tokenizer,
@@ -130,7 +138,7 @@ class CausalModelScorer:
         def part(items: Sequence[Encoded]) -> list[Row]:
             # A part has another shape than the planned batch, so nothing may be kept under its key.
             whole = len(items) == len(batch.items)
-            return self.scorer(Batch(batch.key if whole else -1, tuple(items)))
+            return self.scorer(Batch(batch.key if whole else None, tuple(items)))
 
         return halving(part, batch.items)
 
@@ -140,14 +148,15 @@ class MaskedModelScorer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        forward: MaskedForward,
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
         context: int,
         budget: Budget,
     ) -> None:
+        model = forward.model
         self.encoder = MaskedEncoder(tokenizer, context_of_masked(model, context), protocol)
-        self.scorer = MaskedScorer(model, tokenizer, protocol)
+        self.scorer = MaskedScorer(forward, tokenizer, protocol)
         self.vocabulary = model.config.get_text_config().vocab_size
         self.budget = budget
 

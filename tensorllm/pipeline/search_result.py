@@ -183,14 +183,15 @@ def _plain(found: Found) -> dict[str, Any]:
 
 
 def _cache(run: SearchRun) -> dict[str, Any]:
-    forward = run.examiner.forward
-    if forward is None:
-        return {"budget_bytes": 0, "bytes": 0}
+    prefix = run.examiner.prefix
+    budget, held = prefix.store.budget, prefix.store.bytes
     return {
-        "budget_bytes": forward.budget,
-        "bytes": forward.bytes,
-        "layers_computed": forward.computed,
-        "layers_skipped": forward.skipped,
+        "budget_bytes": budget.memory,
+        "bytes": held["memory"],
+        "disk_budget_bytes": budget.disk,
+        "disk_bytes": held["disk"],
+        "layers_computed": prefix.computed,
+        "layers_skipped": prefix.skipped,
     }
 
 

@@ -14,14 +14,17 @@ from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.data.example import Example
 from tensorllm.evaluation.causal import Batch
+from tensorllm.evaluation.parallel import score_all, workers_for
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.scorer import is_masked, make_scorer
 from tensorllm.search.bank import EXACT_BELOW, Bank, Edit, edited, nests
 from tensorllm.search.feasible import ratio_of
-from tensorllm.search.prefix import PrefixForward
+from tensorllm.search.kept import NOTHING, Budget
+from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
 from tensorllm.search.space import Point
 from tensorllm.search.stopping import Race, Rival
+from tensorllm.tensors.stacking import FFN
 
 # After each of these shares of the validation set a losing trial may be given up. More of them
 # would make batches small, which costs more than it saves.
@@ -74,7 +77,7 @@ class Examiner:
         max_new_tokens: how long a generated answer may be.
         points: all that may be asked for; they say how large the decompositions must be.
         seed: of the order of the examples.
-        cache_bytes: for activations below the edited layer.
+        budget: for activations below the edited layer.
         batch_tokens: tokens of a batch; None: what suits the device.
         exact_below: see `Bank`.
     """
@@ -89,22 +92,24 @@ class Examiner:
         max_new_tokens: int,
         points: Sequence[Point],
         seed: int = 0,
-        cache_bytes: int = 0,
+        budget: Budget = NOTHING,
         batch_tokens: int | None = None,
         exact_below: int = EXACT_BELOW,
     ) -> None:
         self.weights = parameters_of(model)
         self.roles = RoleMatrices(model.config, self.weights)
         self.bank = Bank(self.roles, self.weights, self._largest(points), exact_below=exact_below)
-        self.forward = None if is_masked(model) else PrefixForward(model, self.roles, cache_bytes)
+        self.prefix = Prefix(model, self.roles, budget)
+        run = PrefixMaskedForward if is_masked(model) else PrefixForward
         self.scorer = make_scorer(
             model,
             tokenizer,
             protocol=protocol,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
-            forward=self.forward,
+            forward=run(model, self.prefix),
         )
+        self.workers = workers_for(model)
         self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))
         self.sequential = protocol.unmasked_padding <= 1  # groups are no sample of examples
         self.stages = self._plan(sizes)
@@ -170,15 +175,16 @@ class Examiner:
         self, edits: Sequence[Edit], rival: Rival | None, level: float
     ) -> tuple[list[Row], bool]:
         """Rows in the order of examination, and whether the trial was given up."""
-        if self.forward is not None:
-            layers = [layer for edit in edits for layer in edit.site.layers]
-            self.forward.edit_from(min(layers, default=0))
+        matrices = {matrix for edit in edits for matrix in edit.site.matrices}
+        lowest = min((layer for layer, _ in matrices), default=0)
+        ffn = any(layer == lowest and role in FFN for layer, role in matrices)
         race = Race(rival, len(self.order), level if self.sequential else 0.0) if rival else None
         place = {example.index: i for i, example in enumerate(self.order)}
         rows: list[Row] = []
-        with edited(edits, self.roles, self.weights):
+        with edited(edits, self.roles, self.weights), self.prefix.editing(lowest, ffn=ffn):
             for stage in self.stages:
-                new = [row for batch in stage for row in self.scorer.score(batch)]
+                scored = score_all(self.scorer, stage, self.workers)
+                new = [row for of_batch in scored for row in of_batch]
                 new.sort(key=lambda row: place[row.index])
                 rows += new
                 given_up = race is not None and race.lost(

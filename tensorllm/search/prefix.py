@@ -1,17 +1,20 @@
-"""A causal model whose layers below the lowest edited one are run once per batch.
+"""A model whose layers below the lowest edited one are run once per batch.
 
 What enters the lowest edited layer, and the keys and values below it, depend on unedited weights
-only; they are kept by batch. Everything else (embedding, masks, rotary angles, the layers above)
-runs as the model's own code says, so that no architecture needs code of its own.
+only; so does its FFN where attention and FFN read the same (GPT-J's parallel block). They are kept
+by batch. Everything else (embedding, masks, rotary angles, the layers above) runs as the model's
+own code says, so that no architecture needs code of its own.
 
 Shapes: B rows, T tokens, S cached and new tokens, D model width, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,14 @@ from transformers import PreTrainedModel
 
 from tensorllm.architectures import RoleMatrices
 from tensorllm.evaluation.forward import ModelForward, Padded
+from tensorllm.evaluation.masked import MaskedForward
+from tensorllm.search.kept import Budget, Kept, Same, Store
+
+T = TypeVar("T")
 
 
 def layer_modules(model: nn.Module, roles: RoleMatrices) -> list[nn.Module]:
-    """The decoder's layers, found where the architecture's row says."""
+    """The layers, found where the architecture's row says."""
     stored = roles.architecture.attention[0]
     ending = f".{stored.path}.weight"
     return [
@@ -31,152 +38,184 @@ def layer_modules(model: nn.Module, roles: RoleMatrices) -> list[nn.Module]:
     ]
 
 
+def ffn_modules(layers: list[nn.Module], roles: RoleMatrices) -> list[nn.Module | None]:
+    """The module of each layer that is its whole FFN, if it is one."""
+    parents = {stored.path.rpartition(".")[0] for stored in roles.architecture.ffn}
+    path = parents.pop()
+    return [layer.get_submodule(path) if path and not parents else None for layer in layers]
+
+
 @dataclass(slots=True)
-class Kept:
-    """One batch below one layer.
+class _Pass:
+    """One pass through the model: what it need not compute, and what it notes.
 
     Attributes:
-        hidden_BTD: what enters the layer.
-        tupled: whether layers return a tuple that begins with the hidden states.
-        below: the cache's entries of the layers below; empty where none was grown.
+        skip: layers below are left out; `kept` holds what they would give.
+        note: the layer whose input is noted; None: none.
     """
 
-    hidden_BTD: Tensor
-    tupled: bool
-    below: list[Any] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        tensors = [self.hidden_BTD] + [
-            t for layer in self.below for t in (layer.keys, layer.values)
-        ]
-        return sum(t.nbytes for t in tensors)
+    skip: int
+    kept: Kept | None
+    note: int | None
+    hidden_BTD: Tensor | None = None
+    tupled: bool = False
+    ffn: Same | None = None
 
 
-class PrefixForward(ModelForward):
-    """`ModelForward` that skips the layers below `lowest` for batches it has seen.
+class Prefix:
+    """Skips the layers below the lowest edited one for batches that it has seen.
 
     Args:
-        model: any causal transformers model.
+        model: any transformers model.
         roles: of the model.
-        budget: bytes that may be kept, on the model's device; 0 keeps nothing.
+        budget: bytes that may be kept.
     """
 
-    def __init__(self, model: PreTrainedModel, roles: RoleMatrices, budget: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, roles: RoleMatrices, budget: Budget) -> None:
         self.layers = layer_modules(model, roles)
-        self.budget = budget
-        self.bytes = 0
+        self.ffns = ffn_modules(self.layers, roles)
+        self.store = Store(budget)
+        self.device = model.device
         self.lowest = 0
         self.skipped = self.computed = 0  # layers
-        self._kept: dict[int, dict[int, Kept]] = {}  # lowest layer -> batch -> what is kept
+        self._parallel = True  # until an FFN is seen to read what an edit has changed
+        self._remembers_ffn = False
+        self._now = threading.local()  # batches may run side by side
 
-    def edit_from(self, lowest: int) -> None:
-        """From now on, layers below `lowest` are as in the unedited model."""
-        self.lowest = lowest
+    @contextmanager
+    def editing(self, lowest: int, *, ffn: bool) -> Iterator[None]:
+        """In here, layers below `lowest` are unedited, and its own FFN too unless `ffn`."""
+        self.lowest, self._remembers_ffn = lowest, self._parallel and not ffn
+        whole = self.ffns[lowest]
+        with ExitStack() as stack:
+            if lowest and self.store.budget.bytes:
+                for i, layer in enumerate(self.layers[: lowest + 1]):
+                    stack.enter_context(patched(layer, self._layer(i, layer.forward)))
+                if whole is not None and self._remembers_ffn:
+                    stack.enter_context(patched(whole, self._ffn(whole.forward)))
+            yield
 
-    def __call__(
-        self,
-        batch: Padded,
-        *,
-        keep: int,
-        mask_BS: Tensor | None = None,
-        cache: Any = None,
-        grow: bool = False,
-        key: int | None = None,
-    ) -> tuple[Tensor, Any]:
-        def run() -> tuple[Tensor, Any]:
-            return super(PrefixForward, self).__call__(
-                batch, keep=keep, mask_BS=mask_BS, cache=cache, grow=grow, key=key
-            )
+    @property
+    def skip(self) -> int:
+        """Layers that the pass under way leaves out."""
+        now = getattr(self._now, "call", None)
+        return now.skip if now is not None else 0
 
-        wanted = self.lowest > 0 and key is not None and key >= 0 and cache is None
-        if not wanted or not self.budget:
+    def run(
+        self, key: Hashable, forward: Callable[[], tuple[T, Any]], *, grow: bool
+    ) -> tuple[T, Any]:
+        """A pass of the batch `key`; `forward` gives what is wanted, and the cache where it grows."""
+        if key is None or not self.lowest or not self.store.budget.bytes:
             self.computed += len(self.layers)
-            return run()
-        assert key is not None
-        at, kept = self._nearest(key, grow)
-        if kept is not None and at == self.lowest:
-            return self._resumed(run, kept, at, grow)
-        return self._recorded(run, key, kept, at, grow)
-
-    def _nearest(self, key: int, grow: bool) -> tuple[int, Kept | None]:
-        """The highest layer up to `lowest` below which this batch is known."""
-        for at in sorted(self._kept, reverse=True):
-            kept = self._kept[at].get(key) if at <= self.lowest else None
-            if kept is not None and (kept.below or not grow):
-                return at, kept
-        return 0, None
-
-    def _resumed(self, run: Any, kept: Kept, at: int, grow: bool) -> tuple[Tensor, Any]:
-        with skipping(self.layers[:at], kept):
-            logits_BNV, cache = run()
+            return forward()
+        at, kept = self.store.nearest(key, self.lowest, grow)
+        known = kept is not None and at == self.lowest
+        call = _Pass(at, kept and kept.on(self.device), None if known else self.lowest)
+        self._now.call = call
+        try:
+            wanted, cache = forward()
+        finally:
+            self._now.call = None
         self.skipped += at
         self.computed += len(self.layers) - at
-        if grow:
-            cache.layers[:at] = [copy.copy(layer) for layer in kept.below]
-        return logits_BNV, cache
+        if grow and call.kept is not None:
+            cache.layers[:at] = [copy.copy(layer) for layer in call.kept.below]
+        if not known:
+            assert call.hidden_BTD is not None
+            below = [copy.copy(layer) for layer in cache.layers[: self.lowest]] if grow else []
+            self.store.admit(key, self.lowest, Kept(call.hidden_BTD, call.tupled, call.ffn, below))
+        return wanted, cache
 
-    def _recorded(
-        self, run: Any, key: int, kept: Kept | None, at: int, grow: bool
-    ) -> tuple[Tensor, Any]:
-        seen: list[Any] = []
+    def _layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer that hands on what is kept while it is skipped, and is noted when it is asked."""
 
-        def note_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call: _Pass | None = getattr(self._now, "call", None)
+            if call is not None and call.kept is not None and index < call.skip:
+                return (call.kept.hidden_BTD,) if call.kept.tupled else call.kept.hidden_BTD
+            output = forward(*args, **kwargs)
+            if call is not None and index == call.note:
+                call.hidden_BTD = args[0] if args else kwargs["hidden_states"]
+                call.tupled = isinstance(output, tuple)
+            return output
 
-        def note_output(layer: nn.Module, args: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple))
+        return run
 
-        hooks = [
-            self.layers[self.lowest].register_forward_pre_hook(note_input, with_kwargs=True),
-            self.layers[-1].register_forward_hook(note_output),
-        ]
-        try:
-            if kept is None:
-                self.computed += len(self.layers)
-                logits_BNV, cache = run()
-            else:
-                logits_BNV, cache = self._resumed(run, kept, at, grow)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        below = [copy.copy(layer) for layer in cache.layers[: self.lowest]] if grow else []
-        self._admit(key, Kept(seen[0], seen[1], below))
-        return logits_BNV, cache
+    def _ffn(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The FFN of the lowest edited layer: not computed again for what it was given before."""
 
-    def _admit(self, key: int, new: Kept) -> None:
-        """Keep it if the budget allows, at the expense of what other layers left there."""
-        mine = self._kept.setdefault(self.lowest, {})
-        for at in [at for at in self._kept if at != self.lowest]:
-            if self.bytes + new.bytes <= self.budget:
-                break
-            self.bytes -= sum(kept.bytes for kept in self._kept.pop(at).values())
-        old = mine.pop(key, None)
-        self.bytes -= old.bytes if old else 0
-        if self.bytes + new.bytes <= self.budget:
-            mine[key] = new
-            self.bytes += new.bytes
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call: _Pass | None = getattr(self._now, "call", None)
+            if call is None or len(args) != 1 or kwargs or not self._remembers_ffn:
+                return forward(*args, **kwargs)
+            same = call.kept.ffn if call.kept is not None and call.note is None else None
+            if same is not None:
+                if torch.equal(same.input_BTD, args[0]):
+                    return same.output_BTD.clone()  # some layers add to it in place
+                self._parallel = self._remembers_ffn = False
+                self.store.forget_ffn()
+            output = forward(*args)
+            if call.note is not None and isinstance(output, Tensor):
+                call.ffn = Same(args[0], output.clone())
+            return output
+
+        return run
 
 
 @contextmanager
-def skipping(layers: Sequence[nn.Module], kept: Kept) -> Iterator[None]:
-    """These layers do nothing but hand on what is kept."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (kept.hidden_BTD,) if kept.tupled else kept.hidden_BTD
-
-    with ExitStack() as stack:
-        for layer in layers:
-            layer.forward = forward
-            stack.callback(layer.__dict__.pop, "forward")
+def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another `forward`, for a while."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before  # type: ignore[method-assign]
+
+
+class PrefixForward(ModelForward):
+    """A causal model that skips unedited layers."""
+
+    def __init__(self, model: PreTrainedModel, prefix: Prefix) -> None:
+        super().__init__(model)
+        self.prefix = prefix
+
+    def __call__(
+        self, batch: Padded, *, grow: bool = False, key: Hashable = None, **how: Any
+    ) -> tuple[Tensor, Any]:
+        def forward() -> tuple[Tensor, Any]:
+            return super(PrefixForward, self).__call__(batch, grow=grow, key=key, **how)
+
+        return self.prefix.run(key, forward, grow=grow)
+
+    def select(self, cache: Any, rows: Tensor) -> Any:
+        """Of layers that are skipped only the length will be asked."""
+        narrowed = copy.copy(cache)
+        narrowed.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in narrowed.layers[self.prefix.skip :]:
+            layer.batch_select_indices(rows)
+        return narrowed
+
+
+class PrefixMaskedForward(MaskedForward):
+    """A masked model that skips unedited layers."""
+
+    def __init__(self, model: PreTrainedModel, prefix: Prefix) -> None:
+        super().__init__(model)
+        self.prefix = prefix
+
+    def __call__(self, ids_BT: Tensor, seen_BT: Tensor, key: Hashable = None) -> Tensor:
+        def forward() -> tuple[Tensor, Any]:
+            return super(PrefixMaskedForward, self).__call__(ids_BT, seen_BT), None
+
+        return self.prefix.run(key, forward, grow=False)[0]
 
 
 def default_budget(device: torch.device) -> int:
-    """A quarter of the memory that is free where the model is."""
+    """A quarter of the memory that is free where the model is, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 4
-    import os
-
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 4

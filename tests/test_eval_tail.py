@@ -1,0 +1,62 @@
+"""The last layer narrowed to the wanted columns: the same logits as the whole model's, cheaper."""
+
+import inspect
+
+import pytest
+import torch
+from tiny_models import TINY, tiny_model
+
+from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.evaluation.forward import ModelForward, left_padded
+
+CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
+FLAT = ("opt",)  # rows and columns are one axis there: left as it is
+IDS = [[5, 9, 11, 4, 8], [7, 3], [6, 6, 2, 9]]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_logits_are_those_of_the_whole_model(name):
+    model = tiny_model(name)
+    batch = left_padded(IDS, torch.device("cpu"))
+    want_BTV = model(
+        input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), **positions(model, batch)
+    ).logits
+    roles = RoleMatrices(model.config, parameters_of(model))
+    forward = ModelForward(model)
+    widths = {}
+    for role in ("in", "out", "o"):
+        for layer in range(roles.layers):
+            module = model.get_submodule(roles.name(layer, role).removesuffix(".weight"))
+            module.register_forward_hook(
+                lambda m, args, out, at=(layer, role): widths.update({at: args[0].shape[-2]})
+            )
+    for keep in (1, 2, 5):
+        got_BNV, _ = forward(batch, keep=keep, grow=True)
+        shown = batch.mask_BT[:, -keep:, None]
+        torch.testing.assert_close(
+            got_BNV.where(shown, 0), want_BTV[:, -keep:].where(shown, 0), rtol=1e-5, atol=1e-5
+        )
+        last = roles.layers - 1
+        assert widths[last, "o"] == keep
+        assert widths[0, "o"] == 5
+        if name not in FLAT:
+            assert (widths[last, "in"], widths[last, "out"]) == (keep, keep)
+            assert (widths[0, "in"], widths[0, "out"]) == (5, 5)
+
+
+def positions(model, batch):
+    known = inspect.signature(model.forward).parameters
+    return {"position_ids": batch.positions_BT} if "position_ids" in known else {}
+
+
+@torch.no_grad()
+def test_outside_of_a_pass_and_afterwards_the_model_is_as_it_was():
+    model = tiny_model("llama")
+    batch = left_padded(IDS, torch.device("cpu"))
+    want = model(input_ids=batch.ids_BT).logits
+    forward = ModelForward(model)
+    forward(batch, keep=1)
+    assert torch.equal(model(input_ids=batch.ids_BT).logits, want)
+    del forward
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
