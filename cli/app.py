@@ -22,6 +22,7 @@ from tensorllm_cli.generate import generate
 from tensorllm_cli.inspect import inspect
 from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.list import list_
+from tensorllm_cli.report import report
 from tensorllm_cli.reproduce import reproduce
 from tensorllm_cli.search import search_ranks
 
@@ -69,6 +70,7 @@ COMMANDS = {
     "generate": generate,
     "export": export,
     "bench": bench,
+    "report": report,
     "list": list_,
 }
 for name, command in COMMANDS.items():

@@ -1,0 +1,164 @@
+"""Drawings of the model and of its decompositions, as SVG whose colours are the page's."""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from tensorllm.tensors.stacking import ATTENTION
+
+Json = Mapping[str, Any]
+CELL, GAP, LEFT, RIGHT = 30, 5, 62, 86
+HEIGHT = 520  # of all layers together, at most; then their rows get thinner
+
+
+def model_drawing(report: Json) -> Markup:
+    """Every layer with its matrices; of those that were edited the part that is left is filled."""
+    left = {
+        (layer, role): site["parameters_after"] / site["parameters_before"]
+        for site in report["sites"]
+        for layer in site["layers"]
+        for role in site["roles"]
+    }
+    roles = [*ATTENTION, "in", *(["gate"] if report["geometry"]["gated"] else []), "out"]
+    layers = report["model_layers"]
+    row = max(5.0, min(22.0, HEIGHT / layers))
+    places = {r: LEFT + n * (CELL + GAP) + (14 if n >= 4 else 0) for n, r in enumerate(roles)}
+    end = places[roles[-1]] + CELL
+    head = 40
+    edited = sorted({layer for layer, _ in left})
+    out = [
+        _text((places["q"] + places["o"] + CELL) / 2, 12, "attention", "caps", "middle"),
+        _text((places["in"] + end) / 2, 12, "FFN", "caps", "middle"),
+        *(_text(places[r] + CELL / 2, 30, r, "role", "middle") for r in roles),
+    ]
+    for layer in range(layers):
+        y = head + (layers - 1 - layer) * row
+        high = max(3.0, row - (3 if row > 8 else 1.5))
+        for role in roles:
+            part = left.get((layer, role))
+            what = f"layer {layer}, {role}"
+            if part is None:
+                out.append(_rect(places[role], y, CELL, high, "whole", f"{what}: untouched"))
+                continue
+            out.append(_rect(places[role], y, CELL, high, "edited", f"{what}: {part:.1%} left"))
+            width = max(1.5, min(1.0, part) * CELL)
+            out.append(_rect(places[role], y, width, high, "left", f"{what}: {part:.1%} left"))
+        named = row >= 13 or layer in edited or layer in (0, layers - 1)
+        crowded = row < 13 and any(0 < abs(layer - e) * row < 13 and layer > e for e in edited)
+        if named and not crowded:
+            style = "layer on" if layer in edited else "layer"
+            out.append(_text(LEFT - 10, y + high / 2 + 4, f"layer {layer}", style, "end"))
+        if layer in edited and not crowded:
+            gains = [1 / part for (of, _), part in left.items() if of == layer]
+            note = f"{min(gains):.3g}×" if len(set(gains)) == 1 else _span(gains)
+            out.append(_text(end + 10, y + high / 2 + 4, note, "gain", "start"))
+    title = f"{layers} layers; edited: {', '.join(map(str, edited))}"
+    return _svg(end + RIGHT, head + layers * row + 2, out, title, "model")
+
+
+def _span(gains: Sequence[float]) -> str:
+    return f"{min(gains):.3g}-{max(gains):.3g}×"
+
+
+def factor_drawing(site: Json) -> Markup | None:
+    """A decomposition as boxes in proportion (areas are: sides are square roots of sizes)."""
+    shape, ranks = site["shape"], site["ranks"]
+    if site["kind"] == "tucker" and len(shape) in (3, 4) and len(ranks) == min(3, len(shape) - 1):
+        return _tucker(shape, ranks)
+    if site["kind"] == "low-rank" and len(shape) == 2:
+        return _low_rank(shape, ranks[0])
+    return None
+
+
+def _tucker(shape: Sequence[int], ranks: Sequence[int]) -> Markup:
+    sizes, cut = [*shape[:3], 1][:3], [*ranks, 1][:3]
+    scale = 84 / sqrt(max(sizes))
+    d, k, m = (max(5.0, scale * sqrt(n)) for n in sizes)
+    r1, r2, r3 = (max(4.0, scale * sqrt(n)) for n in cut)
+    base = 112
+    out: list[Markup] = []
+    x = 10.0
+    heads = shape[-1]
+    out += _box(x, base, k, d, m * 0.6, "w")
+    out.append(_text(x + (k + m * 0.6) / 2, base + 22, "W", "name", "middle"))
+    x += k + m * 0.6 + 22
+    out.append(_text(x, base - 36, "=", "sign", "middle"))
+    x += 20
+    out += _box(x, base, r2, r1, r3 * 0.6, "core")
+    out.append(_text(x + (r2 + r3 * 0.6) / 2, base + 22, "G", "name", "middle"))
+    x += r2 + r3 * 0.6
+    pairs = [(d, r1), (k, r2), (m, r3)][: len(ranks)]
+    for number, (rows, columns) in enumerate(pairs, 1):
+        out.append(_text(x + 16, base - 36, f"×{_sub(number)}", "sign", "middle"))
+        x += 32
+        out.append(_rect(x, base - rows, columns, rows, "factor", ""))
+        out.append(_text(x + columns / 2, base + 22, f"U{_sub(number)}", "name", "middle"))
+        x += columns
+    title = (
+        f"W {_times(shape)} = core {_times([*ranks, heads])} and factors "
+        f"{', '.join(_times(p) for p in zip(shape, ranks, strict=False))}"
+    )
+    return _svg(max(x + 12, 300), base + 34, out, title, "factors")
+
+
+def _low_rank(shape: Sequence[int], rank: int) -> Markup:
+    scale = 84 / sqrt(max(shape))
+    rows, columns, r = (max(4.0, scale * sqrt(n)) for n in (*shape, rank))
+    base, x = 112, 10.0
+    out = [_rect(x, base - rows, columns, rows, "w", "")]
+    out.append(_text(x + columns / 2, base + 22, "W", "name", "middle"))
+    x += columns + 24
+    out.append(_text(x, base - 36, "=", "sign", "middle"))
+    x += 24
+    out.append(_rect(x, base - rows, r, rows, "factor", ""))
+    out.append(_text(x + r / 2, base + 22, "U", "name", "middle"))
+    x += r + 24
+    out.append(_rect(x, base - r, columns, r, "factor", ""))
+    out.append(_text(x + columns / 2, base + 22, "Vᵀ", "name", "middle"))
+    x += columns
+    title = f"W {_times(shape)} = U {shape[0]}×{rank} times V {rank}×{shape[1]}"
+    return _svg(max(x + 12, 300), base + 34, out, title, "factors")
+
+
+def _box(x: float, base: float, w: float, h: float, depth: float, style: str) -> list[Markup]:
+    """A block seen from the front, with its top and its right side."""
+    dx, dy = depth, depth * 0.55
+    front = [(x, base), (x + w, base), (x + w, base - h), (x, base - h)]
+    top = [(x, base - h), (x + w, base - h), (x + w + dx, base - h - dy), (x + dx, base - h - dy)]
+    side = [(x + w, base), (x + w + dx, base - dy), (x + w + dx, base - h - dy), (x + w, base - h)]
+    return [_polygon(p, f"{style} {s}") for p, s in ((front, ""), (top, "top"), (side, "side"))]
+
+
+def _svg(width: float, height: float, parts: Sequence[Markup], title: str, style: str) -> Markup:
+    return Markup(
+        '<svg class="drawing {}" viewBox="0 0 {:g} {:g}" role="img" aria-label="{}" '
+        'style="max-width:{:g}px">{}</svg>'
+    ).format(style, width, height, title, width, Markup("").join(parts))
+
+
+def _rect(x: float, y: float, w: float, h: float, style: str, title: str) -> Markup:
+    tip = Markup("<title>{}</title>").format(title) if title else Markup("")
+    return Markup(
+        '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="2" class="{}">{}</rect>'
+    ).format(x, y, w, h, style, tip)
+
+
+def _polygon(points: Sequence[tuple[float, float]], style: str) -> Markup:
+    text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return Markup('<polygon points="{}" class="{}"/>').format(text, style.strip())
+
+
+def _text(x: float, y: float, text: str, style: str, anchor: str) -> Markup:
+    return Markup('<text x="{:.1f}" y="{:.1f}" class="{}" text-anchor="{}">{}</text>').format(
+        x, y, style, anchor, escape(text)
+    )
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "×".join(str(n) for n in sizes)
+
+
+def _sub(number: int) -> str:
+    return "₀₁₂₃₄"[number]

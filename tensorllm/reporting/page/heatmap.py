@@ -1,0 +1,61 @@
+"""A table of numbers as coloured cells."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tensorllm.reporting.page.theme import SEQUENCE, Canvas, Picture, colour
+
+
+def heatmap(
+    canvas: Canvas,
+    name: str,
+    cells: Sequence[Sequence[float | None]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    names: tuple[str, str],
+    title: str,
+    caption: str = "From {low:.3g} (light) to {high:.3g} (dark): the share of the norm lost.",
+    number: str = ".2f",
+) -> Picture:
+    """Cells in six shades; their numbers are written in where there is room.
+
+    Args:
+        cells: a row of values per name in `rows`; None where there is none.
+        names: of the axes, down and across.
+        caption: `low` and `high` are put in.
+    """
+    found = [value for line in cells for value in line if value is not None]
+    low, high = min(found), max(found)
+    edges = [low + (high - low) * n / len(SEQUENCE) for n in range(1, len(SEQUENCE))]
+    room = len(columns) <= 8 and len(rows) <= 8
+    height = min(5.5, max(1.5, 0.8 + (0.3 if room else 0.2) * len(rows)))
+    with canvas.axes(height) as axes:
+        for i, line in enumerate(cells):
+            for j, value in enumerate(line):
+                if value is None:
+                    continue
+                shade = sum(value > edge for edge in edges)
+                axes.fill(
+                    [j + 0.03, j + 0.97, j + 0.97, j + 0.03],
+                    [i + 0.04, i + 0.04, i + 0.96, i + 0.96],
+                    color=colour(SEQUENCE[shade]),
+                    lw=0,
+                )
+                if room:
+                    ink = colour("on" if shade > 3 else "ink")
+                    style = {"ha": "center", "va": "center", "color": ink, "fontsize": 8}
+                    axes.text(j + 0.5, i + 0.5, format(value, number), **style)
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=names[1], ylabel=names[0])
+        _ticks(axes.xaxis, columns, 16)
+        _ticks(axes.yaxis, rows, 24)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        caption = caption.format(low=low, high=high)
+        alt = f"{title}: {low:.3g} to {high:.3g}"
+        return canvas.picture(axes, name, title=title, caption=caption, alt=alt)
+
+
+def _ticks(axis: Any, labels: Sequence[str], most: int) -> None:
+    step = max(1, -(-len(labels) // most))
+    axis.set_ticks([n + 0.5 for n in range(0, len(labels), step)], labels[::step])

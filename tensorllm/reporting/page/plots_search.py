@@ -1,0 +1,115 @@
+"""Plots of a search: what each layer and rank is worth, accuracy against ratio, and history."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from tensorllm.reporting.page.heatmap import heatmap
+from tensorllm.reporting.page.theme import Canvas, Picture, colour
+
+Row = Mapping[str, Any]  # one of trials.parquet
+COLUMNS = 10
+
+
+def search_pictures(
+    canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], prefix: str = ""
+) -> list[Picture]:
+    """The plots of a study; none where no trial was examined in full."""
+    measure = "loss" if results["objective"] == "loss" else "accuracy"
+    # Sums over fewer examples than all are no fair figures: trials given up are left out.
+    full = [r for r in rows if r["state"] == "complete" and not r["stopped"]]
+    full = [r for r in full if r[measure] is not None]
+    if not full:
+        return []
+    return [
+        _layers_and_ranks(canvas, full, measure, f"{prefix}heatmap"),
+        _front(canvas, full, results, measure, f"{prefix}pareto"),
+        _history(canvas, full, results, measure, f"{prefix}history"),
+    ]
+
+
+def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: str) -> Picture:
+    """The best of every layer and first rank; many ranks are put together in ranges."""
+    across = next(n for n in ("R1", "R2", "rho") if rows[0].get(n) is not None)
+    layers = sorted({r["layer"] for r in rows})
+    bins = _bins(sorted({r[across] for r in rows}))
+    pick = min if measure == "loss" else max
+    cells = [
+        [
+            pick((r[measure] for r in rows if r["layer"] == i and r[across] in b), default=None)
+            for b in bins
+        ]
+        for i in layers
+    ]
+    unit = " %" if measure == "accuracy" else " nats per token"
+    return heatmap(
+        canvas,
+        name,
+        cells,
+        rows=[str(i) for i in layers],
+        columns=[f"{b[0]:g}" if len(b) == 1 else f"{b[0]:g}-{b[-1]:g}" for b in bins],
+        names=("first edited layer", across),
+        title=f"Best {measure} by layer and {across}",
+        caption=f"On validation, from {{low:.3g}} (light) to {{high:.3g}}{unit} (dark). "
+        "Empty: not examined, or given up early.",
+        number=".0f" if measure == "accuracy" else ".2f",
+    )
+
+
+def _bins(values: Sequence[float]) -> list[list[float]]:
+    """The values one by one, or in `COLUMNS` groups of neighbours."""
+    if len(values) <= COLUMNS:
+        return [[v] for v in values]
+    at = [round(n * len(values) / COLUMNS) for n in range(COLUMNS + 1)]
+    return [list(values[i:j]) for i, j in pairwise(at)]
+
+
+def _front(
+    canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], measure: str, name: str
+) -> Picture:
+    """Every trial, those that no other beats in both, and the original."""
+    with canvas.axes() as axes:
+        x, y = [r["ratio"] for r in rows], [r[measure] for r in rows]
+        axes.scatter(x, y, s=14, color=colour("before"), lw=0)
+        best = sorted((r["ratio"], r[measure]) for r in results["front"])
+        if best:
+            axes.plot(*zip(*best, strict=True), "o-", color=colour("accent"), ms=4.5)
+        original = results["original"]["validation"][measure]
+        axes.axhline(original, color=colour("ink"), lw=1, ls=(0, (3, 2)))
+        axes.set(xlabel="ratio of the compressed matrices", ylabel=f"validation {measure}")
+        axes.set_xscale("log")
+        axes.set_xticks(_nice(min(x), max(x)), minor=False)
+        axes.xaxis.set_major_formatter("{x:g}×")
+        axes.xaxis.set_minor_formatter("")
+        title = f"{measure.capitalize()} against compression ratio"
+        caption = (
+            f"Blue: no trial beats these in both. Dashed: the original, {original:.4g}. "
+            f"{len(rows)} trials examined in full."
+        )
+        return canvas.picture(axes, name, title=title, caption=caption, alt=title)
+
+
+def _nice(low: float, high: float) -> list[float]:
+    ticks = [m * 10.0**e for e in range(-1, 5) for m in (1, 2, 5)]
+    return [t for t in ticks if low * 0.8 <= t <= high * 1.25] or [low]
+
+
+def _history(
+    canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], measure: str, name: str
+) -> Picture:
+    """Trials in the order of their numbers, and the best so far."""
+    rows = sorted(rows, key=lambda row: row["number"])
+    pick = min if measure == "loss" else max
+    numbers = [r["number"] for r in rows]
+    values = [r[measure] for r in rows]
+    best = [pick(values[: n + 1]) for n in range(len(rows))]
+    with canvas.axes() as axes:
+        axes.plot(numbers, values, ".", color=colour("before"), ms=6)
+        axes.step(numbers, best, where="post", color=colour("accent"))
+        axes.axhline(
+            results["original"]["validation"][measure], color=colour("ink"), lw=1, ls=(0, (3, 2))
+        )
+        axes.set(xlabel="trial", ylabel=f"validation {measure}")
+        title = "Trials in order"
+        caption = "Blue: the best so far. Dashed: the original."
+        return canvas.picture(axes, name, title=title, caption=caption, alt=title)

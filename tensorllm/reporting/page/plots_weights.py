@@ -1,0 +1,149 @@
+"""Plots of what was done to the weights: spectra with their cuts, errors per matrix and head."""
+
+from collections.abc import Mapping, Sequence
+from math import hypot
+from typing import Any
+
+from tensorllm.compression.wording import numbers
+from tensorllm.reporting.page.heatmap import heatmap
+from tensorllm.reporting.page.theme import Canvas, Picture, colour, shades
+from tensorllm.tensors.stacking import ATTENTION
+
+Json = Mapping[str, Any]
+MODE_NAMES = ("model width", "head width", "stacked matrices", "heads")
+NAMED = 6  # lines that a legend names one by one
+
+
+def spectra_pictures(
+    canvas: Canvas, sites: Sequence[Json], details: Mapping[str, Json], prefix: str
+) -> list[Picture]:
+    """One plot per kind of site and mode; a line per site, cut at the dot."""
+    groups: dict[tuple[str, int, bool], list[tuple[Json, Json]]] = {}
+    for site in sites:
+        for spectrum in details.get(site["name"], {}).get("spectra", ()):
+            key = ("".join(site["roles"]), spectrum["mode"], len(site["shape"]) == 2)
+            groups.setdefault(key, []).append((site, spectrum))
+    return [
+        _spectra(canvas, roles, mode, flat, pairs, f"{prefix}spectrum-{roles}-{mode + 1}")
+        for (roles, mode, flat), pairs in groups.items()
+    ]
+
+
+def _spectra(
+    canvas: Canvas,
+    roles: str,
+    mode: int,
+    flat: bool,
+    pairs: Sequence[tuple[Json, Json]],
+    name: str,
+) -> Picture:
+    with canvas.axes() as axes:
+        for (site, spectrum), shade in zip(pairs, shades(len(pairs)), strict=True):
+            top = spectrum["values"][0] or 1.0
+            at, values = spectrum["at"], [max(v / top, 1e-6) for v in spectrum["values"]]
+            label = numbers(site["layers"]) if len(pairs) <= NAMED else None
+            axes.plot(at, values, color=shade, label=label, marker="." if len(at) < 12 else None)
+            if spectrum["rank"] is not None:
+                rank = spectrum["rank"]
+                near = min(range(len(at)), key=lambda n: abs(at[n] - rank))
+                axes.plot(rank, values[near], "o", color=colour("bad"), ms=5.5, zorder=3)
+        if len(pairs) == 1 and pairs[0][1]["rank"] is not None:
+            axes.axvspan(0, pairs[0][1]["rank"], color=colour("seq1"), lw=0, zorder=0)
+        low = min(v / (s["values"][0] or 1.0) for _, s in pairs for v in s["values"])
+        axes.set_yscale("log" if 0 < low < 0.05 else "linear")
+        axes.set(xlabel="singular value number", ylabel="relative to the largest")
+        axes.set_xlim(0, max(max(spectrum["at"]) for _, spectrum in pairs) * 1.02 + 0.2)
+        if low >= 0.05:
+            axes.set_ylim(0, 1.05)
+        if 1 < len(pairs) <= NAMED:
+            axes.legend()
+        size = pairs[0][1]["size"]
+        what = "matrix" if flat else f"mode {mode + 1}, {MODE_NAMES[mode]} ({size})"
+        ranks = sorted({s["rank"] for _, s in pairs if s["rank"] is not None})
+        kept = f"kept: {', '.join(map(str, ranks[:4]))}{'…' if len(ranks) > 4 else ''}. "
+        partial = max(pairs[0][1]["at"]) < min(size, max(pairs[0][0]["shape"]))
+        caption = (kept if ranks else "") + (
+            "Values beyond the cut were not computed at this size."
+            if partial and len(ranks) == 1 and max(pairs[0][1]["at"]) == ranks[0]
+            else "What is right of the dot was cut."
+            if ranks
+            else "All singular values."
+        )
+        title = f"{_role_name(roles)}: {what}"
+        alt = f"Falling curve of the singular values of {title}"
+        return canvas.picture(axes, name, title=title, caption=_sentence(caption), alt=alt)
+
+
+def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> list[Picture]:
+    """Heatmaps of relative errors: matrix by layer, and head by layer or matrix."""
+    matrices = [matrix for record in details.values() for matrix in record["matrices"]]
+    if not matrices:
+        return []
+    out = []
+    layers = sorted({m["layer"] for m in matrices})
+    roles = [r for r in (*ATTENTION, "in", "gate", "out") if any(m["role"] == r for m in matrices)]
+    errors = {(m["role"], m["layer"]): m["relative_error"] for m in matrices}
+    if len(matrices) > 1:
+        cells = [[errors.get((role, layer)) for layer in layers] for role in roles]
+        out.append(
+            heatmap(
+                canvas,
+                f"{prefix}error-matrices",
+                cells,
+                rows=roles,
+                columns=[str(layer) for layer in layers],
+                names=("matrix", "layer"),
+                title="Relative error per matrix and layer",
+            )
+        )
+    return out + _head_errors(canvas, matrices, prefix)
+
+
+def _head_errors(canvas: Canvas, matrices: Sequence[Json], prefix: str) -> list[Picture]:
+    with_heads = [m for m in matrices if m.get("heads")]
+    if not with_heads:
+        return []
+    layers = sorted({m["layer"] for m in with_heads})
+    count = max(len(m["heads"]) for m in with_heads)
+    if len(layers) == 1:
+        rows = [m["role"] for m in with_heads]
+        cells = [[*m["heads"], *[None] * (count - len(m["heads"]))] for m in with_heads]
+        title, names = f"Relative error per head, layer {layers[0]}", ("matrix", "head")
+    else:
+        by_layer = {
+            layer: _together([m["heads"] for m in with_heads if m["layer"] == layer], count)
+            for layer in layers
+        }
+        rows = [str(layer) for layer in layers]
+        cells = [by_layer[layer] for layer in layers]
+        title, names = "Relative error per head, mean over its matrices", ("layer", "head")
+    return [
+        heatmap(
+            canvas,
+            f"{prefix}error-heads",
+            cells,
+            rows=rows,
+            columns=[str(head) for head in range(count)],
+            names=names,
+            title=title,
+        )
+    ]
+
+
+def _together(heads: Sequence[Sequence[float]], count: int) -> list[float | None]:
+    """Root mean square over a layer's matrices; where heads are shared, over those that have it."""
+    out: list[float | None] = []
+    for head in range(count):
+        found = [values[head] for values in heads if head < len(values)]
+        out.append(hypot(*found) / len(found) ** 0.5 if found else None)
+    return out
+
+
+def _role_name(roles: str) -> str:
+    if roles == "".join(ATTENTION):
+        return "Attention"
+    return f"Attention, {roles}" if set(roles) <= set("qkvo") else f"FFN, {roles}"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]

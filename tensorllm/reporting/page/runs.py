@@ -1,0 +1,130 @@
+"""Runs on disk: what a folder or JSON file that tensorllm wrote holds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensorllm.compression.card import REPORT
+from tensorllm.compression.details import DETAILS
+from tensorllm.errors import UserError
+from tensorllm.evaluation.results import BEFORE, RESULTS, read_results, read_rows
+from tensorllm.evaluation.row import Row
+
+TRIALS = "trials.parquet"
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """A checkpoint that `compress` or `export` wrote; `details` by the site's name."""
+
+    path: Path
+    report: Json
+    details: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What `evaluate` wrote; without rows where only its JSON is there."""
+
+    path: Path
+    results: Json
+    rows: Sequence[Row] = ()
+    before: Sequence[Row] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """A finished study of `search-ranks`; `trials` are the rows of its table."""
+
+    path: Path
+    results: Json
+    trials: Sequence[Json] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Benched:
+    """What `bench --json` printed."""
+
+    path: Path
+    found: Json
+
+
+Run = Compressed | Evaluated | Searched | Benched
+
+
+def read_run(path: Path) -> Run:
+    """The run that a folder or JSON file holds.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if not path.exists():
+        raise UserError(f"no run at {path}: no such file or folder")
+    if path.is_file():
+        return _of_json(path, _json(path))
+    if (path / REPORT).is_file():
+        details = _json(path / DETAILS) if (path / DETAILS).is_file() else []
+        try:
+            known = {record["site"]: record for record in details}
+        except (TypeError, KeyError):
+            raise UserError(f"{path / DETAILS} is damaged") from None
+        return Compressed(path, _checked(path, _json(path / REPORT), Compressed), known)
+    if not (path / RESULTS).is_file():
+        raise UserError(
+            f"{path} is no run: it holds neither {REPORT} (a compressed model) nor {RESULTS} "
+            "(an evaluation or a search)"
+        )
+    found = _of_json(path, _json(path / RESULTS))
+    if isinstance(found, Searched):
+        return Searched(path, found.results, _trials(path / TRIALS))
+    results, rows = read_results(path)
+    before = read_rows(path / BEFORE) if (path / BEFORE).is_file() else []
+    return Evaluated(path, results, rows, before)
+
+
+KEYS: dict[type[Run], set[str]] = {  # by what the kinds are known
+    Searched: {"winner", "trials", "original"},
+    Evaluated: {"metrics", "dataset", "protocol", "split", "examples", "model"},
+    Compressed: {"mode", "settings", "sites", "ratios", "totals", "geometry", "model_layers"},
+    Benched: {"models", "ratios", "sites"},
+}
+
+
+def _of_json(path: Path, values: Any) -> Run:
+    keys = values.keys() if isinstance(values, dict) else set()
+    for kind, wanted in KEYS.items():
+        if wanted <= keys:
+            return kind(path, values)
+    raise UserError(
+        f"{path} is no run: a compressed model, an evaluation, a search, or what "
+        "`tensorllm bench --json` printed"
+    )
+
+
+def _checked(path: Path, values: Any, kind: type[Run]) -> Json:
+    found = _of_json(path, values)
+    if not isinstance(found, kind) or not isinstance(values, dict):
+        raise UserError(f"{path / REPORT} is damaged")
+    return values
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no run: {str(error).splitlines()[0][:120]}") from None
+
+
+def _trials(path: Path) -> list[Json]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return []
+    try:
+        return list(pq.read_table(path).to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0][:120]}") from None

@@ -1,0 +1,107 @@
+"""What the page says of a search, as plain values for its template."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensorllm.reporting.page.plots_search import search_pictures
+from tensorllm.reporting.page.runs import Searched
+from tensorllm.reporting.page.sections import provenance_rows
+from tensorllm.reporting.page.theme import Canvas
+
+TOP = 8  # trials
+
+
+def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
+    """Everything the template shows of one study."""
+    found = run.results
+    winner, original = found["winner"], found["original"]
+    metric = "accuracy" if winner["test"].get("accuracy") is not None else "loss"
+    digits, unit = (1, " %") if metric == "accuracy" else (3, "")
+    before, after = original["test"][metric], winner["test"][metric]
+    counts = found["trials"]
+    settings = {k: v for k, v in winner.items() if k not in ("trial", "validation", "test", "mode")}
+    better = after >= before if metric == "accuracy" else after <= before
+    return {
+        "id": f"run-{number}",
+        "title": f"{found['model']}, search of {winner['mode']}",
+        "sentence": (
+            f"Best of {counts['examined']} trials on {found['validation_examples']:,} validation "
+            f"examples of {found['dataset']}: {_settings(settings)}. On the test part, {metric} is "
+            f"{after:.{digits}f}{unit} instead of {before:.{digits}f}{unit}."
+        ),
+        "tiles": [
+            {
+                "label": f"{metric} on the test part",
+                "value": f"{after:.{digits}f}{unit}",
+                "note": f"{after - before:+.{digits}f} from {before:.{digits}f}",
+                "tone": "good" if better else "bad",
+            },
+            {
+                "label": f"{metric} on validation",
+                "value": f"{winner['validation'][metric]:.{digits}f}{unit}",
+                "note": f"{original['validation'][metric]:.{digits}f} before",
+                "tone": "",
+            },
+            {
+                "label": "compressed matrices",
+                "value": f"{winner['validation']['ratio']:.2f}×",
+                "note": "fewer parameters",
+                "tone": "",
+            },
+            {
+                "label": "trials",
+                "value": f"{counts['examined']:,}",
+                "note": f"{counts['given_up']} given up early",
+                "tone": "",
+            },
+        ],
+        "pictures": search_pictures(canvas, run.trials, found, f"{number}-"),
+        "gain": _gain(found.get("selection")),
+        "top": [_trial(row) for row in found["top"][:TOP]],
+        "provenance": _provenance(found),
+    }
+
+
+def _trial(row: Mapping[str, Any]) -> dict[str, str]:
+    accuracy = row.get("accuracy")
+    return {
+        "number": str(row["trial"]),
+        "settings": _settings(row["params"]),
+        "accuracy": "" if accuracy is None else f"{accuracy:.2f}",
+        "loss": f"{row['loss']:.4f}",
+        "ratio": f"{row['ratio']:.2f}×",
+        "error": f"{row['relative_error']:.4f}",
+    }
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return ", ".join(map(shown, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return "; ".join(f"{name} {shown(value)}" for name, value in values.items())
+
+
+def _gain(selection: Mapping[str, Any] | None) -> str:
+    if selection is None:
+        return ""
+    low, high = selection["interval"]
+    return (
+        f"The gain on validation is {selection['gain']:+.1f} points, of which choosing the best of "
+        f"many is worth {selection['optimism']:.1f} by itself (95 % of resamples: {low:.1f} to "
+        f"{high:.1f}). The test part was looked at for the winner alone."
+    )
+
+
+def _provenance(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    space = found["space"]
+    counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in found["trials"].items())
+    return [
+        *provenance_rows(found),
+        ("objective", str(found["objective"])),
+        ("sampler", str(found["sampler"])),
+        ("space", _settings(space.get("choices", {}))),
+        ("trials", counts),
+        ("looks at the test part", str(found["test_looks"])),
+    ]

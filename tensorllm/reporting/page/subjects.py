@@ -1,0 +1,109 @@
+"""Runs put together: what was compressed, with the evaluations and benchmarks that belong to it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorllm.compression.wording import done_in_words
+from tensorllm.evaluation.before_after import BeforeAfter, of_results, of_scores
+from tensorllm.reporting.page.runs import Benched, Compressed, Evaluated, Json, Run, Searched
+
+
+@dataclass(slots=True)
+class Subject:
+    """One model, compressed in one way or as it is, and all that the runs say of it."""
+
+    model: str
+    compressor: Mapping[str, Any] | None
+    compressed: Compressed | None = None
+    evaluated: list[Evaluated] = field(default_factory=list)
+    benched: list[Benched] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Such as `demo, hybrid`."""
+        how = self.compressor["mode"] if self.compressor else "as it is"
+        return f"{self.model}, {how}"
+
+    @property
+    def report(self) -> Json | None:
+        return self.compressed.report if self.compressed else None
+
+    def measured(self) -> list[BeforeAfter]:
+        """Every measurement; those of `evaluate` first, which know their intervals."""
+        found = [of_results(run.results) for run in self.evaluated]
+        known = {(m.dataset, m.split, m.protocol, m.examples) for m in found}
+        scores = self.report.get("evaluation") if self.report else None
+        if scores:
+            own = of_scores(scores)
+            if (own.dataset, own.split, own.protocol, own.examples) not in known:
+                found.append(own)
+        return found
+
+    def sentence(self) -> str:
+        """What was done and what came of it, in plain words."""
+        done = f"{self.model} as it is"
+        if self.report:
+            done = f"{self.model} with {done_in_words(self.report['sites'])}"
+        elif self.compressor:
+            done = f"{self.model}, compressed by {self.compressor['mode']}"
+        parts = [_outcome(found) for found in self.measured()[:1]]
+        if self.report:
+            ratio = self.report["ratios"]["whole_model"]
+            parts.append(f"the whole model has {ratio:.2f} times fewer parameters")
+        return f"{done}: {' and '.join(parts)}." if parts else f"{done}."
+
+
+def _outcome(found: BeforeAfter) -> str:
+    name = "accuracy" if "accuracy" in found.after else "loss"
+    digits, unit = (1, " %") if name == "accuracy" else (3, "")
+    after = f"{found.after[name]:.{digits}f}{unit}"
+    if found.before is None:
+        return f"{name} on {found.dataset} is {after}"
+    before = f"{found.before[name]:.{digits}f}{unit}"
+    if before == after:
+        return f"{name} on {found.dataset} stays at {after}"
+    verb = "rises" if found.after[name] > found.before[name] else "falls"
+    return f"{name} on {found.dataset} {verb} from {before} to {after}"
+
+
+def put_together(runs: Sequence[Run]) -> tuple[list[Subject], list[Searched]]:
+    """The subjects, in the order in which the runs were given, and the searches."""
+    subjects: list[Subject] = []
+    for run in sorted(runs, key=lambda run: not isinstance(run, Compressed)):
+        if isinstance(run, Compressed):
+            r = run.report
+            made = {"mode": r["mode"], **r["settings"], "layers": r["layers"]}
+            subjects.append(Subject(r["model"], made, compressed=run))
+        elif isinstance(run, Evaluated):
+            compressor = run.results.get("compressor")
+            owner = _owner(subjects, run.results["model"], compressor)
+            owner.evaluated.append(run)
+        elif isinstance(run, Benched):
+            found = run.found
+            owner = _owner(subjects, found.get("model", "benchmark"), found.get("compressor"))
+            owner.benched.append(run)
+    order = [run.path for run in runs]
+    return (
+        sorted(subjects, key=lambda s: min(order.index(path) for path in _paths(s))),
+        [run for run in runs if isinstance(run, Searched)],
+    )
+
+
+def _owner(subjects: list[Subject], model: str, compressor: Mapping[str, Any] | None) -> Subject:
+    """The subject that a run is about; a new one where there is none yet."""
+    for subject in subjects:
+        if (subject.model, _key(subject.compressor)) == (model, _key(compressor)):
+            return subject
+    subjects.append(Subject(model, compressor))
+    return subjects[-1]
+
+
+def _key(compressor: Mapping[str, Any] | None) -> str:
+    return json.dumps(compressor, sort_keys=True)
+
+
+def _paths(subject: Subject) -> list[Any]:
+    runs = [subject.compressed, *subject.evaluated, *subject.benched]
+    return [run.path for run in runs if run is not None]
