@@ -1,0 +1,43 @@
+"""How each cost grows: with width, heads, layers, examples, trials, workers, tokens and bytes.
+
+    python benchmarks/scaling.py --part decompose      # one part, minutes
+    python benchmarks/scaling.py                       # all
+
+Each curve is timed at some sizes and fitted by a power law; scripts/make_scaling_figures.py draws
+them, and docs/scaling.md computes from them what a model of 405 billion parameters would take.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from results import begin, parser, save
+from scaling_models import calibrate, compress, evaluate, files, search
+from scaling_tensors import decompose, eigenvectors, machine
+
+PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "machine": machine,
+    "decompose": decompose,
+    "eigenvectors": eigenvectors,
+    "compress": compress,
+    "evaluate": evaluate,
+    "search": search,
+    "calibrate": calibrate,
+    "files": files,
+}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--part", choices=PARTS, action="append", help="all by default")
+    args = options.parse_args()
+    begin(args)
+    for part in args.part or PARTS:
+        found = PARTS[part](args.quick)
+        for name, one in found.items():
+            print(name, json.dumps(one), flush=True)
+        save("scaling", part, {}, args, curves=found)
+
+
+if __name__ == "__main__":
+    main()
