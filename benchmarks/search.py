@@ -13,13 +13,14 @@ questions as text. Three ways, side by side:
 
 import argparse
 import copy
-import json
 import random
+import tempfile
 import time
 from pathlib import Path
 
 import tensorly
 import torch
+from results import Comparison, begin, parser, save
 from tensorly.decomposition import partial_tucker
 from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
@@ -27,7 +28,6 @@ from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.model import compress
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR
-from tensorllm.environment import environment
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.search.examiner import Examiner, Found
@@ -38,27 +38,31 @@ from tensorllm.search.stopping import Rival
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS
 
 TRIALS, LAYERS = 48, (8, 9, 10, 11)
+WANTED = (30.0, 5.0)  # times faster than the naive and the batched loop
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-file", type=Path, help="FEVER rows (jsonl)")
-    parser.add_argument("--tokenizer", type=Path, default=MODEL_DIR)
-    parser.add_argument("--questions", type=int, default=400)
-    parser.add_argument("--trials", type=int, default=TRIALS)
-    parser.add_argument("--naive-trials", type=int, default=1)
-    parser.add_argument("--naive-examples", type=int, default=50)
-    parser.add_argument("--batched-trials", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder of the model; a temporary one otherwise")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--data-file", type=Path, help="FEVER rows (jsonl)")
+    options.add_argument("--tokenizer", type=Path, default=MODEL_DIR)
+    options.add_argument("--questions", type=int, default=400)
+    options.add_argument("--trials", type=int, default=TRIALS)
+    options.add_argument("--naive-trials", type=int, default=1)
+    options.add_argument("--naive-examples", type=int, default=50)
+    options.add_argument("--batched-trials", type=int, default=3)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--folder", type=Path, help="of the model; a temporary one otherwise")
+    args = options.parse_args()
+    if args.quick:
+        args.trials, args.questions, args.naive_examples, args.batched_trials = 4, 24, 4, 1
+    return args
 
 
-def make_model(folder: Path, vocabulary: int, seed: int) -> None:
+def make_model(folder: Path, vocabulary: int, seed: int, width: int) -> None:
     """Write the random model as a checkpoint, so that reloading it costs what it costs."""
     torch.manual_seed(seed)
     config = GPTJConfig(
-        vocab_size=vocabulary, n_embd=512, n_layer=12, n_head=16, n_positions=512, rotary_dim=16,
+        vocab_size=vocabulary, n_embd=width, n_layer=12, n_head=16, n_positions=512, rotary_dim=16,
         bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     GPTJForCausalLM(config).save_pretrained(folder)
@@ -122,15 +126,14 @@ def timed_naive(args, folder, tokenizer, data, points) -> float:  # type: ignore
 
 
 def main() -> None:
-    """Measure and print one JSON document."""
-    import tempfile
-
+    """Measure, print and save."""
     args = arguments()
+    begin(args)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.out or Path(temporary)
+        folder = args.folder or Path(temporary)
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         if not (folder / "config.json").exists():
-            make_model(folder, len(tokenizer), args.seed)
+            make_model(folder, len(tokenizer), args.seed, 256 if args.quick else 512)
         data = dataset(args, tokenizer)
         model = GPTJForCausalLM.from_pretrained(folder).eval()
         roles = RoleMatrices(model.config, parameters_of(model))
@@ -173,23 +176,31 @@ def main() -> None:
         found["batched"] = (time.perf_counter() - started) / args.batched_trials * len(points)
         found["naive"] = timed_naive(args, folder, tokenizer, data, points)
 
-    print(
-        json.dumps(
-            {
-                "seconds": found,
-                "times_naive": found["naive"] / found["search"],
-                "times_batched": found["batched"] / found["search"],
-                "given_up": stopped,
-                "largest_difference_accuracy_points": max(abs(a) for a, _ in differences),
-                "largest_difference_loss": max(abs(b) for _, b in differences),
-                "trials": len(points),
-                "questions": len(data.examples),
-                "dataset": data.name,
-                "environment": environment(),
-            },
-            indent=2,
+    about = {
+        "seconds": found,
+        "given_up": stopped,
+        "largest_difference_accuracy_points": max(abs(a) for a, _ in differences),
+        "largest_difference_loss": max(abs(b) for _, b in differences),
+        "trials": len(points),
+        "questions": len(data.examples),
+        "dataset": data.name,
+    }
+    save("search", "cpu", comparisons(found, args.quick), args, **about)
+
+
+def comparisons(found: dict[str, float], quick: bool) -> dict[str, Comparison]:
+    """All trials by the search, beside what the loops would take for them."""
+    wanted = (None, None) if quick else WANTED
+    out = {
+        f"all trials, beside {peer}": Comparison(
+            ours=found["search"], unit="s", peer=found[peer], peer_name=peer, wanted=want
         )
+        for peer, want in zip(("naive", "batched"), wanted, strict=True)
+    }
+    out["the same with early stopping"] = Comparison(
+        ours=found["search_early_stopping"], unit="s", peer=found["search"], peer_name="without"
     )
+    return out
 
 
 def verdicts(found: Found) -> tuple[bool, ...]:
