@@ -14,7 +14,8 @@ from torch import Tensor
 from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration import Calibration, fit, read_calibration
 from tensorllm.calibration.groups import output_width
-from tensorllm.calibration.moments import measure, module_of
+from tensorllm.calibration.moments import frozen, measure_loss
+from tensorllm.calibration.watch import module_of
 from tensorllm.checkpoint.factored import load
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.compression.model import compress
@@ -68,7 +69,8 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
     roles = RoleMatrices(model.config, parameters_of(model))
     one = Calibration(((7, 11, 3, 19, 42),))
     keys = [(1, ("q", "k", "v")), (1, ("o",)), (0, ("out",))]
-    moments = measure(model, keys, one.batches(), gradients=True, seed=5)
+    with frozen(model):
+        moments = measure_loss(model, roles, keys, one.batches(), seed=5)
     batch = one.batches()[0]
     out = model(batch.ids_BT, attention_mask=batch.mask_BT.long()).logits[0].float()
     p = out.detach().softmax(-1).cumsum(-1)
@@ -101,17 +103,21 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
 
 def test_padding_and_batch_size_do_not_count():
     model, keys = tiny_model("llama"), [(0, ("q", "k", "v")), (1, ("out",))]
-    whole, single = (
-        measure(model, keys, text().batches(size), gradients=False) for size in (4096, 1)
-    )
+    roles = RoleMatrices(model.config, parameters_of(model))
+    with frozen(model):
+        whole, single = (
+            measure_loss(model, roles, keys, text().batches(size)) for size in (4096, 1)
+        )
     for key in keys:
         assert torch.allclose(whole.inputs[key], single.inputs[key], atol=1e-5)
 
 
 def test_spilled_moments_are_the_same(tmp_path):
     model, keys = tiny_model("gptj"), [(0, ("q", "k", "v")), (1, ("in",))]
-    held = measure(model, keys, text().batches(), gradients=True)
-    spilled = measure(model, keys, text().batches(), gradients=True, spill=tmp_path)
+    roles = RoleMatrices(model.config, parameters_of(model))
+    with frozen(model):
+        held = measure_loss(model, roles, keys, text().batches())
+        spilled = measure_loss(model, roles, keys, text().batches(), spill=tmp_path)
     assert any(tmp_path.iterdir())
     assert all(torch.equal(held.gradients[key], spilled.gradients[key]) for key in keys)
 
@@ -125,7 +131,7 @@ def test_data_beat_no_data_and_correction_beats_none():
     for name, settings in {
         "all": {},
         "uncorrected": {"correction": False},
-        "outputs": {"weighting": "outputs"},
+        "loss": {"weighting": "loss"},
     }.items():
         smaller = copy.deepcopy(model)
         compress(smaller, fit(ActivationHybrid(target_ratio=2.5, **settings), model, few))
@@ -140,7 +146,7 @@ def test_data_beat_no_data_and_correction_beats_none():
             roles.write(weights, layer, role, ((u[:, :rank] * s[:rank]) @ v[:rank]).float())
     nothing = distance(model, blind, unseen)
     assert found["all"] < 0.6 * nothing
-    assert found["outputs"] < nothing
+    assert found["loss"] < 0.6 * nothing
     assert found["all"] < found["uncorrected"]
 
 
@@ -207,7 +213,7 @@ def test_sharing_can_be_forbidden():
         ({"target_ratio": 1.0}, "must be above 1"),
         ({"target_ratio": float("nan")}, "must be above 1"),
         ({"target_ratio": 2.0, "weighting": "loud"}, "loss or outputs"),
-        ({"target_ratio": 2.0, "ridge": 0.0}, "ridge above 0"),
+        ({"target_ratio": 2.0, "ridge": 0.0}, "ridge must be above 0"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -230,8 +236,9 @@ def test_unfit_text_and_targets_are_refused():
         model.model.layers[0].input_layernorm.weight[0] = float("nan")
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj has NaN .* batch 0"):
         fit(wanted, model, text())
+    by_loss = ActivationTucker(target_ratio=2, weighting="loss")
     with pytest.raises(UserError, match="language-model head"):
-        fit(wanted, tiny_model("llama", headless=True), text())
+        fit(by_loss, tiny_model("llama", headless=True), text())
 
 
 def test_text_that_is_evaluated_too_is_refused():

@@ -18,7 +18,7 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.allocation import Curve, allocate, error_of
 from tensorllm.tensors.factors import FACTORS, cast, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
-from tensorllm.tensors.weighted import regression, weighted_svd
+from tensorllm.tensors.weighted import Metric, left_out, regression, weighted_svd
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (40, 3)]
 
@@ -81,11 +81,12 @@ def cost(e: Tensor, rows: Tensor, columns: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weighted_svd_costs_what_it_says_and_beats_its_neighbours(shape):
     w, rows, columns = randn(*shape), moment(shape[0], 90, 1), moment(shape[1], 90, 2)
-    found = weighted_svd(w, rows, columns)
+    found = weighted_svd(w, Metric(rows), Metric(columns))
+    errors = left_out(w, Metric(rows), Metric(columns))
     for rank in range(1, min(shape) + 1):
         u, v = found.truncate(rank)
         left = cost(w - u @ v, rows, columns)
-        assert left == pytest.approx(float(found.errors()[rank - 1]), rel=1e-3, abs=1e-4)
+        assert left == pytest.approx(float(errors[rank - 1]), rel=1e-3, abs=1e-4)
         for seed in range(5):
             nearby = (u + 1e-2 * randn(*u.shape, seed=seed)) @ (v + 1e-2 * randn(*v.shape, seed=9))
             assert left <= cost(w - nearby, rows, columns) + 1e-9
@@ -93,14 +94,16 @@ def test_weighted_svd_costs_what_it_says_and_beats_its_neighbours(shape):
 
 def test_weighted_svd_with_plain_moments_is_the_svd():
     w = randn(8, 6)
-    singular = weighted_svd(w, torch.eye(8), torch.eye(6)).singular_S
-    assert torch.allclose(singular, torch.linalg.svdvals(w), rtol=1e-5)
+    costs = weighted_svd(w, Metric(torch.eye(8)), Metric(torch.eye(6))).costs_S
+    assert torch.allclose(costs.sqrt(), torch.linalg.svdvals(w), rtol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 3])
 def test_moments_of_too_little_text_are_no_trouble(samples):
     columns = moment(6, samples, 3) if samples else torch.zeros(6, 6).double()
-    u, v = weighted_svd(randn(8, 6), torch.zeros(8, 8), columns).truncate(min(6, samples + 1))
+    u, v = weighted_svd(randn(8, 6), Metric(torch.zeros(8, 8)), Metric(columns)).truncate(
+        min(6, samples + 1)
+    )
     assert torch.isfinite(u @ v).all()
     x = randn(samples, 6, seed=3)
     assert torch.allclose(x @ (u @ v).mT, x @ randn(8, 6).mT, atol=1e-2)

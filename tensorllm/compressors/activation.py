@@ -5,19 +5,22 @@ What is declared here is made by `tensorllm.calibration.fit`, which needs the mo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-import tensorllm.tensors.pivoted  # noqa: F401  registers the kind of factors that is stored
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import Factors, parameters
+from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import READERS
 from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
 
 Weighting = Literal["loss", "outputs"]
 WEIGHTINGS = ("loss", "outputs")
+PARTS = ("basis", "mix", "rows")  # of the factors as they are stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,29 @@ class Given(Compressor):
         return parameters(self.factors)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored(Compressor):
+    """The same from a file of safetensors, read when its turn comes: `prefix`.basis, ..."""
+
+    file: Path
+    prefix: str
+    source: ClassVar[str] = ""
+
+    def compress(self, w: Tensor) -> Factors:
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(f"{self.prefix}.{name}") for name in PARTS}
+        return PivotedLowRank.from_tensors(tensors)
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as stored:
+            shapes = [stored.get_slice(f"{self.prefix}.{name}").get_shape() for name in PARTS]
+        return sum(map(prod, shapes))
+
+
 @COMPRESSORS.register("activation-tucker")
 @dataclass(frozen=True, kw_only=True)
 class ActivationTucker(Compressor):
@@ -45,22 +71,20 @@ class ActivationTucker(Compressor):
     Attributes:
         target_ratio: numbers in the compressed matrices before over after, above 1.
         target_params: instead, the parameters of the whole model afterwards.
-        weighting: `loss` prices errors by the loss's own curvature (one backward pass over the
-            text); `outputs` by the size of the outputs alone (no gradients).
+        weighting: `outputs` prices errors by what they do to their own layer's output, one layer
+            in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
-        rounds: how often moments are measured again, on the compressed model, and all is refitted.
         ridge: weight of the original matrix in the correction, of the mean squared input.
-        seed: of the labels that the curvature is sampled with.
+        seed: of the random vectors or labels that prices are sampled with.
         calibration: what the text was; filled in by the fit.
     """
 
     target_ratio: float | None = None
     target_params: int | None = None
-    weighting: Weighting = "loss"
+    weighting: Weighting = "outputs"
     sharing: bool = True
     correction: bool = True
-    rounds: int = 0
     ridge: float = 1e-2
     seed: int = 0
     calibration: Mapping[str, Any] | None = None
@@ -81,10 +105,8 @@ class ActivationTucker(Compressor):
             raise UserError(f"target_params must be 1 or more, got {self.target_params}")
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"weighting must be loss or outputs, got {self.weighting!r}")
-        if self.rounds < 0 or self.ridge <= 0:
-            raise UserError(
-                f"rounds must be 0 or more and ridge above 0, got {self.rounds} and {self.ridge}"
-            )
+        if not self.ridge > 0:
+            raise UserError(f"ridge must be above 0, got {self.ridge}")
 
     def clusters(self, geometry: Geometry) -> list[tuple[str, ...]]:
         """Roles of this strategy that read the same input, in the order in which they run."""

@@ -1,0 +1,85 @@
+"""Which roles are grouped and the rank of each group, out of one budget.
+
+Shapes: S ranks of a group, 1 to S; M outputs of a map, X its inputs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tensorllm.calibration.groups import (
+    Group,
+    Key,
+    Ranks,
+    groupings,
+    input_width,
+    output_width,
+    ranks_of,
+)
+from tensorllm.compressors import ActivationTucker
+from tensorllm.errors import UserError
+from tensorllm.tensors.allocation import Curve, allocate
+from tensorllm.tensors.pivoted import pivoted_parameters
+from tensorllm.tensors.stacking import Geometry
+
+Errors = Mapping[tuple[int, Group], Tensor]  # (S,): what the best factors of each rank cost
+
+
+def shape_of(geometry: Geometry, group: Group) -> tuple[int, int]:
+    """(M, X) of the group's maps, stacked."""
+    return sum(output_width(geometry, role) for role in group), input_width(geometry, group[0])
+
+
+def candidates(cluster: Group, sharing: bool) -> list[Group]:
+    """Every group that some way of grouping has, each once."""
+    return list(dict.fromkeys(group for way in groupings(cluster, sharing) for group in way))
+
+
+def sizes(
+    keys: Sequence[Key], errors: Errors, geometry: Geometry, *, sharing: bool, budget: int
+) -> Ranks:
+    """The ranks of all groups with about the least error in sum.
+
+    Raises:
+        UserError: the budget is below what the smallest factors store.
+    """
+    ways = [groupings(cluster, sharing) for _, cluster in keys]
+    clusters = [
+        [[_curve(geometry, group, errors[layer, group]) for group in way] for way in ways_here]
+        for (layer, _), ways_here in zip(keys, ways, strict=True)
+    ]
+    return ranks_of(keys, ways, allocate(clusters, budget))
+
+
+def budget_of(
+    compressor: ActivationTucker, keys: Sequence[Key], geometry: Geometry, parameters: int
+) -> int:
+    """How many numbers the factors may hold in all.
+
+    Args:
+        parameters: of the whole model.
+    """
+    before = numbers(keys, geometry)
+    if compressor.target_ratio is not None:
+        return int(before / compressor.target_ratio)
+    assert compressor.target_params is not None
+    rest = parameters - before
+    if compressor.target_params <= rest:
+        raise UserError(
+            f"target_params must be above {rest}, the parameters that this mode does not "
+            f"touch, got {compressor.target_params}"
+        )
+    return compressor.target_params - rest
+
+
+def numbers(keys: Sequence[Key], geometry: Geometry) -> int:
+    """Numbers in the matrices that are fitted."""
+    shapes = [shape_of(geometry, (role,)) for _, cluster in keys for role in cluster]
+    return sum(outputs * inputs for outputs, inputs in shapes)
+
+
+def _curve(geometry: Geometry, group: Group, errors_S: Tensor) -> Curve:
+    shape = shape_of(geometry, group)
+    costs = [pivoted_parameters(shape, rank) for rank in range(1, len(errors_S) + 1)]
+    return Curve(torch.tensor(costs), errors_S)

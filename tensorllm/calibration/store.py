@@ -1,0 +1,130 @@
+"""Where a fit keeps what is too much to hold twice: in memory, or in a folder it can go on from.
+
+A file of the folder is whole or not there, so what an interrupted run finished is what there is.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FINGERPRINT = "fit.json"
+
+
+class Store:
+    """Tensors by name.
+
+    Args:
+        folder: None for memory; else made where it does not exist.
+        fingerprint: names the work; what a folder holds of other work is thrown away.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, fingerprint: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder = folder
+        self._held: dict[str, dict[str, Tensor]] = {}
+        if folder is None:
+            return
+        said = json.dumps(fingerprint, sort_keys=True, indent=1)
+        mark = folder / FINGERPRINT
+        if not mark.is_file() or mark.read_text() != said:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            temporary = mark.with_suffix(".tmp")
+            temporary.write_text(said)
+            temporary.replace(mark)
+
+    def has(self, name: str) -> bool:
+        return name in self._held if self.folder is None else self.path(name).is_file()
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if self.folder is None:
+            self._held[name] = dict(tensors)
+            return
+        from safetensors.torch import save_file
+
+        temporary = self.path(name).with_suffix(".tmp")
+        save_file({key: t.contiguous() for key, t in tensors.items()}, temporary)
+        temporary.replace(self.path(name))
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        if self.folder is None:
+            return self._held[name]
+        from safetensors.torch import load_file
+
+        return load_file(self.path(name))
+
+    def drop(self, name: str) -> None:
+        """Forget a tensor, whether it is there or not."""
+        self._held.pop(name, None)
+        if self.folder is not None:
+            self.path(name).unlink(missing_ok=True)
+
+    def path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Hidden states before one layer, a tensor per batch; each is read when its turn comes."""
+
+    store: Store
+    name: str
+    count: int
+
+    def keep(self, batches: Iterable[Tensor]) -> None:
+        for number, hidden in enumerate(batches):
+            self.store.save(f"{self.name}-{number}", {"hidden": hidden})
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number in range(self.count):
+            yield self.store.load(f"{self.name}-{number}")["hidden"]
+
+    def drop(self) -> None:
+        for number in range(self.count):
+            self.store.drop(f"{self.name}-{number}")
+
+
+class Sweep:
+    """A walk through the layers that goes on where an earlier one was interrupted.
+
+    Each step gives the layer, the states before it by name, and a function to keep those after it;
+    `done` then keeps what was found, which is what makes the step finished.
+    """
+
+    def __init__(
+        self, store: Store, what: str, names: Sequence[str], start: Sequence[Tensor], layers: int
+    ) -> None:
+        self.store, self.what, self.names = store, what, names
+        self.start, self.layers = start, layers
+        self.layer = 0
+
+    def __iter__(self) -> Iterator[tuple[int, list[States], Callable[..., None]]]:
+        finished = [n for n in range(self.layers) if self.store.has(f"{self.what}-{n}")]
+        self.layer = len(finished)
+        if not finished:
+            for states in self._before(0):
+                states.keep(self.start)
+        while self.layer < self.layers:
+            yield self.layer, self._before(self.layer), self._keep
+            for states in self._before(self.layer):
+                states.drop()
+            self.layer += 1
+
+    def done(self, found: Mapping[str, Tensor]) -> None:
+        self.store.save(f"{self.what}-{self.layer}", found)
+
+    def _keep(self, *batches: Iterable[Tensor]) -> None:
+        if self.layer + 1 < self.layers:
+            for states, hidden in zip(self._before(self.layer + 1), batches, strict=True):
+                states.keep(hidden)
+
+    def _before(self, layer: int) -> list[States]:
+        names = [f"{name}-{layer}" for name in self.names]
+        return [States(self.store, name, len(self.start)) for name in names]

@@ -1,0 +1,110 @@
+"""Fits whose layers are read from disk one at a time: the same factors, and they can be resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_activation_fit import text
+from tiny_models import TINY, tiny_model
+
+from tensorllm.calibration import fit, fit_folder
+from tensorllm.calibration.source import OnDisk
+from tensorllm.compressors import ActivationHybrid, ActivationTucker
+from tensorllm.errors import UserError
+
+
+def dense(compressor) -> dict[str, torch.Tensor]:
+    return {
+        job.site.name: job.compressor.compress(torch.empty(0)).dense() for job in compressor.fitted
+    }
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_streamed_fit_is_the_fit_in_memory(name, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path / "model")
+    source = OnDisk(tmp_path / "model")
+    # eager attention both, as rounding differs: a fresh config knows nothing of the tiny model's
+    model = tiny_model(name)
+    model.set_attn_implementation(source.model.config._attn_implementation)
+    wanted = ActivationHybrid(target_ratio=2)
+    held = dense(fit(wanted, model, text()))
+    streamed = dense(fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work"))
+    assert held.keys() == streamed.keys()
+    for site, w in held.items():
+        assert torch.allclose(streamed[site], w, atol=1e-4 * float(w.abs().max())), site
+
+
+def test_layers_hold_their_weights_only_while_they_are_needed(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    source = OnDisk(tmp_path)
+    block = source.model.get_submodule("layers.1")
+    with source.block(1):
+        own = dict(model.model.layers[1].named_parameters())
+        assert all(torch.equal(p, own[name]) for name, p in block.named_parameters())
+    matrices = [p for p in source.model.parameters() if p.ndim > 1]
+    assert [p.is_meta for p in matrices] == [False] + [True] * (len(matrices) - 1)  # embeddings
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_activation_fit import text
+from tensorllm.calibration import fit_folder
+from tensorllm.compressors import ActivationHybrid
+import tensorllm.calibration.store as store
+
+def slow(save):
+    def slower(self, name, tensors):
+        save(self, name, tensors)
+        if {stop!r} in name:
+            print("reached", flush=True)
+            sys.stdin.read()
+    return slower
+store.Store.save = slow(store.Store.save)
+fit_folder(ActivationHybrid(target_ratio=2), Path({model!r}), text(), work=Path({work!r}))
+"""
+
+
+@pytest.mark.parametrize("stop", ["errors-1", "original-1", "factors-1"])
+def test_a_killed_fit_goes_on_and_ends_the_same(stop, tmp_path):
+    model, work = tmp_path / "model", tmp_path / "work"
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(model)
+    wanted = ActivationHybrid(target_ratio=2)
+    whole = dense(fit_folder(wanted, model, text(), work=tmp_path / "other"))
+    tests = str(Path(__file__).parent)
+    script = SCRIPT.format(tests=tests, stop=stop, model=str(model), work=str(work))
+    running = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with running:
+        assert running.stdout.readline() == "reached\n"
+        os.kill(running.pid, signal.SIGKILL)
+    first = {path: path.stat().st_mtime_ns for path in work.glob("errors-*")}
+    resumed = dense(fit_folder(wanted, model, text(), work=work))
+    assert all(torch.equal(resumed[site], w) for site, w in whole.items())
+    assert all(path.stat().st_mtime_ns == then for path, then in first.items())  # not done again
+
+
+def test_a_folder_of_other_work_is_not_gone_on_from(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    model, work = tmp_path / "model", tmp_path / "work"
+    fit_folder(ActivationHybrid(target_ratio=2), model, text(), work=work)
+    again = dense(fit_folder(ActivationHybrid(target_ratio=3), model, text(), work=work))
+    fresh = dense(
+        fit_folder(ActivationHybrid(target_ratio=3), model, text(), work=tmp_path / "new")
+    )
+    assert all(torch.equal(again[site], w) for site, w in fresh.items())
+    assert not list(work.glob("measured-*")) + list(work.glob("original-*"))  # states are gone
+
+
+def test_what_needs_the_whole_model_is_not_streamed(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    wanted = ActivationTucker(target_ratio=2, weighting="loss")
+    with pytest.raises(UserError, match="cannot be streamed"):
+        fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work")
