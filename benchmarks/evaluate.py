@@ -1,6 +1,6 @@
 """Examples per second: this evaluator beside the papers' loop, in one run, with the same verdicts.
 
-    python benchmarks/evaluate.py [--rows 400] [--naive-rows 80] [--out docs/results/evaluate.json]
+    python benchmarks/evaluate.py [--rows 400] [--naive-rows 80]
 
 Reads real rows from $TENSORLLM_SHARED/data (see docs/protocols.md) and two models:
 tinystories-656K, a trained LLaMA, and a random GPT-J of 4 layers and width 128 whose tokenizer,
@@ -11,8 +11,6 @@ slices between those of the evaluator, so that both see the same machine; verdic
 that part.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import Comparison, begin, parser, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, PreTrainedTokenizerFast
 
@@ -29,7 +28,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 from naive import naive  # noqa: E402
 
 from tensorllm.data.bios_profession import CHOICES  # noqa: E402
-from tensorllm.environment import environment  # noqa: E402
 from tensorllm.evaluation.evaluate import make_dataset, score  # noqa: E402
 from tensorllm.evaluation.scorer import context_of  # noqa: E402
 
@@ -118,19 +116,17 @@ def race(model: Any, tokenizer: Any, data: Any, naive_rows: int) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--naive-rows", type=int, default=80)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--rows", type=int, default=400)
+    options.add_argument("--naive-rows", type=int, default=80)
+    args = options.parse_args()
+    if args.quick:
+        args.rows, args.naive_rows = 8, 4
+    begin(args)
     shared = Path(os.environ.get("TENSORLLM_SHARED", ROOT.parent / "shared"))
     folder = shared / "models" / "tinystories-656K"
     if not folder.is_dir():
         sys.exit(f"no real data at {shared} (set TENSORLLM_SHARED to its folder)")
-    torch.set_num_threads(args.threads)
     runs = {
         "tinystories-656K": (
             AutoModelForCausalLM.from_pretrained(folder).eval(),
@@ -154,10 +150,24 @@ def main() -> None:
                 f"{WANTED[dataset]:>9}  {'same' if result['same_verdicts'] else 'DIFFERENT'}",
                 flush=True,
             )
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {**environment(), "dtype": "float32", "protocol": "strict", "results": found}
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    compared = comparisons(found, targets=not args.quick)
+    save("evaluate", "cpu", compared, args, dtype="float32", protocol="strict", results=found)
+
+
+def comparisons(found: dict[str, dict[str, Any]], targets: bool) -> dict[str, Comparison]:
+    """Every dataset on every model, beside the papers' loop."""
+    return {
+        f"{dataset}, {model}": Comparison(
+            ours=one["examples_per_second"],
+            unit="examples/s",
+            peer=one["naive_examples_per_second"],
+            peer_name="the papers' loop",
+            more_is_better=True,
+            wanted=one["wanted"] if targets else None,
+        )
+        for model, datasets in found.items()
+        for dataset, one in datasets.items()
+    }
 
 
 if __name__ == "__main__":
