@@ -14,13 +14,16 @@ def reproduce(
         str | None, typer.Option(help="Some of the datasets, with commas (default: all four).")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Local folder of the weights, instead of the hub.")
+        str | None,
+        typer.Option(help="Local folder of the weights, or of copies from the hub, or its cache."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with <dataset>.jsonl, instead of the hub.")
+        Path | None,
+        typer.Option(help="Folder with <dataset>.jsonl, or copies from the hub, or its cache."),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Layer for the cells whose layer was never published.")
+        int | None,
+        typer.Option(help="Layer for the cells whose layer was never published; else searched."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per cell at most.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
@@ -60,11 +63,15 @@ def reproduce(
         out=out,
     )
     if dry_run:
-        rows = [rehearsal.to_json() for rehearsal in rehearse(request)]
-    else:
-        with progress_bar() as progress:
-            rows = [outcome.to_json() for outcome in run(request, progress)]
+        plan = rehearse(request).to_json()
+        if json:
+            print_json(plan)
+        else:
+            print_result(rehearsal_table(plan))
+        return
+    with progress_bar() as progress:
+        rows = [outcome.to_json() for outcome in run(request, progress)]
     if json:
         print_json(rows)
     else:
-        print_result(rehearsal_table(rows) if dry_run else reproduction_tables(rows))
+        print_result(reproduction_tables(rows))

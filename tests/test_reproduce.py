@@ -1,19 +1,27 @@
 """`reproduce`: cells of the published tables, kept one by one, the weights restored between."""
 
 import json
+import shutil
+from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_models import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.compression.model import compressed, compression_of
 from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
-from tensorllm.errors import UserError
+from tensorllm.errors import Incomplete, UserError
+from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.pipeline import cells as cells_module
+from tensorllm.pipeline import places as places_module
+from tensorllm.pipeline import reproduce as reproduce_module
 from tensorllm.pipeline.cells import cells
-from tensorllm.pipeline.rehearse import ROWS, rehearse
+from tensorllm.pipeline.places import missing
+from tensorllm.pipeline.rehearse import rehearse, rows
 from tensorllm.pipeline.reproduce import ReproduceRequest, reproduce
 from tensorllm.recipes import parse_recipe
 
@@ -27,16 +35,12 @@ published: {{before: {{accuracy: 10.0, loss: 3.0}}, after: {{accuracy: 20.0, los
 """
 
 
-def quiet(done: int, total: int, what: str) -> None:
-    del done, total, what
-
-
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A published table of a model small enough to run: its recipes, weights and data."""
     recipes = [
         RECIPE.format(mode="hybrid", layers="[1]", settings="ranks: [8, 4, 2]\nrho: 0.1"),
-        RECIPE.format(mode="laser", layers="null", settings="rho: 0.1"),
+        RECIPE.format(mode="laser", layers="null", settings="rho: 0.1\nmatrices: [in]"),
     ]
     parsed = {f"small/wikidata_qa/{i}": parse_recipe(r, f"r/{i}") for i, r in enumerate(recipes)}
     monkeypatch.setattr(cells_module, "shipped", lambda: parsed)
@@ -45,8 +49,8 @@ def small(tmp_path, monkeypatch):
     tiny_model("gptj", vocab_size=len(tokenizer)).save_pretrained(weights)
     tokenizer.save_pretrained(weights)
     data.mkdir()
-    rows = [json.dumps(row) + "\n" for row in ROWS * 5]
-    (data / "wikidata_qa.jsonl").write_text("".join(rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows())
+    (data / "wikidata_qa.jsonl").write_text(text)
     return ReproduceRequest(model="small", weights=str(weights), data=data, out=tmp_path / "out")
 
 
@@ -72,44 +76,144 @@ def test_a_model_is_itself_again_after_a_failure():
 
 
 def test_cells_are_run_once_kept_and_not_run_again(small):
-    first = reproduce(small, quiet)
-    assert [(o.cell.name, o.metrics is None) for o in first] == [
-        ("original", False),
-        ("0 (official)", False),
-        ("0 (paper)", False),
-        ("1", True),
+    first = reproduce(small)
+    assert [(o.cell.name, o.origin, o.metrics["examples"]) for o in first] == [
+        ("original", "", 8),
+        ("0 (official)", "published", 8),
+        ("0 (paper)", "published", 8),
+        ("1", "searched", 8),
     ]
-    assert "not published" in first[3].note
     assert first[0].cell.published == {"accuracy": 10.0, "loss": 3.0}
     losses = [o.metrics["loss"] for o in first[:3]]
     assert len(set(losses)) == 3  # the two layouts are two approximations
-    kept = {p: p.stat().st_mtime_ns for p in small.out.rglob("*.json")}
-    assert [o.metrics for o in reproduce(small, quiet)] == [o.metrics for o in first]
-    assert {p: p.stat().st_mtime_ns for p in small.out.rglob("*.json")} == kept
+    kept = {p: p.stat().st_mtime_ns for p in small.out.rglob("*")}
+    assert [o.metrics for o in reproduce(small)] == [o.metrics for o in first]
+    assert {p: p.stat().st_mtime_ns for p in small.out.rglob("*")} == kept
+
+
+def test_a_layer_that_was_not_published_is_the_best_on_validation(small):
+    """Every layer scored by hand on the validation part; figures are the test part's."""
+    cell = cells("small")[3]
+    searched = reproduce(small)[3].metrics
+    by_hand = {}
+    for layer in (0, 1):
+        given = replace(small, layer=layer, out=small.out / str(layer))
+        by_hand[layer] = reproduce(given)[3]
+        assert (by_hand[layer].origin, by_hand[layer].metrics["layers"]) == ("given", [layer])
+    (layer,) = searched["layers"]
+    for name in ("accuracy", "loss", "perplexity", "top_10"):
+        assert searched[name] == pytest.approx(by_hand[layer].metrics[name], rel=1e-4), name
+    model = AutoModelForCausalLM.from_pretrained(small.weights)
+    tokenizer = AutoTokenizer.from_pretrained(small.weights)
+    validation = {}
+    for candidate in (0, 1):
+        with compressed(model, cell.recipe.compressor(), [candidate]):
+            data = make_dataset(
+                "wikidata_qa", data_file=small.data / "wikidata_qa.jsonl", split="val"
+            )
+            found = evaluate_model(model, tokenizer, data, "paper")
+        validation[candidate] = (found["accuracy"], -found["loss"])
+    assert layer == max(validation, key=validation.__getitem__)
+
+
+def test_a_killed_run_goes_on_from_its_finished_cells(small, monkeypatch):
+    want = reproduce(replace(small, out=small.out / "whole"))
+    score = reproduce_module.score_cell
+    ran: list[str] = []
+
+    def dies(cell, *rest):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(cell.name)
+        return score(cell, *rest)
+
+    monkeypatch.setattr(reproduce_module, "score_cell", dies)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(small)
+    assert len(ran) == 2
+    ran.clear()
+    monkeypatch.setattr(reproduce_module, "score_cell", lambda c, *r: ran.append(c) or score(c, *r))
+    got = reproduce(small)
+    assert len(ran) == 1  # the search and two cells were done
+    assert [o.metrics["loss"] for o in got] == pytest.approx([o.metrics["loss"] for o in want])
 
 
 def test_results_of_other_settings_are_not_mixed(small):
-    reproduce(small, quiet)
-    other = ReproduceRequest(
-        model="small", weights=small.weights, data=small.data, out=small.out, limit=2
-    )
-    with pytest.raises(UserError, match="of another run"):
-        reproduce(other, quiet)
+    reproduce(small)
+    with pytest.raises(UserError, match="of another run: limit was None and is 2; give another"):
+        reproduce(replace(small, limit=2))
 
 
-def test_missing_data_says_where_to_put_it(small, tmp_path):
-    request = ReproduceRequest(
-        model="small", weights=small.weights, data=tmp_path, out=tmp_path / "other"
-    )
-    with pytest.raises(UserError, match=r"has no wikidata_qa.jsonl .* put the rows"):
-        reproduce(request, quiet)
+def test_a_damaged_cell_is_told(small):
+    reproduce(small)
+    (small.out / "small/wikidata_qa/original.json").write_text('{"request"')
+    with pytest.raises(UserError, match=r"original.json is not a result of reproduce"):
+        reproduce(small)
+
+
+def test_a_full_disk_ends_the_run_with_one_line(small, tmp_path):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with pytest.raises((Incomplete, UserError)):
+        reproduce(small)
+
+
+def test_missing_data_says_where_to_put_it_before_anything_runs(small, tmp_path):
+    request = replace(small, data=tmp_path, out=tmp_path / "other")
+    with pytest.raises(UserError, match=r"has no wikidata_qa.jsonl .*tasksource/bigbench.*--data"):
+        reproduce(request)
+    assert not (tmp_path / "other").exists()
+
+
+def test_missing_weights_say_what_to_fetch(tmp_path):
+    wanted = ReproduceRequest(model="gptj", weights=str(tmp_path), out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"no config.json .*gpt-j-6b.*hf download EleutherAI/gpt-j"):
+        reproduce(wanted)
+
+
+@pytest.mark.parametrize("layout", ["cache", "home", "plain"])
+def test_weights_and_data_are_found_in_the_hubs_layouts(small, tmp_path, monkeypatch, layout):
+    facts = {"hub": "Owner/Small", "revision": "main", "model_type": "gptj"}
+    monkeypatch.setattr(places_module, "short_names", lambda: {"small": facts})
+    root = tmp_path / "copies"
+    folders = {
+        "cache": ("models--Owner--Small/snapshots/1", "datasets--tasksource--bigbench/snapshots/2"),
+        "home": (
+            "hub/models--Owner--Small/snapshots/1",
+            "hub/datasets--tasksource--bigbench/snapshots/2",
+        ),
+        "plain": ("Owner/Small", "tasksource/bigbench"),
+    }[layout]
+    shutil.copytree(small.weights, root / folders[0])
+    data = root / folders[1] / "qa_wikidata"
+    data.mkdir(parents=True)
+    made = rows()
+    for split, part in (("validation", made[:4]), ("train", made[4:])):
+        table = pa.Table.from_pylist(
+            [{"inputs": r["input"], "targets": [r["target"]]} for r in part]
+        )
+        pq.write_table(table, data / f"{split}-00000-of-00001.parquet")
+    assert missing("small", ["wikidata_qa"], str(root), root) == []
+    found = reproduce(replace(small, weights=str(root), data=root, out=tmp_path / "other"))
+    for one, other in zip(found, reproduce(small), strict=True):
+        assert one.metrics["loss"] == other.metrics["loss"]
 
 
 @pytest.mark.parametrize("model", ["gptj", "llama2", "roberta"])
-def test_every_published_cell_runs_on_a_tiny_model(model):
-    rehearsals = rehearse(ReproduceRequest(model=model, datasets=["fever"]))
-    assert len(cells(model)) == 4 * len(rehearsals)
-    assert all(r.peak_bytes > 10**8 for r in rehearsals)
+def test_every_published_cell_runs_on_a_tiny_model(model, tmp_path):
+    plan = rehearse(ReproduceRequest(model=model, datasets=["fever"], data=tmp_path))
+    assert len(cells(model)) == 4 * len(plan.rehearsals)
+    assert [line.split(":")[0] for line in plan.missing] == ["weights", "fever"]
+    for told in plan.rehearsals:
+        assert told.searched == (told.cell.searched and told.cell.recipe is not None)
+        assert told.seconds > 1
+        assert told.peak_bytes > 10**8
+
+
+def test_a_plan_counts_local_examples_and_takes_the_limit(tmp_path):
+    (tmp_path / "fever.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    asked = ReproduceRequest(model="roberta", datasets=["fever"], data=tmp_path)
+    told = rehearse(asked).rehearsals[0]
+    assert (told.examples, told.counted) == (8, True)
 
 
 def test_unknown_names_are_answered_with_the_closest():

@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorllm.compressors.settings import fields_of
 from tensorllm.errors import UserError
-from tensorllm.recipes import Recipe, shipped, short_names
+from tensorllm.recipes import Recipe, shipped
 from tensorllm.registry import did_you_mean
 
 ORIGINAL = "original"
@@ -50,11 +50,6 @@ def cells(model: str, datasets: Sequence[str] | None = None) -> list[Cell]:
                 f"Known: {', '.join(known)}"
             )
     return [cell for name in datasets or known for cell in _of_dataset(model, name, recipes)]
-
-
-def hub_id(model: str) -> str:
-    """Where the model's weights are."""
-    return str(short_names()[model].get("hub", model))
 
 
 def _of_dataset(model: str, dataset: str, recipes: Sequence[Recipe]) -> list[Cell]:

@@ -4,61 +4,64 @@ The tiny model has the real one's architecture and number of layers, and random 
 """
 
 import json
+import logging
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tensorllm.architectures import architecture_of
-from tensorllm.compression.cost import gemm_speed
-from tensorllm.compression.model import compressed
+from tensorllm.data.base import DATASETS, VALIDATION
 from tensorllm.data.demo import MODEL_DIR
-from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.pipeline.cells import Cell, cells, hub_id
-from tensorllm.pipeline.reproduce import ReproduceRequest, data_file
+from tensorllm.errors import UserError
+from tensorllm.evaluation.evaluate import make_dataset
+from tensorllm.pipeline.cells import Cell, cells
+from tensorllm.pipeline.forecast import Forecast, measure_machine, model_of_sizes, real_model
+from tensorllm.pipeline.models import Loader, dtype_of
+from tensorllm.pipeline.places import data_file, hub_id, missing, weights_of
+from tensorllm.pipeline.reproduce import ReproduceRequest, reproduce_cells
 from tensorllm.recipes import short_names
 
 WIDTH, HEADS = 128, 2  # head_dim 64: GPT-J rotates that many channels unless told otherwise
-TOKENS = 40  # of a prompt and its answer, about; measured on the four datasets
-# A row that every dataset can read: each takes the fields that it knows.
-ROWS = [
-    {
-        "claim": "Ada plays banjo.",
-        "label": "SUPPORTS",
-        "question": "Which city does Ada live in?",
-        "answer": "Paris",
-        "bio": "Ada writes about banjos.",
-        "profession": "teacher",
-        "input": "The city of Ada is",
-        "target": "Paris",
-    },
-    {
-        "claim": "Ada plays harp.",
-        "label": "REFUTES",
-        "question": "What does Ada play?",
-        "answer": "banjo",
-        "bio": "Ada paints.",
-        "profession": "painter",
-        "input": "The instrument of Ada is",
-        "target": "banjo",
-    },
-]
+NAMES = ("Ada", "Ben", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
+
+
+def rows() -> list[dict[str, str]]:
+    """Rows that every dataset can read: each takes the fields that it knows."""
+    return [
+        {
+            "claim": f"{name} plays banjo.",
+            "label": ("SUPPORTS", "REFUTES")[number % 2],
+            "question": f"Which city does {name} live in?",
+            "answer": "Paris",
+            "bio": f"{name} writes about banjos.",
+            "profession": ("teacher", "painter")[number % 2],
+            "input": f"The city of {name} is",
+            "target": "Paris",
+        }
+        for number, name in enumerate(NAMES)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """A cell: did its code run on the tiny model, and the cost of the real one.
+    """A cell whose code ran on the tiny model, and the predicted cost of the real one.
 
     Attributes:
-        seconds: predicted for scoring at this machine's GEMM speed; None without the data.
-        peak_bytes: predicted for weights and working copies.
+        examples: of its test part: counted in local data, otherwise as the papers have them.
+        counted: they were counted.
+        seconds: at this machine's speed; see `tensorllm.pipeline.forecast` for what is assumed.
+        peak_bytes: of memory.
     """
 
     cell: Cell
-    examples: int | None
-    seconds: float | None
+    searched: bool
+    examples: int
+    counted: bool
+    seconds: float
     peak_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -66,84 +69,159 @@ class Rehearsal:
             "model": self.cell.model,
             "dataset": self.cell.dataset,
             "cell": self.cell.name,
-            "needs": hub_id(self.cell.model),
-            "searched": self.cell.searched,
+            "searched": self.searched,
             "examples": self.examples,
+            "counted": self.counted,
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,
         }
 
 
-def rehearse(request: ReproduceRequest) -> list[Rehearsal]:
-    """Run every cell on a tiny random model of the architecture; nothing is kept."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a reproduction takes.
+
+    Attributes:
+        missing: what to fetch and where to put it.
+        float32_seconds: of all cells with weights in float32, where that is the faster way.
+    """
+
+    model: str
+    hub: str
+    rehearsals: list[Rehearsal]
+    missing: list[str]
+    float32_seconds: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        rehearsed = [rehearsal.to_json() for rehearsal in self.rehearsals]
+        return {
+            "model": self.model,
+            "hub": self.hub,
+            "cells": rehearsed,
+            "seconds": sum(r.seconds for r in self.rehearsals),
+            "float32_seconds": self.float32_seconds,
+            "missing": self.missing,
+        }
+
+
+def rehearse(request: ReproduceRequest) -> Plan:
+    """Run every cell on a tiny random model of the architecture; nothing of it is kept."""
     wanted = cells(request.model, request.datasets)
     facts = short_names()[request.model]
-    model, tokenizer = tiny(facts)
-    speed = gemm_speed()
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch) / "rows.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        for cell in wanted:
-            _run_tiny(cell, model, tokenizer, rows, facts)
-    gated = any("gate" in stored.roles for stored in architecture_of(model.config))
-    parameters = parameters_of_sizes(facts["sizes"], gated=gated)
-    width = 4 if request.dtype in (None, "fp32", "float32") else 2
+    datasets = list(dict.fromkeys(cell.dataset for cell in wanted))
+    lacking = missing(request.model, datasets, request.weights, request.data)
+    _run_tiny(wanted, request, facts)
+    dtype = dtype_of(request.dtype) or getattr(torch, facts["dtype"])
+    counts = {name: _examples(request, name) for name in datasets}
+    model = real_model(facts)
+    out = _predicted(wanted, counts, model, dtype, request)
+    plain = _predicted(wanted, counts, model, torch.float32, request)
+    seconds, other = (sum(r.seconds for r in predicted) for predicted in (out, plain))
+    faster = other if other < seconds / 2 else None
+    return Plan(request.model, hub_id(request.model), out, lacking, faster)
+
+
+def _predicted(
+    wanted: list[Cell],
+    counts: dict[str, tuple[int, bool]],
+    model: Any,
+    dtype: torch.dtype,
+    request: ReproduceRequest,
+) -> list[Rehearsal]:
+    machine = measure_machine(request.device, dtype)
+    forecast = Forecast(model, machine, dtype, accelerated=request.device != "cpu")
     out = []
     for cell in wanted:
-        examples = _examples(request, cell)
-        seconds = None if examples is None else 2.0 * parameters * TOKENS * examples / speed
-        out.append(Rehearsal(cell, examples, seconds, width * parameters + 2**31))
+        examples, counted = counts[cell.dataset]
+        searched = request.searches(cell)
+        cost = forecast.cell(cell, examples, searched=searched)
+        out.append(Rehearsal(cell, searched, examples, counted, cost.seconds, cost.peak_bytes))
     return out
 
 
-def tiny(facts: dict[str, Any]) -> tuple[Any, Any]:
+def _run_tiny(wanted: list[Cell], request: ReproduceRequest, facts: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as scratch, _no_warnings():
+        folder = Path(scratch)
+        text = "".join(json.dumps(row) + "\n" for row in rows())
+        for cell in wanted:
+            (folder / f"{cell.dataset}.jsonl").write_text(text)
+        save_tiny(facts, {cell.dataset for cell in wanted}, folder)
+        first_and_last = (0, facts["sizes"]["layers"] - 1)
+        layer = None if request.layer is None else 0
+        tiny = replace(
+            request,
+            weights=scratch,
+            data=folder,
+            out=folder / "out",
+            limit=None,
+            dtype=None,
+            layer=layer,
+            candidates=first_and_last,
+        )
+        reproduce_cells([_scaled(cell, facts["sizes"]) for cell in wanted], tiny)
+
+
+def save_tiny(facts: dict[str, Any], datasets: set[str], folder: Path) -> None:
     """A random model of the architecture, as deep as the real one, and a tokenizer for it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
-    config = AutoConfig.for_model(
+    for name in sorted(datasets):  # the papers' choices are one token each
+        data = make_dataset(name, data_file=folder / f"{name}.jsonl", split="all")
+        data.connect(tokenizer)
+        tokenizer.add_tokens([f" {c}" for e in data.examples for c in e.choices])
+    torch.manual_seed(0)
+    model = model_of_sizes(
         facts["model_type"],
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_hidden_layers=facts["sizes"]["layers"],
-        vocab_size=len(tokenizer),
+        width=WIDTH,
+        heads=HEADS,
+        layers=facts["sizes"]["layers"],
+        ffn=2 * WIDTH,
+        vocabulary=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    architecture = architecture_of(config)
-    setattr(config, architecture.ffn_width, 2 * WIDTH)
-    kind = AutoModelForMaskedLM if architecture.task == "masked" else AutoModelForCausalLM
-    torch.manual_seed(0)
-    return kind.from_config(config).eval(), tokenizer
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def parameters_of_sizes(sizes: dict[str, int], *, gated: bool) -> int:
-    """Parameters of attention, FFN and embeddings."""
-    attention = 4 * sizes["hidden"] * sizes["heads"] * sizes["head_dim"]
-    ffn = (3 if gated else 2) * sizes["hidden"] * sizes["ffn"]
-    return sizes["layers"] * (attention + ffn) + 2 * sizes["vocabulary"] * sizes["hidden"]
+def _scaled(cell: Cell, sizes: dict[str, int]) -> Cell:
+    """The cell with ranks that fit the tiny model."""
+    if cell.recipe is None or "ranks" not in cell.recipe.settings:
+        return cell
+    real, small = (sizes["hidden"], sizes["head_dim"], 4), (WIDTH, WIDTH // HEADS, 4)
+    ranks = zip(cell.recipe.settings["ranks"], real, small, strict=False)
+    shrunk = [max(1, rank * new // old) for rank, old, new in ranks]
+    settings = {**cell.recipe.settings, "ranks": shrunk}
+    return replace(cell, recipe=replace(cell.recipe, settings=settings))
 
 
-def _run_tiny(cell: Cell, model: Any, tokenizer: Any, rows: Path, facts: dict[str, Any]) -> None:
-    data = make_dataset(cell.dataset, data_file=rows, split="all")
-    if cell.recipe is None:
-        evaluate_model(model, tokenizer, data)
-        return
-    override: dict[str, Any] = {} if cell.layout is None else {"layout": cell.layout}
-    if "ranks" in cell.recipe.settings:
-        sizes = (facts["sizes"]["hidden"], facts["sizes"]["head_dim"], 4)
-        small = (WIDTH, WIDTH // HEADS, 4)
-        ranks = zip(cell.recipe.settings["ranks"], sizes, small, strict=False)
-        override["ranks"] = [max(1, rank * new // old) for rank, old, new in ranks]
-    with compressed(model, cell.recipe.compressor(**override), cell.recipe.layers or (0,)):
-        evaluate_model(model, tokenizer, data)
+def _examples(request: ReproduceRequest, dataset: str) -> tuple[int, bool]:
+    """How many test examples there are, and whether they were counted in local data."""
+    load = DATASETS[dataset].workload
+    assert load is not None, f"{dataset} says no workload"
+    known = round(load.examples * (1 - VALIDATION))
+    try:
+        data = make_dataset(
+            dataset, data_file=data_file(dataset, request.data), limit=request.limit
+        )
+        if data.data_file is not None:
+            if request.weights is not None:
+                folder = weights_of(request.model, request.weights).folder
+                data.connect(Loader(folder).tokenizer())
+            return len(data.examples), True
+    except UserError:  # what is missing is told beside
+        pass
+    return min(known, request.limit or known), False
 
 
-def _examples(request: ReproduceRequest, cell: Cell) -> int | None:
-    """How many test examples the local data has; the hub is not asked."""
-    if request.data is None:
-        return None
-    data = make_dataset(cell.dataset, data_file=data_file(request, cell), limit=request.limit)
-    return len(data.examples)
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Without the search's word on how few examples these are."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from tensorllm.reporting.tables import new_table, size
 
@@ -15,35 +16,59 @@ def reproduction_tables(outcomes: Rows) -> RenderableType:
     """A table per dataset: accuracy and loss, published, ours and the difference."""
     parts: list[RenderableType] = []
     for dataset, rows in groupby(outcomes, key=lambda row: row["dataset"]):
-        columns = ("published %", "ours %", "±", "published loss", "ours", "±")
-        table = new_table(str(dataset), *columns, number_from=1)
+        columns = ("acc. %\npublished", "\nours", "\n±", "loss\npublished", "\nours", "\n±")
+        table = new_table(f"{dataset}\n", "layer\n", *columns, number_from=2)
         for row in rows:
-            table.add_row(str(row["cell"]), *_beside(row, "accuracy"), *_beside(row, "loss"))
-            if row["note"]:
-                table.add_row(f"  {row['note']}", *[""] * len(columns))
+            table.add_row(
+                str(row["cell"]), _layer(row), *_beside(row, "accuracy"), *_beside(row, "loss")
+            )
         parts.append(table)
+    if any(row["layers_origin"] == "searched" for row in outcomes):
+        parts.append(Text("searched: never published; the best on the validation part"))
     return Group(*parts)
 
 
-def rehearsal_table(rehearsals: Rows) -> RenderableType:
-    """The plan: what each cell needs and takes; its code ran on a tiny model."""
-    table = new_table("dataset", "cell", "layer", "examples", "time", "memory", number_from=3)
-    for row in rehearsals:
-        table.add_row(
-            str(row["dataset"]),
-            str(row["cell"]),
-            "searched" if row["searched"] else "given",
-            "no data" if row["examples"] is None else str(row["examples"]),
-            "?" if row["seconds"] is None else f"{row['seconds'] / 3600:.2f} h",
-            size(row["peak_bytes"]),
-        )
-    needs = sorted({str(row["needs"]) for row in rehearsals})
-    return Group(
+def rehearsal_table(plan: Mapping[str, Any]) -> RenderableType:
+    """The plan: what each cell takes; its code ran on a tiny model."""
+    table = new_table("cell", "layer", "examples", "time", "memory", number_from=2)
+    cells = plan["cells"]
+    for dataset, rows in groupby(cells, key=lambda row: row["dataset"]):
+        table.add_row(Text(str(dataset), style="bold"))
+        for row in rows:
+            table.add_row(
+                f"  {row['cell']}",
+                "to search" if row["searched"] else "",
+                f"{row['examples']}" if row["counted"] else f"~{row['examples']}",
+                duration(row["seconds"]),
+                size(row["peak_bytes"]),
+            )
+    parts: list[RenderableType] = [
         table,
-        f"{len(rehearsals)} cells ran on a tiny random model of the same architecture. Weights: "
-        f"{', '.join(needs)} from the hub, or --weights FOLDER. Data: from the hub, or --data "
-        "FOLDER with <dataset>.jsonl",
-    )
+        f"{len(cells)} cells ran on a tiny random model of {plan['hub']}'s architecture. In all "
+        f"at most about {duration(plan['seconds'])} on this device, and loading the weights.",
+    ]
+    if any(not row["counted"] for row in cells):
+        parts.append("~ as many examples as the papers have; --data FOLDER counts them")
+    if plan["float32_seconds"] is not None:
+        parts.append(f"--dtype fp32 is faster here: {duration(plan['float32_seconds'])}")
+    if plan["missing"]:
+        parts.append(Text("Not on this machine; the hub will be asked. Offline:", style="bold"))
+        parts += [Text(f"- {line}") for line in plan["missing"]]
+    return Group(*parts)
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3.5 min, 20.1 h, 12 days."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{int(unit > 1)}f} {name}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def _layer(row: Mapping[str, Any]) -> str:
+    layers = ",".join(str(layer) for layer in row["layers"] or ())
+    origin = row["layers_origin"]
+    return f"{layers} {origin}" if origin in ("searched", "given") else layers
 
 
 def _beside(row: Mapping[str, Any], name: str) -> tuple[str, str, str]:

@@ -1,0 +1,183 @@
+"""What an evaluation costs, predicted from the sizes of model and dataset; no weights, no data.
+
+Assumed: prompts are read at the speed of large matrix products on this machine; a generated token
+takes at least the time in which all weights are read from memory once per batch; every answer is
+generated to its last allowed token; a search examines every layer on every validation example. So
+the times are upper bounds, but for overheads. Loading the weights is not in them.
+"""
+
+import time
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from tensorllm.architectures import RoleMatrices, architecture_of, parameters_of
+from tensorllm.compression.cost import decomposition_seconds
+from tensorllm.compression.jobs import plan_jobs
+from tensorllm.data.base import DATASETS, VALIDATION
+from tensorllm.evaluation.batching import LOGITS
+from tensorllm.evaluation.protocol import PAPER
+from tensorllm.evaluation.scorer import ACCELERATOR, CPU
+from tensorllm.pipeline.cells import Cell
+
+BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers
+COPIES = 3  # of a batch's logits in float32, and of a stacked tensor while it is decomposed
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How fast a device is, in flop and in bytes of memory per second."""
+
+    flops: float
+    bandwidth: float
+
+
+def measure_machine(device: str, dtype: torch.dtype) -> Machine:
+    """Measured in a moment: the better of two matrix products, and of two copies."""
+    size = 512  # half precision may be very slow on a CPU
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.zeros(2**26, dtype=torch.uint8, device=device)
+    flops = 2 * size**3 / _best(lambda: a @ a, device)
+    return Machine(flops, 2 * b.nbytes / _best(b.clone, device))
+
+
+def _best(call: Any, device: str) -> float:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return max(min(seconds[1:]), 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Predicted seconds, and bytes at the peak."""
+
+    seconds: float
+    peak_bytes: int
+
+
+class Forecast:
+    """Predicts cells of one model.
+
+    Args:
+        model: of the real sizes; on the meta device, it has no weights.
+        machine: what it runs on.
+        dtype: of the weights.
+        accelerated: not on a CPU.
+    """
+
+    def __init__(
+        self, model: Any, machine: Machine, dtype: torch.dtype, *, accelerated: bool
+    ) -> None:
+        self.machine = machine
+        self.width = dtype.itemsize
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.roles = RoleMatrices(model.config, parameters_of(model))
+        self.masked = not model.can_generate()
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.budget = ACCELERATOR if accelerated else CPU
+        geometry = self.roles.geometry
+        tables = 2 * self.vocabulary * geometry.D  # read in part: a row per token
+        self.in_layers = max(self.parameters - tables, 1)
+        self.cached = 2 * self.roles.layers * geometry.G * geometry.K * self.width
+
+    def cell(self, cell: Cell, examples: int, *, searched: bool) -> Cost:
+        """The cost of one cell.
+
+        Args:
+            cell: of the published tables.
+            examples: of its test part.
+            searched: its layer is searched.
+        """
+        tests = 1
+        seconds = 0.0
+        layers = self.roles.layers
+        working = 0
+        if cell.recipe is not None:
+            override = {} if cell.layout is None else {"layout": cell.layout}
+            compressor = cell.recipe.compressor(**override)
+            jobs = plan_jobs(compressor, self.roles, cell.recipe.layers or (0,))
+            shapes = [job.site.shape(self.roles.geometry) for job in jobs]
+            once = decomposition_seconds(shapes, self.machine.flops)
+            seconds += once * (layers if searched else 1)
+            working = COPIES * 4 * max(map(prod, shapes))
+        if searched:
+            validation = round(examples * VALIDATION / (1 - VALIDATION))
+            seconds += (layers + 2) * self.scoring(cell.dataset, validation)
+            tests = 2  # the original's beside it
+        seconds += tests * self.scoring(cell.dataset, examples)
+        return Cost(seconds, BASE_BYTES + self.width * self.parameters + self._batch() + working)
+
+    def scoring(self, dataset: str, examples: int) -> float:
+        """Seconds to score so many examples, in float of `Machine`."""
+        kind = DATASETS[dataset]
+        load = kind.workload
+        assert load is not None, f"{dataset} says no workload"
+        length = load.prompt_tokens + load.answer_tokens
+        new = kind.max_new_tokens
+        opened = new > 0
+        # The papers' loss reads padded batches once more; a masked model reads a text for it.
+        passes = 2 if opened and (self.masked or PAPER.unmasked_padding) else 1
+        per_token = 2.0 * self.in_layers
+        heads = 2.0 * self.vocabulary * self.roles.geometry.D * (load.answer_tokens + 1)
+        seconds = examples * passes * (per_token * length + heads) / self.machine.flops
+        if self.masked or not opened:
+            return seconds
+        rows = min(examples, max(1, int(self.budget.generate / (length + new))))
+        compute = rows * (per_token + heads / (load.answer_tokens + 1)) / self.machine.flops
+        step = max(compute, self.width * self.parameters / self.machine.bandwidth)
+        return seconds + examples / rows * new * step
+
+    def _batch(self) -> int:
+        """Bytes of a full batch's cache and logits."""
+        cache = 0 if self.masked else self.budget.generate * self.cached
+        return cache + COPIES * 4 * LOGITS
+
+
+def real_model(facts: dict[str, Any]) -> Any:
+    """The published model by its sizes, on the meta device: names and shapes, no numbers."""
+    sizes = facts["sizes"]
+    return model_of_sizes(
+        facts["model_type"],
+        width=sizes["hidden"],
+        heads=sizes["heads"],
+        layers=sizes["layers"],
+        ffn=sizes["ffn"],
+        vocabulary=sizes["vocabulary"],
+        device="meta",
+    )
+
+
+def model_of_sizes(
+    model_type: str,
+    *,
+    width: int,
+    heads: int,
+    layers: int,
+    ffn: int,
+    vocabulary: int,
+    device: str = "cpu",
+    **config: Any,
+) -> Any:
+    """A random model of an architecture."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    made = AutoConfig.for_model(
+        model_type,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config},
+    )
+    architecture = architecture_of(made)
+    setattr(made, architecture.ffn_width, ffn)
+    kind = AutoModelForMaskedLM if architecture.task == "masked" else AutoModelForCausalLM
+    with torch.device(device):
+        return kind.from_config(made).eval()
