@@ -1,0 +1,1 @@
+"""Jobs over sites, in memory and from folder to folder; the report with every ratio by its name."""
