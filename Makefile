@@ -9,7 +9,7 @@ DEMO_ARGS ?=
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo setup test lint format types bench clean
+.PHONY: demo setup test lint format types docs bench clean
 
 demo: $(VENV)/.base  ## compress the embedded demo model, before and after
 	$(BIN)/tensorllm compress --model demo --mode hybrid $(DEMO_ARGS)
@@ -29,6 +29,9 @@ format: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done

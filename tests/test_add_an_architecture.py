@@ -43,7 +43,9 @@ def plugged_in(plugin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     known = {name: ARCHITECTURES[name] for name in ARCHITECTURES}
     monkeypatch.setattr(ARCHITECTURES, "_entries", known)
     monkeypatch.syspath_prepend(str(plugin_folder))
-    for name, row in eval("{" + block("python", 1) + "}", {"Tiny": Tiny}).items():
+    rows: dict[str, Tiny] = {}
+    exec(block("python", 1), {"Tiny": Tiny, "TINY": rows})
+    for name, row in rows.items():
         monkeypatch.setitem(TINY, name, row)
     importlib.import_module("starcoder2_row")
     yield
