@@ -43,7 +43,8 @@ def compress(
         str | None, typer.Option(help="How heads are cut: paper or official (authors' code).")
     ] = None,
     target_ratio: Annotated[
-        float | None, typer.Option(help="Modes that use data: how much smaller, over 1.")
+        float | None,
+        typer.Option(help="Instead: how much smaller, over 1; spread over layers."),
     ] = None,
     target_params: Annotated[
         int | None, typer.Option(help="Instead: parameters that the whole model may keep.")

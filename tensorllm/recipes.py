@@ -1,5 +1,6 @@
 """Recipes: YAML files that say which model, layers and settings, and where these come from."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -74,6 +75,21 @@ def parse_recipe(text: str, name: str) -> Recipe:
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return recipe
+
+
+def per_layer_recipe(edits: Sequence[Mapping[str, Any]], **notes: Any) -> str:
+    """YAML of a recipe with settings per layer.
+
+    Args:
+        edits: each with `layers`, `mode` and its settings.
+        notes: the model, and what else a recipe says.
+    """
+    import yaml
+
+    layers = sorted({layer for edit in edits for layer in edit["layers"]})
+    recipe = {"model": notes.pop("model"), "mode": "per-layer", "layers": layers}
+    recipe |= {"edits": [dict(edit) for edit in edits], **notes}
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100)
 
 
 def _problems(values: dict[str, Any]) -> list[str]:

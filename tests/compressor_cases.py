@@ -11,6 +11,7 @@ import tensorly
 from tensorly.decomposition import parafac, partial_tucker
 
 import tensorllm as tl
+import tensorllm.compressors
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 
 Slot = tuple[int, str]  # layer and role
@@ -89,6 +90,13 @@ def hybrid_reference(found: Matrices, geo: Geometry) -> Matrices:
     return shared_reference(attention, geo) | svd_reference(ffn, geo)
 
 
+def per_layer_reference(found: Matrices, geo: Geometry) -> Matrices:
+    first = {slot: w for slot, w in found.items() if slot[0] == 0}
+    return shared_reference(first, geo) | svd_reference(
+        {slot: w for slot, w in found.items() if slot[0] == 1}, geo
+    )
+
+
 def whole_reference(decompose: Callable[[np.ndarray], np.ndarray], *, across: bool) -> Reference:
     """Whole matrices stacked last: of each layer, or of all layers."""
 
@@ -142,6 +150,28 @@ CASES = {
             ffn=tl.LaserSVD(rho=0.25, matrices=("in", "out")),
         ),
         hybrid_reference,
+    ),
+    "per-layer": Case(
+        "per-layer",
+        lambda geo: tensorllm.compressors.PerLayer(
+            edits=(
+                {"layers": [0], "mode": "laser", "rho": 1.0, "matrices": ["in", "q"]},
+                {"layers": [1], "mode": "per-matrix-tucker", "ranks": [geo.D, geo.K]},
+            )
+        ),
+        lambda geo: tensorllm.compressors.PerLayer(
+            edits=(
+                {
+                    "layers": [0],
+                    "mode": "shared-tucker",
+                    "ranks": [12, 5, 3],
+                    "sweeps": 9,
+                    "tol": 1e-9,
+                },
+                {"layers": [1], "mode": "laser", "rho": 0.25, "matrices": ["out", "v"]},
+            )
+        ),
+        per_layer_reference,
     ),
     "trawl-tucker": Case(
         "trawl",

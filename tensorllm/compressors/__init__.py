@@ -4,6 +4,7 @@ from tensorllm.compressors.activation import ActivationHybrid, ActivationTucker
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
 from tensorllm.compressors.hybrid import Hybrid
 from tensorllm.compressors.laser import LaserSVD
+from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.compressors.trawl import Trawl
 from tensorllm.compressors.tucker import PerMatrixTucker3D, SharedTucker4D
 
@@ -15,6 +16,7 @@ __all__ = [
     "Hybrid",
     "Job",
     "LaserSVD",
+    "PerLayer",
     "PerMatrixTucker3D",
     "SharedTucker4D",
     "Site",

@@ -18,12 +18,13 @@ from tensorllm.compression.task import FORMATS, FolderTask, Format
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
+from tensorllm.pipeline.allocate import TARGETS, allocated, budget_of
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
 
 # Settings of which one excludes the others: giving one drops the recipe's.
-EXCLUSIVE = (("ranks", "energy", "error"), ("rho", "rank"))
+EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
 Evaluate = Callable[[Any, Any, str], dict[str, Any]]
 
 
@@ -74,7 +75,8 @@ def recipe_of(request: CompressRequest) -> Recipe:
     if base is None:
         if request.mode is None:
             raise UserError("give --mode: see `tensorllm list compressors` (or --config FILE)")
-        base = default_recipe(model, request.mode, request.dataset)
+        if not any(target in request.settings for target in TARGETS):  # these are for whole models
+            base = default_recipe(model, request.mode, request.dataset)
     if base is None:
         base = Recipe("command line", model, request.mode or "", None, {})
     given = dict(request.settings)
@@ -96,7 +98,8 @@ def run(
     """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
     load_plugins(request.plugins)
     recipe = recipe_of(request)
-    compressor = make_compressor(recipe.mode, recipe.settings)
+    budget = budget_of(recipe.mode, recipe.settings)
+    compressor = budget.compressor() if budget else make_compressor(recipe.mode, recipe.settings)
     if request.format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {request.format!r}")
     dtype = dtype_of(request.dtype)
@@ -126,6 +129,8 @@ def run(
 
         count, seed = request.sequences, request.seed
         task = calibrated(task, request.calibration, sequences=count, seed=seed, progress=progress)
+    if budget is not None:
+        task = allocated(task, budget, progress)
     if request.dry_run:
         return plan_folder(task)
     if request.out is None:

@@ -75,11 +75,15 @@ def _selection(gain: Mapping[str, Any]) -> str:
 
 
 def energy_tables(results: Mapping[str, Any]) -> RenderableType:
-    """Ranks of each layer by each rule."""
-    table = new_table("layer", *results["rules"], number_from=99)
-    for row, layer in enumerate(results["layers"]):
+    """Ranks of each site by each rule."""
+    table = new_table("site", *results["rules"], number_from=99)
+    for row, site in enumerate(results["sites"]):
         ranks = (rule["ranks"][row] for rule in results["rules"].values())
-        table.add_row(str(layer), *(",".join(map(str, of)) for of in ranks))
-    for name, key in (("ratio", "ratio"), ("error, at most", "error_bound")):
-        table.add_row(name, *(f"{rule[key]:.4g}" for rule in results["rules"].values()))
-    return Group(f"ranks R1,R2,R3 of {results['model']} from its weights alone", table)
+        table.add_row(site, *("as it is" if of is None else ",".join(map(str, of)) for of in ranks))
+    for name in ("ratio", "error"):
+        table.add_row(name, *(f"{rule[name]:.4g}" for rule in results["rules"].values()))
+    return Group(
+        f"ranks of {results['model']} from its weights alone; best.yaml has those of "
+        f"{results['chosen']!r}",
+        table,
+    )

@@ -1,126 +1,137 @@
 """Ranks without data: what the spectra of the weights alone say.
 
-Three rules, each a point per layer: keep a share of the energy of every mode; keep what lies above
-the Marchenko-Pastur edge of noise; meet a ratio with the least error that greedy steps find.
-
-Shapes: D model width, K head width, M = 2g+2 matrices per group, G groups; R1, R2, R3 ranks of the
-first three modes.
+Three rules over the sites of a compression: keep a share of the energy of every mode; keep what
+lies above the Marchenko-Pastur edge of noise; meet a size with the least squared error.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import numpy as np
+import torch
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.ranks import (
-    compression_ratio,
-    marchenko_pastur_edge,
-    ranks_for_energy,
-    tucker_parameters,
-)
+from tensorllm.search.sites import Ranks, SiteEnergy
+from tensorllm.tensors.allocation import allocate
+from tensorllm.tensors.ranks import marchenko_pastur_edge, ranks_for_energy
 
-Spectra = Mapping[int, Tensor]  # mode -> singular values of its unfolding, largest first
+STEPS = 40  # of the bisection
 
 
 class Allocation(NamedTuple):
-    """Ranks of each layer's tensor, the ratio over all, and a bound of the relative error.
+    """Ranks of each site (None: left as it is), the ratio over all, and the relative error.
 
-    The squared error of a truncated HOSVD is at most the sum of the energies that its modes
-    discard (De Lathauwer et al. 2000, property 10).
+    The error is that of the truncated higher-order SVD, over all sites.
     """
 
-    ranks: list[dict[int, int]]
+    ranks: list[Ranks | None]
     ratio: float
-    error_bound: float
+    error: float
 
 
-def by_energy(spectra: Sequence[Spectra], shape: Sequence[int], share: float) -> Allocation:
-    """The smallest ranks that keep `share` of the energy in every mode of every layer."""
-    return _allocation(spectra, shape, [ranks_for_energy(of, share) for of in spectra])
+def edits_of(sites: Sequence[SiteEnergy], chosen: Allocation) -> list[dict[str, Any]]:
+    """The edits that `PerLayer` takes; sites that are left alone have none."""
+    pairs = zip(sites, chosen.ranks, strict=True)
+    return [site.edit(ranks) for site, ranks in pairs if ranks is not None]
 
 
-def by_noise_edge(spectra: Sequence[Spectra], shape: Sequence[int]) -> Allocation:
+def by_energy(sites: Sequence[SiteEnergy], share: float) -> Allocation:
+    """The smallest ranks that keep `share` of the energy in every mode of every site."""
+    return _allocation(
+        sites, [tuple(ranks_for_energy(site.spectra, share).values()) for site in sites]
+    )
+
+
+def by_energy_at(sites: Sequence[SiteEnergy], ratio: float) -> tuple[float, Allocation]:
+    """The largest share of energy whose ranks meet the ratio, by bisection, and the ranks."""
+    low, high = 0.0, 1.0
+    best = by_energy(sites, 1e-12)
+    if best.ratio < ratio:
+        raise UserError(_unreachable(best.ratio, ratio))
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        found = by_energy(sites, middle)
+        if found.ratio >= ratio:
+            low, best = middle, found
+        else:
+            high = middle
+    return low, best
+
+
+def by_noise_edge(sites: Sequence[SiteEnergy]) -> Allocation:
     """The singular values that independent noise would not have.
 
-    The noise's deviation is that for which the median singular value of an unfolding lies at the
-    median of the Marchenko-Pastur law, found from the weakest mode; see Gavish and Donoho, "The
-    optimal hard threshold for singular values is 4/sqrt(3)", IEEE Trans. Inf. Theory 2014.
+    The noise's deviation is that for which the median singular value of an unfolding is the median
+    of the Marchenko-Pastur law; see Gavish and Donoho, "The optimal hard threshold for singular
+    values is 4/sqrt(3)", IEEE Trans. Inf. Theory 2014, section III.E.
     """
-    chosen = []
-    for of in spectra:
-        ranks = {}
-        for mode, values in of.items():
-            rows, columns = shape[mode], math.prod(shape) // shape[mode]
-            sigma = float(values.median()) / math.sqrt(max(rows, columns))
-            edge = marchenko_pastur_edge((rows, columns), sigma)
-            ranks[mode] = max(1, int((values > edge).sum()))
-        chosen.append(ranks)
-    return _allocation(spectra, shape, chosen)
+    return _allocation(sites, [_above_edge(site) for site in sites])
 
 
-def by_ratio(spectra: Sequence[Spectra], shape: Sequence[int], ratio: float) -> Allocation:
-    """Ranks of all layers that meet `ratio`, by marginal error per parameter.
+def by_size(sites: Sequence[SiteEnergy], budget: int) -> Allocation:
+    """Ranks that store at most `budget` numbers with about the least squared error.
 
-    From full ranks, the step (one mode of one layer to its next smaller useful rank) that adds the
-    least discarded energy per parameter saved is taken until the ratio is met.
+    Each rank is worth the relative error that it takes away per number that it costs; layers,
+    modes and matrices compete for one budget. A site worth its full size stays as it is.
 
     Raises:
-        UserError: even rank one everywhere is larger; says the best reachable ratio.
+        UserError: even the least ranks everywhere store more; says the best reachable ratio.
     """
-    best = compression_ratio(shape, dict.fromkeys(spectra[0], 1))
-    if not 0 < ratio <= best:
-        raise UserError(f"the ratio must be in (0, {best:.4g}], the best reachable, got {ratio:g}")
-    tails = [{mode: _tails(values) for mode, values in of.items()} for of in spectra]
-    ranks = [{mode: len(values) for mode, values in of.items()} for of in spectra]
-    budget = len(spectra) * math.prod(shape) / ratio
-    sizes = [tucker_parameters(shape, of) for of in ranks]
-    steps = {
-        (i, mode): _price(shape, tails[i][mode], ranks[i], mode)
-        for i, of in enumerate(ranks)
-        for mode in of
-    }
-    while sum(sizes) > budget:
-        i, mode = min(steps, key=lambda place: steps[place])
-        ranks[i][mode] = _next(ranks[i][mode])
-        sizes[i] = tucker_parameters(shape, ranks[i])
-        for other in ranks[i]:
-            steps[i, other] = _price(shape, tails[i][other], ranks[i], other)
-    return _allocation(spectra, shape, ranks)
+    curves = [site.curve for site in sites]
+    before = sum(site.numbers for site in sites)
+    least = least_size(sites)
+    if budget < least:
+        raise UserError(_unreachable(before / least, before / max(1, budget)))
+    choices = allocate([[[curve]] for curve, _ in curves], budget)
+    ranks = [of[c.ranks[0] - 1] for (_, of), c in zip(curves, choices, strict=True)]
+    return _allocation(sites, ranks)
 
 
-def _next(rank: int) -> int:
-    """A step of about three per cent, at least one."""
-    return max(1, min(rank - 1, round(rank * 0.97)))
+def least_size(sites: Sequence[SiteEnergy]) -> int:
+    """Numbers stored at rank 1 everywhere."""
+    return sum(int(site.curve[0].cost_S[0]) for site in sites)
 
 
-def _price(shape: Sequence[int], tail: list[float], ranks: Mapping[int, int], mode: int) -> float:
-    """Energy that the next step discards per parameter that it saves."""
-    rank = ranks[mode]
-    if rank == 1:
-        return math.inf
-    smaller = {**ranks, mode: _next(rank)}
-    saved = tucker_parameters(shape, ranks) - tucker_parameters(shape, smaller)
-    return (tail[_next(rank)] - tail[rank]) / saved
+def by_ratio(sites: Sequence[SiteEnergy], ratio: float) -> Allocation:
+    """`by_size` for a ratio of the numbers in all sites to those stored."""
+    return by_size(sites, math.floor(sum(site.numbers for site in sites) / ratio))
 
 
-def _tails(singular: Tensor) -> list[float]:
-    """Relative energy beyond each rank, 0 to all."""
-    squares = singular.double().square()
-    left = [*squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-    return [value / left[0] for value in left] if left[0] else left
+def _unreachable(best: float, ratio: float) -> str:
+    return f"a ratio of {ratio:.4g} cannot be met; the best reachable is {best:.4g} (rank 1)"
 
 
-def _allocation(
-    spectra: Sequence[Spectra], shape: Sequence[int], ranks: list[dict[int, int]]
-) -> Allocation:
-    stored = sum(tucker_parameters(shape, of) for of in ranks)
-    energy = [float(next(iter(of.values())).double().square().sum()) for of in spectra]
-    lost = sum(
-        e * min(1.0, sum(_tails(of[mode])[rank] for mode, rank in chosen.items()))
-        for e, of, chosen in zip(energy, spectra, ranks, strict=True)
-    )
-    total = sum(energy)
-    bound = math.sqrt(lost / total) if total else 0.0
-    return Allocation(ranks, len(ranks) * math.prod(shape) / stored, bound)
+def _above_edge(site: SiteEnergy) -> Ranks:
+    ranks = []
+    for axis, values in site.spectra.items():
+        rows, columns = site.shape[axis], site.numbers // site.shape[axis]
+        small, large = sorted((rows, columns))
+        sigma = float(values.median()) / math.sqrt(large * _median(small / large))
+        edge = marchenko_pastur_edge((rows, columns), sigma)
+        ranks.append(max(1, int((values > edge).sum())))
+    return tuple(ranks)
+
+
+@cache
+def _median(aspect: float, points: int = 20_001) -> float:
+    """The median of the Marchenko-Pastur law of squared singular values, by the trapezoid rule."""
+    low, high = (1 - math.sqrt(aspect)) ** 2, (1 + math.sqrt(aspect)) ** 2
+    x = np.linspace(low, high, points)[1:-1]
+    density = np.sqrt((high - x) * (x - low)) / x
+    below = np.cumsum(density)
+    return float(x[int(np.searchsorted(below, below[-1] / 2))])
+
+
+def _allocation(sites: Sequence[SiteEnergy], ranks: Sequence[Ranks | None]) -> Allocation:
+    stored = lost = 0.0
+    for site, chosen in zip(sites, ranks, strict=True):
+        if chosen is None:
+            stored += site.numbers
+        else:
+            ranks_1C = torch.tensor([chosen])
+            stored += int(site.stored(ranks_1C))
+            lost += float(site.error(ranks_1C))
+    before, total = sum(site.numbers for site in sites), sum(site.total for site in sites)
+    return Allocation(list(ranks), before / stored, math.sqrt(lost / total) if total else 0.0)
