@@ -35,11 +35,15 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from a YAML file; all its errors are told at once."""
+    """A recipe from a YAML file, or a shipped one by name; all its errors are told at once."""
+    if not path.exists() and path.as_posix() in shipped():
+        return shipped()[path.as_posix()]
     try:
         text = path.read_text()
     except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+        name = path.with_suffix("").as_posix().removeprefix("configs/")
+        hint = did_you_mean(name, list(shipped()))
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}.{hint}") from None
     return parse_recipe(text, str(path))
 
 
@@ -137,9 +141,15 @@ def short_names() -> dict[str, dict[str, Any]]:
 
 def default_recipe(model: str, mode: str, dataset: str | None = None) -> Recipe | None:
     """The shipped recipe of a model and mode, for its default dataset unless one is named."""
-    dataset = dataset or short_names().get(model, {}).get("default_dataset")
+    wanted = dataset or short_names().get(model, {}).get("default_dataset")
     canonical = COMPRESSORS.name_of(COMPRESSORS[mode])
     for recipe in shipped().values():
-        if (recipe.model, recipe.mode, recipe.dataset) == (model, canonical, dataset):
+        if (recipe.model, recipe.mode, recipe.dataset) == (model, canonical, wanted):
             return recipe
+    if dataset is not None:
+        known = sorted({str(r.dataset) for r in shipped().values() if r.model == model})
+        raise UserError(
+            f"no recipe for {model} on {dataset!r}.{did_you_mean(dataset, known)} "
+            f"Known for {model}: {', '.join(known) or 'none; leave --dataset out'}"
+        )
     return None

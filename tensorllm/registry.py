@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """`" Did you mean 'x'?"` for the closest known name, or nothing."""
-    close = get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    by_lower = {entry.lower(): entry for entry in known}
+    close = get_close_matches(name.lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def one_of(what: str, name: str, known: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
 from tensorllm.errors import UserError
+from tensorllm.registry import did_you_mean, one_of
 from tensorllm.tensors.factors import Tucker
 from tensorllm.tensors.ranks import check_ranks, tucker_parameters
 from tensorllm.tensors.stacking import ATTENTION, Geometry
@@ -139,6 +140,7 @@ def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     if wrong or not roles or len(set(roles)) != len(roles):
         raise UserError(
             f"matrices must be some of {', '.join(known)}, each once, got {list(roles)}"
+            + (did_you_mean(str(wrong[0]), list(known)) if wrong else "")
         )
     return tuple(roles)
 
@@ -161,5 +163,4 @@ def check_seed(seed: int) -> None:
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Refuse what is not one of the words."""
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    one_of(name, value, allowed)

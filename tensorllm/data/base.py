@@ -15,7 +15,7 @@ from tensorllm.data.example import Example, Workload
 from tensorllm.data.reading import Row, field_of, rows_of_file
 from tensorllm.data.repository import HubSource, rows_of_hub
 from tensorllm.errors import UserError
-from tensorllm.registry import Registry, did_you_mean
+from tensorllm.registry import Registry, did_you_mean, one_of
 
 Split = Literal["val", "test", "all"]
 VALIDATION = 0.2  # the first fifth, in order, as in the papers
@@ -64,8 +64,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
         super().__init__()
         known = (name for name in DATASETS if DATASETS[name] is type(self))
         self.name = next(known, type(self).__name__)  # a class need not be registered to be used
-        if split not in get_args(Split):
-            raise UserError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+        one_of("split", split, get_args(Split))
         if limit is not None and limit < 1:
             raise UserError(f"--limit must be at least 1, got {limit}")
         if unknown := set(fields or ()) - set(self.field_names):

@@ -75,6 +75,7 @@ def evaluate_model(
     limit: int | None = None,
     *,
     data_file: Path | str | None = None,
+    on_rows: Callable[[list[Row]], None] | None = None,
 ) -> dict[str, Any]:
     """`accuracy` (per cent), `loss` (nats per answer token) the other metrics, `examples`, and what
     names them.
@@ -88,6 +89,7 @@ def evaluate_model(
         split: the first fifth (`val`), the rest (`test`) or `all`.
         limit: at most so many examples.
         data_file: a local file in place of the hub.
+        on_rows: called with the rows of each finished batch.
     """
     if isinstance(dataset, str):
         dataset = make_dataset(dataset, data_file=data_file, split=split, limit=limit)
@@ -96,7 +98,14 @@ def evaluate_model(
     dataset.connect(tokenizer, masked=is_masked(model), context=context)
     training = model.training
     model.eval()
-    rows = score(model, tokenizer, dataset.examples, rules, max_new_tokens=dataset.max_new_tokens)
+    rows = score(
+        model,
+        tokenizer,
+        dataset.examples,
+        rules,
+        max_new_tokens=dataset.max_new_tokens,
+        on_rows=on_rows,
+    )
     model.train(training)
     return {
         **metrics_of(rows),

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from tensorllm.errors import UserError
 from tensorllm.pipeline.measure import Measured, measure
 from tensorllm.pipeline.models import dtype_of
 from tensorllm.pipeline.runtime import load_factored
+from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Choice, Policy
 
 KINDS = ("dense", "factored")
@@ -81,6 +82,7 @@ def bench(request: BenchRequest) -> Bench:
     for name in ("prompt_tokens", "new_tokens", "repeats"):
         if getattr(request, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(request, name)}")
+    one_of("--policy", request.policy, get_args(Policy))
     manifest = read_manifest(request.model)
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{request.model} is not factored; there is nothing to compare")

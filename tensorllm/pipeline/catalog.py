@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 
 from tensorllm.pipeline.plugins import load_plugins
+from tensorllm.registry import one_of
 
 Row = dict[str, str]
+KINDS = ("compressors", "architectures", "models", "datasets", "recipes")
 
 
 def catalog(kind: str, plugins: Sequence[str] = ()) -> list[Row]:
     """The rows of one kind: compressors, architectures, models, datasets or recipes."""
+    one_of("what to list", kind, KINDS)
     load_plugins(plugins)
     return _KINDS[kind]()
 

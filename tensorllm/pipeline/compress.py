@@ -22,6 +22,7 @@ from tensorllm.pipeline.allocate import TARGETS, allocated, budget_of
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
+from tensorllm.registry import one_of
 
 # Settings of which one excludes the others: giving one drops the recipe's.
 EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
@@ -98,10 +99,15 @@ def run(
     """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
     load_plugins(request.plugins)
     recipe = recipe_of(request)
+<<<<<<< /tmp/mine/tensorllm/pipeline/compress.py
+    compressor = make_compressor(recipe.mode, recipe.settings)
+    one_of("--format", request.format, FORMATS)
+=======
     budget = budget_of(recipe.mode, recipe.settings)
     compressor = budget.compressor() if budget else make_compressor(recipe.mode, recipe.settings)
     if request.format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {request.format!r}")
+>>>>>>> /tmp/head.tmp
     dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)

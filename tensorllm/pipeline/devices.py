@@ -59,7 +59,7 @@ class Devices:
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,
-                enable_progress_bar=sys.stderr.isatty(),
+                enable_progress_bar=self.several and sys.stderr.isatty(),  # else ours
                 use_distributed_sampler=False,
             )
         except (ValueError, RuntimeError, ImportError, TypeError) as error:
@@ -88,6 +88,8 @@ def validate(devices: Devices, module: Reasoner, data: ReasoningDataModule) -> N
             if name.endswith("UserError"):
                 raise UserError(message) from None
             raise Incomplete(f"worker {error.error_index} failed: {last}; {AGAIN}") from None
+        except SystemExit:  # what the Trainer makes of Ctrl-C
+            raise KeyboardInterrupt from None
         except ProcessExitedException as error:
             how = error.signal_name or f"exit code {error.exit_code}"
             raise Incomplete(f"worker {error.error_index} died ({how}); {AGAIN}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.source import Source, resolve
+from tensorllm.compression.model import Progress, quiet
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
@@ -22,6 +23,7 @@ from tensorllm.evaluation.results import (
     BEFORE,
     PREDICTIONS,
     SCHEMA,
+    Journal,
     ResultsFolder,
     check_free,
 )
@@ -73,8 +75,12 @@ class Evaluation:
     before: list[Row] | None = None
 
 
-def evaluate(request: EvaluateRequest) -> Evaluation:
+def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation:
     """Score the model on the dataset; with `compressed`, original and compressed.
+
+    Args:
+        progress: called with (examples scored, examples in all, which model) where there is one
+            process; several have the Trainer's bar.
 
     Raises:
         UserError: wrong input.
@@ -104,7 +110,7 @@ def evaluate(request: EvaluateRequest) -> Evaluation:
         folder = ResultsFolder(target, fingerprint, overwrite=request.overwrite)
         started = time.perf_counter()
         rows = {
-            name: _score(request, protocol, data, loader, folder, name)
+            name: _score(request, protocol, data, loader, folder.journal(name), progress)
             for name, loader in loaders.items()
         }
         if not is_first():
@@ -144,12 +150,19 @@ def _score(
     protocol: Protocol,
     data: ReasoningDataModule,
     loader: Loader,
-    folder: ResultsFolder,
-    name: str,
+    journal: Journal,
+    progress: Progress,
 ) -> list[Row]:
     """The rows of one model, those of an earlier, interrupted run included."""
-    journal = folder.journal(name)
     data.done = frozenset(journal.rows())
+    done, total = len(data.done), len(data.examples)
+
+    def keep(rows: list[Row]) -> None:
+        nonlocal done
+        journal.append(rows)
+        done += len(rows)
+        progress(done, total, f"scoring {loader.folder.name}")
+
     if len(data.done) < len(data.examples):
         kind = MaskedReasoner if loader.masked else CausalReasoner
         module = kind(
@@ -157,7 +170,7 @@ def _score(
             data.tokenizer or loader.tokenizer(),
             protocol=protocol,
             batch_tokens=request.batch_tokens,
-            on_rows=journal.append,
+            on_rows=journal.append if request.devices.several else keep,
         )
         validate(request.devices, module, data)
     found = journal.rows()

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.checkpoint.factored import dense_tensors
-from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from tensorllm.checkpoint.reader import index_name
+from tensorllm.checkpoint.factored import STEM, dense_tensors
+from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
+from tensorllm.checkpoint.reader import Checkpoint, index_name
 from tensorllm.checkpoint.writer import ShardWriter, check_target
 from tensorllm.compression.card import CARD, REPORT, card
+from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.publish import COPIED
 from tensorllm.errors import UserError
+from tensorllm.registry import one_of
 
 FORMATS = ("dense",)
 
@@ -27,6 +29,7 @@ def export(
     format: str = "dense",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    progress: Progress = quiet,
 ) -> int:
     """Write the dense checkpoint that a factored folder stands for; every tool reads it.
 
@@ -34,6 +37,7 @@ def export(
         source: a folder that `tensorllm compress --format factored` wrote.
         target: the folder to make.
         dtype: of the written weights; by default that of the original.
+        progress: called with (tensors written, tensors in all, the tensor's name).
 
     Returns:
         Bytes of the weight files.
@@ -41,8 +45,7 @@ def export(
     Raises:
         UserError: not a factored folder, a folder that has changed, or another format.
     """
-    if format not in FORMATS:
-        raise UserError(f"export writes {', '.join(FORMATS)}, got {format!r}")
+    one_of("--format", format, FORMATS)
     check_target(target, overwrite=overwrite, source=source)
     manifest = read_manifest(source)
     if manifest is None or manifest.format != "factored":
@@ -51,7 +54,9 @@ def export(
     check_files(source, manifest)
     fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
     writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
-    for name, tensor in dense_tensors(source):
+    total = dense_count(source, manifest)
+    for done, (name, tensor) in enumerate(dense_tensors(source)):
+        progress(done, total, name)
         if name not in writer.finished:
             writer.add(name, {name: _cast(tensor, dtype)})
     weight_map = writer.name_files()
@@ -98,6 +103,13 @@ def _write_report(
     old = source / CARD
     previous = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
     writer.write_text(CARD, card(report, config=config, previous=previous))
+
+
+def dense_count(source: Path, manifest: Manifest) -> int:
+    """How many tensors the dense checkpoint will have."""
+    special = {t for site in manifest.sites for t in site.tensors.values()}
+    special |= set(manifest.rest.values())
+    return len(set(Checkpoint(source, stem=STEM).entries) - special) + len(manifest.replaced)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,14 +1,18 @@
 """`tensorllm generate`: text from any folder, a factored one in its factors."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from tensorllm.checkpoint.source import resolve
+from tensorllm.compression.model import Progress, quiet
 from tensorllm.errors import UserError
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.runtime import load_factored
+from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Policy
 
 
@@ -34,8 +38,11 @@ class GenerateRequest:
     device: str = "cpu"
 
 
-def generate(request: GenerateRequest) -> list[str]:
+def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     """The prompts and what the model writes behind them, one text per prompt.
+
+    Args:
+        progress: called with (tokens written, the most there may be, what is done).
 
     Raises:
         UserError: settings out of range, no tokenizer, or a model that writes no text.
@@ -57,6 +64,11 @@ def generate(request: GenerateRequest) -> list[str]:
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(list(request.prompts), return_tensors="pt", padding=len(request.prompts) > 1)
     torch.manual_seed(request.seed)
+
+    def count(ids: Tensor, scores: Any) -> Tensor:
+        progress(ids.shape[1] - batch["input_ids"].shape[1], request.max_new_tokens, "writing")
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # no reason to stop
+
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
     out = model.generate(
         input_ids=batch["input_ids"].to(model.device),
@@ -65,12 +77,14 @@ def generate(request: GenerateRequest) -> list[str]:
         num_beams=request.beams,
         do_sample=request.temperature > 0,
         pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=StoppingCriteriaList([count]),
         **(sampling if request.temperature > 0 else {}),
     )
     return [str(text) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
 
 def _check(request: GenerateRequest) -> None:
+    one_of("--policy", request.policy, get_args(Policy))
     if not request.prompts or not all(request.prompts):
         raise UserError("give a prompt that is not empty")
     for name in ("max_new_tokens", "beams"):

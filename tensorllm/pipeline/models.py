@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from tensorllm.checkpoint.factored import load, model_class
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
 from tensorllm.errors import UserError
+from tensorllm.registry import one_of
 
 DTYPES = {
     "fp32": torch.float32,
@@ -89,9 +90,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """The torch dtype of a name such as bf16."""
     if name is None:
         return None
-    if name not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+    return DTYPES[one_of("--dtype", name, list(DTYPES))]
 
 
 def _line(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from tensorllm.evaluation.scorer import is_masked
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.recipes import short_names
+from tensorllm.registry import one_of
 from tensorllm.search.examiner import Examiner, Found
 from tensorllm.search.feasible import feasible
 from tensorllm.search.identity import examples_fingerprint, model_fingerprint
@@ -87,8 +88,8 @@ class SearchRequest:
     def __post_init__(self) -> None:
         if self.trials is not None and self.trials < 1:
             raise UserError(f"--trials must be at least 1, got {self.trials}")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise UserError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if self.sampler is not None:
+            one_of("--sampler", self.sampler, SAMPLERS)
         for size in (self.cache_bytes, self.disk_cache_bytes):
             if size is not None and size < 0:
                 raise UserError(f"the cache must have 0 bytes or more, got {size}")

@@ -16,6 +16,7 @@ from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
+from tensorllm.registry import did_you_mean
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.stacking import FFN
 
@@ -242,7 +243,8 @@ def _matrices(roles: RoleMatrices, mode: str, given: Sequence[Any] | None) -> tu
     for of in given or ():
         for role in str(of).split("+"):
             if role not in there:
-                raise UserError(f"matrices must be some of {', '.join(there)}, got {role!r}")
+                hint = did_you_mean(role, there)
+                raise UserError(f"matrices must be some of {', '.join(there)}, got {role!r}.{hint}")
     return tuple(given or [role for role in there if role in FFN])
 
 

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.registry import one_of
 from tensorllm.search.examiner import Examiner, Found, TooFar, unpack
 from tensorllm.search.feasible import ratio_of
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
@@ -45,11 +46,7 @@ class Rules:
     min_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UserError(
-                f"--objective must be one of {', '.join(OBJECTIVES)} or energy, "
-                f"got {self.objective!r}"
-            )
+        one_of("--objective", self.objective, (*OBJECTIVES, "energy"))
         if self.level is not None and not 0 <= self.level < 1:
             raise UserError(f"--stop-level must be in [0, 1), got {self.level}")
         if self.max_error is not None and self.max_error <= 0:
@@ -67,7 +64,8 @@ def make_sampler(name: str, seed: int, workers: int = 1) -> optuna.samplers.Base
         return optuna.samplers.NSGAIISampler(seed=seed)
     if name == "grid":
         return optuna.samplers.RandomSampler(seed=seed)  # never asked: a grid is queued
-    raise UserError(f"--sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    one_of("--sampler", name, SAMPLERS)
+    raise AssertionError(name)
 
 
 def suggest(trial: optuna.Trial, space: Space, *, grid: bool) -> dict[str, Value]:
