@@ -31,6 +31,10 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
     Args:
         begin: what is being done until the first update says more.
     """
+    console = Console(stderr=True)
+    if is_quiet() or not console.is_terminal:
+        yield lambda done, total, what: None
+        return
     from rich.progress import (
         BarColumn,
         Progress,
@@ -40,7 +44,6 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<24.24}", markup=False),
         BarColumn(bar_width=20),
@@ -49,8 +52,7 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    hidden = not console.is_terminal or is_quiet()
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(begin, total=None)  # it pulses until something can be counted
         seen: tuple[int, int | None] = (0, None)
 
