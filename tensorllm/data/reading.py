@@ -4,11 +4,11 @@ import csv
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from tensorllm.errors import UserError
-from tensorllm.registry import did_you_mean
 
 Row = Mapping[str, Any]
 PARQUET_ROWS = 1024  # read at a time
@@ -57,8 +57,12 @@ def _jsonl(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}: malformed JSON on line {number}: {error.msg}") from None
+                raise UserError(f"{path}: malformed JSON on line {number}: {_why(error)}") from None
             yield _row(row, f"{path}, line {number}")
+
+
+def _why(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def json_items(path: Path) -> list[Any]:
@@ -68,7 +72,7 @@ def json_items(path: Path) -> list[Any]:
     try:
         loaded = json.loads("".join(_lines(path)))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: malformed JSON on line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{path}: malformed JSON on line {error.lineno}: {_why(error)}") from None
     if isinstance(loaded, dict):
         lists = [value for value in loaded.values() if isinstance(value, list)]
         loaded = lists[0] if len(lists) == 1 else loaded
@@ -118,8 +122,9 @@ def field_of(row: Row, names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in row:
             return name
-    hint = did_you_mean(names[0], list(row))
+    close = get_close_matches(names[0], list(row), n=1)
+    hint = f"; perhaps {close[0]!r} should be {names[0]!r}" if close else ""
     raise UserError(
         f"{where} must have a field named {' or '.join(map(repr, names))}, "
-        f"got {', '.join(map(repr, row))}{'.' + hint if hint else ''}"
+        f"got {', '.join(map(repr, row))}{hint}"
     )

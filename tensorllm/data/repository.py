@@ -31,6 +31,14 @@ class HubSource:
     folder: Path | None = None
 
     @property
+    def fetch(self) -> str:
+        """The command that fetches it: the hub's export, parquet whatever the repository holds."""
+        return (
+            f"hf download {self.repo} --repo-type dataset --revision refs/convert/parquet "
+            f"--include '{self.config or 'default'}/*' --local-dir FOLDER/{self.repo}"
+        )
+
+    @property
     def what(self) -> str:
         """Which files these are, for messages."""
         config = f"{self.config}, " if self.config else ""
@@ -98,6 +106,5 @@ def _streamed(source: HubSource, split: str) -> Iterator[Row]:
 def _unreachable(source: HubSource, split: str, reason: str) -> UserError:
     return UserError(
         f"cannot load {source.repo} ({split}) from the hub: {reason}. Fetch it where there is a "
-        f"network (hf download {source.repo} --repo-type dataset --local-dir FOLDER) and give that "
-        "folder, or one file of rows, with --data-file"
+        f"network ({source.fetch}) and give that FOLDER, or one file of rows, with --data-file"
     )

@@ -96,14 +96,10 @@ def fetch_weights(model: str) -> str:
 
 
 def fetch_data(dataset: str) -> str:
-    """The same for a dataset: the hub's export, which is parquet whatever the repository holds; or
-    its rows in a file of one's own.
-    """
-    source = _source(dataset)
+    """The same for a dataset, or its rows in a file of one's own."""
     return (
-        f"hf download {source.repo} --repo-type dataset --revision refs/convert/parquet "
-        f"--include '{source.config or 'default'}/*' --local-dir FOLDER/{source.repo} (or rows of "
-        f"one's own as FOLDER/{dataset}.jsonl), then --data FOLDER"
+        f"{_source(dataset).fetch} (or rows of one's own as FOLDER/{dataset}.jsonl), then "
+        "--data FOLDER"
     )
 
 
