@@ -99,15 +99,9 @@ def run(
     """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
     load_plugins(request.plugins)
     recipe = recipe_of(request)
-<<<<<<< /tmp/mine/tensorllm/pipeline/compress.py
-    compressor = make_compressor(recipe.mode, recipe.settings)
-    one_of("--format", request.format, FORMATS)
-=======
     budget = budget_of(recipe.mode, recipe.settings)
     compressor = budget.compressor() if budget else make_compressor(recipe.mode, recipe.settings)
-    if request.format not in FORMATS:
-        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {request.format!r}")
->>>>>>> /tmp/head.tmp
+    one_of("--format", request.format, FORMATS)
     dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
