@@ -113,7 +113,7 @@ def test_bench_measures_peaks_of_its_own_processes(story_folder: Path):
 
 @torch.no_grad()
 def test_auto_loads_a_folder_partly_dense(tmp_path: Path):
-    dense = tiny_model("llama")
+    dense = tiny_model("llama", intermediate_size=16_384)
     tl.compress(dense, tl.Hybrid(ranks=(32, 8, 6), rho=0.2, matrices=("in",)))
     tl.save(dense, tmp_path / "out")
     model, choices = load_factored(tmp_path / "out", "auto")

@@ -209,7 +209,7 @@ def test_soft_capping_and_boolean_masks():
 
 
 def test_auto_keeps_dense_what_would_not_gain():
-    model = tiny_model("llama")
+    model = tiny_model("llama", intermediate_size=16_384)
     tl.compress(model, tl.Hybrid(ranks=(32, 8, 6), rho=0.2, matrices=("in",)))
     choices = {choice.site: choice for choice in factorize(model, policy="auto")}
     assert not choices["layers.0.qkvo"].factored
@@ -240,3 +240,55 @@ def test_a_trained_model_writes_the_same_story(tinystories: Any):
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
     settings = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(factored.generate(ids, **settings), dense.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("name", ["gptj", "llama", "gemma3_text"])
+@torch.no_grad()
+def test_the_cache_grows_in_place_and_may_be_cut_copied_and_reordered(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tensorllm.runtime.cache.ROOM", 3)
+    dense, factored = pair(name)
+    ids, _ = prompts(24)
+    caches = [DynamicCache(config=model.config) for model in (dense, factored)]
+
+    def step(start: int, stop: int, rows: torch.Tensor = ids) -> None:
+        got, want = (
+            model(rows[:, start:stop], past_key_values=cache).logits
+            for model, cache in zip((factored, dense), caches[::-1], strict=True)
+        )
+        same(got, want)
+
+    step(0, 5)
+    for i in range(5, 14):
+        step(i, i + 1)
+    before = copy.deepcopy(caches)
+    for cache in caches:
+        cache.crop(-4)
+    step(10, 13)
+    swapped = torch.tensor([1, 0])
+    for cache in caches:
+        cache.reorder_cache(swapped)
+    step(13, 14, ids[swapped])
+    caches = before  # what was copied knows nothing of all this
+    step(14, 17)
+
+
+@torch.no_grad()
+def test_a_token_copies_nothing_that_is_cached():
+    _, factored = pair("llama")
+    ids, _ = prompts()
+    cache = DynamicCache(config=factored.config)
+    places = []
+    for i in range(4):
+        factored(ids[:, i : i + 1], past_key_values=cache)
+        held = cache.layers[1]
+        places.append([t.untyped_storage().data_ptr() for t in (held.keys, held.values)])
+    assert places[1] == places[2] == places[3]
+    with torch.inference_mode():  # what was made there may not be written outside
+        factored(ids[:, 4:5], past_key_values=cache)
+        cache = DynamicCache(config=factored.config)
+        factored(ids[:, :1], past_key_values=cache)
+        factored(ids[:, 1:2], past_key_values=cache)
+    factored(ids[:, 2:3], past_key_values=cache)
+    assert cache.get_seq_length() == 3

@@ -1,13 +1,32 @@
-"""Measuring how models run: time of a prompt and of one more token, bytes of weights and caches."""
+"""Measuring how models run: time of a prompt and of one more token, bytes of weights and caches.
+
+On a shared machine one thread that waits for a core holds up the others at every barrier. So each
+turn is kept with the time that this process waited, and medians are over the turns that did not.
+"""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+QUIET = 0.02  # of a turn's time, summed over threads, that may be spent waiting for a core
+
+
+class Turn(NamedTuple):
+    """Seconds of one call, and seconds that this process's threads waited for a core meanwhile."""
+
+    seconds: float
+    waited: float = 0.0
+
+    @property
+    def quiet(self) -> bool:
+        return self.waited <= QUIET * self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +52,39 @@ class Measured:
         return asdict(self)
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, in turns, so that what else the machine does hits all alike."""
+def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Turn]]:
+    """Each call in turns with the others, so that what else the machine does hits all alike."""
     for call in calls.values():
         call()
-    out: dict[str, list[float]] = {name: [] for name in calls}
+    out: dict[str, list[Turn]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            started = time.perf_counter()
+            waited, started = waited_for_cores(), time.perf_counter()
             call()
             _wait()
-            out[name].append(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            out[name].append(Turn(seconds, waited_for_cores() - waited))
     return out
 
 
-def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def medians(turns: Mapping[str, list[Turn]]) -> dict[str, float]:
+    """Seconds of the median turn among the quiet ones; among all where none was."""
+    return {
+        name: statistics.median(t.seconds for t in [t for t in every if t.quiet] or every)
+        for name, every in turns.items()
+    }
+
+
+def waited_for_cores() -> float:
+    """Seconds that this process's threads have been ready to run and were not, as Linux counts.
+
+    Source: Documentation/scheduler/sched-stats.rst; 0 on systems that do not count it.
+    """
+    total = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread may end meanwhile
+            total += int(file.read_text().split()[1])
+    return total / 1e9
 
 
 @torch.inference_mode()
@@ -99,11 +135,11 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def cache_bytes(cache: Any) -> tuple[int, int]:
-    """Bytes of the keys and of the values that a cache holds, counted on its tensors."""
+    """Bytes of the keys and of the values that a cache holds, counted on its tensors' storage."""
     if cache is None:
         return 0, 0
-    keys = sum(layer.keys.nbytes for layer in cache.layers)
-    return keys, sum(layer.values.nbytes for layer in cache.layers)
+    keys = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
+    return keys, sum(layer.values.untyped_storage().nbytes() for layer in cache.layers)
 
 
 def _prefill(model: Any, ids: Tensor) -> Callable[[], Any]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorllm.runtime.cache import append
 from tensorllm.runtime.heads import HeadsSite
 from tensorllm.runtime.wiring import Wiring, rotary_function
 from tensorllm.tensors.stacking import Geometry
@@ -83,7 +84,7 @@ class FactoredAttention:
         past = past_key_values if past_key_values is not None else layer_past
         if past is not None:
             past = getattr(past, "self_attention_cache", past)
-            k_BGTE, v_BGTR = past.update(k_BGTE, v_BGTR, self.layer_idx)
+            k_BGTE, v_BGTR = append(past, k_BGTE, v_BGTR, self.layer_idx)
         y_BTHR, weights = self._attend(
             q_BHTE, k_BGTE, v_BGTR, attention_mask, output_attentions, kwargs
         )

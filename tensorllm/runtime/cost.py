@@ -1,11 +1,12 @@
-"""What running a site costs, dense and factored: numbers to read and products to form per token.
+"""What running a site costs, dense and factored, predicted per token.
 
-One new token reads every weight once and does little else; a long prompt is bound by products. So a
-site whose factors need no fewer of both is better left dense. `benchmarks/runtime.py` holds these
-counts against measured times.
+One new token reads every weight once; a long prompt is bound by products; and starting an operation
+takes as long as reading many weights. The constants are fitted on two CPU cores in float32 with
+`benchmarks/runtime.py --part cost`, which holds each prediction against measured times
+(docs/results/runtime.json). Shapes: D model width, H heads, G key/value heads, K head width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from tensorllm.compressors.base import Site
@@ -16,15 +17,30 @@ from tensorllm.tensors.stacking import Geometry
 
 Policy = Literal["auto", "always"]
 POLICIES = ("auto", "always")
-# A factored site runs more and smaller operations; a cautious margin, not a measurement.
-OVERHEAD = 1.15
+OPERATION = 33_000  # weights that could be read while one operation is started, 8 microseconds
+ATTENTION_OPERATIONS = 40  # of an attention block that decodes one token, dense or factored
+PROMPT = 512  # tokens of the prompt that a prediction is made for
+SCORE = 100  # products that take as long as masking one score and taking its softmax
+# A predicted speed-up has to reach this; near 1, predictions were too high by no more.
+MARGIN = 1.1
 
 
 class Cost(NamedTuple):
-    """Per token: weights read, and multiply-adds with them."""
+    """Per token: weights read, operations started, and multiply-adds in a prompt of 512 tokens."""
 
     reads: int
+    operations: int
     products: int
+
+    @property
+    def decode(self) -> int:
+        """Time of a token that is decoded, in weights read."""
+        return self.reads + OPERATION * self.operations
+
+    @property
+    def prefill(self) -> int:
+        """Time of a token of the prompt, in products."""
+        return self.products + OPERATION * self.operations // PROMPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,29 +53,46 @@ class Choice:
     dense: Cost
     factors: Cost
 
+    @property
+    def speedups(self) -> tuple[float, float]:
+        """Predicted, of a prompt and of decoding: above 1 the factors are faster."""
+        dense, small = self.dense, self.factors
+        return dense.prefill / small.prefill, dense.decode / small.decode
+
 
 def dense_cost(site: Site, geometry: Geometry) -> Cost:
     size = sum(geometry.inner(role) * geometry.D for _, role in site.matrices)
-    return Cost(size, size)
+    if _whole_attention(site):
+        return Cost(size, ATTENTION_OPERATIONS, size + _attend(geometry, geometry.K))
+    return Cost(size, len(site.matrices), size)
 
 
 def factored_cost(site: Site, factors: Factors, geometry: Geometry) -> Cost:
     """Counts of the module that runs the site; expanding latents to heads is counted too."""
     stored = parameters(factors)
     if isinstance(factors, LowRank):
-        return Cost(stored, stored)
-    if site.stacking == "heads" and len(factors.ranks) == 3:
+        return Cost(stored, 2, stored)
+    if _whole_attention(site) and len(factors.ranks) == 3:
         p, r, s = factors.ranks
         width, stack = geometry.D * p, p * r * geometry.G
-        outer = geometry.groups if s == 2 * geometry.groups + 2 else s
-        inner = geometry.groups + 2 if s == 2 * geometry.groups + 2 else s
+        whole = s == 2 * geometry.groups + 2  # each matrix then has its own part of the core
+        inner, outer = (geometry.groups + 2, geometry.groups) if whole else (s, s)
+        reads = 2 * width + (inner + outer) * stack
         expand = (geometry.H + geometry.G) * r * geometry.K
-        return Cost(
-            2 * width + (inner + outer) * stack, 2 * width + (inner + outer) * stack + expand
-        )
+        return Cost(reads, ATTENTION_OPERATIONS, reads + expand + _attend(geometry, r))
     # the others share nothing while they run: every matrix goes through its own chain
     count = len(site.matrices)
-    return Cost(stored, stored * count if site.stacking == "matrices" else stored)
+    products = stored * count if site.stacking == "matrices" else stored
+    return Cost(stored, 3 * count, products)
+
+
+def _whole_attention(site: Site) -> bool:
+    return site.stacking == "heads"
+
+
+def _attend(geometry: Geometry, values: int) -> int:
+    """Products of one token with the keys and values of the prompt, and of its scores."""
+    return geometry.H * PROMPT * (geometry.K + values + SCORE)
 
 
 def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> Choice:
@@ -77,6 +110,10 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
         return Choice(site.name, False, f"no module for {site.stacking!r}", dense, small)
     if parameters(factors) >= dense.reads:
         return Choice(site.name, False, "the factors are not smaller", dense, small)
-    if small.products * OVERHEAD >= dense.products:
-        return Choice(site.name, False, "the factors would not run faster", dense, small)
-    return Choice(site.name, True, "smaller and faster", dense, small)
+    choice = Choice(site.name, True, "smaller and faster", dense, small)
+    if min(choice.speedups) < MARGIN:
+        why = "predicted {:.2f} times as fast at a prompt, {:.2f} at decoding".format(
+            *choice.speedups
+        )
+        return replace(choice, factored=False, why=why)
+    return choice

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tensorllm.registry import Registry
@@ -29,9 +28,11 @@ def rotate_pairs(
     module: Any, q_BHTJ: Tensor, k_BGTJ: Tensor, position_embeddings: Any, position_ids: Any
 ) -> tuple[Tensor, Tensor]:
     """The same where each layer keeps a table of sines and cosines, heads after tokens."""
-    table = module._get_embed_positions(position_ids)
-    index = position_ids.unsqueeze(-1).expand(-1, -1, table.shape[-1])
-    sin, cos = torch.gather(table, 1, index).to(k_BGTJ.dtype).chunk(2, dim=-1)
+    sin, cos = (
+        module.embed_positions.to(position_ids.device)[position_ids]
+        .to(k_BGTJ.dtype)
+        .chunk(2, dim=-1)
+    )
     q, k = (module.rotary_function(t.transpose(1, 2), sin, cos) for t in (q_BHTJ, k_BGTJ))
     return q.transpose(1, 2), k.transpose(1, 2)
 
