@@ -41,7 +41,8 @@ def _matrices(roles: tuple[str, ...]) -> str:
         return "attention"
     part = "attention" if set(roles) <= set(ATTENTION) else "FFN"
     many = "matrices" if len(roles) > 1 else "matrix"
-    return f"{part} {many} {', '.join(roles)}"
+    names = ", ".join(f"“{role}”" for role in roles)
+    return f"{part} {many} {names}"
 
 
 def _factors(kind: str, sites: Sites) -> str:

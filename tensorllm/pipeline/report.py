@@ -65,11 +65,10 @@ def report(runs: Sequence[Path], out: Path, *, cards: bool = False) -> Page:
 def _rendered(runs: Sequence[Run], canvas: Canvas) -> str:
     try:
         return render(runs, canvas)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except KeyError as error:
         paths = ", ".join(str(run.path) for run in runs)
         raise UserError(
-            f"{paths}: written by another version of tensorllm, or damaged "
-            f"({type(error).__name__}: {error})"
+            f"{paths}: written by another version of tensorllm, or damaged (it lacks {error})"
         ) from error
 
 

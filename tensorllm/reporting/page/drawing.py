@@ -9,7 +9,8 @@ from markupsafe import Markup, escape
 from tensorllm.tensors.stacking import ATTENTION
 
 Json = Mapping[str, Any]
-CELL, GAP, LEFT, RIGHT = 30, 5, 62, 86
+CELL, GAP, LEFT, RIGHT = 26, 4, 58, 62
+TALL = 240  # from here on the drawing stands beside the others, not in their row
 HEIGHT = 520  # of all layers together, at most; then their rows get thinner
 
 
@@ -23,7 +24,7 @@ def model_drawing(report: Json) -> Markup:
     }
     roles = [*ATTENTION, "in", *(["gate"] if report["geometry"]["gated"] else []), "out"]
     layers = report["model_layers"]
-    row = max(5.0, min(22.0, HEIGHT / layers))
+    row = max(5.0, min(34.0, HEIGHT / layers))
     places = {r: LEFT + n * (CELL + GAP) + (14 if n >= 4 else 0) for n, r in enumerate(roles)}
     end = places[roles[-1]] + CELL
     head = 40
@@ -49,13 +50,14 @@ def model_drawing(report: Json) -> Markup:
         crowded = row < 13 and any(0 < abs(layer - e) * row < 13 and layer > e for e in edited)
         if named and not crowded:
             style = "layer on" if layer in edited else "layer"
-            out.append(_text(LEFT - 10, y + high / 2 + 4, f"layer {layer}", style, "end"))
+            out.append(_text(LEFT - 8, y + high / 2 + 4, f"layer {layer}", style, "end"))
         if layer in edited and not crowded:
             gains = [1 / part for (of, _), part in left.items() if of == layer]
             note = f"{min(gains):.3g}×" if len(set(gains)) == 1 else _span(gains)
-            out.append(_text(end + 10, y + high / 2 + 4, note, "gain", "start"))
+            out.append(_text(end + 8, y + high / 2 + 4, note, "gain", "start"))
     title = f"{layers} layers; edited: {', '.join(map(str, edited))}"
-    return _svg(end + RIGHT, head + layers * row + 2, out, title, "model")
+    tall = "model tall" if layers * row > TALL else "model"
+    return _svg(end + RIGHT, head + layers * row + 2, out, title, tall)
 
 
 def _span(gains: Sequence[float]) -> str:
@@ -84,7 +86,7 @@ def _tucker(shape: Sequence[int], ranks: Sequence[int]) -> Markup:
     out += _box(x, base, k, d, m * 0.6, "w")
     out.append(_text(x + (k + m * 0.6) / 2, base + 22, "W", "name", "middle"))
     x += k + m * 0.6 + 22
-    out.append(_text(x, base - 36, "=", "sign", "middle"))
+    out.append(_text(x, base - 36, "≈", "sign", "middle"))
     x += 20
     out += _box(x, base, r2, r1, r3 * 0.6, "core")
     out.append(_text(x + (r2 + r3 * 0.6) / 2, base + 22, "G", "name", "middle"))
@@ -110,7 +112,7 @@ def _low_rank(shape: Sequence[int], rank: int) -> Markup:
     out = [_rect(x, base - rows, columns, rows, "w", "")]
     out.append(_text(x + columns / 2, base + 22, "W", "name", "middle"))
     x += columns + 24
-    out.append(_text(x, base - 36, "=", "sign", "middle"))
+    out.append(_text(x, base - 36, "≈", "sign", "middle"))
     x += 24
     out.append(_rect(x, base - rows, r, rows, "factor", ""))
     out.append(_text(x + r / 2, base + 22, "U", "name", "middle"))

@@ -15,7 +15,7 @@ def heatmap(
     columns: Sequence[str],
     names: tuple[str, str],
     title: str,
-    caption: str = "From {low:.3g} (light) to {high:.3g} (dark): the share of the norm lost.",
+    caption: str = "From {low:.3g} (faint) to {high:.3g} (strong): the share of the norm lost.",
     number: str = ".2f",
 ) -> Picture:
     """Cells in six shades; their numbers are written in where there is room.
@@ -44,10 +44,10 @@ def heatmap(
                 )
                 if room:
                     ink = colour("on" if shade > 3 else "ink")
-                    style = {"ha": "center", "va": "center", "color": ink, "fontsize": 8}
+                    style = {"ha": "center", "va": "center", "color": ink, "fontsize": 9}
                     axes.text(j + 0.5, i + 0.5, format(value, number), **style)
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=names[1], ylabel=names[0])
-        _ticks(axes.xaxis, columns, 16)
+        _ticks(axes.xaxis, columns, 10)
         _ticks(axes.yaxis, rows, 24)
         axes.grid(False)
         axes.spines[:].set_visible(False)

@@ -37,9 +37,7 @@ def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> Pictu
             if bounds:
                 axes.plot(bounds, [at, at], color=colour("ink"), lw=1.4, solid_capstyle="butt")
             end = bounds[1] if bounds else value
-            axes.text(
-                end + 0.02 * top, at, f"{value:.{digits}f}", va="center", ha="left", fontsize=9
-            )
+            axes.text(end + 0.02 * top, at, f"{value:.{digits}f}", va="center", ha="left")
         axes.set_yticks([0, 1], ["before", "after"])
         axes.tick_params(axis="y", labelcolor=colour("ink"))
         axes.set(xlim=(0, 1.16 * top), ylim=(1.5, -0.5), xlabel=METRICS[metric])
@@ -97,7 +95,7 @@ def speed_picture(canvas: Canvas, found: Mapping[str, Any], prefix: str) -> Pict
         for at, (_, value) in enumerate(bars):
             shade = "good" if value > 1.005 else "before" if value > 0.995 else "bad"
             axes.barh(at, value, height=0.6, color=colour(shade))
-            axes.text(value + 0.02 * top, at, f"{value:.2f}×", va="center", fontsize=8.5)
+            axes.text(max(value, 1) + 0.02 * top, at, f"{value:.2f}×", va="center")
         axes.axvline(1, color=colour("ink"), lw=1, ls=(0, (3, 2)))
         axes.set_yticks(range(len(bars)), [name for name, _ in bars])
         axes.tick_params(axis="y", labelcolor=colour("ink"))

@@ -47,10 +47,10 @@ def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: s
         name,
         cells,
         rows=[str(i) for i in layers],
-        columns=[f"{b[0]:g}" if len(b) == 1 else f"{b[0]:g}-{b[-1]:g}" for b in bins],
-        names=("first edited layer", across),
+        columns=[f"{b[0]:g}" for b in bins],
+        names=("first edited layer", across if len(bins[0]) == 1 else f"{across}, from"),
         title=f"Best {measure} by layer and {across}",
-        caption=f"On validation, from {{low:.3g}} (light) to {{high:.3g}}{unit} (dark). "
+        caption=f"On validation, from {{low:.3g}} (faint) to {{high:.3g}}{unit} (strong). "
         "Empty: not examined, or given up early.",
         number=".0f" if measure == "accuracy" else ".2f",
     )

@@ -1,7 +1,7 @@
 """Plots of what was done to the weights: spectra with their cuts, errors per matrix and head."""
 
 from collections.abc import Mapping, Sequence
-from math import hypot
+from math import hypot, prod
 from typing import Any
 
 from tensorllm.compression.wording import numbers
@@ -50,28 +50,43 @@ def _spectra(
         if len(pairs) == 1 and pairs[0][1]["rank"] is not None:
             axes.axvspan(0, pairs[0][1]["rank"], color=colour("seq1"), lw=0, zorder=0)
         low = min(v / (s["values"][0] or 1.0) for _, s in pairs for v in s["values"])
-        axes.set_yscale("log" if 0 < low < 0.05 else "linear")
+        if 0 < low < 0.05:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         axes.set(xlabel="singular value number", ylabel="relative to the largest")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(0, max(max(spectrum["at"]) for _, spectrum in pairs) * 1.02 + 0.2)
         if low >= 0.05:
             axes.set_ylim(0, 1.05)
         if 1 < len(pairs) <= NAMED:
             axes.legend()
-        size = pairs[0][1]["size"]
-        what = "matrix" if flat else f"mode {mode + 1}, {MODE_NAMES[mode]} ({size})"
-        ranks = sorted({s["rank"] for _, s in pairs if s["rank"] is not None})
-        kept = f"kept: {', '.join(map(str, ranks[:4]))}{'…' if len(ranks) > 4 else ''}. "
-        partial = max(pairs[0][1]["at"]) < min(size, max(pairs[0][0]["shape"]))
-        caption = (kept if ranks else "") + (
-            "Values beyond the cut were not computed at this size."
-            if partial and len(ranks) == 1 and max(pairs[0][1]["at"]) == ranks[0]
-            else "What is right of the dot was cut."
-            if ranks
-            else "All singular values."
-        )
-        title = f"{_role_name(roles)}: {what}"
-        alt = f"Falling curve of the singular values of {title}"
-        return canvas.picture(axes, name, title=title, caption=_sentence(caption), alt=alt)
+        title = _title(pairs[0][0], roles, None if flat else mode)
+        alt = f"Falling curve of the singular values: {title}"
+        return canvas.picture(axes, name, title=title, caption=_cut(pairs), alt=alt)
+
+
+def _title(site: Json, roles: str, mode: int | None) -> str:
+    part = "Attention" if set(roles) <= set(ATTENTION) else "FFN"
+    if mode is None:
+        return f"{part} matrix {roles} ({site['shape'][0]} × {site['shape'][1]})"
+    matrix = "" if roles == "".join(ATTENTION) else f" {roles}"
+    return f"{part}{matrix}, mode {mode + 1}: {MODE_NAMES[mode]}"
+
+
+def _cut(pairs: Sequence[tuple[Json, Json]]) -> str:
+    """What the dots mean, in words."""
+    site, first = pairs[0]
+    size = min(first["size"], prod(site["shape"]) // first["size"])
+    ranks = sorted({s["rank"] for _, s in pairs if s["rank"] is not None})
+    if not ranks:
+        return f"All {size} singular values."
+    if ranks == [size]:
+        return f"All {size} are kept: nothing was cut in this mode."
+    kept = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    if max(max(s["at"]) for _, s in pairs) <= ranks[-1] < size:
+        return f"{kept} of {size} kept; the rest is not computed at this size."
+    return f"{kept} of {size} kept; what is right of the dot was cut."
 
 
 def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> list[Picture]:
@@ -137,13 +152,3 @@ def _together(heads: Sequence[Sequence[float]], count: int) -> list[float | None
         found = [values[head] for values in heads if head < len(values)]
         out.append(hypot(*found) / len(found) ** 0.5 if found else None)
     return out
-
-
-def _role_name(roles: str) -> str:
-    if roles == "".join(ATTENTION):
-        return "Attention"
-    return f"Attention, {roles}" if set(roles) <= set("qkvo") else f"FFN, {roles}"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]

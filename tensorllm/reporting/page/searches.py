@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tensorllm.reporting.page.figures import between, signed
 from tensorllm.reporting.page.plots_search import search_pictures
 from tensorllm.reporting.page.runs import Searched
 from tensorllm.reporting.page.sections import provenance_rows
@@ -23,6 +24,7 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
     better = after >= before if metric == "accuracy" else after <= before
     return {
         "id": f"run-{number}",
+        "kind": "Search",
         "title": f"{found['model']}, search of {winner['mode']}",
         "sentence": (
             f"Best of {counts['examined']} trials on {found['validation_examples']:,} validation "
@@ -33,7 +35,7 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
             {
                 "label": f"{metric} on the test part",
                 "value": f"{after:.{digits}f}{unit}",
-                "note": f"{after - before:+.{digits}f} from {before:.{digits}f}",
+                "note": f"{signed(after - before, digits)} from {before:.{digits}f}",
                 "tone": "good" if better else "bad",
             },
             {
@@ -86,11 +88,10 @@ def _settings(values: Mapping[str, Any]) -> str:
 def _gain(selection: Mapping[str, Any] | None) -> str:
     if selection is None:
         return ""
-    low, high = selection["interval"]
     return (
         f"The gain on validation is {selection['gain']:+.1f} points, of which choosing the best of "
-        f"many is worth {selection['optimism']:.1f} by itself (95 % of resamples: {low:.1f} to "
-        f"{high:.1f}). The test part was looked at for the winner alone."
+        f"many is worth {selection['optimism']:.1f} by itself (95 % of resamples: "
+        f"{between(selection['interval'], 1)}). The test part was looked at for the winner alone."
     )
 
 

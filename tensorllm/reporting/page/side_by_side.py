@@ -4,8 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorllm.evaluation.before_after import BeforeAfter
+from tensorllm.reporting.page.figures import between, times
+from tensorllm.reporting.page.plots_scores import METRICS
 from tensorllm.reporting.page.subjects import Subject
 from tensorllm.reporting.page.theme import Canvas, Picture, colour
+
+LONGEST = 38  # characters of a name in a plot
 
 
 def side_by_side(
@@ -14,11 +18,10 @@ def side_by_side(
     """The comparison at the top of a page of several subjects."""
     dataset = _common(subjects)
     rows = [_row(s, view, dataset) for s, view in zip(subjects, views, strict=True)]
-    picture = _picture(subjects, dataset, canvas)
     return {
         "rows": rows,
         "where": dataset[0] if dataset else "",
-        "pictures": [picture] if picture else [],
+        "pictures": _pictures(subjects, dataset, canvas),
     }
 
 
@@ -50,22 +53,23 @@ def _row(
         value = found.after.get(metric) if found else None
         bounds = found.intervals_after.get(metric) if found else None
         row[metric] = "" if value is None else f"{value:.{digits}f}"
-        row[f"{metric}_interval"] = (
-            f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}" if bounds else ""
-        )
+        row[f"{metric}_interval"] = between(bounds, digits)
     for name in ("attention_of_edited_layers", "whole_model", "bytes_on_disk"):
-        row[name] = f"{ratios[name]:.4g}×" if name in ratios else ""
+        row[name] = times(ratios[name]) if name in ratios else ""
     return row
 
 
-def _picture(
+def _pictures(
     subjects: Sequence[Subject], wanted: tuple[str, ...] | None, canvas: Canvas
-) -> Picture | None:
-    """Score of every subject, and of the originals they were made from."""
+) -> list[Picture]:
+    """A plot per metric that every measured subject has."""
     found = [(s, m) for s in subjects if (m := _measured(s, wanted)) is not None]
-    if len(found) < 2:
-        return None
-    metric = "accuracy" if all("accuracy" in m.after for _, m in found) else "loss"
+    metrics = [m for m in METRICS if found and all(m in measured.after for _, measured in found)]
+    return [_bars(found, metric, canvas) for metric in metrics] if len(found) > 1 else []
+
+
+def _bars(found: Sequence[tuple[Subject, BeforeAfter]], metric: str, canvas: Canvas) -> Picture:
+    """Score of every subject, and of the originals they were made from."""
     bars: dict[str, tuple[float, Sequence[float] | None, str]] = {}
     for subject, measured in found:
         if measured.before is not None:
@@ -75,19 +79,23 @@ def _picture(
         name = subject.title if subject.title not in bars else f"{subject.title} ({number})"
         bars[name] = measured.after[metric], measured.intervals_after.get(metric), "accent"
     digits = 1 if metric == "accuracy" else 3
-    with canvas.axes(0.75 + 0.3 * len(bars)) as axes:
+    with canvas.axes(0.6 + 0.42 * len(bars)) as axes:
         top = max(bounds[1] if bounds else value for value, bounds, _ in bars.values())
-        for at, (value, bounds, shade) in enumerate(bars.values()):
-            axes.barh(at, value, height=0.6, color=colour(shade))
+        for at, (name, (value, bounds, shade)) in enumerate(bars.items()):
+            axes.barh(at, value, height=0.34, color=colour(shade))
             if bounds:
                 axes.plot(bounds, [at, at], color=colour("ink"), lw=1.4, solid_capstyle="butt")
             end = bounds[1] if bounds else value
             axes.text(end + 0.02 * top, at, f"{value:.{digits}f}", va="center")
-        axes.set_yticks(range(len(bars)), list(bars))
-        axes.tick_params(axis="y", labelcolor=colour("ink"))
-        axes.set(xlim=(0, 1.18 * top), ylim=(len(bars) - 0.4, -0.6), xlabel=metric)
+            axes.text(0, at - 0.24, _short(name), va="bottom")  # above its bar: names are long
+        axes.set_yticks([])
+        axes.set(xlim=(0, 1.16 * top), ylim=(len(bars) - 0.7, -0.75), xlabel=METRICS[metric])
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         title = f"{metric.capitalize()} on {found[0][1].dataset}"
-        caption = f"{found[0][1].where}; lines are 95 % intervals where they are known."
-        return canvas.picture(axes, "comparison", title=title, caption=caption, alt=title)
+        caption = "Lines are 95 % intervals where they are known."
+        return canvas.picture(axes, f"comparison-{metric}", title=title, caption=caption, alt=title)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else f"…{name[-LONGEST:]}"

@@ -43,16 +43,17 @@ class Subject:
 
     def sentence(self) -> str:
         """What was done and what came of it, in plain words."""
-        done = f"{self.model} as it is"
+        done = "as it is"
         if self.report:
-            done = f"{self.model} with {done_in_words(self.report['sites'])}"
+            done = f"with {done_in_words(self.report['sites'])}"
         elif self.compressor:
-            done = f"{self.model}, compressed by {self.compressor['mode']}"
-        parts = [_outcome(found) for found in self.measured()[:1]]
+            done = f"compressed by {self.compressor['mode']}"
+        outcomes = [_outcome(found) for found in self.measured()[:1]]
+        text = f"{outcomes[0]}, {done}" if outcomes else f"The model {self.model} {done}"
         if self.report:
             ratio = self.report["ratios"]["whole_model"]
-            parts.append(f"the whole model has {ratio:.2f} times fewer parameters")
-        return f"{done}: {' and '.join(parts)}." if parts else f"{done}."
+            text += f"; the whole model has {ratio:.3g} times fewer parameters"
+        return f"{text[0].upper()}{text[1:]}."
 
 
 def _outcome(found: BeforeAfter) -> str:

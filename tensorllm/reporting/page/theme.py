@@ -48,7 +48,7 @@ DARK = {
 }
 SEQUENCE = [f"seq{n}" for n in range(1, 7)]
 NAMES = {code: name for name, code in LIGHT.items()}
-WIDTH = 3.9  # inches: a plot is as wide as a telephone, and a page has several abreast
+WIDTH = 3.5  # inches: a plot is as wide as a telephone, and a page has several abreast
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,10 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tensorllm",
     "font.family": "DejaVu Sans",
-    "font.size": 8.5,
+    "font.size": 9.5,
     "text.color": LIGHT["ink"],
     "axes.labelcolor": LIGHT["muted"],
-    "axes.labelsize": 8.5,
+    "axes.labelsize": 9.5,
     "axes.edgecolor": LIGHT["line"],
     "axes.linewidth": 1.0,
     "axes.spines.top": False,
@@ -149,14 +149,15 @@ STYLE: dict[str, Any] = {
     "ytick.color": LIGHT["line"],
     "xtick.labelcolor": LIGHT["muted"],
     "ytick.labelcolor": LIGHT["muted"],
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "legend.labelcolor": LIGHT["ink"],
-    "lines.linewidth": 1.6,
+    "lines.linewidth": 1.7,
+    "axes.unicode_minus": True,
 }
