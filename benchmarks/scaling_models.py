@@ -24,8 +24,9 @@ from tensorllm.compression.model import compressed as edited
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import make_dataset, score
-from tensorllm.pipeline.search import SearchRequest, SearchRun
+from tensorllm.pipeline.search import SearchRequest
 from tensorllm.pipeline.search_ranks import run
+from tensorllm.pipeline.search_run import SearchRun
 
 
 def gptj(width: int, layers: int) -> Any:
@@ -75,7 +76,7 @@ def evaluate(quick: bool) -> dict[str, Any]:
 
     curves = {
         "evaluate over examples": Curve(
-            over="examples", xs=(125, 250, 500, 1000), quick=(8, 16, 24), prepare=examples,
+            over="examples", xs=(450, 900, 1800, 3600), quick=(8, 16, 24), prepare=examples,
             expected=1,
         ),
         "evaluate over parameters": Curve(

@@ -1,0 +1,90 @@
+"""Markdown tables of what benchmarks compared; see fill_numbers.py for how they get into pages."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Lookup = Callable[[str], Any]
+ERROR = "of the norm"  # a unit whose differences are small
+HEAD = ("what", "ours", "peer", "times better", "wanted", "times the floor")
+
+
+def figure(number: float, form: str | None = None) -> str:
+    """A number as people write it: three digits, or by Python's format."""
+    if form is not None:
+        return format(number, form)
+    if number == 0:
+        return "0"
+    if abs(number) >= 100:
+        return f"{number:,.0f}"
+    return f"{float(f'{number:.3g}'):g}" if abs(number) >= 1e-3 else f"{number:.2e}"
+
+
+def amount(number: float, unit: str) -> str:
+    """A number with its unit, bytes in the multiple that suits them."""
+    if unit == "bytes":
+        for name, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+            if number >= size:
+                return f"{figure(number / size)} {name}"
+    if unit == "s" and number < 1:
+        return f"{figure(1000 * number)} ms"
+    if unit == ERROR:
+        return f"{number:.5f}"
+    return f"{figure(number)} {unit}"
+
+
+def benchmark(value: Lookup, name: str) -> str:
+    """All parts of a results file, each with how it was made."""
+    out = []
+    for title, part in value(name).items():
+        out += [f"**{title}**", "", _table(part["comparisons"]), "", made(part), ""]
+    return "\n".join(out).rstrip()
+
+
+def comparisons(value: Lookup, *paths: str) -> str:
+    """Chosen comparisons in one table: `file/part` for all of a part, or one by its name."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    for path in paths:
+        found = value(path.replace("_", " ") if path.count("/") > 1 else path)
+        name = path.partition("/")[0]
+        many = found["comparisons"] if "comparisons" in found else {path.split("/")[-1]: found}
+        rows |= {f"{name}: {what}": one for what, one in many.items()}
+    return _table(rows)
+
+
+def made(part: Mapping[str, Any]) -> str:
+    """Machine, versions, commit, date and command, as one paragraph."""
+    versions = part["versions"]
+    names = ("python", "torch", "transformers", "tensorly")
+    with_ = ", ".join(f"{name} {versions[name]}" for name in names)
+    where = f"{part['hardware']}; {with_}; {part['date'][:10]}"
+    where += f", commit {part['commit']}" if part.get("commit") else ""
+    note = f" ({part['note']})" if part.get("note") else ""
+    return f"{where}{note}: `{part['command']}`"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown; all columns but the first are numbers."""
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """With only the columns that some row fills."""
+    cells = [_cells(what, one) for what, one in rows.items()]
+    kept = [i for i in range(len(HEAD)) if any(row[i] for row in cells)]
+    return table(tuple(HEAD[i] for i in kept), [tuple(row[i] for i in kept) for row in cells])
+
+
+def _cells(what: str, one: Mapping[str, Any]) -> tuple[str, ...]:
+    unit, peer, wanted = one["unit"], one["peer"], one["wanted"]
+    reached = one.get("times", one["ours"])
+    form = ".5f" if unit == ERROR else None
+    missed = wanted is not None and reached < wanted
+    return (
+        what,
+        amount(one["ours"], unit),
+        "" if peer is None else f"{one['peer_name']} {amount(peer, unit)}",
+        "" if peer is None else figure(one["times"], form),
+        "" if wanted is None else f"{figure(wanted, form)}{' (missed)' if missed else ''}",
+        figure(one["times_floor"]) if one["floor"] is not None else "",
+    )

@@ -1,0 +1,228 @@
+"""A plan on paper for a model of 405 billion parameters: times, memory and disk of every task.
+
+Computed from docs/results/scaling.json, the code's own formulas and the assumptions that
+docs/scaling.md shows; scripts/fill_numbers.py puts the tables there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from benchmark_tables import Lookup, amount, figure, table
+from plan_machines import ORDER, Machine, assumptions, machines, ranks_at
+
+from tensorllm.calibration.groups import input_width, output_width
+from tensorllm.calibration.sizes import candidates
+from tensorllm.compression.plan import BASE_BYTES, SHARD_BYTES, WORKING_COPIES
+from tensorllm.compressors import ActivationHybrid, Site
+from tensorllm.tensors.ranks import tucker_parameters
+from tensorllm.tensors.stacking import ATTENTION, Geometry
+
+# Llama-3.1-405B, as its config.json has it; weights in bfloat16
+LAYERS, VOCABULARY, BYTES = 126, 128_256, 2
+GEOMETRY = Geometry(D=16_384, H=128, G=8, K=128, F=53_248, gated=True)
+STACK = Site((0,), ATTENTION, "heads").shape(GEOMETRY)
+LAYER = prod(STACK) + 3 * GEOMETRY.D * GEOMETRY.F
+EMBEDDING = VOCABULARY * GEOMETRY.D
+PARAMETERS = LAYERS * (LAYER + 2 * GEOMETRY.D) + 2 * EMBEDDING + GEOMETRY.D
+SIZE = float(BYTES * PARAMETERS)
+
+TOKENS, BATCH = 10 * GEOMETRY.F, 4096  # calibrated on: ten for every input of the widest matrix
+QUESTIONS, PROMPT, VALIDATION = 10_000, 100, 0.2  # asked, tokens of each, share that is searched on
+TRIALS, EDITED = 100, 16  # of a search over so many last layers
+COPIES = 3  # of its largest moment that a fit holds while it decomposes
+
+CLUSTERS = ActivationHybrid(target_ratio=2).clusters(GEOMETRY)
+INPUTS = [input_width(GEOMETRY, cluster[0]) for cluster in CLUSTERS]
+OUTPUTS = [sum(output_width(GEOMETRY, role) for role in cluster) for cluster in CLUSTERS]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task takes.
+
+    Attributes:
+        steps: seconds by step on a machine; nothing overlaps.
+        memory: bytes at its peak.
+        disk: bytes written.
+    """
+
+    name: str
+    steps: Callable[[Machine], dict[str, float]]
+    memory: float
+    disk: float
+
+
+def compress(machine: Machine, share: str) -> dict[str, float]:
+    """Shared Tucker on all layers, streamed from folder to folder."""
+    products, eigenvectors = machine.decompose(STACK, share)
+    return {
+        "read": SIZE / machine.read,
+        "products": LAYERS * products,
+        "eigenvectors": LAYERS * eigenvectors,
+        "hash": SIZE / machine.hashed,
+        "write": SIZE / machine.write,
+    }
+
+
+def fit(machine: Machine) -> dict[str, float]:
+    """activation-hybrid from disk, layer by layer, in two sweeps.
+
+    Passes through a layer: to measure, in both sweeps, forward and backward; in the second for the
+    inputs of four clusters in the original and the compressed layer; three passes on. Moments of
+    gradients: both sweeps, float32. Of inputs: both sweeps, and both layers together, float64.
+    """
+    inputs, outputs = (float(sum(n**2 for n in widths)) for widths in (INPUTS, OUTPUTS))
+    products, orders = _decompositions()
+    sums = 2 * 4 * outputs + 4 * 8 * inputs  # bytes of the products that are added up
+    return {
+        "read": 2 * SIZE / machine.read,
+        "passes": machine.passes(LAYERS * (2 * 2 + 2 * len(CLUSTERS) + 3) * TOKENS * LAYER),
+        "moments of gradients": machine.products(LAYERS * 2 * TOKENS * outputs, "float32"),
+        "moments of inputs": machine.products(LAYERS * 4 * TOKENS * inputs, "float64"),
+        "adding up moments": LAYERS * (TOKENS / BATCH) * sums / machine.moved,
+        "products of moments": LAYERS * products / machine.macs["float64"],
+        "eigenvectors": LAYERS * machine.eigen(orders),
+    }
+
+
+def _decompositions() -> tuple[float, list[int]]:
+    """Of one layer's candidates, then of the chosen factors: float64 products, eigenproblems."""
+    products, orders = 0.0, list[int]()
+    for cluster, x in zip(CLUSTERS, INPUTS, strict=True):
+        for group in [*candidates(cluster, True), cluster]:
+            m = sum(output_width(GEOMETRY, role) for role in group)
+            wide, small = max(m, x), min(m, x)
+            products += wide**2 * small + wide * small**2
+            orders += [small, small]  # a root, and the components
+    return products, orders
+
+
+def evaluate(machine: Machine) -> dict[str, float]:
+    passes = machine.passes(float(QUESTIONS * PROMPT) * (PARAMETERS - EMBEDDING))
+    return {"read": SIZE / machine.read, "passes": passes}
+
+
+def search(machine: Machine) -> dict[str, float]:
+    """One pass below the edited layers; then each trial from its layer up, on average half."""
+    tokens = VALIDATION * QUESTIONS * PROMPT
+    return {
+        "read": SIZE / machine.read,
+        "decompositions": EDITED * sum(machine.decompose(STACK, "mild")),
+        "passes": machine.passes(tokens * LAYER * (LAYERS + TRIALS * EDITED / 2)),
+    }
+
+
+def tasks() -> list[Task]:
+    unit = BYTES * max(prod(STACK), GEOMETRY.D * GEOMETRY.F, EMBEDDING)
+    streaming = BASE_BYTES + SHARD_BYTES + 2 * unit + WORKING_COPIES * 4 * prod(STACK)
+    moments = 8 * sum(n**2 for n in (*INPUTS, *OUTPUTS))
+    states = 4 * BYTES * TOKENS * GEOMETRY.D  # two models' hidden states, in and out of a layer
+    kept = BYTES * VALIDATION * QUESTIONS * PROMPT * GEOMETRY.D * EDITED
+    fitting = moments + COPIES * 8 * max(OUTPUTS) ** 2 + states + 8 * LAYER
+    return [
+        *(
+            Task(f"compress, {share} ranks", lambda m, s=share: compress(m, s), streaming, SIZE)
+            for share in ("strong", "mild")
+        ),
+        Task("activation-hybrid", fit, fitting, SIZE / 2),
+        Task("evaluate", evaluate, SIZE, 0),
+        Task("search", search, SIZE + kept, 0),
+    ]
+
+
+def span(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{figure(float(f'{seconds / size:.2g}'))} {unit}"
+    return f"{figure(float(f'{seconds:.2g}'))} s"
+
+
+def summary_table(value: Lookup) -> str:
+    """Time on each machine with its bottleneck, memory and disk."""
+    rows = []
+    for task in tasks():
+        times = []
+        for machine in machines():
+            steps = task.steps(machine)
+            slowest = max(steps, key=lambda step: steps[step])
+            share = steps[slowest] / sum(steps.values())
+            times.append(f"{span(sum(steps.values()))} ({slowest} {share:.0%})")
+        disk = amount(task.disk, "bytes") if task.disk else ""
+        rows.append((task.name, *times, amount(task.memory, "bytes"), disk))
+    names = tuple(machine.name for machine in machines())
+    return table(("task", *names, "memory", "written"), rows)
+
+
+def steps_table(value: Lookup, name: str) -> str:
+    """One task, step by step."""
+    task = next(task for task in tasks() if task.name == name.replace("_", " "))
+    by_machine = [task.steps(machine) for machine in machines()]
+    rows = [(step, *(span(steps[step]) for steps in by_machine)) for step in by_machine[0]]
+    rows.append(("together", *(f"**{span(sum(steps.values()))}**" for steps in by_machine)))
+    return table(("step", *(machine.name for machine in machines())), rows)
+
+
+def machines_table(value: Lookup) -> str:
+    """Per second, and seconds of an eigenproblem."""
+    rows = [
+        ("10⁹ multiply-adds, float32", *(figure(m.macs["float32"] / 1e9) for m in machines())),
+        ("10⁹ multiply-adds, float64", *(figure(m.macs["float64"] / 1e9) for m in machines())),
+        ("GB read from disk", *(figure(m.read / 1e9) for m in machines())),
+        ("GB written and synced", *(figure(m.write / 1e9) for m in machines())),
+        ("GB hashed", *(figure(m.hashed / 1e9) for m in machines())),
+        ("GB of memory, or to it from a GPU", *(figure(m.moved / 1e9) for m in machines())),
+        *(
+            (f"s, eigenvectors of order {ORDER}, {d}", *(figure(m.eigen_s[d]) for m in machines()))
+            for d in ("float32", "float64")
+        ),
+    ]
+    return table(("per second", *(machine.name for machine in machines())), rows)
+
+
+def check_table(value: Lookup) -> str:
+    """The formula beside layers that it was not fitted to: those of the decomposition benchmark."""
+    rows = []
+    for case in value("decompose/cpu/side_by_side"):
+        share = {(304, 19, 2): "strong", (1920, 60, 3): "mild"}.get(tuple(case["ranks"]))
+        if share is not None:
+            foreseen = sum(machines()[0].decompose(tuple(case["sizes"]), share))
+            measured = case["rows"]["ours"]["best_s"]
+            cells = (amount(foreseen, "s"), amount(measured, "s"), figure(foreseen / measured))
+            rows.append((case["case"].split(",")[0], *cells))
+    return table(("layer", "formula", "measured", "ratio"), rows)
+
+
+def numbers() -> dict[str, Any]:
+    """What the text of docs/scaling.md quotes."""
+    sizes = {"D": GEOMETRY.D, "layers": LAYERS, "F": GEOMETRY.F, "stack": "×".join(map(str, STACK))}
+    strong, mild = (ranks_at(share, *STACK[:3]) for share in ("strong", "mild"))
+    stored = [tucker_parameters(STACK, dict(enumerate(r))) for r in (strong, mild)]
+    return {
+        **sizes,
+        "parameters": PARAMETERS / 1e9,
+        "gigabytes": SIZE / 1e9,
+        "attention": prod(STACK) / 1e6,
+        "strong_ranks": str(strong),
+        "mild_ranks": str(mild),
+        "strong_ratio": prod(STACK) / stored[0],
+        "mild_ratio": prod(STACK) / stored[1],
+        "tokens": TOKENS,
+        "questions": QUESTIONS,
+        "prompt": PROMPT,
+        "trials": TRIALS,
+        "edited": EDITED,
+        "moments": 8 * sum(n**2 for n in (*INPUTS, *OUTPUTS)) / 1e9,
+        "largest_moment": 8 * max(OUTPUTS) ** 2 / 1e9,
+        **assumptions(),
+    }
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "plan": summary_table,
+    "plan-steps": steps_table,
+    "plan-machines": machines_table,
+    "plan-check": check_table,
+}
