@@ -10,15 +10,15 @@ from tensorllm.reporting.tables import new_table
 
 METRICS = {  # name -> what is printed, decimals
     "accuracy": ("accuracy, %", 2),
-    "loss": ("loss, nats per answer token", 4),
+    "loss": ("loss, nats per token", 4),
     "perplexity": ("perplexity", 2),
-    "top_1": ("answer's first token in top 1, %", 2),
+    "top_1": ("first token in top 1, %", 2),
     "top_5": ("... in top 5, %", 2),
     "top_10": ("... in top 10, %", 2),
     "token_f1": ("token F1, %", 2),
 }
 SHOWN = 8  # examples of each kind of change
-WIDTH = 60
+WIDTH = 36  # of a question; answers wrap beside it
 
 
 def score_tables(results: Mapping[str, Any]) -> RenderableType:

@@ -1,0 +1,141 @@
+"""The tables of evaluations at 80 columns: every figure whole, every line within the width."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from tensorllm.reporting.reproduction import duration, rehearsal_table, reproduction_tables
+from tensorllm.reporting.scores import METRICS, comparison_tables, score_tables
+
+WIDEST = {"accuracy": 100.0, "loss": 12.3456, "perplexity": 98765.43} | dict.fromkeys(
+    ("top_1", "top_5", "top_10", "token_f1"), 100.0
+)
+SPREAD = {"accuracy": [98.76, 100.0], "loss": [11.1111, 13.3333], "perplexity": [1.5, 123456.78]}
+COMPARISON = {
+    "accuracy": {"difference": -100.0, "interval": [-99.99, -88.88]},
+    "loss": {"difference": -10.0, "interval": [-10.1234, -10.0123]},
+    "loss_p": 0.001,
+    "mended": 1234,
+    "broken": 4321,
+    "mcnemar_p": 0.034,
+    "examples": 16257,
+}
+RESULTS = {
+    "model": "../shared/models/a-rather-long-name",
+    "compressor": {"mode": "per-matrix-tucker"},
+    "dataset": "bios_profession",
+    "split": "test",
+    "protocol": "strict",
+    "examples": 16257,
+    "dtype": "bfloat16",
+    "metrics": WIDEST,
+    "intervals": SPREAD,
+    "notes": ["answers counted by the tokenizer of meta-llama/Llama-2-7b-hf"],
+    "truncated_prompts": 3,
+}
+
+
+def shown(table: RenderableType) -> str:
+    """As a terminal of 80 columns shows it."""
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(width=80, highlight=False, record=True, file=nowhere)
+        console.print(table)
+        text = console.export_text()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    return text
+
+
+def test_one_evaluation():
+    text = shown(score_tables(RESULTS))
+    for name, (title, digits) in METRICS.items():
+        line = next(line for line in text.splitlines() if title in line)
+        assert f"{WIDEST[name]:.{digits}f}" in line
+    assert "1.50…123456.78" in text
+    assert "3 prompts lost their beginning to fit the context" in text
+    assert "answers counted by the tokenizer" in text
+
+
+def test_before_and_after_in_one_table():
+    before = {"metrics": {**WIDEST, "accuracy": 0.12}, "intervals": SPREAD}
+    text = shown(score_tables({**RESULTS, "before": before, "comparison": COMPARISON}))
+    line = next(line for line in text.splitlines() if line.lstrip().startswith("accuracy"))
+    assert line.split()[-4:] == ["0.12", "100.00", "+99.88", "-99.99…-88.88"]
+    joined = " ".join(text.split())
+    assert "wrong to right 1234, right to wrong 4321 of 16257: McNemar p = 0.034" in joined
+
+
+def test_two_folders_name_what_changed():
+    row = {"prompt": "word " * 60 + "end of it", "answer": "Paris", "generation": "in\nRome"}
+    changes: dict[str, Any] = {
+        "before": RESULTS,
+        "after": RESULTS,
+        "comparison": COMPARISON,
+        "mended": [row] * 30,
+        "broken": [{**row, "answer": "Berlin"}],
+    }
+    text = " ".join(shown(comparison_tables(changes)).split())
+    assert "wrong, now right (30)" in text
+    assert "right, now wrong (1)" in text
+    for word in ("Paris", "Berlin", "in Rome", "end of it"):
+        assert word in text
+
+
+def outcome(**changed: Any) -> dict[str, Any]:
+    return {
+        "dataset": "bios_profession",
+        "cell": "per-matrix-tucker-k (official)",
+        "layers": [27],
+        "layers_origin": "searched",
+        "published": {"accuracy": 100.0, "loss": 10.99},
+        "ours": {"accuracy": 0.0, "loss": 12.0},
+        **changed,
+    }
+
+
+def test_ours_beside_published():
+    rows = [outcome(), outcome(cell="original", layers=None, layers_origin="", ours=None)]
+    text = shown(reproduction_tables(rows))
+    line = next(line for line in text.splitlines() if "per-matrix" in line)
+    assert line.split() == [
+        *("per-matrix-tucker-k", "(official)", "27", "searched"),
+        *("100.00", "0.00", "-100.00", "10.99", "12.00", "+1.01"),
+    ]
+    line = next(line for line in text.splitlines() if "original" in line)
+    assert line.split() == ["original", "100.00", "-", "-", "10.99", "-", "-"]
+    assert "searched: never published" in text
+
+
+def test_the_plan_says_what_is_missing():
+    cell = {
+        "dataset": "bios_profession",
+        "cell": "per-matrix-tucker-k (official)",
+        "searched": True,
+        "examples": 15378,
+        "counted": False,
+        "seconds": 36_000.0,
+        "peak_bytes": 2**37,
+    }
+    plan = {
+        "hub": "EleutherAI/gpt-j-6b",
+        "cells": [cell, {**cell, "dataset": "fever", "counted": True, "searched": False}],
+        "seconds": 1e7,
+        "float32_seconds": 1e6,
+        "missing": ["weights: hf download EleutherAI/gpt-j-6b --local-dir FOLDER"],
+    }
+    text = shown(rehearsal_table(plan))
+    found = [line.split() for line in text.splitlines() if "per-matrix" in line]
+    name = ["per-matrix-tucker-k", "(official)"]
+    assert found[0] == [*name, "to", "search", "~15378", "10.0", "h", "128.00", "GiB"]
+    assert found[1] == [*name, "15378", "10.0", "h", "128.00", "GiB"]
+    for word in ("116 days", "--dtype fp32 is faster here: 12 days", "- weights: hf download"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3 s"), (90, "1.5 min"), (7200, "2.0 h"), (864_000, "10 days")]
+)
+def test_durations(seconds: float, text: str):
+    assert duration(seconds) == text
