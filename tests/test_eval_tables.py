@@ -100,12 +100,12 @@ def test_ours_beside_published():
     text = shown(reproduction_tables(rows))
     line = next(line for line in text.splitlines() if "per-matrix" in line)
     assert line.split() == [
-        *("per-matrix-tucker-k", "(official)", "27", "searched"),
+        *("per-matrix-tucker-k", "(official)", "27*"),
         *("100.00", "0.00", "-100.00", "10.99", "12.00", "+1.01"),
     ]
     line = next(line for line in text.splitlines() if "original" in line)
     assert line.split() == ["original", "100.00", "-", "-", "10.99", "-", "-"]
-    assert "searched: never published" in text
+    assert "* searched: this layer was never published" in " ".join(text.split())
 
 
 def test_the_plan_says_what_is_missing():

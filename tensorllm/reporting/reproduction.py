@@ -10,21 +10,27 @@ from rich.text import Text
 from tensorllm.reporting.tables import new_table, size
 
 Rows = Sequence[Mapping[str, Any]]
+MARKS = {"searched": "*", "given": "+"}
+LEGEND = {
+    "searched": "searched: this layer was never published; it is the best on the validation part",
+    "given": "given by --layer: this layer was never published",
+}
 
 
 def reproduction_tables(outcomes: Rows) -> RenderableType:
     """A table per dataset: accuracy and loss, published, ours and the difference."""
     parts: list[RenderableType] = []
     for dataset, rows in groupby(outcomes, key=lambda row: row["dataset"]):
-        columns = ("acc. %\npublished", "\nours", "\n±", "loss\npublished", "\nours", "\n±")
-        table = new_table(f"{dataset}\n", "layer\n", *columns, number_from=2)
+        columns = ("acc. %\npubl.", "\nours", "\n±", "loss\n  publ.", "\nours", "\n±")
+        table = new_table(f"{dataset}\n", "layer\n", *columns, number_from=1)
+        table.padding = (0, 0)
         for row in rows:
             table.add_row(
                 str(row["cell"]), _layer(row), *_beside(row, "accuracy"), *_beside(row, "loss")
             )
         parts.append(table)
-    if any(row["layers_origin"] == "searched" for row in outcomes):
-        parts.append(Text("searched: never published; the best on the validation part"))
+    origins = {row["layers_origin"] for row in outcomes}
+    parts += [Text(f"{MARKS[name]} {text}") for name, text in LEGEND.items() if name in origins]
     return Group(*parts)
 
 
@@ -67,8 +73,7 @@ def duration(seconds: float) -> str:
 
 def _layer(row: Mapping[str, Any]) -> str:
     layers = ",".join(str(layer) for layer in row["layers"] or ())
-    origin = row["layers_origin"]
-    return f"{layers} {origin}" if origin in ("searched", "given") else layers
+    return layers + MARKS.get(row["layers_origin"], " ")
 
 
 def _beside(row: Mapping[str, Any], name: str) -> tuple[str, str, str]:
