@@ -14,8 +14,8 @@ default three digits. A table stands between comments on lines of their own:
     <!-- table:comparisons decompose/cpu evaluate/cpu/fever -->
     <!-- /table -->
 
-Its name is one of TABLES here or in plan.py, its words are the table's arguments. Fenced code is left alone, and so
-are comments straight behind a backtick.
+Its name is one of TABLES here or in plan.py, its words are the table's arguments. Fenced code is
+left alone, and so are comments straight behind a backtick.
 """
 
 import argparse
