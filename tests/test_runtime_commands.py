@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 import tensorllm as tl
 from tensorllm.errors import UserError
 from tensorllm.pipeline.bench import BenchRequest, bench
+from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 from tensorllm.pipeline.export import export
 from tensorllm.pipeline.generate import GenerateRequest, generate
 from tensorllm.pipeline.measure import weight_bytes
+from tensorllm.pipeline.models import Loader
 from tensorllm.pipeline.runtime import load_factored
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm_cli import bench as bench_command
@@ -53,6 +55,36 @@ def test_generate_writes_what_the_dense_model_would(story_folder: Path):
         "--max-new-tokens", "12", "--json",
     )  # fmt: skip
     assert json.loads(run.stdout)[0]["text"] == texts[0]
+
+
+@pytest.mark.parametrize("name", ["hotpotqa", "fever"])
+def test_evaluate_runs_factors_and_finds_what_the_export_does(
+    name: str, story_folder: Path, shared_dir: Path, tmp_path: Path
+):
+    file = {"hotpotqa": "hotpot_dev.jsonl", "fever": "fever_paper_dev.jsonl"}[name]
+    export(story_folder, tmp_path / "dense")
+    folders = (story_folder, tmp_path / "dense")
+    factored = Loader(story_folder)()
+    assert any(isinstance(m, FactoredAttention) for m in factored.modules())
+    rows, dense = (
+        evaluate(
+            EvaluateRequest(
+                model=str(folder), dataset=name, data_file=shared_dir / "data" / file, limit=40
+            )
+        ).rows
+        for folder in folders
+    )
+    assert [r.correct for r in rows] == [r.correct for r in dense]
+    assert [r.loss for r in rows] == pytest.approx([r.loss for r in dense], abs=1e-4)
+
+
+def test_what_cannot_run_factored_is_evaluated_dense(tmp_path: Path):
+    model = tiny_model("gptj")
+    tl.compress(model, tl.SharedTucker4D(ranks=(20, 4, 2), layout="official"))
+    tl.save(model, tmp_path / "out")
+    loaded = Loader(tmp_path / "out")()
+    ids = torch.arange(3, 14)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.runtime import install
 from tensorllm.runtime.cost import Choice, Policy, choose
+from tensorllm.runtime.swap import can_run_factored
 from tensorllm.tensors.factors import cast
 
 
@@ -93,6 +94,17 @@ def load_factored(
     model = load(folder, dtype=dtype)
     install(model, [(s, cast(f, model.dtype)) for s, f, choice in sites if choice.factored])
     return model, choices
+
+
+def load_to_run(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model of a factored folder: in its factors, or dense where one of its sites cannot."""
+    manifest = read_manifest(folder)
+    assert manifest is not None, "only called on a factored folder"
+    stored = Checkpoint(folder, stem=STEM)
+    for site in manifest.sites:
+        if not can_run_factored(site.site, site.factors(stored.read(site.tensors.values()))):
+            return load(folder, dtype=dtype)
+    return model_class(stored.config).from_pretrained(folder, dtype=dtype or "auto")
 
 
 def _replaced(model: Any, sites: list[Site]) -> dict[str, dict[str, Any]]:
