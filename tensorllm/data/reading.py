@@ -11,7 +11,7 @@ from typing import Any
 from tensorllm.errors import UserError
 
 Row = Mapping[str, Any]
-PARQUET_ROWS = 1024  # read at a time
+PARQUET_ROWS = 32  # in memory at once: rows may carry whole articles
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
