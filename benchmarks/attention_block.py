@@ -80,9 +80,11 @@ def decode(attention: Any, context: int) -> tuple[Callable[[], Any], DynamicCach
 
 
 @torch.inference_mode()
-def block(ranks: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """One attention block of GPT-J's size."""
-    dense, factored, tucker = blocks(4096, 16, ranks)
+def block(
+    ranks: tuple[int, int, int], repeats: int, width: int = 4096, heads: int = 16
+) -> dict[str, Any]:
+    """One attention block, by default of GPT-J's size."""
+    dense, factored, tucker = blocks(width, heads, ranks)
     both = {"dense": dense, "factored": factored}
     calls = {name: prefill(module, 512) for name, module in both.items()}
     want = calls["dense"]()
@@ -91,20 +93,21 @@ def block(ranks: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     steps = {name: decode(module, 1024) for name, module in both.items()}
     one = timed({name: run for name, (run, _) in steps.items()}, 10 * repeats)
     bytes_of = {name: weight_bytes_of(module) for name, module in both.items()}
-    ratio = 4 * 4096 * 4096 / parameters(tucker)
+    ratio = 4 * width**2 / parameters(tucker)
     caches = {name: cache_bytes(cache) for name, (_, cache) in steps.items()}
+    wanted = WANTED.get(ranks, (None, None))
     return {
         "ranks": ranks,
         "largest_difference": error.item(),
         "threads": torch.get_num_threads(),
-        "prefill_512": at_once | {"wanted": WANTED[ranks][0]},
-        "decode_1024": one | {"wanted": WANTED[ranks][1]} | floor(bytes_of, caches, one),
+        "prefill_512": at_once | {"wanted": wanted[0]},
+        "decode_1024": one | {"wanted": wanted[1]} | floor(bytes_of, caches, one),
         "weight_bytes": bytes_of,
         "compression_ratio": ratio,
         "bytes_ratio_over_compression_ratio": bytes_of["dense"] / bytes_of["factored"] / ratio,
         "key_and_value_bytes": caches,
         "value_bytes_ratio": caches["dense"][1] / caches["factored"][1],
-        "head_dim_over_rank": 256 / ranks[1],
+        "head_dim_over_rank": width / heads / ranks[1],
     }
 
 

@@ -35,10 +35,10 @@ KINDS = ("prefill", "decode")
 
 
 @torch.inference_mode()
-def costs(repeats: int) -> list[dict[str, Any]]:
+def costs(repeats: int, widest: int = 4096) -> list[dict[str, Any]]:
     """Predicted and measured speed-ups of a prompt and of one token, site by site."""
     rows = []
-    for width, heads, ranks in ATTENTION_SITES:
+    for width, heads, ranks in (site for site in ATTENTION_SITES if site[0] <= widest):
         dense, factored, tucker = blocks(width, heads, ranks)
         both = {"dense": dense, "factored": factored}
         geometry = RoleMatrices(dense.config, ["h.0.attn.q_proj.weight"]).geometry
@@ -48,7 +48,7 @@ def costs(repeats: int) -> list[dict[str, Any]]:
         )
         cost = dense_cost(SITE, geometry), factored_cost(SITE, tucker, geometry)
         rows.append({"site": "qkvo", "width": width, "ranks": ranks} | row(*cost, *calls, repeats))
-    for width, rank in LOW_RANKS:
+    for width, rank in (site for site in LOW_RANKS if site[0] <= widest):
         rows.append(
             {"site": "in", "width": width, "ranks": [rank]} | low_rank(width, rank, repeats)
         )

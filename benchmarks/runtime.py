@@ -9,12 +9,7 @@ Times are taken in turns, one side after the other. The part `whole` also measur
 factorised linears where tensorly-torch is installed; else their column is left out.
 """
 
-import argparse
-import json
-import os
-import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ from typing import Any
 import torch
 from attention_block import WANTED, block, gptj
 from cost_model import KINDS, costs, too_high
+from results import Comparison, begin, parser, save
 from tltorch_model import (
     IMPLEMENTATIONS,
     NEW,
@@ -34,28 +30,27 @@ from tltorch_model import (
 from transformers import GPTJForCausalLM
 
 import tensorllm as tl
-from tensorllm.environment import environment
 from tensorllm.pipeline.bench import BenchRequest, bench
 from tensorllm.pipeline.measure import measure
 from tensorllm.runtime.cost import MARGIN
 
-ROOT = Path(__file__).parents[1]
 
-
-def whole(repeats: int) -> dict[str, Any]:
+def whole(repeats: int, quick: bool) -> dict[str, Any]:
     """A 12-layer model, from its folder: end to end, dense beside factored and beside tltorch."""
     torch.manual_seed(0)
-    model = GPTJForCausalLM(gptj(1024, 12, 16)).eval()
-    ranks = (256, 16, 4)
+    model = GPTJForCausalLM(gptj(64, 2, 4) if quick else gptj(1024, 12, 16)).eval()
+    ranks = (16, 4, 4) if quick else (256, 16, 4)
     with tempfile.TemporaryDirectory() as folder:
         tl.compress(model, tl.SharedTucker4D(ranks=ranks, sweeps=0))
         tl.save(model, Path(folder) / "out")
         request = BenchRequest(
-            model=Path(folder) / "out", prompt_tokens=PROMPT, new_tokens=NEW, repeats=repeats
-        )
+            model=Path(folder) / "out", prompt_tokens=PROMPT, new_tokens=NEW, repeats=repeats,
+            peak=not quick,
+        )  # fmt: skip
         found = bench(request).to_json()
     del found["environment"], found["sites"]
-    return {"ranks": ranks, **found, "beside_tltorch": beside_tltorch(model, repeats)}
+    beside = "not with --quick" if quick else beside_tltorch(model, repeats)
+    return {"ranks": ranks, **found, "beside_tltorch": beside}
 
 
 def beside_tltorch(model: Any, repeats: int) -> dict[str, Any] | str:
@@ -74,13 +69,41 @@ def beside_tltorch(model: Any, repeats: int) -> dict[str, Any] | str:
     }
 
 
-def print_block(row: dict[str, Any]) -> None:
+def of_block(row: dict[str, Any]) -> dict[str, Comparison]:
+    """Times of a block, and the bytes that it reads and keeps."""
+    out = {}
     for what in ("prefill_512", "decode_1024"):
-        one = row[what]
-        ratios = ", ".join(f"{kind} {ratio:.2f}x" for kind, ratio in one["speedup"].items())
-        print(f"{row['ranks']} {what}: {ratios} (wanted {one['wanted']}x; {one['quiet_turns']})")
-    above = {n: f"{times:.2f}" for n, times in row["decode_1024"]["times_the_floor"].items()}
-    print(f"{row['ranks']} decode, times the time of reading weights and cache once: {above}")
+        one, name = row[what], f"{what.replace('_', ' of ')}, ranks {row['ranks']}"
+        seconds = one["seconds"]["quiet_median"]
+        out[name] = Comparison(
+            ours=seconds["factored"], unit="s", peer=seconds["dense"], peer_name="dense",
+            wanted=one["wanted"], floor=one.get("floor_seconds", {}).get("factored"),
+        )  # fmt: skip
+    for what, ours in (("weights", row["weight_bytes"]), ("values", row["key_and_value_bytes"])):
+        small, large = (x if what == "weights" else x[1] for x in (ours["factored"], ours["dense"]))
+        out[f"{what}, ranks {row['ranks']}"] = Comparison(
+            ours=small, unit="bytes", peer=large, peer_name="dense"
+        )
+    return out
+
+
+def of_whole(row: dict[str, Any]) -> dict[str, Comparison]:
+    """A whole model beside the dense one, and beside tltorch's where that is installed."""
+    beside = row["beside_tltorch"]
+    pairs = [(row["models"]["factored"], {"dense": row["models"]["dense"]})]
+    if not isinstance(beside, str):
+        pairs.append((beside["models"]["factored"], beside["models"]))
+    out = {}
+    for ours, peers in pairs:
+        for peer, theirs in peers.items():
+            for field in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"):
+                if peer != "factored" and ours[field] and theirs[field]:
+                    out[f"{field.partition('_')[0]}, beside {peer}"] = Comparison(
+                        ours=ours[field], peer=theirs[field], peer_name=peer,
+                        unit="bytes" if field == "peak_bytes" else "tokens/s",
+                        more_is_better=field != "peak_bytes",
+                    )  # fmt: skip
+    return out
 
 
 def print_cost(row: dict[str, Any]) -> None:
@@ -89,42 +112,29 @@ def print_cost(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("block", "whole", "cost", "all"), default="all")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--note", default="", help="kept with the figures, such as how busy it was")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "runtime.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    started = time.perf_counter()
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    about = {
-        "command": " ".join(["python", *sys.argv]),
-        "environment": environment(),
-        "threads": args.threads,
-        "load": os.getloadavg(),
-        "note": args.note,
-    }
+    options = parser(__doc__)
+    options.add_argument("--part", choices=("block", "whole", "cost", "all"), default="all")
+    options.add_argument("--repeats", type=int, default=15)
+    options.add_argument("--note", default="", help="kept with the figures: how busy it was")
+    args = options.parse_args()
+    begin(args)
+    repeats, fewer = (1, 1) if args.quick else (args.repeats, max(3, args.repeats // 3))
     if args.part in ("block", "all"):
-        rows = [block(ranks, args.repeats) for ranks in WANTED]
-        found[f"block, {args.threads} threads"] = about | {"rows": rows}
-        for row in rows:
-            print_block(row)
+        small = [block((32, 8, 2), repeats, width=256, heads=4)] if args.quick else []
+        rows = small or [block(ranks, repeats) for ranks in WANTED]
+        compared = {name: one for row in rows for name, one in of_block(row).items()}
+        name = f"block, {torch.get_num_threads()} threads"
+        save("runtime", name, compared, args, note=args.note, rows=rows)
     if args.part in ("whole", "all"):
-        row = whole(max(3, args.repeats // 3))
-        found["whole"] = about | {**row}
-        print(json.dumps(row, indent=2))
+        row = whole(fewer, args.quick)
+        save("runtime", "whole", of_whole(row), args, note=args.note, **row)
     if args.part in ("cost", "all"):
-        rows = costs(max(3, args.repeats // 3))
+        rows = costs(fewer, widest=256 if args.quick else 4096)
         high = {"predicted_too_high_by": too_high(rows), "margin": MARGIN}
-        found["cost model"] = about | {**high, "rows": rows}
         for row in rows:
             print_cost(row)
         print(f"predicted too high by at most {high['predicted_too_high_by']:.2f}, near 1")
-    print(f"{time.perf_counter() - started:.0f} s")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+        save("runtime", "cost model", {}, args, note=args.note, **high, rows=rows)
 
 
 if __name__ == "__main__":
