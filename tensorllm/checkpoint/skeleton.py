@@ -21,6 +21,9 @@ from tensorllm.runtime import Placement, install
 from tensorllm.runtime.attention import Bias
 from tensorllm.runtime.heads import HeadsSite
 from tensorllm.runtime.linear import FactoredLinear
+from tensorllm.runtime.pivoted import PivotedSite
+
+INTEGERS = {"I32": torch.int32}  # row numbers, which no dtype of the model applies to
 
 
 def install_skeleton(model: Any, files: Sequence[Path]) -> tuple[Manifest, list[Placement]]:
@@ -93,6 +96,8 @@ def finish(model: Any, manifest: Manifest, placements: list[Placement]) -> None:
     for module in model.modules():
         if isinstance(module, HeadsSite):
             module.absorb()
+        elif isinstance(module, PivotedSite):
+            module.settle()
     record(model, manifest, placements)
 
 
@@ -189,7 +194,8 @@ def _stored_names(
 
 
 def _empty(info: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    return torch.empty(info["shape"], dtype=dtype, device="meta")
+    kind = INTEGERS.get(info["dtype"], dtype)
+    return torch.empty(info["shape"], dtype=kind, device="meta")
 
 
 def _manifest_folder(model: Any, folder: Path) -> Path:

@@ -17,7 +17,7 @@ from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.runtime import install
 from tensorllm.runtime.cost import Choice, Policy, choose
-from tensorllm.runtime.swap import can_run_factored
+from tensorllm.runtime.parts import can_run_factored
 from tensorllm.tensors.factors import cast
 
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from tensorllm.compressors.base import Site
 from tensorllm.errors import UserError
-from tensorllm.runtime.swap import can_run_factored
+from tensorllm.runtime.parts import can_run_factored
 from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.stacking import Geometry
 

@@ -1,9 +1,9 @@
 """Putting factored modules in the place of dense ones, in memory or on the meta device."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,21 +13,18 @@ from tensorllm.compressors.base import Site
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
 from tensorllm.runtime.heads import CORE_ORDER, HeadsSite
-from tensorllm.runtime.linear import (
-    FactoredLinear,
-    HeadPart,
-    HeadsPart,
-    StackPart,
-    StackSite,
-    dense_linear,
-    low_rank_linears,
-    role_rows,
+from tensorllm.runtime.linear import FactoredLinear, dense_linear
+from tensorllm.runtime.parts import (
+    FALLING,
+    Held,
+    Order,
+    can_run_factored,
+    heads_names,
+    is_shared_heads,
+    parts_of,
 )
 from tensorllm.runtime.wiring import WIRINGS
-from tensorllm.tensors.factors import CP, Factors, LowRank, Tucker
-
-Order = tuple[int, ...] | None
-FALLING = ("o", "out")
+from tensorllm.tensors.factors import Factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +42,6 @@ class Placement:
     tensor: str
     parameter: str
     order: Order = None
-
-
-class Held(NamedTuple):
-    """A part of a factored linear and where its tensors are: short name -> (below it, order)."""
-
-    module: nn.Module
-    tensors: Mapping[str, tuple[str, Order]]
-
-
-def can_run_factored(site: Site, factors: Factors) -> bool:
-    """Whether there is a module for a site's factors."""
-    return (type(factors), site.stacking) in _MAKERS or _is_shared_heads(site, factors)
 
 
 def install(
@@ -97,21 +82,16 @@ class _Swap:
         parts: dict[str, dict[str, tuple[Site, Held]]] = defaultdict(dict)
         where: dict[str, tuple[int, Stored]] = {}
         for site, factors in sites:
-            if self.latent and _is_shared_heads(site, factors):
+            if self.latent and is_shared_heads(site, factors):
                 self._attention(site, factors)
                 continue
-            for (layer, role), held in self._held(site, factors).items():
+            for (layer, role), held in parts_of(site, factors, self.roles.geometry).items():
                 name = self.roles.name(layer, role)
                 parts[name][role] = (site, held)
                 where[name] = (layer, self.roles.architecture.stored(role))
         for name, by_role in parts.items():
             self._linear(name, *where[name], by_role)
         return self.placed
-
-    def _held(self, site: Site, factors: Factors) -> dict[tuple[int, str], Held]:
-        if _is_shared_heads(site, factors):
-            return _heads_parts(site, factors, self.roles.geometry)
-        return _MAKERS[type(factors), site.stacking](site, factors)
 
     def _linear(
         self, name: str, layer: int, stored: Stored, by_role: dict[str, tuple[Site, Held]]
@@ -157,7 +137,7 @@ class _Swap:
                 self._replace(path, left)
                 layout = "grouped" if stored.grouped else stored.roles
                 module.biases.append((layout, left))
-        names = {"core": ("core_SGRP", CORE_ORDER)} | _heads_names()
+        names = {"core": ("core_SGRP", CORE_ORDER)} | heads_names()
         for short, (inner, order) in names.items():
             self.placed.append(Placement(site.name, short, f"{block}.factors.{inner}", order))
 
@@ -169,70 +149,3 @@ class _Swap:
 def _bias_of(module: nn.Module) -> Tensor | None:
     bias = getattr(module, "bias", None)
     return None if bias is None else bias.data
-
-
-def _is_shared_heads(site: Site, factors: Factors) -> bool:
-    return (
-        site.stacking == "heads"
-        and isinstance(factors, Tucker)
-        and set(factors.factors) == {0, 1, 2}
-    )
-
-
-def _heads_names() -> dict[str, tuple[str, Order]]:
-    return {f"factor_{n}": (name, None) for n, name in enumerate(("u_DP", "u_KR", "u_MS"))}
-
-
-def _low_rank(site: Site, factors: Any) -> dict[tuple[int, str], Held]:
-    ((layer, role),) = site.matrices
-    rises = role not in FALLING
-    order = None if rises else (1, 0)
-    names = ("1.weight", "0.weight") if rises else ("0.weight", "1.weight")
-    module = low_rank_linears(factors, rises=rises)
-    return {(layer, role): Held(module, {s: (n, order) for s, n in zip("uv", names, strict=True)})}
-
-
-def _head(site: Site, factors: Any) -> dict[tuple[int, str], Held]:
-    ((layer, role),) = site.matrices
-    names = {
-        "core": ("core_hRP", (2, 1, 0)),
-        "factor_0": ("u_DP", None),
-        "factor_1": ("u_KR", None),
-    }
-    return {(layer, role): Held(HeadPart(factors, rises=role not in FALLING), names)}
-
-
-def _stack(site: Site, factors: Any) -> dict[tuple[int, str], Held]:
-    shared = StackSite(factors)
-    middle = "weights" if isinstance(factors, CP) else "core"
-    short = {middle: "middle", "factor_0": "u_IP", "factor_1": "u_DR", "factor_2": "u_MS"}
-    names = {stored: (f"factors.{name}", None) for stored, name in short.items()}
-    return {
-        matrix: Held(
-            StackPart(shared, index, rises=matrix[1] not in FALLING, owner=index == 0),
-            names if index == 0 else {},
-        )
-        for index, matrix in enumerate(site.matrices)
-    }
-
-
-def _heads_parts(site: Site, factors: Any, geometry: Any) -> dict[tuple[int, str], Held]:
-    shared = HeadsSite(factors)
-    shared.absorb()
-    names = {"core": ("core_SGRP", CORE_ORDER)} | _heads_names()
-    below = {short: (f"factors.{name}", order) for short, (name, order) in names.items()}
-    rows = role_rows(geometry)
-    out = {}
-    for layer, role in site.matrices:
-        first = role == site.roles[0]
-        part = HeadsPart(shared, rows[role], geometry, rises=role not in FALLING, owner=first)
-        out[layer, role] = Held(part, below if first else {})
-    return out
-
-
-_MAKERS: dict[tuple[type, str], Callable[[Site, Any], dict[tuple[int, str], Held]]] = {
-    (LowRank, "matrix"): _low_rank,
-    (Tucker, "head"): _head,
-    (CP, "matrices"): _stack,
-    (Tucker, "matrices"): _stack,
-}

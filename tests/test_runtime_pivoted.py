@@ -1,0 +1,101 @@
+"""Factors of the activation modes run in their factors: pivoted, and shared by q, k, v."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+import tensorllm as tl
+from tensorllm.calibration import Calibration, fit
+from tensorllm.compressors import ActivationHybrid
+from tensorllm.pipeline.runtime import factorize
+from tensorllm.runtime.pivoted import PivotedPart, PivotedSite
+
+IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def fitted(name: str) -> Any:
+    """A compressed model, dense in memory."""
+    model = tiny_model(name)
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 101, (12, 16), generator=draws).tolist()
+    text = Calibration(tuple(map(tuple, rows)), source="random", seed=0)
+    tl.compress(model, fit(ActivationHybrid(target_ratio=2.0), model, text))
+    return model
+
+
+@torch.no_grad()
+def same(got: Any, want: Any, tol: float = 1e-5) -> None:
+    a, b = got(IDS).logits, want(IDS).logits
+    assert (a - b).abs().max() <= tol * b.abs().max()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_folder_opens_in_its_factors(name: str, tmp_path: Path):
+    dense = fitted(name)
+    factored = copy.deepcopy(dense)
+    factorize(factored)
+    same(factored, dense)
+    tl.save(dense, tmp_path / "out")
+    auto = AutoModelForMaskedLM if TINY[name].task == "masked" else AutoModelForCausalLM
+    opened, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    same(opened, dense)
+    opened.save_pretrained(tmp_path / "again")
+    same(auto.from_pretrained(tmp_path / "again"), opened, tol=0)
+    same(tl.load(tmp_path / "again"), dense)
+
+
+def sites(model: Any) -> list[PivotedSite]:
+    return [m for m in model.modules() if isinstance(m, PivotedSite)]
+
+
+@torch.no_grad()
+def test_the_latent_is_made_once_for_all_readers(monkeypatch: pytest.MonkeyPatch):
+    model = fitted("llama")
+    factorize(model)
+    assert any(len(site.sizes) > 1 for site in sites(model))
+    want = model(IDS).logits
+    made = 0
+    linear = torch.nn.functional.linear
+    bases = {site.basis_RD.data_ptr() for site in sites(model)}
+
+    def counted(x: Any, w: Any, *rest: Any) -> Any:
+        nonlocal made
+        made += w.data_ptr() in bases
+        return linear(x, w, *rest)
+
+    monkeypatch.setattr("tensorllm.runtime.pivoted.F.linear", counted)
+    assert torch.equal(model(IDS).logits, want)
+    rising = [m for m in model.modules() if isinstance(m, PivotedPart) and m.rises]
+    assert made == sum(part.index == 0 for part in rising) < len(rising)
+    assert all(site._held is None for site in sites(model))  # no activation is kept
+
+
+def test_it_learns_and_runs_in_bfloat16(tmp_path: Path):
+    dense = fitted("gptj")
+    tl.save(dense, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    before = model(IDS, labels=IDS).loss
+    before.backward()
+    for site in sites(model):
+        for p in (site.basis_RD, site.mix_XR):
+            assert not p.numel() or p.grad.abs().sum() > 0
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    assert model(IDS, labels=IDS).loss < before
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert all(site.rows_R.dtype == torch.int32 for site in sites(half))
+    same(half.float(), dense, tol=5e-2)
+
+
+@torch.no_grad()
+def test_it_compiles_without_a_break():
+    model = fitted("llama")
+    factorize(model)
+    want = model(IDS, use_cache=False).logits
+    got = torch.compile(model, fullgraph=True, backend="eager")(IDS, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
