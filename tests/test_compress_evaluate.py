@@ -1,0 +1,104 @@
+"""`compress --evaluate`: the model before and after, in the report and in one table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import eval_world as world
+import pytest
+
+from tensorllm.evaluation.evaluate import evaluate_model
+from tensorllm.pipeline.compress import CompressRequest, run
+from tensorllm.pipeline.models import Loader
+from tensorllm.pipeline.scores import scorer
+from tensorllm.reporting.tables import result_tables
+
+KEYS = {"accuracy", "loss", "perplexity", "token_f1", "top_1", "examples", "dataset", "protocol"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    world.model("gptj").save_pretrained(folder)
+    world.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    rows = [{"prompt": e.prompt, "answer": e.answer} for e in world.questions(40)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("form", [None, "dense", "factored"])
+def test_before_and_after_are_those_of_evaluate(
+    form: str | None, model: Path, questions: Path, tmp_path: Path
+):
+    out = None if form is None else tmp_path / "out"
+    request = CompressRequest(
+        model=str(model),
+        mode="shared-tucker",
+        layers=(1,),
+        settings={"ranks": (8, 4, 2)},
+        out=out,
+        format=form or "dense",
+        evaluate="questions",
+    )
+    report = run(request, evaluate=scorer(questions, 20))
+    scores = report.evaluation
+    assert scores is not None
+    assert KEYS <= scores["before"].keys() == scores["after"].keys()
+    assert scores["before"]["examples"] == 20
+    assert scores["before"]["loss"] != pytest.approx(scores["after"]["loss"], abs=1e-3)
+
+    loader = Loader(model)
+    want = evaluate_model(loader(), loader.tokenizer(), "questions", data_file=questions, limit=20)
+    assert scores["before"] == pytest.approx(want)
+    if out is not None:
+        after = evaluate_model(
+            Loader(out)(), loader.tokenizer(), "questions", data_file=questions, limit=20
+        )
+        assert scores["after"] == pytest.approx(after)
+        assert json.loads((out / "report.json").read_text())["evaluation"] == scores
+
+
+def test_one_table_shows_both(model: Path, questions: Path):
+    from test_eval_tables import shown
+
+    request = CompressRequest(
+        model=str(model),
+        mode="laser",
+        layers=(1,),
+        settings={"rank": 2, "matrices": ["in"]},
+        evaluate="questions",
+    )
+    report = run(request, evaluate=scorer(questions))
+    assert report.evaluation is not None
+    before, after = report.evaluation["before"], report.evaluation["after"]
+    text = shown(result_tables(report))
+    for name in ("accuracy", "loss"):
+        line = next(line for line in text.splitlines() if line.lstrip().startswith(name))
+        change = after[name] - before[name]
+        figures = [f"{before[name]:.2f}", f"{after[name]:.2f}", f"{change:+.2f}"]
+        assert line.split()[-3:] == figures
+    assert "questions, test, strict" in text
+
+
+def test_the_command_prints_them_as_json(model: Path, questions: Path):
+    words = [
+        *("compress", "--model", model, "--mode", "laser", "--rank", "2", "--layers", "1"),
+        *("--evaluate", "questions", "--data-file", questions, "--limit", "8", "--json"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tensorllm", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=250,
+    )
+    scores = json.loads(done.stdout)["evaluation"]
+    assert scores["before"]["examples"] == scores["after"]["examples"] == 8
+    assert scores["before"]["protocol"] == "strict"
