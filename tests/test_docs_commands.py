@@ -1,4 +1,4 @@
-"""What the README, the documentation and --help show can be typed: commands parse, code compiles."""
+"""What README, documentation and --help show can be typed: commands parse, code compiles."""
 
 import json
 import tomllib

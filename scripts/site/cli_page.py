@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from textwrap import dedent
 from typing import Any
 
 import typer
@@ -9,6 +10,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from tensorllm_cli.app import app
+
+BRACKET = "\\["  # else `[required]` could be a link
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,10 +39,10 @@ def section(name: str, command: Any) -> Iterator[str]:
     usage = " ".join(command.collect_usage_pieces(context))
     yield f"```text\n{context.command_path} {usage}\n```\n"
     yield f"{described(command.help or '')}\n"
-    yield "| | |\n|---|---|"
+    yield "| option | |\n|---|---|"
     for parameter in command.params:
-        declared, text = parameter.get_help_record(context)
-        yield f"| `{cell(declared)}` | {cell(text)} |"
+        declared, text = (part.replace("|", "\\|") for part in parameter.get_help_record(context))
+        yield f"| `{declared}` | {text.replace('[', BRACKET)} |"
     yield ""
 
 
@@ -48,14 +51,9 @@ def described(text: str) -> str:
     out, examples = [], []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         if paragraph.startswith(" "):
-            examples.append(inspect.cleandoc(paragraph))
+            examples.append(dedent(paragraph))
         elif paragraph not in ("Example:", "Examples:"):
             out.append(paragraph.replace("\n", " "))
     if examples:
         out.append("```console\n" + "\n".join(f"$ {example}" for example in examples) + "\n```")
     return "\n\n".join(out)
-
-
-def cell(text: str) -> str:
-    """Text in a table: bars would end it, and angle brackets or `[required]` mean something."""
-    return text.replace("|", "\\|").replace("[", "\\[")

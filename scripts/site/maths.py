@@ -12,4 +12,8 @@ BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTA
 def on_page_content(html: str, **_: object) -> str:
     """What pymdownx.arithmatex marked, converted."""
     html = INLINE.sub(lambda found: convert(unescape(found[1])), html)
-    return BLOCK.sub(lambda found: convert(unescape(found[1]), display="block"), html)
+    return BLOCK.sub(lambda found: f'<div class="formula">{_block(found[1])}</div>', html)
+
+
+def _block(text: str) -> str:
+    return convert(unescape(text).strip(), display="block")
