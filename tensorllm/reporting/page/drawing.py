@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 from tensorllm.tensors.stacking import ATTENTION
 
 Json = Mapping[str, Any]
-CELL, GAP, LEFT, RIGHT = 26, 4, 58, 62
+CELL, GAP, RIGHT = 26, 4, 72
 TALL = 240  # from here on the drawing stands beside the others, not in their row
 HEIGHT = 520  # of all layers together, at most; then their rows get thinner
 
@@ -25,7 +25,8 @@ def model_drawing(report: Json) -> Markup:
     roles = [*ATTENTION, "in", *(["gate"] if report["geometry"]["gated"] else []), "out"]
     layers = report["model_layers"]
     row = max(5.0, min(34.0, HEIGHT / layers))
-    places = {r: LEFT + n * (CELL + GAP) + (14 if n >= 4 else 0) for n, r in enumerate(roles)}
+    start = 52 + 9 * len(str(layers - 1))  # room for "layer 27"
+    places = {r: start + n * (CELL + GAP) + (14 if n >= 4 else 0) for n, r in enumerate(roles)}
     end = places[roles[-1]] + CELL
     head = 40
     edited = sorted({layer for layer, _ in left})
@@ -50,18 +51,22 @@ def model_drawing(report: Json) -> Markup:
         crowded = row < 13 and any(0 < abs(layer - e) * row < 13 and layer > e for e in edited)
         if named and not crowded:
             style = "layer on" if layer in edited else "layer"
-            out.append(_text(LEFT - 8, y + high / 2 + 4, f"layer {layer}", style, "end"))
-        if layer in edited and not crowded:
-            gains = [1 / part for (of, _), part in left.items() if of == layer]
-            note = f"{min(gains):.3g}×" if len(set(gains)) == 1 else _span(gains)
+            out.append(_text(start - 8, y + high / 2 + 4, f"layer {layer}", style, "end"))
+        note = _gains(left, layer)
+        if note and not crowded and note != _gains(left, layer + 1):  # once for equal neighbours
             out.append(_text(end + 8, y + high / 2 + 4, note, "gain", "start"))
     title = f"{layers} layers; edited: {', '.join(map(str, edited))}"
     tall = "model tall" if layers * row > TALL else "model"
     return _svg(end + RIGHT, head + layers * row + 2, out, title, tall)
 
 
-def _span(gains: Sequence[float]) -> str:
-    return f"{min(gains):.3g}-{max(gains):.3g}×"
+def _gains(left: Mapping[tuple[int, str], float], layer: int) -> str:
+    """How many times smaller the matrices of a layer are; empty where it is untouched."""
+    gains = sorted({1 / part for (of, _), part in left.items() if of == layer})
+    if not gains:
+        return ""
+    ends = dict.fromkeys(f"{gain:.3g}" for gain in (gains[0], gains[-1]))
+    return f"{'-'.join(ends)}×"
 
 
 def factor_drawing(site: Json) -> Markup | None:

@@ -159,5 +159,5 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 9,
     "legend.labelcolor": LIGHT["ink"],
     "lines.linewidth": 1.7,
-    "axes.unicode_minus": True,
+    "text.parse_math": False,  # a name with two dollar signs is a name
 }

@@ -1,0 +1,28 @@
+"""Small real runs of every kind that `tensorllm report` shows."""
+
+from pathlib import Path
+
+import pytest
+
+from tensorllm_cli.app import main
+
+
+def run(*arguments: object) -> int:
+    """The exit code of a command."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def make_runs(folder: Path) -> dict[str, Path]:
+    """A compressed demo model, its evaluation, and a search; by their kinds."""
+    runs = {name: folder / name for name in ("compressed", "evaluated", "searched")}
+    demo = ("--model", "demo")
+    compress = ("compress", *demo, "--mode", "hybrid", "--format", "factored", "--limit", 20)
+    assert run(*compress, "--out", runs["compressed"]) == 0
+    evaluate = ("evaluate", *demo, "--dataset", "demo", "--limit", 120)
+    assert run(*evaluate, "--compressed", runs["compressed"], "--out", runs["evaluated"]) == 0
+    search = ("search-ranks", *demo, "--mode", "shared-tucker", "--limit", 40, "--trials", 5)
+    assert run(*search, "--r1", "32,64", "--full", "--study", runs["searched"]) == 0
+    return runs
