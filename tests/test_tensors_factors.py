@@ -9,6 +9,7 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker, cast, parameters
 from tensorllm.tensors.pivoted import pivot
+from tensorllm.tensors.quantised import BITS, quantise
 
 
 def random(*sizes: int, seed: int = 0) -> Tensor:
@@ -20,7 +21,7 @@ def examples() -> dict[str, tuple[Factors, Tensor]]:
     core, a, b, c = random(5, 3, 2, 4), random(12, 5), random(7, 3), random(4, 2)
     u, v = random(9, 3), random(3, 6)
     weights, x, y, z = random(4), random(6, 4), random(5, 4), random(3, 4)
-    return {
+    floats: dict[str, tuple[Factors, Tensor]] = {
         "tucker": (
             Tucker(core, {2: c, 0: a, 1: b}),
             torch.einsum("prsh,dp,kr,ms->dkmh", core, a, b, c),
@@ -29,6 +30,13 @@ def examples() -> dict[str, tuple[Factors, Tensor]]:
         "pivoted-low-rank": (pivot(u, v), torch.einsum("ir,ro->io", u, v)),
         "cp": (CP(weights, (x, y, z)), torch.einsum("r,ir,jr,kr->ijk", weights, x, y, z)),
     }
+    # Small tensors stay as they are; tests/test_runtime_quantised.py has large ones.
+    narrow = {
+        f"{how}-{kind}": (quantise(factors, how), want)
+        for kind, (factors, want) in floats.items()
+        for how in BITS
+    }
+    return floats | narrow
 
 
 EXAMPLES = examples()

@@ -9,6 +9,7 @@ from typing import Any
 from tensorllm.checkpoint.writer import sha256
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
+from tensorllm.tensors import quantised  # noqa: F401  its kinds are registered by this
 from tensorllm.tensors.factors import FACTORS, Factors
 
 MANIFEST = "tensorllm.json"

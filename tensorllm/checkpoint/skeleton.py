@@ -22,8 +22,11 @@ from tensorllm.runtime.attention import Bias
 from tensorllm.runtime.heads import HeadsSite
 from tensorllm.runtime.linear import FactoredLinear
 from tensorllm.runtime.pivoted import PivotedSite
+from tensorllm.runtime.quantised import hold_quantised
+from tensorllm.tensors.quantised import Quantised, plain
 
-INTEGERS = {"I32": torch.int32}  # row numbers, which no dtype of the model applies to
+# Row numbers and quantised values, which no dtype of the model applies to.
+INTEGERS = {"I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 
 
 def install_skeleton(model: Any, files: Sequence[Path]) -> tuple[Manifest, list[Placement]]:
@@ -51,7 +54,9 @@ def install_skeleton(model: Any, files: Sequence[Path]) -> tuple[Manifest, list[
         if got != want:
             raise UserError(f"{folder}: {entry.name} has factors of {got}, the config says {want}")
         sites.append((entry.site, factors))
-    placements = install(model, sites)
+    placements = install(model, [(site, plain(factors)) for site, factors in sites])
+    narrow = {site.name: f for site, f in sites if isinstance(f, Quantised)}
+    placements = hold_quantised(model, placements, narrow)
     _nothing_to_initialise(model)
     return manifest, placements
 

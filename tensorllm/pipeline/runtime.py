@@ -19,6 +19,7 @@ from tensorllm.runtime import install
 from tensorllm.runtime.cost import Choice, Policy, choose
 from tensorllm.runtime.parts import can_run_factored
 from tensorllm.tensors.factors import cast
+from tensorllm.tensors.quantised import plain
 
 
 def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
@@ -85,14 +86,15 @@ def load_factored(
     sites = []
     for site in manifest.sites:
         factors = site.factors(stored.read(site.tensors.values()))
-        sites.append((site.site, factors, choose(site.site, factors, roles.geometry, policy)))
+        choice = choose(site.site, plain(factors), roles.geometry, policy)
+        sites.append((site.site, factors, choice))
     choices = [choice for _, _, choice in sites]
     if all(choice.factored for choice in choices):
         del sites
         model = model_class(stored.config).from_pretrained(folder, dtype=dtype or "auto")
         return model, choices
     model = load(folder, dtype=dtype)
-    install(model, [(s, cast(f, model.dtype)) for s, f, choice in sites if choice.factored])
+    install(model, [(s, cast(plain(f), model.dtype)) for s, f, choice in sites if choice.factored])
     return model, choices
 
 
@@ -102,7 +104,8 @@ def load_to_run(folder: Path, dtype: torch.dtype | None = None) -> Any:
     assert manifest is not None, "only called on a factored folder"
     stored = Checkpoint(folder, stem=STEM)
     for site in manifest.sites:
-        if not can_run_factored(site.site, site.factors(stored.read(site.tensors.values()))):
+        factors = site.factors(stored.read(site.tensors.values()))
+        if not can_run_factored(site.site, plain(factors)):
             return load(folder, dtype=dtype)
     return model_class(stored.config).from_pretrained(folder, dtype=dtype or "auto")
 

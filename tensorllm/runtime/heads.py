@@ -7,6 +7,7 @@ group, S = R3, G key/value heads, m the matrices asked for.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tensorllm.tensors.factors import Tucker
 
@@ -37,8 +38,8 @@ class HeadsSite(nn.Module):
     def absorb(self) -> None:
         """Multiply the stack factor into the core where both have the same size."""
         matrices, rank = self.u_MS.shape
-        if self.absorbed or matrices != rank or self.u_MS.is_meta:
-            return
+        if self.absorbed or matrices != rank or self.u_MS.is_meta or is_parametrized(self):
+            return  # quantised factors are not written to
         u_MS = self.u_MS.float()
         core_MGRP = torch.einsum("sgrp,ms->mgrp", self.core_SGRP.float(), u_MS)
         self.core_SGRP.copy_(core_MGRP)

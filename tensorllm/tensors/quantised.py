@@ -1,0 +1,143 @@
+"""Factors whose numbers are held in 8 or 4 bits, with a scale for every 64 of them.
+
+Groups run down the first mode, the one that products sum over or that is largest. Rounding is
+torchao's; widening is one product, so that a folder of such factors opens without torchao.
+Shapes: N the size of the first mode, Y its groups, ... the other modes.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker
+from tensorllm.tensors.pivoted import PivotedLowRank
+
+GROUP = 64
+SMALLEST = 1024  # tensors with fewer numbers stay as they are: there is nothing to gain
+BITS = {"int8": 8, "int4": 4}
+PARTS = ("values", "scales", "rest")
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """Factors of another kind, `inner`: a tensor `t` is stored as `t_values` and `t_scales`.
+
+    Four bits are held two rows to a byte; the last of an odd number of rows is `t_rest`.
+    """
+
+    stored: dict[str, Tensor]
+    inner: ClassVar[type[Factors]]
+
+    def plain(self) -> Factors:
+        """The factors in floating point again."""
+        found = {}
+        for name in self.stored:
+            short, _, part = name.rpartition("_")
+            if part == "values":
+                found[short] = widen(*self.parts(short).values())
+            elif part not in PARTS:
+                found[name] = self.stored[name]
+        return self.inner.from_tensors(found)
+
+    def parts(self, short: str) -> dict[str, Tensor]:
+        """What is stored for one tensor of the factors; nothing where it is not quantised."""
+        names = (f"{short}_{part}" for part in PARTS)
+        return {name: self.stored[name] for name in names if name in self.stored}
+
+    def dense(self) -> Tensor:
+        return self.plain().dense()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.stored)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        return cls(dict(tensors))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.plain().ranks
+
+
+def quantise(factors: Factors, how: str) -> Factors:
+    """The same factors in `int8` or `int4`.
+
+    Raises:
+        UserError: another `how`, factors that are quantised already, or of a kind not known here.
+    """
+    if how not in BITS:
+        raise UserError(f"--quantize must be one of {', '.join(BITS)}, got {how!r}")
+    name = FACTORS.name_of(type(factors))
+    if f"{how}-{name}" not in FACTORS:
+        raise UserError(f"factors of kind {name!r} cannot be quantised")
+    stored: dict[str, Tensor] = {}
+    for short, t in factors.tensors().items():
+        if t.is_floating_point() and t.ndim > 1 and t.numel() >= SMALLEST:
+            parts = narrow(t, BITS[how])
+            stored |= {f"{short}_{p}": x for p, x in zip(PARTS, parts, strict=False)}
+        else:
+            stored[short] = t
+    return FACTORS[f"{how}-{name}"].from_tensors(stored)
+
+
+def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """Values and scales of a tensor (N, ...): symmetric, rounded to the nearest by torchao."""
+    rounding = _torchao()
+    size, group = len(t), min(GROUP, len(t))
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    flat = torch.zeros(-(-size // group) * group, t[0].numel())
+    flat[:size] = t.float().flatten(1)
+    rows = flat.mT.contiguous()
+    limits = {"quant_min": low, "quant_max": high}
+    scales, zeros = rounding.choose_qparams_affine(
+        rows, rounding.MappingType.SYMMETRIC, (1, group), torch.int8, **limits
+    )
+    values = rounding.quantize_affine(rows, (1, group), scales, zeros, torch.int8, **limits)
+    values_N = values.mT[:size].reshape(t.shape).contiguous()
+    scales_Y = scales.view(len(rows), -1).mT.reshape(-1, *t.shape[1:]).contiguous()
+    if bits == 8:
+        return values_N, scales_Y
+    half = size // 2
+    packed = (values_N[:half] & 15) | (values_N[half : 2 * half] << 4)
+    rest = (values_N[2 * half :].clone(),) if size % 2 else ()
+    return packed.view(torch.uint8), scales_Y, *rest
+
+
+def _torchao() -> Any:
+    # It tells of GPU libraries that it does not find, which are of no use here.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    try:
+        return import_module("torchao.quantization.quant_primitives")
+    except ImportError:
+        raise UserError("quantising needs torchao; pip install 'tensorllm[quant]'") from None
+
+
+def widen(values: Tensor, scales: Tensor, rest: Tensor | None = None) -> Tensor:
+    """The numbers that values and scales stand for, in the dtype of the scales."""
+    if values.dtype == torch.uint8:
+        signed = values.view(torch.int8)
+        pair = [(signed << 4) >> 4, signed >> 4]
+        values = torch.cat(pair if rest is None else [*pair, rest])
+    wide = values.to(scales.dtype)
+    whole = len(wide) // GROUP * GROUP
+    head = wide[:whole].unflatten(0, (-1, GROUP)) * scales[: whole // GROUP, None]
+    if whole == len(wide):
+        return head.flatten(0, 1)
+    return torch.cat([head.flatten(0, 1), wide[whole:] * scales[-1]])
+
+
+def plain(factors: Factors) -> Factors:
+    """Factors in floating point, whether or not they are quantised."""
+    return factors.plain() if isinstance(factors, Quantised) else factors
+
+
+for _kind in (Tucker, LowRank, CP, PivotedLowRank):
+    for _how in BITS:
+        _class = type(f"{_how.capitalize()}{_kind.__name__}", (Quantised,), {"inner": _kind})
+        FACTORS.register(f"{_how}-{FACTORS.name_of(_kind)}")(_class)

@@ -1,0 +1,140 @@
+"""Factors in few bits: rounded as they should be, stored, opened, run and saved again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import tensorllm as tl
+from tensorllm.checkpoint.factored import load
+from tensorllm.errors import UserError
+from tensorllm.pipeline.measure import weight_bytes
+from tensorllm.pipeline.quantise import quantise_folder
+from tensorllm.pipeline.runtime import load_factored
+from tensorllm.runtime.attention import FactoredAttention
+from tensorllm.tensors.factors import LowRank, Tucker
+from tensorllm.tensors.quantised import Quantised, narrow, quantise, widen
+from tensorllm_cli import export as export_command
+
+IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
+BIG = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+
+
+def random(*sizes: int) -> torch.Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
+
+
+@pytest.mark.parametrize("shape", [(64, 20), (63, 20), (200, 7), (129, 3, 5), (130, 2, 3, 4)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_number_is_the_nearest_of_its_group(shape: tuple[int, ...], bits: int):
+    t = random(*shape)
+    parts = narrow(t, bits)
+    got = widen(*parts)
+    assert got.shape == t.shape
+    steps = 2 ** (bits - 1) - 0.5
+    for start in range(0, len(t), 64):
+        group, back = t[start : start + 64], got[start : start + 64]
+        step = group.abs().amax(0) / steps
+        assert ((group - back).abs() <= 0.75 * step + 1e-6).all()  # half, and one end is cut
+    rows = sum(p.numel() * p.element_size() for p in parts[:1] + parts[2:])
+    assert rows == (len(t) // 2 + len(t) % 2 if bits == 4 else len(t)) * t[0].numel()
+
+
+def test_zeros_stay_zeros():
+    assert torch.equal(widen(*narrow(torch.zeros(70, 20), 4)), torch.zeros(70, 20))
+
+
+@pytest.mark.parametrize(("how", "error"), [("int8", 0.02), ("int4", 0.3)])
+def test_factors_keep_what_they_stand_for(how: str, error: float):
+    for factors in (
+        LowRank(random(300, 40), random(40, 200)),
+        Tucker(random(60, 12, 4, 4), {0: random(128, 60), 1: random(96, 12), 2: random(4, 4)}),
+    ):
+        small: Any = quantise(factors, how)
+        want = factors.dense()
+        assert (small.dense() - want).norm() <= error * want.norm()
+        assert small.ranks == factors.ranks
+        sizes = [sum(t.nbytes for t in f.tensors().values()) for f in (factors, small)]
+        assert sizes[0] / sizes[1] > (3.5 if how == "int8" else 6)
+        with pytest.raises(UserError, match="cannot be quantised"):
+            quantise(small, how)
+    with pytest.raises(UserError, match="got 'int3'"):
+        quantise(factors, "int3")
+
+
+@pytest.fixture(scope="module", params=["gptj", "llama"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A factored folder with both kinds of factors."""
+    out = tmp_path_factory.mktemp("quantised") / "out"
+    sizes = {"hidden_size": 64, "n_inner": 256} if request.param == "gptj" else BIG
+    model = tiny_model(request.param, **sizes)
+    tl.compress(model, tl.Hybrid(ranks=(40, 12, 4), rho=0.4, matrices=("in", "out")))
+    tl.save(model, out)
+    return out
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+@torch.no_grad()
+def test_a_quantised_folder_opens_runs_and_saves_itself(how: str, folder: Path, tmp_path: Path):
+    sites = quantise_folder(folder, tmp_path / "small", how)
+    assert all(s.bytes_after < s.bytes_before / 2 for s in sites)
+    assert all(0 < s.relative_error < (0.03 if how == "int8" else 0.4) for s in sites)
+    sizes = [(f / "factored.safetensors").stat().st_size for f in (folder, tmp_path / "small")]
+    assert sizes[1] < sizes[0]
+
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(info.values()), info
+    assert any(isinstance(m, FactoredAttention) for m in model.modules())
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    saved = sum(s.bytes_before - s.bytes_after for s in sites)
+    assert weight_bytes(before) - weight_bytes(model) == saved  # in memory too
+
+    dense = load(tmp_path / "small")  # what the numbers stand for, by another way
+    want = dense(IDS).logits
+    got = model(IDS).logits
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    assert torch.equal(model.generate(IDS, **settings), dense.generate(IDS, **settings))
+
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, got)
+    some, choices = load_factored(tmp_path / "small", "auto")  # these are too small to gain
+    assert not all(choice.factored for choice in choices)
+    assert (some(IDS).logits - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_bfloat16_leaves_the_narrow_numbers_alone(folder: Path, tmp_path: Path):
+    quantise_folder(folder, tmp_path / "small", "int8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
+    kinds = {p.dtype for p in model.parameters()}
+    assert kinds == {torch.bfloat16, torch.int8}
+    assert model(IDS).logits.isfinite().all()
+
+
+def test_the_command_and_what_it_refuses(folder: Path, tmp_path: Path):
+    app = typer.Typer()
+    app.command()(export_command.export)
+    arguments = [str(folder), str(tmp_path / "small"), "--quantize", "int8", "--json"]
+    run = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    values = json.loads(run.stdout)
+    assert {site["site"] for site in values["sites"]} >= {"layers.0.qkvo", "layers.1.out"}
+    with pytest.raises(UserError, match="already"):
+        quantise_folder(tmp_path / "small", tmp_path / "twice", "int4")
+    with pytest.raises(UserError, match="int3"):
+        quantise_folder(folder, tmp_path / "x", "int3")
+    with pytest.raises(UserError, match="not factored"):
+        quantise_folder(tmp_path, tmp_path / "x", "int8")
+
+
+def test_kinds_are_known_in_a_fresh_process(folder: Path, tmp_path: Path):
+    quantise_folder(folder, tmp_path / "small", "int4")
+    manifest = json.loads((tmp_path / "small" / "tensorllm.json").read_text())
+    assert {site["kind"] for site in manifest["sites"]} == {"int4-tucker", "int4-low-rank"}
+    assert issubclass(type(quantise(LowRank(random(99, 40), random(40, 99)), "int4")), Quantised)
