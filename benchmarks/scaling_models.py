@@ -139,12 +139,12 @@ def calibrate(quick: bool) -> dict[str, Any]:
     small = 32 if quick else 256
     return {
         "calibrate over tokens": Curve(
-            over="tokens, width 256", xs=(4096, 8192, 16384, 32768), quick=(128, 256, 384),
+            over="tokens, width 256", xs=(2048, 4096, 8192, 16384), quick=(128, 256, 384),
             prepare=lambda tokens: prepare(small, tokens), expected=1, turns=1,
         ).measure(quick),
         "calibrate over width": Curve(
-            over="model width D, 8192 tokens", xs=(128, 256, 384, 512), quick=(16, 32, 48),
-            prepare=lambda width: prepare(width, 128 if quick else 8192), expected=3, turns=1,
+            over="model width D, 4096 tokens", xs=(128, 256, 384, 512), quick=(16, 32, 48),
+            prepare=lambda width: prepare(width, 128 if quick else 4096), expected=3, turns=1,
         ).measure(quick),
     }  # fmt: skip
 
