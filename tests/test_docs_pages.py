@@ -127,3 +127,12 @@ def test_a_notebook_becomes_a_page() -> None:
     parts = list(hook("notebook_page").parts(cell, "notebooks/x", pictures))
     assert parts == ["```python\na = 1\na\n```", "![](x-1.svg)"]
     assert pictures == {"notebooks/x-1.svg": "<svg/>"}
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """mkdocs checks those of the pages."""
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#\s]+)|(?:src|srcset|href)=\"([^\"#]+)", text)
+    local = [link for pair in links for link in pair if link and "://" not in link]
+    assert local
+    assert [link for link in local if not (ROOT / link).exists()] == []
