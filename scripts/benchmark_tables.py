@@ -44,7 +44,7 @@ def comparisons(value: Lookup, *paths: str) -> str:
     """Chosen comparisons in one table: `file/part` for all of a part, or one by its name."""
     rows: dict[str, Mapping[str, Any]] = {}
     for path in paths:
-        found = value(path.replace("_", " ") if path.count("/") > 1 else path)
+        found = value(path)
         name = path.partition("/")[0]
         many = found["comparisons"] if "comparisons" in found else {path.split("/")[-1]: found}
         rows |= {f"{name}: {what}": one for what, one in many.items()}

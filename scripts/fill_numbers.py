@@ -14,13 +14,14 @@ default three digits. A table stands between comments on lines of their own:
     <!-- table:comparisons decompose/cpu evaluate/cpu/fever -->
     <!-- /table -->
 
-Its name is one of TABLES here or in plan.py, its words are the table's arguments. Fenced code is
-left alone, and so are comments straight behind a backtick.
+Its name is one of TABLES here or in plan.py, its words, quoted where they have spaces, are the
+table's arguments. Fenced code is left alone, and so are comments straight behind a backtick.
 """
 
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -75,7 +76,7 @@ def results(name: str) -> Any:
 
 def _filled(text: str) -> str:
     text = NUMBER.sub(lambda m: f"{m[1]}{_shown(value(m[2]), m[3])}{m[5]}", text)
-    return TABLE.sub(lambda m: f"{m[1]}\n{_table(m[2], m[3].split())}\n\n{m[5]}", text)
+    return TABLE.sub(lambda m: f"{m[1]}\n{_table(m[2], shlex.split(m[3]))}\n\n{m[5]}", text)
 
 
 def _shown(number: Any, form: str | None) -> str:
