@@ -104,7 +104,7 @@ class Prefix:
     def run(
         self, key: Hashable, forward: Callable[[], tuple[T, Any]], *, grow: bool
     ) -> tuple[T, Any]:
-        """A pass of the batch `key`; `forward` gives what is wanted, and the cache where it grows."""
+        """A pass of the batch `key`; `forward` gives what is wanted, and the cache if it grows."""
         if key is None or not self.lowest or not self.store.budget.bytes:
             self.computed += len(self.layers)
             return forward()
@@ -166,14 +166,14 @@ class Prefix:
 def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module with another `forward`, for a while."""
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
             del module.__dict__["forward"]
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 class PrefixForward(ModelForward):
