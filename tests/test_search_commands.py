@@ -32,7 +32,10 @@ def test_search_then_compress_with_what_was_found(tmp_path, capfd):
     table = pq.read_table(tmp_path / "trials.parquet").to_pylist()
     assert len(table) == results["trials"]["all"] == 4 * 2 * 2
     full = [row for row in table if row["state"] == "complete"]
-    assert {p.stem for p in tmp_path.glob("*.png")} == {"heatmap", "pareto", "history"}
+    role = recipe["matrices"][0]
+    for ending in ("png", "svg"):
+        drawn = {p.stem for p in tmp_path.glob(f"*.{ending}")}
+        assert drawn == {"heatmap", "pareto", "history", f"spectrum-{role}-1"}
     best = min(full, key=lambda row: (-row["accuracy"], row["loss"], -row["parameters_saved"]))
     assert best["layer"] == recipe["layers"][0]
     assert best["rho"] == recipe["rho"]

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
-from tensorllm.errors import UserError
-from tensorllm.pipeline.search import SearchRequest, SearchRun
+from tensorllm.errors import Incomplete, UserError
+from tensorllm.pipeline.search import SearchRequest
 from tensorllm.pipeline.search_ranks import run
+from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.selection import ranked
 from tensorllm.search.storage import JOURNAL, Claims, FileLock
@@ -141,24 +144,72 @@ def test_another_search_is_refused_and_told_what_differs(small, tmp_path, change
         SearchRun(replace(SMALL, **change)).queue(tmp_path)
 
 
-def test_a_failing_trial_is_recorded_and_the_search_goes_on(small, tmp_path, monkeypatch):
+def out_of_memory(rows):
+    raise torch.OutOfMemoryError("tried to allocate 99 bytes\nsecond line")
+
+
+def not_a_number(rows):
+    return [replace(row, log_probability=float("nan")) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("break_", "reason"),
+    [
+        (out_of_memory, "OutOfMemoryError: tried to allocate 99 bytes"),
+        (not_a_number, "FloatingPointError: the model's loss is nan"),
+    ],
+)
+def test_a_failing_trial_is_recorded_and_the_search_goes_on(
+    small, tmp_path, monkeypatch, break_, reason
+):
     examine = type(small.examiner)._rows
 
     def broken(self, edits, rival, level):
-        if edits and edits[0].site.layers == (2,):
-            raise RuntimeError("not enough memory: you tried to allocate 99 bytes\nsecond line")
-        return examine(self, edits, rival, level)
+        rows, stopped = examine(self, edits, rival, level)
+        return (break_(rows) if edits[0].site.layers == (2,) else rows), stopped
 
     monkeypatch.setattr(type(small.examiner), "_rows", broken)
     queue = opened(small, tmp_path)
     small.work(queue)
     failed = [t for t in queue.trials() if t.state == TrialState.FAIL]
     assert len(failed) == POINTS / 4
-    assert {t.user_attrs["reason"] for t in failed} == {
-        "RuntimeError: not enough memory: you tried to allocate 99 bytes"
-    }
+    assert {t.user_attrs["reason"] for t in failed} == {reason}
     assert not queue.waiting()
     assert not queue.running()
+    monkeypatch.undo()
+    before = (tmp_path / JOURNAL).read_bytes()
+    small.work(opened(small, tmp_path))  # what failed is not tried again
+    assert (tmp_path / JOURNAL).read_bytes() == before
+
+
+def _work_until_full(search: SearchRun, folder: Path, room: int, told) -> None:
+    size = (folder / JOURNAL).stat().st_size + room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        search.work(search.queue(folder))
+    except Incomplete as error:
+        told.send(str(error))
+    told.close()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("room", [0, 700, 3000])
+def test_a_full_disk_is_one_line_and_the_study_goes_on(small, undisturbed, tmp_path, room):
+    opened(small, tmp_path)
+    context = multiprocessing.get_context("fork")
+    told, tell = context.Pipe(duplex=False)
+    child = context.Process(target=_work_until_full, args=(small, tmp_path, room, tell))
+    child.start()
+    tell.close()
+    message = told.recv()
+    child.join()
+    assert "cannot be written" in message
+    assert "run the same command again to go on" in message
+    assert "\n" not in message
+    small.work(opened(small, tmp_path))
+    points, winner = outcome(small, tmp_path)
+    assert [count for count, _ in points.values()] == [1] * POINTS
+    assert winner == undisturbed[1]
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "pareto"])

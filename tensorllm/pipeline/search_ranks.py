@@ -1,8 +1,11 @@
 """Running a search: one process or several, then its end."""
 
 import logging
+import signal
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +13,11 @@ import torch
 
 from tensorllm.compression.model import Progress, quiet
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.pipeline.search import SearchRequest, SearchRun, folder_of
-from tensorllm.pipeline.search_result import SearchResult, conclude, write_files
+from tensorllm.pipeline.search import SearchRequest, folder_of
+from tensorllm.pipeline.search_compose import Step, best_of, composed, on_top
+from tensorllm.pipeline.search_files import write_files, write_trials
+from tensorllm.pipeline.search_result import SearchResult, conclude
+from tensorllm.pipeline.search_run import SearchRun, Watch
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.selection import half_width, ranked
 from tensorllm.search.storage import storage_errors
@@ -22,11 +28,14 @@ WAIT = 1.0  # seconds between looks at what other processes are doing
 FEW = 100  # validation examples; fewer cannot tell ten points apart
 
 
-def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
+def run(
+    request: SearchRequest, progress: Progress = quiet, watch: Watch | None = None
+) -> SearchResult:
     """Search, and score the winner on the test part.
 
     Args:
         progress: called with (trials done, trials in all, the best so far).
+        watch: called with all trials, again and again while the (first) search goes on.
 
     Raises:
         UserError: the request does not fit the model, the data or the study.
@@ -35,19 +44,50 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
     check_workers(request.workers)
     with ExitStack() as stack:
         folder = folder_of(request, stack)
-        search = SearchRun(request)
+        search = SearchRun(request, watch)
         _warn(search)
-        queue = search.queue(folder)
-        search.fill(queue)
+        queue = stack.enter_context(closing(search.queue(folder)))
         with storage_errors("searching"):
-            search.original(queue)
-            if request.workers > 1:
-                _workers(replace(request, study=folder), queue, search, progress)
-            _drain(search, queue, progress)
-            result = conclude(search, queue)
-        if request.study is not None:
-            write_files(result, search, queue, folder)
+            _explore(search, queue, folder, progress)
+            steps = [best_of(search, queue)]
+            while len(steps) < request.compose and (
+                step := _next(request, folder, steps, progress)
+            ):
+                steps.append(step)
+            result = conclude(search, queue, steps)
+            if request.study is not None:
+                write_trials(folder, search, steps[0].trials)
+                write_files(folder, search, composed(steps), result.results, result.recipe)
         return result
+
+
+def _explore(search: SearchRun, queue: TrialQueue, folder: Path, progress: Progress) -> None:
+    """Examine every trial of a study, with as many workers as were asked for."""
+    search.fill(queue)
+    search.original(queue)
+    if search.request.workers > 1:
+        _workers(replace(search.request, study=folder), queue, search, progress)
+    _drain(search, queue, progress)
+
+
+def _next(
+    request: SearchRequest, folder: Path, steps: Sequence[Step], progress: Progress
+) -> Step | None:
+    """The best edit on top of these; None where nothing is left to edit, or nothing gains."""
+    wanted = on_top(request, folder, steps)
+    search = SearchRun(wanted)
+    if not search.points:
+        return None
+
+    def told(done: int, total: int, what: str) -> None:
+        progress(done, total, f"edit {len(steps) + 1}: {what}")
+
+    assert wanted.study is not None
+    with closing(search.queue(wanted.study)) as queue:
+        _explore(search, queue, wanted.study, told)
+        step = best_of(search, queue)
+    write_trials(wanted.study, search, step.trials)
+    return step if step.gains(request.rules.objective) else None
 
 
 def check_workers(workers: int) -> None:
@@ -76,6 +116,8 @@ def _drain(search: SearchRun, queue: TrialQueue, progress: Progress) -> None:
 
 def _tell(search: SearchRun, queue: TrialQueue, progress: Progress) -> None:
     trials = queue.trials()
+    if search.watch is not None:
+        search.watch(trials)
     done = sum(t.state.is_finished() for t in trials)
     best = ranked(trials, search.request.rules.objective)[:1]
     what = "no result yet"
@@ -96,8 +138,9 @@ def _workers(
         context.Process(target=_work, args=(request, n, search.request.study), daemon=True)
         for n in range(request.workers)
     ]
-    for process in processes:
-        process.start()
+    with _deaf():
+        for process in processes:
+            process.start()
     try:
         while any(process.is_alive() for process in processes):
             _tell(search, queue, progress)
@@ -113,6 +156,19 @@ def _workers(
         log.warning("%d of %d workers died; going on without", len(failed), len(processes))
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started meanwhile do not hear Ctrl-C: this one does, and ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _work(request: SearchRequest, number: int, study: Path | None) -> None:
     """The body of a worker process."""
     assert request.study is not None
@@ -120,8 +176,8 @@ def _work(request: SearchRequest, number: int, study: Path | None) -> None:
     if device == "cpu":
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // request.workers))
     search = SearchRun(replace(request, device=device, study=study))
-    queue = search.queue(request.study, worker=number)
-    search.work(queue)
+    with closing(search.queue(request.study, worker=number)) as queue:
+        search.work(queue)
 
 
 def _warn(search: SearchRun) -> None:

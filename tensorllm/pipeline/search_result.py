@@ -1,25 +1,22 @@
-"""The end of a search: the winner's score on the test part, and the study's files."""
+"""The end of a search: the winner's score on the test part."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.compression.jobs import plan_jobs, run_job
 from tensorllm.environment import environment
-from tensorllm.errors import Incomplete
 from tensorllm.evaluation.evaluate import evaluate_model
-from tensorllm.pipeline.search import SearchRun
+from tensorllm.pipeline.search_compose import Step, composed, selection, whole
+from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.bank import Edit, edited
 from tensorllm.search.examiner import Found
+from tensorllm.search.feasible import ratio_of
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
-from tensorllm.search.selection import front, half_width, ranked, selection_gain
+from tensorllm.search.selection import front, half_width, ranked
 from tensorllm.search.space import Point
-
-RECIPE, TRIALS, RESULTS = "best.yaml", "trials.parquet", "results.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +30,17 @@ class SearchResult:
         return {**self.results, "recipe": self.recipe}
 
 
-def conclude(run: SearchRun, queue: TrialQueue) -> SearchResult:
-    """Choose the winner on validation, and score it and the original on the test part.
+def conclude(run: SearchRun, queue: TrialQueue, steps: Sequence[Step]) -> SearchResult:
+    """Score what was chosen on validation, and the original, on the test part.
 
-    Raises:
-        Incomplete: no trial was examined in full.
+    Args:
+        run, queue: of the first step.
+        steps: each on top of those before it.
     """
-    trials = queue.trials()
-    order = ranked(trials, run.request.rules.objective)
-    if not order:
-        raise Incomplete(f"no trial could be examined in full: {_reasons(trials)}")
-    original = run.original(queue)
-    winner, found = order[0]
-    point = run.space.point(winner.params)
+    first, point = steps[0], composed(steps)
+    ratio = ratio_of(plan_jobs(point.compressor, run.roles, point.layers), run.roles)
     final = _final(run, queue, point)
+    order = ranked(first.trials, run.request.rules.objective)
     results = {
         "model": run.source.name,
         "dataset": run.validation.name,
@@ -54,64 +48,29 @@ def conclude(run: SearchRun, queue: TrialQueue) -> SearchResult:
         "objective": run.request.rules.objective,
         "sampler": run.sampler,
         "space": run.space.describe(),
-        "trials": _counts(trials),
+        "trials": _counts([trial for step in steps for trial in step.trials]),
         "stop_level": run.request.rules.level,
         "validation_examples": len(run.validation.examples),
         "half_width": half_width(len(run.validation.examples)),
-        "original": {"validation": _plain(original), "test": final["original"]},
+        "original": {"validation": _plain(first.original), "test": final["original"]},
         "winner": {
-            "trial": winner.number,
+            "trial": first.number if len(steps) == 1 else None,
             **point.recipe(),
-            "validation": _plain(found),
+            "validation": _plain(whole(steps, ratio)),
             "test": final["winner"],
         },
+        "steps": [
+            {"trial": step.number, **step.point.recipe(), "validation": _plain(step.found)}
+            for step in steps
+        ],
         "test_looks": final["looks"],
-        "selection": selection_gain(trials, original, run.request.seed),
+        "selection": selection(steps, run.request.seed),
         "top": [_row(t, f) for t, f in order[:10]],
-        "front": [_row(t, f) for t, f in front(trials)],
+        "front": [_row(t, f) for t, f in front(first.trials)],
         "cache": _cache(run),
         "environment": environment(),
     }
     return SearchResult(results, recipe_text(run, point, results))
-
-
-def write_files(result: SearchResult, run: SearchRun, queue: TrialQueue, folder: Path) -> None:
-    """`best.yaml`, `trials.parquet`, `results.json` and, where matplotlib is, the plots."""
-    import pyarrow.parquet as pq
-
-    from tensorllm.reporting.search_plots import save_plots
-
-    _write(folder / RECIPE, result.recipe.encode())
-    _write(folder / RESULTS, (json.dumps(result.results, indent=2) + "\n").encode())
-    write_trials(folder / TRIALS, run, queue.trials())
-    rows = pq.read_table(folder / TRIALS).to_pylist()
-    save_plots(folder, rows, result.results)
-
-
-def write_trials(path: Path, run: SearchRun, trials: Sequence[FrozenTrial]) -> None:
-    """All trials as a table, one a row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = []
-    for trial in trials:
-        found = trial.user_attrs.get(RESULT, {})
-        known = trial.params.keys() >= run.space.choices.keys()
-        rows.append(
-            {
-                "number": trial.number,
-                "state": trial.state.name.lower(),
-                **{name: trial.params.get(name) for name in run.space.choices},
-                "point": run.space.point(trial.params).key if known else None,
-                **{name: found.get(name) for name in Found.__dataclass_fields__},
-                "reason": trial.user_attrs.get(REASON),
-                "started": trial.datetime_start,
-                "finished": trial.datetime_complete,
-            }
-        )
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary)
-    temporary.replace(path)
 
 
 def recipe_text(run: SearchRun, point: Point, results: dict[str, Any]) -> str:
@@ -193,17 +152,3 @@ def _cache(run: SearchRun) -> dict[str, Any]:
         "layers_computed": prefix.computed,
         "layers_skipped": prefix.skipped,
     }
-
-
-def _reasons(trials: Sequence[FrozenTrial]) -> str:
-    reasons = [t.user_attrs[REASON] for t in trials if REASON in t.user_attrs]
-    if not reasons:
-        return "there is none"
-    first = max(set(reasons), key=reasons.count)
-    return f"{len(reasons)} trials, {reasons.count(first)} of them: {first}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -16,6 +16,8 @@ def search_tables(results: Mapping[str, Any]) -> RenderableType:
             "accuracy against ratio: no trial beats these in both",
             _trials(results["front"]),
         ]
+    if len(results["steps"]) > 1:
+        parts.insert(2, _steps(results["steps"]))
     if results["selection"] is not None:
         parts.append(_selection(results["selection"]))
     return Group(*parts)
@@ -50,6 +52,27 @@ def _trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
             f"{row['relative_error']:.4f}",
         )
     return table
+
+
+def _steps(steps: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Edits in the order in which they were put on top of one another."""
+    table = new_table("edit", "layers", "settings", "accuracy %", "loss", number_from=3)
+    shown = ("trial", "mode", "layers", "validation")
+    for number, step in enumerate(steps, 1):
+        settings = "; ".join(f"{key} {_plain(v)}" for key, v in step.items() if key not in shown)
+        accuracy, loss = step["validation"]["accuracy"], step["validation"]["loss"]
+        table.add_row(
+            str(number),
+            _plain(step["layers"]),
+            f"{step['mode']}: {settings}",
+            "" if accuracy is None else f"{accuracy:.2f}",
+            f"{loss:.4f}",
+        )
+    return table
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _scores(results: Mapping[str, Any]) -> RenderableType:

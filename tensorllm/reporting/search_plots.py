@@ -6,20 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.reporting.page.plots_search import search_pictures
+from tensorllm.reporting.page.plots_weights import spectra_pictures
 from tensorllm.reporting.page.theme import Canvas
+
+Json = Mapping[str, Any]
 
 
 def save_plots(
-    folder: Path, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
+    folder: Path,
+    rows: Sequence[Json],
+    results: Json,
+    sites: Sequence[Json],
+    details: Mapping[str, Json],
 ) -> list[Path]:
     """Write the pictures of a study; none where matplotlib (the extra `report`) is not installed.
 
     Args:
         rows: of trials.parquet.
         results: the content of results.json.
+        sites, details: of the winner's compression, as in its report.
     """
     if find_spec("matplotlib") is None:
         return []
     canvas = Canvas(folder)
     search_pictures(canvas, rows, results)
+    spectra_pictures(canvas, sites, details, prefix="")
     return canvas.files

@@ -8,7 +8,8 @@ from tensorllm.architectures import RoleMatrices
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.errors import UserError
-from tensorllm.search.space import Space, Value
+from tensorllm.search.choices import Value
+from tensorllm.search.space import Space
 
 
 def ratio_of(jobs: Sequence[Job], roles: RoleMatrices) -> float:
@@ -21,11 +22,26 @@ def ratio_of(jobs: Sequence[Job], roles: RoleMatrices) -> float:
     return before / after
 
 
-def feasible(space: Space, roles: RoleMatrices, min_ratio: float | None) -> list[dict[str, Value]]:
-    """The grid's combinations that meet `min_ratio`; none is an error that names the best."""
-    if min_ratio is None:
-        return space.grid
-    known = list(_with_ratios(space, roles))
+Taken = frozenset[tuple[int, str]]  # matrices that are edited already: (layer, role)
+
+
+def collides(jobs: Sequence[Job], taken: Taken) -> bool:
+    """Whether a matrix of these jobs is edited already."""
+    return any(matrix in taken for job in jobs for matrix in job.site.matrices)
+
+
+def feasible(
+    space: Space, roles: RoleMatrices, min_ratio: float | None, taken: Taken = frozenset()
+) -> list[dict[str, Value]]:
+    """The grid's combinations that meet `min_ratio` and touch nothing that is `taken`.
+
+    Raises:
+        UserError: no combination has the ratio; names the best. (All taken is an empty list.)
+    """
+    free = space.grid if not taken else list(_free(space, roles, taken))
+    if min_ratio is None or not free:
+        return free
+    known = list(_with_ratios(free, space, roles))
     kept = [values for values, ratio in known if ratio >= min_ratio]
     if not kept:
         best = max(ratio for _, ratio in known)
@@ -35,9 +51,22 @@ def feasible(space: Space, roles: RoleMatrices, min_ratio: float | None) -> list
     return kept
 
 
-def _with_ratios(space: Space, roles: RoleMatrices) -> Iterator[tuple[dict[str, Value], float]]:
-    known: dict[str, float] = {}  # all layers have the same sizes
+def _free(space: Space, roles: RoleMatrices, taken: Taken) -> Iterator[dict[str, Value]]:
+    known: dict[tuple[Value | None, ...], bool] = {}  # ranks change nothing
     for values in space.grid:
+        same = (values["layer"], values.get("matrices"))
+        if same not in known:
+            point = space.point(values)
+            known[same] = collides(plan_jobs(point.compressor, roles, point.layers), taken)
+        if not known[same]:
+            yield values
+
+
+def _with_ratios(
+    points: Sequence[dict[str, Value]], space: Space, roles: RoleMatrices
+) -> Iterator[tuple[dict[str, Value], float]]:
+    known: dict[str, float] = {}  # all layers have the same sizes
+    for values in points:
         point = space.point(values)
         same = json.dumps(point.settings)
         if same not in known:

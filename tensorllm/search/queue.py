@@ -3,21 +3,25 @@
 All trials are queued beforehand (a grid with its values, other samplers without), because taking a
 queued trial is atomic in every storage and counting to a limit is not. In the embedded file a
 worker also holds a lock for its trial; when it dies the lock opens, and whoever comes next adopts
-the trial under its old number. In a database a heartbeat does this, and the trial is queued again.
+the trial under its old number. In a database a heartbeat does this: the trial fails without a
+reason, which counts as none at all, and is queued again.
 """
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from tensorllm.errors import UserError
+from tensorllm.search import storage
 from tensorllm.search.space import Values
-from tensorllm.search.storage import HEARTBEAT, Claims, alone, open_storage, stable
+from tensorllm.search.storage import Claims, alone, open_storage, stable
 
 CLAIMS, FILLING = "claims.lock", "filling.lock"
 RESULT, REASON = "result", "reason"
@@ -58,6 +62,12 @@ class TrialQueue:
         self._id = self.storage.get_study_id_from_name(name)
         self._beating: dict[int, threading.Event] = {}
 
+    def close(self) -> None:
+        """Let a database's connections go."""
+        if self.heart is not None:
+            self.heart.remove_session()
+            self.heart.engine.dispose()
+
     def identify(self, identity: Mapping[str, Any]) -> None:
         """Refuse a study that was begun with something else, and say with what."""
         known = self.study.user_attrs.get("identity")
@@ -77,9 +87,8 @@ class TrialQueue:
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials in these states (all by default), without those of lost workers."""
-        lost = {int(k[5:]) for k in self.study.user_attrs if k.startswith("lost-")}
         found = self.storage.get_all_trials(self._id, deepcopy=False, states=states or None)
-        return [t for t in found if t.number not in lost]
+        return [t for t in found if t.state != TrialState.FAIL or REASON in t.user_attrs]
 
     def fill_grid(self, points: Sequence[Values]) -> None:
         """Queue those of the points that no trial has."""
@@ -120,7 +129,6 @@ class TrialQueue:
             return False
         if values not in {_key(_values(t)) for t in self.trials() if t.number < trial.number}:
             return False
-        self.study.set_user_attr(f"lost-{trial.number}", True)
         self.study.tell(trial.number, state=TrialState.FAIL)
         self.release(trial.number)
         return True
@@ -182,8 +190,9 @@ class TrialQueue:
         assert heart is not None
 
         def beat() -> None:
-            while not over.wait(HEARTBEAT):
-                heart.record_heartbeat(trial._trial_id)
+            while not over.wait(storage.HEARTBEAT):
+                with suppress(SQLAlchemyError):  # whoever works at the trial will meet it, too
+                    heart.record_heartbeat(trial._trial_id)
 
         threading.Thread(target=beat, daemon=True).start()
 

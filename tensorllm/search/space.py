@@ -6,7 +6,7 @@ Shapes: D model width, K head width, M = 2g+2 matrices per group, G groups (= he
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,16 +16,9 @@ from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
-from tensorllm.registry import did_you_mean
-from tensorllm.tensors.ranks import check_rank
-from tensorllm.tensors.stacking import FFN
+from tensorllm.search.choices import Value, choices_of
 
-Value = int | float | str
 Values = Mapping[str, Value]  # one choice of every dimension
-
-SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the width and of the head width
-RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-TUCKER = ("R1", "R2", "R3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +150,8 @@ def make_space(
         UserError: nothing is left to search, or a value is out of range.
     """
     name = COMPRESSORS.name_of(COMPRESSORS[mode])
-    if name not in DIMENSIONS:
-        raise UserError(f"the mode to search must be one of {', '.join(DIMENSIONS)}, got {mode!r}")
-    wanted = DIMENSIONS[name]
-    _refuse_foreign(name, wanted, ranks, rhos, matrices, tied)
-    choices: dict[str, tuple[Value, ...]] = {"layer": _layers(roles, layers, together)}
-    for dimension in wanted:
-        if not (dimension == "R1" and tied):
-            given = {"rho": rhos, "matrices": matrices}.get(dimension, (ranks or {}).get(dimension))
-            choices[dimension] = _CHOICES[dimension](roles, name, given)
+    given = {**(ranks or {}), "rho": rhos, "matrices": matrices}
+    choices = choices_of(roles, name, given, layers=layers, together=together, tied=tied)
     geometry = roles.geometry
     space = Space(
         name, choices, together, tied, dict(fixed or {}), heads=geometry.G, width=geometry.D
@@ -178,81 +164,3 @@ def make_space(
     for values in (space.grid[0], space.grid[-1]):
         plan_jobs(space.point(values).compressor, roles, space.point(values).layers)
     return space
-
-
-DIMENSIONS = {
-    "shared-tucker": TUCKER,
-    "per-matrix-tucker": ("R1", "R2"),
-    "laser": ("rho", "matrices"),
-    "hybrid": (*TUCKER, "rho", "matrices"),
-}
-
-
-def _refuse_foreign(
-    mode: str,
-    wanted: Sequence[str],
-    ranks: Mapping[str, Sequence[int]] | None,
-    rhos: Sequence[float] | None,
-    matrices: Sequence[str] | None,
-    tied: bool,
-) -> None:
-    given = [name for name, values in (ranks or {}).items() if values]
-    given += [name for name, v in (("rho", rhos), ("matrices", matrices)) if v]
-    if tied:
-        given.append("R1")
-        if (ranks or {}).get("R1"):
-            raise UserError("the tied family says what R1 is (heads * R2): give no R1")
-    for name in given:
-        if name not in wanted:
-            raise UserError(f"mode {mode!r} has no {name}; it has {', '.join(wanted)}")
-
-
-def _layers(roles: RoleMatrices, layers: Sequence[int] | None, together: int) -> tuple[Value, ...]:
-    if not 1 <= together <= roles.layers:
-        raise UserError(f"layers edited together must be 1 to {roles.layers}, got {together}")
-    if layers is not None and not layers:
-        raise UserError(f"no layer is left to search; the model has layers 0..{roles.layers - 1}")
-    known = sorted(roles.check_layers(range(roles.layers) if layers is None else layers))
-    first = [i for i in known if all(i + n in known for n in range(together))]
-    if not first:
-        raise UserError(f"no {together} neighbouring layers are among {known}")
-    return tuple(first)
-
-
-def _ranks_of(size: Callable[[RoleMatrices], int], every: bool) -> "Choices":
-    def choices(roles: RoleMatrices, mode: str, given: Sequence[Any] | None) -> tuple[Value, ...]:
-        n = size(roles)
-        if given is not None:
-            return tuple(sorted({check_rank("to search", rank, n) for rank in given}))
-        whole = range(1, n + 1) if every else {max(1, round(share * n)) for share in SHARES}
-        return tuple(sorted(whole))
-
-    return choices
-
-
-def _rhos(roles: RoleMatrices, mode: str, given: Sequence[Any] | None) -> tuple[Value, ...]:
-    for rho in given or ():
-        if not 0 < rho <= 1:
-            raise UserError(f"rho must be in (0, 1], got {rho}")
-    return tuple(sorted(set(given))) if given else RHOS
-
-
-def _matrices(roles: RoleMatrices, mode: str, given: Sequence[Any] | None) -> tuple[Value, ...]:
-    known = roles.geometry.roles if mode == "laser" else FFN
-    there = [role for role in roles.geometry.roles if role in known]
-    for of in given or ():
-        for role in str(of).split("+"):
-            if role not in there:
-                hint = did_you_mean(role, there)
-                raise UserError(f"matrices must be some of {', '.join(there)}, got {role!r}.{hint}")
-    return tuple(given or [role for role in there if role in FFN])
-
-
-Choices = Callable[[RoleMatrices, str, Sequence[Any] | None], tuple[Value, ...]]
-_CHOICES: dict[str, Choices] = {
-    "R1": _ranks_of(lambda roles: roles.geometry.D, every=False),
-    "R2": _ranks_of(lambda roles: roles.geometry.K, every=False),
-    "R3": _ranks_of(lambda roles: 2 * roles.geometry.groups + 2, every=True),
-    "rho": _rhos,
-    "matrices": _matrices,
-}

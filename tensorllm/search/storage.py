@@ -13,6 +13,8 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # the type of `lock_obj`
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from tensorllm.errors import Incomplete, UserError
 
@@ -140,8 +142,10 @@ def check_journal(journal: Path) -> None:
 
 
 def _database(url: str) -> BaseStorage:
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
-
+    try:
+        shown = str(make_url(url))  # without its password
+    except ArgumentError:
+        raise UserError("--storage must be a URL such as postgresql://user@host/name") from None
     try:
         with stable():
             return RDBStorage(
@@ -150,15 +154,14 @@ def _database(url: str) -> BaseStorage:
                 grace_period=3 * HEARTBEAT,
                 heartbeat_stale_trial_callback=queue_again,
             )
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise UserError(f"--storage {url!r} is not usable: {_line(error)}") from None
+    except (NoSuchModuleError, ImportError) as error:
+        raise UserError(f"--storage {shown} is not usable: {_line(error)}") from None
     except SQLAlchemyError as error:
-        raise Incomplete(f"cannot reach the storage {url}: {_line(error)}") from None
+        raise Incomplete(f"cannot reach the storage {shown}: {_line(error)}") from None
 
 
 def queue_again(study: optuna.Study, lost: optuna.trial.FrozenTrial) -> None:
     """Put the trial of a lost worker back into the queue."""
-    study.set_user_attr(f"lost-{lost.number}", True)
     study.add_trial(
         optuna.create_trial(
             state=optuna.trial.TrialState.WAITING,
@@ -172,8 +175,6 @@ def queue_again(study: optuna.Study, lost: optuna.trial.FrozenTrial) -> None:
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
     """Failures of disk and database as one line that says how to go on."""
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:

@@ -8,12 +8,14 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compressors import Job
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.registry import one_of
+from tensorllm.search.choices import Value
 from tensorllm.search.examiner import Examiner, Found, TooFar, unpack
-from tensorllm.search.feasible import ratio_of
+from tensorllm.search.feasible import Taken, collides, ratio_of
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
-from tensorllm.search.space import Point, Space, Value
+from tensorllm.search.space import Point, Space
 from tensorllm.search.stopping import Rival
 from tensorllm.search.storage import stable
 
@@ -86,16 +88,24 @@ def _suggest(trial: optuna.Trial, name: str, values: Sequence[Value], grid: bool
 
 
 class Worker:
-    """Takes trials from the queue and examines them."""
+    """Takes trials from the queue and examines them; what is `taken` is not edited again."""
 
     def __init__(
-        self, queue: TrialQueue, space: Space, examiner: Examiner, rules: Rules, *, grid: bool
+        self,
+        queue: TrialQueue,
+        space: Space,
+        examiner: Examiner,
+        rules: Rules,
+        *,
+        grid: bool,
+        taken: Taken = frozenset(),
     ) -> None:
         self.queue = queue
         self.space = space
         self.examiner = examiner
         self.rules = rules
         self.grid = grid
+        self.taken = taken
 
     def run(self, report: Report | None = None) -> None:
         """Work until the queue is empty; `report` is called after each trial."""
@@ -133,14 +143,18 @@ class Worker:
         if not self.space.allows(values):
             return "a rank is more than the product of the others"
         least = self.rules.min_ratio
-        if least is None:
+        if least is None and not self.taken:
             return None
-        ratio = self._ratio(self.space.point(values))
-        return f"ratio {ratio:.3g}, less than asked" if ratio < least else None
+        jobs = self._jobs(self.space.point(values))
+        if collides(jobs, self.taken):
+            return "a matrix is edited already"
+        ratio = ratio_of(jobs, self.examiner.roles)
+        if least is None or ratio >= least:
+            return None
+        return f"ratio {ratio:.3g}, less than asked"
 
-    def _ratio(self, point: Point) -> float:
-        roles = self.examiner.roles
-        return ratio_of(plan_jobs(point.compressor, roles, point.layers), roles)
+    def _jobs(self, point: Point) -> list[Job]:
+        return plan_jobs(point.compressor, self.examiner.roles, point.layers)
 
     def _finish(self, trial: optuna.Trial, found: Found) -> None:
         objective = self.rules.objective
@@ -169,7 +183,7 @@ class Worker:
         """The best trial so far; for `pareto`, of those that are not larger."""
         best = [found for _, found in finished(self.queue.trials())]
         if self.rules.objective == "pareto":
-            ratio = self._ratio(point)
+            ratio = ratio_of(self._jobs(point), self.examiner.roles)
             best = [found for found in best if found.ratio >= ratio]
         if not best:
             return None

@@ -1,0 +1,105 @@
+"""Several edits on top of one another: the best first, for as long as validation gains by one more.
+
+Source: LASER, section 5 (composing reductions across layers).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from tensorllm.errors import Incomplete
+from tensorllm.pipeline.search import SearchRequest
+from tensorllm.pipeline.search_run import SearchRun
+from tensorllm.search.examiner import Found
+from tensorllm.search.queue import REASON, TrialQueue
+from tensorllm.search.selection import ranked, selection_gain
+from tensorllm.search.space import Point
+from tensorllm.search.worker import merit
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One search: its trials, the best of them, and what it began with.
+
+    Attributes:
+        original: the model without this step's edit, on validation.
+        number: of the best trial.
+    """
+
+    point: Point
+    found: Found
+    original: Found
+    trials: list[FrozenTrial]
+    number: int
+
+    def gains(self, objective: str) -> bool:
+        """Whether the edit makes validation better than it was without."""
+        return bool(merit(self.found, objective)[0] < merit(self.original, objective)[0])
+
+
+def best_of(run: SearchRun, queue: TrialQueue) -> Step:
+    """What a finished search leaves.
+
+    Raises:
+        Incomplete: no trial was examined in full.
+    """
+    trials = queue.trials()
+    order = ranked(trials, run.request.rules.objective)
+    if not order:
+        raise Incomplete(f"no trial could be examined in full: {_reasons(trials)}")
+    winner, found = order[0]
+    point = run.space.point(winner.params)
+    return Step(point, found, run.original(queue), trials, winner.number)
+
+
+def on_top(request: SearchRequest, folder: Path, steps: Sequence[Step]) -> SearchRequest:
+    """The search for the next edit; its study is in the first one's folder, named by what it is
+    on top of: more trials of an earlier step may change that."""
+    base = tuple(step.point.recipe() for step in steps)
+    digest = hashlib.sha256(repr([step.point.key for step in steps]).encode()).hexdigest()[:8]
+    name = f"{folder.name}-step-{len(steps) + 1}-{digest}"
+    return replace(request, base=base, study=folder / name)
+
+
+def composed(steps: Sequence[Step]) -> Point:
+    """All edits as one point."""
+    if len(steps) == 1:
+        return steps[0].point
+    layers = sorted({layer for step in steps for layer in step.point.layers})
+    return Point("per-layer", tuple(layers), {"edits": [step.point.recipe() for step in steps]})
+
+
+def whole(steps: Sequence[Step], ratio: float) -> Found:
+    """What was found for all edits together: the last step's scores, and sums of sizes."""
+    saved = sum(step.found.parameters_saved for step in steps)
+    error = max(step.found.relative_error for step in steps)
+    seconds = sum(step.found.seconds for step in steps)
+    found = steps[-1].found
+    return replace(
+        found, ratio=ratio, parameters_saved=saved, relative_error=error, seconds=seconds
+    )
+
+
+def selection(steps: Sequence[Step], seed: int) -> dict[str, Any] | None:
+    """How far selection flatters the gain; of several steps the sum, as each selects anew."""
+    gains = [selection_gain(step.trials, step.original, seed) for step in steps]
+    there = [gain for gain in gains if gain is not None]
+    if not there:
+        return None
+    return {
+        **there[0],
+        **{name: sum(g[name] for g in there) for name in ("optimism", "gain", "gain_without")},
+        "interval": [sum(g["interval"][end] for g in there) for end in (0, 1)],
+    }
+
+
+def _reasons(trials: Sequence[FrozenTrial]) -> str:
+    reasons = [t.user_attrs[REASON] for t in trials if REASON in t.user_attrs]
+    if not reasons:
+        return "there is none"
+    first = max(set(reasons), key=reasons.count)
+    return f"{len(reasons)} trials, {reasons.count(first)} of them: {first}"

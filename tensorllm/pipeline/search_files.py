@@ -1,0 +1,66 @@
+"""What a search leaves in its study's folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from tensorllm.compression.jobs import plan_jobs, run_job
+from tensorllm.pipeline.search_run import SearchRun
+from tensorllm.reporting.search_plots import save_plots
+from tensorllm.search.examiner import Found
+from tensorllm.search.queue import REASON, RESULT
+from tensorllm.search.space import Point
+
+RECIPE, TRIALS, RESULTS = "best.yaml", "trials.parquet", "results.json"
+
+
+def write_files(
+    folder: Path, run: SearchRun, point: Point, results: dict[str, Any], recipe: str
+) -> None:
+    """`best.yaml`, `results.json` and, where matplotlib is, the plots."""
+    import pyarrow.parquet as pq
+
+    _write(folder / RECIPE, recipe.encode())
+    _write(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+    jobs = plan_jobs(point.compressor, run.roles, point.layers)
+    done = [run_job(job, run.roles, run.examiner.weights) for job in jobs]
+    rows = pq.read_table(folder / TRIALS).to_pylist()
+    sites = [asdict(site.report) for site in done]
+    save_plots(folder, rows, results, sites, {site.site.name: site.details for site in done})
+
+
+def write_trials(folder: Path, run: SearchRun, trials: Sequence[FrozenTrial]) -> None:
+    """All trials of a search as a table, one a row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for trial in trials:
+        found = trial.user_attrs.get(RESULT, {})
+        known = trial.params.keys() >= run.space.choices.keys()
+        rows.append(
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                **{name: trial.params.get(name) for name in run.space.choices},
+                "point": run.space.point(trial.params).key if known else None,
+                **{name: found.get(name) for name in Found.__dataclass_fields__},
+                "reason": trial.user_attrs.get(REASON),
+                "started": trial.datetime_start,
+                "finished": trial.datetime_complete,
+            }
+        )
+    path = folder / TRIALS
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows), temporary)
+    temporary.replace(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)

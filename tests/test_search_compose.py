@@ -1,0 +1,125 @@
+"""Edits on top of one another, against fresh models compressed and evaluated as they are."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tensorllm.compression.model import compress
+from tensorllm.compressors import PerLayer
+from tensorllm.errors import UserError
+from tensorllm.evaluation.evaluate import evaluate_model
+from tensorllm.pipeline.compress import CompressRequest
+from tensorllm.pipeline.compress import run as run_compress
+from tensorllm.pipeline.search import SearchRequest
+from tensorllm.pipeline.search_ranks import run
+from tensorllm.pipeline.search_run import SearchRun
+from tensorllm.search.worker import Rules
+
+# Every layer's two FFN matrices at one rank: eight points, then the seven that are left, ...
+WANTED = SearchRequest(
+    model="demo",
+    dataset="demo",
+    mode="laser",
+    rho=(0.02,),
+    limit=150,
+    compose=4,
+    rules=Rules(level=None),
+    cache_bytes=2**25,
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("composed") / "study"
+
+
+@pytest.fixture(scope="module")
+def found(study: Path) -> dict[str, Any]:
+    return run(replace(WANTED, study=study)).results
+
+
+@pytest.fixture(scope="module")
+def search() -> SearchRun:
+    return SearchRun(WANTED)
+
+
+def naive(search: SearchRun, edits: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of a fresh model with these edits, on the validation part."""
+    model = search.loader()
+    if edits:
+        compress(model, PerLayer(edits=tuple(edits)))
+    return evaluate_model(model, search.tokenizer, search.validation, search.protocol)
+
+
+def edit(step: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in step.items() if key not in ("trial", "validation")}
+
+
+@pytest.mark.slow
+def test_each_step_is_the_best_there_is_on_top_of_those_before(
+    found: dict[str, Any], search: SearchRun
+) -> None:
+    points = [search.space.point(values).recipe() for values in search.space.grid]
+    base: list[dict[str, Any]] = []
+    before = naive(search, [])["accuracy"]
+    for step in [*found["steps"], None]:
+        taken = [(e["layers"], e["matrices"]) for e in base]
+        free = [p for p in points if (p["layers"], p["matrices"]) not in taken]
+        scores = [naive(search, [*base, point]) for point in free]
+        best = max(score["accuracy"] for score in scores)
+        if step is None:
+            assert best <= before or len(base) == WANTED.compose
+            break
+        assert best > before
+        assert step["validation"]["accuracy"] == pytest.approx(best, abs=1e-9)
+        assert edit(step) in [
+            p for p, s in zip(free, scores, strict=True) if s["accuracy"] == pytest.approx(best)
+        ]
+        base.append(edit(step))
+        before = best
+    assert len(base) >= 2
+    assert found["winner"]["edits"] == base
+
+
+def test_all_edits_go_into_one_recipe_that_compress_takes(
+    found: dict[str, Any], study: Path
+) -> None:
+    recipe = yaml.safe_load((study / "best.yaml").read_text())
+    assert recipe["mode"] == "per-layer"
+    assert recipe["edits"] == [edit(step) for step in found["steps"]]
+    report = run_compress(CompressRequest(config=study / "best.yaml"))
+    saved = sum(s.parameters_before - s.parameters_after for s in report.sites)  # type: ignore[union-attr]
+    assert saved == found["winner"]["validation"]["parameters_saved"]
+    assert found["winner"]["validation"]["ratio"] == pytest.approx(
+        report.ratios()["matrices_compressed"]  # type: ignore[union-attr]
+    )
+
+
+def test_the_test_part_is_looked_at_once_and_nothing_is_done_twice(
+    found: dict[str, Any], study: Path
+) -> None:
+    assert found["test_looks"] == 1
+    journals = {p: p.read_bytes() for p in study.rglob("trials.journal")}
+    assert len(journals) == min(WANTED.compose, len(found["steps"]) + 1)
+    again = run(replace(WANTED, study=study)).results
+    assert again["winner"]["test"] == found["winner"]["test"]
+    assert again["test_looks"] == 1
+    assert journals == {p: p.read_bytes() for p in study.rglob("trials.journal")}
+    assert json.loads((study / "results.json").read_text())["steps"] == again["steps"]
+
+
+def test_several_workers_find_the_same(found: dict[str, Any], tmp_path: Path) -> None:
+    wanted = replace(WANTED, compose=2, workers=2, study=tmp_path / "two")
+    steps = run(wanted).results["steps"]
+    assert [edit(s) for s in steps] == [edit(s) for s in found["steps"][:2]]
+
+
+def test_what_cannot_be_composed_is_refused() -> None:
+    with pytest.raises(UserError, match="--compose must be at least 1, got 0"):
+        replace(WANTED, compose=0)
+    with pytest.raises(UserError, match="needs one best trial"):
+        replace(WANTED, rules=Rules(objective="pareto"))
