@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
+BENCHMARKS := decompose evaluate search runtime whole_model load_save scaling
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo setup test lint format types docs bench clean
+.PHONY: demo setup test lint format types docs bench coverage clean
 
 demo: $(VENV)/.base  ## compress the embedded demo model, before and after
 	$(BIN)/tensorllm compress --model demo --mode hybrid $(DEMO_ARGS)
@@ -33,8 +35,15 @@ types: $(VENV)/.dev
 docs: $(VENV)/.dev  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run; BENCH_ARGS=--quick only tries them
+	failed=; for name in $(BENCHMARKS); do \
+		$(BIN)/python benchmarks/$$name.py $(BENCH_ARGS) || failed="$$failed $$name"; done; \
+	test -n "$(BENCH_ARGS)" || { $(BIN)/python scripts/make_scaling_figures.py && $(BIN)/python scripts/fill_numbers.py; } \
+		|| failed="$$failed pages"; \
+	test -z "$$failed" || { echo "failed or missed a target:$$failed"; exit 1; }
+
+coverage: $(VENV)/.dev  ## lines and branches that no test reaches, in htmlcov/
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=html --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from benchmark_tables import Lookup, amount, figure, table
-from plan_machines import ORDER, Machine, assumptions, machines, ranks_at
+from plan_machines import ORDER, Machine, assumptions, machines, ranks_at, scaling
 
 from tensorllm.calibration.groups import input_width, output_width
 from tensorllm.calibration.sizes import candidates
@@ -158,7 +158,7 @@ def summary_table(value: Lookup) -> str:
 
 def steps_table(value: Lookup, name: str) -> str:
     """One task, step by step."""
-    task = next(task for task in tasks() if task.name == name.replace("_", " "))
+    task = next(task for task in tasks() if task.name == name)
     by_machine = [task.steps(machine) for machine in machines()]
     rows = [(step, *(span(steps[step]) for steps in by_machine)) for step in by_machine[0]]
     rows.append(("together", *(f"**{span(sum(steps.values()))}**" for steps in by_machine)))
@@ -195,6 +195,22 @@ def check_table(value: Lookup) -> str:
     return table(("layer", "formula", "measured", "ratio"), rows)
 
 
+def curves_table(value: Lookup) -> str:
+    """Every measured curve: sizes, seconds and the exponent, beside that of the counts."""
+    rows = []
+    for part in scaling().values():
+        for name, curve in part["curves"].items():
+            if "points" not in curve:
+                continue
+            (x0, y0), (x1, y1) = curve["points"][0], curve["points"][-1]
+            unit = "bytes" if x1 > 1e6 and "bytes" in curve["over"] else ""
+            sizes = f"{amount(x0, unit).strip()} to {amount(x1, unit).strip()}"
+            times = f"{amount(y0, 's')} to {amount(y1, 's')}"
+            found = f"{curve['exponent']:.2f} ± {curve['plus_minus']:.2f}"
+            rows.append((name, curve["over"], sizes, times, found, figure(curve["expected"])))
+    return table(("cost", "over", "from, to", "takes", "exponent", "counted"), rows)
+
+
 def numbers() -> dict[str, Any]:
     """What the text of docs/scaling.md quotes."""
     sizes = {"D": GEOMETRY.D, "layers": LAYERS, "F": GEOMETRY.F, "stack": "×".join(map(str, STACK))}
@@ -225,4 +241,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "plan-steps": steps_table,
     "plan-machines": machines_table,
     "plan-check": check_table,
+    "plan-curves": curves_table,
 }

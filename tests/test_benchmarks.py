@@ -1,0 +1,49 @@
+"""Every benchmark runs, at tiny sizes, and writes what the pages read."""
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if 'if __name__ == "__main__"' in p.read_text())
+NEEDS_DATA = {"evaluate", "whole_model"}  # real rows and a trained model
+
+
+@pytest.fixture(autouse=True)
+def state() -> Iterator[None]:
+    threads, path = torch.get_num_threads(), list(sys.path)
+    sys.path.insert(0, str(FOLDER))  # as `python benchmarks/NAME.py` has it
+    yield
+    sys.path[:] = path
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("default")
+def test_a_benchmark_runs(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    if script.stem in NEEDS_DATA:
+        request.getfixturevalue("tinystories")
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--out", str(out)])
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    parts = json.loads(out.read_text())
+    assert parts
+    for part in parts.values():
+        assert {"date", "commit", "command", "hardware", "versions", "comparisons"} <= part.keys()
+        assert "--quick" in part["command"]
+        for one in part["comparisons"].values():
+            assert one["ours"] > 0
+            if one["peer"] is not None:
+                better = one["ours"] / one["peer"] if one["more_is_better"] else None
+                assert one["times"] == (better or one["peer"] / one["ours"])
