@@ -1,9 +1,11 @@
 """`tensorllm bench`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from tensorllm_cli import shared
 
 
 def bench(
@@ -11,15 +13,10 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded behind it.")] = 32,
     repeats: Annotated[int, typer.Option(help="Turns; the median counts.")] = 5,
-    policy: Annotated[
-        Literal["auto", "always"],
-        typer.Option(help="Factored layers: always, or auto: those that gain by it."),
-    ] = "always",
-    dtype: Annotated[
-        str | None, typer.Option(help="Weights as fp32, bf16 or fp16; default: as stored.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    policy: Annotated[str, shared.POLICY] = "always",
+    dtype: Annotated[str | None, shared.DTYPE] = None,
+    device: Annotated[str, shared.DEVICE] = "cpu",
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Speed and memory of a factored folder, beside the dense model that it stands for.
 
@@ -27,21 +24,22 @@ def bench(
 
       tensorllm bench --model out/ --prompt-tokens 512
     """
-    from tensorllm.pipeline.bench import BenchRequest
-    from tensorllm.pipeline.bench import bench as run
-    from tensorllm_cli.show import print_json, print_result
+    from tensorllm_cli.show import print_json, print_result, progress_bar
 
-    found = run(
-        BenchRequest(
+    with progress_bar("measuring"):
+        from tensorllm.pipeline.bench import BenchRequest
+        from tensorllm.pipeline.bench import bench as run
+
+        request = BenchRequest(
             model=model,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
-            policy=policy,
+            policy=policy,  # type: ignore[arg-type]  # checked there
             dtype=dtype,
             device=device,
         )
-    )
+        found = run(request)
     if json:
         print_json(found.to_json())
         return

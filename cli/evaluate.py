@@ -6,36 +6,32 @@ from typing import Annotated
 import typer
 
 from tensorllm.errors import UserError
+from tensorllm_cli import shared
+from tensorllm_cli.interrupt import INTERRUPT
 
 
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Option(help="Short name (`tensorllm list models`), local folder, or hub id."),
+        shared.MODEL,
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="`tensorllm list datasets`, or a YAML file of your own."),
+        shared.DATASET,
     ] = None,
-    data_file: Annotated[
-        Path | None, typer.Option(help="Local jsonl, json, csv or parquet in place of the hub.")
-    ] = None,
+    data_file: Annotated[Path | None, shared.DATA_FILE] = None,
     compressed: Annotated[
         Path | None, typer.Option(help="What tensorllm made of the model: before and after.")
     ] = None,
-    protocol: Annotated[
-        str, typer.Option(help="strict, or paper: with the quirks of the papers' scripts.")
-    ] = "strict",
+    protocol: Annotated[str, shared.PROTOCOL] = "strict",
     split: Annotated[str, typer.Option(help="test, val (the first 20 %) or all.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Examples to score at most.")] = None,
+    limit: Annotated[int | None, shared.LIMIT] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results; an interrupted run goes on from it.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the results in --out.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Weights as fp32, bf16 or fp16; default: as stored.")
-    ] = None,
+    overwrite: Annotated[bool, shared.OVERWRITE] = False,
+    revision: Annotated[str | None, shared.REVISION] = None,
+    dtype: Annotated[str | None, shared.DTYPE] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens per batch; halved where memory runs out.")
@@ -52,10 +48,10 @@ def evaluate(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two folders of results: what changed.")
     ] = None,
-    plugin: Annotated[
-        list[str] | None, typer.Option(help="Module to import first, with datasets of yours.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
+    logger: Annotated[str | None, shared.LOGGER] = None,
+    log_dir: Annotated[Path | None, shared.LOG_DIR] = None,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Score a model on a dataset: accuracy, loss, and how sure they are.
 
@@ -67,12 +63,12 @@ def evaluate(
 
       tensorllm evaluate --compare runs/before runs/after
     """
-    from tensorllm.pipeline.comparison import compare as compare_folders
-    from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
-    from tensorllm.reporting.scores import comparison_tables, score_tables
-    from tensorllm_cli.show import print_json, print_result
+    from tensorllm_cli.show import print_json, print_result, progress_bar
 
     if compare is not None:
+        from tensorllm.pipeline.comparison import compare as compare_folders
+        from tensorllm.reporting.scores import comparison_tables
+
         changes = compare_folders(*compare, seed=seed)
         if json:
             print_json(changes)
@@ -81,35 +77,43 @@ def evaluate(
         return
     if model is None or dataset is None:
         raise UserError("give --model and --dataset, or --compare A B")
-    from tensorllm.pipeline.devices import Devices
+    INTERRUPT.keeps(out, "--out")
+    with progress_bar("loading") as progress:
+        from tensorllm.pipeline.devices import Devices
+        from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
+        from tensorllm.pipeline.loggers import metric_log
 
-    request = EvaluateRequest(
-        model=model,
-        dataset=dataset,
-        data_file=data_file,
-        compressed=compressed,
-        revision=revision,
-        protocol=protocol,
-        split=split,  # type: ignore[arg-type]  # checked by the dataset
-        limit=limit,
-        out=out,
-        overwrite=overwrite,
-        dtype=dtype,
-        seed=seed,
-        batch_tokens=batch_tokens,
-        devices=Devices(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
-            precision=precision,
-        ),
-        plugins=plugin or (),
-    )
-    done = evaluate(request)
+        request = EvaluateRequest(
+            model=model,
+            dataset=dataset,
+            data_file=data_file,
+            compressed=compressed,
+            revision=revision,
+            protocol=protocol,
+            split=split,  # type: ignore[arg-type]  # checked by the dataset
+            limit=limit,
+            out=out,
+            overwrite=overwrite,
+            dtype=dtype,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            devices=Devices(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=num_nodes,
+                strategy=strategy,
+                precision=precision,
+            ),
+            plugins=plugin or (),
+        )
+        with metric_log(logger, log_dir, "evaluate") as log:
+            done = evaluate(request, progress)
+            log.evaluation(done.results)
     if json:
         print_json(done.results)
     else:
+        from tensorllm.reporting.scores import score_tables
+
         print_result(score_tables(done.results))
         if out is not None:
             print_result(f"written to {out}")

@@ -1,31 +1,75 @@
 """`tensorllm export`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from tensorllm_cli import shared
+from tensorllm_cli.interrupt import INTERRUPT
 
 
 def export(
     folder: Annotated[Path, typer.Argument(help="A factored folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     format: Annotated[
-        Literal["dense"], typer.Option(help="dense: an ordinary checkpoint, for every tool.")
+        str, typer.Option(metavar="NAME", help="dense: an ordinary checkpoint, for every tool.")
     ] = "dense",
-    dtype: Annotated[
-        str | None, typer.Option(help="Weights as fp32, bf16 or fp16; default: as the original.")
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Stay factored, with factors in int8 or int4."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    dtype: Annotated[str | None, shared.DTYPE] = None,
+    overwrite: Annotated[bool, shared.OVERWRITE] = False,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Write a factored folder as an ordinary checkpoint, for vLLM, llama.cpp and the others.
 
     Example:
 
       tensorllm export out/ dense/ --format dense
-    """
-    from tensorllm.pipeline.export import export as run
-    from tensorllm.pipeline.models import dtype_of
-    from tensorllm_cli.show import print_result
 
-    size = run(folder, out, format=format, dtype=dtype_of(dtype), overwrite=overwrite)
+      tensorllm export out/ small/ --quantize int8
+    """
+    from tensorllm_cli.show import print_json, print_result, progress_bar
+
+    INTERRUPT.keeps(out, "OUT")
+    if quantize is not None:
+        _quantise(folder, out, quantize, overwrite=overwrite, as_json=json)
+        return
+    with progress_bar() as progress:
+        from tensorllm.pipeline.export import export as run
+        from tensorllm.pipeline.models import dtype_of
+
+        size = run(
+            folder,
+            out,
+            format=format,
+            dtype=dtype_of(dtype),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if json:
+        print_json({"out": str(out), "format": format, "bytes": size})
+        return
     print_result(f"{out}: {size / 2**20:.1f} MiB of weights, dense")
+
+
+def _quantise(folder: Path, out: Path, how: str, *, overwrite: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from tensorllm_cli.show import print_json, print_result, progress_bar
+
+    with progress_bar() as progress:
+        from tensorllm.pipeline.quantise import quantise_folder
+
+        sites = quantise_folder(folder, out, how, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json({"out": str(out), "sites": [asdict(site) for site in sites]})
+        return
+    before, after = (sum(getattr(s, f"bytes_{w}") for s in sites) for w in ("before", "after"))
+    worst = max(site.relative_error for site in sites)
+    print_result(
+        f"{out}: factors {before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB as {how}; "
+        f"error of the weights up to {100 * worst:.2f} %"
+    )

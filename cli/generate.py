@@ -1,29 +1,25 @@
 """`tensorllm generate`."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-Policy = Literal["auto", "always"]
+from tensorllm_cli import shared
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Short name, local folder, or hub id.")],
+    model: Annotated[str, shared.MODEL],
     prompt: Annotated[list[str], typer.Option(help="What to go on from; may be repeated.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of probability to sample from.")] = 1.0,
     beams: Annotated[int, typer.Option(help="Of the beam search.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    policy: Annotated[
-        Policy, typer.Option(help="Factored layers: always, or auto: those that gain by it.")
-    ] = "always",
-    dtype: Annotated[
-        str | None, typer.Option(help="Weights as fp32, bf16 or fp16; default: as stored.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    policy: Annotated[str, shared.POLICY] = "always",
+    dtype: Annotated[str | None, shared.DTYPE] = None,
+    device: Annotated[str, shared.DEVICE] = "cpu",
+    revision: Annotated[str | None, shared.REVISION] = None,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Let a model write. A factored folder runs in its factors, with a latent cache.
 
@@ -31,12 +27,13 @@ def generate(
 
       tensorllm generate --model out/ --prompt "Once upon a time"
     """
-    from tensorllm.pipeline.generate import GenerateRequest
-    from tensorllm.pipeline.generate import generate as run
-    from tensorllm_cli.show import print_json, print_result
+    from tensorllm_cli.show import print_json, print_result, progress_bar
 
-    texts = run(
-        GenerateRequest(
+    with progress_bar("loading") as progress:
+        from tensorllm.pipeline.generate import GenerateRequest
+        from tensorllm.pipeline.generate import generate as run
+
+        request = GenerateRequest(
             model=model,
             prompts=tuple(prompt),
             revision=revision,
@@ -45,11 +42,11 @@ def generate(
             top_p=top_p,
             beams=beams,
             seed=seed,
-            policy=policy,
+            policy=policy,  # type: ignore[arg-type]  # checked there
             dtype=dtype,
             device=device,
         )
-    )
+        texts = run(request, progress)
     if json:
         print_json([{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)])
         return

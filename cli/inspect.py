@@ -4,18 +4,18 @@ from typing import Annotated
 
 import typer
 
-from tensorllm_cli import options
+from tensorllm_cli import options, shared
 
 
 def inspect(
-    model: Annotated[str, typer.Option(help="Short name, local folder, or hub id.")],
+    model: Annotated[str, shared.MODEL],
     layers: Annotated[
         str | None, typer.Option(help="Such as 27, 0,1 or 8-27 (default: all).")
     ] = None,
     energy: Annotated[
         str, typer.Option(help="Energy shares for which ranks are told.")
     ] = "0.5,0.9,0.99",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Annotated[str | None, shared.REVISION] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, all singular values.")] = False,
 ) -> None:
     """Show the spectra of the attention, layer by layer and mode by mode, and what ranks keep.
@@ -26,10 +26,11 @@ def inspect(
 
       tensorllm inspect --model my-llama/ --layers 20-27 --energy 0.8,0.95
     """
-    from tensorllm.pipeline.inspect import inspect as run
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar() as progress:
+        from tensorllm.pipeline.inspect import inspect as run
+
         found = run(model, options.layers(layers), options.shares(energy), revision, progress)
     if json:
         print_json([layer.to_json() for layer in found])

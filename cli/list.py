@@ -1,27 +1,18 @@
 """`tensorllm list`."""
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-
-class Kind(StrEnum):
-    """What can be listed."""
-
-    COMPRESSORS = "compressors"
-    ARCHITECTURES = "architectures"
-    MODELS = "models"
-    DATASETS = "datasets"
-    RECIPES = "recipes"
+from tensorllm_cli import names, shared
 
 
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    plugin: Annotated[
-        list[str] | None, typer.Option(help="Module to import first, with entries of yours.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", autocompletion=names.kinds, help="What to list.")
+    ],
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """List what tensorllm knows: compressors, architectures, models, datasets or recipes.
 
@@ -31,10 +22,12 @@ def list_(
 
       tensorllm list recipes --json
     """
-    from tensorllm.pipeline.catalog import catalog
-    from tensorllm_cli.show import print_json, print_result
+    from tensorllm_cli.show import print_json, print_result, progress_bar
 
-    rows = catalog(kind.value, plugin or ())
+    with progress_bar():
+        from tensorllm.pipeline.catalog import catalog
+
+        rows = catalog(kind, plugin or ())
     if json:
         print_json(rows)
         return

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tensorllm_cli import options
+from tensorllm_cli import options, shared
+from tensorllm_cli.interrupt import INTERRUPT
 
 
 def reproduce(
@@ -25,16 +26,19 @@ def reproduce(
         int | None,
         typer.Option(help="Layer for the cells whose layer was never published; else searched."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples per cell at most.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    limit: Annotated[int | None, shared.LIMIT] = None,
+    dtype: Annotated[str | None, shared.DTYPE] = None,
+    device: Annotated[str, shared.DEVICE] = "auto",
     out: Annotated[
         Path, typer.Option(help="Folder that keeps each finished cell; these are not run again.")
     ] = Path("reproduction"),
     dry_run: Annotated[
-        bool, typer.Option(help="Run each cell on a tiny model; print what the real ones take.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Run each cell on a tiny model; print what the real ones take."
+        ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Run the published experiments, and print ours beside theirs.
 
@@ -69,6 +73,7 @@ def reproduce(
         else:
             print_result(rehearsal_table(plan))
         return
+    INTERRUPT.keeps(out, "--out")
     with progress_bar() as progress:
         rows = [outcome.to_json() for outcome in run(request, progress)]
     if json:

@@ -1,0 +1,54 @@
+"""What a shell completes: names of models, modes, datasets and the like."""
+
+
+def models() -> list[str]:
+    """The short names."""
+    from tensorllm.recipes import short_names
+
+    return list(short_names())
+
+
+def modes() -> list[str]:
+    """The compressors."""
+    from tensorllm.compressors import COMPRESSORS
+
+    return COMPRESSORS.names()
+
+
+def datasets() -> list[str]:
+    """The datasets."""
+    from tensorllm.data import DATASETS
+
+    return DATASETS.names()
+
+
+def protocols() -> list[str]:
+    """The ways of scoring."""
+    return ["strict", "paper"]
+
+
+def kinds() -> list[str]:
+    """What can be listed."""
+    from tensorllm.pipeline.catalog import KINDS
+
+    return list(KINDS)
+
+
+def dtypes() -> list[str]:
+    """Of weights."""
+    return ["fp32", "bf16", "fp16"]
+
+
+def devices() -> list[str]:
+    """Where it may run."""
+    return ["auto", "cpu", "cuda"]
+
+
+def policies() -> list[str]:
+    """Which factored layers run in their factors."""
+    return ["auto", "always"]
+
+
+def loggers() -> list[str]:
+    """Those that need nothing or one small package."""
+    return ["tensorboard", "csv"]

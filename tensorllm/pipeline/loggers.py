@@ -1,0 +1,119 @@
+"""Any of Lightning's loggers by name, and the metrics of compress, evaluate and search for it."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorllm.errors import UserError
+from tensorllm.registry import one_of
+
+if TYPE_CHECKING:  # Optuna is an extra
+    from optuna.trial import FrozenTrial
+
+FOLDER = Path("logs")
+
+
+class MetricLog:
+    """Numbers by name and step: to a logger of Lightning, or to none."""
+
+    def __init__(self, logger: Any = None) -> None:
+        self.logger = logger
+        self._trials: set[int] = set()
+        self._best: float | None = None
+
+    def metrics(self, prefix: str, values: Mapping[str, Any], step: int = 0) -> None:
+        """The finite numbers among the values, as `prefix/name`."""
+        numbers = {
+            f"{prefix}/{name}": float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        if self.logger is not None and numbers:
+            self.logger.log_metrics(numbers, step)
+
+    def compression(self, report: Mapping[str, Any]) -> None:
+        """Every ratio, each site's error with its number as the step, scores before and after."""
+        self.metrics("compress/ratio", report["ratios"])
+        for step, site in enumerate(report["sites"]):
+            self.metrics("compress/site", site, step)
+        self.metrics("compress", report)
+        for when, scores in (report["evaluation"] or {}).items():
+            self.metrics(f"compress/{when}", scores)
+
+    def evaluation(self, results: Mapping[str, Any]) -> None:
+        """The metrics of the model, and of the original where it was scored beside."""
+        self.metrics("evaluate", results["metrics"])
+        self.metrics("evaluate", {"seconds": results["seconds"]})
+        if "before" in results:
+            self.metrics("evaluate/before", results["before"]["metrics"])
+
+    def trials(self, trials: "Sequence[FrozenTrial]") -> None:
+        """What each trial that has ended since the last call found, its number as the step."""
+        if self.logger is None:
+            return
+        from tensorllm.search.queue import RESULT
+
+        for trial in trials:
+            found = trial.user_attrs.get(RESULT)
+            if trial.number in self._trials or found is None or not trial.state.is_finished():
+                continue
+            self._trials.add(trial.number)
+            self.metrics("search", found, trial.number)
+            accuracy = found["accuracy"]
+            if accuracy is not None and not found["stopped"]:
+                self._best = accuracy if self._best is None else max(self._best, accuracy)
+            if self._best is not None:
+                self.metrics("search", {"best_accuracy": self._best}, trial.number)
+
+    def search(self, results: Mapping[str, Any]) -> None:
+        """The test scores of the original and the winner."""
+        for who in ("original", "winner"):
+            self.metrics(f"search/{who}", results[who]["test"])
+
+
+NOWHERE = MetricLog()
+
+
+@contextmanager
+def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[MetricLog]:
+    """A log that is written out at the end, whatever happens before.
+
+    Args:
+        name: tensorboard, csv, or another logger of Lightning; None: no log.
+        folder: where those that write files put them; `logs` by default.
+        command: what the run is called there.
+
+    Raises:
+        UserError: no such logger, or its package is not installed.
+    """
+    if name is None:
+        if folder is not None:
+            raise UserError("--log-dir goes with --logger: tensorboard, csv, ...")
+        yield NOWHERE
+        return
+    logger = _make(name, folder or FOLDER, command)
+    try:
+        yield MetricLog(logger)
+    except BaseException:
+        logger.finalize("failed")
+        raise
+    logger.finalize("success")
+
+
+def _make(name: str, folder: Path, command: str) -> Any:
+    from lightning.pytorch import loggers
+
+    kinds = {kind.removesuffix("Logger").lower(): kind for kind in loggers.__all__}
+    kind = getattr(loggers, kinds[one_of("--logger", name, sorted(kinds))])
+    given = {"save_dir": str(folder), "name": command}
+    known = inspect.signature(kind).parameters
+    try:
+        return kind(**{key: value for key, value in given.items() if key in known})
+    except ModuleNotFoundError as error:
+        needs = str(error).splitlines()[0]
+        if name == "tensorboard":
+            needs = "pip install 'tensorllm[tensorboard]'"
+        raise UserError(f"--logger {name} needs a package that is not here: {needs}") from None
