@@ -7,7 +7,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS := decompose evaluate search runtime whole_model load_save scaling
+BENCHMARKS := $(shell grep -l '"__main__"' benchmarks/*.py)
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
@@ -36,8 +36,8 @@ docs: $(VENV)/.dev  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run; BENCH_ARGS=--quick only tries them
-	failed=; for name in $(BENCHMARKS); do \
-		$(BIN)/python benchmarks/$$name.py $(BENCH_ARGS) || failed="$$failed $$name"; done; \
+	failed=; for script in $(BENCHMARKS); do \
+		$(BIN)/python $$script $(BENCH_ARGS) || failed="$$failed $$script"; done; \
 	test -n "$(BENCH_ARGS)" || { $(BIN)/python scripts/make_scaling_figures.py && $(BIN)/python scripts/fill_numbers.py; } \
 		|| failed="$$failed pages"; \
 	test -z "$$failed" || { echo "failed or missed a target:$$failed"; exit 1; }
