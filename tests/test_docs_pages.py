@@ -84,7 +84,7 @@ def test_every_option_is_in_the_reference() -> None:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
         for parameter in command.params:
-            words = parameter.opts if parameter.param_type_name == "option" else [parameter.name]
+            words = parameter.opts if parameter.param_type_name == "option" else [parameter.help]
             assert all(word in section for word in words), (name, parameter.name)
 
 
