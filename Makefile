@@ -11,7 +11,7 @@ BENCHMARKS := $(shell grep -l '"__main__"' benchmarks/*.py)
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo setup test lint format types docs bench coverage clean
+.PHONY: demo setup test lint format types docs bench coverage clean oldest
 
 demo: $(VENV)/.base  ## compress the embedded demo model, before and after
 	$(BIN)/tensorllm compress --model demo --mode hybrid $(DEMO_ARGS)
@@ -34,6 +34,9 @@ types: $(VENV)/.dev
 
 docs: $(VENV)/.dev  ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+oldest:  ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	PYTHON=$(PYTHON) JOBS=$(JOBS) scripts/test_oldest.sh
 
 bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run; BENCH_ARGS=--quick only tries them
 	failed=; for script in $(BENCHMARKS); do \

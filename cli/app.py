@@ -83,6 +83,15 @@ WRONG_USE: type[Exception] = typer.BadParameter.__mro__[
     typer.BadParameter.__mro__.index(Exception) - 1
 ]
 INTERRUPTED = 130
+# Packages that the base installation leaves out, and the extras that bring them.
+EXTRAS = {
+    "optuna": "search",
+    "psycopg": "postgres",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "lm_eval": "lm-eval",
+    "torchao": "quant",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,6 +133,9 @@ def told(error: BaseException) -> tuple[str, int]:
         return "given up", 1
     if not isinstance(error, Exception):
         raise error
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        extra = EXTRAS[error.name]
+        return f"this needs {error.name}: pip install 'tensorllm[{extra}]'", 2
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"this should not happen: {what}; with --verbose the traceback is printed", 1
 
