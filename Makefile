@@ -49,7 +49,7 @@ coverage: $(VENV)/.dev  ## lines and branches that no test reaches, in htmlcov/
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=html --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "tensorllm needs Python >= 3.11 on the PATH (or PYTHON=...)"; exit 1; }
