@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
-from tensorllm_cli import options
+from tensorllm_cli import options, shared
+from tensorllm_cli.interrupt import INTERRUPT
 
 
 def search_ranks(
-    model: Annotated[
-        str, typer.Option(help="Short name (`tensorllm list models`), local folder, or hub id.")
-    ],
+    model: Annotated[str, shared.MODEL],
     dataset: Annotated[
         str | None,
         typer.Option(help="`tensorllm list datasets`, or a YAML file (default: the model's)."),
@@ -26,17 +25,20 @@ def search_ranks(
         str | None, typer.Option(help="Candidates such as 8-27 (default: all).")
     ] = None,
     together: Annotated[int, typer.Option(help="Neighbouring layers edited at once.")] = 1,
+    compose: Annotated[
+        int, typer.Option(help="Edits put on top of one another, while validation gains.")
+    ] = 1,
     r1: Annotated[str | None, typer.Option(help="Values of R1 (model width) to try.")] = None,
     r2: Annotated[str | None, typer.Option(help="Values of R2 (head width) to try.")] = None,
     r3: Annotated[str | None, typer.Option(help="Values of R3 (matrices) to try.")] = None,
-    tied: Annotated[bool, typer.Option(help="R1 = heads * R2, as the authors published.")] = False,
+    tied: Annotated[
+        bool, typer.Option("--tied", help="R1 = heads * R2, as the authors published.")
+    ] = False,
     rho: Annotated[str | None, typer.Option(help="Shares of the rank LASER keeps.")] = None,
     matrices: Annotated[
         str | None, typer.Option(help="Sets of matrices LASER edits, such as in,out,in+out.")
     ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="How heads are cut: paper or official (authors' code).")
-    ] = None,
+    layout: Annotated[str | None, shared.LAYOUT] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Largest relative error of a decomposition.")
     ] = None,
@@ -54,7 +56,7 @@ def search_ranks(
         float,
         typer.Option(help="Chance of giving the best trial up early; 0: only when it has lost."),
     ] = 0.001,
-    full: Annotated[bool, typer.Option(help="Examine every trial to its end.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Examine every trial to its end.")] = False,
     study: Annotated[
         Path | None, typer.Option(help="Folder of the study; an interrupted one goes on.")
     ] = None,
@@ -62,10 +64,8 @@ def search_ranks(
         str | None, typer.Option(help="Database URL, for workers on many machines.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes on this machine, one per GPU.")] = 1,
-    protocol: Annotated[str, typer.Option(help="strict or paper.")] = "strict",
-    data_file: Annotated[
-        Path | None, typer.Option(help="Local jsonl, json, csv or parquet in place of the hub.")
-    ] = None,
+    protocol: Annotated[str, shared.PROTOCOL] = "strict",
+    data_file: Annotated[Path | None, shared.DATA_FILE] = None,
     limit: Annotated[
         int | None, typer.Option(help="Examples at most, of validation and of test.")
     ] = None,
@@ -75,12 +75,12 @@ def search_ranks(
     disk_cache_gib: Annotated[
         float, typer.Option(help="Disk for activations that this memory does not hold.")
     ] = 0.0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights as fp32, bf16 or fp16.")] = None,
-    plugin: Annotated[
-        list[str] | None, typer.Option(help="Module to import first, with datasets of yours.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    revision: Annotated[str | None, shared.REVISION] = None,
+    dtype: Annotated[str | None, shared.DTYPE] = None,
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
+    logger: Annotated[str | None, shared.LOGGER] = None,
+    log_dir: Annotated[Path | None, shared.LOG_DIR] = None,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Find the layer and the ranks that make a model best; chosen on validation, told on test.
 
@@ -92,11 +92,12 @@ def search_ranks(
 
       tensorllm compress --config runs/f/best.yaml
     """
-    from tensorllm.pipeline.search import SearchRequest
-    from tensorllm.pipeline.search_ranks import run
-    from tensorllm.search.worker import Rules
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
+    if storage is None:
+        INTERRUPT.keeps(study, "--study")
+    else:
+        INTERRUPT.leaves = "run the same command again: the database has what is finished"
     if objective == "energy":
         from tensorllm.pipeline.search_energy import run_energy
         from tensorllm.reporting.search import energy_tables
@@ -122,42 +123,50 @@ def search_ranks(
         print_result(energy_tables(spectral.results))
         typer.echo(spectral.recipe)
         return
-    request = SearchRequest(
-        model=model,
-        dataset=dataset,
-        mode=mode,
-        revision=revision,
-        data_file=data_file,
-        protocol=protocol,
-        limit=limit,
-        dtype=dtype,
-        layers=options.layers(layers),
-        r1=options.ranks(r1),
-        r2=options.ranks(r2),
-        r3=options.ranks(r3),
-        rho=None if rho is None else options.shares(rho),
-        matrices=options.names(matrices),
-        tied=tied,
-        together=together,
-        layout=layout,
-        rules=Rules(
-            objective=objective,  # type: ignore[arg-type]  # checked there
-            level=None if full else stop_level,
-            max_error=max_error,
-            min_ratio=min_ratio,
-        ),
-        sampler=sampler,
-        trials=trials,
-        seed=seed,
-        study=study,
-        storage=storage,
-        workers=workers,
-        cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
-        disk_cache_bytes=int(disk_cache_gib * 2**30),
-        plugins=plugin or (),
-    )
-    with progress_bar() as progress:
-        result = run(request, progress)
+    with progress_bar("loading") as progress:
+        from tensorllm.pipeline.loggers import metric_log
+        from tensorllm.pipeline.search import SearchRequest
+        from tensorllm.pipeline.search_ranks import run
+        from tensorllm.search.worker import Rules
+
+        request = SearchRequest(
+            model=model,
+            dataset=dataset,
+            mode=mode,
+            revision=revision,
+            data_file=data_file,
+            protocol=protocol,
+            limit=limit,
+            dtype=dtype,
+            layers=options.layers(layers),
+            r1=options.ranks(r1),
+            r2=options.ranks(r2),
+            r3=options.ranks(r3),
+            rho=None if rho is None else options.shares(rho),
+            matrices=options.names(matrices),
+            tied=tied,
+            together=together,
+            compose=compose,
+            layout=layout,
+            rules=Rules(
+                objective=objective,  # type: ignore[arg-type]  # checked there
+                level=None if full else stop_level,
+                max_error=max_error,
+                min_ratio=min_ratio,
+            ),
+            sampler=sampler,
+            trials=trials,
+            seed=seed,
+            study=study,
+            storage=storage,
+            workers=workers,
+            cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
+            disk_cache_bytes=int(disk_cache_gib * 2**30),
+            plugins=plugin or (),
+        )
+        with metric_log(logger, log_dir, "search") as log:
+            result = run(request, progress, log.trials)
+            log.search(result.results)
     if json:
         print_json(result.to_json())
         return
