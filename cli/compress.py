@@ -5,17 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from tensorllm_cli import options
+from tensorllm_cli import options, shared
+from tensorllm_cli.interrupt import INTERRUPT
 
 
 def compress(
     model: Annotated[
         str | None,
-        typer.Option(help="Short name (`tensorllm list models`), local folder, or hub id."),
+        shared.MODEL,
     ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="Strategy: `tensorllm list compressors`.")
-    ] = None,
+    mode: Annotated[str | None, shared.MODE] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML) instead of --mode.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Take the shipped recipe for this dataset.")
@@ -39,9 +38,7 @@ def compress(
     matrices: Annotated[
         str | None, typer.Option(help="Which of q,k,v,o,in,gate,out, where the mode asks.")
     ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="How heads are cut: paper or official (authors' code).")
-    ] = None,
+    layout: Annotated[str | None, shared.LAYOUT] = None,
     target_ratio: Annotated[
         float | None,
         typer.Option(help="Instead: how much smaller, over 1; spread over layers."),
@@ -61,24 +58,22 @@ def compress(
     format: Annotated[
         str, typer.Option(help="dense (loads anywhere) or factored (small on disk).")
     ] = "dense",
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; default: as it is.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to decompose: auto, cpu, cuda.")] = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    dtype: Annotated[str | None, shared.DTYPE] = None,
+    device: Annotated[str, shared.DEVICE] = "auto",
+    overwrite: Annotated[bool, shared.OVERWRITE] = False,
     evaluate: Annotated[
         str | None, typer.Option(help="Score on this dataset before and after.")
     ] = None,
-    data_file: Annotated[
-        Path | None, typer.Option(help="The dataset's rows, from a local file.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Examples to score at most.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the plan and its cost; do nothing.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    plugin: Annotated[
-        list[str] | None, typer.Option(help="Module to import first, with compressors of yours.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    data_file: Annotated[Path | None, shared.DATA_FILE] = None,
+    limit: Annotated[int | None, shared.LIMIT] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its cost; do nothing.")
+    ] = False,
+    revision: Annotated[str | None, shared.REVISION] = None,
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
+    logger: Annotated[str | None, shared.LOGGER] = None,
+    log_dir: Annotated[Path | None, shared.LOG_DIR] = None,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     r"""Compress a model; without --out, in memory, to see what it does.
 
@@ -93,8 +88,6 @@ def compress(
 
       tensorllm compress --model gptj --mode hybrid --out out/ --format factored
     """
-    from tensorllm.pipeline.compress import CompressRequest, run
-    from tensorllm.pipeline.scores import scorer
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     given: dict[str, Any] = {
@@ -108,30 +101,38 @@ def compress(
         "target_ratio": target_ratio,
         "target_params": target_params,
     }
-    request = CompressRequest(
-        model=model,
-        revision=revision,
-        mode=mode,
-        config=config,
-        dataset=dataset,
-        layers=options.layers(layers),
-        all_layers=layers == "all",
-        settings={key: value for key, value in given.items() if value is not None}
-        | options.assignments(settings),
-        out=out,
-        format=format,
-        dtype=dtype,
-        device=device,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        evaluate=evaluate,
-        calibration=calibration,
-        sequences=sequences,
-        seed=seed,
-        plugins=plugin or (),
-    )
-    with progress_bar() as progress:
-        result = run(request, progress, scorer(data_file, limit))
+    INTERRUPT.keeps(out, "--out")
+    with progress_bar("loading") as progress:
+        from tensorllm.pipeline.compress import CompressRequest, run
+        from tensorllm.pipeline.loggers import metric_log
+        from tensorllm.pipeline.scores import scorer
+
+        request = CompressRequest(
+            model=model,
+            revision=revision,
+            mode=mode,
+            config=config,
+            dataset=dataset,
+            layers=options.layers(layers),
+            all_layers=layers == "all",
+            settings={key: value for key, value in given.items() if value is not None}
+            | options.assignments(settings),
+            out=out,
+            format=format,
+            dtype=dtype,
+            device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            evaluate=evaluate,
+            calibration=calibration,
+            sequences=sequences,
+            seed=seed,
+            plugins=plugin or (),
+        )
+        with metric_log(logger, log_dir, "compress") as log:
+            result = run(request, progress, scorer(data_file, limit, progress))
+            if not dry_run:
+                log.compression(result.to_json())
     if json:
         print_json(result.to_json())
     else:
