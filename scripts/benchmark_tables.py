@@ -41,13 +41,17 @@ def benchmark(value: Lookup, name: str) -> str:
 
 
 def comparisons(value: Lookup, *paths: str) -> str:
-    """Chosen comparisons in one table: `file/part` for all of a part, or one by its name."""
+    """Chosen comparisons in one table: `file/part` for all of a part, or one by its name.
+
+    Of several files, the rows say which they are of.
+    """
     rows: dict[str, Mapping[str, Any]] = {}
+    files = {path.partition("/")[0] for path in paths}
     for path in paths:
         found = value(path)
-        name = path.partition("/")[0]
+        name = f"{path.partition('/')[0]}: " if len(files) > 1 else ""
         many = found["comparisons"] if "comparisons" in found else {path.split("/")[-1]: found}
-        rows |= {f"{name}: {what}": one for what, one in many.items()}
+        rows |= {f"{name}{what}": one for what, one in many.items()}
     return _table(rows)
 
 

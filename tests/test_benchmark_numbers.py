@@ -44,6 +44,7 @@ def test_numbers_and_tables_are_filled(copy: Path):
         "<!-- /n -->\n```\n<!-- n:none/x -->left alone<!-- /n -->\n```\n"
         "`<!-- n:none/x -->`left alone, too<!-- /n -->\n\n"
         "<!-- table:comparisons toy/cpu -->\nold\n<!-- /table -->\n"
+        "<!-- table:comparisons toy/cpu/fast decompose/cpu/RoBERTa -->\n<!-- /table -->\n"
     )
     assert fill(copy, "--check").returncode == 1
     assert fill(copy).returncode == 0
@@ -51,8 +52,9 @@ def test_numbers_and_tables_are_filled(copy: Path):
     assert "a <!-- n:toy/cpu/slow/times|.2f -->4.50<!-- /n --> b" in text
     assert "peer -->9<!-- /n -->" in text
     assert text.count("left alone") == 2
-    assert "| toy: slow | 2 s | other 9 s | 4.5 | 5 (missed) |\n" in text
-    assert "| toy: fast | 2 s | other 9 s | 4.5 | 4 |\n" in text
+    assert "| slow | 2 s | other 9 s | 4.5 | 5 (missed) |\n" in text
+    assert "| fast | 2 s | other 9 s | 4.5 | 4 |\n" in text
+    assert "| toy: fast | 2 s | other 9 s | 4.5 | 4 |  |\n| decompose: RoBERTa |" in text
     assert "old" not in text
     assert fill(copy, "--check").returncode == 0
     assert fill(copy).returncode == 0
