@@ -49,6 +49,21 @@ def compress(
     calibration: Annotated[
         Path | None, typer.Option(help="Modes that use data: a text file to fit to.")
     ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(help="With --calibration, instead: nats per token the loss may rise there."),
+    ] = None,
+    distill_steps: Annotated[
+        int | None, typer.Option(help="With --calibration: steps to train the factors afterwards.")
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Calibrate layer by layer from disk: too big for memory."),
+    ] = False,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Let --evaluate score rows of the calibration text."),
+    ] = False,
     sequences: Annotated[int, typer.Option(help="Calibration sequences to draw.")] = 128,
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
     settings: Annotated[
@@ -100,6 +115,8 @@ def compress(
         "layout": layout,
         "target_ratio": target_ratio,
         "target_params": target_params,
+        "max_loss_increase": max_loss_increase,
+        "distill_steps": distill_steps,
     }
     INTERRUPT.keeps(out, "--out")
     with progress_bar("loading") as progress:
@@ -127,6 +144,9 @@ def compress(
             calibration=calibration,
             sequences=sequences,
             seed=seed,
+            stream=stream,
+            data_file=data_file,
+            allow_overlap=allow_overlap,
             plugins=plugin or (),
         )
         with metric_log(logger, log_dir, "compress") as log:

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 from tensorllm.checkpoint.hook import watch
 
 if TYPE_CHECKING:
+    from tensorllm.calibration.fit import fit, fit_folder
+    from tensorllm.calibration.sequences import Calibration, read_calibration
     from tensorllm.checkpoint.factored import load
     from tensorllm.compression.model import compress
     from tensorllm.compression.save import save
     from tensorllm.compressors import (
         COMPRESSORS,
+        ActivationHybrid,
+        ActivationTucker,
         Compressor,
         Hybrid,
         LaserSVD,
@@ -28,7 +32,10 @@ if TYPE_CHECKING:
 
 # Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
 _HOME = {
+    "ActivationHybrid": "tensorllm.compressors",
+    "ActivationTucker": "tensorllm.compressors",
     "COMPRESSORS": "tensorllm.compressors",
+    "Calibration": "tensorllm.calibration.sequences",
     "Compressor": "tensorllm.compressors",
     "Hybrid": "tensorllm.compressors",
     "LaserSVD": "tensorllm.compressors",
@@ -38,12 +45,18 @@ _HOME = {
     "UserError": "tensorllm.errors",
     "compress": "tensorllm.compression.model",
     "factorize": "tensorllm.pipeline.runtime",
+    "fit": "tensorllm.calibration.fit",
+    "fit_folder": "tensorllm.calibration.fit",
     "load": "tensorllm.checkpoint.factored",
+    "read_calibration": "tensorllm.calibration.sequences",
     "save": "tensorllm.compression.save",
 }
 
 __all__ = [
     "COMPRESSORS",
+    "ActivationHybrid",
+    "ActivationTucker",
+    "Calibration",
     "Compressor",
     "Hybrid",
     "LaserSVD",
@@ -53,7 +66,10 @@ __all__ = [
     "UserError",
     "compress",
     "factorize",
+    "fit",
+    "fit_folder",
     "load",
+    "read_calibration",
     "save",
 ]
 

@@ -228,8 +228,6 @@ def test_unfit_text_and_targets_are_refused():
         fit(wanted, model, Calibration(()))
     with pytest.raises(UserError, match=r"token 101, but the model knows 0\.\.100"):
         fit(wanted, model, Calibration(((101,) * 40,)))
-    with pytest.raises(UserError, match="more than the"):
-        fit(ActivationTucker(target_ratio=500), model, text())
     with pytest.raises(UserError, match="must be above"):
         fit(ActivationTucker(target_params=10), model, text())
     with torch.no_grad():
@@ -242,10 +240,14 @@ def test_unfit_text_and_targets_are_refused():
 
 
 def test_text_that_is_evaluated_too_is_refused():
-    calibration = text()
-    calibration.refuse_overlap([(1, 2, 3)])
-    with pytest.raises(UserError, match="1 sequences of the calibration text"):
-        calibration.refuse_overlap([(1, 2, 3), calibration.sequences[3]])
+    calibration = Calibration((tuple(range(200)), *text().sequences))
+    calibration.refuse_overlap(
+        [(1, 3, 2), tuple(range(1000, 1100)), (*range(60), *range(300, 400))]
+    )
+    with pytest.raises(UserError, match="1 of 2 sequences that are evaluated stand in the calib"):
+        calibration.refuse_overlap([(1, 3, 2), calibration.sequences[3]])
+    with pytest.raises(UserError, match="1 of 1 sequences"):  # wherever it begins
+        calibration.refuse_overlap([(*range(500, 564), *range(77, 180))])
 
 
 def test_a_file_becomes_sequences(tinystories, tmp_path):

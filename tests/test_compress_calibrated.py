@@ -1,6 +1,7 @@
 """compress --calibration: from a text file to a smaller model, through the pipeline."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,19 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def request(text: Path | None, mode: str = "activation-tucker", **settings) -> CompressRequest:
+def request(
+    text: Path | None,
+    mode: str = "activation-tucker",
+    more: dict[str, Any] | None = None,
+    **settings,
+) -> CompressRequest:
     return CompressRequest(
-        model=str(MODEL_DIR), mode=mode, settings=settings, calibration=text, sequences=32
+        model=str(MODEL_DIR),
+        mode=mode,
+        settings=settings,
+        calibration=text,
+        sequences=32,
+        **(more or {}),
     )
 
 
@@ -33,9 +44,39 @@ def test_the_target_ratio_is_met_and_the_text_named(text):
     [
         ({"text": None, "target_ratio": 1.5}, "give --calibration FILE"),
         ({"mode": "laser", "rho": 0.1}, "--calibration is for the modes that use data"),
+        ({"target_ratio": 1.5, "max_loss_increase": 0.1}, "give one of target_ratio"),
         ({"target_ratio": 1e9}, "smallest factors that there are"),
     ],
 )
 def test_what_cannot_be_done_is_refused(text, asked, message):
     with pytest.raises(UserError, match=message):
         run(request(**({"text": text} | asked)))
+
+
+def test_text_that_would_be_scored_is_refused_unless_allowed(text, tmp_path):
+    def score(model, tokenizer, dataset):
+        return {"accuracy": 1.0}
+
+    same = {"evaluate": "text", "data_file": text}
+    with pytest.raises(UserError, match=r"calibration text \(told\.txt\)"):
+        run(request(text, target_ratio=1.5, more=same), evaluate=score)
+    with pytest.raises(UserError, match="evaluated stand in the calibration text"):
+        run(request(text, target_ratio=1.5, more={"evaluate": "demo"}), evaluate=score)
+    allowed = request(text, target_ratio=1.5, more=same | {"allow_overlap": True})
+    assert run(allowed, evaluate=score).evaluation["after"] == {"accuracy": 1.0}
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(f"{q.prompt} {q.answer}" for q in questions()[2500:]))
+    run(request(text, target_ratio=1.5, more=same | {"data_file": other}), evaluate=score)
+
+
+def test_a_streamed_compression_is_the_same_and_cleans_up(text, tmp_path):
+    out = {"format": "factored"}
+    held = run(request(text, target_ratio=2.0, more=out | {"out": tmp_path / "held"}))
+    streamed = {"out": tmp_path / "streamed", "stream": True}
+    again = run(request(text, target_ratio=2.0, more=out | streamed))
+    assert [site.ranks for site in held.sites] == [site.ranks for site in again.sites]
+    errors = [[site.relative_error for site in report.sites] for report in (held, again)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "streamed", "told.txt"]
+    with pytest.raises(UserError, match="--stream needs --out"):
+        run(request(text, target_ratio=2.0, more={"stream": True}))

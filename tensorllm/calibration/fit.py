@@ -14,9 +14,11 @@ from torch import nn
 from tensorllm.calibration.fitter import Fit
 from tensorllm.calibration.moments import Moments, Progress, frozen, quiet
 from tensorllm.calibration.sequences import Calibration
+from tensorllm.calibration.sizes import least_numbers, numbers
+from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
 from tensorllm.calibration.source import InMemory, OnDisk
 from tensorllm.calibration.store import Store
-from tensorllm.compressors import ActivationTucker
+from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
@@ -46,17 +48,25 @@ def fit(
     """
     with frozen(model):
         work = Fit(compressor, InMemory(model), calibration, layers, progress=progress)
-        if compressor.weighting == "loss":
-            work.known = moments or work.measure_loss(model, spill)
-        return compressor.with_fit(work.run(), calibration.facts())
+        work.known = moments
+        if moments is None and compressor.weighting == "loss":
+            work.known = work.measured(model, spill)
+        if compressor.max_loss_increase is not None:
+            return _smallest(work, model, calibration, compressor.max_loss_increase)
+        jobs = work.run()
+        if compressor.distill_steps:
+            from tensorllm.calibration.distill import distill  # Lightning takes seconds to import
+
+            jobs = distill(model, work.roles, jobs, calibration, compressor.distill_steps)
+        return compressor.with_fit(jobs, calibration.facts())
 
 
 def measure_for(
     compressor: ActivationTucker, model: nn.Module, calibration: Calibration
 ) -> Moments:
-    """The moments of all layers that `fit` wants with weighting=loss, for several targets."""
+    """The moments of all layers that `fit` wants, for several targets."""
     with frozen(model):
-        return Fit(compressor, InMemory(model), calibration, None).measure_loss(model, None)
+        return Fit(compressor, InMemory(model), calibration, None).measured(model)
 
 
 def fit_folder(
@@ -85,10 +95,41 @@ def fit_folder(
             "weighting=loss runs the whole model backwards and cannot be streamed; leave it at "
             "outputs, which needs one layer at a time"
         )
+    if compressor.distill_steps:
+        raise UserError("distillation trains against the whole model and cannot be streamed")
+    if compressor.max_loss_increase is not None:
+        raise UserError("max_loss_increase tries many sizes and cannot be streamed; give a target")
     source = OnDisk(folder, dtype, device)
     store = Store(work, _fingerprint(compressor, source, calibration, layers))
     found = Fit(compressor, source, calibration, layers, store=store, progress=progress)
     return compressor.with_fit(found.run(), calibration.facts())
+
+
+def _smallest(
+    work: Fit, model: nn.Module, calibration: Calibration, limit: float
+) -> ActivationTucker:
+    """The smallest fit whose loss on the calibration text is within the limit."""
+    if work.compressor.distill_steps:
+        raise UserError("give either max_loss_increase or distill_steps")
+    if work.roles.architecture.task != "causal":
+        raise UserError("max_loss_increase needs a model that predicts the next token")
+    blocks = work.blocks()
+    errors = work.errors(blocks)
+    before = next_token_loss(model, work.batches)
+
+    def attempt(budget: int) -> tuple[list[Job], float]:
+        jobs = work.factors(blocks, Store(), errors, budget)
+        smaller = with_factors(model, work.roles, jobs)
+        return jobs, next_token_loss(smaller, work.batches) - before
+
+    geometry = work.roles.geometry
+    least, most = (
+        least_numbers(work.keys, geometry, work.compressor.sharing),
+        numbers(work.keys, geometry),
+    )
+    jobs, lost = smallest(least, most, limit, attempt)
+    facts = calibration.facts() | {"loss": before, "loss_increase": lost}
+    return work.compressor.with_fit(jobs, facts)
 
 
 def _fingerprint(

@@ -46,6 +46,7 @@ class Fit:
         self.compressor, self.source, self.progress = compressor, source, progress
         self.store = store or Store()
         self.known: Moments | None = None
+        self._measured: dict[int, Moments] = {}
         self.roles = roles = source.roles
         chosen = roles.check_layers(range(roles.layers) if layers is None else layers)
         self.layers = sorted(chosen)
@@ -58,22 +59,33 @@ class Fit:
 
     def run(self) -> list[Job]:
         """Measured, shared out and fitted: a job with its factors for every group."""
-        blocks = Blocks(self.source, self.batches, self.layers[-1] + 1)
-        errors = self.errors(blocks)
         parameters = self.source.parameters
         budget = budget_of(self.compressor, self.keys, self.roles.geometry, parameters)
-        return self.factors(blocks, self.store, errors, budget)
+        blocks = self.blocks()
+        return self.factors(blocks, self.store, self.errors(blocks), budget)
 
-    def measure_loss(self, model: nn.Module, spill: Path | None) -> Moments:
-        """Prices by the loss, of all layers at once."""
-        return measure_loss(
-            model,
-            self.roles,
-            self.keys,
-            self.batches,
-            seed=self.compressor.seed,
-            spill=spill,
-            progress=self.progress,
+    def blocks(self) -> Blocks:
+        """The layers up to the last one that is fitted, and how they are called."""
+        return Blocks(self.source, self.batches, self.layers[-1] + 1)
+
+    def measured(self, model: nn.Module, spill: Path | None = None) -> Moments:
+        """The moments of all layers at once, of a model that is in memory."""
+        if self.compressor.weighting == "loss":
+            seed, progress = self.compressor.seed, self.progress
+            return measure_loss(
+                model,
+                self.roles,
+                self.keys,
+                self.batches,
+                seed=seed,
+                spill=spill,
+                progress=progress,
+            )
+        self.errors(self.blocks())
+        found = self._measured.values()
+        return Moments(
+            {key: m for each in found for key, m in each.inputs.items()},
+            {key: m for each in found for key, m in each.gradients.items()},
         )
 
     def errors(self, blocks: Blocks) -> Errors:
@@ -104,8 +116,13 @@ class Fit:
         """Those of the layer's own keys at least, on the original's hidden states before it."""
         if self.known is not None:
             return self.known
+        if layer in self._measured:
+            return self._measured[layer]
         keys = [key for key in self.keys if key[0] == layer]
-        return measure_outputs(blocks, layer, block, keys, hidden, seed=self.compressor.seed)
+        found = measure_outputs(blocks, layer, block, keys, hidden, seed=self.compressor.seed)
+        if self.store.folder is None:  # else measured again rather than kept
+            self._measured[layer] = found
+        return found
 
     def factors(self, blocks: Blocks, store: Store, errors: Errors, budget: int) -> list[Job]:
         """Sizes within the budget, and layer after layer the factors of these sizes.

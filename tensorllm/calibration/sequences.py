@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tensorllm.errors import UserError
 
+WINDOW = 64  # tokens: stories begin alike, but not for so long
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -52,19 +54,25 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256("\n".join(sorted(self.hashes())).encode()).hexdigest()
-
-    def hashes(self) -> set[str]:
-        """One hash per sequence of tokens."""
-        return {_hash(sequence) for sequence in self.sequences}
+        hashes = {_hash(sequence) for sequence in self.sequences}
+        return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
     def refuse_overlap(self, evaluated: Sequence[Sequence[int]]) -> None:
-        """UserError where a sequence that is evaluated was calibrated on."""
-        both = self.hashes() & {_hash(sequence) for sequence in evaluated}
+        """UserError where what is evaluated stands in this text, wherever it begins there.
+
+        Compared are the hashes of each `WINDOW` tokens that follow each other, or of a whole
+        sequence where it is shorter.
+        """
+        longest = min(WINDOW, max(map(len, self.sequences), default=0))
+        wanted = [_windows(one, min(longest, len(one))) for one in evaluated]
+        sizes = {len(window) for windows in wanted for window in windows}
+        here = {hash(w) for size in sizes for one in self.sequences for w in _windows(one, size)}
+        both = sum(any(hash(window) in here for window in windows) for windows in wanted)
         if both:
             raise UserError(
-                f"{len(both)} sequences of the calibration text ({self.source}) are evaluated too; "
-                "a score on them says nothing. Use other text"
+                f"{both} of {len(wanted)} sequences that are evaluated stand in the calibration "
+                f"text ({self.source}); a score on them says nothing. Use other text, or "
+                "--allow-overlap"
             )
 
     def check(self, vocabulary: int, width: int) -> None:
@@ -136,6 +144,12 @@ def _pad(group: Sequence[tuple[int, ...]]) -> Batch:
         ids_BT[row, : len(sequence)] = torch.tensor(sequence)
         mask_BT[row, : len(sequence)] = True
     return Batch(ids_BT, mask_BT)
+
+
+def _windows(sequence: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """All pieces of `size` tokens that follow each other."""
+    pieces = range(len(sequence) - size + 1) if size else ()
+    return [tuple(sequence[i : i + size]) for i in pieces]
 
 
 def _hash(sequence: Sequence[int]) -> str:

@@ -44,6 +44,12 @@ def sizes(
     Raises:
         UserError: the budget is below what the smallest factors store.
     """
+    before, least = numbers(keys, geometry), least_numbers(keys, geometry, sharing)
+    if budget < least:
+        raise UserError(
+            f"the smallest factors that there are (rank 1) store {least} numbers, "
+            f"{before / least:.1f} times fewer than now; not more than {budget} were asked for"
+        )
     ways = [groupings(cluster, sharing) for _, cluster in keys]
     clusters = [
         [[_curve(geometry, group, errors[layer, group]) for group in way] for way in ways_here]
@@ -77,6 +83,12 @@ def numbers(keys: Sequence[Key], geometry: Geometry) -> int:
     """Numbers in the matrices that are fitted."""
     shapes = [shape_of(geometry, (role,)) for _, cluster in keys for role in cluster]
     return sum(outputs * inputs for outputs, inputs in shapes)
+
+
+def least_numbers(keys: Sequence[Key], geometry: Geometry, sharing: bool) -> int:
+    """Numbers of the smallest factors: rank 1, for all roles of a cluster together if allowed."""
+    groups = [g for _, cluster in keys for g in groupings(cluster, sharing)[-1 if sharing else 0]]
+    return sum(pivoted_parameters(shape_of(geometry, group), 1) for group in groups)
 
 
 def _curve(geometry: Geometry, group: Group, errors_S: Tensor) -> Curve:

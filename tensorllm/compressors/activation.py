@@ -71,10 +71,13 @@ class ActivationTucker(Compressor):
     Attributes:
         target_ratio: numbers in the compressed matrices before over after, above 1.
         target_params: instead, the parameters of the whole model afterwards.
+        max_loss_increase: instead, nats per token that the loss on the calibration text may rise;
+            the smallest model within it is searched for.
         weighting: `outputs` prices errors by what they do to their own layer's output, one layer
             in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
+        distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
         seed: of the random vectors or labels that prices are sampled with.
         calibration: what the text was; filled in by the fit.
@@ -82,9 +85,11 @@ class ActivationTucker(Compressor):
 
     target_ratio: float | None = None
     target_params: int | None = None
+    max_loss_increase: float | None = None
     weighting: Weighting = "outputs"
     sharing: bool = True
     correction: bool = True
+    distill_steps: int = 0
     ridge: float = 1e-2
     seed: int = 0
     calibration: Mapping[str, Any] | None = None
@@ -94,17 +99,22 @@ class ActivationTucker(Compressor):
     fitted: ClassVar[tuple[Job, ...]] = ()  # of one fit: set on the instance, no setting
 
     def __post_init__(self) -> None:
-        if (self.target_ratio is None) == (self.target_params is None):
+        targets = (self.target_ratio, self.target_params, self.max_loss_increase)
+        if sum(target is not None for target in targets) != 1:
             raise UserError(
-                "give one of target_ratio (such as 1.5) and target_params (of the whole model), "
-                f"got {self.target_ratio} and {self.target_params}"
+                "give one of target_ratio (such as 1.5), target_params (of the whole model) and "
+                f"max_loss_increase (nats per token), got {targets}"
             )
+        if self.max_loss_increase is not None and not 0 < self.max_loss_increase < float("inf"):
+            raise UserError(f"max_loss_increase must be above 0, got {self.max_loss_increase}")
         if self.target_ratio is not None and not self.target_ratio > 1:
             raise UserError(f"target_ratio must be above 1, got {self.target_ratio}")
         if self.target_params is not None and self.target_params < 1:
             raise UserError(f"target_params must be 1 or more, got {self.target_params}")
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"weighting must be loss or outputs, got {self.weighting!r}")
+        if self.distill_steps < 0:
+            raise UserError(f"distill_steps must be 0 or more, got {self.distill_steps}")
         if not self.ridge > 0:
             raise UserError(f"ridge must be above 0, got {self.ridge}")
 

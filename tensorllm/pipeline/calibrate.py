@@ -1,10 +1,14 @@
 """Fitting a data-aware strategy to a model and a text, before it compresses."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from tensorllm.calibration.fit import fit
-from tensorllm.calibration.sequences import read_calibration
+from tensorllm.calibration.fit import fit, fit_folder
+from tensorllm.calibration.sequences import Calibration, read_calibration
+from tensorllm.checkpoint.writer import exclusive
 from tensorllm.compression.model import Progress
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.activation import ActivationTucker
@@ -12,21 +16,80 @@ from tensorllm.errors import UserError
 from tensorllm.pipeline.models import Loader
 
 LENGTH = 512  # tokens of a calibration sequence, at most
+Check = Callable[[Calibration, Any], None]
+
+
+def accept(text: Calibration, tokenizer: Any) -> None:
+    """The check that refuses nothing."""
 
 
 def calibrated(
-    task: FolderTask, file: Path, *, sequences: int, seed: int, progress: Progress
+    task: FolderTask,
+    file: Path,
+    *,
+    sequences: int,
+    seed: int,
+    progress: Progress,
+    check: Check,
+    stream: bool = False,
 ) -> FolderTask:
-    """The task with its strategy fitted to what the model sees on the text of `file`."""
+    """The task with its strategy fitted to what the model sees on the text of `file`.
+
+    Args:
+        check: refuses a text, given the tokenizer, before anything is fitted to it.
+        stream: the model's layers are read from disk one at a time; an interrupted fit goes on.
+    """
     if not isinstance(task.compressor, ActivationTucker):
         raise UserError(
             "--calibration is for the modes that use data: activation-tucker and -hybrid"
         )
+    if stream and task.target == Path():
+        raise UserError("--stream needs --out FOLDER: what is fitted is kept beside it meanwhile")
     loader = Loader(task.source, task.dtype, task.device)
-    model, tokenizer = loader(), loader.tokenizer()
-    context = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    tokenizer = loader.tokenizer()
+    context = getattr(loader.config(), "max_position_embeddings", None) or LENGTH
     text = read_calibration(
         file, tokenizer, sequences=sequences, length=min(LENGTH, context), seed=seed
     )
-    fitted = fit(task.compressor, model, text, task.layers, progress=progress)
+    check(text, tokenizer)
+    if not stream:
+        fitted = fit(task.compressor, loader(), text, task.layers, progress=progress)
+        return replace(task, compressor=fitted)
+    with exclusive(task.target):
+        fitted = fit_folder(
+            task.compressor,
+            task.source,
+            text,
+            task.layers,
+            work=_work(task),
+            dtype=task.dtype,
+            device=task.device,
+            progress=progress,
+        )
     return replace(task, compressor=fitted)
+
+
+def refuse_evaluated(dataset: str, data_file: Path | None) -> Check:
+    """A check that refuses text which holds the rows that `dataset` would be scored on."""
+    from tensorllm.evaluation.evaluate import make_dataset
+
+    def check(text: Calibration, tokenizer: Any) -> None:
+        data = make_dataset(dataset, data_file=data_file, limit=None)
+        data.connect(tokenizer)
+        text.refuse_overlap(
+            [
+                example.tokens or tokenizer(f"{example.prompt} {example.answer}").input_ids
+                for example in data.examples
+            ]
+        )
+
+    return check
+
+
+def clear(task: FolderTask) -> None:
+    """Delete what a streamed fit kept beside the output."""
+    shutil.rmtree(_work(task), ignore_errors=True)
+
+
+def _work(task: FolderTask) -> Path:
+    return task.target.parent / f".{task.target.name}.fit"

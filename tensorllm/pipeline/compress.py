@@ -37,6 +37,9 @@ class CompressRequest:
         settings: the compressor's fields that were given.
         evaluate: dataset to score before and after.
         calibration: text for the modes that use data; `sequences` of it are drawn by `seed`.
+        stream: calibrate on the model's layers one at a time, from disk.
+        data_file: rows of `evaluate`, where they do not come from the hub; `allow_overlap` lets
+            them be in the calibration text.
         plugins: modules to import first; they register compressors of their own.
     """
 
@@ -58,6 +61,9 @@ class CompressRequest:
     calibration: Path | None = None
     sequences: int = 128
     seed: int = 0
+    stream: bool = False
+    data_file: Path | None = None
+    allow_overlap: bool = False
     plugins: Sequence[str] = ()
 
 
@@ -125,17 +131,36 @@ def run(
         revision=source.revision,
     )
     if request.calibration is not None:
-        from tensorllm.pipeline.calibrate import calibrated
-
-        count, seed = request.sequences, request.seed
-        task = calibrated(task, request.calibration, sequences=count, seed=seed, progress=progress)
+        task = _calibrated(task, request, progress)
     if budget is not None:
         task = allocated(task, budget, progress)
     if request.dry_run:
         return plan_folder(task)
     if request.out is None:
         return _in_memory(task, source, progress, scorer)
-    return _to_folder(task, progress, scorer)
+    report = _to_folder(task, progress, scorer)
+    if request.stream:
+        from tensorllm.pipeline.calibrate import clear
+
+        clear(task)
+    return report
+
+
+def _calibrated(task: FolderTask, request: CompressRequest, progress: Progress) -> FolderTask:
+    """The task fitted to the request's text, which must not be what is scored afterwards."""
+    from tensorllm.pipeline.calibrate import accept, calibrated, refuse_evaluated
+
+    assert request.calibration is not None
+    scored = None if request.allow_overlap else request.evaluate
+    return calibrated(
+        task,
+        request.calibration,
+        sequences=request.sequences,
+        seed=request.seed,
+        progress=progress,
+        check=refuse_evaluated(scored, request.data_file) if scored else accept,
+        stream=request.stream,
+    )
 
 
 Score = Callable[[Any, Any], dict[str, Any]]

@@ -1,0 +1,147 @@
+"""A short training of the factors alone, towards the original's predictions on the same text.
+
+Shapes: B sequences, T positions, N tokens of a batch, V words, I and D of a role matrix.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader
+
+from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.calibration.sequences import Batch, Calibration
+from tensorllm.compressors import Job
+from tensorllm.compressors.activation import Given
+from tensorllm.tensors.pivoted import PivotedLowRank
+
+LEARNING_RATE = 1e-3
+TOKENS = 1024  # padded positions of a step
+
+
+class Distiller(LightningModule):
+    """The factors as parameters; the model itself stays as it is and is no part of this module.
+
+    The loss of a step is the Kullback-Leibler divergence per token of the compressed model's
+    predictions from the original's.
+    """
+
+    def __init__(self, model: nn.Module, roles: RoleMatrices, jobs: Sequence[Job], steps: int):
+        super().__init__()
+        self._held = (model,)  # in a tuple: Lightning must neither move nor train it
+        self.roles, self.jobs, self.steps = roles, list(jobs), steps
+        factors = [job.compressor.compress(torch.empty(0)) for job in jobs]
+        assert all(isinstance(each, PivotedLowRank) for each in factors)
+        self.kept = [each.tensors()["rows"] for each in factors]
+        self.basis, self.mix = (
+            nn.ParameterList([nn.Parameter(each.tensors()[name].clone()) for each in factors])
+            for name in ("basis", "mix")
+        )
+        self.places = [self._places(job) for job in jobs]
+
+    def factors(self, number: int) -> PivotedLowRank:
+        """Those of one job, as they are now."""
+        rows = self.kept[number].to(self.device)
+        return PivotedLowRank(self.basis[number], self.mix[number], rows)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters of the model that the factors stand for, with their gradients."""
+        original = parameters_of(self._held[0])
+        flat: dict[str, Tensor] = {}
+        for number, job in enumerate(self.jobs):
+            parts = job.site.unstack(self.factors(number).dense(), self.roles.geometry)
+            for (layer, role), place, w_ID in zip(
+                job.site.matrices, self.places[number], parts, strict=True
+            ):
+                name = self.roles.name(layer, role)
+                before = flat.get(name, original[name].flatten())
+                at = place.to(before.device).flatten()
+                flat[name] = before.index_copy(0, at, w_ID.flatten().to(before))
+        return {name: w.view(original[name].shape) for name, w in flat.items()}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, index: int) -> Batch:
+        """As it is: a step moves what it needs."""
+        return batch
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        model = self._held[0]
+        inputs = {
+            "input_ids": batch.ids_BT.to(self.device),
+            "attention_mask": batch.mask_BT.long().to(self.device),
+        }
+        with torch.no_grad():
+            wanted = batch.tokens(model(**inputs).logits).float().log_softmax(-1)
+        out: Any = functional_call(model, self.weights(), kwargs=inputs)
+        found = batch.tokens(out.logits).float().log_softmax(-1)
+        return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _places(self, job: Job) -> list[Tensor]:
+        """Where in its flattened parameter every entry of each role matrix stands."""
+        original = parameters_of(self._held[0])
+        out = []
+        for layer, role in job.site.matrices:
+            name = self.roles.name(layer, role)
+            shape = original[name].shape
+            numbers = torch.arange(shape.numel()).view(shape)
+            out.append(self.roles.read({name: numbers}, layer, role))
+        return out
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's notes on devices and its advice about loggers and loaders."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def distill(
+    model: nn.Module, roles: RoleMatrices, jobs: Sequence[Job], text: Calibration, steps: int
+) -> list[Job]:
+    """The jobs with factors trained for some steps, in the order and sizes that they had.
+
+    Args:
+        model: the original, frozen; it teaches.
+    """
+    device = next(model.parameters()).device
+    trained = Distiller(model, roles, jobs, steps)
+    draws = torch.Generator().manual_seed(text.seed)
+    batches: Any = text.batches(TOKENS)
+    loader: Any = DataLoader(batches, batch_size=None, shuffle=True, generator=draws)
+    with _quiet():
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(trained, loader)
+    out = []
+    for number, job in enumerate(jobs):
+        now = trained.factors(number)
+        kept = PivotedLowRank(
+            now.basis_RO.detach().cpu(), now.mix_XR.detach().cpu(), now.rows_R.cpu()
+        )
+        out.append(Job(job.site, Given(factors=kept)))
+    return out

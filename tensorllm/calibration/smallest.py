@@ -1,0 +1,85 @@
+"""The smallest model whose loss on the calibration text rises by no more than is allowed.
+
+Shapes: B sequences, T positions, V words.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tensorllm.architectures import RoleMatrices
+from tensorllm.calibration.layer import Layer
+from tensorllm.calibration.sequences import Batch
+from tensorllm.calibration.source import block_path
+from tensorllm.compressors import Job
+from tensorllm.errors import UserError
+
+STEPS = 9
+MILDEST = 1.01  # the smallest ratio that counts as smaller
+Found = TypeVar("Found")
+
+
+def smallest(
+    least: int, before: int, limit: float, attempt: Callable[[int], tuple[Found, float]]
+) -> tuple[Found, float]:
+    """What `attempt` made of the smallest budget that it finds within the limit.
+
+    Budgets are bisected by their ratio: to about one per cent of it, if less budget never loses
+    less.
+
+    Args:
+        least: of all budgets; rank 1 everywhere.
+        before: numbers that the matrices have now.
+        attempt: budget -> what was made of it, and the loss's increase.
+
+    Raises:
+        UserError: none is within the limit.
+    """
+    high = int(before / MILDEST)
+    found, lost = attempt(high)
+    if lost > limit:
+        raise UserError(
+            f"max_loss_increase {limit:g} nats per token cannot be reached: matrices only "
+            f"{MILDEST} times smaller already lose {lost:.4f}"
+        )
+    low = least
+    for _ in range(STEPS):
+        middle = round((low * high) ** 0.5)
+        made, now = attempt(middle)
+        if now <= limit:
+            high, found, lost = middle, made, now
+        else:
+            low = middle
+    return found, lost
+
+
+@torch.no_grad()
+def next_token_loss(model: Any, batches: Sequence[Batch]) -> float:
+    """Nats per predicted token."""
+    total, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    for batch in batches:
+        ids_BT, mask_BT = batch.ids_BT.to(device), batch.mask_BT.to(device)
+        logits_BTV: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits
+        wanted_BT = mask_BT[:, 1:]
+        total += float(
+            nn.functional.cross_entropy(
+                logits_BTV[:, :-1][wanted_BT].float(), ids_BT[:, 1:][wanted_BT], reduction="sum"
+            )
+        )
+        tokens += int(wanted_BT.sum())
+    return total / max(tokens, 1)
+
+
+def with_factors(model: nn.Module, roles: RoleMatrices, jobs: Sequence[Job]) -> nn.Module:
+    """A copy of the model with what the fitted jobs stand for in place of its weights."""
+    smaller = copy.deepcopy(model)
+    for job in jobs:
+        (layer,) = job.site.layers
+        block = smaller.get_submodule(block_path(roles, layer))
+        factors = job.compressor.compress(torch.empty(0))
+        Layer(roles, layer, block).put(job.site.roles, factors)
+    return smaller

@@ -1,0 +1,117 @@
+"""Targets of data-aware fits on whole models: sizes that nothing beats, and losses that are kept.
+
+Shapes: N tokens, V words.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from test_activation_fit import distance, logits, text
+from tiny_models import tiny_model
+
+from tensorllm.calibration import fit
+from tensorllm.calibration.fitter import Fit
+from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
+from tensorllm.calibration.source import InMemory
+from tensorllm.calibration.store import Store
+from tensorllm.compression.model import compress
+from tensorllm.compressors import ActivationHybrid, ActivationTucker
+from tensorllm.errors import UserError
+from tensorllm.tensors.pivoted import pivoted_parameters
+
+
+def test_no_allocation_of_a_coarse_grid_is_better_by_one_per_cent_of_the_loss(monkeypatch):
+    """Every grid of ranks within the budget is fitted and run: nothing predicted, all measured."""
+    model = tiny_model("llama")
+    wanted = ActivationTucker(target_ratio=2.0)
+    unseen = text(1)
+    p_NV = logits(model, unseen).double().softmax(-1)
+
+    def loss(jobs) -> float:
+        q_NV = logits(with_factors(model, work.roles, jobs), unseen).double().log_softmax(-1)
+        return float(-(p_NV * q_NV).sum(-1).mean())
+
+    work = Fit(wanted, InMemory(model), text(), None)
+    found = loss(work.run())
+    blocks = work.blocks()
+    errors = work.errors(blocks)
+    groups = [(layer, cluster) for layer, cluster in work.keys]  # q, k, v together, and o
+    shapes = {("q", "k", "v"): (64, 32), ("o",): (32, 32)}
+    budget = sum(a * b for _, c in groups for a, b in [shapes[c]]) / 2.0
+    losses = []
+    for ranks in itertools.product((2, 6, 10, 16, 32), repeat=len(groups)):
+        cost = sum(
+            pivoted_parameters(shapes[c], r) for (_, c), r in zip(groups, ranks, strict=True)
+        )
+        if 0.8 * budget < cost <= budget:
+            chosen = dict(zip(groups, ranks, strict=True))
+            monkeypatch.setattr("tensorllm.calibration.fitter.sizes", lambda *a, r=chosen, **k: r)
+            losses.append(loss(work.factors(blocks, Store(), errors, 0)))
+    assert len(losses) > 30
+    assert found <= 1.01 * min(losses)
+    assert found < sum(losses) / len(losses)
+
+
+def test_the_smallest_model_within_the_limit_is_found():
+    model = tiny_model("llama")
+    strict, loose = (
+        fit(ActivationHybrid(max_loss_increase=limit), model, text()) for limit in (0.01, 0.1)
+    )
+    sizes = []
+    for fitted, limit in ((strict, 0.01), (loose, 0.1)):
+        smaller = copy.deepcopy(model)
+        report = compress(smaller, fitted)
+        batches = text().batches()
+        rise = next_token_loss(smaller, batches) - next_token_loss(model, batches)
+        assert rise <= limit
+        assert rise == pytest.approx(fitted.calibration["loss_increase"], abs=1e-5)
+        sizes.append(report.totals.parameters_after)
+    assert sizes[1] < sizes[0] < sum(p.numel() for p in model.parameters())
+
+
+def test_the_search_ends_at_the_edge_of_what_is_allowed():
+    tried = []
+
+    def attempt(budget: int) -> tuple[int, float]:
+        tried.append(budget)
+        return budget, 100 / budget
+
+    found, lost = smallest(10, 10_000, 0.5, attempt)
+    assert 200 <= found <= 205
+    assert lost <= 0.5
+    assert len(tried) == 10
+    with pytest.raises(UserError, match=r"cannot be reached: .* 1.01 times smaller already lose"):
+        smallest(10, 10_000, 1e-3, attempt)
+
+
+def test_what_a_loss_limit_cannot_be_for_is_refused():
+    with pytest.raises(UserError, match="max_loss_increase must be above 0, got 0"):
+        ActivationTucker(max_loss_increase=0.0)
+    with pytest.raises(UserError, match="max_loss_increase must be above 0, got nan"):
+        ActivationTucker(max_loss_increase=float("nan"))
+    with pytest.raises(UserError, match="predicts the next token"):
+        fit(ActivationTucker(max_loss_increase=0.1), tiny_model("bert"), text())
+
+
+def test_an_unreachable_ratio_says_the_best():
+    with pytest.raises(UserError, match=r"19\.2 times fewer than now; not more than 12 were"):
+        fit(ActivationTucker(target_ratio=500), tiny_model("llama"), text())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-grouped"])
+def test_distillation_brings_predictions_nearer_and_trains_nothing_else(name):
+    model = tiny_model(name)
+    before = copy.deepcopy(model.state_dict())
+    few = text(3, 60, 12)
+    found = {}
+    for steps in (0, 30):
+        smaller = copy.deepcopy(model)
+        fitted = fit(ActivationHybrid(target_ratio=3, distill_steps=steps), model, few)
+        report = compress(smaller, fitted)
+        found[steps] = distance(model, smaller, text(4, 40, 12)), report.totals.parameters_after
+    assert found[30][0] < 0.95 * found[0][0]
+    assert found[30][1] == found[0][1]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(p.grad is not None for p in model.parameters())
