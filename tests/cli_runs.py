@@ -1,0 +1,66 @@
+"""Running the installed command as a user does: a process of its own, piped or in a terminal."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COMMAND = [sys.executable, "-m", "tensorllm"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A plain terminal of 80 columns; no colours forced upon it."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "GITHUB_ACTIONS")}
+    return {**kept, "COLUMNS": "80", "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", **more}
+
+
+def piped(
+    *arguments: Any, cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """The command with its output piped."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=cwd,
+    )
+
+
+def in_terminal(*arguments: Any, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """The exit code and all that a terminal of 80 columns was sent."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        env=environment(**(extra or {})),
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
+    os.close(follower)
+    chunks = []
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    os.close(leader)
+    return process.wait(), b"".join(chunks).decode(errors="replace")
+
+
+def lines_of(sent: str) -> list[str]:
+    """The lines as they stood on the screen, redrawn ones apart."""
+    return re.split(r"[\r\n]+", CONTROL.sub("", sent))

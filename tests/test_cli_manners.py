@@ -1,0 +1,224 @@
+"""The command line's manners: 80 columns, quiet when piped, JSON alone, names suggested."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runs import CONTROL, in_terminal, lines_of, piped
+
+from tensorllm_cli.app import COMMANDS, main
+
+Capture = pytest.CaptureFixture[str]
+SMALL = ("--model", "demo", "--limit", "60")
+
+
+def run(capsys: Capture, *arguments: Any) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a call in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_and_tells_all(
+    name: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(capsys, *filter(None, [name]), "--help")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for word in ("Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted", "--verbose"):
+        assert word in out
+    if name:
+        assert f"tensorllm {name} " in out  # an example beside the usage line
+        assert "Example" in out
+
+
+def options_of(name: str) -> list[str]:
+    return list(inspect.signature(COMMANDS[name]).parameters)
+
+
+def test_every_command_can_print_json() -> None:
+    assert all("json" in options_of(name) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "suggested"),
+    [
+        ("compres", "'compress'"),
+        ("list modls", "'models'"),
+        ("compress --mdel demo", "--model"),
+        ("compress --model demo --mode hybird", "'hybrid'"),
+        ("compress --model gptjj --mode hybrid", "'gptj'"),
+        ("compress --model GPTJ --mode hybrid", "'gptj'"),
+        ("compress --model gptj --mode hybrid --dataset fevr", "'fever'"),
+        ("compress --config gptj/fevr/hybrid", "'gptj/fever/hybrid'"),
+        ("compress --model demo --mode laser --rho 1 --matrices gat", "'gate'"),
+        ("compress --model demo --mode shared-tucker --energy 1 --layout papr", "'paper'"),
+        ("compress --model demo --mode laser --rho 1 --format factord", "'factored'"),
+        ("compress --model demo --mode laser --rho 1 --dtype fp23", "'fp32'"),
+        ("compress --model demo --mode laser --rho 1 --set sed=1", "'seed'"),
+        ("compress --model demo --mode laser --rho 1 --logger tensorbord", "'tensorboard'"),
+        ("evaluate --model demo --dataset demmo", "'demo'"),
+        ("evaluate --model demo --dataset demo --protocol papr", "'paper'"),
+        ("evaluate --model demo --dataset demo --split tst", "'test'"),
+        ("search-ranks --model demo --mode lazer", "'laser'"),
+        ("search-ranks --model demo --objective acuracy", "'accuracy'"),
+        ("search-ranks --model demo --sampler gird", "'grid'"),
+        ("search-ranks --model demo --mode laser --matrices gat", "'gate'"),
+        ("reproduce --model gptjj --dry-run", "'gptj'"),
+        ("reproduce --model gptj --dataset fevr --dry-run", "'fever'"),
+        ("generate --model demoo --prompt x", "'demo'"),
+        ("generate --model demo --prompt x --policy alwys", "'always'"),
+        ("export nothing out --format dens", "'dense'"),
+        ("bench --model nothing --policy atuo", "'auto'"),
+    ],
+)
+def test_mistyped_names_are_suggested(typed: str, suggested: str, capsys: Capture) -> None:
+    code, out, err = run(capsys, *typed.split())
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert suggested in err
+
+
+PIPED: list[tuple[str, ...]] = [
+    ("compress", "--mode", "hybrid", *SMALL, "--json"),
+    ("evaluate", "--dataset", "demo", *SMALL, "--json"),
+]
+
+
+@pytest.mark.parametrize("arguments", PIPED, ids=lambda arguments: arguments[0])
+def test_piped_it_is_quiet_and_json_alone(arguments: tuple[str, ...]) -> None:
+    done = piped(*arguments, PYTHONWARNINGS="default")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert json.loads(done.stdout)
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left_and_80_columns() -> None:
+    code, sent = in_terminal("compress", "--mode", "laser", *SMALL)
+    assert code == 0
+    assert "scoring demo" in sent
+    assert " left " in CONTROL.sub("", sent)
+    assert max(map(len, lines_of(sent))) <= 80
+    assert "accuracy" in sent
+
+
+def test_quiet_means_no_bar_and_no_colour_means_no_colour() -> None:
+    code, sent = in_terminal("inspect", "--model", "demo", "--layers", "0", "--quiet")
+    assert code == 0
+    assert "reading" not in sent
+    code, sent = in_terminal("--help", extra={"NO_COLOR": "1"})
+    assert code == 0
+    codes = [int(n) for found in CONTROL.findall(sent) if found[-1] == "m" for n in _numbers(found)]
+    assert not [n for n in codes if 30 <= n <= 49 or 90 <= n <= 107]
+
+
+def _numbers(sequence: str) -> list[str]:
+    return [n for n in sequence[2:-1].split(";") if n]
+
+
+def test_long_errors_are_broken_between_words() -> None:
+    code, sent = in_terminal("compress", "--model", "gptjj", "--mode", "hybrid")
+    assert code == 2
+    assert max(map(len, lines_of(sent))) <= 80
+    assert "Did you mean" in " ".join(sent.split())
+
+
+def test_tracebacks_only_when_asked_for(capsys: Capture) -> None:
+    wrong = ("evaluate", "--model", "demo", "--dataset", "demmo")
+    assert "Traceback" not in run(capsys, *wrong)[2]
+    code, _, err = run(capsys, *wrong, "--verbose")
+    assert code == 2
+    assert "Traceback" in err
+    assert "UserError" in err
+
+
+def test_what_should_not_happen_is_one_line(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("tensorllm.pipeline.catalog.catalog", broken)
+    code, out, err = run(capsys, "list", "models")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "ZeroDivisionError: division by zero" in err
+    assert "--verbose" in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("compress --model ", "gptj"),
+        ("compress --mode ", "shared-tucker"),
+        ("evaluate --dataset ", "hotpotqa"),
+        ("list ", "recipes"),
+        ("", "search-ranks"),
+    ],
+)
+def test_completion_knows_the_names(typed: str, completed: str) -> None:
+    """What a shell asks of Typer: the words so far, in its own variables."""
+    variables = {
+        "_TENSORLLM_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"tensorllm {typed}",
+        "COMP_CWORD": str(len(typed.split()) + 1),
+    }
+    script = "import sys; sys.argv[0] = 'tensorllm'; from tensorllm_cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert completed in done.stdout.split(), done.stderr
+
+
+Metrics = Callable[[Path], set[str]]
+
+
+def test_metrics_go_to_a_logger(tmp_path: Path, capsys: Capture) -> None:
+    where = ("--logger", "csv", "--log-dir", tmp_path)
+    assert run(capsys, "compress", "--mode", "laser", *SMALL, *where)[0] == 0
+    assert run(capsys, "evaluate", "--dataset", "demo", *SMALL, *where)[0] == 0
+    space = ("--layers", "3", "--r1", "32", "--r2", "8,16", "--r3", "2")
+    assert run(capsys, "search-ranks", *SMALL, *space, *where)[0] == 0
+    found = {
+        name: (tmp_path / name / "version_0" / "metrics.csv").read_text()
+        for name in ("compress", "evaluate", "search")
+    }
+    assert {"compress/ratio/whole_model", "compress/site/relative_error"} <= _columns(
+        found, "compress"
+    )
+    assert {"compress/before/accuracy", "compress/after/loss"} <= _columns(found, "compress")
+    assert {"evaluate/accuracy", "evaluate/loss"} <= _columns(found, "evaluate")
+    assert {"search/accuracy", "search/best_accuracy", "search/winner/accuracy"} <= _columns(
+        found, "search"
+    )
+    assert len(found["search"].splitlines()) >= 3  # a line per trial
+
+
+def _columns(found: dict[str, str], name: str) -> set[str]:
+    return set(found[name].splitlines()[0].split(","))
+
+
+def test_loggers_that_are_not_here(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = ("compress", "--mode", "laser", *SMALL)
+    code, _, err = run(capsys, *base, "--log-dir", "logs")
+    assert code == 2
+    assert "--logger" in err
+    code, _, err = run(capsys, *base, "--logger", "wandb")
+    assert code == 2
+    assert "wandb" in err
+    assert "not here" in err
