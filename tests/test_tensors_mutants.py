@@ -1,0 +1,179 @@
+"""What mutation testing found unguarded in tensors/ and metrics.py, against plain references."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tensorllm.metrics import Accuracy, AnswerLoss, Perplexity, TokenF1, TopK, answer_metrics
+from tensorllm.tensors import frontier
+from tensorllm.tensors.allocation import Choice, Curve, allocate, error_of
+from tensorllm.tensors.frontier import Front, front_of, merge, union
+
+Point = tuple[int, float, tuple[int, ...]]
+
+
+def curve(seed: int, ranks: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole errors, so that sums are exact and ties happen."""
+    noise = torch.Generator().manual_seed(seed)
+    cost = torch.randint(1, 5, (ranks,), generator=noise).cumsum(0)
+    error = torch.randint(0, 6, (ranks,), generator=noise).flip(0).cumsum(0).flip(0).double()
+    return cost, error
+
+
+def points(front: Front) -> list[Point]:
+    columns = (front.cost_N.tolist(), front.error_N.tolist(), front.picks_NC.tolist())
+    return [(cost, error, tuple(picks)) for cost, error, picks in zip(*columns, strict=True)]
+
+
+def undominated(some: list[Point], budget: int) -> list[tuple[int, float]]:
+    """The definition, point by point."""
+    fit = {(cost, error) for cost, error, _ in some if cost <= budget}
+    beaten = {
+        (c, e)
+        for c, e in fit
+        for cost, error in fit
+        if (cost <= c and error < e) or (cost < c and error <= e)
+    }
+    return sorted(fit - beaten)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 12, 1000])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_frontier_of_a_curve(seed: int, budget: int):
+    cost, error = curve(seed)
+    got = points(front_of(cost, error, budget))
+    pairs = list(zip(cost.tolist(), error.tolist(), strict=True))
+    every = [(c, e, (n + 1,)) for n, (c, e) in enumerate(pairs)]
+    assert [point[:2] for point in got] == undominated(every, budget)
+    assert all(pairs[pick - 1] == (c, e) for c, e, (pick,) in got)  # ranks count from 1
+
+
+def test_a_cost_at_the_budget_is_affordable():
+    cost, error = torch.tensor([2, 5]), torch.tensor([3.0, 1.0])
+    assert [c for c, *_ in points(front_of(cost, error, 5))] == [2, 5]
+    assert [c for c, *_ in points(front_of(cost, error, 4))] == [2]
+    assert points(front_of(cost, error, 1)) == []
+
+
+def test_of_equal_costs_the_least_error_stays():
+    front = front_of(torch.tensor([3, 3, 3]), torch.tensor([2.0, 1.0, 1.0]), 9)
+    assert points(front) == [(3, 1.0, (2,))]
+
+
+@pytest.mark.parametrize("budget", [4, 11, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_merging_is_all_pairs(seed: int, budget: int):
+    curves = [curve(seed), curve(seed + 10, ranks=4), curve(seed + 20, ranks=3)]
+    fronts = [front_of(*one, budget) for one in curves]
+    got = points(merge(merge(fronts[0], fronts[1], budget), fronts[2], budget))
+    every = [
+        (
+            sum(int(cost[r - 1]) for (cost, _), r in zip(curves, ranks, strict=True)),
+            sum(float(error[r - 1]) for (_, error), r in zip(curves, ranks, strict=True)),
+            ranks,
+        )
+        for ranks in itertools.product(*(range(1, len(cost) + 1) for cost, _ in curves))
+    ]
+    assert [point[:2] for point in got] == undominated(every, budget)
+    known = {ranks: (c, e) for c, e, ranks in every}
+    assert all(known[ranks] == (c, e) for c, e, ranks in got)
+
+
+def test_a_union_tells_the_way_and_fills_up_with_zeros():
+    short = Front(torch.tensor([1, 6]), torch.tensor([9.0, 2.0]).double(), torch.tensor([[1], [4]]))
+    long = Front(torch.tensor([3]), torch.tensor([4.0]).double(), torch.tensor([[2, 5]]))
+    got = points(union([short, long], 100))
+    assert got == [(1, 9.0, (0, 1, 0)), (3, 4.0, (1, 2, 5)), (6, 2.0, (0, 4, 0))]
+    assert points(union([short, long], 5)) == got[:2]
+    beaten = Front(torch.tensor([4]), torch.tensor([5.0]).double(), torch.tensor([[7]]))
+    assert points(union([short, long, beaten], 100)) == got
+
+
+def test_thinning_keeps_the_cheapest_and_the_best_of_every_range(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frontier, "POINTS", 4)
+    cost = torch.tensor([0, 1, 9, 10, 19, 20, 29, 30, 39])
+    front = front_of(cost, torch.arange(9, 0, -1), 40)  # ranges of ten
+    assert [c for c, *_ in points(front)] == [0, 9, 19, 29, 39]
+    assert [ranks for *_, ranks in points(front)] == [(1,), (3,), (5,), (7,), (9,)]
+    few = front_of(cost[:4], torch.arange(4, 0, -1), 40)
+    assert len(few.cost_N) == 4  # as many as are allowed: none is left out
+
+
+def test_thinning_with_no_budget_at_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frontier, "POINTS", 1)
+    free = Front(torch.zeros(1).long(), torch.ones(1).double(), torch.ones(1, 1).long())
+    assert points(union([free, free], 0)) == [(0, 1.0, (0, 1))]
+
+
+def problem(seed: int) -> list[list[list[Curve]]]:
+    """Two clusters of two ways: two curves, or one that stands for both."""
+    made = iter(range(100 * seed, 100 * seed + 100))
+    return [[[Curve(*curve(next(made))) for _ in range(n)] for n in (2, 1)] for _ in range(2)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_budgets_are_spent_as_well_as_brute_force_does(seed: int):
+    clusters = problem(seed)
+    options = [
+        [
+            Choice(way, ranks)
+            for way, curves in enumerate(cluster)
+            for ranks in itertools.product(*(range(1, len(c.cost_S) + 1) for c in curves))
+        ]
+        for cluster in clusters
+    ]
+
+    def cost(choices: tuple[Choice, ...]) -> int:
+        return sum(
+            int(c.cost_S[rank - 1])
+            for cluster, choice in zip(clusters, choices, strict=True)
+            for c, rank in zip(cluster[choice.way], choice.ranks, strict=True)
+        )
+
+    every = [(cost(c), error_of(clusters, c), c) for c in itertools.product(*options)]
+    least = min(c for c, *_ in every)
+    for budget in (least, least + 1, least + 3, least + 8, 10_000):
+        found = allocate(clusters, budget)
+        assert cost(tuple(found)) <= budget
+        assert error_of(clusters, found) == min(e for c, e, _ in every if c <= budget)
+    with pytest.raises(Exception, match=f"store {least} numbers"):
+        allocate(clusters, least - 1)
+
+
+def test_what_is_not_known_does_not_count():
+    nan = math.nan
+    accuracy, f1, top = Accuracy(), TokenF1(), TopK(5)
+    accuracy.update(torch.tensor([1.0, nan, 0.0, 0.0]))
+    f1.update(torch.tensor([0.5, nan]))
+    top.update(torch.tensor([5.0, nan, 6.0, nan, 1.0, 2.0]))
+    assert [float(m.compute()) for m in (accuracy, f1, top)] == pytest.approx([100 / 3, 50, 75])
+    assert [float(m.count) for m in (accuracy, f1, top)] == [3, 1, 4]
+    loss, perplexity = AnswerLoss(), Perplexity()
+    for metric in (loss, perplexity):
+        metric.update(torch.tensor([-2.0, nan, -9.0]), torch.tensor([1.0, 5.0, 3.0]))
+    assert float(loss.compute()) == pytest.approx((2 + 3) / 2)
+    assert float(perplexity.compute()) == pytest.approx(math.exp(11 / 4))
+
+
+def test_nothing_counted_is_no_number():
+    for metric in (Accuracy(), TokenF1(), TopK(1)):
+        metric.update(torch.tensor([math.nan]))
+        assert torch.isnan(metric.compute())
+
+
+def test_devices_add_their_states_and_options_reach_every_metric():
+    metrics = answer_metrics(dist_sync_on_step=True)
+    names = {"accuracy", "loss", "perplexity", "top_1", "top_5", "top_10", "token_f1"}
+    assert set(metrics) == names
+    for metric in metrics.values():
+        assert metric.dist_sync_on_step
+        assert metric._reductions.keys() == {"total", "count"}
+    one, other = Accuracy(), Accuracy()
+    one.update(torch.tensor([1.0, 1.0, 0.0]))
+    other.update(torch.tensor([0.0]))
+    one.merge_state(other)  # by the reductions that synchronising uses
+    assert float(one.compute()) == pytest.approx(50)
+    one.reset()
+    assert (float(one.total), float(one.count)) == (0.0, 0.0)
