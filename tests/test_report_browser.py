@@ -25,7 +25,7 @@ PROBLEMS = """() => {
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const node = walk.currentNode, parent = node.parentElement;
-    if (!node.data.trim() || parent.tagName === 'title' || hidden(parent)) continue;
+    if (!node.data.trim() || !parent.checkVisibility() || hidden(parent)) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
     for (const r of range.getClientRects()) {

@@ -155,7 +155,9 @@ def test_what_is_no_run_is_one_line(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, message = NO_RUNS[case]
-    assert run("report", make(tmp_path), "--out", tmp_path / "page.html") == 2
+    path = make(tmp_path)
+    capsys.readouterr()  # what making it printed
+    assert run("report", path, "--out", tmp_path / "page.html") == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

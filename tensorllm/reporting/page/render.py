@@ -37,6 +37,7 @@ def render(runs: Sequence[Run], canvas: Canvas) -> str:
         "generator": GENERATOR,
         "style": Markup(colours + style),  # our own files: nothing of a run is in them
         "comparison": side_by_side(subjects, views, canvas) if len(subjects) > 1 else None,
+        "level": 2 if len(views) + len(studies) == 1 else 3,  # of a section's heading
         "subjects": views,
         "searches": studies,
     }
