@@ -1,0 +1,160 @@
+"""Perplexity of tinystories-656K at equal bytes: quantised weights beside quantised factors.
+
+    python benchmarks/quantised.py --shared FOLDER      # docs/results/quantised.json
+
+Bytes and errors are of the attention and FFN matrices, which all are compressed. Dense weights and
+factors are rounded by the same rule (groups of 64, symmetric, to nearest). Factors are fitted to
+stories that are not among those the perplexity is of.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tensorllm as tl
+from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.calibration import Calibration, fit
+from tensorllm.compression.model import compression_of
+from tensorllm.compressors import ActivationHybrid
+from tensorllm.environment import environment
+from tensorllm.errors import UserError
+from tensorllm.tensors.quantised import BITS, narrow, quantise, widen
+from tensorllm.tensors.stacking import ATTENTION
+
+ROOT = Path(__file__).parents[1]
+ROLES = (*ATTENTION, "in", "gate", "out")
+RATIOS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+
+
+class Bench:
+    """The model, the stories, and what one setting makes of them."""
+
+    def __init__(self, shared: Path, fitted: int, scored: int) -> None:
+        folder = shared / "models" / "tinystories-656K"
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        stories = json.loads((shared / "data" / "tinystories_1000.json").read_text())
+        self.scored = [self.tokens(s) for s in stories[-scored:]]
+        rows = tuple(tuple(self.tokens(s)) for s in stories[:fitted])
+        self.text = Calibration(rows, source="tinystories", seed=0)
+        self.weights = sum(p.numel() for p in self.matrices(self.model))
+
+    def tokens(self, story: str) -> list[int]:
+        return list(self.tokenizer(story, truncation=True, max_length=256).input_ids)
+
+    def matrices(self, model: Any) -> list[torch.Tensor]:
+        """Views of every attention and FFN matrix."""
+        weights = parameters_of(model)
+        roles = RoleMatrices(model.config, weights)
+        layers = range(model.config.num_hidden_layers)
+        return [roles.read(weights, layer, role) for layer in layers for role in ROLES]
+
+    @torch.inference_mode()
+    def perplexity(self, model: Any) -> float:
+        total = count = 0.0
+        for row in self.scored:
+            ids = torch.tensor([row])
+            total += float(model(ids, labels=ids).loss) * (len(row) - 1)
+            count += len(row) - 1
+        return math.exp(total / count)
+
+    def dense(self, how: str | None) -> dict[str, Any]:
+        """All weights in full, or rounded."""
+        model, size, lost, energy = copy.deepcopy(self.model), 0, 0.0, 0.0
+        weights = parameters_of(model)
+        roles = RoleMatrices(model.config, weights)
+        for layer in range(model.config.num_hidden_layers):
+            for role in ROLES:
+                w_ID = roles.read(weights, layer, role)
+                parts = narrow(w_ID.mT, BITS[how]) if how else (w_ID.mT,)
+                rounded = (widen(*parts) if how else w_ID.mT).mT
+                size += sum(p.nbytes for p in parts)
+                lost += float((rounded - w_ID).square().sum())
+                energy += float(w_ID.square().sum())
+                roles.write(weights, layer, role, rounded)
+        return self.row("dense", how, size, math.sqrt(lost / energy), model)
+
+    def factored(self, ratio: float, hows: tuple[str | None, ...]) -> list[dict[str, Any]]:
+        """Fitted factors of `ratio` times fewer numbers, in float32 and rounded."""
+        model = copy.deepcopy(self.model)
+        tl.compress(model, fit(ActivationHybrid(target_ratio=ratio), self.model, self.text))
+        compression = compression_of(model)
+        assert compression is not None, "compressed just now"
+        rows = []
+        for how in hows:
+            size, lost, energy = 0, 0.0, 0.0
+            weights = parameters_of(model)
+            roles = RoleMatrices(model.config, weights)
+            for done in compression.sites:
+                factors = quantise(done.factors, how) if how else done.factors
+                size += sum(t.nbytes for t in factors.tensors().values())
+                exact, rounded = done.factors.dense(), factors.dense()
+                lost += float((rounded - exact).square().sum())
+                energy += float(exact.square().sum())
+                back = done.site.unstack(rounded, roles.geometry)
+                for (layer, role), w_ID in zip(done.site.matrices, back, strict=True):
+                    roles.write(weights, layer, role, w_ID)
+            error = math.sqrt(lost / energy)
+            rows.append(self.row(f"factors, ratio {ratio}", how, size, error, model))
+        return rows
+
+    def row(
+        self, what: str, how: str | None, size: int, error: float, model: Any
+    ) -> dict[str, Any]:
+        return {
+            "what": what,
+            "numbers": how or "float32",
+            "bytes": size,
+            "bits_per_weight": 8 * size / self.weights,
+            "error_of_rounding": error,
+            "perplexity": self.perplexity(model),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
+    parser.add_argument("--fitted", type=int, default=300, help="stories for the factors")
+    parser.add_argument("--scored", type=int, default=200, help="stories for the perplexity")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "quantised.json")
+    args = parser.parse_args()
+    shared = args.shared or ROOT.parent / "shared"
+    if not (shared / "models" / "tinystories-656K").is_dir():
+        print(f"skipped: no models/tinystories-656K in {shared}; give --shared FOLDER")
+        return
+    try:
+        quantise_check()
+    except UserError as error:
+        print(f"skipped: {error}")
+        return
+    bench = Bench(shared, args.fitted, args.scored)
+    rows = [bench.dense(how) for how in (None, *BITS)]
+    for ratio in RATIOS:
+        rows += bench.factored(ratio, (None, *BITS))
+    for row in sorted(rows, key=lambda r: -r["bytes"]):
+        print(
+            f"{row['what']:22} {row['numbers']:8} {row['bytes']:8} bytes "
+            f"{row['bits_per_weight']:6.2f} bits per weight, "
+            f"rounding {row['error_of_rounding']:.4f}, "
+            f"perplexity {row['perplexity']:.3f}"
+        )
+    about = {"command": " ".join(["python", *sys.argv]), "environment": environment()}
+    about |= {"stories_fitted": args.fitted, "stories_scored": args.scored}
+    args.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+
+
+def quantise_check() -> None:
+    """Fail early where torchao is not installed."""
+    narrow(torch.zeros(64, 16), 8)
+
+
+if __name__ == "__main__":
+    main()
