@@ -136,3 +136,6 @@ def test_single_token_choices_is_about_the_tokenizer():
     with pytest.raises(UserError, match=r"'architect' is \d"):
         score(world.model("gptj"), tokenizer, [long], quirk)
     assert score(world.model("gptj"), tokenizer, [long])[0].correct in (True, False)
+    masked = world.tokenizer(masked=True)
+    with pytest.raises(UserError, match=r"'architect' is \d"):
+        score(world.model("roberta"), masked, [long], quirk)
