@@ -26,8 +26,8 @@ def page() -> str:
     commands: dict[str, Any] = group.commands  # type: ignore[attr-defined]
     head = (
         "# Command line\n\n"
-        "Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Results go to standard "
-        "output, progress and errors to standard error.\n"
+        "Made from the commands. Exit codes, output, Ctrl-C and loggers: "
+        "[a page of its own](command_line.md).\n"
     )
     return "\n".join([head, *(line for name in commands for line in section(name, commands[name]))])
 
