@@ -1,6 +1,6 @@
 """Plots of a search: what each layer and rank is worth, accuracy against ratio, and history."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +33,7 @@ def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: s
     across = next(n for n in ("R1", "R2", "rho") if rows[0].get(n) is not None)
     layers = sorted({r["layer"] for r in rows})
     bins = _bins(sorted({r[across] for r in rows}))
-    pick = min if measure == "loss" else max
+    pick: Callable[..., float | None] = min if measure == "loss" else max
     cells = [
         [
             pick((r[measure] for r in rows if r["layer"] == i and r[across] in b), default=None)
@@ -99,7 +99,7 @@ def _history(
 ) -> Picture:
     """Trials in the order of their numbers, and the best so far."""
     rows = sorted(rows, key=lambda row: row["number"])
-    pick = min if measure == "loss" else max
+    pick: Callable[..., float] = min if measure == "loss" else max
     numbers = [r["number"] for r in rows]
     values = [r[measure] for r in rows]
     best = [pick(values[: n + 1]) for n in range(len(rows))]
