@@ -1,6 +1,7 @@
 """A factored model computes what its dense reconstruction does, for every architecture."""
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -182,6 +183,31 @@ def test_attention_compiles_without_a_break():
         want = factored(ids, use_cache=False).logits
         compiled = torch.compile(factored, fullgraph=True, backend="eager")
         same(compiled(ids, use_cache=False).logits, want)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_code_computes_the_same():
+    """By the C++ compiler where there is one, else by what is traced for it."""
+    _, factored = pair("llama")
+    ids, _ = prompts()
+    backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+    with torch.no_grad():
+        want = factored(ids, use_cache=False).logits
+        compiled = torch.compile(factored, fullgraph=True, backend=backend)
+        same(compiled(ids, use_cache=False).logits, want)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # flex attention's own: it is slow where not compiled
+@torch.no_grad()
+def test_flex_attention_agrees():
+    dense, factored = pair("llama")
+    ids, mask = prompts(16)
+    want = dense(ids, attention_mask=mask).logits
+    factored.set_attn_implementation("flex_attention")
+    got = factored(ids, attention_mask=mask).logits
+    same(got[mask.bool()], want[mask.bool()])
 
 
 def test_a_factored_model_learns():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,57 @@ def test_what_was_factored_in_memory_saves_itself(tmp_path: Path):
     model.save_pretrained(tmp_path / "out")
     same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
     same(tl.load(tmp_path / "out"), model)
+
+
+def test_a_model_that_runs_factored_says_how_it_is_saved(tmp_path: Path):
+    model = tiny_model("llama")
+    tl.compress(model, HYBRID)
+    factorize(model)
+    with pytest.raises(UserError, match="save_pretrained"):
+        tl.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out")
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+
+
+def test_what_is_pushed_to_the_hub_is_a_factored_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dense = saved("llama", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    pushed = tmp_path / "pushed"
+
+    class Hub:
+        """Stands in for the hub: what is uploaded lands in a folder."""
+
+        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id, url=f"https://hub/{repo_id}")
+
+        def create_commit(self, repo_id: str, operations: Any, **kwargs: Any) -> Any:
+            for operation in operations:
+                path = pushed / operation.path_in_repo
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with operation.as_file() as content:
+                    path.write_bytes(content.read())
+            return SimpleNamespace(oid="1", commit_url="https://hub/commit")
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda *a, **k: Hub())
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: Card())
+    model.push_to_hub("someone/small")
+    assert {"tensorllm.json", "config.json", "factored.safetensors"} <= {
+        path.name for path in pushed.iterdir()
+    }
+    same(AutoModelForCausalLM.from_pretrained(pushed), dense)
+
+
+class Card:
+    """A model card that is written nowhere."""
+
+    def save(self, path: Any) -> None:
+        Path(path).write_text("---\n---\n")
 
 
 def test_nothing_is_expanded_and_attention_is_ours(tmp_path: Path):

@@ -39,6 +39,10 @@ def save(
     compression = compression_of(model)
     if compression is None:
         raise UserError("this model was not compressed; compress it first")
+    if getattr(model, "tensorllm_manifest", None) is not None:
+        raise UserError(
+            "this model runs in its factors, which save themselves: model.save_pretrained(folder)"
+        )
     _refuse_changed(model, compression)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     # transformers knows how its modules are named and tied on disk, so it writes them first
