@@ -72,7 +72,8 @@ def _gains(left: Mapping[tuple[int, str], float], layer: int) -> str:
 def factor_drawing(site: Json) -> Markup | None:
     """A decomposition as boxes in proportion (areas are: sides are square roots of sizes)."""
     shape, ranks = site["shape"], site["ranks"]
-    if site["kind"] == "tucker" and len(shape) in (3, 4) and len(ranks) == min(3, len(shape) - 1):
+    by_head = site["stacking"].endswith(("head", "heads"))  # the last mode counts heads, undivided
+    if site["kind"] == "tucker" and by_head and len(ranks) == len(shape) - 1:
         return _tucker(shape, ranks)
     if site["kind"] == "low-rank" and len(shape) == 2:
         return _low_rank(shape, ranks[0])
