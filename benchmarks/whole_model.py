@@ -9,7 +9,6 @@ tables. What is calibrated on and scored, in nats per token, is in whole_model_t
 of the gap that a method closes is (SVD-LLM's loss - its loss) / (SVD-LLM's loss - the dense's).
 """
 
-import argparse
 import copy
 import json
 import os
@@ -22,6 +21,7 @@ import torch
 from baselines import asvd, rank_at, svd, svd_llm, tucker_ranks
 from closed_gap import summary
 from inputs import Matrix, input_moments, mean_abs
+from results import RESULTS, Comparison, begin, made, parser
 from torch import nn
 from whole_model_texts import demo, stories
 
@@ -31,7 +31,6 @@ from tensorllm.calibration.fit import measure_for
 from tensorllm.compression.model import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker, SharedTucker4D
 from tensorllm.data.demo import MODEL_DIR
-from tensorllm.environment import environment
 from tensorllm.tensors.pivoted import pivoted_parameters
 
 SCOPES: dict[str, type[ActivationTucker]] = {
@@ -39,25 +38,29 @@ SCOPES: dict[str, type[ActivationTucker]] = {
     "whole model": ActivationHybrid,
 }
 RATIOS = (1.2, 1.5, 2.0, 3.0)
+WANTED = 40.0  # per cent of the gap
 
 
 class Bench:
     """The dense model, the texts that it is scored on, and the table of results."""
 
-    def __init__(self, name: str, shared: Path) -> None:
+    def __init__(self, name: str, shared: Path, quick: bool) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = MODEL_DIR if name == "demo" else shared / "models/tinystories-656K"
         self.dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.source = demo(tokenizer) if name == "demo" else stories(tokenizer, shared)
-        self.texts = self.source.scored
+        most = 16 if quick else None
+        self.texts = {name: some[:most] for name, some in self.source.scored.items()}
         self.roles = RoleMatrices(self.dense.config, parameters_of(self.dense))
         self.rows: list[dict[str, Any]] = []
+        self.ratios = RATIOS[2:3] if quick else RATIOS
+        self.drawn = self.source.drawn // (8 if quick else 1)
 
     def calibration(self, seed: int) -> Calibration:
         told, draws = self.source.told, torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(told), generator=draws)[: self.source.drawn].tolist()
+        order = torch.randperm(len(told), generator=draws)[: self.drawn].tolist()
         return Calibration(tuple(tuple(told[i]) for i in order), source="benchmark", seed=seed)
 
     def matrices(self, scope: str) -> list[Matrix]:
@@ -172,7 +175,7 @@ def run_seed(bench: Bench, seed: int) -> None:
         seconds = time.perf_counter() - started
         bench.add("whole model", 0.0, f"{weighting} moments", seed, seconds=seconds)
     for scope in SCOPES:
-        for ratio in RATIOS:
+        for ratio in bench.ratios:
             bench.per_matrix(scope, ratio, "asvd", seed, lambda w, m, r: asvd(w, scales[m], r))
             for method in ("svd-llm", "svd-llm pivoted"):
                 bench.per_matrix(scope, ratio, method, seed, lambda w, m, r: svd_llm(w, seen[m], r))
@@ -184,26 +187,41 @@ def run_seed(bench: Bench, seed: int) -> None:
 def run_without_text(bench: Bench) -> None:
     """The methods that need no calibration."""
     for scope in SCOPES:
-        for ratio in RATIOS:
+        for ratio in bench.ratios:
             bench.per_matrix(scope, ratio, "svd", None, lambda w, m, r: svd(w, r))
             bench.shared_tucker(scope, ratio)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
-    parser.add_argument("--model", choices=("tinystories", "demo"), default="tinystories")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path, default=Path("docs/results/whole_model.json"))
-    args = parser.parse_args()
-    bench = Bench(args.model, args.shared or Path("../shared"))
+    options = parser(__doc__)
+    options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
+    options.add_argument("--model", choices=("tinystories", "demo"), default="tinystories")
+    options.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    args = options.parse_args()
+    begin(args)
+    if args.quick:
+        args.model, args.seeds = "demo", [0]
+    bench = Bench(args.model, args.shared or Path("../shared"), args.quick)
     dense = bench.loss(bench.dense)
-    print("dense", dense, flush=True)
     if 0 in args.seeds:
         run_without_text(bench)
+    out = args.out or (None if args.quick else RESULTS / "whole_model.json")
     for number, seed in enumerate(args.seeds, 1):
         run_seed(bench, seed)
-        save(args.out, args.model, bench, dense, args.seeds[:number])
+        if out:
+            save(out, args.model, bench, dense, args.seeds[:number])
+
+
+def comparisons(found: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
+    """What ours closes of the gap between SVD-LLM and the dense model."""
+    return {
+        f"{entry['scope']} at {entry['ratio']:g}, {text}": Comparison(
+            ours=100 * entry[f"{text} closed"]["mean"], unit="% of the gap", wanted=WANTED
+        )
+        for entry in found
+        for text in entry
+        if entry["method"] == "ours" and f"{text} closed" in entry
+    }
 
 
 def save(
@@ -214,15 +232,17 @@ def save(
     again = [*seeds, *([None] if 0 in seeds else [])]
     old = results.get(model, {"rows": []})["rows"]
     rows = [row for row in old if row["seed"] not in again] + bench.rows
+    found = summary(rows, dense)
+    compared = {what: one.to_json() for what, one in comparisons(found).items()}
     results[model] = {
+        **made(),
+        "comparisons": compared,
         "tokens": {text: sum(map(len, some)) for text, some in bench.texts.items()},
         "dense": dense,
         "seeds": sorted({row["seed"] for row in rows if row["seed"] is not None}),
-        "summary": summary(rows, dense),
+        "summary": found,
         "rows": rows,
-        "environment": environment(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ import torch
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if "from results import" in p.read_text())
 SCRIPTS = [p for p in SCRIPTS if '"__main__"' in p.read_text()]
-NEEDS_DATA = {"evaluate", "whole_model"}  # real rows and a trained model
+NEEDS_DATA = {"evaluate"}  # real rows and a trained model
 
 
 @pytest.fixture(autouse=True)
