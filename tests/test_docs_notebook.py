@@ -34,7 +34,7 @@ def assert_same(got: str, want: str) -> None:
 def test_the_notebook_runs_and_says_what_is_stored(tmp_path: Path) -> None:
     stored = nbformat.read(NOTEBOOK, as_version=4)
     fresh = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(fresh, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(fresh, timeout=240, resources={"metadata": {"path": tmp_path}}).execute()
     for got, want in zip(fresh.cells, stored.cells, strict=True):
         if got.cell_type == "code":
             assert_same(texts(got), texts(want))
