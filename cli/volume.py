@@ -39,7 +39,8 @@ def silence_libraries() -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    os.environ.setdefault("TORCH_LOGS", "-all")  # its way of writing "errors only"
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
     warnings.simplefilter("ignore")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -140,7 +140,7 @@ def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     if wrong or not roles or len(set(roles)) != len(roles):
         raise UserError(
             f"matrices must be some of {', '.join(known)}, each once, got {list(roles)}"
-            + (did_you_mean(str(wrong[0]), list(known)) if wrong else "")
+            + ("." + did_you_mean(str(wrong[0]), list(known)) if wrong else "")
         )
     return tuple(roles)
 
