@@ -12,7 +12,7 @@ from torch import nn
 from tensorllm.architectures import RoleMatrices
 from tensorllm.compressors import Site
 from tensorllm.pipeline.measure import interleaved, medians
-from tensorllm.runtime.cost import Choice, Cost, dense_cost, factored_cost
+from tensorllm.runtime.cost import MARGIN, Choice, Cost, dense_cost, factored_cost
 from tensorllm.runtime.linear import low_rank_linears
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import Geometry
@@ -82,8 +82,7 @@ def row(dense: Cost, small: Cost, prompt: Any, step: Any, repeats: int) -> dict[
     return out
 
 
-def too_high(rows: list[dict[str, Any]]) -> float:
-    """By what factor the model was too hopeful, at most, where it matters: within 2 of 1."""
-    pairs = [row[kind] for row in rows for kind in KINDS]
-    near = [p["predicted"] / p["measured"] for p in pairs if 1 <= p["predicted"] <= 2]
-    return max(near, default=1.0)
+def least_gain(rows: list[dict[str, Any]]) -> float | None:
+    """The smallest speed-up that was measured of the sites that `--policy auto` runs factored."""
+    chosen = [r for r in rows if min(r[kind]["predicted"] for kind in KINDS) >= MARGIN]
+    return min((r[kind]["measured"] for r in chosen for kind in KINDS), default=None)

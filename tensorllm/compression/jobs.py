@@ -14,6 +14,7 @@ from tensorllm.compression.details import details_of
 from tensorllm.compression.report import SiteReport
 from tensorllm.compressors import Compressor, Job, Site
 from tensorllm.errors import UserError
+from tensorllm.runtime.cost import choose
 from tensorllm.tensors.factors import FACTORS, Factors, cast, parameters
 from tensorllm.tensors.tucker import relative_error
 from tensorllm.tensors.unfold import all_finite
@@ -58,6 +59,7 @@ def run_job(
     if w.is_cuda:
         torch.cuda.synchronize(w.device)
     seconds = time.perf_counter() - started
+    choice = choose(site, factors, roles.geometry, "auto")
     report = SiteReport(
         name=site.name,
         layers=site.layers,
@@ -70,6 +72,7 @@ def run_job(
         parameters_after=parameters(factors),
         relative_error=relative_error(w, factors),
         seconds=seconds,
+        auto=f"{'factored' if choice.factored else 'dense'}: {choice.why}",
     )
     return Compressed(site, factors, report, details_of(site, w, w_ID, factors, roles.geometry))
 

@@ -26,6 +26,7 @@ class SiteReport:
         parameters_before, parameters_after: numbers stored for these matrices.
         relative_error: ||W - dense|| / ||W||, with the factors as they are stored.
         seconds: decomposition alone, without reading and writing.
+        auto: how `--policy auto` runs it, factored or dense, and why.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SiteReport:
     parameters_after: int
     relative_error: float
     seconds: float
+    auto: str = ""
 
     @property
     def ratio(self) -> float:
@@ -123,7 +125,7 @@ class CompressionReport:
 
 def site_report(record: Mapping[str, Any]) -> SiteReport:
     """A `SiteReport` from its JSON record."""
-    fields = {name: record[name] for name in SiteReport.__dataclass_fields__}
+    fields = {name: record[name] for name in SiteReport.__dataclass_fields__ if name in record}
     for name in ("layers", "roles", "shape", "ranks"):
         fields[name] = tuple(fields[name])
     return SiteReport(**fields)

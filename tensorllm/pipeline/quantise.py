@@ -94,7 +94,7 @@ def _finish_weights(writer: ShardWriter) -> str:
 
 
 def _narrowed(name: str, factors: Factors, narrow: Factors) -> Narrowed:
-    sizes = (sum(t.nbytes for t in f.tensors().values()) for f in (factors, narrow))
+    before, after = (sum(t.nbytes for t in f.tensors().values()) for f in (factors, narrow))
     want = factors.dense()
     error = float((narrow.dense() - want).norm() / want.norm())
-    return Narrowed(name, *sizes, error)
+    return Narrowed(name, before, after, error)

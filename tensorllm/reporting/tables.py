@@ -15,9 +15,19 @@ from tensorllm.compression.report import RATIO_NAMES, CompressionReport
 def compression_tables(report: CompressionReport) -> RenderableType:
     """Sites, ratios, and scores before and after where there are any."""
     parts: list[RenderableType] = [_headline(report), _sites(report), _ratios(report)]
+    if report.format == "factored":
+        parts.append(_policy(report))
     if report.evaluation:
         parts.append(_scores(report.evaluation))
     return Group(*parts)
+
+
+def _policy(report: CompressionReport) -> str:
+    """How many sites would run factored by choice; report.json says why of each."""
+    chosen = sum(site.auto.startswith("factored") for site in report.sites)
+    return (
+        f"--policy auto runs {chosen} of {len(report.sites)} sites factored; report.json says why"
+    )
 
 
 def plan_table(plan: Plan) -> RenderableType:

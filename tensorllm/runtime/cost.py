@@ -21,8 +21,9 @@ OPERATION = 33_000  # weights that could be read while one operation is started,
 ATTENTION_OPERATIONS = 40  # of an attention block that decodes one token, dense or factored
 PROMPT = 512  # tokens of the prompt that a prediction is made for
 SCORE = 100  # products that take as long as masking one score and taking its softmax
-# A predicted speed-up has to reach this; near 1, predictions were too high by no more.
-MARGIN = 1.1
+# A predicted speed-up has to reach this: predictions near 1 are up to a third too high, and every
+# site of the benchmark that reached it in prompt and decoding was measured to gain.
+MARGIN = 1.2
 
 
 class Cost(NamedTuple):
