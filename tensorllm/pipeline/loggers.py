@@ -106,7 +106,8 @@ def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[
 def _make(name: str, folder: Path, command: str) -> Any:
     from lightning.pytorch import loggers
 
-    kinds = {kind.removesuffix("Logger").lower(): kind for kind in loggers.__all__}
+    named = [kind for kind in loggers.__all__ if kind != "Logger"]  # the class of them all
+    kinds = {kind.removesuffix("Logger").lower(): kind for kind in named}
     kind = getattr(loggers, kinds[one_of("--logger", name, sorted(kinds))])
     given = {"save_dir": str(folder), "name": command}
     known = inspect.signature(kind).parameters
