@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from benchmark_tables import Lookup, amount, figure, table
-from plan_machines import ORDER, Machine, assumptions, machines, ranks_at, scaling
+from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, ranks_at, scaling
 
 from tensorllm.calibration.groups import input_width, output_width
 from tensorllm.calibration.sizes import candidates
@@ -183,15 +183,12 @@ def machines_table(value: Lookup) -> str:
 
 
 def check_table(value: Lookup) -> str:
-    """The formula beside layers that it was not fitted to: those of the decomposition benchmark."""
+    """The formula beside the layers that were timed; it is fitted to the slowest of them."""
     rows = []
-    for case in value("decompose/cpu/side_by_side"):
-        share = {(304, 19, 2): "strong", (1920, 60, 3): "mild"}.get(tuple(case["ranks"]))
-        if share is not None:
-            foreseen = sum(machines()[0].decompose(tuple(case["sizes"]), share))
-            measured = case["rows"]["ours"]["best_s"]
-            cells = (amount(foreseen, "s"), amount(measured, "s"), figure(foreseen / measured))
-            rows.append((case["case"].split(",")[0], *cells))
+    for name, sizes, share, measured in measured_layers():
+        foreseen = sum(machines()[0].decompose(sizes, share))
+        cells = (amount(foreseen, "s"), amount(measured, "s"), figure(foreseen / measured))
+        rows.append((name, *cells))
     return table(("layer", "formula", "measured", "ratio"), rows)
 
 

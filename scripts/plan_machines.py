@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from counts import Sizes, eigen_sizes, necessary_multiply_adds  # noqa: E402
-from scaling_tensors import SHARES, K, ranks_at  # noqa: E402
+from scaling_tensors import SHARES, ranks_at  # noqa: E402
 
 # The assumptions that docs/scaling.md shows: a server, and a node of GPUs (NVIDIA's data sheet).
 CORES, CORE_SHARE, EIGEN_SPEEDUP = 64, 0.7, 4.0
 DISK_READ, DISK_WRITE, MEMORY, PCIE = 5e9, 3e9, 400e9, 50e9  # bytes per second
 GPU, GPU_BF16, GPU_FLOAT32 = "H200", 989e12, 67e12  # flop per second at peak
 GPU_SHARE, GPU_EIGEN = 0.4, 0.05  # of the peak: large products; 9 n^3 flop of eigenvectors
+RATES = {"multiply_adds_float32": "multiply_adds_per_s", "bytes_read": "bytes_per_s"}
 ORDER = 4096  # of the eigenproblem that times are stated for
 
 
@@ -71,8 +72,13 @@ class Machine:
 
 
 @cache
+def results(name: str) -> Any:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+
+
 def scaling() -> Any:
-    return json.loads((ROOT / "docs" / "results" / "scaling.json").read_text())
+    """The curves, by their parts."""
+    return results("scaling")
 
 
 def last(part: str, name: str) -> tuple[float, float]:
@@ -81,20 +87,36 @@ def last(part: str, name: str) -> tuple[float, float]:
     return size, seconds
 
 
-def width_case(share: str) -> tuple[Sizes, float]:
-    """The widest layer that was decomposed, and its seconds."""
-    width, seconds = last("decompose", f"one layer, {share} ranks, over width")
-    return (round(width), K, 4, round(width) // K), seconds
+def measured_layers() -> list[tuple[str, Sizes, str, float]]:
+    """Layers that the decomposition benchmark timed: name, sizes, ranks, seconds."""
+    return [
+        (
+            case["case"].split(", one")[0],
+            tuple(case["sizes"]),
+            share,
+            case["rows"]["ours"]["best_s"],
+        )
+        for case in results("decompose")["cpu"]["side_by_side"]
+        for share in SHARES
+        if ranks_at(share, *case["sizes"][:3]) == tuple(case["ranks"])
+    ]
+
+
+def best_rates() -> dict[str, float]:
+    """The best that any benchmark saw of this machine: what else runs only takes from it."""
+    rates = dict(scaling()["machine"]["curves"]["rates"])
+    for case in results("decompose")["cpu"]["side_by_side"]:
+        seen = case["rates"]
+        for ours, theirs in RATES.items():
+            rates[ours] = max(rates[ours], seen[theirs])
+    return rates
 
 
 @cache
 def machines() -> list[Machine]:
     """The one that was measured, a server, and a node of GPUs."""
-    rates = scaling()["machine"]["curves"]["rates"]
-    (copied, copy_s), (size, read_s) = (
-        last("files", "copy and sync over bytes"),
-        last("files", "read over bytes"),
-    )
+    rates = best_rates()
+    disk = next(iter(results("load_save").values()))
     eigen_s = {}
     for dtype in ("float32", "float64"):
         n, seconds = last("eigenvectors", f"eigenvectors, {dtype}")
@@ -102,13 +124,14 @@ def machines() -> list[Machine]:
     here = Machine(
         name=f"{scaling()['machine']['threads']} cores",
         macs={dtype: rates[f"multiply_adds_{dtype}"] for dtype in eigen_s},
-        read=size / read_s,
-        write=copied / copy_s,
+        read=disk["bytes"]["dense"] / disk["seconds"]["read dense"],
+        write=disk["bytes"]["dense"] / disk["seconds"]["copy and sync"],
         hashed=rates["bytes_hashed"],
         moved=rates["bytes_read"],
         eigen_s=eigen_s,
     )
-    here = replace(here, share=min(map(_share, SHARES, [here] * len(SHARES))), forward=_forward())
+    shares = [_share(here, *layer[1:]) for layer in measured_layers()]
+    here = replace(here, share=min(shares), forward=_forward())
     more = CORES / scaling()["machine"]["threads"] * CORE_SHARE
     server = replace(
         here,
@@ -122,9 +145,8 @@ def machines() -> list[Machine]:
     return [here, server, replace(server, name=f"{CORES} cores, 8 {GPU}", moved=PCIE, gpu=True)]
 
 
-def _share(share: str, machine: Machine) -> float:
-    """Of the speed of products, what the widest layer came to once eigenvectors are taken off."""
-    sizes, seconds = width_case(share)
+def _share(machine: Machine, sizes: Sizes, share: str, seconds: float) -> float:
+    """Of the speed of products, what a measured layer came to once eigenvectors are taken off."""
     products, eigenvectors = machine.decompose(sizes, share)
     return products / max(seconds - eigenvectors, products)
 
@@ -132,7 +154,7 @@ def _share(share: str, machine: Machine) -> float:
 def _forward() -> float:
     parameters, seconds = last("evaluate", "evaluate over parameters")
     part = scaling()["evaluate"]["curves"]["evaluate over parameters"]
-    rate = scaling()["machine"]["curves"]["rates"]["multiply_adds_float32"]
+    rate = best_rates()["multiply_adds_float32"]
     return min(1.0, parameters * part["prompt_tokens"] / seconds / rate)
 
 
