@@ -80,3 +80,5 @@ def test_a_streamed_compression_is_the_same_and_cleans_up(text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "streamed", "told.txt"]
     with pytest.raises(UserError, match="--stream needs --out"):
         run(request(text, target_ratio=2.0, more={"stream": True}))
+    with pytest.raises(UserError, match="--stream is for --calibration"):
+        run(request(None, target_ratio=2.0, more={"stream": True}))

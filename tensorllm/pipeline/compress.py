@@ -130,6 +130,8 @@ def run(
         model=source.name,
         revision=source.revision,
     )
+    if request.stream and request.calibration is None:
+        raise UserError("--stream is for --calibration FILE; without data, disk is streamed always")
     if request.calibration is not None:
         task = _calibrated(task, request, progress)
     if budget is not None:
