@@ -68,7 +68,7 @@ def test_errors_are_those_of_the_truncated_hosvd_and_costs_what_is_stored() -> N
     w = planted(0.3)
     site = site_of(w)
     for ranks in [(1, 1, 1), (7, 5, 2), (60, 3, 4), (20, 24, 1), (60, 24, 4)]:
-        found = float(site.error(torch.tensor([ranks])))
+        found = site.error(ranks)
         assert found == pytest.approx(truncated_hosvd_error(w.numpy(), ranks), rel=1e-6, abs=1e-9)
         counted = tl.SharedTucker4D(ranks=ranks).stored_parameters(SHAPE)
         assert int(site.stored(torch.tensor([ranks]))) == counted
@@ -79,9 +79,7 @@ def test_a_matrix_is_the_case_of_one_rank() -> None:
     site = site_energy(Job(Site((2,), ("in",), "matrix"), tl.LaserSVD(rank=1)), w)
     singular = np.linalg.svd(w.numpy())[1]
     for rank in (1, 7, 20):
-        assert float(site.error(torch.tensor([[rank]]))) == pytest.approx(
-            (singular[rank:] ** 2).sum(), abs=1e-9
-        )
+        assert site.error((rank,)) == pytest.approx((singular[rank:] ** 2).sum(), abs=1e-9)
         assert int(site.stored(torch.tensor([[rank]]))) == rank * 50
     assert site.edit((7,)) == {"layers": [2], "mode": "laser", "rank": 7, "matrices": ["in"]}
 
@@ -128,7 +126,8 @@ def test_no_other_choice_of_ranks_is_better() -> None:
     options = []
     for site in sites:
         ranks_NC = torch.tensor(list(itertools.product(*(range(1, n + 1) for n in (6, 4, 4)))))
-        pairs = zip(site.stored(ranks_NC).tolist(), site.error(ranks_NC).tolist(), strict=True)
+        errors = [site.error(tuple(ranks)) for ranks in ranks_NC.tolist()]
+        pairs = zip(site.stored(ranks_NC).tolist(), errors, strict=True)
         options.append([*pairs, (site.numbers, 0.0)])
     for budget in (40, 100, 200, 300):
         found = by_size(sites, budget)
@@ -237,3 +236,13 @@ def test_a_matrix_is_not_edited_twice_and_layers_can_be_left_out() -> None:
     assert len(PerLayer(edits=(one,)).sites(roles.geometry, [1])) == 1
     with pytest.raises(UserError, match=r"of layers \[0, 1\]"):
         PerLayer(edits=(one,)).sites(roles.geometry, [7])
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = tiny_model("gptj")
+    weights = parameters_of(model)
+    roles = RoleMatrices(model.config, weights)
+    weights[roles.name(1, "out")][3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"layers\.1\.out: the weights must be finite"):
+        run(CompressRequest(model=str(tmp_path), mode="laser", settings={"target_ratio": 2.0}))

@@ -140,6 +140,9 @@ def energies(
         names = sorted({roles.name(*matrix) for matrix in job.site.matrices})
         weights = {name: w.to(device) for name, w in checkpoint.read(names).items()}
         w = job.site.stack([roles.read(weights, *m) for m in job.site.matrices], roles.geometry)
-        out.append(site_energy(job, w))
+        try:
+            out.append(site_energy(job, w))
+        except UserError as error:
+            raise UserError(f"{job.site.name}: {error}") from None
     progress(len(jobs), len(jobs), "spectra done")
     return out

@@ -130,8 +130,7 @@ def _allocation(sites: Sequence[SiteEnergy], ranks: Sequence[Ranks | None]) -> A
         if chosen is None:
             stored += site.numbers
         else:
-            ranks_1C = torch.tensor([chosen])
-            stored += int(site.stored(ranks_1C))
-            lost += float(site.error(ranks_1C))
+            stored += int(site.stored(torch.tensor([chosen])))
+            lost += site.error(chosen)
     before, total = sum(site.numbers for site in sites), sum(site.total for site in sites)
     return Allocation(list(ranks), before / stored, math.sqrt(lost / total) if total else 0.0)

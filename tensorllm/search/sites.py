@@ -50,7 +50,7 @@ class SiteEnergy:
         """In the tensor itself."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def total(self) -> float:
         return float(self.energy.sum())
 
@@ -62,16 +62,17 @@ class SiteEnergy:
         sums = {a: self.energy.sum(o) if o else self.energy for a, o in others.items()}
         return {axis: squares.sqrt() for axis, squares in sums.items()}
 
-    @cached_property
-    def _kept(self) -> Tensor:
+    def error(self, ranks: Ranks) -> float:
+        """Squared error of truncating to these ranks."""
+        kept = self.energy[tuple(slice(rank) for rank in ranks)].sum()
+        return max(0.0, self.total - float(kept))
+
+    def _errors(self, ranks_NC: Tensor) -> Tensor:
+        """The same for many combinations."""
         kept = self.energy
         for axis in range(kept.ndim):
             kept = kept.cumsum(axis)
-        return kept
-
-    def error(self, ranks_NC: Tensor) -> Tensor:
-        """Squared error of truncating to each combination of ranks."""
-        return (self.total - self._kept[tuple((ranks_NC - 1).T)]).clamp(min=0.0)
+        return (self.total - kept[tuple((ranks_NC - 1).T)]).clamp(min=0.0)
 
     def stored(self, ranks_NC: Tensor) -> Tensor:
         """Numbers stored at each combination of ranks."""
@@ -93,7 +94,7 @@ class SiteEnergy:
         grid = torch.meshgrid(*axes, indexing="ij")
         ranks_NC = torch.stack([axis.flatten() for axis in grid], 1)
         scale = self.numbers / self.total if self.total else 0.0
-        cost_N, error_N = self.stored(ranks_NC), self.error(ranks_NC) * scale
+        cost_N, error_N = self.stored(ranks_NC), self._errors(ranks_NC) * scale
         front = front_of(cost_N, error_N, self.numbers - 1)
         chosen = ranks_NC[front.picks_NC[:, 0] - 1].tolist()
         cost = torch.cat((front.cost_N, torch.tensor([self.numbers])))
