@@ -3,6 +3,7 @@
 `import tensorllm` calls `watch`. Nothing heavy may be imported here.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -50,7 +51,14 @@ class _Registering(Loader):
         return created
 
     def exec_module(self, module: ModuleType) -> None:
+        # Where torchao is installed this imports it, and it tells of GPU libraries it lacks.
+        chatty = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+        levels = [logger.level for logger in chatty]
+        for logger in chatty:
+            logger.setLevel(logging.ERROR)
         self._loader.exec_module(module)
+        for logger, level in zip(chatty, levels, strict=True):
+            logger.setLevel(level)
         import_module(OURS)
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks
