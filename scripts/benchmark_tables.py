@@ -1,6 +1,6 @@
 """Markdown tables of what benchmarks compared; see fill_numbers.py for how they get into pages."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Lookup = Callable[[str], Any]
@@ -66,7 +66,7 @@ def made(part: Mapping[str, Any]) -> str:
     return f"{where}{note}: `{part['command']}`"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Markdown; all columns but the first are numbers."""
     lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

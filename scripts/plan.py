@@ -6,11 +6,13 @@ docs/scaling.md shows; scripts/fill_numbers.py puts the tables there.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 from benchmark_tables import Lookup, amount, figure, table
-from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, ranks_at, scaling
+from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, scaling
+from scaling_tensors import ranks_at  # plan_machines says where that lies
 
 from tensorllm.calibration.groups import input_width, output_width
 from tensorllm.calibration.sizes import candidates
@@ -22,7 +24,8 @@ from tensorllm.tensors.stacking import ATTENTION, Geometry
 # Llama-3.1-405B, as its config.json has it; weights in bfloat16
 LAYERS, VOCABULARY, BYTES = 126, 128_256, 2
 GEOMETRY = Geometry(D=16_384, H=128, G=8, K=128, F=53_248, gated=True)
-STACK = Site((0,), ATTENTION, "heads").shape(GEOMETRY)
+WIDTH, HEAD, MATRICES, GROUPS = Site((0,), ATTENTION, "heads").shape(GEOMETRY)
+STACK = (WIDTH, HEAD, MATRICES, GROUPS)
 LAYER = prod(STACK) + 3 * GEOMETRY.D * GEOMETRY.F
 EMBEDDING = VOCABULARY * GEOMETRY.D
 PARAMETERS = LAYERS * (LAYER + 2 * GEOMETRY.D) + 2 * EMBEDDING + GEOMETRY.D
@@ -123,7 +126,7 @@ def tasks() -> list[Task]:
     fitting = moments + COPIES * 8 * max(OUTPUTS) ** 2 + states + 8 * LAYER
     return [
         *(
-            Task(f"compress, {share} ranks", lambda m, s=share: compress(m, s), streaming, SIZE)
+            Task(f"compress, {share} ranks", partial(compress, share=share), streaming, SIZE)
             for share in ("strong", "mild")
         ),
         Task("activation-hybrid", fit, fitting, SIZE / 2),
