@@ -34,13 +34,13 @@ def details_of(
         `spectra`: of each mode, singular values as shares of ||W|| at some of their numbers.
         `matrices`: of each matrix ||W - dense|| / ||W||, and of each of its heads.
     """
-    left = site.unstack(factors.dense() - w, geometry)
+    lost_ID = site.unstack(factors.dense() - w, geometry)
     return {
         "site": site.name,
         "spectra": _spectra(w, factors),
         "matrices": [
-            _matrix(layer, role, *pair, geometry)
-            for (layer, role), *pair in zip(site.matrices, w_ID, left, strict=True)
+            _matrix(layer, role, old_ID, left_ID, geometry)
+            for (layer, role), old_ID, left_ID in zip(site.matrices, w_ID, lost_ID, strict=True)
         ],
     }
 

@@ -67,7 +67,7 @@ def ratios(report: Json, benched: Sequence[Benched]) -> list[dict[str, str]]:
         "bytes_on_disk": [size(totals.get(f"bytes_{w}") or 0) for w in ("before", "after")],
     }
     out = [
-        _ratio(RATIO_NAMES[name], MEANING[name], *numbers[name], value)
+        _ratio(RATIO_NAMES[name], MEANING[name], numbers[name], value)
         for name, value in report["ratios"].items()
     ]
     if 1 < len(layers) <= 4:
@@ -75,8 +75,7 @@ def ratios(report: Json, benched: Sequence[Benched]) -> list[dict[str, str]]:
             _ratio(
                 f"attention of layer {layer['layer']}",
                 "q, k, v and o of this layer",
-                count(layer["before"]),
-                count(layer["after"]),
+                (count(layer["before"]), count(layer["after"])),
                 layer["ratio"],
             )
             for layer in layers
@@ -90,11 +89,13 @@ def ratios(report: Json, benched: Sequence[Benched]) -> list[dict[str, str]]:
         ):
             if key in run.found["ratios"]:
                 pair = [size(models[which][field]) for which in ("dense", "factored")]
-                out.append(_ratio(name, "in memory, as it runs", *pair, run.found["ratios"][key]))
+                out.append(_ratio(name, "in memory, as it runs", pair, run.found["ratios"][key]))
     return out
 
 
-def _ratio(name: str, meaning: str, before: str, after: str, value: float) -> dict[str, str]:
+def _ratio(name: str, meaning: str, pair: Sequence[str], value: float) -> dict[str, str]:
+    """A row of the table; `pair` is before and after, as they are written."""
+    before, after = pair
     return {
         "name": name,
         "meaning": meaning,

@@ -126,7 +126,7 @@ def _inline(svg: str, name: str) -> str:
     )
 
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib types its settings by their names, one by one
     "svg.fonttype": "none",
     "svg.hashsalt": "tensorllm",
     "font.family": "DejaVu Sans",
