@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tensorllm.metrics import Accuracy, AnswerLoss, Perplexity, TokenF1, TopK, answer_metrics
-from tensorllm.tensors import frontier
+from tensorllm.tensors import allocation, frontier
 from tensorllm.tensors.allocation import Choice, Curve, allocate, error_of
 from tensorllm.tensors.frontier import Front, front_of, merge, union
 
@@ -177,3 +177,51 @@ def test_devices_add_their_states_and_options_reach_every_metric():
     assert float(one.compute()) == pytest.approx(50)
     one.reset()
     assert (float(one.total), float(one.count)) == (0.0, 0.0)
+
+
+@pytest.fixture
+def prices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the frontiers, which are exact in small problems and so hide the prices."""
+    monkeypatch.setattr(allocation, "_by_frontier", lambda clusters, budget: [])
+
+
+@pytest.mark.usefixtures("prices_alone")
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_a_price_finds_the_dearer_way_where_it_pays(scale: float):
+    """Steps from the cheapest choice never change the way of grouping."""
+    cheap = Curve(torch.tensor([1, 2, 3]), scale * torch.tensor([9.0, 8.9, 8.8]).double())
+    good = Curve(torch.tensor([4, 6, 9]), scale * torch.tensor([3.0, 1.0, 0.9]).double())
+    clusters = [[[cheap], [good]] for _ in range(3)]
+    assert allocate(clusters, 18) == [Choice(1, (2,))] * 3  # 18 numbers at the budget of 18
+    found = allocate(clusters, 21)
+    assert sorted(choice.ranks for choice in found) == [(2,), (2,), (3,)]
+    assert allocate(clusters, 27) == [Choice(1, (3,))] * 3  # all there is
+    assert allocate(clusters, 3) == [Choice(0, (1,))] * 3  # the least there is
+
+
+@pytest.mark.usefixtures("prices_alone")
+@pytest.mark.parametrize("seed", range(4))
+def test_convex_curves_of_unit_costs_are_shared_out_exactly(seed: int):
+    noise = torch.Generator().manual_seed(seed)
+    curves = []
+    for _ in range(3):
+        gains = torch.randint(1, 50, (5,), generator=noise).double().sort().values
+        curves.append(Curve(torch.arange(1, 6), gains.flip(0).sum() - gains.flip(0).cumsum(0)))
+    clusters = [[[one]] for one in curves]
+    for budget in range(3, 16):
+        errors = [
+            sum(float(c.error_S[r - 1]) for c, r in zip(curves, ranks, strict=True))
+            for ranks in itertools.product(range(1, 6), repeat=3)
+            if sum(ranks) <= budget
+        ]
+        assert error_of(clusters, allocate(clusters, budget)) == pytest.approx(min(errors))
+
+
+def test_merged_frontiers_are_thinned_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frontier, "POINTS", 3)
+    one = Front(
+        torch.tensor([0, 10, 25]), torch.tensor([9.0, 5.0, 1.0]).double(), torch.eye(3).long()
+    )
+    two = merge(one, one, 60)
+    assert [c for c, *_ in points(two)] == [0, 10, 35, 50]  # the dearest of every third of 60
+    assert points(merge(one, one, 5)) == [(0, 18.0, (1, 0, 0, 1, 0, 0))]
