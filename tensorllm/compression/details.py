@@ -5,6 +5,7 @@ Shapes: I inner width of a role matrix, D model width, K head width, H heads of 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,46 +14,78 @@ from torch import Tensor
 from tensorllm.compressors import Site
 from tensorllm.tensors.factors import Factors, LowRank, Tucker, wide
 from tensorllm.tensors.stacking import ATTENTION, Geometry
-from tensorllm.tensors.tucker import spectra
+from tensorllm.tensors.tucker import relative_error, slice_errors, spectra
+from tensorllm.tensors.unfold import energy
 
 DETAILS = "details.json"
-WHOLE = 1024  # of larger modes only the kept part is recorded: all of it costs more than the cut
+# Multiply-adds that all of a mode's singular values may take; beyond, only the kept part is
+# recorded: more would cost as much as the decomposition.
+WHOLE = 2**32
 POINTS = 160  # of one spectrum are recorded, closer together where it begins
 
 
-def details_of(
-    site: Site, w: Tensor, w_ID: Sequence[Tensor], factors: Factors, geometry: Geometry
-) -> dict[str, Any]:
+Norms = list[tuple[Tensor, Tensor]]  # per matrix and head: of what was lost, and of all
+
+
+def details_of(site: Site, w: Tensor, factors: Factors, norms: Norms) -> dict[str, Any]:
     """The record of one site in `details.json`.
 
     Args:
         w: the stacked tensor that was decomposed.
-        w_ID: the role matrices it was stacked from, in the order of `site.matrices`.
         factors: as they are stored.
+        norms: from `norms_of_heads`.
 
     Returns:
         `spectra`: of each mode, singular values as shares of ||W|| at some of their numbers.
         `matrices`: of each matrix ||W - dense|| / ||W||, and of each of its heads.
     """
-    lost_ID = site.unstack(factors.dense() - w, geometry)
     return {
         "site": site.name,
         "spectra": _spectra(w, factors),
         "matrices": [
-            _matrix(layer, role, old_ID, left_ID, geometry)
-            for (layer, role), old_ID, left_ID in zip(site.matrices, w_ID, lost_ID, strict=True)
+            _matrix(layer, role, errors_H, norms_H)
+            for (layer, role), (errors_H, norms_H) in zip(site.matrices, norms, strict=True)
         ],
     }
 
 
-def _matrix(
-    layer: int, role: str, w_ID: Tensor, left_ID: Tensor, geometry: Geometry
-) -> dict[str, Any]:
+def error_of_site(w: Tensor, factors: Factors, norms: Norms) -> float:
+    """||W - dense|| / ||W|| of the whole site."""
+    error, norm = (math.hypot(*(float(x.norm()) for x in of)) for of in zip(*norms, strict=True))
+    if 0 < norm < math.inf and error < math.inf:
+        return error / norm
+    return relative_error(w, factors)  # squares under- or overflowed, or there is nothing
+
+
+def norms_of_heads(
+    site: Site, w: Tensor, w_ID: Sequence[Tensor], factors: Factors, geometry: Geometry
+) -> Norms:
+    """Per matrix the norms (H) of what every head lost, and of the head.
+
+    Args:
+        w: the stacked tensor that was decomposed.
+        w_ID: the role matrices it was stacked from, in the order of `site.matrices`.
+        factors: as they are stored.
+    """
+    if isinstance(factors, Tucker) and site.stacking == "heads":
+        found = slice_errors(w, factors, (0, 1))
+        if found is not None:
+            one = replace(geometry, D=1, K=1)  # where a head is one number
+            errors, norms = (site.unstack(x_MG[None, None], one) for x_MG in found)
+            return [(e.flatten(), n.flatten()) for e, n in zip(errors, norms, strict=True)]
+    lost_ID = site.unstack(factors.dense() - w, geometry)
+    return [
+        (_by_head(role, left_ID, geometry), _by_head(role, old_ID, geometry))
+        for (_, role), old_ID, left_ID in zip(site.matrices, w_ID, lost_ID, strict=True)
+    ]
+
+
+def _by_head(role: str, w_ID: Tensor, geometry: Geometry) -> Tensor:
     heads = len(w_ID) // geometry.K if role in ATTENTION else 1
-    errors_H, norms_H = (
-        torch.linalg.vector_norm(wide(x).reshape(heads, -1), dim=1).double()
-        for x in (left_ID, w_ID)
-    )
+    return torch.linalg.vector_norm(wide(w_ID).reshape(heads, -1), dim=1).double()
+
+
+def _matrix(layer: int, role: str, errors_H: Tensor, norms_H: Tensor) -> dict[str, Any]:
     out = {
         "layer": layer,
         "role": role,
@@ -69,12 +102,12 @@ def _ratio(error: float, norm: float) -> float:
 
 
 def _spectra(w: Tensor, factors: Factors) -> list[dict[str, Any]]:
-    norm = float(torch.linalg.vector_norm(wide(w))) or 1.0
+    norm = math.sqrt(energy(w)) or 1.0
     whole = math.inf if w.is_cuda else WHOLE
     out = []
     for mode, rank in _cuts(w, factors).items():
-        size = min(w.shape[mode], w.numel() // w.shape[mode])
-        values = spectra(w, (mode,))[mode] if size <= whole else _kept(mode, factors)
+        cost = w.numel() * min(w.shape[mode], w.numel() // w.shape[mode])
+        values = spectra(w, (mode,))[mode] if cost <= whole else _kept(mode, factors)
         at = _picked(len(values))
         out.append(
             {

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from tensorllm.architectures import RoleMatrices
-from tensorllm.compression.details import details_of
+from tensorllm.compression.details import details_of, error_of_site, norms_of_heads
 from tensorllm.compression.report import SiteReport
 from tensorllm.compressors import Compressor, Job, Site
 from tensorllm.errors import UserError
 from tensorllm.runtime.cost import choose
 from tensorllm.tensors.factors import FACTORS, Factors, cast, parameters
-from tensorllm.tensors.tucker import relative_error
 from tensorllm.tensors.unfold import all_finite
 
 
@@ -59,6 +58,7 @@ def run_job(
     if w.is_cuda:
         torch.cuda.synchronize(w.device)
     seconds = time.perf_counter() - started
+    norms = norms_of_heads(site, w, w_ID, factors, roles.geometry)
     choice = choose(site, factors, roles.geometry, "auto")
     report = SiteReport(
         name=site.name,
@@ -70,11 +70,11 @@ def run_job(
         ranks=factors.ranks,
         parameters_before=w.numel(),
         parameters_after=parameters(factors),
-        relative_error=relative_error(w, factors),
+        relative_error=error_of_site(w, factors, norms),
         seconds=seconds,
         auto=f"{'factored' if choice.factored else 'dense'}: {choice.why}",
     )
-    return Compressed(site, factors, report, details_of(site, w, w_ID, factors, roles.geometry))
+    return Compressed(site, factors, report, details_of(site, w, factors, norms))
 
 
 def write_dense(done: Compressed, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> None:

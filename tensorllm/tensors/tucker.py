@@ -7,7 +7,7 @@ the best rank-1 and rank-(R1,...,RN) approximation of higher-order tensors", SIA
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -203,6 +203,25 @@ def relative_error(w: Tensor, factors: Factors) -> float:
             return math.sqrt(share)
     left = residual_energy(w, factors.dense())
     return math.sqrt(left / total) if total else float(left > 0)
+
+
+def slice_errors(w: Tensor, t: Tucker, modes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """Norms of w - dense, and of w, for every index of the modes that are not in `modes`.
+
+    Without the dense tensor, so that it costs two thin products; None where a difference would be
+    lost to cancellation.
+    """
+    factors = {mode: wide(u) for mode, u in t.factors.items()}
+    inside = {n: u for n, u in factors.items() if n in modes}
+    outside = {n: u.double().mT for n, u in factors.items() if n not in modes}
+    own = _project_all(wide(t.core).double(), outside)
+    twice = _project_all(own, {n: u.double().mT @ u.double() for n, u in inside.items()})
+    cross = _project_all(w, inside).double()
+    norms = torch.linalg.vector_norm(w, dim=tuple(modes), dtype=wide(w[:0]).dtype).double()
+    left = norms.square() + ((twice - 2 * cross) * own).sum(tuple(modes))
+    if bool((left < CANCELS * norms.square()).any()):
+        return None
+    return left.sqrt(), norms
 
 
 def _residual_share(w: Tensor, t: Tucker, total: float) -> float:
