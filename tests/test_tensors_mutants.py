@@ -225,3 +225,13 @@ def test_merged_frontiers_are_thinned_too(monkeypatch: pytest.MonkeyPatch):
     two = merge(one, one, 60)
     assert [c for c, *_ in points(two)] == [0, 10, 35, 50]  # the dearest of every third of 60
     assert points(merge(one, one, 5)) == [(0, 18.0, (1, 0, 0, 1, 0, 0))]
+
+
+def test_what_is_left_buys_the_most_gain_per_number():
+    def curve_of(costs: list[int], errors: list[float]) -> Curve:
+        return Curve(torch.tensor(costs), torch.tensor(errors).double())
+
+    steps = [[[curve_of([1, 2, 5], [10, 7, 4]), curve_of([1, 4], [10, 5])]]]
+    assert allocation._spend_rest(steps, [Choice(0, (1, 1))], 6) == [Choice(0, (2, 2))]
+    near = [[[curve_of([1, 2], [10, 9.9]), curve_of([1, 3], [2, 0])]]]
+    assert allocation._spend_rest(near, [Choice(0, (1, 1))], 4) == [Choice(0, (1, 2))]
