@@ -35,9 +35,9 @@ class Layer:
         return {f"{path}.{name}": p.data for name, p in self.block.named_parameters()}
 
     def map(self, group: Group) -> Tensor:
-        """The group's maps from inputs to outputs, stacked (M, X), float64."""
+        """The group's maps from inputs to outputs, stacked (M, X), float64, beside the moments."""
         weights = self.weights
-        parts = [self.roles.read(weights, self.number, role).double() for role in group]
+        parts = [self.roles.read(weights, self.number, role).cpu().double() for role in group]
         return torch.cat([w.mT if _reads_inner(group) else w for w in parts])
 
     def put(self, group: Group, factors: Factors) -> None:
