@@ -147,21 +147,31 @@ def comparisons(rows: Sequence[dict[str, Any]], metric: str, unit: str) -> dict[
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--part", choices=("demo", "tinystories"), help="one of them only")
     options.add_argument("--shared", type=Path, help="folder with models/ and data/")
     args = options.parse_args()
     begin(args)
+    if args.part != "tinystories":
+        demo(args)
+    if args.part != "demo" and args.shared is not None:
+        tinystories(args)
+
+
+def demo(args: argparse.Namespace) -> None:
     limit = 40 if args.quick else None
-    demo = {part: make_dataset("demo", split=part, limit=limit) for part in ("val", "test")}
-    subject = Subject(MODEL_DIR, demo)
+    parts = {part: make_dataset("demo", split=part, limit=limit) for part in ("val", "test")}
+    subject = Subject(MODEL_DIR, parts)
     rows = [row for layers in ((3,), None) for row in compare(subject, layers, args)]
     save("energy", "demo", comparisons(rows, "accuracy", "%"), args, rows=rows)
-    if args.shared is None:
-        return
-    stories = {
-        part: make_dataset("text", data_file=args.shared / STORIES, split=part, limit=80)
-        for part in ("val", "test")
+
+
+def tinystories(args: argparse.Namespace) -> None:
+    file = args.shared / STORIES
+    parts = {
+        part: make_dataset("text", data_file=file, split=part, limit=limit)
+        for part, limit in (("val", 40), ("test", 80))
     }
-    subject = Subject(args.shared / MODEL, stories)
+    subject = Subject(args.shared / MODEL, parts)
     rows = [row for layers in ((1,), None) for row in compare(subject, layers, args)]
     save("energy", "tinystories", comparisons(rows, "perplexity", "nats, exp"), args, rows=rows)
 
