@@ -87,7 +87,8 @@ class SiteEnergy:
         """The useful combinations by ascending cost; the last one, None, leaves the site alone.
 
         Errors are those of the matrices brought to a mean square of one: norms after and before
-        them undo their size, and on tinystories-656K absolute errors served worse throughout.
+        them undo their size; on tinystories-656K absolute errors served worse in nine of twelve
+        cases (four modes, three ratios).
         """
         sizes = self.energy.shape
         axes = [_candidates(n) for n in sizes] if len(sizes) > 1 else [_all(sizes[0])]
