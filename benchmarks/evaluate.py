@@ -46,7 +46,8 @@ def trained_tokenizer(data: Path) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    lines = [line for file in FILES.values() for line in (data / file).open(encoding="utf-8")]
+    texts = ((data / file).read_text(encoding="utf-8") for file in FILES.values())
+    lines = [line for text in texts for line in text.splitlines()]
     lines += [f" {word}" for word in (*CHOICES, "true", "false")] * 2000
     trainer = trainers.BpeTrainer(
         vocab_size=4096,

@@ -63,16 +63,21 @@ def arguments() -> argparse.Namespace:
 
 
 def make_model(
-    folder: Path, tokenizer: Any, data: ReasoningDataModule, seed: int, width: int
+    folder: Path, tokenizer: Any, data: ReasoningDataModule | None, seed: int, width: int
 ) -> None:
-    """Write the model as a checkpoint, so that reloading it costs what it costs."""
+    """Write the model as a checkpoint, so that reloading it costs what it costs.
+
+    Args:
+        data: questions that its readout is fitted to; None: to none.
+    """
     torch.manual_seed(seed)
     config = GPTJConfig(
         vocab_size=len(tokenizer), n_embd=width, n_layer=12, n_head=16, n_positions=512,
         rotary_dim=16, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     model = GPTJForCausalLM(config).eval()
-    fit_readout(model, tokenizer, data)
+    if data is not None:
+        fit_readout(model, tokenizer, data)
     model.save_pretrained(folder)
 
 
@@ -86,8 +91,6 @@ def fit_readout(model: GPTJForCausalLM, tokenizer: Any, data: ReasoningDataModul
     rows = [row for batch in scorer.plan(data.examples) for row in scorer.score(batch)]
     rows.sort(key=lambda row: row.index)
     prompt, choices = data.examples[0].prompt, data.examples[0].choices
-    if not choices:
-        return
     first = choices[0]
     gaps, wanted, states = [], [], []
     for example, row in zip(data.examples, rows, strict=True):
@@ -170,7 +173,8 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         data = dataset(args, tokenizer)
         if not (folder / "config.json").exists():
-            make_model(folder, tokenizer, data, args.seed, 256 if args.quick else 512)
+            fitted = data if args.data_file else None
+            make_model(folder, tokenizer, fitted, args.seed, 256 if args.quick else 512)
         model = GPTJForCausalLM.from_pretrained(folder).eval()
         roles = RoleMatrices(model.config, parameters_of(model))
         space = make_space(roles, "shared-tucker", layers=LAYERS)

@@ -23,9 +23,15 @@ def why_not(
     try:
         HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT)
     except Exception as error:  # whatever the client's own HTTP library raises
-        lines = str(error).strip().splitlines()
-        return lines[0][:200] if lines else type(error).__name__
+        return reason(error)
     return None
+
+
+def reason(error: Exception) -> str:
+    """What the hub itself says about a refusal, else the error's first line."""
+    told = getattr(error, "server_message", None)
+    lines = (told or str(error)).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
 
 
 def local_copy(

@@ -73,7 +73,7 @@ def test_every_command_can_print_json() -> None:
         ("search-ranks --model demo --mode lazer", "'laser'"),
         ("search-ranks --model demo --objective acuracy", "'accuracy'"),
         ("search-ranks --model demo --sampler gird", "'grid'"),
-        ("search-ranks --model demo --mode laser --matrices gat", "'gate'"),
+        ("search-ranks --model demo --mode laser --sampler gird", "'grid'"),
         ("reproduce --model gptjj --dry-run", "'gptj'"),
         ("reproduce --model gptj --dataset fevr --dry-run", "'fever'"),
         ("generate --model demoo --prompt x", "'demo'"),

@@ -43,9 +43,18 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
     if known is not None:
         revision = revision or known.get("safetensors_revision") or known["revision"]
         return Source(model, revision, _download(known["hub"], revision, hint))
+    check_name(model)
     path = Path(model).expanduser()
     if path.is_dir():
         return Source(model, None, path)
+    return Source(model, revision, _download(model, revision, hint))
+
+
+def check_name(model: str) -> None:
+    """Refuse what can be no model, without asking the hub."""
+    path = Path(model).expanduser()
+    if model in short_names() or path.is_dir():
+        return
     if path.exists():
         raise UserError(f"the model {model} is a file; give the folder that holds it")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -55,7 +64,6 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
             f"no model {model!r}: not a local folder, not a hub id (owner/name), and not one of "
             f"{names}.{close}"
         )
-    return Source(model, revision, _download(model, revision, hint))
 
 
 def _download(hub_id: str, revision: str | None, hint: str) -> Path:

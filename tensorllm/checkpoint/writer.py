@@ -152,6 +152,8 @@ class ShardWriter:
         try:
             journal: dict[str, Any] = json.loads(path.read_text())
             if journal["fingerprint"] == fingerprint:
+                for half in self.folder.glob(".tmp*"):  # safetensors was killed in the middle
+                    half.unlink()
                 return journal
         except (OSError, ValueError, KeyError):
             pass  # no journal, or one that a crash left unreadable: begin again

@@ -47,7 +47,9 @@ def setting_problems(mode: str, settings: Mapping[str, Any]) -> list[str]:
             inner = {key: v for key, v in value.items() if key != "mode"}
             out += [f"{name}: {problem}" for problem in setting_problems(str(value["mode"]), inner)]
         elif not _fits(_value(value, hints.get(name)), hints.get(name)):
-            out.append(f"{name} must be {_describe(hints[name])}, got {value!r}")
+            words = [word for word in get_args(hints[name]) if isinstance(word, str)]
+            close = _suggest(str(value), words)
+            out.append(f"{name} must be {_describe(hints[name])}, got {value!r}{close}")
     return out
 
 

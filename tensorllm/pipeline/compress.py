@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.source import Source, resolve
+from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.card import rewrite_card
 from tensorllm.compression.folder import compress_folder
@@ -105,6 +105,7 @@ def run(
     """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
     load_plugins(request.plugins)
     recipe = recipe_of(request)
+    check_name(recipe.model)
     budget = budget_of(recipe.mode, recipe.settings)
     compressor = budget.compressor() if budget else make_compressor(recipe.mode, recipe.settings)
     one_of("--format", request.format, FORMATS)

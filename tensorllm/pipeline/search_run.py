@@ -15,6 +15,7 @@ from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import compress
+from tensorllm.compressors import COMPRESSORS
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
@@ -46,6 +47,7 @@ class SearchRun:
     def __init__(self, request: SearchRequest, watch: Watch | None = None) -> None:
         self.watch = watch
         load_plugins(request.plugins)
+        _ = COMPRESSORS[request.mode]  # an unknown one is refused before the model is loaded
         self.request = request
         self.source = resolve(request.model, request.revision)
         self.loader = Loader(self.source.folder, dtype_of(request.dtype))
