@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import resource
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +86,7 @@ def test_killed_at_random_moments_and_continued(small, undisturbed, tmp_path, wo
             child.start()
         time.sleep(moments.uniform(0.02, 0.25))
         for child in children:
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             child.join()
         killed += 1
     small.work(opened(small, tmp_path))
