@@ -7,7 +7,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS := $(shell grep -l '"__main__"' benchmarks/*.py)
+BENCHMARKS := $(shell grep -l "^from results import.*parser" benchmarks/*.py)
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 

@@ -33,7 +33,7 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.evaluation.scorer import make_scorer
-from tensorllm.search.examiner import Examiner, Found
+from tensorllm.search.examiner import Examiner, Found, unpack
 from tensorllm.search.kept import Budget
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
@@ -164,6 +164,19 @@ def timed_naive(args, folder, tokenizer, data, points) -> float:  # type: ignore
     return (fixed + running) / args.naive_trials * len(points)
 
 
+def stopping_early(examiner: Examiner, points: list[Point]) -> int:
+    """How many of the points are given up, each against the best one before it."""
+    best: Found | None = None
+    stopped = 0
+    for point in points:
+        rival = Rival(unpack(best.correct, best.seen), best.loss) if best else None
+        got = examiner(point, rival, level=0.001)
+        stopped += got.stopped
+        if not got.stopped and (best is None or got.accuracy >= best.accuracy):  # type: ignore[operator]
+            best = got
+    return stopped
+
+
 def main() -> None:
     """Measure, print and save."""
     args = arguments()
@@ -183,24 +196,19 @@ def main() -> None:
         points.sort(key=lambda point: -point.layers[0])
         options = {"max_new_tokens": data.max_new_tokens, "points": points, "seed": args.seed}
 
+        def examiner() -> Examiner:  # a new one knows nothing: nothing is decomposed or kept yet
+            return Examiner(
+                model, tokenizer, data.examples, PROTOCOLS["strict"],
+                budget=Budget(default_budget(model.device)), **options,
+            )  # fmt: skip
+
         found: dict[str, float] = {}
         started = time.perf_counter()
-        examiner = Examiner(
-            model, tokenizer, data.examples, PROTOCOLS["strict"],
-            budget=Budget(default_budget(model.device)), **options,
-        )  # fmt: skip
-        full = [examiner(point) for point in points]
+        examine = examiner()
+        full = [examine(point) for point in points]
         found["search"] = time.perf_counter() - started
-
         started = time.perf_counter()
-        best: Found | None = None
-        stopped = 0
-        for point in points:
-            rival = Rival(verdicts(best), best.loss) if best else None
-            got = examiner(point, rival, level=0.001)
-            stopped += got.stopped
-            if not got.stopped and (best is None or got.accuracy >= best.accuracy):  # type: ignore[operator]
-                best = got
+        stopped = stopping_early(examiner(), points)
         found["search_early_stopping"] = time.perf_counter() - started
 
         started = time.perf_counter()
@@ -241,12 +249,6 @@ def comparisons(found: dict[str, float], quick: bool) -> dict[str, Comparison]:
         ours=found["search_early_stopping"], unit="s", peer=found["search"], peer_name="without"
     )
     return out
-
-
-def verdicts(found: Found) -> tuple[bool, ...]:
-    from tensorllm.search.examiner import unpack
-
-    return unpack(found.correct, found.seen)
 
 
 if __name__ == "__main__":
