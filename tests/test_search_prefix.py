@@ -61,6 +61,7 @@ def test_every_causal_architecture_resumes_above_what_is_kept(name):
         for one, other in zip(got, want, strict=True):
             close(one, other)
     assert prefix.skipped >= 2 * (1 + 1 + 2 + 1)
+    del forward, plain
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
@@ -163,3 +164,48 @@ def test_the_byte_budgets_are_respected(tmp_path, memory, disk):
 
 def forward_of(model, prefix):
     return PrefixForward(model, prefix)
+
+
+@pytest.mark.parametrize("name", ["gptj", "llama"])
+@torch.no_grad()
+def test_one_pass_of_the_original_serves_every_candidate(name):
+    model, roles, weights = three_layers(name)
+    prefix = Prefix(model, roles, LARGE, candidates={0, 1, 2})
+    forward, plain = PrefixForward(model, prefix), ModelForward(model)
+    batch = left_padded([[5, 9, 11, 4, 8], [7, 3]], CPU)
+    with prefix.editing(None, ffn=False):
+        close(forward(batch, keep=1, grow=True, key=0)[0], plain(batch, keep=1)[0])
+    assert prefix.skipped == 0
+    for count, (lowest, role) in enumerate([(2, "o"), (1, "o"), (2, "in"), (1, "o")], 1):
+        before = prefix.skipped
+        with Edit(roles, weights, lowest, role, 1.5 + count):
+            with prefix.editing(lowest, ffn=role == "in"):
+                got, cache = forward(batch, keep=1, grow=True, key=0)
+            want, plain_cache = plain(batch, keep=1, grow=True)
+        close(got, want)
+        for one, other in zip(cache.layers, plain_cache.layers, strict=True):
+            seen = batch.mask_BT[:, None, :, None]  # what padding holds nobody reads
+            close(one.keys.where(seen, 0), other.keys.where(seen, 0))
+            close(one.values.where(seen, 0), other.values.where(seen, 0))
+        assert prefix.skipped - before == lowest
+    caches = 2 * sum(layer.keys.nbytes for layer in plain_cache.layers[:2])
+    hidden = 2 * 10 * 32 * 4
+    ffns = 2 * hidden if name in PARALLEL else 0
+    assert prefix.store.bytes["memory"] == caches + hidden + ffns  # one cache for both layers
+
+
+@torch.no_grad()
+def test_what_is_kept_to_spare_gives_way():
+    model, roles, _ = three_layers("llama")
+    prefix = Prefix(model, roles, Budget(3 * ONE), candidates={1, 2})
+    forward = PrefixForward(model, prefix)
+    batches = [left_padded([[5, 9, 11, 4 + i]] * 4, CPU) for i in range(3)]
+    with prefix.editing(2, ffn=True):
+        for key, batch in enumerate(batches):
+            forward(batch, keep=1, key=key)
+    assert prefix.store.bytes["memory"] <= 3 * ONE
+    computed = prefix.computed
+    with prefix.editing(2, ffn=True):
+        for key, batch in enumerate(batches):
+            forward(batch, keep=1, key=key)
+    assert prefix.computed - computed == 3  # the layer that is asked for came first

@@ -3,7 +3,6 @@
 Shapes: B examples, T tokens, V vocabulary, N positions with logits, S cached columns.
 """
 
-from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tensorllm.evaluation.encoding import Encoded
+from tensorllm.evaluation.choices import choice_scores
+from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
 from tensorllm.evaluation.generation import Greedy
 from tensorllm.evaluation.matching import token_f1
 from tensorllm.evaluation.protocol import Protocol
+from tensorllm.evaluation.reading import Reading, read
 from tensorllm.evaluation.row import Row
 
 
@@ -67,18 +68,22 @@ class CausalScorer:
 
     def _answers(
         self, batch: Batch, keep: int, *, grow: bool
-    ) -> tuple[Tensor, Padded, object, list[tuple[float, int]]]:
-        """Read prompt and gold answer; logits (B, keep, V), and each answer's log-probability and
-        first rank.
-        """
-        padded = left_padded([e.full[0] for e in batch.items], self.forward.device)
-        logits_BNV, cache = self.forward(padded, keep=keep, grow=grow, key=batch.key)
+    ) -> tuple[Reading, list[tuple[float, int]]]:
+        """Read prompt and gold answer; also each answer's log-probability and first rank."""
+        found = read(
+            self.forward,
+            [e.full[0] for e in batch.items],
+            keep=keep,
+            apart=min(common_prefix((e.full[0], e.prompt)) for e in batch.items),
+            grow=grow,
+            key=batch.key,
+        )
         lengths = [len(e.full[0]) - e.start for e in batch.items]
-        return logits_BNV, padded, cache, answer_scores(logits_BNV, padded.ids_BT, lengths)
+        return found, answer_scores(found.logits_BNV, found.padded.ids_BT, lengths)
 
     def _running_text(self, batch: Batch) -> list[Row]:
         keep = max(e.length for e in batch.items)
-        scores = self._answers(batch, keep, grow=False)[3]
+        _, scores = self._answers(batch, keep, grow=False)
         return [
             Row(
                 e.example.index,
@@ -96,10 +101,10 @@ class CausalScorer:
 
     def _generated(self, batch: Batch) -> list[Row]:
         keep = max(e.length - min(e.start, len(e.prompt)) for e in batch.items) + 1
-        logits_BNV, padded, cache, scores = self._answers(batch, keep, grow=True)
+        found, scores = self._answers(batch, keep, grow=True)
         if self.protocol.unmasked_padding:
             scores = self._unmasked(batch, scores)
-        told = self.greedy(batch.items, logits_BNV, padded, cache)
+        told = self.greedy(batch.items, *found)
         return [
             Row(
                 index=e.example.index,
@@ -138,7 +143,7 @@ class CausalScorer:
         return found
 
     def _choices(self, batch: Batch) -> list[Row]:
-        totals = self._choice_scores(batch)
+        totals = choice_scores(self.forward, batch.items, batch.key)
         rows = []
         for e, (sums, rank) in zip(batch.items, totals, strict=True):
             gold = e.example.choices.index(e.example.answer)
@@ -160,75 +165,6 @@ class CausalScorer:
                 )
             )
         return rows
-
-    def _choice_scores(self, batch: Batch) -> list[tuple[list[float], int]]:
-        """Per example the log-probability of every choice and the rank of the gold one's first
-        token.
-        """
-        items = batch.items
-        branches = [[ids[e.shared :] for ids in e.full] for e in items]
-        long = any(len(b) > 1 for of_one in branches for b in of_one)
-        padded = left_padded([e.full[0][: e.shared] for e in items], self.forward.device)
-        logits_BNV, cache = self.forward(padded, keep=1, grow=long, key=batch.key)
-        log_BV = logits_BNV[:, -1].float().log_softmax(-1)
-        firsts = [[b[0] for b in of_one] for of_one in branches]
-        width = max(map(len, firsts))
-        index = torch.tensor([f + f[:1] * (width - len(f)) for f in firsts], device=log_BV.device)
-        first = log_BV.gather(1, index).tolist()
-        sums = [
-            # What all choices share counts only if it belongs to the answer.
-            [value if e.shared >= e.start else 0.0 for value in values[: len(f)]]
-            for e, values, f in zip(items, first, firsts, strict=True)
-        ]
-        golds = [e.example.choices.index(e.example.answer) for e in items]
-        gold_B1 = log_BV.gather(
-            1, torch.tensor([[f[g]] for f, g in zip(firsts, golds, strict=True)]).to(index)
-        )
-        ranks = ((log_BV > gold_B1).sum(1) + 1).tolist()
-        if long:
-            self._add_branches(items, branches, padded, cache, sums, batch.key)
-        return list(zip(sums, ranks, strict=True))
-
-    def _add_branches(
-        self,
-        items: Sequence[Encoded],
-        branches: list[list[list[int]]],
-        padded: Padded,
-        cache: object,
-        sums: list[list[float]],
-        key: int | None,
-    ) -> None:
-        """Add the log-probabilities of each choice's further tokens to `sums`."""
-        places = [(i, c) for i, of in enumerate(branches) for c, b in enumerate(of) if len(b) > 1]
-        size = max(
-            len(items), len(places) // 4
-        )  # the cache is repeated: not for all choices at once
-        for at in range(0, len(places), size):
-            chunk = places[at : at + size]
-            rows = torch.tensor([i for i, _ in chunk], device=padded.ids_BT.device)
-            heads = [branches[i][c][:-1] for i, c in chunk]
-            new = left_padded(heads, rows.device, [items[i].shared for i, _ in chunk])
-            mask_BS = torch.cat([padded.mask_BT[rows], new.mask_BT], 1)
-            width = new.ids_BT.shape[1]
-            logits_BNV, _ = self.forward(
-                new,
-                keep=width,
-                mask_BS=mask_BS,
-                cache=cache,
-                rows=rows,
-                key=None if key is None else (key, at),
-            )
-            ends = left_padded([branches[i][c][1:] for i, c in chunk], rows.device).ids_BT
-            gains = _picked(logits_BNV, ends).cpu()
-            for (i, c), gain, head in zip(chunk, gains, heads, strict=True):
-                begins = max(0, items[i].start - items[i].shared - 1)
-                sums[i][c] += float(gain[width - len(head) + begins :].sum())
-
-
-def _picked(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
-    """Log-probabilities of the given tokens, (B, N), in float64 sums' precision."""
-    values = logits_BNV.float()
-    return values.gather(2, ids_BN[..., None])[..., 0] - values.logsumexp(-1)
 
 
 def answer_scores(

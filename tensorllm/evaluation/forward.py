@@ -7,6 +7,7 @@ wanted.
 import copy
 import inspect
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensorllm.evaluation.fused import fuse_activations
 from tensorllm.evaluation.tail import Tail
 
 PAD = 0  # any token: it is masked out
@@ -60,6 +62,7 @@ class Forward(Protocol):
         mask_BS: Tensor | None = None,
         cache: Any = None,
         rows: Tensor | None = None,
+        sees_BTS: Tensor | None = None,
         grow: bool = False,
         key: Hashable = None,
     ) -> tuple[Tensor, Any]:
@@ -72,10 +75,16 @@ class Forward(Protocol):
             cache: what an earlier call returned; it may be changed.
             rows: the cache's rows that the batch's continue, which may repeat; the cache is then
                 left as it is. None: all, in order.
+            sees_BTS: which columns each new token sees, if that is not all before it; only for
+                models that tell columns apart.
             grow: return a cache that holds these tokens too.
             key: the same for the same tokens of a plan, so that results of unedited layers can be
                 kept; None: keep nothing.
         """
+        ...
+
+    def tells_apart(self, columns: int) -> bool:
+        """Whether `sees_BTS` is obeyed in rows of so many columns."""
         ...
 
     def select(self, cache: Any, rows: Tensor) -> Any:
@@ -91,6 +100,7 @@ class ModelForward:
         self.vocabulary = model.config.get_text_config().vocab_size
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._tail = Tail(model)
+        fuse_activations(model, self)
 
     @property
     def device(self) -> torch.device:
@@ -104,21 +114,60 @@ class ModelForward:
         mask_BS: Tensor | None = None,
         cache: Any = None,
         rows: Tensor | None = None,
+        sees_BTS: Tensor | None = None,
         grow: bool = False,
         key: Hashable = None,
     ) -> tuple[Tensor, Any]:
-        seen = batch.mask_BT if mask_BS is None else mask_BS
         extra: dict[str, Any] = {"logits_to_keep": keep, "position_ids": batch.positions_BT}
         with self._tail.keeping(keep):
             output = self.model(
                 input_ids=batch.ids_BT,
-                # Without padding no mask is needed, and attention takes its fast causal path.
-                attention_mask=None if cache is None and bool(seen.all()) else seen.long(),
+                attention_mask=self._mask(batch, mask_BS, cache, sees_BTS),
                 past_key_values=cache if rows is None else self.select(cache, rows),
                 use_cache=grow or cache is not None,
                 **{name: value for name, value in extra.items() if name in self._accepts},
             )
         return output.logits[:, -keep:], output.past_key_values if grow else None
+
+    def _mask(
+        self, batch: Padded, mask_BS: Tensor | None, cache: Any, sees_BTS: Tensor | None
+    ) -> Tensor | None:
+        if sees_BTS is not None:
+            hidden = torch.finfo(self.model.dtype).min
+            return torch.zeros_like(sees_BTS, dtype=self.model.dtype).masked_fill_(
+                ~sees_BTS, hidden
+            )[:, None]
+        seen = batch.mask_BT if mask_BS is None else mask_BS
+        # Without padding no mask is needed, and attention takes its fast causal path.
+        return None if cache is None and bool(seen.all()) else seen.long()
+
+    def tells_apart(self, columns: int) -> bool:
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        return self._obeys_masks and (window is None or columns <= window)
+
+    @cached_property
+    def _obeys_masks(self) -> bool:
+        """Tried: the last of four tokens must not see the third, and stand in its place.
+
+        Some kinds of attention take no such mask, or tell places from what is masked.
+        """
+        if "position_ids" not in self._accepts:
+            return False
+        a, b, other, last = torch.arange(3, 7, device=self.device).remainder(self.vocabulary)
+        short = left_padded([[a, b, last]], self.device)
+        row = left_padded([[a, b, other, last]], self.device)
+        sees_1TT = torch.ones(1, 4, 4, dtype=torch.bool, device=self.device).tril()
+        sees_1TT[0, 3, 2] = False
+        places = torch.tensor([[0, 1, 2, 2]], device=self.device)
+        with torch.inference_mode():
+            want, plain = (ModelForward.__call__(self, rows, keep=1)[0] for rows in (short, row))
+            try:
+                got, _ = ModelForward.__call__(
+                    self, row._replace(positions_BT=places), keep=1, sees_BTS=sees_1TT
+                )
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+                return False  # whatever it was that such a mask did not fit
+        return bool(10 * (got - want).norm() < (plain - want).norm())
 
     def select(self, cache: Any, rows: Tensor) -> Any:
         narrowed = copy.copy(cache)

@@ -99,7 +99,8 @@ class Examiner:
         self.weights = parameters_of(model)
         self.roles = RoleMatrices(model.config, self.weights)
         self.bank = Bank(self.roles, self.weights, self._largest(points), exact_below=exact_below)
-        self.prefix = Prefix(model, self.roles, budget)
+        candidates = {min(point.layers) for point in points}
+        self.prefix = Prefix(model, self.roles, budget, candidates)
         run = PrefixMaskedForward if is_masked(model) else PrefixForward
         self.scorer = make_scorer(
             model,
@@ -176,7 +177,7 @@ class Examiner:
     ) -> tuple[list[Row], bool]:
         """Rows in the order of examination, and whether the trial was given up."""
         matrices = {matrix for edit in edits for matrix in edit.site.matrices}
-        lowest = min((layer for layer, _ in matrices), default=0)
+        lowest = min((layer for layer, _ in matrices), default=None)
         ffn = any(layer == lowest and role in FFN for layer, role in matrices)
         race = Race(rival, len(self.order), level if self.sequential else 0.0) if rival else None
         place = {example.index: i for i, example in enumerate(self.order)}

@@ -6,13 +6,15 @@ Shapes: B rows, T tokens, D model width.
 import copy
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Change = Callable[[Tensor], Tensor]
 
 
 class Same(NamedTuple):
@@ -22,7 +24,7 @@ class Same(NamedTuple):
     output_BTD: Tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Kept:
     """One batch below one layer.
 
@@ -36,28 +38,33 @@ class Kept:
     hidden_BTD: Tensor
     tupled: bool
     ffn: Same | None = None
-    below: list[Any] = field(default_factory=list)
+    below: Sequence[Any] = field(default=())
 
     @property
     def bytes(self) -> int:
-        cached = [t for layer in self.below for t in (layer.keys, layer.values)]
-        return sum(t.nbytes for t in (self.hidden_BTD, *(self.ffn or ()), *cached))
-
-    def filed(self, folder: Path) -> "Kept":
-        """The same, memory-mapped from files that vanish with it."""
-        return self._each(lambda t: mapped(t, folder))
+        return sum(t.nbytes for t in (self.hidden_BTD, *(self.ffn or ()))) + cached(self.below)
 
     def on(self, device: torch.device) -> "Kept":
         """The same where the model is; itself where it is there already."""
         same = self.hidden_BTD.device == device
-        return self if same else self._each(lambda t: t.to(device))
+        return self if same else self.each(lambda t: t.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Kept":
-        below = [copy.copy(layer) for layer in self.below]
-        for layer in below:
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
+    def each(self, change: Change) -> "Kept":
+        """The same with all tensors changed."""
         ffn = Same(*map(change, self.ffn)) if self.ffn else None
+        below = [_changed(layer, change) for layer in self.below]
         return Kept(change(self.hidden_BTD), self.tupled, ffn, below)
+
+
+def cached(layers: Sequence[Any]) -> int:
+    """Bytes of the cache's entries of these layers."""
+    return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
+
+
+def _changed(layer: Any, change: Change) -> Any:
+    new = copy.copy(layer)
+    new.keys, new.values = change(layer.keys), change(layer.values)
+    return new
 
 
 def mapped(t: Tensor, folder: Path) -> Tensor:
@@ -91,59 +98,77 @@ NOTHING = Budget()
 
 
 class Store:
-    """Kept batches by layer; a new layer's come at the expense of other layers'."""
+    """Kept batches by layer; those of several layers share one cache."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self.bytes = {"memory": 0, "disk": 0}
         self._kept: dict[int, dict[Hashable, tuple[Kept, str]]] = {}
+        self._below: dict[Hashable, list[tuple[Any, str]]] = {}  # from the first layer on
         self._lock = threading.Lock()
 
-    def nearest(self, key: Hashable, layer: int, cached: bool) -> tuple[int, Kept | None]:
+    def nearest(self, key: Hashable, layer: int, grown: bool) -> tuple[int, Kept | None]:
         """The highest layer up to `layer` below which this batch is known, with its cache if so
         wanted.
         """
         with self._lock:
+            below = [entry for entry, _ in self._below.get(key, ())]
             for at in sorted(self._kept, reverse=True):
                 found = self._kept[at].get(key) if at <= layer else None
-                if found is not None and (found[0].below or not cached):
-                    return at, found[0]
+                if found is not None and (not grown or len(below) >= at):
+                    return at, replace(found[0], below=below[:at])
         return 0, None
 
-    def admit(self, key: Hashable, layer: int, new: Kept) -> None:
-        """Keep it where the budget allows."""
+    def admit(self, key: Hashable, layer: int, new: Kept, *, spare: bool = False) -> None:
+        """Keep it where the budget allows, at the expense of other layers' unless it is `spare`."""
         with self._lock:
             mine = self._kept.setdefault(layer, {})
-            self._forget(mine.pop(key, None))
-            place = self._place(layer, new.bytes)
+            if key in mine:
+                self._forget(*mine.pop(key))
+            place, more = self._place(key, layer, new, spare)
             if place is None:
                 return
+            new = replace(new, below=more)
             self.bytes[place] += new.bytes
             if place == "disk":
                 assert self.budget.folder is not None
-                new = new.filed(self.budget.folder)
-            mine[key] = (new, place)
+                folder = self.budget.folder
+                new = new.each(lambda t: mapped(t, folder))
+            self._below.setdefault(key, []).extend((entry, place) for entry in new.below)
+            mine[key] = (replace(new, below=()), place)
 
     def forget_ffn(self) -> None:
         """FFNs of this model read what edits of the attention change."""
         with self._lock:
-            for kept, place in (found for of in self._kept.values() for found in of.values()):
-                before = kept.bytes
-                kept.ffn = None
-                self.bytes[place] -= before - kept.bytes
+            for of_layer in self._kept.values():
+                for key, (kept, place) in of_layer.items():
+                    of_layer[key] = (replace(kept, ffn=None), place)
+                    self.bytes[place] -= kept.bytes - of_layer[key][0].bytes
 
-    def _place(self, layer: int, size: int) -> str | None:
+    def _place(
+        self, key: Hashable, layer: int, new: Kept, spare: bool
+    ) -> tuple[str | None, Sequence[Any]]:
+        """Where there is room, and which entries of the cache are not kept yet."""
         while True:
+            more = new.below[len(self._below.get(key, ())) :]
+            size = replace(new, below=more).bytes
             if self.bytes["memory"] + size <= self.budget.memory:
-                return "memory"
+                return "memory", more
             if self.bytes["disk"] + size <= self.budget.disk:
-                return "disk"
+                return "disk", more
             others = [at for at in self._kept if at != layer and self._kept[at]]
-            if not others:
-                return None
-            for found in self._kept.pop(others[0]).values():
-                self._forget(found)
+            if spare or not others:
+                return None, more
+            self._forget_layer(others[0])
 
-    def _forget(self, found: tuple[Kept, str] | None) -> None:
-        if found is not None:
-            self.bytes[found[1]] -= found[0].bytes
+    def _forget_layer(self, layer: int) -> None:
+        for key, found in self._kept.pop(layer).items():
+            self._forget(*found)
+            highest = max((at for at in self._kept if key in self._kept[at]), default=0)
+            entries = self._below.get(key, [])
+            for entry, place in entries[highest:]:
+                self.bytes[place] -= cached([entry])
+            del entries[highest:]
+
+    def _forget(self, kept: Kept, place: str) -> None:
+        self.bytes[place] -= kept.bytes

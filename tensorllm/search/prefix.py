@@ -11,9 +11,9 @@ Shapes: B rows, T tokens, S cached and new tokens, D model width, V vocabulary.
 import copy
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -51,15 +51,17 @@ class _Pass:
 
     Attributes:
         skip: layers below are left out; `kept` holds what they would give.
-        note: the layer whose input is noted; None: none.
+        kept: of layer `skip`.
+        noted: layers of which nothing is kept yet, with what came in; those asked for, until they
+            have run, are None.
+        ffns: what their FFNs were given and made.
     """
 
     skip: int
     kept: Kept | None
-    note: int | None
-    hidden_BTD: Tensor | None = None
+    noted: dict[int, Tensor | None]
     tupled: bool = False
-    ffn: Same | None = None
+    ffns: dict[int, Same] = field(default_factory=dict)
 
 
 class Prefix:
@@ -69,31 +71,50 @@ class Prefix:
         model: any transformers model.
         roles: of the model.
         budget: bytes that may be kept.
+        candidates: layers that may be the lowest edited one: what enters them is kept as soon as
+            it is computed, where there is room to spare.
     """
 
-    def __init__(self, model: PreTrainedModel, roles: RoleMatrices, budget: Budget) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        roles: RoleMatrices,
+        budget: Budget,
+        candidates: Collection[int] = (),
+    ) -> None:
         self.layers = layer_modules(model, roles)
         self.ffns = ffn_modules(self.layers, roles)
         self.store = Store(budget)
         self.device = model.device
+        self.candidates = frozenset(candidates) - {0}
         self.lowest = 0
         self.skipped = self.computed = 0  # layers
         self._parallel = True  # until an FFN is seen to read what an edit has changed
-        self._remembers_ffn = False
+        self._ffn_edited = False
         self._now = threading.local()  # batches may run side by side
 
     @contextmanager
-    def editing(self, lowest: int, *, ffn: bool) -> Iterator[None]:
-        """In here, layers below `lowest` are unedited, and its own FFN too unless `ffn`."""
-        self.lowest, self._remembers_ffn = lowest, self._parallel and not ffn
-        whole = self.ffns[lowest]
+    def editing(self, lowest: int | None, *, ffn: bool) -> Iterator[None]:
+        """In here, layers below `lowest` are unedited, and its own FFN too unless `ffn`.
+
+        Args:
+            lowest: the lowest edited layer; None: no layer is edited.
+        """
+        self.lowest = len(self.layers) if lowest is None else lowest
+        self._ffn_edited = ffn
         with ExitStack() as stack:
-            if lowest and self.store.budget.bytes:
-                for i, layer in enumerate(self.layers[: lowest + 1]):
+            if self.lowest and self.store.budget.bytes:
+                for i, layer in enumerate(self.layers[: self.lowest + 1]):
                     stack.enter_context(patched(layer, self._layer(i, layer.forward)))
-                if whole is not None and self._remembers_ffn:
-                    stack.enter_context(patched(whole, self._ffn(whole.forward)))
+                    whole = self.ffns[i]
+                    if whole is not None and self._remembers_ffn(i):
+                        stack.enter_context(patched(whole, self._ffn(i, whole.forward)))
             yield
+
+    def _remembers_ffn(self, layer: int) -> bool:
+        """Whether the FFN of a layer makes what it always makes."""
+        wanted = layer == self.lowest or layer in self.candidates
+        return self._parallel and wanted and not (layer == self.lowest and self._ffn_edited)
 
     @property
     def skip(self) -> int:
@@ -109,8 +130,7 @@ class Prefix:
             self.computed += len(self.layers)
             return forward()
         at, kept = self.store.nearest(key, self.lowest, grow)
-        known = kept is not None and at == self.lowest
-        call = _Pass(at, kept and kept.on(self.device), None if known else self.lowest)
+        call = _Pass(at, kept and kept.on(self.device), self._unknown(at, kept))
         self._now.call = call
         try:
             wanted, cache = forward()
@@ -120,11 +140,23 @@ class Prefix:
         self.computed += len(self.layers) - at
         if grow and call.kept is not None:
             cache.layers[:at] = [copy.copy(layer) for layer in call.kept.below]
-        if not known:
-            assert call.hidden_BTD is not None
-            below = [copy.copy(layer) for layer in cache.layers[: self.lowest]] if grow else []
-            self.store.admit(key, self.lowest, Kept(call.hidden_BTD, call.tupled, call.ffn, below))
+        self._admit(key, call, cache if grow else None)
         return wanted, cache
+
+    def _unknown(self, at: int, kept: Kept | None) -> dict[int, Tensor | None]:
+        """Layers whose input this pass computes and nobody keeps, though it may be of use."""
+        wanted = {layer for layer in self.candidates if layer <= self.lowest} | {self.lowest}
+        wanted = {layer for layer in wanted if at <= layer < len(self.layers)}
+        return dict.fromkeys(wanted if kept is None else wanted - {at})
+
+    def _admit(self, key: Hashable, call: _Pass, cache: Any) -> None:
+        """Keep what was noted: of the lowest edited layer, and of others if there is room."""
+        for layer in sorted(call.noted, key=lambda layer: (layer != self.lowest, -layer)):
+            hidden_BTD = call.noted[layer]
+            assert hidden_BTD is not None
+            below = [copy.copy(entry) for entry in cache.layers[:layer]] if cache else ()
+            new = Kept(hidden_BTD, call.tupled, call.ffns.get(layer), below)
+            self.store.admit(key, layer, new, spare=layer != self.lowest)
 
     def _layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A layer that hands on what is kept while it is skipped, and is noted when it is asked."""
@@ -134,29 +166,29 @@ class Prefix:
             if call is not None and call.kept is not None and index < call.skip:
                 return (call.kept.hidden_BTD,) if call.kept.tupled else call.kept.hidden_BTD
             output = forward(*args, **kwargs)
-            if call is not None and index == call.note:
-                call.hidden_BTD = args[0] if args else kwargs["hidden_states"]
+            if call is not None and index in call.noted:
+                call.noted[index] = args[0] if args else kwargs["hidden_states"]
                 call.tupled = isinstance(output, tuple)
             return output
 
         return run
 
-    def _ffn(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The FFN of the lowest edited layer: not computed again for what it was given before."""
+    def _ffn(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's FFN: not computed again for what it was given before."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             call: _Pass | None = getattr(self._now, "call", None)
-            if call is None or len(args) != 1 or kwargs or not self._remembers_ffn:
+            if call is None or len(args) != 1 or kwargs or not self._remembers_ffn(index):
                 return forward(*args, **kwargs)
-            same = call.kept.ffn if call.kept is not None and call.note is None else None
+            same = call.kept.ffn if call.kept is not None and index == call.skip else None
             if same is not None:
                 if torch.equal(same.input_BTD, args[0]):
                     return same.output_BTD.clone()  # some layers add to it in place
-                self._parallel = self._remembers_ffn = False
+                self._parallel = False
                 self.store.forget_ffn()
             output = forward(*args)
-            if call.note is not None and isinstance(output, Tensor):
-                call.ffn = Same(args[0], output.clone())
+            if index in call.noted and isinstance(output, Tensor):
+                call.ffns[index] = Same(args[0], output.clone())
             return output
 
         return run

@@ -1,0 +1,132 @@
+"""Log-probabilities of the choices of questions: each prompt is read once, choices branch off it.
+
+Shapes: B examples, T tokens, V vocabulary, N positions with logits, S cached columns.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from tensorllm.evaluation.encoding import Encoded
+from tensorllm.evaluation.forward import Forward, left_padded
+from tensorllm.evaluation.reading import Reading, read
+
+Branches = list[list[list[int]]]  # per example and choice the tokens after what all share
+Further = dict[tuple[int, int], list[float]]  # (example, choice) -> of its tokens after the first
+
+
+def choice_scores(
+    forward: Forward, items: Sequence[Encoded], key: Hashable
+) -> list[tuple[list[float], int]]:
+    """Per example the log-probability of every choice, and the rank of the gold one's first token.
+
+    Args:
+        forward: the model.
+        items: examples with choices.
+        key: of the batch, see `Forward`.
+    """
+    branches = [[ids[e.shared :] for ids in e.full] for e in items]
+    prompts = [e.full[0][: e.shared] for e in items]
+    apart = min(map(len, prompts))
+    longest = max(sum(len(b) - 1 for b in of_one) for of_one in branches)
+    further: Further = {}
+    if longest and forward.tells_apart(max(map(len, prompts)) + longest):
+        heads = [[b[:-1] for b in of_one] for of_one in branches]
+        found = read(forward, prompts, keep=longest + 1, apart=apart, key=key, branches=heads)
+        logits_BV, further = _side_by_side(found.logits_BNV, branches)
+    else:
+        found = read(forward, prompts, keep=1, apart=apart, grow=bool(longest), key=key)
+        logits_BV = found.logits_BNV[:, -1]
+        if longest:
+            further = _one_by_one(forward, items, branches, found, key)
+    return _summed(items, branches, logits_BV.float().log_softmax(-1), further)
+
+
+def _summed(
+    items: Sequence[Encoded], branches: Branches, log_BV: Tensor, further: Further
+) -> list[tuple[list[float], int]]:
+    """What all choices share counts only if it belongs to the answer."""
+    firsts = [[b[0] for b in of_one] for of_one in branches]
+    width = max(map(len, firsts))
+    index = torch.tensor([f + f[:1] * (width - len(f)) for f in firsts], device=log_BV.device)
+    first = log_BV.gather(1, index).tolist()
+    golds = [
+        f[e.example.choices.index(e.example.answer)] for e, f in zip(items, firsts, strict=True)
+    ]
+    gold_B1 = log_BV.gather(1, torch.tensor(golds, device=log_BV.device)[:, None])
+    ranks = ((log_BV > gold_B1).sum(1) + 1).tolist()
+    out = []
+    for i, e in enumerate(items):
+        begins = max(0, e.start - e.shared - 1)
+        out.append(
+            (
+                [
+                    (first[i][c] if e.shared >= e.start else 0.0)
+                    + sum(further.get((i, c), [])[begins:])
+                    for c in range(len(firsts[i]))
+                ],
+                ranks[i],
+            )
+        )
+    return out
+
+
+def _side_by_side(logits_BNV: Tensor, branches: Branches) -> tuple[Tensor, Further]:
+    """The logits behind each prompt, and what follows in each branch, of rows that end in all
+    branches.
+    """
+    columns = logits_BNV.shape[1]
+    counts = [sum(len(b) - 1 for b in of_one) for of_one in branches]
+    rows = torch.arange(len(branches), device=logits_BNV.device)
+    before = torch.tensor([columns - 1 - n for n in counts], device=logits_BNV.device)
+    ends = [[t for b in of_one for t in b[1:]] for of_one in branches]
+    picked = _picked(logits_BNV, left_padded_to(columns, ends).to(logits_BNV.device)).tolist()
+    further: Further = {}
+    for i, of_one in enumerate(branches):
+        at = columns - counts[i]
+        for c, branch in enumerate(of_one):
+            further[i, c] = picked[i][at : at + len(branch) - 1]
+            at += len(branch) - 1
+    return logits_BNV[rows, before], further
+
+
+def left_padded_to(width: int, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Token lists as a rectangle of this width, zeros on the left."""
+    return torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in sequences])
+
+
+def _one_by_one(
+    forward: Forward,
+    items: Sequence[Encoded],
+    branches: Branches,
+    found: Reading,
+    key: Hashable,
+) -> Further:
+    """The same by further passes, for models that a mask cannot tell what a column sees."""
+    places = [(i, c) for i, of in enumerate(branches) for c, b in enumerate(of) if len(b) > 1]
+    further: Further = {}
+    size = max(len(items), len(places) // 4)  # the cache is repeated: not for all choices at once
+    for at in range(0, len(places), size):
+        chunk = places[at : at + size]
+        rows = torch.tensor([i for i, _ in chunk], device=forward.device)
+        heads = [branches[i][c][:-1] for i, c in chunk]
+        new = left_padded(heads, forward.device, [items[i].shared for i, _ in chunk])
+        logits_BNV, _ = forward(
+            new,
+            keep=new.ids_BT.shape[1],
+            mask_BS=torch.cat([found.padded.mask_BT[rows], new.mask_BT], 1),
+            cache=found.cache,
+            rows=rows,
+            key=None if key is None else (key, at),
+        )
+        ends = left_padded([branches[i][c][1:] for i, c in chunk], forward.device).ids_BT
+        for place, head, gain in zip(chunk, heads, _picked(logits_BNV, ends).tolist(), strict=True):
+            further[place] = gain[len(gain) - len(head) :]
+    return further
+
+
+def _picked(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
+    """Log-probabilities of the given tokens, (B, N)."""
+    values = logits_BNV.float()
+    return values.gather(2, ids_BN[..., None])[..., 0] - values.logsumexp(-1)
