@@ -1,15 +1,17 @@
 """`python benchmarks/search.py`: the rank search against the loops it replaces, in one run.
 
-A GPT-J model (width 512, 12 layers, random weights, its readout fitted to the questions so that
-edits cost accuracy), 48 trials of shared Tucker ranks over its last
-four layers, real questions from --data-file (FEVER's rows) or, without one, the demo world's
-questions as text. Three ways, side by side:
+A GPT-J model (width 512, 12 layers), 48 trials of shared Tucker ranks over its last four layers,
+real questions from --data-file (FEVER's rows) or, without one, the demo world's questions as text.
+The weights are random, but not shapeless: the attention's spectra decay as those of trained models
+do, and the readout is fitted to the questions, so that ranks matter for the answers. Three ways,
+side by side:
 
 - naive: reload the model, decompose with tensorly, one example at a time (on a sample of trials and
-  of examples, scaled to all of them);
+  of examples, scaled to all of them; its verdicts are compared with the search's);
 - batched: reload, tensorllm's decomposition and batched evaluation, nothing reused (on a sample of
-  trials, scaled);
-- search: as `search-ranks` does it, early stopping off, and once more with it on.
+  trials, scaled; its metrics are compared with the search's);
+- search: as `search-ranks` does it, losing trials given up early, and once more with each of them
+  examined in full.
 """
 
 import argparse
@@ -23,8 +25,9 @@ from typing import Any
 import tensorly
 import torch
 from results import Comparison, begin, parser, save
+from search_model import make_model, write_attention
 from tensorly.decomposition import partial_tucker
-from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
+from transformers import AutoTokenizer, GPTJForCausalLM
 
 from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.model import compress
@@ -32,16 +35,15 @@ from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
-from tensorllm.evaluation.scorer import make_scorer
 from tensorllm.search.examiner import Examiner, Found, unpack
 from tensorllm.search.kept import Budget
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
 from tensorllm.search.stopping import Rival
+from tensorllm.search.worker import merit
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS
 
 TRIALS, LAYERS = 48, (8, 9, 10, 11)
-MARGIN = 2.0  # nats between the right and the best wrong choice
 WANTED = (30.0, 5.0)  # times faster than the naive and the batched loop
 
 
@@ -60,51 +62,6 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.trials, args.questions, args.naive_examples, args.batched_trials = 4, 24, 4, 1
     return args
-
-
-def make_model(
-    folder: Path, tokenizer: Any, data: ReasoningDataModule | None, seed: int, width: int
-) -> None:
-    """Write the model as a checkpoint, so that reloading it costs what it costs.
-
-    Args:
-        data: questions that its readout is fitted to; None: to none.
-    """
-    torch.manual_seed(seed)
-    config = GPTJConfig(
-        vocab_size=len(tokenizer), n_embd=width, n_layer=12, n_head=16, n_positions=512,
-        rotary_dim=16, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    model = GPTJForCausalLM(config).eval()
-    if data is not None:
-        fit_readout(model, tokenizer, data)
-    model.save_pretrained(folder)
-
-
-@torch.inference_mode()
-def fit_readout(model: GPTJForCausalLM, tokenizer: Any, data: ReasoningDataModule) -> None:
-    """Make the first choice's first token tell right from wrong answers, by least squares.
-
-    A random model answers every question alike, whatever is edited: nothing would be to be found.
-    """
-    scorer = make_scorer(model, tokenizer)
-    rows = [row for batch in scorer.plan(data.examples) for row in scorer.score(batch)]
-    rows.sort(key=lambda row: row.index)
-    prompt, choices = data.examples[0].prompt, data.examples[0].choices
-    first = choices[0]
-    gaps, wanted, states = [], [], []
-    for example, row in zip(data.examples, rows, strict=True):
-        if example.choices != choices or row.choice_log_probabilities is None:
-            continue
-        one, *others = row.choice_log_probabilities
-        gaps.append(one - max(others))
-        wanted.append(MARGIN if example.answer == first else -MARGIN)
-        ids = torch.tensor([tokenizer(example.prompt)["input_ids"]])
-        states.append(model.transformer(ids).last_hidden_state[0, -1])
-    h_ND, target_N = torch.stack(states).double(), torch.tensor(wanted) - torch.tensor(gaps)
-    token = tokenizer(f"{prompt} {first}")["input_ids"][len(tokenizer(prompt)["input_ids"])]
-    found_D1 = torch.linalg.lstsq(h_ND, target_N.double()[:, None], driver="gelsd").solution
-    model.lm_head.weight[token] += found_D1[:, 0].float()
 
 
 def dataset(args: argparse.Namespace, tokenizer: object) -> ReasoningDataModule:
@@ -127,8 +84,7 @@ def naive_edit(model: GPTJForCausalLM, point: Point) -> None:
                 w, rank=list(point.settings["ranks"]), modes=[0, 1, 2], init="svd", tol=1e-5
             )
             near = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1, 2])
-        for role, w_ID in zip(ATTENTION, stacking.unstack(near, roles.geometry, 4), strict=True):
-            roles.write(weights, layer, role, w_ID)
+        write_attention(roles, weights, layer, near)
 
 
 def one_by_one(model: GPTJForCausalLM, tokenizer: object, data: ReasoningDataModule) -> list[bool]:
@@ -148,33 +104,57 @@ def one_by_one(model: GPTJForCausalLM, tokenizer: object, data: ReasoningDataMod
     return verdicts
 
 
-def timed_naive(args, folder, tokenizer, data, points) -> float:  # type: ignore[no-untyped-def]
-    """Seconds for all trials and examples, from a sample of both."""
+def timed_naive(  # type: ignore[no-untyped-def]
+    args, folder, tokenizer, data, points, known: list[list[bool]]
+) -> tuple[float, int]:
+    """Seconds for all trials and examples, from a sample of both, and verdicts that differ.
+
+    Args:
+        known: the search's verdicts on every example, per point.
+    """
     few = copy.copy(data)
     few._examples = data.examples[: args.naive_examples]
     fixed = running = 0.0
-    for point in points[: args.naive_trials]:
+    different = 0
+    for point, verdicts in sample(list(zip(points, known, strict=True)), args.naive_trials):
         started = time.perf_counter()
         model = GPTJForCausalLM.from_pretrained(folder).eval()
         naive_edit(model, point)
         middle = time.perf_counter()
-        one_by_one(model, tokenizer, few)
+        found = one_by_one(model, tokenizer, few)
         fixed, running = fixed + middle - started, running + time.perf_counter() - middle
+        different += sum(a != b for a, b in zip(found, verdicts, strict=False))
     running *= len(data.examples) / len(few.examples)
-    return (fixed + running) / args.naive_trials * len(points)
+    return (fixed + running) / args.naive_trials * len(points), different
 
 
-def stopping_early(examiner: Examiner, points: list[Point]) -> int:
-    """How many of the points are given up, each against the best one before it."""
-    best: Found | None = None
-    stopped = 0
+def sample(items: list[Any], count: int) -> list[Any]:
+    """So many of them, evenly spread."""
+    return [items[n * len(items) // count] for n in range(count)]
+
+
+def verdicts_of(examiner: Examiner, found: Found) -> list[bool]:
+    """In the order of the dataset, not of the examination."""
+    pairs = zip(examiner.order, unpack(found.correct, found.seen), strict=True)
+    return [verdict for _, verdict in sorted((e.index, verdict) for e, verdict in pairs)]
+
+
+def in_turn(examiner: Examiner, points: list[Point]) -> list[Found]:
+    """Every point against the best one before it, given up when it has lost."""
+    found: list[Found] = []
     for point in points:
-        rival = Rival(unpack(best.correct, best.seen), best.loss) if best else None
-        got = examiner(point, rival, level=0.001)
-        stopped += got.stopped
-        if not got.stopped and (best is None or got.accuracy >= best.accuracy):  # type: ignore[operator]
-            best = got
-    return stopped
+        best = best_of(found)
+        rival = None
+        if best is not None:
+            rival = Rival(unpack(found[best].correct, found[best].seen), found[best].loss)
+        found.append(examiner(point, rival, level=0.001))
+    return found
+
+
+def best_of(found: list[Found]) -> int | None:
+    """The place of the best one of those examined in full."""
+    full = [i for i, f in enumerate(found) if not f.stopped]
+    return min(full, key=lambda i: merit(found[i], "accuracy"), default=None)
 
 
 def main() -> None:
@@ -202,52 +182,55 @@ def main() -> None:
                 budget=Budget(default_budget(model.device)), **options,
             )  # fmt: skip
 
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
+        started = time.perf_counter()
+        early = in_turn(examiner(), points)
+        seconds["search"] = time.perf_counter() - started
         started = time.perf_counter()
         examine = examiner()
         full = [examine(point) for point in points]
-        found["search"] = time.perf_counter() - started
-        started = time.perf_counter()
-        stopped = stopping_early(examiner(), points)
-        found["search_early_stopping"] = time.perf_counter() - started
+        seconds["search in full"] = time.perf_counter() - started
 
         started = time.perf_counter()
         differences = []
-        for n in range(args.batched_trials):
-            at = n * len(points) // args.batched_trials
+        for point, found in sample(list(zip(points, full, strict=True)), args.batched_trials):
             fresh = GPTJForCausalLM.from_pretrained(folder).eval()
-            compress(fresh, points[at].compressor, points[at].layers)
+            compress(fresh, point.compressor, point.layers)
             plain = evaluate_model(fresh, tokenizer, data)
-            differences.append(
-                [plain["accuracy"] - full[at].accuracy, plain["loss"] - full[at].loss]
-            )
-        found["batched"] = (time.perf_counter() - started) / args.batched_trials * len(points)
-        found["naive"] = timed_naive(args, folder, tokenizer, data, points)
+            differences.append([plain["accuracy"] - found.accuracy, plain["loss"] - found.loss])
+        batched = (time.perf_counter() - started) / args.batched_trials
+        seconds["batched"] = batched * len(points)
+        known = [verdicts_of(examine, found) for found in full]
+        seconds["naive"], different = timed_naive(args, folder, tokenizer, data, points, known)
 
     about = {
-        "seconds": found,
-        "given_up": stopped,
+        "seconds": seconds,
+        "given_up": sum(found.stopped for found in early),
+        "same_winner": best_of(early) == best_of(full),
+        "accuracies": {
+            "least": min(f.accuracy for f in full),
+            "most": max(f.accuracy for f in full),
+        },
         "largest_difference_accuracy_points": max(abs(a) for a, _ in differences),
         "largest_difference_loss": max(abs(b) for _, b in differences),
+        "verdicts_that_differ_from_naive": different,
+        "verdicts_compared": args.naive_trials * min(args.naive_examples, len(data.examples)),
         "trials": len(points),
         "questions": len(data.examples),
         "dataset": data.name,
     }
-    save("search", "cpu", comparisons(found, args.quick), args, **about)
+    save("search", "cpu", comparisons(seconds, args.quick), args, **about)
 
 
-def comparisons(found: dict[str, float], quick: bool) -> dict[str, Comparison]:
+def comparisons(seconds: dict[str, float], quick: bool) -> dict[str, Comparison]:
     """All trials by the search, beside what the loops would take for them."""
     wanted = (None, None) if quick else WANTED
-    out = {
-        f"all trials, beside {peer}": Comparison(
-            ours=found["search"], unit="s", peer=found[peer], peer_name=peer, wanted=want
-        )
-        for peer, want in zip(("naive", "batched"), wanted, strict=True)
-    }
-    out["the same with early stopping"] = Comparison(
-        ours=found["search_early_stopping"], unit="s", peer=found["search"], peer_name="without"
-    )
+    out = {}
+    for ours, how in (("search", ""), ("search in full", ", none given up early")):
+        for peer, want in zip(("naive", "batched"), wanted, strict=True):
+            out[f"all trials{how}, beside {peer}"] = Comparison(
+                ours=seconds[ours], unit="s", peer=seconds[peer], peer_name=peer, wanted=want
+            )
     return out
 
 
