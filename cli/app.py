@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from io import TextIOWrapper
 from shutil import get_terminal_size
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +22,7 @@ from tensorllm_cli.generate import generate
 from tensorllm_cli.inspect import inspect
 from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.list import list_
+from tensorllm_cli.placeholders import Command, Group
 from tensorllm_cli.report import report
 from tensorllm_cli.reproduce import reproduce
 from tensorllm_cli.search import search_ranks
@@ -30,6 +31,7 @@ EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted."
 
 app = typer.Typer(
     name="tensorllm",
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -74,7 +76,7 @@ COMMANDS = {
     "list": list_,
 }
 for name, command in COMMANDS.items():
-    app.command(name, epilog=EXIT_CODES)(volume.with_volume(command))
+    app.command(name, cls=Command, epilog=EXIT_CODES)(volume.with_volume(command))
 
 
 # Typer carries its own copy of click since 0.26 and names none of its errors but this one, whose
@@ -126,7 +128,7 @@ def told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, WRONG_USE):
-        return error.format_message(), 2  # type: ignore[attr-defined]
+        return _wrong_use(error), 2
     if isinstance(error, (Incomplete, OSError)):  # an OSError's text names the file
         return str(error), 1
     if isinstance(error, typer.Abort):
@@ -138,6 +140,17 @@ def told(error: BaseException) -> tuple[str, int]:
         return f"this needs {error.name}: pip install 'tensorllm[{extra}]'", 2
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"this should not happen: {what}; with --verbose the traceback is printed", 1
+
+
+def _wrong_use(error: Any) -> str:
+    """Typer's words; of what is missing also what it would have been."""
+    said: str = error.format_message()
+    takes = (
+        getattr(getattr(error, "param", None), "help", None)
+        if said.startswith("Missing ")
+        else None
+    )
+    return f"{said.rstrip('.')}: {takes}" if takes else said
 
 
 def stop() -> NoReturn:

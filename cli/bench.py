@@ -10,8 +10,12 @@ from tensorllm_cli import shared
 
 def bench(
     model: Annotated[Path, typer.Option(help="A factored folder.")],
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded behind it.")] = 32,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Of the prompt (default: 512, or what the model takes).")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Decoded behind it (default: 32, or what the model takes).")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Turns; the median counts.")] = 5,
     policy: Annotated[str, shared.POLICY] = "always",
     dtype: Annotated[str | None, shared.DTYPE] = None,

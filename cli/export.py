@@ -11,7 +11,7 @@ from tensorllm_cli.interrupt import INTERRUPT
 
 def export(
     folder: Annotated[Path, typer.Argument(help="A factored folder.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     format: Annotated[
         str, typer.Option(metavar="NAME", help="dense: an ordinary checkpoint, for every tool.")
     ] = "dense",

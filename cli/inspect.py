@@ -31,7 +31,9 @@ def inspect(
     with progress_bar() as progress:
         from tensorllm.pipeline.inspect import inspect as run
 
-        found = run(model, options.layers(layers), options.shares(energy), revision, progress)
+        found = run(
+            model, options.layers(layers), options.shares("--energy", energy), revision, progress
+        )
     if json:
         print_json([layer.to_json() for layer in found])
         return

@@ -9,12 +9,17 @@ from tensorllm_cli import names, shared
 
 def list_(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", autocompletion=names.kinds, help="What to list.")
+        str,
+        typer.Argument(
+            metavar="KIND",
+            autocompletion=names.kinds,
+            help="compressors, architectures, models, datasets or recipes.",
+        ),
     ],
     plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
-    """List what tensorllm knows: compressors, architectures, models, datasets or recipes.
+    """List what tensorllm knows, of one kind.
 
     Examples:
 

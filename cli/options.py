@@ -58,12 +58,12 @@ def assignments(items: list[str] | None) -> dict[str, Any]:
     return out
 
 
-def shares(text: str) -> tuple[float, ...]:
+def shares(option: str, text: str) -> tuple[float, ...]:
     """`0.5,0.9` as shares in (0, 1]."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
     if not values or not all(0 < value <= 1 for value in values):
-        raise UserError(f"--energy takes shares in (0, 1] such as 0.5,0.9; got {text!r}")
+        raise UserError(f"{option} takes shares in (0, 1] such as 0.5,0.9; got {text!r}")
     return values

@@ -142,7 +142,7 @@ def search_ranks(
             r1=options.ranks(r1),
             r2=options.ranks(r2),
             r3=options.ranks(r3),
-            rho=None if rho is None else options.shares(rho),
+            rho=None if rho is None else options.shares("--rho", rho),
             matrices=options.names(matrices),
             tied=tied,
             together=together,

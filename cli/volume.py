@@ -7,6 +7,7 @@ errors.
 import inspect
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -16,6 +17,18 @@ import typer
 
 OURS = logging.getLogger("tensorllm")
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "lightning", "optuna", "matplotlib")
+
+
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to the standard error of the moment: while a bar is there, above the bar."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        del value
 
 
 def is_verbose() -> bool:
@@ -40,7 +53,9 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_LOGS", "-all")  # its way of writing "errors only"
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.basicConfig(
+        format="%(levelname)s: %(message)s", level=logging.ERROR, handlers=[_StandardError()]
+    )
     warnings.simplefilter("ignore")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)

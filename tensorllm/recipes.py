@@ -41,7 +41,7 @@ def read_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text()
     except OSError as error:
-        name = path.with_suffix("").as_posix().removeprefix("configs/")
+        name = (path.parent / path.stem).as_posix().removeprefix("configs/")
         hint = did_you_mean(name, list(shipped()))
         raise UserError(f"cannot read the recipe {path}: {error.strerror}.{hint}") from None
     return parse_recipe(text, str(path))
@@ -93,7 +93,7 @@ def per_layer_recipe(edits: Sequence[Mapping[str, Any]], **notes: Any) -> str:
     layers = sorted({layer for edit in edits for layer in edit["layers"]})
     recipe = {"model": notes.pop("model"), "mode": "per-layer", "layers": layers}
     recipe |= {"edits": [dict(edit) for edit in edits], **notes}
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 
 
 def _problems(values: dict[str, Any]) -> list[str]:

@@ -400,6 +400,9 @@ def test_wrong_recipes(name: str, tmp_path: Path, refused: Refused) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path, refused: Refused) -> None:
     refused(("compress", "--config", tmp_path / "none.yaml"), "none.yaml", "No such file")
     refused(("compress", "--config", tmp_path), "Is a directory")
+    refused(("compress", "--config", ""), "Is a directory")
+    refused(("export", tmp_path), "'OUT': The folder to make")
+    refused(("search-ranks", "--model", "demo", "--mode", "laser", "--rho", "2"), "--rho takes")
 
 
 def test_unpublished_layers_have_to_be_given(refused: Refused) -> None:

@@ -82,9 +82,28 @@ def test_one_table_shows_both(model: Path, questions: Path):
     for name in ("accuracy", "loss"):
         line = next(line for line in text.splitlines() if line.lstrip().startswith(name))
         change = after[name] - before[name]
-        figures = [f"{before[name]:.2f}", f"{after[name]:.2f}", f"{change:+.2f}"]
-        assert line.split()[-3:] == figures
+        digits = {"accuracy": 2, "loss": 4}[name]
+        figures = [f"{before[name]:.{digits}f}", f"{after[name]:.{digits}f}"]
+        assert line.split()[-3:] == [*figures, f"{change:+.{digits}f}"]
     assert "questions, test, strict" in text
+
+
+def test_running_text_has_a_loss_and_no_accuracy(model: Path, tmp_path: Path):
+    from test_eval_tables import shown
+
+    text = tmp_path / "text.txt"
+    text.write_text("One day a girl found a needle in her room. " * 20)
+    request = CompressRequest(
+        model=str(model),
+        mode="laser",
+        layers=(1,),
+        settings={"rank": 2, "matrices": ["in"]},
+        evaluate="text",
+    )
+    report = run(request, evaluate=scorer(text))
+    printed = shown(result_tables(report))
+    assert "loss, nats per token" in printed
+    assert "accuracy" not in printed
 
 
 def test_the_command_prints_them_as_json(model: Path, questions: Path):

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from tensorllm.reporting.reproduction import duration, rehearsal_table, reproduction_tables
-from tensorllm.reporting.scores import METRICS, comparison_tables, score_tables
+from tensorllm.metrics import SHOWN
+from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
+from tensorllm.reporting.scores import comparison_tables, score_tables
+from tensorllm.reporting.search import _trials
+from tensorllm.reporting.tables import duration
 
 WIDEST = {"accuracy": 100.0, "loss": 12.3456, "perplexity": 98765.43} | dict.fromkeys(
     ("top_1", "top_5", "top_10", "token_f1"), 100.0
@@ -50,9 +53,9 @@ def shown(table: RenderableType) -> str:
 
 def test_one_evaluation():
     text = shown(score_tables(RESULTS))
-    for name, (title, digits) in METRICS.items():
-        line = next(line for line in text.splitlines() if title in line)
-        assert f"{WIDEST[name]:.{digits}f}" in line
+    for name, metric in SHOWN.items():
+        line = next(line for line in text.splitlines() if metric.title in line)
+        assert f"{WIDEST[name]:.{metric.digits}f}" in line
     assert "1.50…123456.78" in text
     assert "3 prompts lost their beginning to fit the context" in text
     assert "answers counted by the tokenizer" in text
@@ -139,3 +142,11 @@ def test_the_plan_says_what_is_missing():
 )
 def test_durations(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+def test_a_trial_of_many_settings_loses_no_digit_in_80_columns():
+    params = {"layer": 27, "R1": 1920, "R2": 120, "R3": 4, "rho": 0.54832, "matrices": "in+out"}
+    scores = {"accuracy": 71.46, "loss": 11.1234, "ratio": 247.31, "relative_error": 0.9335}
+    text = shown(_trials([{"trial": 100, "params": params, **scores}]))
+    for figure in ("1920", "0.5483", "in+out", "71.46", "11.1234", "247.31", "0.9335"):
+        assert figure in text.split()

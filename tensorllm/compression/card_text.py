@@ -10,8 +10,8 @@ from tensorllm.compression.report import RATIO_NAMES
 from tensorllm.compression.wording import done_in_words
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.evaluation.before_after import BeforeAfter
+from tensorllm.metrics import MAIN, SHOWN
 
-UNITS = {"accuracy": ("accuracy, %", 2), "loss": ("loss, nats per answer token", 4)}
 AUTO = {"fill-mask": "AutoModelForMaskedLM"}
 
 
@@ -93,9 +93,10 @@ def _measured(measured: Sequence[BeforeAfter]) -> str:
     parts = ["## Measured"]
     for found in measured:
         rows = []
-        for name, (title, digits) in UNITS.items():
+        for name in MAIN:
             if name not in found.after:
                 continue
+            title, digits = SHOWN[name].title, SHOWN[name].digits
             after = _value(found.after[name], found.intervals_after.get(name), digits)
             before = "" if found.before is None else found.before[name]
             if isinstance(before, float):
@@ -117,7 +118,7 @@ def _again(report: Mapping[str, Any]) -> str:
     """The recipe holds what the shipped one and the command line's options came to."""
     settings = {key: v for key, v in report["settings"].items() if key != "calibration"}
     recipe = {"model": report["model"], "mode": report["mode"], "layers": report["layers"]}
-    text = yaml.safe_dump(recipe | settings, sort_keys=False, default_flow_style=None, width=100)
+    text = yaml.safe_dump(recipe | settings, sort_keys=False, default_flow_style=None, width=76)
     revision = f" --revision {report['revision']}" if report["revision"] else ""
     fitted = report["settings"].get("calibration")
     data = " --calibration FILE" if fitted else ""

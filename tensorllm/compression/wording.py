@@ -7,12 +7,17 @@ from typing import Any
 from tensorllm.tensors.stacking import ATTENTION
 
 Sites = Sequence[Mapping[str, Any]]
+Group = tuple[tuple[tuple[str, ...], str], Sites]  # roles and kind of factors, and their sites
+MOST = 3  # groups of matrices that are told one by one
 
 
 def done_in_words(sites: Sites) -> str:
     """Such as `attention of layer 1 as a shared Tucker tensor of ranks (64, 16, 4), ...`."""
     parts = []
-    for (roles, kind), together in _grouped(sites):
+    groups = _grouped(sites)
+    if len(groups) > MOST:  # a line for each would be a list, not a sentence
+        groups = _by_kind(sites)
+    for (roles, kind), together in groups:
         layers = numbers(layer for site in together for layer in site["layers"])
         parts.append(f"{_matrices(roles)} of {layers} as {_factors(kind, together)}")
     return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else ""
@@ -29,16 +34,29 @@ def numbers(layers: Iterable[int]) -> str:
     return f"layer{'s' if len(found) > 1 else ''} {text}"
 
 
-def _grouped(sites: Sites) -> list[tuple[tuple[tuple[str, ...], str], Sites]]:
+def _grouped(sites: Sites) -> list[Group]:
     groups: dict[tuple[tuple[str, ...], str], list[Mapping[str, Any]]] = {}
     for site in sites:
         groups.setdefault((tuple(site["roles"]), site["kind"]), []).append(site)
     return list(groups.items())
 
 
+def _by_kind(sites: Sites) -> list[Group]:
+    """The same, with all roles of one kind of factors in one group."""
+    out: list[Group] = []
+    for kind in dict.fromkeys(site["kind"] for site in sites):
+        together = [site for site in sites if site["kind"] == kind]
+        roles = dict.fromkeys(role for site in together for role in site["roles"])
+        out.append(((tuple(roles), kind), together))
+    return out
+
+
 def _matrices(roles: tuple[str, ...]) -> str:
     if set(roles) == set(ATTENTION):
         return "attention"
+    if set(roles) > set(ATTENTION):
+        ffn = ", ".join(f"“{role}”" for role in roles if role not in ATTENTION)
+        return f"attention and FFN matrices {ffn}"
     part = "attention" if set(roles) <= set(ATTENTION) else "FFN"
     many = "matrices" if len(roles) > 1 else "matrix"
     names = ", ".join(f"“{role}”" for role in roles)
@@ -54,7 +72,8 @@ def _factors(kind: str, sites: Sites) -> str:
     if kind == "low-rank":
         name = "products" if several else "a product"
         return f"{name} of rank {_range([str(r[0]) for r in ranks])}"
-    return f"{kind} factors of rank {_range([', '.join(map(str, r)) for r in ranks])}"
+    name = kind.replace("-", " ")
+    return f"{name} factors of rank {_range([', '.join(map(str, r)) for r in ranks])}"
 
 
 def _range(texts: list[str]) -> str:

@@ -151,6 +151,6 @@ class ActivationTucker(Compressor):
 @COMPRESSORS.register("activation-hybrid")
 @dataclass(frozen=True, kw_only=True)
 class ActivationHybrid(ActivationTucker):
-    """The same for attention and FFN, out of one budget."""
+    """Attention and FFN fitted to calibration text, out of one budget."""
 
     roles: ClassVar[tuple[str, ...]] = ATTENTION + FFN

@@ -18,7 +18,9 @@ from tensorllm.tensors.svd import METHODS, truncated_svd
 @COMPRESSORS.register("laser", aliases=("laser-svd",))
 @dataclass(frozen=True, kw_only=True)
 class LaserSVD(Compressor):
-    """Rank-r truncation of each chosen matrix. Source: LASER, section 3.
+    """Rank-r truncation of each chosen matrix.
+
+    Source: LASER, section 3.
 
     Attributes:
         rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.

@@ -78,6 +78,4 @@ def _whole(path: Path) -> str:
             f"{path} must be UTF-8 text: {error.reason} at byte {error.start}"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"--data-file must be a readable file, got {str(path)!r}: {error.strerror}"
-        ) from None
+        raise UserError(f"cannot read the text {str(path)!r}: {error.strerror}") from None

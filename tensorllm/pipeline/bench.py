@@ -21,15 +21,21 @@ from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Choice, Policy
 
 KINDS = ("dense", "factored")
+PROMPT, NEW = 512, 32  # tokens, where the model takes as many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
-    """What is measured; the command line's options."""
+    """What is measured; the command line's options.
+
+    Attributes:
+        prompt_tokens: None: 512, or what the model's context leaves beside the new tokens.
+        new_tokens: None: 32, or a quarter of the model's context.
+    """
 
     model: Path
-    prompt_tokens: int = 512
-    new_tokens: int = 32
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
     repeats: int = 5
     policy: Policy = "always"
     dtype: str | None = None
@@ -43,6 +49,9 @@ class Bench:
 
     models: dict[str, Measured]
     choices: list[Choice]
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
     environment: dict[str, Any]
     model: str
     compressor: dict[str, Any]
@@ -69,6 +78,7 @@ class Bench:
             "models": {name: measured.to_json() for name, measured in self.models.items()},
             "ratios": self.ratios(),
             "sites": [{"site": c.site, "factored": c.factored, "why": c.why} for c in self.choices],
+            **{name: getattr(self, name) for name in ("prompt_tokens", "new_tokens", "repeats")},
             "environment": self.environment,
         }
 
@@ -80,25 +90,44 @@ def bench(request: BenchRequest) -> Bench:
         UserError: not a factored folder, or numbers that make no sense.
     """
     for name in ("prompt_tokens", "new_tokens", "repeats"):
-        if getattr(request, name) < 1:
-            raise UserError(f"{name} must be 1 or more, got {getattr(request, name)}")
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
     one_of("--policy", request.policy, get_args(Policy))
     manifest = read_manifest(request.model)
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{request.model} is not factored; there is nothing to compare")
     dense, _ = _load(request, "dense")
     factored, choices = _load(request, "factored")
-    limit = getattr(dense.config, "max_position_embeddings", None)
-    wanted = request.prompt_tokens + request.new_tokens
-    if limit is not None and wanted > limit:
-        raise UserError(f"prompt and new tokens must fit the model's {limit}, got {wanted}")
+    prompt, new = _lengths(request, getattr(dense.config, "max_position_embeddings", None))
     models = {"dense": dense, "factored": factored}
-    found = measure(models, request.prompt_tokens, request.new_tokens, request.repeats)
+    found = measure(models, prompt, new, request.repeats)
     if request.peak and request.device == "cpu":
         del dense, factored, models
-        found = {kind: replace(m, peak_bytes=_peak(request, kind)) for kind, m in found.items()}
+        found = {k: replace(m, peak_bytes=_peak(request, k, prompt, new)) for k, m in found.items()}
     made = {"mode": manifest.mode, **manifest.settings, "layers": manifest.source.get("layers")}
-    return Bench(found, choices, environment(), str(manifest.source.get("model")), made)
+    return Bench(
+        found,
+        choices,
+        prompt,
+        new,
+        request.repeats,
+        environment(),
+        str(manifest.source.get("model")),
+        made,
+    )
+
+
+def _lengths(request: BenchRequest, limit: int | None) -> tuple[int, int]:
+    """Tokens of the prompt and new ones, which must fit the model's context together."""
+    prompt, new = request.prompt_tokens, request.new_tokens
+    if new is None:
+        new = NEW if limit is None else min(NEW, limit // 4)
+    if prompt is None:
+        prompt = PROMPT if limit is None else max(1, min(PROMPT, limit - new))
+    if limit is not None and prompt + new > limit:
+        raise UserError(f"prompt and new tokens must fit the model's {limit}, got {prompt + new}")
+    return prompt, new
 
 
 def _load(request: BenchRequest, kind: str) -> tuple[Any, list[Choice]]:
@@ -111,10 +140,10 @@ def _load(request: BenchRequest, kind: str) -> tuple[Any, list[Choice]]:
     return model.to(torch.device(request.device)).eval(), choices
 
 
-def _peak(request: BenchRequest, kind: str) -> int:
+def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
     """Peak resident bytes of a fresh process that loads one model and runs it once."""
     values = [str(request.model), kind, request.policy, str(request.dtype or "")]
-    sizes = [str(request.prompt_tokens), str(request.new_tokens)]
+    sizes = [str(prompt), str(new)]
     run = subprocess.run(
         [sys.executable, "-m", "tensorllm.pipeline.bench", *values, *sizes],
         capture_output=True,

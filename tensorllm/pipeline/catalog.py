@@ -1,9 +1,13 @@
 """`tensorllm list`: what there is, as rows of text."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.registry import one_of
+
+if TYPE_CHECKING:
+    from tensorllm.recipes import Recipe
 
 Row = dict[str, str]
 KINDS = ("compressors", "architectures", "models", "datasets", "recipes")
@@ -23,9 +27,9 @@ def _compressors() -> list[Row]:
     return [
         {
             "mode": name,
-            "settings": ", ".join(fields_of(name)),
             "what it does": _first_line(COMPRESSORS[name].__doc__),
-            "source": COMPRESSORS[name].source,
+            "settings": ", ".join(fields_of(name)),
+            "source": COMPRESSORS[name].source.replace("https://arxiv.org/abs/", "arXiv "),
         }
         for name in COMPRESSORS
     ]
@@ -73,11 +77,29 @@ def _recipes() -> list[Row]:
     return [
         {
             "recipe": name,
-            "layers": "not published" if recipe.layers is None else str(list(recipe.layers)),
-            "settings": ", ".join(f"{k}={v}" for k, v in recipe.settings.items()),
+            "layers": _layers(recipe),
+            "ranks": _plain(recipe.settings.get("ranks")),
+            "rho": _plain(recipe.settings.get("rho")),
+            "matrix": _plain(recipe.settings.get("matrices")),
+            "layout": _plain(recipe.settings.get("layout")),
         }
         for name, recipe in shipped().items()
     ]
+
+
+def _layers(recipe: "Recipe") -> str:
+    """Such as `11` or, where the FFN's layers are others, `11+24`; ? was never published."""
+    shown = [
+        "?" if layers is None else _plain(layers)
+        for layers in (recipe.layers, recipe.settings.get("ffn_layers", recipe.layers))
+    ]
+    return "+".join(dict.fromkeys(shown))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _stored(roles: Sequence[str]) -> str:

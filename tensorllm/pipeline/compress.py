@@ -222,9 +222,10 @@ def device_of(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    one_of("--device", name.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device must be auto, cpu or cuda[:N], got {name!r}: {reason}") from None
+        raise UserError(f"--device {name} is not to be had here: {reason}") from None
     return name

@@ -88,7 +88,7 @@ def recipe_text(run: SearchRun, point: Point, results: dict[str, Any]) -> str:
         f"{results['validation_examples']} validation examples; {figure} on the test part "
         f"{before[figure]:.4g} before, {after[figure]:.4g} after",
     }
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 
 
 def _final(run: SearchRun, queue: TrialQueue, point: Point) -> dict[str, Any]:

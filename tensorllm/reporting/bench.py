@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from tensorllm.reporting.tables import new_table
+from tensorllm.reporting.tables import new_table, size
 
 ROWS = (  # what, field of the models, field of the ratios, unit
     ("prefill", "prefill_tokens_per_second", "prefill", "tokens/s"),
@@ -17,17 +17,28 @@ ROWS = (  # what, field of the models, field of the ratios, unit
 )
 
 
+def in_units(value: float, unit: str) -> str:
+    """Such as `2.39 MiB`, `2,106 tokens/s`, `17.3 tokens/s`."""
+    if unit == "bytes":
+        return size(int(value))
+    return f"{value:,.{0 if value >= 100 else 1}f} {unit}"
+
+
 def bench_table(found: Mapping[str, Any]) -> RenderableType:
     """Dense and factored side by side, and which sites run how."""
     models, ratios = found["models"], found["ratios"]
-    table = new_table("", "dense", "factored", "gain", "unit", number_from=1)
+    turns = (
+        f"a prompt of {found['prompt_tokens']} tokens, {found['new_tokens']} decoded behind it; "
+        f"medians of {found['repeats']} turns"
+    )
+    table = new_table("", "dense", "factored", "gain", number_from=1)
     for what, field, ratio, unit in ROWS:
         if ratio in ratios:
-            cells = [f"{models[name][field]:,.0f}" for name in ("dense", "factored")]
-            table.add_row(what, *cells, f"{ratios[ratio]:.2f}x", unit)
+            cells = [in_units(models[name][field], unit) for name in ("dense", "factored")]
+            table.add_row(what, *cells, f"{ratios[ratio]:.2f}x")
     counts: dict[str, list[str]] = {}
     for site in found["sites"]:
         how = "factored" if site["factored"] else "dense"
         counts.setdefault(f"{how} ({site['why']})", []).append(site["site"])
     lines = [f"{how}: {', '.join(names)}" for how, names in counts.items()]
-    return Group(table, *lines)
+    return Group(turns, table, *lines)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tensorllm.reporting.tables import new_table, size
+from tensorllm.reporting.tables import duration, new_table, size
 
 Rows = Sequence[Mapping[str, Any]]
 MARKS = {"searched": "*", "given": "+"}
@@ -61,14 +61,6 @@ def rehearsal_table(plan: Mapping[str, Any]) -> RenderableType:
         parts.append(Text("Not on this machine; the hub will be asked. Offline:", style="bold"))
         parts += [Text(f"- {line}") for line in plan["missing"]]
     return Group(*parts)
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3.5 min, 20.1 h, 12 days."""
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.{int(unit > 1)}f} {name}"
-    return f"{seconds / 86_400:.0f} days"
 
 
 def _layer(row: Mapping[str, Any]) -> str:

@@ -6,18 +6,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.tables import new_table
 
-METRICS = {  # name -> what is printed, decimals
-    "accuracy": ("accuracy, %", 2),
-    "loss": ("loss, nats per token", 4),
-    "perplexity": ("perplexity", 2),
-    "top_1": ("first token in top 1, %", 2),
-    "top_5": ("... in top 5, %", 2),
-    "top_10": ("... in top 10, %", 2),
-    "token_f1": ("token F1, %", 2),
-}
-SHOWN = 8  # examples of each kind of change
+LISTED = 8  # examples of each kind of change
 WIDTH = 36  # of a question; answers wrap beside it
 
 
@@ -27,16 +19,14 @@ def score_tables(results: Mapping[str, Any]) -> RenderableType:
     before = results.get("before")
     if before is None:
         table = new_table("", "value", "95 % interval", number_from=1)
-        for name, (title, digits) in METRICS.items():
+        for name, shown in SHOWN.items():
             value = results["metrics"].get(name)
-            if value is None:
-                continue
-            table.add_row(
-                title, f"{value:.{digits}f}", _interval(results["intervals"].get(name), digits)
-            )
+            if value is not None:
+                spread = results["intervals"].get(name)
+                table.add_row(shown.title, shown.exact(value), _interval(spread, shown.digits))
         return Group(*parts, table, *_notes(results))
     parts.append(_side_by_side(before["metrics"], results["metrics"], results["comparison"]))
-    return Group(*parts, _tests(results["comparison"]), *_notes(results))
+    return Group(*parts, _tests(results), *_notes(results))
 
 
 def comparison_tables(changes: Mapping[str, Any]) -> RenderableType:
@@ -46,13 +36,13 @@ def comparison_tables(changes: Mapping[str, Any]) -> RenderableType:
         _headline(before),
         _headline(after),
         _side_by_side(before["metrics"], after["metrics"], changes["comparison"]),
-        _tests(changes["comparison"]),
+        _tests({"comparison": changes["comparison"], "metrics": after["metrics"]}),
     ]
     for kind, title in (("mended", "wrong, now right"), ("broken", "right, now wrong")):
         rows = changes[kind]
         if rows:
             table = new_table(f"{title} ({len(rows)})", "answer", "generated now", number_from=3)
-            for row in rows[:SHOWN]:
+            for row in rows[:LISTED]:
                 table.add_row(*(_short(row[name]) for name in ("prompt", "answer", "generation")))
             parts.append(table)
     return Group(*parts)
@@ -74,27 +64,29 @@ def _side_by_side(
     before: Mapping[str, float], after: Mapping[str, float], comparison: Mapping[str, Any]
 ) -> RenderableType:
     table = new_table("", "before", "after", "change", "95 % interval", number_from=1)
-    for name, (title, digits) in METRICS.items():
+    for name, shown in SHOWN.items():
         value = before.get(name)
         if value is None:
             continue
-        change = after[name] - value
-        spread = comparison[name]["interval"] if name in ("accuracy", "loss") else None
+        spread = comparison[name]["interval"] if name in MAIN else None
         table.add_row(
-            title,
-            f"{value:.{digits}f}",
-            f"{after[name]:.{digits}f}",
-            f"{change:+.{digits}f}",
-            _interval(spread, digits),
+            shown.title,
+            shown.exact(value),
+            shown.exact(after[name]),
+            f"{after[name] - value:+.{shown.digits}f}",
+            _interval(spread, shown.digits),
         )
     return table
 
 
-def _tests(comparison: Mapping[str, Any]) -> Text:
+def _tests(results: Mapping[str, Any]) -> Text:
+    comparison = results["comparison"]
+    loss = f"loss, paired bootstrap p {_p(comparison['loss_p'])}"
+    if "accuracy" not in results["metrics"]:  # running text: nothing is right or wrong
+        return Text(loss)
     return Text(
         f"wrong to right {comparison['mended']}, right to wrong {comparison['broken']} of "
-        f"{comparison['examples']}: McNemar p {_p(comparison['mcnemar_p'])}; "
-        f"loss, paired bootstrap p {_p(comparison['loss_p'])}"
+        f"{comparison['examples']}: McNemar p {_p(comparison['mcnemar_p'])}; {loss}"
     )
 
 

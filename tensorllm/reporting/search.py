@@ -5,7 +5,10 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
+from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.tables import new_table
+
+SCORES = ("accuracy, %", "loss")
 
 
 def search_tables(results: Mapping[str, Any]) -> RenderableType:
@@ -38,16 +41,13 @@ def _sentence(results: Mapping[str, Any]) -> str:
 
 def _trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     names = list(rows[0]["params"]) if rows else []
-    table = new_table(
-        "trial", *names, "accuracy %", "loss", "ratio", "relative error", number_from=0
-    )
+    table = new_table("trial", *names, *SCORES, "CR", "error", number_from=0)
+    table.collapse_padding = True  # a hybrid's settings and scores in 80 columns
     for row in rows:
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
         table.add_row(
             str(row["trial"]),
-            *(str(row["params"][name]) for name in names),
-            accuracy,
-            f"{row['loss']:.4f}",
+            *(_plain(row["params"][name]) for name in names),
+            *_found(row),
             f"{row['ratio']:.2f}",
             f"{row['relative_error']:.4f}",
         )
@@ -56,36 +56,39 @@ def _trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Edits in the order in which they were put on top of one another."""
-    table = new_table("edit", "layers", "settings", "accuracy %", "loss", number_from=3)
+    table = new_table("edit", "layers", "settings", *SCORES, number_from=3)
     shown = ("trial", "mode", "layers", "validation")
     for number, step in enumerate(steps, 1):
         settings = "; ".join(f"{key} {_plain(v)}" for key, v in step.items() if key not in shown)
-        accuracy, loss = step["validation"]["accuracy"], step["validation"]["loss"]
         table.add_row(
             str(number),
             _plain(step["layers"]),
             f"{step['mode']}: {settings}",
-            "" if accuracy is None else f"{accuracy:.2f}",
-            f"{loss:.4f}",
+            *_found(step["validation"]),
         )
     return table
 
 
+def _found(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    values = ((SHOWN[name], scores[name]) for name in MAIN)
+    return tuple("" if value is None else shown.exact(value) for shown, value in values)
+
+
 def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(_plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _scores(results: Mapping[str, Any]) -> RenderableType:
     table = new_table("", "validation", "test", number_from=1)
-    for metric, unit in (("accuracy", " %"), ("loss", " nats/token")):
+    for metric in MAIN:
+        shown = SHOWN[metric]
         for who in ("original", "winner"):
             found = results[who]
             if found["test"].get(metric) is not None:
-                table.add_row(
-                    f"{who}, {metric}{unit}",
-                    f"{found['validation'][metric]:.4g}",
-                    f"{found['test'][metric]:.4g}",
-                )
+                values = (shown.exact(found[part][metric]) for part in ("validation", "test"))
+                table.add_row(f"{who}: {shown.title}", *values)
     return table
 
 

@@ -10,6 +10,9 @@ from rich.text import Text
 
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.report import RATIO_NAMES, CompressionReport
+from tensorllm.metrics import MAIN, SHOWN
+
+WIDTH = 80  # columns of a terminal
 
 
 def compression_tables(report: CompressionReport) -> RenderableType:
@@ -43,7 +46,7 @@ def plan_table(plan: Plan) -> RenderableType:
         "parameters", count(plan.parameters_before), _known(plan.parameters_after, count)
     )
     totals.add_row("weight files", size(plan.bytes_before), _known(plan.bytes_after, size))
-    totals.add_row("predicted time", "", f"{plan.seconds:.0f} s")
+    totals.add_row("predicted time", "", duration(plan.seconds))
     totals.add_row("predicted peak memory", "", size(plan.peak_bytes))
     return Group(table, totals)
 
@@ -64,6 +67,16 @@ def size(n: int) -> str:
     return f"{n} B"
 
 
+def duration(seconds: float) -> str:
+    """under 1 s, 12 s, 3.5 min, 20.1 h, 12 days."""
+    if seconds < 1:
+        return "under 1 s"
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{int(unit > 1)}f} {name}"
+    return f"{seconds / 86_400:.0f} days"
+
+
 def _headline(report: CompressionReport) -> Text:
     settings = ", ".join(f"{key}={_brief(value)}" for key, value in report.settings.items())
     text = Text()
@@ -75,7 +88,10 @@ def _headline(report: CompressionReport) -> Text:
 def _brief(value: Any) -> str:
     """A setting on one line; of long lists only how long they are."""
     if isinstance(value, Mapping):
-        return " ".join(f"{key}={_brief(inner)}" for key, inner in value.items())
+        told = {key: inner for key, inner in value.items() if key != "sha256"}
+        return " ".join(f"{key}={_brief(inner)}" for key, inner in told.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
     long = isinstance(value, list) and (len(value) > 7 or any(isinstance(v, dict) for v in value))
     return f"{len(value)} of them" if long else str(value)
 
@@ -106,11 +122,11 @@ def _scores(evaluation: Mapping[str, Any]) -> Table:
     before, after = evaluation["before"], evaluation["after"]
     named = ", ".join(str(before[key]) for key in ("dataset", "split", "protocol") if key in before)
     table = new_table(named or "scores", "before", "after", "change", number_from=1)
-    for name, unit in (("accuracy", " %"), ("loss", "")):
-        one, other = before[name], after[name]
-        table.add_row(
-            f"{name}{unit}", f"{one:.2f}", f"{other:.2f}", Text(f"{other - one:+.2f}", style="bold")
-        )
+    for name in MAIN:
+        if name in after:  # running text has no accuracy
+            shown, one, other = SHOWN[name], before[name], after[name]
+            change = Text(f"{other - one:+.{shown.digits}f}", style="bold")
+            table.add_row(shown.title, shown.exact(one), shown.exact(other), change)
     return table
 
 
@@ -118,7 +134,12 @@ def new_table(*columns: str, number_from: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = index >= number_from
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
+        table.add_column(
+            column,
+            justify="right" if numeric else "left",
+            no_wrap=index == 0,
+            overflow="fold",  # a figure with its end cut off would be another figure
+        )
     return table
 
 
@@ -138,6 +159,9 @@ def result_tables(result: CompressionReport | Plan) -> RenderableType:
 def rows_table(rows: list[dict[str, str]]) -> RenderableType:
     """Rows of text with the same keys."""
     table = new_table(*(rows[0] if rows else ["nothing"]), number_from=99)
+    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]] if rows else []
+    if sum(widths) + len(widths) + 1 <= WIDTH < sum(widths) + 3 * len(widths) - 1:
+        table.padding = (0, 0)  # narrow gaps, and every row on one line
     for row in rows:
         table.add_row(*row.values())
     return table

@@ -6,10 +6,11 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from tensorllm.reporting.page.figures import times
 from tensorllm.tensors.stacking import ATTENTION
 
 Json = Mapping[str, Any]
-CELL, GAP, RIGHT = 26, 4, 72
+CELL, GAP, RIGHT = 26, 4, 84
 TALL = 240  # from here on the drawing stands beside the others, not in their row
 HEIGHT = 520  # of all layers together, at most; then their rows get thinner
 
@@ -65,8 +66,8 @@ def _gains(left: Mapping[tuple[int, str], float], layer: int) -> str:
     gains = sorted({1 / part for (of, _), part in left.items() if of == layer})
     if not gains:
         return ""
-    ends = dict.fromkeys(f"{gain:.3g}" for gain in (gains[0], gains[-1]))
-    return f"{'-'.join(ends)}×"
+    ends = dict.fromkeys(times(gain) for gain in (gains[0], gains[-1]))
+    return "–".join(ends).replace("×–", "–")
 
 
 def factor_drawing(site: Json) -> Markup | None:

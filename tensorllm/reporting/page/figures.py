@@ -1,6 +1,15 @@
 """Numbers as the page writes them."""
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from tensorllm.metrics import SHOWN
+
+
+def short_name(model: str) -> str:
+    """A folder's own name; short names and those of the hub as they are."""
+    path = Path(model)
+    return path.name if path.is_absolute() or path.parts[:1] in (("..",), (".",)) else model
 
 
 def times(ratio: float) -> str:
@@ -21,3 +30,21 @@ def between(bounds: Sequence[float] | None, digits: int) -> str:
     if not bounds:
         return ""
     return " to ".join(f"{x:.{digits}f}".replace("-", "\N{MINUS SIGN}") for x in bounds)
+
+
+def score_tile(metric: str, where: str, after: float, before: float | None) -> dict[str, str]:
+    """A score, and how far it is from the original's where that is known."""
+    shown = SHOWN[metric]
+    sign = f" {shown.unit}" if shown.unit == "%" else ""  # longer units stand in the label
+    tile = {
+        "label": f"{shown.name} {where}" + ("" if sign else f", {shown.unit}"),
+        "value": f"{shown.brief(after)}{sign}",
+        "note": "",
+        "tone": "",
+    }
+    if before is not None:
+        points = " points" if sign else ""
+        change = signed(after - before, shown.digits - 1)
+        tile["note"] = f"{change}{points} from {shown.brief(before)}"
+        tile["tone"] = shown.tone(after - before)
+    return tile

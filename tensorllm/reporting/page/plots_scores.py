@@ -5,9 +5,8 @@ from typing import Any
 
 from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.evaluation.row import Row
+from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.theme import Canvas, Picture, colour
-
-METRICS = {"accuracy": "accuracy, %", "loss": "loss, nats per answer token"}
 
 
 def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[Picture]:
@@ -16,7 +15,7 @@ def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[Pict
         return []
     return [
         _beside(canvas, found, metric, f"{prefix}{metric}")
-        for metric in METRICS
+        for metric in MAIN
         if metric in found.after
     ]
 
@@ -24,12 +23,12 @@ def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[Pict
 def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> Picture:
     assert found.before is not None
     before, after = found.before[metric], found.after[metric]
-    better = after >= before if metric == "accuracy" else after <= before
+    shown = SHOWN[metric]
+    verdict = colour("good" if shown.better(after - before) else "bad")
     bars = [
         (0, before, found.intervals_before.get(metric), colour("before")),
-        (1, after, found.intervals_after.get(metric), colour("good" if better else "bad")),
+        (1, after, found.intervals_after.get(metric), verdict),
     ]
-    digits = 1 if metric == "accuracy" else 3
     with canvas.axes(1.35) as axes:
         top = max(bounds[1] if bounds else value for _, value, bounds, _ in bars)
         for at, value, bounds, shade in bars:
@@ -37,16 +36,16 @@ def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> Pictu
             if bounds:
                 axes.plot(bounds, [at, at], color=colour("ink"), lw=1.4, solid_capstyle="butt")
             end = bounds[1] if bounds else value
-            axes.text(end + 0.02 * top, at, f"{value:.{digits}f}", va="center", ha="left")
+            axes.text(end + 0.02 * top, at, shown.brief(value), va="center", ha="left")
         axes.set_yticks([0, 1], ["before", "after"])
         axes.tick_params(axis="y", labelcolor=colour("ink"))
-        axes.set(xlim=(0, 1.16 * top), ylim=(1.5, -0.5), xlabel=METRICS[metric])
+        axes.set(xlim=(0, 1.16 * top), ylim=(1.5, -0.5), xlabel=shown.title)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         title = f"{metric.capitalize()} on {found.dataset}"
         spread = "; lines are 95 % intervals" if found.intervals_after else ""
         caption = f"{found.where[len(found.dataset) + 2 :]}{spread}."
-        alt = f"{title}: {before:.{digits}f} before, {after:.{digits}f} after"
+        alt = f"{title}: {shown.brief(before)} before, {shown.brief(after)} after"
         return canvas.picture(
             axes, name, title=title, caption=caption[0].upper() + caption[1:], alt=alt
         )
@@ -66,12 +65,13 @@ def change_picture(
             inside = [min(max(x, -edge), edge * 0.999) for x in values]
             axes.hist(inside, bins=bins, color=colour(shade), rwidth=0.88, lw=0)
         axes.axvline(0, color=colour("muted"), lw=1)
-        axes.set(xlabel="change of the loss, nats per answer token", ylabel="examples")
+        axes.set(xlabel="change of the loss, nats per token", ylabel="examples")
         axes.grid(axis="x", visible=False)
         share = 100 * len(better) / len(moved)
         title = "Change of each example's loss"
         caption = (
-            f"Left of the line the gold answer became more probable: {share:.0f} % of examples."
+            f"Left of the line, {share:.0f} % of the examples became more probable. "
+            "The outermost bars hold what lies beyond, too."
         )
         alt = f"{title}: {share:.0f} % became more probable"
         return canvas.picture(axes, f"{prefix}loss-changes", title=title, caption=caption, alt=alt)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, Picture, colour
 
@@ -15,9 +16,11 @@ def search_pictures(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], prefix: str = ""
 ) -> list[Picture]:
     """The plots of a study; none where no trial was examined in full."""
-    measure = "loss" if results["objective"] == "loss" else "accuracy"
     # Sums over fewer examples than all are no fair figures: trials given up are left out.
     full = [r for r in rows if r["state"] == "complete" and not r["stopped"]]
+    measure = "loss" if results["objective"] == "loss" else "accuracy"
+    if len({r["accuracy"] for r in full}) < 2:  # all alike, or running text: it tells nothing
+        measure = "loss"
     full = [r for r in full if r[measure] is not None]
     if not full:
         return []
@@ -41,7 +44,6 @@ def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: s
         ]
         for i in layers
     ]
-    unit = " %" if measure == "accuracy" else " nats per token"
     return heatmap(
         canvas,
         name,
@@ -50,8 +52,8 @@ def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: s
         columns=[f"{b[0]:g}" for b in bins],
         names=("first edited layer", across if len(bins[0]) == 1 else f"{across}, from"),
         title=f"Best {measure} by layer and {across}",
-        caption=f"On validation, from {{low:.3g}} (faint) to {{high:.3g}}{unit} (strong). "
-        "Empty: not examined, or given up early.",
+        caption=f"On validation, from {{low:.3g}} (faint) to {{high:.3g}} {SHOWN[measure].unit} "
+        "(strong). Empty: not examined, or given up early.",
         number=".0f" if measure == "accuracy" else ".2f",
     )
 
@@ -71,12 +73,13 @@ def _front(
     with canvas.axes() as axes:
         x, y = [r["ratio"] for r in rows], [r[measure] for r in rows]
         axes.scatter(x, y, s=14, color=colour("before"), lw=0)
-        best = sorted((r["ratio"], r[measure]) for r in results["front"])
-        if best:
-            axes.plot(*zip(*best, strict=True), "o-", color=colour("accent"), ms=4.5)
+        best = _unbeaten(rows, measure)
+        axes.plot(*zip(*best, strict=True), "o-", color=colour("accent"), ms=4.5)
         original = results["original"]["validation"][measure]
         axes.axhline(original, color=colour("ink"), lw=1, ls=(0, (3, 2)))
-        axes.set(xlabel="ratio of the compressed matrices", ylabel=f"validation {measure}")
+        axes.set(
+            xlabel="ratio of the compressed matrices", ylabel=f"validation {SHOWN[measure].title}"
+        )
         axes.set_xscale("log")
         axes.set_xticks(_nice(min(x), max(x)), minor=False)
         axes.xaxis.set_major_formatter("{x:g}×")
@@ -87,6 +90,16 @@ def _front(
             f"{len(rows)} trials examined in full."
         )
         return canvas.picture(axes, name, title=title, caption=caption, alt=title)
+
+
+def _unbeaten(rows: Sequence[Row], measure: str) -> list[tuple[float, float]]:
+    """Ratio and score of the trials that no other beats in both."""
+    sign = 1 if SHOWN[measure].upwards else -1
+    out: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda r: (-r["ratio"], -sign * r[measure])):
+        if not out or sign * row[measure] > sign * out[-1][1]:
+            out.append((row["ratio"], row[measure]))
+    return out[::-1]
 
 
 def _nice(low: float, high: float) -> list[float]:
@@ -109,7 +122,7 @@ def _history(
         axes.axhline(
             results["original"]["validation"][measure], color=colour("ink"), lw=1, ls=(0, (3, 2))
         )
-        axes.set(xlabel="trial", ylabel=f"validation {measure}")
+        axes.set(xlabel="trial", ylabel=f"validation {SHOWN[measure].title}")
         title = "Trials in order"
         caption = "Blue: the best so far. Dashed: the original."
         return canvas.picture(axes, name, title=title, caption=caption, alt=title)

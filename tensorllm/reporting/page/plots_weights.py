@@ -69,8 +69,8 @@ def _spectra(
 def _title(site: Json, roles: str, mode: int | None) -> str:
     part = "Attention" if set(roles) <= set(ATTENTION) else "FFN"
     if mode is None:
-        return f"{part} matrix {roles} ({site['shape'][0]} × {site['shape'][1]})"
-    matrix = "" if roles == "".join(ATTENTION) else f" {roles}"
+        return f"{part} matrix {'+'.join(site['roles'])} ({site['shape'][0]} × {site['shape'][1]})"
+    matrix = "" if set(roles) == set(ATTENTION) else f" {'+'.join(site['roles'])}"
     return f"{part}{matrix}, mode {mode + 1}: {MODE_NAMES[mode]}"
 
 
@@ -131,7 +131,7 @@ def _head_errors(canvas: Canvas, matrices: Sequence[Json], prefix: str) -> list[
         }
         rows = [str(layer) for layer in layers]
         cells = [by_layer[layer] for layer in layers]
-        title, names = "Relative error per head, mean over its matrices", ("layer", "head")
+        title, names = "Relative error per head, its matrices together", ("layer", "head")
     return [
         heatmap(
             canvas,

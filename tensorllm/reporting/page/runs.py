@@ -114,8 +114,10 @@ def _checked(path: Path, values: Any, kind: type[Run]) -> Json:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no run: {str(error).splitlines()[0][:120]}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is no run: it is not JSON") from None
 
 
 def _trials(path: Path) -> list[Json]:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tensorllm.reporting.page.figures import between, signed
+from tensorllm.compression.wording import numbers
+from tensorllm.metrics import SHOWN
+from tensorllm.reporting.page.figures import between, score_tile, short_name
 from tensorllm.reporting.page.plots_search import search_pictures
 from tensorllm.reporting.page.runs import Searched
 from tensorllm.reporting.page.sections import provenance_rows
@@ -17,33 +19,28 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
     found = run.results
     winner, original = found["winner"], found["original"]
     metric = "accuracy" if winner["test"].get("accuracy") is not None else "loss"
-    digits, unit = (1, " %") if metric == "accuracy" else (3, "")
+    shown = SHOWN[metric]
     before, after = original["test"][metric], winner["test"][metric]
     counts = found["trials"]
     settings = {k: v for k, v in winner.items() if k not in ("trial", "validation", "test", "mode")}
-    better = after >= before if metric == "accuracy" else after <= before
     return {
         "id": f"run-{number}",
         "kind": "Search",
-        "title": f"{found['model']}, search of {winner['mode']}",
+        "title": f"{short_name(found['model'])}, search of {winner['mode']}",
         "sentence": (
             f"Best of {counts['examined']} trials on {found['validation_examples']:,} validation "
             f"examples of {found['dataset']}: {_settings(settings)}. On the test part, {metric} is "
-            f"{after:.{digits}f}{unit} instead of {before:.{digits}f}{unit}."
+            f"{shown.brief(after)} {shown.unit} instead of {shown.brief(before)}."
         ),
         "tiles": [
-            {
-                "label": f"{metric} on the test part",
-                "value": f"{after:.{digits}f}{unit}",
-                "note": f"{signed(after - before, digits)} from {before:.{digits}f}",
-                "tone": "good" if better else "bad",
-            },
-            {
-                "label": f"{metric} on validation",
-                "value": f"{winner['validation'][metric]:.{digits}f}{unit}",
-                "note": f"{original['validation'][metric]:.{digits}f} before",
-                "tone": "",
-            },
+            score_tile(metric, "on the test part", after, before),
+            score_tile(
+                metric,
+                "on validation",
+                winner["validation"][metric],
+                original["validation"][metric],
+            )
+            | {"tone": ""},
             {
                 "label": "compressed matrices",
                 "value": f"{winner['validation']['ratio']:.2f}×",
@@ -80,9 +77,12 @@ def _settings(values: Mapping[str, Any]) -> str:
     def shown(value: Any) -> str:
         if isinstance(value, list | tuple):
             return ", ".join(map(shown, value))
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    return "; ".join(f"{name} {shown(value)}" for name, value in values.items())
+    return "; ".join(
+        numbers(value) if name == "layers" else f"{name} {shown(value)}"
+        for name, value in values.items()
+    )
 
 
 def _gain(selection: Mapping[str, Any] | None) -> str:

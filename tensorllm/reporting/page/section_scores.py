@@ -1,26 +1,18 @@
 """What the page says of answers and speed: metrics, tests, examples that changed, benchmarks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.evaluation.row import Row
-from tensorllm.reporting.bench import ROWS
+from tensorllm.metrics import SHOWN
+from tensorllm.reporting.bench import ROWS, in_units
 from tensorllm.reporting.page.figures import between, signed
 from tensorllm.reporting.page.plots_scores import change_picture, score_pictures, speed_picture
 from tensorllm.reporting.page.runs import Benched, Evaluated
 from tensorllm.reporting.page.theme import Canvas
-from tensorllm.reporting.tables import size
 
-METRICS = {
-    "accuracy": ("Accuracy, %", 2, True),
-    "loss": ("Loss, nats per answer token", 4, False),
-    "perplexity": ("Perplexity", 2, False),
-    "token_f1": ("Token F1, %", 2, True),
-    "top_1": ("Answer's first token in top 1, %", 2, True),
-    "top_5": ("… in top 5, %", 2, True),
-    "top_10": ("… in top 10, %", 2, True),
-}
-SHOWN = 40  # examples of each kind of change
+LISTED = 40  # examples of each kind of change
 TAIL = 420  # characters of a prompt: its end, where the question is
 
 
@@ -28,7 +20,7 @@ def scores_section(
     found: BeforeAfter, run: Evaluated | None, canvas: Canvas, prefix: str
 ) -> dict[str, Any]:
     rows = []
-    for metric, (title, digits, upwards) in METRICS.items():
+    for metric, shown in SHOWN.items():
         if metric not in found.after:
             continue
         after = found.after[metric]
@@ -37,14 +29,14 @@ def scores_section(
         spread = (found.comparison or {}).get(metric, {})
         rows.append(
             {
-                "name": title,
-                "before": "" if before is None else f"{before:.{digits}f}",
-                "before_interval": between(found.intervals_before.get(metric), digits),
-                "after": f"{after:.{digits}f}",
-                "after_interval": between(found.intervals_after.get(metric), digits),
-                "change": "" if change is None else signed(change, digits),
-                "change_interval": between(spread.get("interval"), digits),
-                "tone": "" if not change else "good" if (change > 0) == upwards else "bad",
+                "name": shown.title,
+                "before": "" if before is None else shown.exact(before),
+                "before_interval": between(found.intervals_before.get(metric), shown.digits),
+                "after": shown.exact(after),
+                "after_interval": between(found.intervals_after.get(metric), shown.digits),
+                "change": "" if change is None else signed(change, shown.digits),
+                "change_interval": between(spread.get("interval"), shown.digits),
+                "tone": "" if change is None else shown.tone(change),
             }
         )
     pictures = score_pictures(canvas, found, prefix)
@@ -63,10 +55,12 @@ def _tests(found: BeforeAfter) -> str:
     if not found.comparison:
         return ""
     c = found.comparison
+    loss = f"the loss changed with p {_p(c['loss_p'])} (paired bootstrap)."
+    if "accuracy" not in found.after:  # running text: nothing is right or wrong
+        return loss.capitalize()
     return (
-        f"{c['mended']} answers went from wrong to right and {c['broken']} from right to wrong "
-        f"(McNemar's test, p {_p(c['mcnemar_p'])}); the loss changed with p {_p(c['loss_p'])} "
-        "(paired bootstrap)."
+        f"{c['mended']:,} answers went from wrong to right and {c['broken']:,} from right to wrong "
+        f"(McNemar's test, p {_p(c['mcnemar_p'])}); {loss}"
     )
 
 
@@ -75,22 +69,34 @@ def _p(value: float) -> str:
 
 
 def changed_examples(run: Evaluated) -> dict[str, Any] | None:
-    """The examples whose verdict changed."""
+    """The examples whose verdict changed; of running text, those whose loss moved most."""
     if not run.rows or len(run.before) != len(run.rows):
         return None
     pairs = list(zip(run.before, run.rows, strict=True))
-    groups = []
-    for right, title in ((True, "wrong, now right"), (False, "right, now wrong")):
-        found = [(b, a) for b, a in pairs if b.correct is (not right) and a.correct is right]
-        groups.append(
-            {
-                "title": title,
-                "tone": "good" if right else "bad",
-                "count": len(found),
-                "shown": [_example(b, a) for b, a in found[:SHOWN]],
-            }
-        )
+    if all(after.correct is None for _, after in pairs):
+        pairs.sort(key=lambda pair: pair[1].loss - pair[0].loss)
+        groups = [
+            _group("more probable now", "good", [p for p in pairs if p[1].loss < p[0].loss]),
+            _group("less probable now", "bad", [p for p in pairs[::-1] if p[1].loss > p[0].loss]),
+        ]
+    else:
+        groups = [
+            _group(title, tone, [p for p in pairs if (p[0].correct, p[1].correct) == verdicts])
+            for title, tone, verdicts in (
+                ("wrong, now right", "good", (False, True)),
+                ("right, now wrong", "bad", (True, False)),
+            )
+        ]
     return {"groups": groups, "dataset": run.results["dataset"]}
+
+
+def _group(title: str, tone: str, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+    return {
+        "title": title,
+        "tone": tone,
+        "count": len(pairs),
+        "shown": [_example(before, after) for before, after in pairs[:LISTED]],
+    }
 
 
 def _example(before: Row, after: Row) -> dict[str, str]:
@@ -109,11 +115,13 @@ def speed_section(run: Benched, canvas: Canvas, prefix: str) -> dict[str, Any]:
     rows = []
     for name, field, key, unit in ROWS:
         if key in ratios:
-            values = [models[which][field] for which in ("dense", "factored")]
-            shown = [size(v) if unit == "bytes" else f"{v:,.0f} {unit}" for v in values]
+            shown = [in_units(models[which][field], unit) for which in ("dense", "factored")]
             rows.append({"name": name, "dense": shown[0], "factored": shown[1]})
             rows[-1]["gain"] = f"{ratios[key]:.2f}×"
     sites = run.found["sites"]
     factored = sum(site["factored"] for site in sites)
     note = f"{factored} of {len(sites)} compressed sites run in their factors."
+    if "prompt_tokens" in run.found:  # files of before did not say
+        note += f" A prompt of {run.found['prompt_tokens']} tokens, "
+        note += f"{run.found['new_tokens']} decoded behind it."
     return {"rows": rows, "note": note, "pictures": [speed_picture(canvas, run.found, prefix)]}

@@ -49,8 +49,8 @@ def _factor_rows(site: Json) -> list[tuple[str, str]]:
 
 
 def _roles(site: Json) -> str:
-    roles = "".join(site["roles"])
-    return "Attention: q, k, v and o together" if roles == "qkvo" else f"Matrix “{roles}”"
+    roles = "+".join(site["roles"])
+    return "Attention: q, k, v and o together" if roles == "q+k+v+o" else f"Matrix “{roles}”"
 
 
 def ratios(report: Json, benched: Sequence[Benched]) -> list[dict[str, str]]:

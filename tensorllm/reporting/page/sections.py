@@ -6,8 +6,9 @@ from typing import Any
 
 from tensorllm.compression.report import RATIO_NAMES
 from tensorllm.evaluation.before_after import BeforeAfter
+from tensorllm.metrics import MAIN
 from tensorllm.reporting.page.drawing import model_drawing
-from tensorllm.reporting.page.figures import signed, times
+from tensorllm.reporting.page.figures import score_tile, times
 from tensorllm.reporting.page.runs import Json
 from tensorllm.reporting.page.section_scores import changed_examples, scores_section, speed_section
 from tensorllm.reporting.page.section_weights import (
@@ -53,25 +54,10 @@ def subject_view(subject: Subject, canvas: Canvas, number: int) -> dict[str, Any
 
 def _tiles(subject: Subject, measured: Sequence[BeforeAfter]) -> Iterator[dict[str, str]]:
     for found in measured[:1]:
-        for metric in ("accuracy", "loss"):
-            if metric not in found.after:
-                continue
-            digits, unit = (1, " %") if metric == "accuracy" else (3, "")
-            tile = {
-                "label": f"{metric} on {found.dataset}",
-                "value": f"{found.after[metric]:.{digits}f}{unit}",
-                "note": "",
-                "tone": "",
-            }
-            if found.before is not None:
-                change = found.after[metric] - found.before[metric]
-                better = change >= 0 if metric == "accuracy" else change <= 0
-                points = " points" if metric == "accuracy" else ""
-                tile["note"] = (
-                    f"{signed(change, digits)}{points} from {found.before[metric]:.{digits}f}"
-                )
-                tile["tone"] = "good" if better else "bad"
-            yield tile
+        for metric in MAIN:
+            if metric in found.after:
+                before = None if found.before is None else found.before[metric]
+                yield score_tile(metric, f"on {found.dataset}", found.after[metric], before)
     if subject.report:
         ratios, totals = subject.report["ratios"], subject.report["totals"]
         name = next(n for n in ("attention_of_edited_layers", "matrices_compressed") if n in ratios)

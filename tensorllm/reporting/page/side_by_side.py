@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorllm.evaluation.before_after import BeforeAfter
+from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.figures import between, times
-from tensorllm.reporting.page.plots_scores import METRICS
 from tensorllm.reporting.page.subjects import Subject
 from tensorllm.reporting.page.theme import Canvas, Picture, colour
 
@@ -20,6 +20,7 @@ def side_by_side(
     rows = [_row(s, view, dataset) for s, view in zip(subjects, views, strict=True)]
     return {
         "rows": rows,
+        "metrics": [(m, SHOWN[m].title) for m in MAIN if any(row[m] for row in rows)],
         "where": dataset[0] if dataset else "",
         "pictures": _pictures(subjects, dataset, canvas),
     }
@@ -49,11 +50,11 @@ def _row(
     found = _measured(subject, wanted)
     ratios = subject.report["ratios"] if subject.report else {}
     row = {"id": view["id"], "title": view["title"]}
-    for metric, digits in (("accuracy", 1), ("loss", 3)):
+    for metric in MAIN:
         value = found.after.get(metric) if found else None
         bounds = found.intervals_after.get(metric) if found else None
-        row[metric] = "" if value is None else f"{value:.{digits}f}"
-        row[f"{metric}_interval"] = between(bounds, digits)
+        row[metric] = "" if value is None else SHOWN[metric].brief(value)
+        row[f"{metric}_interval"] = between(bounds, SHOWN[metric].digits - 1)
     for name in ("attention_of_edited_layers", "whole_model", "bytes_on_disk"):
         row[name] = times(ratios[name]) if name in ratios else ""
     return row
@@ -64,7 +65,7 @@ def _pictures(
 ) -> list[Picture]:
     """A plot per metric that every measured subject has."""
     found = [(s, m) for s in subjects if (m := _measured(s, wanted)) is not None]
-    metrics = [m for m in METRICS if found and all(m in measured.after for _, measured in found)]
+    metrics = [m for m in MAIN if found and all(m in measured.after for _, measured in found)]
     return [_bars(found, metric, canvas) for metric in metrics] if len(found) > 1 else []
 
 
@@ -74,11 +75,10 @@ def _bars(found: Sequence[tuple[Subject, BeforeAfter]], metric: str, canvas: Can
     for subject, measured in found:
         if measured.before is not None:
             original = measured.before[metric], measured.intervals_before.get(metric), "before"
-            bars.setdefault(f"{subject.model}, original", original)
+            bars.setdefault(f"{subject.name}, original", original)
     for number, (subject, measured) in enumerate(found, 1):
         name = subject.title if subject.title not in bars else f"{subject.title} ({number})"
         bars[name] = measured.after[metric], measured.intervals_after.get(metric), "accent"
-    digits = 1 if metric == "accuracy" else 3
     with canvas.axes(0.6 + 0.42 * len(bars)) as axes:
         top = max(bounds[1] if bounds else value for value, bounds, _ in bars.values())
         for at, (name, (value, bounds, shade)) in enumerate(bars.items()):
@@ -86,10 +86,10 @@ def _bars(found: Sequence[tuple[Subject, BeforeAfter]], metric: str, canvas: Can
             if bounds:
                 axes.plot(bounds, [at, at], color=colour("ink"), lw=1.4, solid_capstyle="butt")
             end = bounds[1] if bounds else value
-            axes.text(end + 0.02 * top, at, f"{value:.{digits}f}", va="center")
+            axes.text(end + 0.02 * top, at, SHOWN[metric].brief(value), va="center")
             axes.text(0, at - 0.24, _short(name), va="bottom")  # above its bar: names are long
         axes.set_yticks([])
-        axes.set(xlim=(0, 1.16 * top), ylim=(len(bars) - 0.7, -0.75), xlabel=METRICS[metric])
+        axes.set(xlim=(0, 1.16 * top), ylim=(len(bars) - 0.7, -0.75), xlabel=SHOWN[metric].title)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         title = f"{metric.capitalize()} on {found[0][1].dataset}"

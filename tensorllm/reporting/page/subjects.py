@@ -7,6 +7,8 @@ from typing import Any
 
 from tensorllm.compression.wording import done_in_words
 from tensorllm.evaluation.before_after import BeforeAfter, of_results, of_scores
+from tensorllm.metrics import SHOWN
+from tensorllm.reporting.page.figures import short_name
 from tensorllm.reporting.page.runs import Benched, Compressed, Evaluated, Json, Run, Searched
 
 
@@ -21,10 +23,15 @@ class Subject:
     benched: list[Benched] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """The model's, without the folders that it lies in."""
+        return short_name(self.model)
+
+    @property
     def title(self) -> str:
         """Such as `demo, hybrid`."""
         how = self.compressor["mode"] if self.compressor else "as it is"
-        return f"{self.model}, {how}"
+        return f"{self.name}, {how}"
 
     @property
     def report(self) -> Json | None:
@@ -49,7 +56,7 @@ class Subject:
         elif self.compressor:
             done = f"compressed by {self.compressor['mode']}"
         outcomes = [_outcome(found) for found in self.measured()[:1]]
-        text = f"{outcomes[0]}, {done}" if outcomes else f"The model {self.model} {done}"
+        text = f"{outcomes[0]}, {done}" if outcomes else f"The model {self.name} {done}"
         if self.report:
             ratio = self.report["ratios"]["whole_model"]
             text += f"; the whole model has {ratio:.3g} times fewer parameters"
@@ -58,12 +65,12 @@ class Subject:
 
 def _outcome(found: BeforeAfter) -> str:
     name = "accuracy" if "accuracy" in found.after else "loss"
-    digits, unit = (1, " %") if name == "accuracy" else (3, "")
-    after = f"{found.after[name]:.{digits}f}{unit}"
+    shown = SHOWN[name]
+    after = f"{shown.brief(found.after[name])} {shown.unit}"
     if found.before is None:
         return f"{name} on {found.dataset} is {after}"
-    before = f"{found.before[name]:.{digits}f}{unit}"
-    if before == after:
+    before = shown.brief(found.before[name])
+    if before == shown.brief(found.after[name]):
         return f"{name} on {found.dataset} stays at {after}"
     verb = "rises" if found.after[name] > found.before[name] else "falls"
     return f"{name} on {found.dataset} {verb} from {before} to {after}"
