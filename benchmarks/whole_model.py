@@ -1,19 +1,20 @@
 """Whole models at equal size: ours beside SVD, SharedTucker4D, ASVD and SVD-LLM.
 
-    python benchmarks/whole_model.py --shared SHARED --model tinystories --seeds 0 1
-    python benchmarks/whole_model.py --model demo
-    python benchmarks/closed_gap.py docs/results/whole_model.json
+    python benchmarks/whole_model.py --shared SHARED --threads 1
+    python benchmarks/whole_model.py --models demo
 
-Each run adds the rows of its model and seeds to the results (--out); closed_gap.py prints them as
-tables. What is calibrated on and scored, in nats per token, is in whole_model_texts.py. The share
-of the gap that a method closes is (SVD-LLM's loss - its loss) / (SVD-LLM's loss - the dense's).
+Each model is a part of docs/results/whole_model.json. Seeds run side by side, one process for each
+of --threads. What is calibrated on and scored, in nats per token, is in whole_model_texts.py. The
+share of the gap that a method closes is (SVD-LLM's loss - its loss) / (SVD-LLM's - the dense's).
+Times and memory are measured apart: whole_model_cost.py.
 """
 
+import argparse
 import copy
-import json
 import os
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from baselines import asvd, rank_at, svd, svd_llm, tucker_ranks
 from closed_gap import summary
 from inputs import Matrix, input_moments, mean_abs
-from results import RESULTS, Comparison, begin, made, parser
+from results import Comparison, begin, parser, save
 from torch import nn
 from whole_model_texts import demo, stories
 
@@ -37,7 +38,13 @@ SCOPES: dict[str, type[ActivationTucker]] = {
     "attention": ActivationTucker,
     "whole model": ActivationHybrid,
 }
+MODELS = ("tinystories", "demo")
 RATIOS = (1.2, 1.5, 2.0, 3.0)
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"refit_steps": 0},
+    {"weighting": "loss"},
+    {"distill_steps": 300},
+)
 WANTED = 40.0  # per cent of the gap
 
 
@@ -56,6 +63,7 @@ class Bench:
         self.roles = RoleMatrices(self.dense.config, parameters_of(self.dense))
         self.rows: list[dict[str, Any]] = []
         self.ratios = RATIOS[2:3] if quick else RATIOS
+        self.variants = () if quick else VARIANTS
         self.drawn = self.source.drawn // (8 if quick else 1)
 
     def calibration(self, seed: int) -> Calibration:
@@ -106,8 +114,7 @@ class Bench:
     def per_matrix(
         self, scope: str, ratio: float, method: str, seed: int | None, of: Callable[..., Any]
     ) -> None:
-        """Score the model whose matrices are replaced by `of(w, matrix, rank)`, timed."""
-        started = time.perf_counter()
+        """Score the model whose matrices are replaced by `of(w, matrix, rank)`."""
         model = copy.deepcopy(self.dense)
         weights, stored = parameters_of(model), 0
         for layer, role in self.matrices(scope):
@@ -120,9 +127,7 @@ class Bench:
             else:
                 stored += rank * sum(shape)
             self.put(weights, layer, role, of(w_YX, (layer, role), rank))
-        seconds = time.perf_counter() - started
-        loss = self.loss(model)
-        self.add(scope, ratio, method, seed, parameters=stored, seconds=seconds, **loss)
+        self.add(scope, ratio, method, seed, parameters=stored, **self.loss(model))
 
     def shared_tucker(self, scope: str, ratio: float) -> None:
         """SharedTucker4D of each layer's attention at its best ranks, plain SVD of the FFN."""
@@ -142,15 +147,13 @@ class Bench:
         self.add(scope, ratio, "shared-tucker", None, parameters=stored, **self.loss(model))
 
     def ours(self, scope: str, ratio: float, seed: int, text: Calibration, **more: Any) -> None:
-        moments = more.pop("moments", None)
-        started = time.perf_counter()
+        moments = more.pop("moments")
         model = copy.deepcopy(self.dense)
         wanted = SCOPES[scope](target_ratio=ratio, **more)
         report = compress(model, fit(wanted, model, text, moments=moments))
-        seconds = time.perf_counter() - started
         stored = sum(site.parameters_after for site in report.sites)
         name = " ".join(["ours", *(f"{key}={value}" for key, value in more.items())])
-        self.add(scope, ratio, name, seed, parameters=stored, seconds=seconds, **self.loss(model))
+        self.add(scope, ratio, name, seed, parameters=stored, **self.loss(model))
 
 
 def _pivoted_rank(shape: tuple[int, int], ratio: float) -> int:
@@ -160,28 +163,21 @@ def _pivoted_rank(shape: tuple[int, int], ratio: float) -> int:
 
 
 def run_seed(bench: Bench, seed: int) -> None:
-    """All methods that look at text, on one draw of it; the loss-weighted one on the first."""
+    """All methods that look at text, on one draw of it; variants of ours on the first."""
     text = bench.calibration(seed)
-    started = time.perf_counter()
     at = (bench.dense, bench.roles, bench.matrices("whole model"))
-    seen = input_moments(*at, text)
-    bench.add("whole model", 0.0, "svd-llm moments", seed, seconds=time.perf_counter() - started)
-    scales = mean_abs(*at, text)
-    felt = {}
-    for weighting in ("outputs", "loss") if seed == 0 else ("outputs",):
-        started = time.perf_counter()
-        wanted = ActivationHybrid(target_ratio=2, weighting=weighting)
-        felt[weighting] = measure_for(wanted, bench.dense, text)
-        seconds = time.perf_counter() - started
-        bench.add("whole model", 0.0, f"{weighting} moments", seed, seconds=seconds)
+    seen, scales = input_moments(*at, text), mean_abs(*at, text)
+    felt = measure_for(ActivationHybrid(target_ratio=2), bench.dense, text)
     for scope in SCOPES:
         for ratio in bench.ratios:
             bench.per_matrix(scope, ratio, "asvd", seed, lambda w, m, r: asvd(w, scales[m], r))
             for method in ("svd-llm", "svd-llm pivoted"):
                 bench.per_matrix(scope, ratio, method, seed, lambda w, m, r: svd_llm(w, seen[m], r))
-            bench.ours(scope, ratio, seed, text, moments=felt["outputs"])
-            if seed == 0:
-                bench.ours(scope, ratio, seed, text, weighting="loss", moments=felt["loss"])
+            bench.ours(scope, ratio, seed, text, moments=felt)
+    for ratio in bench.ratios[2:]:
+        for settings in bench.variants if seed == 0 else ():
+            known = None if "weighting" in settings else felt
+            bench.ours("whole model", ratio, seed, text, moments=known, **settings)
 
 
 def run_without_text(bench: Bench) -> None:
@@ -192,24 +188,37 @@ def run_without_text(bench: Bench) -> None:
             bench.shared_tucker(scope, ratio)
 
 
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
-    options.add_argument("--model", choices=("tinystories", "demo"), default="tinystories")
-    options.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    args = options.parse_args()
-    begin(args)
-    if args.quick:
-        args.model, args.seeds = "demo", [0]
-    bench = Bench(args.model, args.shared or Path("../shared"), args.quick)
+def seed_rows(name: str, shared: Path, quick: bool, seed: int) -> list[dict[str, Any]]:
+    """What `run_seed` finds, in a process of its own."""
+    torch.set_num_threads(1)
+    bench = Bench(name, shared, quick)
+    run_seed(bench, seed)
+    return bench.rows
+
+
+def run_model(name: str, args: argparse.Namespace) -> None:
+    """One part of the results: everything on one model, saved anew after every seed."""
+    bench = Bench(name, args.shared, args.quick)
     dense = bench.loss(bench.dense)
-    if 0 in args.seeds:
-        run_without_text(bench)
-    out = args.out or (None if args.quick else RESULTS / "whole_model.json")
-    for number, seed in enumerate(args.seeds, 1):
-        run_seed(bench, seed)
-        if out:
-            save(out, args.model, bench, dense, args.seeds[:number])
+    run_without_text(bench)
+    seeds = []
+    with ProcessPoolExecutor(args.threads, get_context("spawn")) as pool:
+        jobs = {pool.submit(seed_rows, name, args.shared, args.quick, s): s for s in args.seeds}
+        for job in as_completed(jobs):
+            bench.rows += job.result()
+            seeds = sorted([*seeds, jobs[job]])
+            found = summary(bench.rows, dense)
+            save(
+                "whole_model",
+                name,
+                comparisons(found),
+                args,
+                tokens={text: sum(map(len, some)) for text, some in bench.texts.items()},
+                dense=dense,
+                seeds=seeds,
+                summary=found,
+                rows=bench.rows,
+            )
 
 
 def comparisons(found: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
@@ -224,26 +233,18 @@ def comparisons(found: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
     }
 
 
-def save(
-    path: Path, model: str, bench: Bench, dense: dict[str, float], seeds: Sequence[int]
-) -> None:
-    """Put the rows of these seeds in place of what the file has of them."""
-    results = json.loads(path.read_text()) if path.exists() else {}
-    again = [*seeds, *([None] if 0 in seeds else [])]
-    old = results.get(model, {"rows": []})["rows"]
-    rows = [row for row in old if row["seed"] not in again] + bench.rows
-    found = summary(rows, dense)
-    compared = {what: one.to_json() for what, one in comparisons(found).items()}
-    results[model] = {
-        **made(),
-        "comparisons": compared,
-        "tokens": {text: sum(map(len, some)) for text, some in bench.texts.items()},
-        "dense": dense,
-        "seeds": sorted({row["seed"] for row in rows if row["seed"] is not None}),
-        "summary": found,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(results, indent=1) + "\n")
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
+    options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    args = options.parse_args()
+    begin(args)
+    if args.quick:
+        args.models, args.seeds = ["demo"], [0]
+    args.shared = args.shared or Path("../shared")
+    for name in args.models:
+        run_model(name, args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tensorllm.calibration.moments import (
     measure_outputs,
     quiet,
 )
+from tensorllm.calibration.refit import Between, Refit
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import Errors, budget_of, sizes
 from tensorllm.calibration.source import Source
@@ -24,6 +25,7 @@ from tensorllm.calibration.store import States, Store, Sweep
 from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.activation import Given, Stored
 from tensorllm.tensors.pivoted import PivotedLowRank
+from tensorllm.tensors.weighted import Metric
 
 
 class Fit:
@@ -176,7 +178,33 @@ class Fit:
             for group, factors in found.items():
                 smaller.put(group, factors)
             out |= found
+        if self.compressor.correction and self.compressor.refit_steps:
+            return self.refitted(blocks, own, smaller, moments, out, theirs, ours)
         return out
+
+    def refitted(
+        self,
+        blocks: Blocks,
+        own: Layer,
+        smaller: Layer,
+        moments: Moments,
+        fitted: dict[Group, PivotedLowRank],
+        theirs: States,
+        ours: States,
+    ) -> dict[Group, PivotedLowRank]:
+        """The factors of one layer moved together, towards the original's output of the layer."""
+        maps = {}
+        for key in (key for key in self.keys if key[0] == own.number):
+            seen = Metric(moments.inputs[key])
+            for group in (group for group in fitted if set(group) <= set(key[1])):
+                felt, rank = own.felt(moments, key, group), fitted[group].rows_R.numel()
+                maps[group] = Between(smaller.map(group), felt, seen, rank)
+        targets = States(self.store, "target", len(self.batches))
+        targets.keep(blocks.run(own.number, own.block, theirs))
+        refit = Refit(smaller, blocks.calls[own.number], self.batches, ours, targets)
+        found = refit.run(maps, fitted, self.compressor.refit_steps)
+        targets.drop()
+        return found
 
 
 def _job(store: Store, layer: int, group: Group) -> Job:

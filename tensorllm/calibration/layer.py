@@ -1,6 +1,6 @@
 """One layer: what its factors cost at every rank, and the factors fitted to what it is given.
 
-Shapes: M outputs of a map, X its inputs, N tokens of a batch.
+Shapes: M outputs of a map, X its inputs, R rank, N tokens of a batch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from tensorllm.calibration.sizes import candidates
 from tensorllm.calibration.source import block_path
 from tensorllm.tensors.factors import Factors, cast
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot
-from tensorllm.tensors.weighted import Metric, WeightedSVD, left_out, regression, weighted_svd
+from tensorllm.tensors.weighted import Metric, left_out, regression, weighted_svd
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,21 @@ class Layer:
     block: nn.Module
 
     @property
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters by their names in the model."""
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By their names in the model."""
         path = block_path(self.roles, self.number)
-        return {f"{path}.{name}": p.data for name, p in self.block.named_parameters()}
+        return {f"{path}.{name}": p for name, p in self.block.named_parameters()}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.data for name, p in self.parameters.items()}
 
     def map(self, group: Group) -> Tensor:
         """The group's maps from inputs to outputs, stacked (M, X), float64, beside the moments."""
-        weights = self.weights
+        return self.stacked(self.weights, group)
+
+    def stacked(self, weights: Mapping[str, Tensor], group: Group) -> Tensor:
+        """The same from other tensors of the weights' names and shapes."""
         parts = [self.roles.read(weights, self.number, role).cpu().double() for role in group]
         return torch.cat([w.mT if _reads_inner(group) else w for w in parts])
 
@@ -110,13 +117,15 @@ class Layer:
     def _fitted(
         self, w_MX: Tensor, group: Group, inputs: Metric, felt: Metric, rank: int
     ) -> PivotedLowRank:
-        """The best factors of the site's tensor; o and out are stacked transposed, (X, M)."""
-        found: WeightedSVD
+        """The best factors of the map at this rank."""
+        return self.pivoted(*weighted_svd(w_MX, felt, inputs).truncate(rank), group)
+
+    def pivoted(self, left_MR: Tensor, right_RX: Tensor, group: Group) -> PivotedLowRank:
+        """A map's factors as those of the site's tensor: o and out are stacked transposed."""
         if _reads_inner(group):
-            found = weighted_svd(w_MX.mT, inputs, felt)
+            factors = pivot(right_RX.mT, left_MR.mT)
         else:
-            found = weighted_svd(w_MX, felt, inputs)
-        factors = pivot(*found.truncate(rank))
+            factors = pivot(left_MR, right_RX)
         return PivotedLowRank(factors.basis_RO.float(), factors.mix_XR.float(), factors.rows_R)
 
 

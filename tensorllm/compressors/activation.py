@@ -77,6 +77,8 @@ class ActivationTucker(Compressor):
             in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
+        refit_steps: with correction, passes forward and backward through each layer alone in which
+            all its factors move together towards the original's output of the layer.
         distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
         seed: of the random vectors or labels that prices are sampled with.
@@ -89,6 +91,7 @@ class ActivationTucker(Compressor):
     weighting: Weighting = "outputs"
     sharing: bool = True
     correction: bool = True
+    refit_steps: int = 20
     distill_steps: int = 0
     ridge: float = 1e-2
     seed: int = 0
@@ -113,8 +116,9 @@ class ActivationTucker(Compressor):
             raise UserError(f"target_params must be 1 or more, got {self.target_params}")
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"weighting must be loss or outputs, got {self.weighting!r}")
-        if self.distill_steps < 0:
-            raise UserError(f"distill_steps must be 0 or more, got {self.distill_steps}")
+        for name in ("refit_steps", "distill_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.ridge > 0:
             raise UserError(f"ridge must be above 0, got {self.ridge}")
 

@@ -20,16 +20,21 @@ FLOOR = 1e-6  # of the mean eigenvalue: what a direction that was never seen cou
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A second moment (N, N) with its eigenvalues floored, in float64; roots are taken once."""
+    """A second moment (N, N) with its eigenvalues floored, in float64; roots are taken once.
+
+    Attributes:
+        floor: of the mean eigenvalue, what is added to all.
+    """
 
     moment_NN: Tensor
+    floor: float = FLOOR
 
     @cached_property
     def raised(self) -> Tensor:
-        """The moment with `FLOOR` of its mean eigenvalue added; the identity for zero."""
+        """The moment with the floor added; the identity for zero."""
         moment_NN = self.moment_NN.double()
         mean = float(moment_NN.diagonal().mean())
-        added = FLOOR * mean if mean > 0 else 1.0
+        added = self.floor * mean if mean > 0 else 1.0
         return moment_NN + added * torch.eye(len(moment_NN)).to(moment_NN)
 
     @cached_property
@@ -37,7 +42,7 @@ class Metric:
         """The symmetric root and its inverse."""
         values_N, v_NN = torch.linalg.eigh(self.raised)
         # Rounding can leave tiny negative values where the moment has rank 1, say.
-        root_N = values_N.clamp(min=FLOOR / 2 * float(values_N.mean())).sqrt()
+        root_N = values_N.clamp(min=self.floor / 2 * float(values_N.mean())).sqrt()
         return (v_NN * root_N) @ v_NN.mT, (v_NN / root_N) @ v_NN.mT
 
 

@@ -1,0 +1,172 @@
+"""Time and memory of a whole model's fit beside SVD-LLM's, each in a fresh process.
+
+    python benchmarks/whole_model_cost.py --shared SHARED
+
+Attention and FFN at ratio 2, on the two models of whole_model.py and on a random LLaMA of 4 layers
+and width 512. Measuring is what is seen and felt (ours) or seen (SVD-LLM) on the calibration text,
+for all layers; fitting is all that follows up to a model with other weights. Memory is the peak of
+the process's resident bytes from then on, above what it held with the model and the text loaded:
+moments, activations, gradients and the second model. Streamed, ours holds one layer at a time and
+does measuring and fitting in one; there it counts from before the model is opened.
+SVD-LLM is baselines.py's: one pass forward, a Cholesky factor and an SVD per matrix.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import rank_at, svd_llm
+from inputs import Matrix, input_moments
+from results import Comparison, begin, parser, save
+from whole_model import Bench
+
+from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.calibration import Calibration, fit, fit_folder
+from tensorllm.calibration.fit import measure_for
+from tensorllm.compression.model import compress
+from tensorllm.compression.publish import peak_resident_bytes
+from tensorllm.compressors import ActivationHybrid
+
+MODELS = ("tinystories", "demo", "llama 4 x 512")
+METHODS = ("svd-llm", "ours", "ours, streamed")
+WANTED = ActivationHybrid(target_ratio=2)
+
+
+def random_llama(layers: int = 4, width: int = 512) -> Any:
+    """A LLaMA of the usual proportions, on which text is random tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, intermediate_size=11 * width // 4,
+        num_attention_heads=width // 64, vocab_size=2048, max_position_embeddings=512,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def loaded(name: str, shared: Path, quick: bool) -> tuple[Any, Calibration]:
+    """A model, and the text of the first seed."""
+    if name in MODELS[:2]:
+        bench = Bench(name, shared, quick)
+        return bench.dense, bench.calibration(0)
+    tokens = torch.randint(2048, (64, 512), generator=torch.Generator().manual_seed(0))
+    return random_llama(), Calibration(tuple(map(tuple, tokens.tolist())))
+
+
+class Meter:
+    """Seconds and peak bytes of the steps of this process."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+        self._before = self._resident()
+
+    def step(self, name: str, call: Callable[[], Any]) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: man 5 proc
+        started = time.perf_counter()
+        out = call()
+        seconds = time.perf_counter() - started
+        self.found[name] = {"seconds": seconds, "bytes": peak_resident_bytes() - self._before}
+        return out
+
+    @staticmethod
+    def _resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peer(model: Any, text: Calibration, meter: Meter) -> None:
+    """SVD-LLM on every matrix."""
+    roles = RoleMatrices(model.config, parameters_of(model))
+    matrices: list[Matrix] = [
+        (layer, role) for layer in range(roles.layers) for role in roles.geometry.roles
+    ]
+    seen = meter.step("measuring", lambda: input_moments(model, roles, matrices, text))
+
+    def decompose() -> None:
+        weights = parameters_of(copy.deepcopy(model))
+        for layer, role in matrices:
+            w_ID = roles.read(weights, layer, role)
+            transposed = role in ("o", "out")
+            w_YX = w_ID.mT if transposed else w_ID
+            found = svd_llm(w_YX, seen[layer, role], rank_at((w_YX.shape[0], w_YX.shape[1]), 2))
+            roles.write(weights, layer, role, found.mT if transposed else found)
+
+    meter.step("fitting", decompose)
+
+
+def ours(model: Any, text: Calibration, meter: Meter) -> None:
+    moments = meter.step("measuring", lambda: measure_for(WANTED, model, text))
+    smaller = copy.deepcopy(model)
+    meter.step("fitting", lambda: compress(smaller, fit(WANTED, model, text, moments=moments)))
+
+
+def child(args: argparse.Namespace) -> None:
+    """One method on one model; what it took as JSON."""
+    name, method = args.child
+    model, text = loaded(name, args.shared, args.quick)
+    if method != METHODS[2]:
+        meter = Meter()
+        (peer if method == METHODS[0] else ours)(model, text, meter)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            source, work = Path(folder, "model"), Path(folder, "work")
+            model.save_pretrained(source)
+            del model
+            meter = Meter()
+            meter.step("streamed", lambda: fit_folder(WANTED, source, text, work=work))
+    print(json.dumps(meter.found))
+
+
+def measured(name: str, method: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The same from a process of its own."""
+    options = ["--child", name, method, "--shared", str(args.shared)]
+    options += ["--threads", str(torch.get_num_threads()), *(["--quick"] if args.quick else [])]
+    run = subprocess.run(
+        [sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, dict[str, float]] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def compared(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, Comparison]:
+    """Each step of ours beside SVD-LLM's, and the whole way beside its."""
+    theirs, mine, streamed = (found[method] for method in METHODS)
+    out = {}
+    for what, field, unit in (("time", "seconds", "s"), ("memory", "bytes", "bytes")):
+        pairs = {
+            step: (mine[step][field], theirs[step][field]) for step in ("measuring", "fitting")
+        }
+        values = zip(*pairs.values(), strict=True)
+        a, b = (sum(each) if unit == "s" else max(each) for each in values)
+        pairs |= {"both": (a, b), "both, streamed": (streamed["streamed"][field], b)}
+        for step, (a, b) in pairs.items():
+            out[f"{what} of {step}"] = Comparison(ours=a, unit=unit, peer=b, peer_name="SVD-LLM")
+    return out
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    begin(args)
+    args.shared = args.shared or Path("../shared")
+    if args.child:
+        child(args)
+        return
+    for name in ["demo"] if args.quick else args.models:
+        found = {method: measured(name, method, args) for method in METHODS}
+        save("whole_model_cost", name, compared(found), args, steps=found)
+
+
+if __name__ == "__main__":
+    main()
