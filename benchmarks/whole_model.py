@@ -174,10 +174,9 @@ def run_seed(bench: Bench, seed: int) -> None:
             for method in ("svd-llm", "svd-llm pivoted"):
                 bench.per_matrix(scope, ratio, method, seed, lambda w, m, r: svd_llm(w, seen[m], r))
             bench.ours(scope, ratio, seed, text, moments=felt)
-    for ratio in bench.ratios[2:]:
-        for settings in bench.variants if seed == 0 else ():
-            known = None if "weighting" in settings else felt
-            bench.ours("whole model", ratio, seed, text, moments=known, **settings)
+    for settings in bench.variants if seed == 0 else ():
+        known = None if "weighting" in settings else felt
+        bench.ours("whole model", bench.ratios[-1], seed, text, moments=known, **settings)
 
 
 def run_without_text(bench: Bench) -> None:

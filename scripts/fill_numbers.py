@@ -30,12 +30,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_tables import benchmark, comparisons, figure
+from method_tables import closed, reasoning, variants
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(?<!`)(<!-- n:([^|]+?)(?:\|(\S+))? -->)(.*?)(<!-- /n -->)")
 TABLE = re.compile(r"^(<!-- table:(\S+)(.*?) -->\n)(.*?)(^<!-- /table -->)", re.M | re.S)
-TABLES: dict[str, Callable[..., str]] = {"benchmark": benchmark, "comparisons": comparisons}
+TABLES: dict[str, Callable[..., str]] = {
+    "benchmark": benchmark,
+    "comparisons": comparisons,
+    "closed": closed,
+    "variants": variants,
+    "reasoning": reasoning,
+}
 PLAN = "plan"  # imported only where a page asks for it: it imports torch
 
 

@@ -19,10 +19,15 @@ from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.weighted import Metric, weighted_svd
 
 DAMPING = 1e-2  # of the mean eigenvalue: steps along directions that cost nothing would be wild
+SMALLEST = 1e-3  # of the largest singular value, for the same reason
 
 
 class Between:
-    """A map of rank R as the product of two parameters between the inverse roots of its prices."""
+    """A map of rank R between the inverse roots of its prices: `left diag(1/size) right`.
+
+    With the sizes of its singular values once in each parameter and once taken out between them, a
+    small step of either costs the square of its length, whichever component it moves.
+    """
 
     def __init__(self, w_MX: Tensor, felt: Metric, seen: Metric, rank: int) -> None:
         felt, seen = Metric(felt.moment_NN, DAMPING), Metric(seen.moment_NN, DAMPING)
@@ -30,20 +35,21 @@ class Between:
         left_MR, right_RX = weighted_svd(w_MX, felt, seen).truncate(rank)
         left_MR, right_RX = root_MM @ left_MR, right_RX @ root_XX
         tall_R, wide_R = left_MR.norm(dim=0), right_RX.norm(dim=1)
-        even_R = (wide_R / tall_R.clamp(min=1e-12 * float(tall_R.max().clamp(min=1e-300)))).sqrt()
-        self.left_MR = nn.Parameter(left_MR * even_R)
-        self.right_RX = nn.Parameter(right_RX / even_R[:, None])
+        self.size_R = tall_R * wide_R
+        self.size_R = self.size_R.clamp(min=SMALLEST * float(self.size_R.max()) + 1e-300)
+        self.left_MR = nn.Parameter(left_MR * (self.size_R / tall_R.clamp(min=1e-300)))
+        self.right_RX = nn.Parameter(right_RX * tall_R[:, None])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(M, R) and (R, X), whose product is the map."""
-        left_MR, right_RX = self.left_MR.detach(), self.right_RX.detach()
+        left_MR, right_RX = self.left_MR.detach() / self.size_R, self.right_RX.detach()
         return self.inverse_MM @ left_MR, right_RX @ self.inverse_XX
 
     def pass_on(self, gradient_MX: Tensor) -> None:
         """Give the parameters their gradients, by the chain rule, from that of the map."""
         g_MX = self.inverse_MM @ gradient_MX @ self.inverse_XX
-        self.left_MR.grad = g_MX @ self.right_RX.detach().mT
-        self.right_RX.grad = self.left_MR.detach().mT @ g_MX
+        self.left_MR.grad = g_MX @ self.right_RX.detach().mT / self.size_R
+        self.right_RX.grad = (self.left_MR.detach() / self.size_R).mT @ g_MX
 
 
 class Refit:

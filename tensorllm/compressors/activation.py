@@ -91,7 +91,7 @@ class ActivationTucker(Compressor):
     weighting: Weighting = "outputs"
     sharing: bool = True
     correction: bool = True
-    refit_steps: int = 20
+    refit_steps: int = 12
     distill_steps: int = 0
     ridge: float = 1e-2
     seed: int = 0

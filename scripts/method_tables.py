@@ -1,0 +1,72 @@
+"""Markdown tables of docs/methods/activation.md; see fill_numbers.py for how they get there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmark_tables import Lookup, figure, table
+
+LOSSES = {
+    "SharedTucker4D": "shared-tucker",
+    "SVD": "svd",
+    "ASVD": "asvd",
+    "SVD-LLM": "svd-llm",
+    "ours": "ours",
+}
+PIVOTED = "svd-llm pivoted"
+VARIANTS = {
+    "default": "ours",
+    "`refit_steps=0`": "ours refit_steps=0",
+    "`weighting=loss`": "ours weighting=loss",
+    "`distill_steps=300`": "ours distill_steps=300",
+}
+
+
+def closed(value: Lookup, part: str, text: str) -> str:
+    """Losses on a text, and the share of the gap closed: mean and deviation over seeds, least."""
+    cells = {(e["scope"], e["ratio"], e["method"]): e for e in value(part)["summary"]}
+    head = ("scope", "ratio", *LOSSES, "SVD-LLM, pivoted: closed", "ours: closed", "least")
+    rows = []
+    for scope, ratio in dict.fromkeys(key[:2] for key in sorted(cells)):
+        losses = [f"{cells[scope, ratio, m][text]['mean']:.3f}" for m in LOSSES.values()]
+        theirs, ours = (cells[scope, ratio, m][f"{text} closed"] for m in (PIVOTED, "ours"))
+        shares = f"{100 * theirs['mean']:.0f} %", _spread(ours), f"{100 * ours['least']:.1f} %"
+        rows.append((scope, f"{ratio:g}", *losses, *shares))
+    return table(head, rows)
+
+
+def variants(value: Lookup, part: str, text: str) -> str:
+    """The share of the gap that variants of ours close on the first draw of text."""
+    found = value(part)
+    dense, rows = found["dense"][text], [row for row in found["rows"] if row["seed"] == 0]
+    loss = {(r["scope"], r["ratio"], r["method"]): r[text] for r in rows}
+    asked = dict.fromkeys(key[:2] for key in loss if key[2] == "ours distill_steps=300")
+    out = []
+    for at in asked:
+        base = loss[*at, "svd-llm"]
+        shares = [(base - loss[*at, m]) / (base - dense) for m in VARIANTS.values()]
+        out.append((at[0], f"{at[1]:g}", *(f"{100 * share:.1f} %" for share in shares)))
+    return table(("scope", "ratio", *VARIANTS), out)
+
+
+def reasoning(value: Lookup, part: str) -> str:
+    """Accuracy of what was chosen on the validation part, and of the two it is measured by."""
+    found = value(part)
+    cells = [_reasoning_row(row) for row in found["rows"] if row.get("chosen")]
+    head = ("fitted", "layers", "ratio", "validation %", "test %", "test loss")
+    return table(head, cells)
+
+
+def _reasoning_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    layers: Sequence[int] | None = row["layers"]
+    named = "" if row["mode"] == "original" else _layers(layers)
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
+    scores = (f"{row['val']['accuracy']:.1f}", f"{row['test']['accuracy']:.1f}")
+    return (row["mode"], named, ratio, *scores, figure(row["test"]["loss"], ".2f"))
+
+
+def _layers(layers: Sequence[int] | None) -> str:
+    return "all" if layers is None else ", ".join(map(str, layers))
+
+
+def _spread(share: Mapping[str, float]) -> str:
+    return f"**{100 * share['mean']:.1f} ± {100 * share['sd']:.1f} %**"
