@@ -198,11 +198,10 @@ def seed_rows(name: str, shared: Path, quick: bool, seed: int) -> list[dict[str,
 def run_model(name: str, args: argparse.Namespace) -> None:
     """One part of the results: everything on one model, saved anew after every seed."""
     bench = Bench(name, args.shared, args.quick)
-    dense = bench.loss(bench.dense)
-    run_without_text(bench)
-    seeds = []
+    dense, seeds = bench.loss(bench.dense), []
     with ProcessPoolExecutor(args.threads, get_context("spawn")) as pool:
         jobs = {pool.submit(seed_rows, name, args.shared, args.quick, s): s for s in args.seeds}
+        run_without_text(bench)
         for job in as_completed(jobs):
             bench.rows += job.result()
             seeds = sorted([*seeds, jobs[job]])
