@@ -78,6 +78,7 @@ def main() -> None:
     options.add_argument("--lessons", type=int, default=1024, help="of the calibration text")
     args = options.parse_args()
     begin(args)
+    more = {"refit_steps": 1} if args.quick else {}
     bench = Bench(128, 64) if args.quick else Bench(args.lessons, None)
     bench.add("original", None, None, chosen=True)
     recipe = default_recipe("demo", "hybrid", None)
@@ -87,7 +88,7 @@ def main() -> None:
     for layers in [[1]] if args.quick else (None, [1], [1, 3]):  # all, and those of the recipe
         for mode, kind in MODES.items():
             for ratio in RATIOS[-1:] if args.quick else RATIOS:
-                bench.add(mode, kind(target_ratio=ratio), layers, ratio)
+                bench.add(mode, kind(target_ratio=ratio, **more), layers, ratio)
             same = [r for r in bench.rows if r["mode"] == mode and r["layers"] == layers]
             max(same, key=lambda r: r["val"]["accuracy"])["chosen"] = True
     calibration = bench.text.facts()

@@ -64,6 +64,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.ratios = RATIOS[2:3] if quick else RATIOS
         self.variants = () if quick else VARIANTS
+        self.settings = {"refit_steps": 1} if quick else {}
         self.drawn = self.source.drawn // (8 if quick else 1)
 
     def calibration(self, seed: int) -> Calibration:
@@ -149,7 +150,7 @@ class Bench:
     def ours(self, scope: str, ratio: float, seed: int, text: Calibration, **more: Any) -> None:
         moments = more.pop("moments")
         model = copy.deepcopy(self.dense)
-        wanted = SCOPES[scope](target_ratio=ratio, **more)
+        wanted = SCOPES[scope](target_ratio=ratio, **self.settings, **more)
         report = compress(model, fit(wanted, model, text, moments=moments))
         stored = sum(site.parameters_after for site in report.sites)
         name = " ".join(["ours", *(f"{key}={value}" for key, value in more.items())])

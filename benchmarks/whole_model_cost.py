@@ -38,7 +38,6 @@ from tensorllm.compressors import ActivationHybrid
 
 MODELS = ("tinystories", "demo", "llama 4 x 512")
 METHODS = ("svd-llm", "ours", "ours, streamed")
-WANTED = ActivationHybrid(target_ratio=2)
 
 
 def random_llama(layers: int = 4, width: int = 512) -> Any:
@@ -102,26 +101,28 @@ def peer(model: Any, text: Calibration, meter: Meter) -> None:
     meter.step("fitting", decompose)
 
 
-def ours(model: Any, text: Calibration, meter: Meter) -> None:
-    moments = meter.step("measuring", lambda: measure_for(WANTED, model, text))
+def ours(wanted: ActivationHybrid, model: Any, text: Calibration, meter: Meter) -> None:
+    moments = meter.step("measuring", lambda: measure_for(wanted, model, text))
     smaller = copy.deepcopy(model)
-    meter.step("fitting", lambda: compress(smaller, fit(WANTED, model, text, moments=moments)))
+    meter.step("fitting", lambda: compress(smaller, fit(wanted, model, text, moments=moments)))
 
 
 def child(args: argparse.Namespace) -> None:
     """One method on one model; what it took as JSON."""
     name, method = args.child
     model, text = loaded(name, args.shared, args.quick)
-    if method != METHODS[2]:
-        meter = Meter()
-        (peer if method == METHODS[0] else ours)(model, text, meter)
+    wanted = ActivationHybrid(target_ratio=2, **({"refit_steps": 1} if args.quick else {}))
+    if method == METHODS[0]:
+        peer(model, text, meter := Meter())
+    elif method == METHODS[1]:
+        ours(wanted, model, text, meter := Meter())
     else:
         with tempfile.TemporaryDirectory() as folder:
             source, work = Path(folder, "model"), Path(folder, "work")
             model.save_pretrained(source)
             del model
             meter = Meter()
-            meter.step("streamed", lambda: fit_folder(WANTED, source, text, work=work))
+            meter.step("streamed", lambda: fit_folder(wanted, source, text, work=work))
     print(json.dumps(meter.found))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tensorllm.calibration.store import Store
 from tensorllm.data.demo import MODEL_DIR, questions
 from tensorllm.errors import UserError
 from tensorllm.pipeline.compress import CompressRequest, run
@@ -82,3 +83,37 @@ def test_a_streamed_compression_is_the_same_and_cleans_up(text, tmp_path):
         run(request(text, target_ratio=2.0, more={"stream": True}))
     with pytest.raises(UserError, match="--stream is for --calibration"):
         run(request(None, target_ratio=2.0, more={"stream": True}))
+
+
+def test_an_interrupted_fit_in_memory_goes_on(text, tmp_path, monkeypatch):
+    def out(name: str) -> CompressRequest:
+        return request(text, target_ratio=2.0, more={"out": tmp_path / name, "format": "factored"})
+
+    run(out("whole"))
+    save = Store.save
+
+    def interrupted(self: Store, name: str, tensors: Any) -> None:
+        save(self, name, tensors)
+        if name == "factors-1":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(out("again"))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".again.fit").glob("errors-*")}
+    assert len(kept) == 4
+    saved: list[str] = []
+
+    def noted(self: Store, name: str, tensors: Any) -> None:
+        save(self, name, tensors)
+        saved.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save", noted)
+        run(out("again"))
+    assert not {"errors-0", "errors-3", "factors-0", "factors-1"} & set(saved)
+    weights = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("whole", "again")]
+    for one, other in zip(*weights, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert not (tmp_path / ".again.fit").exists()

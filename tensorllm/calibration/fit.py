@@ -6,7 +6,6 @@ at a time; both are the same work on a `Source` and a `Store`.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from tensorllm.calibration.sizes import least_numbers, numbers
 from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
 from tensorllm.calibration.source import InMemory, OnDisk
 from tensorllm.calibration.store import Store
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
@@ -32,6 +32,7 @@ def fit(
     *,
     moments: Moments | None = None,
     spill: Path | None = None,
+    store: Store | None = None,
     progress: Progress = quiet,
 ) -> ActivationTucker:
     """The strategy fitted to a model and a text; `compress` and `compress_folder` then take it.
@@ -41,13 +42,15 @@ def fit(
         layers: counted from 0; all layers by default, and the same as are compressed then.
         moments: those of this model and text, where they were measured before (`measure_for`).
         spill: a folder for the moments of `weighting=loss`, where memory is short.
+        store: where finished layers are kept (`store_for`); an interrupted fit goes on from there.
 
     Raises:
         UserError: text too short or not the model's, an unreachable target, activations that are
             not finite.
     """
     with frozen(model):
-        work = Fit(compressor, InMemory(model), calibration, layers, progress=progress)
+        source = InMemory(model)
+        work = Fit(compressor, source, calibration, layers, store=store, progress=progress)
         work.known = moments
         if moments is None and compressor.weighting == "loss":
             work.known = work.measured(model, spill)
@@ -100,8 +103,9 @@ def fit_folder(
     if compressor.max_loss_increase is not None:
         raise UserError("max_loss_increase tries many sizes and cannot be streamed; give a target")
     source = OnDisk(folder, dtype, device)
-    store = Store(work, _fingerprint(compressor, source, calibration, layers))
+    store = store_for(work, compressor, folder, calibration, layers, source.dtype)
     found = Fit(compressor, source, calibration, layers, store=store, progress=progress)
+    found.keeps_moments = False  # measured again rather than held for all layers
     return compressor.with_fit(found.run(), calibration.facts())
 
 
@@ -132,24 +136,30 @@ def _smallest(
     return work.compressor.with_fit(jobs, facts)
 
 
-def _fingerprint(
+def store_for(
+    work: Path,
     compressor: ActivationTucker,
-    source: OnDisk,
+    folder: Path,
     calibration: Calibration,
     layers: Sequence[int] | None,
-) -> dict[str, Any]:
-    """What must be the same for an interrupted fit to be continued."""
-    folder = source.checkpoint.folder
+    dtype: torch.dtype | None,
+) -> Store:
+    """A store in the folder `work` that an interrupted fit of the checkpoint goes on from.
+
+    What is there of another checkpoint, strategy, text, version or dtype is thrown away.
+    """
+    checkpoint = Checkpoint(folder)
     stats = {
         file: (folder / file).stat()
-        for file in sorted({entry.file for entry in source.checkpoint.entries.values()})
+        for file in sorted({entry.file for entry in checkpoint.entries.values()})
     }
-    return {
+    fingerprint = {
         "source": str(folder.resolve()),
         "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
         "compressor": list(settings_of(compressor)),
         "calibration": calibration.facts(),
         "layers": None if layers is None else list(layers),
-        "dtype": str(source.dtype),
+        "dtype": str(dtype),
         "versions": versions(),
     }
+    return Store(work, fingerprint)

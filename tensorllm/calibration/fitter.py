@@ -33,6 +33,7 @@ class Fit:
 
     Attributes:
         known: moments that need not be measured.
+        keeps_moments: those of all layers are held from the first sweep to the second.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Fit:
         self.compressor, self.source, self.progress = compressor, source, progress
         self.store = store or Store()
         self.known: Moments | None = None
+        self.keeps_moments = True
         self._measured: dict[int, Moments] = {}
         self.roles = roles = source.roles
         chosen = roles.check_layers(range(roles.layers) if layers is None else layers)
@@ -122,7 +124,7 @@ class Fit:
             return self._measured[layer]
         keys = [key for key in self.keys if key[0] == layer]
         found = measure_outputs(blocks, layer, block, keys, hidden, seed=self.compressor.seed)
-        if self.store.folder is None:  # else measured again rather than kept
+        if self.keeps_moments:
             self._measured[layer] = found
         return found
 

@@ -76,10 +76,12 @@ class Layer:
 
     def felt(self, moments: Moments, key: Key, group: Group) -> Metric:
         """What is felt at the outputs of some roles of a cluster."""
+        if group == key[1]:
+            return Metric(moments.gradients[key])
         widths = (output_width(self.roles.geometry, role) for role in key[1])
         ends = [0, *accumulate(widths)]
         rows = torch.cat([torch.arange(*ends[i : i + 2]) for i in map(key[1].index, group)])
-        return Metric(moments.gradients[key][rows][:, rows])
+        return Metric(moments.gradients[key][rows[:, None], rows])
 
     def factors(
         self, moments: Moments, key: Key, ranks: Mapping[Group, int]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tensorllm.calibration.fit import fit, fit_folder
+from tensorllm.calibration.fit import fit, fit_folder, store_for
 from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.checkpoint.writer import exclusive
 from tensorllm.compression.model import Progress
@@ -37,7 +37,9 @@ def calibrated(
 
     Args:
         check: refuses a text, given the tokenizer, before anything is fitted to it.
-        stream: the model's layers are read from disk one at a time; an interrupted fit goes on.
+        stream: the model's layers are read from disk one at a time.
+
+    Where there is an output folder, an interrupted fit goes on from what it had finished.
     """
     if not isinstance(task.compressor, ActivationTucker):
         raise UserError(
@@ -52,21 +54,34 @@ def calibrated(
         file, tokenizer, sequences=sequences, length=min(LENGTH, context), seed=seed
     )
     check(text, tokenizer)
-    if not stream:
+    if not stream and task.target == Path():
         fitted = fit(task.compressor, loader(), text, task.layers, progress=progress)
         return replace(task, compressor=fitted)
     with exclusive(task.target):
-        fitted = fit_folder(
-            task.compressor,
-            task.source,
+        return replace(task, compressor=_resumable(task, text, loader, stream, progress))
+
+
+def _resumable(
+    task: FolderTask, text: Calibration, loader: Loader, stream: bool, progress: Progress
+) -> ActivationTucker:
+    """The fit with what it finishes kept beside the output until that is there."""
+    assert isinstance(task.compressor, ActivationTucker)
+    compressor, source, layers, work = task.compressor, task.source, task.layers, _work(task)
+    if stream:
+        return fit_folder(
+            compressor,
+            source,
             text,
-            task.layers,
-            work=_work(task),
+            layers,
+            work=work,
             dtype=task.dtype,
             device=task.device,
             progress=progress,
         )
-    return replace(task, compressor=fitted)
+    model = loader()
+    dtype = next(model.parameters()).dtype
+    store = store_for(work, compressor, source, text, layers, dtype)
+    return fit(compressor, model, text, layers, store=store, progress=progress)
 
 
 def refuse_evaluated(dataset: str, data_file: Path | None) -> Check:
@@ -87,7 +102,7 @@ def refuse_evaluated(dataset: str, data_file: Path | None) -> Check:
 
 
 def clear(task: FolderTask) -> None:
-    """Delete what a streamed fit kept beside the output."""
+    """Delete what a fit kept beside the output."""
     shutil.rmtree(_work(task), ignore_errors=True)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def run(
     if request.out is None:
         return _in_memory(task, source, progress, scorer)
     report = _to_folder(task, progress, scorer)
-    if request.stream:
+    if request.calibration is not None:
         from tensorllm.pipeline.calibrate import clear
 
         clear(task)
@@ -155,7 +155,10 @@ def _calibrated(task: FolderTask, request: CompressRequest, progress: Progress) 
 
     assert request.calibration is not None
     scored = None if request.allow_overlap else request.evaluate
-    return calibrated(
+    target = task.target
+    if request.dry_run and not request.stream:
+        task = replace(task, target=Path())  # nothing is kept
+    fitted = calibrated(
         task,
         request.calibration,
         sequences=request.sequences,
@@ -164,6 +167,7 @@ def _calibrated(task: FolderTask, request: CompressRequest, progress: Progress) 
         check=refuse_evaluated(scored, request.data_file) if scored else accept,
         stream=request.stream,
     )
+    return replace(fitted, target=target)
 
 
 Score = Callable[[Any, Any], dict[str, Any]]

@@ -32,10 +32,10 @@ class Metric:
     @cached_property
     def raised(self) -> Tensor:
         """The moment with the floor added; the identity for zero."""
-        moment_NN = self.moment_NN.double()
-        mean = float(moment_NN.diagonal().mean())
-        added = self.floor * mean if mean > 0 else 1.0
-        return moment_NN + added * torch.eye(len(moment_NN)).to(moment_NN)
+        raised_NN = self.moment_NN.to(torch.float64, copy=True)
+        mean = float(raised_NN.diagonal().mean())
+        raised_NN.diagonal().add_(self.floor * mean if mean > 0 else 1.0)
+        return raised_NN
 
     @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
