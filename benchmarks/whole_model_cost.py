@@ -2,12 +2,11 @@
 
     python benchmarks/whole_model_cost.py --shared SHARED
 
-Attention and FFN at ratio 2, on the two models of whole_model.py and on a random LLaMA of 4 layers
-and width 512. Measuring is what is seen and felt (ours) or seen (SVD-LLM) on the calibration text,
-for all layers; fitting is all that follows up to a model with other weights. Memory is the peak of
-the process's resident bytes from then on, above what it held with the model and the text loaded:
-moments, activations, gradients and the second model. Streamed, ours holds one layer at a time and
-does measuring and fitting in one; there it counts from before the model is opened.
+Attention and FFN at ratio 2, on the two models and texts of whole_model.py. Measuring is what is
+seen and felt (ours) or seen (SVD-LLM) on the calibration text, for all layers; fitting is all that
+follows up to a model with other weights. Memory is the peak of the process's resident bytes from
+then on, above what it held with the model and the text loaded: moments, activations, gradients and
+the second model. Streamed, ours holds one layer at a time and does measuring and fitting in one.
 SVD-LLM is baselines.py's: one pass forward, a Cholesky factor and an SVD per matrix.
 """
 
@@ -27,7 +26,7 @@ import torch
 from baselines import rank_at, svd_llm
 from inputs import Matrix, input_moments
 from results import Comparison, begin, parser, save
-from whole_model import Bench
+from whole_model import MODELS, Bench
 
 from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration import Calibration, fit, fit_folder
@@ -36,29 +35,7 @@ from tensorllm.compression.model import compress
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.compressors import ActivationHybrid
 
-MODELS = ("tinystories", "demo", "llama 4 x 512")
 METHODS = ("svd-llm", "ours", "ours, streamed")
-
-
-def random_llama(layers: int = 4, width: int = 512) -> Any:
-    """A LLaMA of the usual proportions, on which text is random tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, intermediate_size=11 * width // 4,
-        num_attention_heads=width // 64, vocab_size=2048, max_position_embeddings=512,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def loaded(name: str, shared: Path, quick: bool) -> tuple[Any, Calibration]:
-    """A model, and the text of the first seed."""
-    if name in MODELS[:2]:
-        bench = Bench(name, shared, quick)
-        return bench.dense, bench.calibration(0)
-    tokens = torch.randint(2048, (64, 512), generator=torch.Generator().manual_seed(0))
-    return random_llama(), Calibration(tuple(map(tuple, tokens.tolist())))
 
 
 class Meter:
@@ -110,7 +87,8 @@ def ours(wanted: ActivationHybrid, model: Any, text: Calibration, meter: Meter) 
 def child(args: argparse.Namespace) -> None:
     """One method on one model; what it took as JSON."""
     name, method = args.child
-    model, text = loaded(name, args.shared, args.quick)
+    bench = Bench(name, args.shared, args.quick)
+    model, text = bench.dense, bench.calibration(0)
     wanted = ActivationHybrid(target_ratio=2, **({"refit_steps": 1} if args.quick else {}))
     if method == METHODS[0]:
         peer(model, text, meter := Meter())
@@ -120,7 +98,7 @@ def child(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             source, work = Path(folder, "model"), Path(folder, "work")
             model.save_pretrained(source)
-            del model
+            del model, bench
             meter = Meter()
             meter.step("streamed", lambda: fit_folder(wanted, source, text, work=work))
     print(json.dumps(meter.found))
@@ -156,7 +134,7 @@ def compared(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, Compari
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     options.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args()
     begin(args)
