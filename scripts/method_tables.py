@@ -27,7 +27,8 @@ def closed(value: Lookup, part: str, text: str) -> str:
     head = ("scope", "ratio", *LOSSES, "SVD-LLM, pivoted: closed", "ours: closed", "least")
     rows = []
     for scope, ratio in dict.fromkeys(key[:2] for key in sorted(cells)):
-        losses = [f"{cells[scope, ratio, m][text]['mean']:.3f}" for m in LOSSES.values()]
+        found = [cells.get((scope, ratio, method)) for method in LOSSES.values()]
+        losses = ["" if one is None else f"{one[text]['mean']:.3f}" for one in found]
         theirs, ours = (cells[scope, ratio, m][f"{text} closed"] for m in (PIVOTED, "ours"))
         shares = f"{100 * theirs['mean']:.0f} %", _spread(ours), f"{100 * ours['least']:.1f} %"
         rows.append((scope, f"{ratio:g}", *losses, *shares))
