@@ -11,7 +11,7 @@ BENCHMARKS := $(shell grep -l "^from results import.*parser" benchmarks/*.py)
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo setup test lint format types docs bench coverage clean oldest
+.PHONY: demo setup test lint format types docs bench coverage mutants clean oldest
 
 demo: $(VENV)/.base  ## compress the embedded demo model, before and after
 	$(BIN)/tensorllm compress --model demo --mode hybrid $(DEMO_ARGS)
@@ -48,8 +48,12 @@ bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run; BENCH_
 coverage: $(VENV)/.dev  ## lines and branches that no test reaches, in htmlcov/
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=html --cov-report=term:skip-covered $(PYTEST_ARGS)
 
+mutants: $(VENV)/.dev  ## changes to tensors/ and metrics.py that no test notices; an hour or more
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
+	$(BIN)/python scripts/mutants.py
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) mutants build dist site *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "tensorllm needs Python >= 3.11 on the PATH (or PYTHON=...)"; exit 1; }

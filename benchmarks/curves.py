@@ -19,7 +19,8 @@ class Curve:
         over: the size that grows, in words.
         xs: its values, and `quick` tiny ones.
         prepare: a size -> what is timed; making its input is not.
-        expected: the exponent by counting operations; None where there is none.
+        expected: the exponent by counting operations, or a function that counts them (or bytes)
+            at a size: then the exponent is the one between the first and the last size.
         x: size -> what stands on the axis, where that is another number.
         turns: the fastest of so many counts.
     """
@@ -28,7 +29,7 @@ class Curve:
     xs: Sequence[int]
     quick: Sequence[int]
     prepare: Prepare
-    expected: float | None = None
+    expected: float | Callable[[int], float]
     x: Callable[[int], float] = float
     turns: int = 3
 
@@ -36,7 +37,11 @@ class Curve:
         """Points, and the power law through them."""
         xs = self.quick if quick else self.xs
         points = [[self.x(x), seconds(self.prepare(x), self.turns)] for x in xs]
-        return {"over": self.over, "expected": self.expected, "points": points, **fit(points)}
+        expected = self.expected
+        if callable(expected):
+            ends = [(math.log(self.x(x)), math.log(expected(x))) for x in (xs[0], xs[-1])]
+            expected = (ends[1][1] - ends[0][1]) / (ends[1][0] - ends[0][0])
+        return {"over": self.over, "expected": expected, "points": points, **fit(points)}
 
 
 def seconds(call: Callable[[], Any], turns: int) -> float:

@@ -9,7 +9,7 @@ Shared Tucker ranks of one layer's attention, and of the attention of all layers
 - searched: for each R2 and R3 the largest R1 that fits, the same ranks in all layers, the best of
   these on validation.
 
-The demo's accuracy is on questions, and with --shared FOLDER the perplexity of tinystories-656K on
+The demo's accuracy is on questions, and the perplexity of tinystories-656K on
 stories, that nothing was chosen on.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from results import Comparison, begin, parser, real, save
 
 from tensorllm.compression.model import compressed
 from tensorllm.compressors import PerLayer, SharedTucker4D
@@ -148,12 +148,11 @@ def comparisons(rows: Sequence[dict[str, Any]], metric: str, unit: str) -> dict[
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--part", choices=("demo", "tinystories"), help="one of them only")
-    options.add_argument("--shared", type=Path, help="folder with models/ and data/")
     args = options.parse_args()
     begin(args)
     if args.part != "tinystories":
         demo(args)
-    if args.part != "demo" and args.shared is not None:
+    if args.part != "demo":
         tinystories(args)
 
 
@@ -166,12 +165,12 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def tinystories(args: argparse.Namespace) -> None:
-    file = args.shared / STORIES
+    file, few = real(args, STORIES), args.quick
     parts = {
-        part: make_dataset("text", data_file=file, split=part, limit=limit)
+        part: make_dataset("text", data_file=file, split=part, limit=4 if few else limit)
         for part, limit in (("val", 40), ("test", 80))
     }
-    subject = Subject(args.shared / MODEL, parts)
+    subject = Subject(real(args, MODEL), parts)
     rows = [row for layers in ((1,), None) for row in compare(subject, layers, args)]
     save("energy", "tinystories", comparisons(rows, "perplexity", "nats, exp"), args, rows=rows)
 

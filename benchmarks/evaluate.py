@@ -2,7 +2,7 @@
 
     python benchmarks/evaluate.py [--rows 400] [--naive-rows 80]
 
-Reads real rows from $TENSORLLM_SHARED/data (see docs/protocols.md) and two models:
+Reads real rows from the folder data of --shared (see docs/protocols.md) and two models:
 tinystories-656K, a trained LLaMA, and a random GPT-J of 4 layers and width 128 whose tokenizer,
 trained here on the same files, has every choice as one
 token: there the papers' loop reads each FEVER and Bios prompt only once. The loop runs
@@ -11,14 +11,13 @@ slices between those of the evaluator, so that both see the same machine; verdic
 that part.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from results import Comparison, begin, parser, real, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, PreTrainedTokenizerFast
 
@@ -124,23 +123,20 @@ def main() -> None:
     if args.quick:
         args.rows, args.naive_rows = 8, 4
     begin(args)
-    shared = Path(os.environ.get("TENSORLLM_SHARED", ROOT.parent / "shared"))
-    folder = shared / "models" / "tinystories-656K"
-    if not folder.is_dir():
-        sys.exit(f"no real data at {shared} (set TENSORLLM_SHARED to its folder)")
+    folder, rows = real(args, "models/tinystories-656K"), real(args, "data")
     runs = {
         "tinystories-656K": (
             AutoModelForCausalLM.from_pretrained(folder).eval(),
             AutoTokenizer.from_pretrained(folder),
         ),
-        "gptj-4x128-random": (gptj(), trained_tokenizer(shared / "data")),
+        "gptj-4x128-random": (gptj(), trained_tokenizer(rows)),
     }
     found: dict[str, dict[str, Any]] = {}
     titles = ("ours/s", "naive/s", "times", "wanted")
     print(f"{'model':<20}{'dataset':<18}" + "".join(f"{t:>9}" for t in titles) + "  verdicts")
     for name, (model, tokenizer) in runs.items():
         for dataset, file in FILES.items():
-            path = shared / "data" / file
+            path = rows / file
             data = make_dataset(dataset, data_file=path, split="all", limit=args.rows)
             data.connect(tokenizer)
             result = race(model, tokenizer, data, min(args.naive_rows, args.rows))

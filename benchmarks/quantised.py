@@ -1,22 +1,21 @@
 """Perplexity of tinystories-656K at equal bytes: quantised weights beside quantised factors.
 
-    python benchmarks/quantised.py --shared FOLDER      # docs/results/quantised.json
+    python benchmarks/quantised.py                      # docs/results/quantised.json
 
 Bytes and errors are of the attention and FFN matrices, which all are compressed. Dense weights and
 factors are rounded by the same rule (groups of 64, symmetric, to nearest). Factors are fitted to
 stories that are not among those the perplexity is of.
 """
 
-import argparse
 import copy
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from results import Comparison, begin, parser, real, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
@@ -24,12 +23,11 @@ from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration import Calibration, fit
 from tensorllm.compression.model import compression_of
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.environment import environment
 from tensorllm.errors import UserError
 from tensorllm.tensors.quantised import BITS, narrow, quantise, widen
 from tensorllm.tensors.stacking import ATTENTION
 
-ROOT = Path(__file__).parents[1]
+MODEL, STORIES = "models/tinystories-656K", "data/tinystories_1000.json"
 ROLES = (*ATTENTION, "in", "gate", "out")
 RATIOS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 
@@ -37,11 +35,10 @@ RATIOS = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 class Bench:
     """The model, the stories, and what one setting makes of them."""
 
-    def __init__(self, shared: Path, fitted: int, scored: int) -> None:
-        folder = shared / "models" / "tinystories-656K"
+    def __init__(self, folder: Path, texts: Path, fitted: int, scored: int) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        stories = json.loads((shared / "data" / "tinystories_1000.json").read_text())
+        stories = json.loads(texts.read_text())
         self.scored = [self.tokens(s) for s in stories[-scored:]]
         rows = tuple(tuple(self.tokens(s)) for s in stories[:fitted])
         self.text = Calibration(rows, source="tinystories", seed=0)
@@ -119,41 +116,62 @@ class Bench:
         }
 
 
+def comparisons(rows: dict[str, dict[str, Any]]) -> dict[str, Comparison]:
+    """Rounded dense weights beside the best factors that take no more bytes."""
+    out = {}
+    for how in BITS:
+        dense = rows[f"dense, {how}"]
+        fit_in = {
+            n: r for n, r in rows.items() if n[:5] != "dense" and r["bytes"] <= dense["bytes"]
+        }
+        if fit_in:
+            name = min(fit_in, key=lambda n: fit_in[n]["perplexity"])
+            out[f"{name}, in {dense['bits_per_weight']:g} bits per weight"] = Comparison(
+                ours=fit_in[name]["perplexity"],
+                unit="perplexity",
+                peer=dense["perplexity"],
+                peer_name=f"dense {how}",
+            )
+    return out
+
+
+def rounding_costs(rows: dict[str, dict[str, Any]], how: str, below: float) -> float:
+    """The most perplexity that rounding adds to factors of ratios below `below`."""
+    return max(
+        rows[f"factors, ratio {ratio}, {how}"]["perplexity"]
+        - rows[f"factors, ratio {ratio}, float32"]["perplexity"]
+        for ratio in RATIOS
+        if ratio < below and f"factors, ratio {ratio}, {how}" in rows
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
-    parser.add_argument("--fitted", type=int, default=300, help="stories for the factors")
-    parser.add_argument("--scored", type=int, default=200, help="stories for the perplexity")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "quantised.json")
-    args = parser.parse_args()
-    shared = args.shared or ROOT.parent / "shared"
-    if not (shared / "models" / "tinystories-656K").is_dir():
-        print(f"skipped: no models/tinystories-656K in {shared}; give --shared FOLDER")
-        return
+    options = parser(__doc__)
+    options.add_argument("--fitted", type=int, default=300, help="stories for the factors")
+    options.add_argument("--scored", type=int, default=200, help="stories for the perplexity")
+    args = options.parse_args()
+    begin(args)
+    if args.quick:
+        args.fitted, args.scored = 8, 8
     try:
-        quantise_check()
-    except UserError as error:
-        print(f"skipped: {error}")
-        return
-    bench = Bench(shared, args.fitted, args.scored)
-    rows = [bench.dense(how) for how in (None, *BITS)]
-    for ratio in RATIOS:
-        rows += bench.factored(ratio, (None, *BITS))
-    for row in sorted(rows, key=lambda r: -r["bytes"]):
+        narrow(torch.zeros(64, 16), 8)
+    except UserError as error:  # torchao is not installed
+        sys.exit(str(error))
+    bench = Bench(real(args, MODEL), real(args, STORIES), args.fitted, args.scored)
+    found = [bench.dense(how) for how in (None, *BITS)]
+    for ratio in RATIOS[2:3] if args.quick else RATIOS:
+        found += bench.factored(ratio, (None, *BITS))
+    for row in sorted(found, key=lambda r: -r["bytes"]):
         print(
             f"{row['what']:22} {row['numbers']:8} {row['bytes']:8} bytes "
             f"{row['bits_per_weight']:6.2f} bits per weight, "
             f"rounding {row['error_of_rounding']:.4f}, "
             f"perplexity {row['perplexity']:.3f}"
         )
-    about = {"command": " ".join(["python", *sys.argv]), "environment": environment()}
-    about |= {"stories_fitted": args.fitted, "stories_scored": args.scored}
-    args.out.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
-
-
-def quantise_check() -> None:
-    """Fail early where torchao is not installed."""
-    narrow(torch.zeros(64, 16), 8)
+    rows = {f"{row['what']}, {row['numbers']}": row for row in found}
+    about = {"stories_fitted": args.fitted, "stories_scored": args.scored}
+    about["int8_adds_below_ratio_2"] = rounding_costs(rows, "int8", 2.0)
+    save("quantised", "tinystories-656K", comparisons(rows), args, **about, rows=rows)
 
 
 if __name__ == "__main__":

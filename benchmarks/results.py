@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,6 +27,7 @@ from tensorllm.environment import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+STARTED = time.monotonic()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +67,31 @@ class Comparison:
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     out = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",  # a benchmark may say more of one of these
     )
     out.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     out.add_argument("--out", type=Path, help="JSON file; in docs/results, or none with --quick")
     out.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    out.add_argument(
+        "--shared",
+        type=Path,
+        default=os.environ.get("TENSORLLM_SHARED", ROOT.parent / "shared"),
+        help="folder of real models/ and data/; $TENSORLLM_SHARED, else shared beside the clone",
+    )
     return out
+
+
+def real(args: argparse.Namespace, name: str) -> Path:
+    """A file or folder of the real models and data, by its name below --shared.
+
+    Where it is missing the benchmark ends with a line that says what.
+    """
+    path: Path = args.shared / name
+    if not path.exists():
+        sys.exit(f"no {name} in {args.shared}; give its folder by --shared or TENSORLLM_SHARED")
+    return path
 
 
 def begin(args: argparse.Namespace) -> None:
@@ -101,12 +123,13 @@ def save(
 
 
 def made() -> dict[str, Any]:
-    """When, where, with what and by which command."""
+    """When, where, with what, by which command, and how long that has taken until now."""
     about = environment()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "command": f"python benchmarks/{about['command']}",
+        "wall_s": round(time.monotonic() - STARTED, 1),
         "hardware": about["hardware"],
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

@@ -13,6 +13,7 @@ from typing import Any
 
 from results import begin, parser, save
 from scaling_models import calibrate, compress, evaluate, files, search
+from scaling_runtime import runtime
 from scaling_tensors import decompose, eigenvectors, machine
 
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "evaluate": evaluate,
     "search": search,
     "calibrate": calibrate,
+    "runtime": runtime,
     "files": files,
 }
 
@@ -33,6 +35,7 @@ def main() -> None:
     args = options.parse_args()
     begin(args)
     for part in args.part or PARTS:
+        print(f"-- {part}", flush=True)
         found = PARTS[part](args.quick)
         for name, one in found.items():
             print(name, json.dumps(one), flush=True)

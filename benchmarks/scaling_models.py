@@ -154,9 +154,14 @@ def files(quick: bool) -> dict[str, Any]:
     width, sizes = (64, (1, 2, 3)) if quick else (1024, (2, 4, 8, 16, 32))
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        source = {n: Path(folder) / f"source-{n}" for n in sizes}
+        source, dense, factored = (
+            {n: Path(folder) / f"{kind}-{n}" for n in sizes}
+            for kind in ("source", "dense", "factored")
+        )
         for n, path in source.items():
             make_model(path, n, width)
+            compressed(path, dense[n], "dense", layers=(0,))
+            compressed(path, factored[n], "factored", layers=None)
 
         def fresh(n: int, call: Callable[[Path, Path], Any]) -> Callable[[], Any]:
             def run() -> None:
@@ -172,6 +177,8 @@ def files(quick: bool) -> dict[str, Any]:
             ),
             "read": lambda n: lambda: read(source[n]),
             "load by transformers": lambda n: lambda: loaded(source[n]),
+            "load, checksums compared": lambda n: lambda: tl.load(dense[n]),
+            "load factored, checksums compared": lambda n: lambda: loaded(factored[n]),
         }
         for name, prepare in ways.items():
             found[f"{name} over bytes"] = Curve(

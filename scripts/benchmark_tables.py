@@ -55,6 +55,48 @@ def comparisons(value: Lookup, *paths: str) -> str:
     return _table(rows)
 
 
+def mutants(value: Lookup) -> str:
+    """What scripts/mutants.py counted, module by module."""
+    rows = []
+    keys = ("mutants", "killed", "survived", "untried")
+    for name, one in value("mutants/modules").items():
+        rows.append((f"`{name.rpartition('/')[2]}`", *(str(one[key]) for key in keys)))
+    return table(("module", *keys), rows)
+
+
+def durations(value: Lookup, *names: str) -> str:
+    """How long each benchmark's commands took, the parts of one command together."""
+    rows = []
+    for name in names:
+        taken: dict[str, float] = {}
+        for part in value(name).values():
+            if part.get("wall_s"):
+                taken[part["command"]] = max(part["wall_s"], taken.get(part["command"], 0.0))
+        minutes = f"{max(1, round(sum(taken.values()) / 60))} min" if taken else "not recorded"
+        rows.append((f"`benchmarks/{name}.py`", minutes))
+    return table(("script", "took"), rows)
+
+
+RULES = ("equal energy", "marginal error", "searched")
+
+
+def energy(value: Lookup, *metrics: str) -> str:
+    """benchmarks/energy.py: a row for each part, scope and ratio; metrics as `part:accuracy`."""
+    out = []
+    for part, _, metric in (words.partition(":") for words in metrics):
+        found = {(r["scope"], r["ratio"], r["rule"]): r for r in value(f"energy/{part}/rows")}
+        unit = {"accuracy": "accuracy %"}.get(metric, metric)
+        for scope in dict.fromkeys(scope for scope, _, _ in found):
+            edge, plain = (found[scope, None, rule] for rule in ("noise edge", "original"))
+            once = (f"{edge[metric]:.1f} at {edge['reached']:.1f}", f"{plain[metric]:.1f}")
+            what = f"{part}, {scope.removeprefix('attention of ')}, {unit}"
+            for ratio in dict.fromkeys(r for s, r, _ in found if s == scope and r):
+                cells = (f"{found[scope, ratio, rule][metric]:.1f}" for rule in RULES)
+                out.append((what, f"{ratio:g}", *cells, *once))
+                what, once = "", ("", "")
+    return table(("what", "ratio", *RULES, "noise edge", "original"), out)
+
+
 def made(part: Mapping[str, Any]) -> str:
     """Machine, versions, commit, date and command, as one paragraph."""
     versions = part["versions"]

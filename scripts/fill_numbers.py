@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmark_tables import benchmark, comparisons, figure
+from benchmark_tables import benchmark, comparisons, durations, energy, figure, mutants
 from method_tables import closed, reasoning, variants
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "closed": closed,
     "variants": variants,
     "reasoning": reasoning,
+    "durations": durations,
+    "energy": energy,
+    "mutants": mutants,
 }
 PLAN = "plan"  # imported only where a page asks for it: it imports torch
 

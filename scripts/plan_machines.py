@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from counts import Sizes, eigen_sizes, necessary_multiply_adds  # noqa: E402
-from scaling_tensors import SHARES, ranks_at  # noqa: E402
+from scaling_tensors import SHARES, K, ranks_at  # noqa: E402
 
 # The assumptions that docs/scaling.md shows: a server, and a node of GPUs (NVIDIA's data sheet).
 CORES, CORE_SHARE, EIGEN_SPEEDUP = 64, 0.7, 4.0
 DISK_READ, DISK_WRITE, MEMORY, PCIE = 5e9, 3e9, 400e9, 50e9  # bytes per second
 GPU, GPU_BF16, GPU_FLOAT32 = "H200", 989e12, 67e12  # flop per second at peak
 GPU_SHARE, GPU_EIGEN = 0.4, 0.05  # of the peak: large products; 9 n^3 flop of eigenvectors
-RATES = {"multiply_adds_float32": "multiply_adds_per_s", "bytes_read": "bytes_per_s"}
 ORDER = 4096  # of the eigenproblem that times are stated for
+WIDE = 2048  # from this width on a layer's time says how fast decompositions are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Machine:
     """
 
     name: str
+    cores: int
     macs: dict[str, float]
     read: float
     write: float
@@ -88,34 +89,21 @@ def last(part: str, name: str) -> tuple[float, float]:
 
 
 def measured_layers() -> list[tuple[str, Sizes, str, float]]:
-    """Layers that the decomposition benchmark timed: name, sizes, ranks, seconds."""
-    return [
-        (
-            case["case"].split(", one")[0],
-            tuple(case["sizes"]),
-            share,
-            case["rows"]["ours"]["best_s"],
-        )
-        for case in results("decompose")["cpu"]["side_by_side"]
-        for share in SHARES
-        if ranks_at(share, *case["sizes"][:3]) == tuple(case["ranks"])
-    ]
-
-
-def best_rates() -> dict[str, float]:
-    """The best that any benchmark saw of this machine: what else runs only takes from it."""
-    rates = dict(scaling()["machine"]["curves"]["rates"])
-    for case in results("decompose")["cpu"]["side_by_side"]:
-        seen = case["rates"]
-        for ours, theirs in RATES.items():
-            rates[ours] = max(rates[ours], seen[theirs])
-    return rates
+    """The wide layers that scaling.py timed: name, sizes, ranks, seconds."""
+    out = []
+    for share in SHARES:
+        curve = scaling()["decompose"]["curves"][f"one layer, {share} ranks, over width"]
+        for width, seconds in curve["points"]:
+            if width >= WIDE:
+                d = round(width)
+                out.append((f"width {d:,}, {share} ranks", (d, K, 4, d // K), share, seconds))
+    return out
 
 
 @cache
 def machines() -> list[Machine]:
     """The one that was measured, a server, and a node of GPUs."""
-    rates = best_rates()
+    rates = scaling()["machine"]["curves"]["rates"]
     disk = next(iter(results("load_save").values()))
     eigen_s = {}
     for dtype in ("float32", "float64"):
@@ -123,6 +111,7 @@ def machines() -> list[Machine]:
         eigen_s[dtype] = seconds * (ORDER / n) ** 3
     here = Machine(
         name=f"{scaling()['machine']['threads']} cores",
+        cores=scaling()["machine"]["threads"],
         macs={dtype: rates[f"multiply_adds_{dtype}"] for dtype in eigen_s},
         read=disk["bytes"]["dense"] / disk["seconds"]["read dense"],
         write=disk["bytes"]["dense"] / disk["seconds"]["copy and sync"],
@@ -136,6 +125,7 @@ def machines() -> list[Machine]:
     server = replace(
         here,
         name=f"{CORES} cores",
+        cores=CORES,
         macs={dtype: more * macs for dtype, macs in here.macs.items()},
         read=DISK_READ,
         write=DISK_WRITE,
@@ -154,7 +144,7 @@ def _share(machine: Machine, sizes: Sizes, share: str, seconds: float) -> float:
 def _forward() -> float:
     parameters, seconds = last("evaluate", "evaluate over parameters")
     part = scaling()["evaluate"]["curves"]["evaluate over parameters"]
-    rate = best_rates()["multiply_adds_float32"]
+    rate = scaling()["machine"]["curves"]["rates"]["multiply_adds_float32"]
     return min(1.0, parameters * part["prompt_tokens"] / seconds / rate)
 
 

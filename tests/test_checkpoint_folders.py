@@ -285,6 +285,8 @@ def fill_the_disk(folder: Path, target: Path, told: Any) -> None:
 
     def progress(done: int, total: int, what: str) -> None:
         if done > total / 2:
+            while not journal_of(target):  # the first half's shards are being entered
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
     torch.set_num_threads(1)

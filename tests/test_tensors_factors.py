@@ -1,8 +1,10 @@
 """Every kind of factors: rebuilt against einsum, stored and read again, counted, cast."""
 
 import pytest
+import tensorly
 import torch
 from safetensors.torch import load, save
+from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tensorllm.errors import UserError
@@ -108,6 +110,18 @@ def test_cp_is_seeded_and_leaves_the_global_state_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("ends", [{"sweeps": 3, "tol": 0.0}, {"sweeps": 50, "tol": 0.05}, {}])
+def test_cp_ends_where_it_is_told(ends: dict[str, float]) -> None:
+    """tensorly with the same ends, from the same start, comes to the same."""
+    w, given = random(9, 8, 7), {"sweeps": 100, "tol": 1e-6} | ends
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        weights_R, factors = parafac(
+            w, 4, n_iter_max=given["sweeps"], init="random", tol=given["tol"], random_state=0
+        )
+    want = torch.einsum("r,ar,br,cr->abc", weights_R, *factors)
+    torch.testing.assert_close(cp(w, 4, **ends).dense(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, True])

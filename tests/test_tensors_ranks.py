@@ -52,7 +52,7 @@ def test_good_ranks_become_ints() -> None:
         ((6, 1, 1), ("R1", "1..5", "6")),
         ((5, 0, 1), ("R2", "1..3", "0")),
         ((5, 1, -2), ("R3", "1..4", "-2")),
-        ((5, 1), ("3 ranks", "R3 in 1..4", "got 2")),
+        ((5, 1), ("3 ranks", "(R1 in 1..5, R2 in 1..3, R3 in 1..4)", "got 2")),
         ((5, 1, 1, 1), ("3 ranks", "got 4")),
         ((5, 1.0, 1), ("R2", "integer", "1.0")),
         ((5, "1", 1), ("R2", "integer", "'1'")),
@@ -113,13 +113,25 @@ def test_ranks_for_error_keep_the_promise(wanted: float) -> None:
     assert relative_error(w, tucker(w, chosen, sweeps=0)) <= wanted
 
 
+def test_ranks_for_error_by_hand() -> None:
+    """Each mode discards its equal part of the squared error, and the most that this allows."""
+    singular = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 1.0])  # 4 of 9, then a ninth each
+    assert rk.ranks_for_error({0: singular}, (2.5 / 9) ** 0.5) == {0: 4}
+    assert rk.ranks_for_error({0: singular, 3: singular}, (2.5 / 9) ** 0.5) == {0: 5, 3: 5}
+    assert rk.ranks_for_error({0: singular}, 0) == {0: 6}
+    assert rk.ranks_for_error({0: torch.tensor([1.0, 0.0])}, 0) == {0: 1}
+
+
 @pytest.mark.parametrize("share", [0, -1, 1.1, float("nan")])
-def test_targets_out_of_range(share: float) -> None:
-    singular = {0: torch.ones(3)}
-    with pytest.raises(UserError):
-        rk.ranks_for_energy(singular, share)
-    with pytest.raises(UserError):
-        rk.ranks_for_error(singular, share - 0.1 if share <= 0 else share)
+def test_shares_of_energy_out_of_range(share: float) -> None:
+    with pytest.raises(UserError, match=rf"energy .*\(0, 1\], got {share}"):
+        rk.ranks_for_energy({0: torch.ones(3)}, share)
+
+
+@pytest.mark.parametrize("error", [-0.1, 1, 1.1, float("nan")])
+def test_errors_out_of_range(error: float) -> None:
+    with pytest.raises(UserError, match=rf"error .*\[0, 1\), got {error}"):
+        rk.ranks_for_error({0: torch.ones(3)}, error)
 
 
 def test_marchenko_pastur_edge_bounds_noise() -> None:

@@ -80,6 +80,26 @@ def test_singular_values_are_shared_evenly() -> None:
     torch.testing.assert_close(factors.v_RO.norm(dim=1), share)
 
 
+@pytest.mark.parametrize("method", ["exact", "randomized", "official"])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_both_factors_carry_as_much_of_each_value(method: str, scale: float) -> None:
+    w_IO = scale * with_spectrum(SPECTRA["decaying"], 60, 200).mT  # the columns are the short side
+    factors = truncated_svd(w_IO, 10, method)
+    torch.testing.assert_close(factors.u_IR.norm(dim=0), factors.v_RO.norm(dim=1))
+    of_zero = truncated_svd(torch.zeros(4, 6), 2, method)
+    assert of_zero.u_IR.isfinite().all()
+    assert of_zero.v_RO.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized", "official"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_factors_are_float32_or_wider(method: str, dtype: torch.dtype) -> None:
+    w_IO = with_spectrum(SPECTRA["decaying"], 60, 200).to(dtype)
+    factors = truncated_svd(w_IO, 10, method)
+    want = torch.promote_types(dtype, torch.float32)
+    assert (factors.u_IR.dtype, factors.v_RO.dtype) == (want, want)
+
+
 @pytest.mark.parametrize(("method", "excess"), [("randomized", 1.01), ("official", 1.2)])
 def test_random_methods_are_seeded_and_near_the_best(method: str, excess: float) -> None:
     w_IO = with_spectrum(SPECTRA["decaying"], 60, 200).float()
@@ -114,11 +134,11 @@ def test_any_scale(value: float) -> None:
 @pytest.mark.parametrize(
     ("shape", "rank", "method", "said"),
     [
-        ((5, 7), 6, "exact", "1..5"),
+        ((5, 7), 6, "exact", "rank r must be in 1..5"),
         ((5, 7), 0, "exact", "1..5"),
         ((5, 7), 2.0, "exact", "integer"),
         ((5, 7, 2), 1, "exact", "matrix"),
-        ((5, 7), 1, "exakt", "randomized"),
+        ((5, 7), 1, "exakt", "one of exact, randomized, official, got 'exakt'"),
     ],
 )
 def test_bad_input(shape: tuple[int, ...], rank: int, method: str, said: str) -> None:

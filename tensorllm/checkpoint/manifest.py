@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.writer import sha256
+from tensorllm.checkpoint.checksums import sha256s
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
 from tensorllm.tensors import quantised  # noqa: F401  its kinds are registered by this
@@ -89,7 +89,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse files that are missing, truncated or changed since they were written."""
+    """Refuse files that are missing, truncated or changed since they were written.
+
+    Sizes are looked at first, then checksums, of several files at a time.
+    """
     for name, facts in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -97,5 +100,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise UserError(f"{path} is truncated: {facts['bytes']} bytes expected, {size} found")
-        if sha256(path) != facts["sha256"]:
-            raise UserError(f"{path} has changed: its checksum is not the one in {MANIFEST}")
+    found = sha256s(folder / name for name in manifest.files)
+    for (name, facts), digest in zip(manifest.files.items(), found, strict=True):
+        if digest != facts["sha256"]:
+            raise UserError(
+                f"{folder / name} has changed: its checksum is not the one in {MANIFEST}"
+            )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tensorllm.architectures import RoleMatrices
+from tensorllm.checkpoint.checksums import sha256
 from tensorllm.checkpoint.factored import STEM, mark_config, write_readme
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
 from tensorllm.checkpoint.reader import index_name, read_header
-from tensorllm.checkpoint.writer import sha256
 from tensorllm.errors import UserError
 from tensorllm.runtime import Placement, install
 from tensorllm.runtime.attention import Bias

@@ -5,17 +5,18 @@ again, a killed run skips what the journal has.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from tensorllm.checkpoint.checksums import sha256
 from tensorllm.errors import Incomplete, UserError
 
 JOURNAL = "journal.json"
@@ -23,6 +24,9 @@ JOURNAL = "journal.json"
 
 class ShardWriter:
     """Collects tensors and writes them in shards; `finish` puts the folder in its place.
+
+    A thread computes a written shard's checksum, and enters it into the journal, while the next one
+    is being filled.
 
     Args:
         target: the folder to make; it must not exist unless `overwrite`.
@@ -46,6 +50,8 @@ class ShardWriter:
         self.folder = target.parent / f".{target.name}.partial"
         self._buffer: dict[str, Tensor] = {}
         self._units: dict[str, Any] = {}
+        self._beside = ThreadPoolExecutor(1)
+        self._entering: Future[None] | None = None
         self._journal = self._open_journal(json.loads(json.dumps(dict(fingerprint))))
 
     @property
@@ -56,6 +62,7 @@ class ShardWriter:
     @property
     def shards(self) -> list[dict[str, Any]]:
         """The shards written so far: file, names, bytes and SHA-256."""
+        self._settle()
         return list(self._journal["shards"])
 
     def add(self, unit: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
@@ -69,14 +76,30 @@ class ShardWriter:
         """Write what is buffered as one shard."""
         if not self._units:
             return
+        self._settle()
         shard: dict[str, Any] = {"units": list(self._units.items()), "names": list(self._buffer)}
         if self._buffer:
             path = self.folder / f"{self.stem}-{len(self._journal['shards']) + 1:05d}.safetensors"
-            shard |= {"file": path.name, "sha256": self._save(path)}
-            shard["bytes"] = path.stat().st_size
+            self._save(path)
+            shard |= {"file": path.name, "bytes": path.stat().st_size}
+        self._entering = self._beside.submit(self._enter, shard)
+        self._buffer, self._units = {}, {}
+
+    def _enter(self, shard: dict[str, Any]) -> None:
+        """The journal has the shard from now on: another run need not write it again."""
+        if "file" in shard:
+            shard["sha256"] = sha256(self.folder / shard["file"])
         self._journal["shards"].append(shard)
         self.write_json(JOURNAL, self._journal)
-        self._buffer, self._units = {}, {}
+
+    def _settle(self) -> None:
+        """Wait until the journal has the shard that was written last."""
+        entering, self._entering = self._entering, None
+        if entering is not None:
+            try:
+                entering.result()
+            except OSError as error:
+                raise _no_space(self.folder, error) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder, whole or not at all."""
@@ -101,6 +124,7 @@ class ShardWriter:
     def name_files(self) -> dict[str, str]:
         """Give the shards their final names; returns parameter name -> file."""
         self.flush()
+        self._settle()
         shards = [shard for shard in self._journal["shards"] if shard["names"]]
         for number, shard in enumerate(shards, 1):
             single = f"{self.stem}.safetensors"
@@ -128,11 +152,16 @@ class ShardWriter:
             self.folder.replace(self.target)
         _sync(self.target.parent)
 
+    def rest(self) -> None:
+        """Return once nothing is being written any more, whatever became of it."""
+        wait([self._entering] if self._entering else [])
+
     def discard(self) -> None:
         """Throw away all that was written: the work was refused, not interrupted."""
+        self.rest()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _save(self, path: Path) -> str:
+    def _save(self, path: Path) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -140,12 +169,10 @@ class ShardWriter:
         try:
             save_file(self._buffer, temporary, metadata={"format": "pt"})
             temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read
-            digest = sha256(temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise _no_space(self.folder, error) from error
-        return digest
 
     def _open_journal(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
         path = self.folder / JOURNAL
@@ -202,12 +229,6 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

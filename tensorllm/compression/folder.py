@@ -47,6 +47,8 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
         except UserError:  # wrong weights, met on the way: nothing to go on with
             writer.discard()
             raise
+        finally:
+            writer.rest()  # before another run may write here
 
 
 def _run_units(

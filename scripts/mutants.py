@@ -1,0 +1,72 @@
+"""What `make mutants` found, from mutants/ into docs/results/mutants.json.
+
+For each module the mutants that were tried and killed, and of each survivor the lines that differ.
+A mutant that was never tried counts as untried, so that a part of a run can be told.
+"""
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "mutants.json"
+FUNCTION = r"^( *)def (\w*__mutmut_\w+)\(.*?(?=^\1(?:def |@|class )|^\S|\Z)"
+SURVIVED, UNTRIED = 0, None  # exit codes of the tests
+
+
+def modules(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each mutated module with its counts and survivors."""
+    for meta in sorted((folder / "tensorllm").rglob("*.meta")):
+        codes = json.loads(meta.read_text())["exit_code_by_key"]
+        if not codes:
+            continue
+        source = meta.with_suffix("")
+        bodies = {m[2]: m[0] for m in re.finditer(FUNCTION, source.read_text(), re.M | re.S)}
+        survivors = [key.rpartition(".")[2] for key, code in codes.items() if code == SURVIVED]
+        untried = sum(code is UNTRIED for code in codes.values())
+        yield (
+            str(source.relative_to(folder)),
+            {
+                "mutants": len(codes),
+                "untried": untried,
+                "killed": len(codes) - untried - len(survivors),
+                "survived": len(survivors),
+                "survivors": {name: changed(bodies, name) for name in survivors},
+            },
+        )
+
+
+def changed(bodies: dict[str, str], name: str) -> list[str]:
+    """The lines of a function before and after its mutation."""
+    before = bodies.get(name.partition("__mutmut_")[0] + "__mutmut_orig", "")
+    lines = difflib.unified_diff(
+        before.splitlines(), bodies.get(name, "").splitlines(), n=0, lineterm=""
+    )
+    return [
+        f"{line[0]} {line[1:].strip()}"
+        for line in list(lines)[2:]
+        if line[0] in "+-" and line[1:].strip() and not re.search(r"def \w+__mutmut_", line)
+    ]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--folder", type=Path, default=ROOT / "mutants")
+    options.add_argument("--out", type=Path, default=RESULTS)
+    args = options.parse_args()
+    found = dict(modules(args.folder))
+    args.out.write_text(
+        json.dumps({"mutmut": version("mutmut"), "modules": found}, indent=1) + "\n"
+    )
+    for name, one in found.items():
+        counts = ", ".join(f"{one[key]} {key}" for key in ("killed", "survived", "untried"))
+        print(f"{name}: {one['mutants']} mutants, {counts}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What refusals say, to the letter, and the choices that speed alone would not show."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tensorllm.errors import UserError
+from tensorllm.tensors import eigen
+from tensorllm.tensors.allocation import Curve, allocate
+from tensorllm.tensors.cp import cp
+from tensorllm.tensors.eigen import require_finite
+from tensorllm.tensors.factors import LowRank
+from tensorllm.tensors.quantised import quantise
+from tensorllm.tensors.ranks import check_ranks, laser_rank
+from tensorllm.tensors.stacking import STACKINGS, Geometry
+from tensorllm.tensors.svd import truncated_svd
+from tensorllm.tensors.tucker import truncate, tucker
+
+PLAIN = Geometry(D=12, H=4, G=4, K=3, F=20, gated=True)
+GROUPED = Geometry(D=12, H=4, G=2, K=3, F=20, gated=True)
+W = torch.ones(6, 5, 4, 2)
+OFFICIAL = (
+    "layout 'official' is defined for square, ungrouped attention only (heads x head_dim = model "
+    "width, as many KV heads as heads); this model has width 12, 4 heads of 3, 2 KV heads. Use "
+    "layout 'paper'."
+)
+REFUSALS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: cp(W, 0), "the CP rank must be an integer, 1 or more, got 0"),
+    (lambda: cp(W, True), "the CP rank must be an integer, 1 or more, got True"),
+    (
+        lambda: require_finite(W / 0),
+        "the weights must be finite numbers, but there are NaN or Inf among them",
+    ),
+    (
+        lambda: tucker(W, {0: 1}, method="hooi"),
+        "the Tucker method must be one of sthosvd, tensorly, got 'hooi'",
+    ),
+    (lambda: tucker(W, {0: 1}, sweeps=-1), "sweeps must be an integer, 0 or more, got -1"),
+    (lambda: tucker(W, {0: 1}, tol=-1e-9), "tol must be a number, 0 or more, got -1e-09"),
+    (lambda: tucker(W, {4: 1}), "a mode of this tensor must be in 0..3, got 4"),
+    (lambda: tucker(W, {-1: 1}), "a mode of this tensor must be in 0..3, got -1"),
+    (lambda: tucker(W, {3: 3}), "rank R4 must be in 1..2, got 3"),
+    (
+        lambda: truncate(tucker(W, {0: 1, 2: 1}), {1: 1}),
+        "mode 1 has no factor to truncate; modes [0, 2] have one",
+    ),
+    (
+        lambda: truncated_svd(W[0, 0], 1, "full"),
+        "the SVD method must be one of exact, randomized, official, got 'full'",
+    ),
+    (lambda: truncated_svd(W, 1), "truncated SVD needs a matrix, got shape (6, 5, 4, 2)"),
+    (lambda: truncated_svd(W[0, 0], 3), "rank r must be in 1..2, got 3"),
+    (
+        lambda: check_ranks("12", (3, 4)),
+        "ranks must be 2 integers (R1 in 1..3, R2 in 1..4), got '12'",
+    ),
+    (lambda: check_ranks((1,), (3, 4)), "2 ranks are needed (R1 in 1..3, R2 in 1..4), got 1: (1,)"),
+    (lambda: check_ranks((1, 2.0), (3, 4)), "rank R2 must be an integer in 1..4, got 2.0"),
+    (lambda: laser_rank(0, (3, 4)), "rho (share of the rank kept) must be in (0, 1], got 0"),
+    (
+        lambda: quantise(LowRank(W[0, 0], W[0, 0].mT), "int2"),
+        "--quantize must be one of int8, int4, got 'int2'",
+    ),
+    (
+        lambda: quantise(quantise(LowRank(W[0, 0], W[0, 0].mT), "int8"), "int8"),
+        "factors of kind 'int8-low-rank' cannot be quantised",
+    ),
+    (
+        lambda: STACKINGS["heads"].check(("q", "k"), PLAIN),
+        "stacking all heads needs the roles ('q', 'k', 'v', 'o'), got ('q', 'k')",
+    ),
+    (lambda: STACKINGS["official-heads"].check(("q", "k", "v", "o"), GROUPED), OFFICIAL),
+    (
+        lambda: STACKINGS["matrices"].check(("q", "k"), GROUPED),
+        "matrices of unequal shapes cannot be stacked whole: rows {'q': 12, 'k': 6}, width 12",
+    ),
+    (
+        lambda: STACKINGS["rows-q-k"].check(("k", "q"), PLAIN),
+        "rows-q-k stacks the roles ('q', 'k'), got ('k', 'q')",
+    ),
+    (
+        lambda: allocate([[[Curve(torch.tensor([3, 5]), torch.tensor([1.0, 0.0]))]]], 2),
+        "the smallest factors that there are (rank 1) store 3 numbers, more than the 2 asked for",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "said"), REFUSALS, ids=[said[:40] for _, said in REFUSALS])
+def test_a_refusal_says_what_is_wrong(call: Callable[[], Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert str(caught.value) == said
+
+
+def test_good_stackings_are_not_refused() -> None:
+    for name in ("heads", "official-heads", "matrices"):
+        STACKINGS[name].check(("q", "k", "v", "o"), PLAIN)
+    STACKINGS["head"].check(("gate",), GROUPED)
+    STACKINGS["rows-in-gate"].check(("in", "gate"), GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("values", "entry", "enough"),
+    [
+        # 2 e²/0.5 against 5e-6 of the energy discarded, 1, less 3 e
+        ([1.0, 0.5, 0.5], 1.10e-3, True),
+        ([1.0, 0.5, 0.5], 1.13e-3, False),
+        # a gap of nothing counts as e: e + e²/0.5 against 5e-6 of 1.5
+        ([1.0, 1.0, 0.5], 7e-6, True),
+        ([1.0, 1.0, 0.5], 8e-6, False),
+        # what is below zero is rounding, and discards nothing
+        ([1.0, 0.5, -0.2], 9.3e-4, True),
+        ([1.0, 0.5, -0.2], 9.5e-4, False),
+        ([1.0], 1.0, True),  # nothing is discarded
+    ],
+)
+def test_when_a_gram_matrix_is_exact_enough(
+    values: list[float], entry: float, enough: bool
+) -> None:
+    assert eigen._is_exact_enough(torch.tensor(values).double(), 1, entry) is enough
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_factorisations_take_one_thread_and_give_the_others_back() -> None:
+    for size, threads in ((1, 1), (2047, 1), (2048, 2)):
+        with eigen._few_threads(size):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError), eigen._few_threads(3):
+        assert 1 / 0
+    assert torch.get_num_threads() == 2
