@@ -56,10 +56,12 @@ def comparisons(value: Lookup, *paths: str) -> str:
 
 
 def mutants(value: Lookup) -> str:
-    """What scripts/mutants.py counted, module by module."""
+    """What scripts/mutants.py counted, of the modules that were tried."""
     rows = []
     keys = ("mutants", "killed", "survived", "untried")
     for name, one in value("mutants/modules").items():
+        if one["untried"] == one["mutants"]:
+            continue
         rows.append((f"`{name.rpartition('/')[2]}`", *(str(one[key]) for key in keys)))
     return table(("module", *keys), rows)
 

@@ -12,7 +12,7 @@ import torch
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if "from results import" in p.read_text())
 SCRIPTS = [p for p in SCRIPTS if '"__main__"' in p.read_text()]
-NEEDS_DATA = {"evaluate"}  # real rows and a trained model
+NEEDS_DATA = {"energy", "evaluate", "quantised"}  # real rows and a trained model
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +48,18 @@ def test_a_benchmark_runs(
             if one["peer"] is not None:
                 better = one["ours"] / one["peer"] if one["more_is_better"] else None
                 assert one["times"] == (better or one["peer"] / one["ours"])
+
+
+@pytest.mark.parametrize("given", [["--shared", "nowhere"], []])
+def test_real_data_that_is_missing_is_named(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TENSORLLM_SHARED", str(tmp_path))
+    results = runpy.run_path(str(FOLDER / "results.py"))
+    args = results["parser"]("doc").parse_args(given)
+    assert args.shared == (Path("nowhere") if given else tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit, match=f"no models/some in {args.shared}; give its folder by"):
+        results["real"](args, "models/some")
+    if not given:
+        assert results["real"](args, "data") == tmp_path / "data"

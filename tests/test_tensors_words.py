@@ -14,6 +14,7 @@ from tensorllm.tensors.eigen import require_finite
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.quantised import quantise
 from tensorllm.tensors.ranks import check_ranks, laser_rank
+from tensorllm.tensors.shared_input import rows_stacking
 from tensorllm.tensors.stacking import STACKINGS, Geometry
 from tensorllm.tensors.svd import truncated_svd
 from tensorllm.tensors.tucker import truncate, tucker
@@ -77,7 +78,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
         "matrices of unequal shapes cannot be stacked whole: rows {'q': 12, 'k': 6}, width 12",
     ),
     (
-        lambda: STACKINGS["rows-q-k"].check(("k", "q"), PLAIN),
+        lambda: STACKINGS[rows_stacking(("q", "k"))].check(("k", "q"), PLAIN),
         "rows-q-k stacks the roles ('q', 'k'), got ('k', 'q')",
     ),
     (
@@ -98,7 +99,7 @@ def test_good_stackings_are_not_refused() -> None:
     for name in ("heads", "official-heads", "matrices"):
         STACKINGS[name].check(("q", "k", "v", "o"), PLAIN)
     STACKINGS["head"].check(("gate",), GROUPED)
-    STACKINGS["rows-in-gate"].check(("in", "gate"), GROUPED)
+    STACKINGS[rows_stacking(("in", "gate"))].check(("in", "gate"), GROUPED)
 
 
 @pytest.mark.parametrize(
