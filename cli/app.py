@@ -156,7 +156,7 @@ def _wrong_use(error: Any) -> str:
 def stop() -> NoReturn:
     """The end after Ctrl-C; pressing it again changes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    fail(f"interrupted; {INTERRUPT.leaves}", INTERRUPTED)
+    fail(f"interrupted; {INTERRUPT.leaves()}", INTERRUPTED)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -20,6 +20,7 @@ def bench(
     policy: Annotated[str, shared.POLICY] = "always",
     dtype: Annotated[str | None, shared.DTYPE] = None,
     device: Annotated[str, shared.DEVICE] = "cpu",
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Speed and memory of a factored folder, beside the dense model that it stands for.
@@ -42,6 +43,7 @@ def bench(
             policy=policy,  # type: ignore[arg-type]  # checked there
             dtype=dtype,
             device=device,
+            plugins=tuple(plugin or ()),
         )
         found = run(request)
     if json:

@@ -21,6 +21,7 @@ def export(
     ] = None,
     dtype: Annotated[str | None, shared.DTYPE] = None,
     overwrite: Annotated[bool, shared.OVERWRITE] = False,
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Write a factored folder as an ordinary checkpoint, for vLLM, llama.cpp and the others.
@@ -34,6 +35,10 @@ def export(
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     INTERRUPT.keeps(out, "OUT")
+    with progress_bar():
+        from tensorllm.pipeline.plugins import load_plugins
+
+        load_plugins(plugin or ())
     if quantize is not None:
         _quantise(folder, out, quantize, overwrite=overwrite, as_json=json)
         return

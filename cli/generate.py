@@ -19,6 +19,7 @@ def generate(
     dtype: Annotated[str | None, shared.DTYPE] = None,
     device: Annotated[str, shared.DEVICE] = "cpu",
     revision: Annotated[str | None, shared.REVISION] = None,
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Let a model write. A factored folder runs in its factors, with a latent cache.
@@ -32,7 +33,9 @@ def generate(
     with progress_bar("loading") as progress:
         from tensorllm.pipeline.generate import GenerateRequest
         from tensorllm.pipeline.generate import generate as run
+        from tensorllm.pipeline.plugins import load_plugins
 
+        load_plugins(plugin or ())
         request = GenerateRequest(
             model=model,
             prompts=tuple(prompt),

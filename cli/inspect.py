@@ -16,6 +16,7 @@ def inspect(
         str, typer.Option(help="Energy shares for which ranks are told.")
     ] = "0.5,0.9,0.99",
     revision: Annotated[str | None, shared.REVISION] = None,
+    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, all singular values.")] = False,
 ) -> None:
     """Show the spectra of the attention, layer by layer and mode by mode, and what ranks keep.
@@ -30,7 +31,9 @@ def inspect(
 
     with progress_bar() as progress:
         from tensorllm.pipeline.inspect import inspect as run
+        from tensorllm.pipeline.plugins import load_plugins
 
+        load_plugins(plugin or ())
         found = run(
             model, options.layers(layers), options.shares("--energy", energy), revision, progress
         )

@@ -97,7 +97,7 @@ def search_ranks(
     if storage is None:
         INTERRUPT.keeps(study, "--study")
     else:
-        INTERRUPT.leaves = "run the same command again: the database has what is finished"
+        INTERRUPT.leaves = lambda: "run the same command again: the database has what is finished"
     if objective == "energy":
         from tensorllm.pipeline.search_energy import run_energy
         from tensorllm.reporting.search import energy_tables

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tensorllm.calibration.fit import fit, fit_folder
     from tensorllm.calibration.sequences import Calibration, read_calibration
     from tensorllm.checkpoint.factored import load
-    from tensorllm.compression.model import compress
+    from tensorllm.compression.model import compress, compressed
     from tensorllm.compression.save import save
     from tensorllm.compressors import (
         COMPRESSORS,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Trawl,
     )
     from tensorllm.errors import UserError
+    from tensorllm.evaluation.evaluate import evaluate_model
     from tensorllm.pipeline.runtime import factorize
 
 # Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
@@ -44,6 +45,8 @@ _HOME = {
     "Trawl": "tensorllm.compressors",
     "UserError": "tensorllm.errors",
     "compress": "tensorllm.compression.model",
+    "compressed": "tensorllm.compression.model",
+    "evaluate_model": "tensorllm.evaluation.evaluate",
     "factorize": "tensorllm.pipeline.runtime",
     "fit": "tensorllm.calibration.fit",
     "fit_folder": "tensorllm.calibration.fit",
@@ -65,6 +68,8 @@ __all__ = [
     "Trawl",
     "UserError",
     "compress",
+    "compressed",
+    "evaluate_model",
     "factorize",
     "fit",
     "fit_folder",
@@ -79,6 +84,8 @@ watch()  # transformers' from_pretrained then opens factored folders
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("tensorllm")
     raise AttributeError(f"module 'tensorllm' has no attribute {name!r}")
 
 

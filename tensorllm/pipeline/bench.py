@@ -16,6 +16,7 @@ from tensorllm.environment import environment
 from tensorllm.errors import UserError
 from tensorllm.pipeline.measure import Measured, measure
 from tensorllm.pipeline.models import dtype_of
+from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.pipeline.runtime import load_factored
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Choice, Policy
@@ -41,6 +42,7 @@ class BenchRequest:
     dtype: str | None = None
     device: str = "cpu"
     peak: bool = True
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ def bench(request: BenchRequest) -> Bench:
         if value is not None and value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
     one_of("--policy", request.policy, get_args(Policy))
+    load_plugins(request.plugins)
     manifest = read_manifest(request.model)
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{request.model} is not factored; there is nothing to compare")
@@ -145,7 +148,7 @@ def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
     values = [str(request.model), kind, request.policy, str(request.dtype or "")]
     sizes = [str(prompt), str(new)]
     run = subprocess.run(
-        [sys.executable, "-m", "tensorllm.pipeline.bench", *values, *sizes],
+        [sys.executable, "-m", "tensorllm.pipeline.bench", *values, *sizes, *request.plugins],
         capture_output=True,
         text=True,
         check=False,
@@ -155,7 +158,10 @@ def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
     return int(json.loads(run.stdout.splitlines()[-1]))
 
 
-def _main(model: str, kind: str, policy: Any, dtype: str, prompt: str, new: str) -> None:
+def _main(
+    model: str, kind: str, policy: Any, dtype: str, prompt: str, new: str, *plugins: str
+) -> None:
+    load_plugins(plugins)
     request = BenchRequest(model=Path(model), policy=policy, dtype=dtype or None)
     made, _ = _load(request, kind)
     measure({kind: made}, int(prompt), int(new), 1)

@@ -14,7 +14,7 @@ from tensorllm.registry import one_of
 from tensorllm.search.choices import Value
 from tensorllm.search.examiner import Examiner, Found, TooFar, unpack
 from tensorllm.search.feasible import Taken, collides, ratio_of
-from tensorllm.search.queue import REASON, RESULT, TrialQueue
+from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.space import Point, Space
 from tensorllm.search.stopping import Rival
 from tensorllm.search.storage import stable
@@ -207,8 +207,3 @@ def merit(found: Found, objective: str) -> tuple[Any, ...]:
     """Smaller is better: the objective, ties by loss, then by size."""
     first = (found.loss,) if objective == "loss" else (-(found.accuracy or 0.0), found.loss)
     return (*first, -found.parameters_saved)
-
-
-def reason_of(trial: FrozenTrial) -> str | None:
-    """Why a trial has no result, or None."""
-    return trial.user_attrs.get(REASON)
