@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import tensorllm as tl
 from tensorllm.errors import UserError
 from tensorllm.pipeline.bench import BenchRequest, bench
+from tensorllm.pipeline.compress import CompressRequest, run
 from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 from tensorllm.pipeline.export import export
 from tensorllm.pipeline.generate import GenerateRequest, generate
@@ -131,6 +132,15 @@ def test_bench_counts_bytes_that_are_there(story_folder: Path):
         bench(BenchRequest(model=story_folder, prompt_tokens=10**6))
     with pytest.raises(UserError, match="repeats"):
         bench(BenchRequest(model=story_folder, repeats=0))
+
+
+def test_bench_takes_what_fits_a_small_model(tmp_path: Path):
+    """The demo's context is 32 tokens: a quarter is decoded, the rest is the prompt."""
+    folder = tmp_path / "out"
+    run(CompressRequest(model="demo", mode="shared-tucker", out=folder, format="factored"))
+    found = bench(BenchRequest(model=folder, repeats=1, peak=False))
+    assert (found.prompt_tokens, found.new_tokens) == (24, 8)
+    assert found.to_json()["prompt_tokens"] == 24
 
 
 def test_bench_measures_peaks_of_its_own_processes(story_folder: Path):
