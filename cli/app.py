@@ -56,7 +56,7 @@ def root(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Rewrite a transformer's weights as shared low-rank tensors: it can reason better, and shrinks.
+    """Rewrite a transformer's weights as shared low-rank tensors, to denoise and to shrink it.
 
     Begin with: tensorllm compress --model demo --mode hybrid
     """
