@@ -15,6 +15,7 @@ from tensorllm.evaluation.scorer import make_scorer
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS
 
 MARGIN = 2.0  # nats between the right and the best wrong choice
+RIDGE = 0.1  # of the mean of the diagonal
 DECAY = (0.7, 0.7, 0.2)  # singular values of the modes D, K, M fall like rank ** -decay
 
 
@@ -66,25 +67,27 @@ def write_attention(
 
 @torch.inference_mode()
 def fit_readout(model: GPTJForCausalLM, tokenizer: Any, data: ReasoningDataModule) -> None:
-    """Make the first choice's first token tell right from wrong answers, by least squares.
+    """Make the first choice's first token tell right from wrong answers, by ridge regression.
 
     A random model answers every question alike, whatever is edited: nothing would be to be found.
+    Without the ridge the fit is exact and so sharp that every edit destroys it alike.
     """
     scorer = make_scorer(model, tokenizer)
-    rows = [row for batch in scorer.plan(data.examples) for row in scorer.score(batch)]
-    rows.sort(key=lambda row: row.index)
-    prompt, choices = data.examples[0].prompt, data.examples[0].choices
-    first = choices[0]
-    gaps, wanted, states = [], [], []
-    for example, row in zip(data.examples, rows, strict=True):
-        if example.choices != choices or row.choice_log_probabilities is None:
-            continue
-        one, *others = row.choice_log_probabilities
-        gaps.append(one - max(others))
-        wanted.append(MARGIN if example.answer == first else -MARGIN)
-        ids = torch.tensor([tokenizer(example.prompt)["input_ids"]])
-        states.append(model.transformer(ids).last_hidden_state[0, -1])
-    h_ND, target_N = torch.stack(states).double(), torch.tensor(wanted) - torch.tensor(gaps)
-    token = tokenizer(f"{prompt} {first}")["input_ids"][len(tokenizer(prompt)["input_ids"])]
-    found_D1 = torch.linalg.lstsq(h_ND, target_N.double()[:, None], driver="gelsd").solution
-    model.lm_head.weight[token] += found_D1[:, 0].float()
+    gaps, states, tokens = [], [], set()
+    for batch in scorer.plan(data.examples):
+        for item, row in zip(batch.items, scorer.score(batch), strict=True):
+            first = item.example.choices[0]
+            one, *others = row.choice_log_probabilities
+            wanted = MARGIN if item.example.answer == first else -MARGIN
+            gaps.append(wanted - (one - max(others)))
+            ids = torch.tensor([item.full[0][: item.shared]])
+            states.append(model.transformer(ids).last_hidden_state[0, -1])
+            tokens.add(item.full[0][item.shared])
+    (token,) = tokens
+    h_ND, wanted_N = torch.stack(states).double(), torch.tensor(gaps).double()
+    mean_D, mean = h_ND.mean(0), wanted_N.mean()
+    gram_NN = (h_ND - mean_D) @ (h_ND - mean_D).T
+    gram_NN += RIDGE * gram_NN.diagonal().mean() * torch.eye(len(gram_NN))
+    found_D = (h_ND - mean_D).T @ torch.linalg.solve(gram_NN, wanted_N - mean)
+    model.lm_head.weight[token] += found_D.float()
+    model.lm_head.bias[token] += (mean - mean_D @ found_D).float()

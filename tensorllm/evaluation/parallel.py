@@ -4,7 +4,7 @@ The matrices of small models are too small to share between cores: torch's own t
 each other longer than they work. So each core takes a batch of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -27,8 +27,10 @@ def workers_for(model: PreTrainedModel) -> int:
     return torch.get_num_threads() if model.num_parameters() <= SMALL else 1
 
 
-def score_all(scorer: Scorer, batches: Sequence[Any], workers: int) -> Iterator[list[Row]]:
-    """The rows of each batch, in order."""
+def score_all(
+    scorer: Scorer, batches: Sequence[Any], workers: int
+) -> Generator[list[Row], None, None]:
+    """The rows of each batch, in order; closed early, it drops the batches not yet begun."""
     if workers == 1 or len(batches) < 2:
         yield from map(scorer.score, batches)
         return

@@ -3,8 +3,9 @@
 import random
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -182,10 +183,14 @@ class Examiner:
         race = Race(rival, len(self.order), level if self.sequential else 0.0) if rival else None
         place = {example.index: i for i, example in enumerate(self.order)}
         rows: list[Row] = []
-        with edited(edits, self.roles, self.weights), self.prefix.editing(lowest, ffn=ffn):
+        batches = [batch for stage in self.stages for batch in stage]
+        with (
+            edited(edits, self.roles, self.weights),
+            self.prefix.editing(lowest, ffn=ffn),
+            closing(score_all(self.scorer, batches, self.workers)) as scored,
+        ):
             for stage in self.stages:
-                scored = score_all(self.scorer, stage, self.workers)
-                new = [row for of_batch in scored for row in of_batch]
+                new = [row for of_batch in islice(scored, len(stage)) for row in of_batch]
                 new.sort(key=lambda row: place[row.index])
                 rows += new
                 given_up = race is not None and race.lost(
