@@ -1,7 +1,8 @@
 """`python benchmarks/search.py`: the rank search against the loops it replaces, in one run.
 
 A GPT-J model (width 512, 12 layers), 48 trials of shared Tucker ranks over its last four layers,
-real questions from --data-file (FEVER's rows) or, without one, the demo world's questions as text.
+real questions: FEVER's rows in --shared, cut by the tokenizer of tinystories-656K there (--quick: the
+demo world's questions).
 The weights are random, but not shapeless: the attention's spectra decay as those of trained models
 do, and the readout is fitted to the questions, so that ranks matter for the answers. Three ways,
 side by side:
@@ -24,7 +25,7 @@ from typing import Any
 
 import tensorly
 import torch
-from results import Comparison, begin, parser, save
+from results import Comparison, begin, parser, real, save
 from search_model import make_model, write_attention
 from tensorly.decomposition import partial_tucker
 from transformers import AutoTokenizer, GPTJForCausalLM
@@ -44,17 +45,16 @@ from tensorllm.search.worker import merit
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS
 
 TRIALS, LAYERS = 48, (8, 9, 10, 11)
+FEVER, TOKENIZER = "data/fever_paper_dev.jsonl", "models/tinystories-656K"
 WANTED = (30.0, 5.0)  # times faster than the naive and the batched loop
 
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--data-file", type=Path, help="FEVER rows (jsonl)")
-    options.add_argument("--tokenizer", type=Path, default=MODEL_DIR)
     options.add_argument("--questions", type=int, default=400)
     options.add_argument("--trials", type=int, default=TRIALS)
-    options.add_argument("--naive-trials", type=int, default=1)
-    options.add_argument("--naive-examples", type=int, default=50)
+    options.add_argument("--naive-trials", type=int, default=2)
+    options.add_argument("--naive-examples", type=int, default=20)
     options.add_argument("--batched-trials", type=int, default=3)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--folder", type=Path, help="of the model; a temporary one otherwise")
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
 
 def dataset(args: argparse.Namespace, tokenizer: object) -> ReasoningDataModule:
     """The questions: the first ones of a real file, or the demo world's."""
-    name, file = ("fever", args.data_file) if args.data_file else ("demo", None)
+    name, file = ("demo", None) if args.quick else ("fever", real(args, FEVER))
     data = make_dataset(name, data_file=file, split="all", limit=args.questions)
     data.connect(tokenizer)  # type: ignore[arg-type]
     return data
@@ -163,10 +163,11 @@ def main() -> None:
     begin(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        words = MODEL_DIR if args.quick else real(args, TOKENIZER)
+        tokenizer = AutoTokenizer.from_pretrained(words)
         data = dataset(args, tokenizer)
         if not (folder / "config.json").exists():
-            fitted = data if args.data_file else None
+            fitted = None if args.quick else data
             make_model(folder, tokenizer, fitted, args.seed, 256 if args.quick else 512)
         model = GPTJForCausalLM.from_pretrained(folder).eval()
         roles = RoleMatrices(model.config, parameters_of(model))
