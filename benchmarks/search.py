@@ -1,11 +1,10 @@
 """`python benchmarks/search.py`: the rank search against the loops it replaces, in one run.
 
 A GPT-J model (width 512, 12 layers), 48 trials of shared Tucker ranks over its last four layers,
-real questions: FEVER's rows in --shared, cut by the tokenizer of tinystories-656K there (--quick: the
-demo world's questions).
-The weights are random, but not shapeless: the attention's spectra decay as those of trained models
-do, and the readout is fitted to the questions, so that ranks matter for the answers. Three ways,
-side by side:
+real questions: FEVER's rows in --shared, cut by the tokenizer of tinystories-656K there (--quick:
+the demo world's). The weights are random, but not shapeless: the attention's spectra decay as those
+of trained models do, and the readout is fitted to the questions, so that ranks matter for the
+answers. Three ways, side by side:
 
 - naive: reload the model, decompose with tensorly, one example at a time (on a sample of trials and
   of examples, scaled to all of them; its verdicts are compared with the search's);
