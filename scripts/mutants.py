@@ -1,7 +1,8 @@
 """What `make mutants` found, from mutants/ into docs/results/mutants.json.
 
 For each module the mutants that were tried and killed, and of each survivor the lines that differ.
-A mutant that was never tried counts as untried, so that a part of a run can be told.
+A mutant that was never tried counts as untried, so that a part of a run can be told; a module of
+which none was tried keeps what the file has of it.
 """
 
 import argparse
@@ -59,7 +60,11 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=ROOT / "mutants")
     options.add_argument("--out", type=Path, default=RESULTS)
     args = options.parse_args()
-    found = dict(modules(args.folder))
+    before = json.loads(args.out.read_text())["modules"] if args.out.is_file() else {}
+    found = {
+        name: before.get(name, one) if one["untried"] == one["mutants"] else one
+        for name, one in modules(args.folder)
+    }
     args.out.write_text(
         json.dumps({"mutmut": version("mutmut"), "modules": found}, indent=1) + "\n"
     )
