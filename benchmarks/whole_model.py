@@ -1,7 +1,7 @@
 """Whole models at equal size: ours beside SVD, SharedTucker4D, ASVD and SVD-LLM.
 
-    python benchmarks/whole_model.py --shared SHARED --threads 1
-    python benchmarks/whole_model.py --models demo
+    python benchmarks/whole_model.py
+    python benchmarks/whole_model.py --models demo --seeds 5 6 --add
 
 Each model is a part of docs/results/whole_model.json. Seeds run side by side, one process for each
 of --threads. What is calibrated on and scored, in nats per token, is in whole_model_texts.py. The
@@ -11,7 +11,7 @@ Times and memory are measured apart: whole_model_cost.py.
 
 import argparse
 import copy
-import os
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ import torch
 from baselines import asvd, rank_at, svd, svd_llm, tucker_ranks
 from closed_gap import summary
 from inputs import Matrix, input_moments, mean_abs
-from results import Comparison, begin, parser, save
+from results import RESULTS, Comparison, begin, parser, save
 from torch import nn
 from whole_model_texts import demo, stories
 
@@ -199,13 +199,13 @@ def seed_rows(name: str, shared: Path, quick: bool, seed: int) -> list[dict[str,
 def run_model(name: str, args: argparse.Namespace) -> None:
     """One part of the results: everything on one model, saved anew after every seed."""
     bench = Bench(name, args.shared, args.quick)
-    dense, seeds = bench.loss(bench.dense), []
+    dense, known = bench.loss(bench.dense), recorded(name) if args.add else {"rows": []}
+    bench.rows += [row for row in known["rows"] if row["seed"] not in (None, *args.seeds)]
     with ProcessPoolExecutor(args.threads, get_context("spawn")) as pool:
         jobs = {pool.submit(seed_rows, name, args.shared, args.quick, s): s for s in args.seeds}
         run_without_text(bench)
         for job in as_completed(jobs):
             bench.rows += job.result()
-            seeds = sorted([*seeds, jobs[job]])
             found = summary(bench.rows, dense)
             save(
                 "whole_model",
@@ -214,10 +214,17 @@ def run_model(name: str, args: argparse.Namespace) -> None:
                 args,
                 tokens={text: sum(map(len, some)) for text, some in bench.texts.items()},
                 dense=dense,
-                seeds=seeds,
+                seeds=sorted({row["seed"] for row in bench.rows} - {None}),
+                earlier=[*known.get("earlier", []), known["commit"]] if args.add else [],
                 summary=found,
                 rows=bench.rows,
             )
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """The part of the results that other seeds have made."""
+    found: dict[str, Any] = json.loads((RESULTS / "whole_model.json").read_text())[name]
+    return found
 
 
 def comparisons(found: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
@@ -234,14 +241,13 @@ def comparisons(found: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
     options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    options.add_argument("--add", action="store_true", help="keep what other seeds have found")
     args = options.parse_args()
     begin(args)
     if args.quick:
         args.models, args.seeds = ["demo"], [0]
-    args.shared = args.shared or Path("../shared")
     for name in args.models:
         run_model(name, args)
 
