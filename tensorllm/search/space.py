@@ -82,7 +82,7 @@ class Space:
         if "R2" in values:
             settings["ranks"] = self._ranks(values)
         if "rho" in values:
-            settings["rho"] = values["rho"]
+            settings["rho"] = float(f"{values['rho']:.6g}")  # samplers give all sixteen digits
         if "matrices" in values:
             settings["matrices"] = str(values["matrices"]).split("+")
         return Point(self.mode, tuple(range(first, first + self.together)), settings)
