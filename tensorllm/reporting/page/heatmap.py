@@ -28,7 +28,7 @@ def heatmap(
     found = [value for line in cells for value in line if value is not None]
     low, high = min(found), max(found)
     edges = [low + (high - low) * n / len(SEQUENCE) for n in range(1, len(SEQUENCE))]
-    room = len(columns) <= 8 and len(rows) <= 8
+    room = len(columns) <= 8 and len(rows) <= 16
     height = min(5.5, max(1.5, 0.8 + (0.3 if room else 0.2) * len(rows)))
     with canvas.axes(height) as axes:
         for i, line in enumerate(cells):

@@ -9,7 +9,7 @@ from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, Picture, colour
 
 Row = Mapping[str, Any]  # one of trials.parquet
-COLUMNS = 10
+COLUMNS = 8  # as many as have room for their numbers
 
 
 def search_pictures(
