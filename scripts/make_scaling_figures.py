@@ -1,6 +1,8 @@
 """The curves of docs/scaling.md, drawn from docs/results/scaling.json."""
 
+import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,15 @@ def main() -> None:
     with mpl.rc_context(STYLE):
         drawn = figure(curves(json.loads(RESULTS.read_text())))
         FIGURES.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(FIGURES / "scaling.svg", transparent=True, metadata={"Date": None})
+        svg = io.StringIO()
+        drawn.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        (FIGURES / "scaling.svg").write_text(compact(svg.getvalue()))
+
+
+def compact(svg: str) -> str:
+    """The same picture without indentation, in hundredths of a point."""
+    rounded = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", svg)
+    return "".join(f"{line.strip()}\n" for line in rounded.splitlines())
 
 
 if __name__ == "__main__":
