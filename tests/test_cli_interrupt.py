@@ -59,7 +59,7 @@ def test_ctrl_c_at_any_moment(name: str, tmp_path: Path) -> None:
     moments = random.Random(name)
     stopped = 0
     for _ in range(8):
-        if stopped == 2 or (tmp_path / "out" / "results.json").exists():
+        if stopped == 2 or _done(name, tmp_path / "out"):
             break
         after = moments.uniform(begin, end)
         code, err = interrupted([*command, str(tmp_path / "out")], after)
