@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_tables import benchmark, comparisons, durations, energy, figure, mutants
-from method_tables import closed, reasoning, variants
+from method_tables import closed, reasoning, shares, variants
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "benchmark": benchmark,
     "comparisons": comparisons,
     "closed": closed,
+    "shares": shares,
     "variants": variants,
     "reasoning": reasoning,
     "durations": durations,

@@ -35,6 +35,20 @@ def closed(value: Lookup, part: str, text: str) -> str:
     return table(head, rows)
 
 
+def shares(value: Lookup, *parts: str) -> str:
+    """The mean shares that ours closes, a row per model (`part:text`) and scope."""
+    rows, ratios = [], dict[float, None]()
+    for part in parts:
+        path, _, text = part.partition(":")
+        found = [e for e in value(path)["summary"] if e["method"] == "ours"]
+        for scope in dict.fromkeys(e["scope"] for e in found):
+            cells = {e["ratio"]: e[f"{text} closed"]["mean"] for e in found if e["scope"] == scope}
+            ratios |= dict.fromkeys(cells)
+            name = f"{path.rpartition('/')[2]}, {scope}"
+            rows.append((name, *(f"{100 * cells[ratio]:.0f} %" for ratio in sorted(cells))))
+    return table(("gap closed at ratio", *(f"{ratio:g}" for ratio in sorted(ratios))), rows)
+
+
 def variants(value: Lookup, part: str, text: str) -> str:
     """The share of the gap that variants of ours close on the first draw of text."""
     found = value(part)
@@ -53,7 +67,7 @@ def reasoning(value: Lookup, part: str) -> str:
     """Accuracy of what was chosen on the validation part, and of the two it is measured by."""
     found = value(part)
     cells = [_reasoning_row(row) for row in found["rows"] if row.get("chosen")]
-    head = ("fitted", "layers", "ratio", "validation %", "test %", "test loss")
+    head = ("method", "layers", "ratio", "whole model", "validation %", "test %", "test loss")
     return table(head, cells)
 
 
@@ -62,7 +76,8 @@ def _reasoning_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     named = "" if row["mode"] == "original" else _layers(layers)
     ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
     scores = (f"{row['val']['accuracy']:.1f}", f"{row['test']['accuracy']:.1f}")
-    return (row["mode"], named, ratio, *scores, figure(row["test"]["loss"], ".2f"))
+    size = f"{row['whole_model']:.2f}×"
+    return (row["mode"], named, ratio, size, *scores, figure(row["test"]["loss"], ".2f"))
 
 
 def _layers(layers: Sequence[int] | None) -> str:
