@@ -10,6 +10,8 @@ Shapes: S ranks of a curve, 1 to S.
 
 from collections.abc import Sequence
 from functools import partial, reduce
+from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor
@@ -117,25 +119,34 @@ def _spend_rest(
     clusters: Sequence[Cluster], choices: Sequence[Choice], budget: int
 ) -> list[Choice]:
     """Buy, again and again, the affordable higher rank with the most gain per number."""
-    ranks = [list(choice.ranks) for choice in choices]
-    ways = [cluster[choice.way] for cluster, choice in zip(clusters, choices, strict=True)]
+    chosen = _chosen_curves(clusters, choices)
+    curves, ranks = [curve for curve, _ in chosen], [rank for _, rank in chosen]
     left = budget - _cost(clusters, choices)
-    while True:
-        best, step = 0.0, None
-        for c, curves in enumerate(ways):
-            for i, (cost_S, error_S) in enumerate(curves):
-                now = ranks[c][i] - 1
-                extra = cost_S[now + 1 :] - cost_S[now]
-                extra = extra[extra <= left]
-                if extra.numel():
-                    gain = (error_S[now] - error_S[now + 1 : now + 1 + len(extra)]) / extra
-                    if float(gain.max()) > best:
-                        best, step = float(gain.max()), (c, i, now + 2 + int(gain.argmax()))
-        if step is None:
-            return [Choice(one.way, tuple(r)) for one, r in zip(choices, ranks, strict=True)]
-        c, i, rank = step
-        left -= int(ways[c][i].cost_S[rank - 1] - ways[c][i].cost_S[ranks[c][i] - 1])
-        ranks[c][i] = rank
+    steps = [_best_step(curve, i, rank, left) for i, (curve, rank) in enumerate(chosen)]
+    heap = [step for step in steps if step]
+    heapify(heap)
+    while heap:
+        _, i, rank, price = heappop(heap)
+        if price <= left:
+            left, ranks[i] = left - price, rank
+        # Else it was affordable when it was found, and there may be a smaller one.
+        if step := _best_step(curves[i], i, ranks[i], left):
+            heappush(heap, step)
+    each = iter(ranks)
+    return [Choice(one.way, tuple(islice(each, len(one.ranks)))) for one in choices]
+
+
+def _best_step(curve: Curve, i: int, rank: int, left: int) -> tuple[float, int, int, int] | None:
+    """Minus the gain per number, the curve's number, the higher rank and its price; or none."""
+    cost_S, error_S = curve
+    price_S = cost_S[rank:] - cost_S[rank - 1]
+    price_S = price_S[price_S <= left]
+    if not price_S.numel():
+        return None
+    gain_S = (error_S[rank - 1] - error_S[rank : rank + len(price_S)]) / price_S
+    best = int(gain_S.argmax())
+    gain = float(gain_S[best])
+    return (-gain, i, rank + 1 + best, int(price_S[best])) if gain > 0 else None
 
 
 def _cost(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> int:
