@@ -49,6 +49,7 @@ class FactoredAttention:
 
     config: Any
     layer_idx: int
+    is_causal: bool
     training: bool
 
     def prepare(self, config: Any, wiring: Wiring, geometry: Geometry, site: HeadsSite) -> None:
@@ -171,8 +172,11 @@ class FactoredAttention:
         dropout = drop.p if isinstance(drop, nn.Dropout) else drop
         scale = self.wiring.scale(self)
         wide, narrow = k_BGNE.shape[-1], v_BGNR.shape[-1]
-        one_by_one = q_BHTE.shape[2] == 1 and name == "sdpa" and wide != narrow
-        if name == "eager" or want_weights or one_by_one:
+        one_by_one = q_BHTE.shape[2] == 1 and wide != narrow
+        plain = name == "sdpa" and (want_weights or one_by_one)  # other kernels' masks are not ours
+        if name == "eager" or plain:
+            if plain and mask is None and self.is_causal:
+                mask = _causal_mask(q_BHTE, k_BGNE)
             return attend(q_BHTE, k_BGNE, v_BGNR, mask, scale, self.softcap, dropout)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -230,6 +234,15 @@ def attend(
         batch, heads, tokens, -1
     )
     return y_BHTR.transpose(1, 2), weights
+
+
+def _causal_mask(q_BHTE: Tensor, k_BGNE: Tensor) -> Tensor | None:
+    """True (T, N) where attended: what sdpa itself makes of a mask that the model left out."""
+    queries, keys = q_BHTE.shape[2], k_BGNE.shape[2]
+    if queries == 1:
+        return None
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTE.device)
+    return seen.tril(keys - queries)
 
 
 @cache  # one class per class, so that types can be compared

@@ -40,10 +40,10 @@ class HeadsSite(nn.Module):
         matrices, rank = self.u_MS.shape
         if self.absorbed or matrices != rank or self.u_MS.is_meta or is_parametrized(self):
             return  # quantised factors are not written to
-        u_MS = self.u_MS.float()
-        core_MGRP = torch.einsum("sgrp,ms->mgrp", self.core_SGRP.float(), u_MS)
-        self.core_SGRP.copy_(core_MGRP)
-        self.u_MS.copy_(torch.eye(matrices))
+        core_MGRP = torch.einsum("sgrp,ms->mgrp", self.core_SGRP.float(), self.u_MS.float())
+        # New tensors: the old ones may be the factors that the compression's record holds.
+        self.core_SGRP.data = core_MGRP.to(self.core_SGRP.dtype)
+        self.u_MS.data = torch.eye(matrices).to(self.u_MS)
         self.u_MS.requires_grad_(False)
         self.absorbed = True
 
