@@ -55,8 +55,7 @@ def compress(
     Raises:
         UserError: settings that do not fit the model; it is then unchanged.
     """
-    if compression_of(model) is not None:
-        raise UserError("this model is compressed already; load the original again")
+    _refuse_compressed(model)
     started = time.perf_counter()
     weights = parameters_of(model)
     config: Any = model.config
@@ -103,6 +102,7 @@ def compressed(
     model: nn.Module, compressor: Compressor, layers: Sequence[int] | None = None
 ) -> Iterator[CompressionReport]:
     """The model compressed within the block; afterwards its weights are back bit for bit."""
+    _refuse_compressed(model)
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
     wanted = tuple(range(roles.layers)) if layers is None else tuple(layers)
@@ -116,3 +116,8 @@ def compressed(
             weights[name].copy_(w)
         if compression_of(model) is not None:
             delattr(model, ATTRIBUTE)
+
+
+def _refuse_compressed(model: nn.Module) -> None:
+    if compression_of(model) is not None:
+        raise UserError("this model is compressed already; load the original again")
