@@ -228,6 +228,10 @@ def test_unfit_text_and_targets_are_refused():
         fit(wanted, model, Calibration(()))
     with pytest.raises(UserError, match=r"token 101, but the model knows 0\.\.100"):
         fit(wanted, model, Calibration(((101,) * 40,)))
+    with pytest.raises(UserError, match=r"token -1, but the model knows 0\.\.100"):
+        fit(ActivationTucker(target_ratio=2), model, Calibration(((5, 6, -1),)))
+    with pytest.raises(UserError, match="sequence of 65 tokens; the model reads at most 64"):
+        fit(ActivationTucker(target_ratio=2), model, Calibration(((5,) * 65,)))
     with pytest.raises(UserError, match="must be above"):
         fit(ActivationTucker(target_params=10), model, text())
     with torch.no_grad():

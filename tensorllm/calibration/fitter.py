@@ -58,7 +58,8 @@ class Fit:
         self.keys: list[Key] = [(layer, cluster) for layer in self.layers for cluster in clusters]
         widest = max(input_width(roles.geometry, cluster[0]) for cluster in clusters)
         config: Any = source.model.config
-        calibration.check(config.vocab_size, widest)
+        context = getattr(config, "max_position_embeddings", None)
+        calibration.check(config.vocab_size, widest, context)
         self.batches = calibration.batches()
 
     def run(self) -> list[Job]:
@@ -201,7 +202,7 @@ class Fit:
             for group in (group for group in fitted if set(group) <= set(key[1])):
                 felt, rank = own.felt(moments, key, group), fitted[group].rows_R.numel()
                 maps[group] = Between(smaller.map(group), felt, seen, rank)
-        targets = States(self.store, "target", len(self.batches))
+        targets = States(self.store, "target", len(self.batches), blocks.start[0].device)
         targets.keep(blocks.run(own.number, own.block, theirs))
         refit = Refit(smaller, blocks.calls[own.number], self.batches, ours, targets)
         found = refit.run(maps, fitted, self.compressor.refit_steps)
