@@ -5,8 +5,10 @@ from torch import Tensor
 from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import require_finite
 from tensorllm.tensors.factors import CP, wide
+from tensorllm.tensors.unfold import exact_float32
 
 
+@exact_float32()
 def cp(w: Tensor, rank: int, *, seed: int = 0, sweeps: int = 100, tol: float = 1e-6) -> CP:
     """The sum of R rank-one tensors nearest to `w` that alternating least squares finds.
 
