@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensorllm.checkpoint.reader import PICKLES, index_name
 from tensorllm.checkpoint.writer import ShardWriter, check_target
-from tensorllm.errors import Incomplete, UserError
+from tensorllm.errors import Incomplete, UserError, first_line
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
@@ -26,7 +26,7 @@ def convert(source: Path, target: Path) -> None:
         Incomplete: the disk is full.
     """
     check_target(target, overwrite=False, source=source)
-    pickles = sorted(path for pattern in PICKLES for path in source.glob(pattern))
+    pickles = _pickles(source)
     if not pickles:
         raise UserError(f"{source} holds no pickled weights ({', '.join(PICKLES)})")
     stats = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in pickles}
@@ -49,13 +49,18 @@ def convert(source: Path, target: Path) -> None:
     writer.finish()
 
 
+def _pickles(folder: Path) -> list[Path]:
+    """The files of weights: by their usual name, beside which a trainer may leave other pickles."""
+    usual = sorted(folder.glob("pytorch_model*.bin"))
+    return usual or sorted(path for pattern in PICKLES for path in folder.glob(pattern))
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     """The named tensors of a pickle; `weights_only` builds nothing but tensors and containers."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a pickle of plain weights: {reason}") from None
+        raise UserError(f"{path} is not a pickle of plain weights: {first_line(error)}") from None
     named = isinstance(state, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -56,7 +56,7 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # a wrong config fails in many ways inside transformers
-            raise UserError(f"{self.folder}/config.json: {_first_line(error)}") from None
+            raise UserError(f"{self.folder}/config.json: {first_line(error)}") from None
         method = getattr(config, "quantization_config", None)
         if method is not None and self.stem == "model":  # else it is our own mark
             raise UserError(
@@ -163,7 +163,3 @@ def read_header(path: Path) -> dict[str, Any]:
             f"{path} is truncated or corrupt: {8 + length + end} bytes expected, {size} found"
         )
     return dict(header)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
