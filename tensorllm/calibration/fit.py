@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tensorllm.calibration.fitter import Fit
-from tensorllm.calibration.moments import Moments, Progress, frozen, quiet
+from tensorllm.calibration.moments import Moments, frozen
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import least_numbers, numbers
 from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
@@ -22,6 +22,7 @@ from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 
 
 def fit(

@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from tensorllm.calibration.blocks import Blocks
 from tensorllm.calibration.groups import Group, Key, Ranks, input_width, site_of
 from tensorllm.calibration.layer import Layer, second_moments
-from tensorllm.calibration.moments import (
-    Moments,
-    Progress,
-    measure_loss,
-    measure_outputs,
-    quiet,
-)
+from tensorllm.calibration.moments import Moments, measure_loss, measure_outputs
 from tensorllm.calibration.refit import Between, Refit
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import Errors, budget_of, sizes
@@ -24,6 +18,7 @@ from tensorllm.calibration.source import Source
 from tensorllm.calibration.store import States, Store, Sweep
 from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.activation import Given, Stored
+from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.weighted import Metric
 

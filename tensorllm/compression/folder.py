@@ -9,7 +9,6 @@ from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.publish import publish
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask
@@ -17,6 +16,7 @@ from tensorllm.compression.units import Unit, open_checkpoint, run_unit, units
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 
 __all__ = ["FolderTask", "compress_folder"]
 

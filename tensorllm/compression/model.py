@@ -1,7 +1,7 @@
 """Compressing a model that is in memory, in place."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,9 @@ from tensorllm.compressors import Compressor
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 
 ATTRIBUTE = "tensorllm_compression"
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +27,6 @@ class Compression:
     compressor: Compressor
     layers: tuple[int, ...]
     sites: list[Compressed]
-
-
-def quiet(done: int, total: int, what: str) -> None:
-    """The default progress: none."""
 
 
 def compress(

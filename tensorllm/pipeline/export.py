@@ -14,9 +14,9 @@ from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_
 from tensorllm.checkpoint.reader import Checkpoint, index_name
 from tensorllm.checkpoint.writer import ShardWriter, check_target
 from tensorllm.compression.card import CARD, REPORT, card
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.publish import COPIED
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
 
 FORMATS = ("dense",)

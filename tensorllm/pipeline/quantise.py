@@ -9,9 +9,9 @@ from tensorllm.checkpoint.manifest import MANIFEST, StoredSite, check_files, rea
 from tensorllm.checkpoint.reader import Checkpoint, index_name
 from tensorllm.checkpoint.writer import ShardWriter, check_target
 from tensorllm.compression.card import CARD, REPORT
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.publish import COPIED
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.quantised import BITS, Quantised, quantise
