@@ -1,5 +1,6 @@
 """Folders: what is saved is what was in memory, for every architecture; sizes, shards, resuming."""
 
+import fcntl
 import json
 import os
 import random
@@ -262,6 +263,15 @@ def test_pickled_weights_are_converted_and_no_code_runs(tmp_path: Path) -> None:
     torch.save({"w": Evil()}, tmp_path / "old" / "pytorch_model.bin")
     assert convert([str(tmp_path / "old"), str(tmp_path / "other")]) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+
+
+def test_a_lock_deleted_by_the_run_that_held_it_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / ".out.lock"
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: lock.unlink())
+    with pytest.raises(tl.UserError, match="another run is writing"), exclusive(tmp_path / "out"):
+        pass
 
 
 def task_for(folder: Path, target: Path) -> FolderTask:

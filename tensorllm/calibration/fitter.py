@@ -17,7 +17,7 @@ from tensorllm.calibration.sizes import Errors, budget_of, sizes
 from tensorllm.calibration.source import Source
 from tensorllm.calibration.store import States, Store, Sweep
 from tensorllm.compressors import ActivationTucker, Job
-from tensorllm.compressors.activation import Given, Stored
+from tensorllm.compressors.activation import Given, GivenInFile
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.weighted import Metric
@@ -209,7 +209,7 @@ def _job(store: Store, layer: int, group: Group) -> Job:
     """The job whose factors are in the store."""
     name, prefix = f"factors-{layer}", "-".join(group)
     if store.folder is not None:
-        return Job(site_of(layer, group), Stored(file=store.path(name), prefix=prefix))
+        return Job(site_of(layer, group), GivenInFile(file=store.path(name), prefix=prefix))
     tensors = store.load(name)
     mine = {key.split(".")[1]: t for key, t in tensors.items() if key.split(".")[0] == prefix}
     return Job(site_of(layer, group), Given(factors=PivotedLowRank.from_tensors(mine)))

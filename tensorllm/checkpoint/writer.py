@@ -141,6 +141,7 @@ class ShardWriter:
         for path in self.folder.iterdir():
             _sync(path)
         (self.folder / JOURNAL).unlink(missing_ok=True)
+        _sync(self.folder)
         old = self.target.parent / f".{self.target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if self.target.exists():
@@ -216,8 +217,12 @@ def exclusive(target: Path) -> Iterator[None]:
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process that holds it
-        except BlockingIOError:
-            raise UserError(f"another run is writing {target}; give another --out") from None
+            # Else deleted by the run that held it, after it was opened here: no longer *the* lock.
+            ours = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise UserError(f"another run is writing {target}; give another --out")
         try:
             yield
         finally:
