@@ -212,7 +212,7 @@ def test_sharing_can_be_forbidden():
         ({"target_ratio": 2.0, "target_params": 5}, "give one of target_ratio"),
         ({"target_ratio": 1.0}, "must be above 1"),
         ({"target_ratio": float("nan")}, "must be above 1"),
-        ({"target_ratio": 2.0, "weighting": "loud"}, "loss or outputs"),
+        ({"target_ratio": 2.0, "weighting": "loud"}, "one of loss, outputs"),
         ({"target_ratio": 2.0, "ridge": 0.0}, "ridge must be above 0"),
     ],
 )

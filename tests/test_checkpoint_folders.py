@@ -26,7 +26,8 @@ from transformers import GenerationConfig, PreTrainedModel
 import tensorllm as tl
 from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
-from tensorllm.checkpoint.writer import exclusive
+from tensorllm.checkpoint.target import exclusive
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.errors import Incomplete
 
@@ -263,6 +264,20 @@ def test_pickled_weights_are_converted_and_no_code_runs(tmp_path: Path) -> None:
     torch.save({"w": Evil()}, tmp_path / "old" / "pytorch_model.bin")
     assert convert([str(tmp_path / "old"), str(tmp_path / "other")]) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+
+
+def test_a_resumed_run_writes_nothing_twice(tmp_path: Path) -> None:
+    """Not even where all is computed again, as it is when factors are quantised."""
+    for _ in range(2):
+        writer = ShardWriter(tmp_path / "out", stem="model", fingerprint={}, shard_bytes=8)
+        for name in "ab":
+            writer.add(name, {name: torch.ones(2)})
+        writer.rest()  # killed
+    assert writer.name_files() == "model.safetensors.index.json"
+    assert sorted(path.name for path in writer.folder.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
 
 
 def test_a_lock_deleted_by_the_run_that_held_it_is_none(

@@ -191,6 +191,14 @@ def test_a_second_compression_is_refused() -> None:
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
+def test_weights_that_are_elsewhere_are_refused() -> None:
+    """As `device_map` leaves them where memory is short: without values."""
+    model = tiny_model("gpt2")
+    model.transformer.h[1].to("meta")
+    with pytest.raises(tl.UserError, match=r"h\.1\..* is not in memory"):
+        tl.compress(model, tl.LaserSVD(rank=2))
+
+
 def test_a_matrix_in_two_sites_is_refused() -> None:
     model = tiny_model("gpt2")
     both = tl.Hybrid(ranks=(12, 5, 3), rho=0.5, matrices=("in", "q"))

@@ -149,14 +149,8 @@ def store_for(
 
     What is there of another checkpoint, strategy, text, version or dtype is thrown away.
     """
-    checkpoint = Checkpoint(folder)
-    stats = {
-        file: (folder / file).stat()
-        for file in sorted({entry.file for entry in checkpoint.entries.values()})
-    }
     fingerprint = {
-        "source": str(folder.resolve()),
-        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        **Checkpoint(folder).fingerprint(),
         "compressor": list(settings_of(compressor)),
         "calibration": calibration.facts(),
         "layers": None if layers is None else list(layers),

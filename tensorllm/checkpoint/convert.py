@@ -11,11 +11,10 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from tensorllm.checkpoint.reader import PICKLES, index_name
-from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.checkpoint.reader import PICKLES, small_files
+from tensorllm.checkpoint.target import check_target
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.errors import Incomplete, UserError, first_line
-
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def convert(source: Path, target: Path) -> None:
@@ -38,14 +37,9 @@ def convert(source: Path, target: Path) -> None:
     except UserError:
         writer.discard()
         raise
-    weight_map = writer.name_files()
-    if len(set(weight_map.values())) > 1:
-        total = sum(shard["bytes"] for shard in writer.shards)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        writer.write_json(index_name("model"), index)
-    for path in sorted(path for pattern in SMALL for path in source.glob(pattern)):
-        if not path.name.endswith(".index.json"):
-            writer.copy(path)
+    writer.name_files()
+    for path in small_files(source):
+        writer.copy(path)
     writer.finish()
 
 

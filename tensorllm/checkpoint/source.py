@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from tensorllm.checkpoint.reader import SMALL_FILES
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
 from tensorllm.recipes import short_names
 from tensorllm.registry import did_you_mean
 
-# Code is never fetched, and pickled weights neither.
-# The card is read for the licence.
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md"]
+# Code is never fetched, and pickled weights neither. The card is read for the licence.
+WANTED = ["*.safetensors", *(f"*{ending}" for ending in SMALL_FILES), "README.md"]
 
 OFFLINE = (
     "Offline, give a local folder (--model FOLDER, in the hub's layout) or the embedded model "

@@ -7,7 +7,8 @@ from typing import Any
 from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
+from tensorllm.checkpoint.target import check_target, exclusive
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.publish import publish
 from tensorllm.compression.report import CompressionReport
@@ -78,13 +79,8 @@ def _fingerprint(
     task: FolderTask, checkpoint: Checkpoint, layers: tuple[int, ...]
 ) -> dict[str, Any]:
     """What must be the same for an interrupted run to be continued."""
-    stats = {
-        file: (task.source / file).stat()
-        for file in sorted({entry.file for entry in checkpoint.entries.values()})
-    }
     return {
-        "source": str(task.source.resolve()),
-        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        **checkpoint.fingerprint(),
         "compressor": list(settings_of(task.compressor)),
         "layers": list(layers),
         "format": task.format,

@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorllm.calibration.fit import fit, fit_folder, store_for
 from tensorllm.calibration.sequences import Calibration, read_calibration
-from tensorllm.checkpoint.writer import exclusive
+from tensorllm.checkpoint.target import exclusive
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.activation import ActivationTucker
 from tensorllm.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.source import Source, check_name, resolve
-from tensorllm.checkpoint.writer import check_target
+from tensorllm.checkpoint.target import check_target
 from tensorllm.compression.card import rewrite_card
 from tensorllm.compression.folder import compress_folder
 from tensorllm.compression.jobs import plan_jobs
