@@ -13,8 +13,9 @@ import tensorllm as tl
 from tensorllm.compression.model import compression_of
 from tensorllm.errors import UserError
 from tensorllm.pipeline.runtime import factorize
-from tensorllm.runtime.attention import FactoredAttention, attend
+from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.heads import HeadsSite
+from tensorllm.runtime.plain import attend
 
 CAUSAL = [name for name, row in TINY.items() if row.task == "causal"]
 # Ranks of the latent width below, and at, that of a head; the stack factor thin and square.

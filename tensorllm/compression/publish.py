@@ -4,7 +4,9 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import mark_config
@@ -31,23 +33,11 @@ def publish(
     weights, files = writer.name_files(), writer.files
     notes = [note for note in writer.finished.values() if note]
     mode, settings = settings_of(task.compressor)
-    model = task.model or str(task.source)
-    manifest = Manifest(
-        format=task.format,
-        source={"model": model, "revision": task.revision, "layers": list(layers)},
-        mode=mode,
-        settings=settings,
-        versions=versions(),
-        sites=[StoredSite(**site) for note in notes for site in note["sites"]],
-        replaced={name: facts for note in notes for name, facts in note["replaced"].items()},
-        rest={key: name for note in notes for key, name in note["rest"].items()},
-        files=files,
-    )
     sites = [site_report(record) for note in notes for record in note["reports"]]
     size = sum(facts["bytes"] for facts in files.values())
     parameters = checkpoint.parameters
     report = CompressionReport(
-        model=model,
+        model=task.name,
         revision=task.revision,
         mode=mode,
         settings=settings,
@@ -63,7 +53,7 @@ def publish(
         environment=environment(),
     )
     _copy_small_files(task, writer, weights)
-    writer.write_json(MANIFEST, manifest.to_json())
+    writer.write_json(MANIFEST, _manifest(task, layers, notes, files).to_json())
     values = report.to_json()
     writer.write_json(REPORT, values)
     details = [record for note in notes for record in note["details"]]
@@ -73,6 +63,26 @@ def publish(
     writer.write_text(CARD, card(values, config=checkpoint.config.to_dict(), previous=previous))
     writer.finish()
     return report
+
+
+def _manifest(
+    task: FolderTask,
+    layers: tuple[int, ...],
+    notes: Sequence[Mapping[str, Any]],
+    files: dict[str, dict[str, Any]],
+) -> Manifest:
+    mode, settings = settings_of(task.compressor)
+    return Manifest(
+        format=task.format,
+        source={"model": task.name, "revision": task.revision, "layers": list(layers)},
+        mode=mode,
+        settings=settings,
+        versions=versions(),
+        sites=[StoredSite(**site) for note in notes for site in note["sites"]],
+        replaced={name: facts for note in notes for name, facts in note["replaced"].items()},
+        rest={key: name for note in notes for key, name in note["rest"].items()},
+        files=files,
+    )
 
 
 def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> None:

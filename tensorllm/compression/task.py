@@ -39,3 +39,8 @@ class FolderTask:
     revision: str | None = None
     done: Mapping[str, Compressed] = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
+
+    @property
+    def name(self) -> str:
+        """What reports call the model."""
+        return self.model or str(self.source)

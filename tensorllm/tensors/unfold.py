@@ -27,15 +27,16 @@ def exact_float32() -> Iterator[None]:
 
     By torch's setting per backend: once that was used, reading the older one of all is an error.
     """
-    products: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    before = [backend.fp32_precision for backend in products]
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    products = [backend.matmul for backend in backends]
+    before = [product.fp32_precision for product in products]
     try:
-        for backend in products:
-            backend.fp32_precision = "ieee"
+        for product in products:
+            product.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in zip(products, before, strict=True):
-            backend.fp32_precision = precision
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
 
 
 def in_memory_order(w: Tensor) -> tuple[Tensor, list[int]]:
