@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from tensorllm.checkpoint.target import exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.errors import Incomplete
+from tensorllm.pipeline.export import export
+from tensorllm.pipeline.quantise import quantise_folder
 
 HYBRID = tl.Hybrid(ranks=(12, 5, 3), rho=0.25)
 QUERIES = tl.PerMatrixTucker3D(ranks=(6, 5), matrices=("q",))  # leaves k and v of fused ones alone
@@ -278,6 +281,17 @@ def test_a_resumed_run_writes_nothing_twice(tmp_path: Path) -> None:
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
+
+
+def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    model = tiny_model("gptj")
+    tl.compress(model, HYBRID)
+    tl.save(model, tmp_path / "small")
+    with exclusive(tmp_path / "out"):
+        for write in (export, partial(quantise_folder, how="int8")):
+            with pytest.raises(tl.UserError, match="another run is writing"):
+                write(tmp_path / "small", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
 
 
 def test_a_lock_deleted_by_the_run_that_held_it_is_none(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.checkpoint.reader import PICKLES, small_files
-from tensorllm.checkpoint.target import check_target
+from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.errors import Incomplete, UserError, first_line
 
@@ -29,18 +29,19 @@ def convert(source: Path, target: Path) -> None:
     if not pickles:
         raise UserError(f"{source} holds no pickled weights ({', '.join(PICKLES)})")
     stats = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in pickles}
-    writer = ShardWriter(target, stem="model", fingerprint={"convert": stats})
-    try:
-        for path in pickles:
-            if path.name not in writer.finished:
-                writer.add(path.name, _read(path))
-    except UserError:
-        writer.discard()
-        raise
-    writer.name_files()
-    for path in small_files(source):
-        writer.copy(path)
-    writer.finish()
+    with exclusive(target):
+        writer = ShardWriter(target, stem="model", fingerprint={"convert": stats})
+        try:
+            for path in pickles:
+                if path.name not in writer.finished:
+                    writer.add(path.name, _read(path))
+        except UserError:
+            writer.discard()
+            raise
+        writer.name_files()
+        for path in small_files(source):
+            writer.copy(path)
+        writer.finish()
 
 
 def _pickles(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tensorllm.checkpoint.factored import STEM, dense_tensors
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint, small_files
-from tensorllm.checkpoint.target import check_target
+from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.errors import UserError
@@ -53,29 +53,30 @@ def export(
         raise UserError(f"{source} {what}; export takes a factored folder")
     check_files(source, manifest)
     fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
-    writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
-    total = dense_count(source, manifest)
-    for done, (name, tensor) in enumerate(dense_tensors(source)):
-        progress(done, total, name)
-        writer.add(name, {name: _cast(tensor, dtype)})
-    writer.name_files()
-    files = writer.files
-    size = sum(facts["bytes"] for facts in files.values())
-    for path in small_files(source):
-        if path.name not in (MANIFEST, REPORT):
-            writer.copy(path)
-    config = json.loads((source / "config.json").read_text())
-    for name in ("quantization_config", "transformers_weights"):
-        config.pop(name, None)
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    writer.write_json("config.json", config)
-    dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
-    writer.write_json(MANIFEST, dense.to_json())
-    if (source / REPORT).is_file():
-        _write_report(writer, source, config, size, dtype)
-    writer.finish()
-    return size
+    with exclusive(target):
+        writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
+        total = dense_count(source, manifest)
+        for done, (name, tensor) in enumerate(dense_tensors(source)):
+            progress(done, total, name)
+            writer.add(name, {name: _cast(tensor, dtype)})
+        writer.name_files()
+        files = writer.files
+        size = sum(facts["bytes"] for facts in files.values())
+        for path in small_files(source):
+            if path.name not in (MANIFEST, REPORT):
+                writer.copy(path)
+        config = json.loads((source / "config.json").read_text())
+        for name in ("quantization_config", "transformers_weights"):
+            config.pop(name, None)
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        writer.write_json("config.json", config)
+        dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
+        writer.write_json(MANIFEST, dense.to_json())
+        if (source / REPORT).is_file():
+            _write_report(writer, source, config, size, dtype)
+        writer.finish()
+        return size
 
 
 def _write_report(
