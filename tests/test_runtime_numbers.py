@@ -151,6 +151,14 @@ def test_what_was_reported_stays_what_it_was():
     assert all(torch.equal(t, before[name]) for name, t in factors.tensors().items())
 
 
+@torch.no_grad()
+def test_float64_stays_float64():
+    """Also where the stack factor is absorbed into the core, which narrow types do in float32."""
+    dense, factored = pair("llama", tl.SharedTucker4D(ranks=(20, 3, 6)), dtype=torch.float64)
+    ids, _ = prompts()
+    same(factored(ids).logits, dense(ids).logits, tol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt", "bert"])
 @torch.no_grad()
 def test_probabilities_of_sdpa_are_those_of_eager(name: str):

@@ -1,7 +1,7 @@
 """Fitting factors to text.
 
 `fit` takes a model that is in memory, `fit_folder` a checkpoint on disk whose layers are read one
-at a time; both are the same work on a `Source` and a `Store`.
+at a time; both are the same work on a `LayerSource` and a `Store`.
 """
 
 from collections.abc import Sequence

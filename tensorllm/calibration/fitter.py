@@ -14,7 +14,7 @@ from tensorllm.calibration.moments import Moments, measure_loss, measure_outputs
 from tensorllm.calibration.refit import Between, Refit
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import Errors, budget_of, sizes
-from tensorllm.calibration.source import Source
+from tensorllm.calibration.source import LayerSource
 from tensorllm.calibration.store import States, Store, Sweep
 from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.activation import Given, GivenInFile
@@ -34,7 +34,7 @@ class Fit:
     def __init__(
         self,
         compressor: ActivationTucker,
-        source: Source,
+        source: LayerSource,
         calibration: Calibration,
         layers: Sequence[int] | None,
         *,
