@@ -44,7 +44,7 @@ def cp(w: Tensor, rank: int, *, seed: int = 0, sweeps: int = 100, tol: float = 1
                 w / scale, rank, n_iter_max=sweeps, init="random", tol=tol, random_state=seed
             )
         found = CP(weights_R, (first * scale, *others))
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented there
         found = None
     if found is None or not all(map(all_finite, found.tensors().values())):
         raise UserError(
