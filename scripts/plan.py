@@ -16,7 +16,8 @@ from scaling_tensors import ranks_at  # plan_machines says where that lies
 
 from tensorllm.calibration.groups import input_width, output_width
 from tensorllm.calibration.sizes import candidates
-from tensorllm.compression.plan import BASE_BYTES, SHARD_BYTES, WORKING_COPIES
+from tensorllm.checkpoint.writer import SHARD_BYTES
+from tensorllm.compression.plan import BASE_BYTES, WORKING_COPIES
 from tensorllm.compressors import ActivationHybrid, Site
 from tensorllm.tensors.ranks import tucker_parameters
 from tensorllm.tensors.stacking import ATTENTION, Geometry

@@ -44,8 +44,15 @@ def hardware() -> str:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cpu = f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    cpu = f"{_processor()}, {cores()} cores, {torch.get_num_threads()} threads"
     return ", ".join([cpu, *gpus])
+
+
+def cores() -> int:
+    """Processor cores that this process may use; all of the machine's where none can be told."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def command() -> str:

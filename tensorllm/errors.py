@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class Incomplete(RuntimeError):
     """The work stopped half-way for a reason outside the program (disk full, lost worker)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another package's error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

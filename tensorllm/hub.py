@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from tensorllm.errors import first_line
+
 TIMEOUT = 10  # seconds
 
 
@@ -29,9 +31,8 @@ def why_not(
 
 def reason(error: Exception) -> str:
     """What the hub itself says about a refusal, else the error's first line."""
-    told = getattr(error, "server_message", None)
-    lines = (told or str(error)).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    told = (getattr(error, "server_message", None) or "").strip()
+    return (told.splitlines()[0] if told else first_line(error)).rstrip(".")[:200]
 
 
 def local_copy(

@@ -39,7 +39,9 @@ def read_recipe(path: Path) -> Recipe:
     if not path.exists() and path.as_posix() in shipped():
         return shipped()[path.as_posix()]
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"the recipe {path} is not text in UTF-8") from None
     except OSError as error:
         name = (path.parent / path.stem).as_posix().removeprefix("configs/")
         hint = did_you_mean(name, list(shipped()))
@@ -81,31 +83,29 @@ def parse_recipe(text: str, name: str) -> Recipe:
     return recipe
 
 
-def per_layer_recipe(edits: Sequence[Mapping[str, Any]], **notes: Any) -> str:
+def per_layer_recipe(edits: Sequence[Mapping[str, Any]], *, model: str, **notes: Any) -> str:
     """YAML of a recipe with settings per layer.
 
     Args:
         edits: each with `layers`, `mode` and its settings.
-        notes: the model, and what else a recipe says.
+        notes: what else a recipe says, such as `origin`.
     """
     import yaml
 
     layers = sorted({layer for edit in edits for layer in edit["layers"]})
-    recipe = {"model": notes.pop("model"), "mode": "per-layer", "layers": layers}
-    recipe |= {"edits": [dict(edit) for edit in edits], **notes}
+    recipe = {"model": model, "mode": "per-layer", "layers": layers}
+    recipe |= {"edits": [dict(edit) for edit in edits]} | notes
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
     out = [f"{key} is missing" for key in ("model", "mode") if not isinstance(values.get(key), str)]
     mode = values.get("mode")
-    known = list(KEYS)
     if isinstance(mode, str):
         try:
-            known += fields_of(mode)
+            known = [*KEYS, *fields_of(mode)]
         except UserError as error:
             return [*out, str(error)]
-    if isinstance(mode, str):
         out += [
             f"unknown key {key!r}.{did_you_mean(str(key), known)}"
             for key in values

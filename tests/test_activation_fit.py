@@ -212,7 +212,7 @@ def test_sharing_can_be_forbidden():
         ({"target_ratio": 2.0, "target_params": 5}, "give one of target_ratio"),
         ({"target_ratio": 1.0}, "must be above 1"),
         ({"target_ratio": float("nan")}, "must be above 1"),
-        ({"target_ratio": 2.0, "weighting": "loud"}, "loss or outputs"),
+        ({"target_ratio": 2.0, "weighting": "loud"}, "one of loss, outputs"),
         ({"target_ratio": 2.0, "ridge": 0.0}, "ridge must be above 0"),
     ],
 )
@@ -228,6 +228,10 @@ def test_unfit_text_and_targets_are_refused():
         fit(wanted, model, Calibration(()))
     with pytest.raises(UserError, match=r"token 101, but the model knows 0\.\.100"):
         fit(wanted, model, Calibration(((101,) * 40,)))
+    with pytest.raises(UserError, match=r"token -1, but the model knows 0\.\.100"):
+        fit(ActivationTucker(target_ratio=2), model, Calibration(((5, 6, -1),)))
+    with pytest.raises(UserError, match="sequence of 65 tokens; the model reads at most 64"):
+        fit(ActivationTucker(target_ratio=2), model, Calibration(((5,) * 65,)))
     with pytest.raises(UserError, match="must be above"):
         fit(ActivationTucker(target_params=10), model, text())
     with torch.no_grad():

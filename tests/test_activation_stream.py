@@ -13,6 +13,7 @@ from tiny_models import TINY, tiny_model
 
 from tensorllm.calibration import fit, fit_folder
 from tensorllm.calibration.source import OnDisk
+from tensorllm.calibration.store import States, Store
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
 from tensorllm.errors import UserError
 
@@ -101,6 +102,22 @@ def test_a_folder_of_other_work_is_not_gone_on_from(tmp_path):
     )
     assert all(torch.equal(again[site], w) for site, w in fresh.items())
     assert not list(work.glob("measured-*")) + list(work.glob("original-*"))  # states are gone
+
+
+def test_a_folder_that_is_not_a_fits_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which no fit left there"):
+        Store(tmp_path, {"work": 1})
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+
+
+def test_states_come_back_to_the_device_they_were_on(tmp_path):
+    """From a folder all is read into main memory, where the layers of a GPU cannot use it."""
+    elsewhere = torch.device("meta")
+    for store in (Store(), Store(tmp_path, {"work": 1})):
+        states = States(store, "measured-0", 2, elsewhere)
+        states.keep([torch.ones(1, 2, 3), torch.ones(1, 4, 3)])
+        assert [(s.device, s.shape[1]) for s in states] == [(elsewhere, 2), (elsewhere, 4)]
 
 
 def test_what_needs_the_whole_model_is_not_streamed(tmp_path):

@@ -1,5 +1,6 @@
 """Folders: what is saved is what was in memory, for every architecture; sizes, shards, resuming."""
 
+import fcntl
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,12 @@ from transformers import GenerationConfig, PreTrainedModel
 import tensorllm as tl
 from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
-from tensorllm.checkpoint.writer import exclusive
+from tensorllm.checkpoint.target import exclusive
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.errors import Incomplete
+from tensorllm.pipeline.export import export
+from tensorllm.pipeline.quantise import quantise_folder
 
 HYBRID = tl.Hybrid(ranks=(12, 5, 3), rho=0.25)
 QUERIES = tl.PerMatrixTucker3D(ranks=(6, 5), matrices=("q",))  # leaves k and v of fused ones alone
@@ -251,6 +256,7 @@ def test_pickled_weights_are_converted_and_no_code_runs(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    torch.save(Path(), tmp_path / "old" / "training_args.bin")  # no weights: a trainer's own
     assert convert([str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     assert_same(type(model).from_pretrained(tmp_path / "new"), model)
 
@@ -261,6 +267,40 @@ def test_pickled_weights_are_converted_and_no_code_runs(tmp_path: Path) -> None:
     torch.save({"w": Evil()}, tmp_path / "old" / "pytorch_model.bin")
     assert convert([str(tmp_path / "old"), str(tmp_path / "other")]) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+
+
+def test_a_resumed_run_writes_nothing_twice(tmp_path: Path) -> None:
+    """Not even where all is computed again, as it is when factors are quantised."""
+    for _ in range(2):
+        writer = ShardWriter(tmp_path / "out", stem="model", fingerprint={}, shard_bytes=8)
+        for name in "ab":
+            writer.add(name, {name: torch.ones(2)})
+        writer.rest()  # killed
+    assert writer.name_files() == "model.safetensors.index.json"
+    assert sorted(path.name for path in writer.folder.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+
+
+def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    model = tiny_model("gptj")
+    tl.compress(model, HYBRID)
+    tl.save(model, tmp_path / "small")
+    with exclusive(tmp_path / "out"):
+        for write in (export, partial(quantise_folder, how="int8")):
+            with pytest.raises(tl.UserError, match="another run is writing"):
+                write(tmp_path / "small", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"small"}
+
+
+def test_a_lock_deleted_by_the_run_that_held_it_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / ".out.lock"
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: lock.unlink())
+    with pytest.raises(tl.UserError, match="another run is writing"), exclusive(tmp_path / "out"):
+        pass
 
 
 def task_for(folder: Path, target: Path) -> FolderTask:

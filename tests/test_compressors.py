@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorly.decomposition
 import torch
 from compressor_cases import CASES, Matrices, Slot
 from naive_layer import TOKENS
@@ -189,6 +190,40 @@ def test_a_second_compression_is_refused() -> None:
     with pytest.raises(tl.UserError, match="compressed already"):
         tl.compress(model, tl.LaserSVD(rank=2), layers=[1])
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+def test_weights_that_are_elsewhere_are_refused() -> None:
+    """As `device_map` leaves them where memory is short: without values."""
+    model = tiny_model("gpt2")
+    model.transformer.h[1].to("meta")
+    with pytest.raises(tl.UserError, match=r"h\.1\..* is not in memory"):
+        tl.compress(model, tl.LaserSVD(rank=2))
+
+
+def test_cp_of_any_size_of_numbers_is_the_same() -> None:
+    """Powers of two are exact; beyond some the plain least squares leave float32's range."""
+    w = torch.randn(12, 10, 2, generator=torch.Generator().manual_seed(0))
+    want = tl.Trawl(rank=3).compress(w).dense()
+    for power in (-90, 90):
+        got = tl.Trawl(rank=3).compress(w * 2.0**power).dense()
+        torch.testing.assert_close(got * 2.0**-power, want, rtol=1e-5, atol=1e-5)
+    assert not tl.Trawl(rank=3).compress(torch.zeros(12, 10, 2)).dense().any()
+
+
+@pytest.mark.parametrize("fails", ["with an error", "with NaN"])
+def test_cp_components_that_are_one_are_refused(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rank-one matrix stacked twice has at rank 20, where the processor's rounding lets it."""
+
+    def parafac(w: Tensor, rank: int, **settings: Any) -> Any:
+        if fails == "with an error":
+            raise torch.linalg.LinAlgError("singular")
+        return torch.ones(rank), [torch.full((size, rank), torch.nan) for size in w.shape]
+
+    monkeypatch.setattr(tensorly.decomposition, "parafac", parafac)
+    with pytest.raises(tl.UserError, match="cannot tell 20 components"):
+        tl.Trawl(rank=20).compress(torch.ones(12, 10, 2))
 
 
 def test_a_matrix_in_two_sites_is_refused() -> None:

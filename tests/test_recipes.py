@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from tensorllm.compressors import COMPRESSORS
-from tensorllm.recipes import default_recipe, shipped
+from tensorllm.errors import UserError
+from tensorllm.recipes import default_recipe, read_recipe, shipped
 from tensorllm.tensors.ranks import compression_ratio
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,12 @@ def test_a_model_has_a_default_recipe(model: str, mode: str):
     recipe = default_recipe(model, mode)
     assert recipe is not None
     assert recipe.name == f"{model}/{MODELS[model]['default_dataset']}/{mode}"
+
+
+def test_what_is_no_text_is_no_recipe(tmp_path: Path):
+    (tmp_path / "model.yaml").write_bytes(b"\x80\x00\xff")
+    with pytest.raises(UserError, match="is not text in UTF-8"):
+        read_recipe(tmp_path / "model.yaml")
 
 
 def test_installed_package_carries_the_recipes():

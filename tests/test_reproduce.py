@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tensorllm.compression.model import compressed, compression_of
+from tensorllm.compression.model import compress, compressed, compression_of
 from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import Incomplete, UserError
@@ -73,6 +73,18 @@ def test_a_model_is_itself_again_after_a_failure():
     ):
         raise RuntimeError("midway")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_refused_block_leaves_an_earlier_compression_alone():
+    model = tiny_model("gptj")
+    compress(model, Hybrid(ranks=(8, 4, 2), rho=0.1), [1])
+    done = compression_of(model)
+    with (
+        pytest.raises(UserError, match="compressed already"),
+        compressed(model, Hybrid(ranks=(8, 4, 2), rho=0.1), [0]),
+    ):
+        pass
+    assert compression_of(model) is done  # it can still be saved
 
 
 def test_cells_are_run_once_kept_and_not_run_again(small):

@@ -10,10 +10,12 @@ from tiny_models import TINY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import tensorllm as tl
+from tensorllm.compression.model import compression_of
 from tensorllm.errors import UserError
 from tensorllm.pipeline.runtime import factorize
-from tensorllm.runtime.attention import FactoredAttention, attend
+from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.heads import HeadsSite
+from tensorllm.runtime.plain import attend
 
 CAUSAL = [name for name, row in TINY.items() if row.task == "causal"]
 # Ranks of the latent width below, and at, that of a head; the stack factor thin and square.
@@ -135,6 +137,39 @@ def test_probabilities_are_those_of_the_dense_model(name: str):
     got = factored(ids, output_attentions=True).attentions
     assert len(got) == len(want) == 2
     for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_was_reported_stays_what_it_was():
+    """The modules may hold the very factors of the record when they absorb the small one."""
+    model = tiny_model("gptj")
+    tl.compress(model, tl.SharedTucker4D(ranks=(20, 3, 4)))
+    factors = compression_of(model).sites[0].factors
+    before = {name: t.clone() for name, t in factors.tensors().items()}
+    factorize(model)
+    assert all(torch.equal(t, before[name]) for name, t in factors.tensors().items())
+
+
+@torch.no_grad()
+def test_float64_stays_float64():
+    """Also where the stack factor is absorbed into the core, which narrow types do in float32."""
+    dense, factored = pair("llama", tl.SharedTucker4D(ranks=(20, 3, 6)), dtype=torch.float64)
+    ids, _ = prompts()
+    same(factored(ids).logits, dense(ids).logits, tol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt", "bert"])
+@torch.no_grad()
+def test_probabilities_of_sdpa_are_those_of_eager(name: str):
+    """Left without a mask sdpa makes the causal one itself; so must what stands in for it."""
+    dense, factored = pair(name)
+    ids, _ = prompts()
+    want = dense(ids, output_attentions=True)
+    factored.set_attn_implementation("sdpa")
+    got = factored(ids, output_attentions=True)
+    same(got.logits, want.logits)
+    for a, b in zip(got.attentions, want.attentions, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 

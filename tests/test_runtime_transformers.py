@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import tensorllm as tl
+from tensorllm.checkpoint import skeleton
 from tensorllm.errors import UserError
 from tensorllm.pipeline.runtime import factorize
 from tensorllm.runtime.attention import FactoredAttention
@@ -68,6 +69,36 @@ def test_what_was_factored_in_memory_saves_itself(tmp_path: Path):
     model.save_pretrained(tmp_path / "out")
     same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
     same(tl.load(tmp_path / "out"), model)
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    dense = saved("gptj", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    def stopped(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(skeleton, "sha256", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "out")
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), dense)
+
+
+def test_the_manifest_comes_from_where_the_weights_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers fetches only what it knows; the branch or cache may not be the default one."""
+    folder = tmp_path / "cache" / "models--someone--small" / "snapshots" / "c0ffee"
+    dense = saved("llama", tmp_path / "out")
+    shutil.copytree(tmp_path / "out", folder)
+    (folder / "tensorllm.json").unlink()
+
+    def cached_file(repo: str, name: str, *, revision: str, cache_dir: Path, **_: Any) -> str:
+        assert (revision, Path(cache_dir)) == ("c0ffee", tmp_path / "cache")
+        return str(shutil.copy(tmp_path / "out" / name, folder))
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    same(AutoModelForCausalLM.from_pretrained(folder), dense)
 
 
 def test_a_model_that_runs_factored_says_how_it_is_saved(tmp_path: Path):

@@ -103,7 +103,8 @@ def test_reduced_precision_of_the_process_is_left_out_and_left_alone() -> None:
     try:
         assert torch.equal(unfold.gram(w, 0, torch.float32), want)
         with unfold.exact_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -6,7 +6,6 @@ Shapes: I inner width, D model width, G key/value heads, g queries per group, K 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tensorllm.architectures.spec import Stored, architecture_of
@@ -46,12 +45,14 @@ class RoleMatrices:
         return self._part(weights[self.name(layer, role)], role).reshape(-1, self.geometry.D)
 
     def write(self, weights: Mapping[str, Tensor], layer: int, role: str, w_ID: Tensor) -> None:
-        """Overwrite the role matrix `(I, D)` in place, rounded to the stored dtype."""
+        """Overwrite the role matrix `(I, D)` in place, rounded to the stored dtype.
+
+        Gradients flow from the parameter to `w_ID`, where that wants them.
+        """
         want = (self.geometry.inner(role), self.geometry.D)
         assert w_ID.shape == want, f"{role} must be {want}, got {tuple(w_ID.shape)}"
-        with torch.no_grad():
-            part = self._part(weights[self.name(layer, role)], role)
-            part.copy_(w_ID.reshape(part.shape))
+        part = self._part(weights[self.name(layer, role)], role)
+        part.copy_(w_ID.reshape(part.shape))
 
     def check_layers(self, layers: Collection[int]) -> tuple[int, ...]:
         """The layers as a tuple; out of range, repeated or missing ones are refused."""
@@ -87,8 +88,8 @@ class RoleMatrices:
             w_GmKD = w_ID.view(geo.G, geo.groups + 2, geo.K, geo.D)
             first = {"q": 0, "k": geo.groups, "v": geo.groups + 1}[role]
             return w_GmKD[:, first : first + (geo.groups if role == "q" else 1)]
-        sizes = [geo.inner(r) for r in stored.roles]
-        return w_ID.split(sizes)[stored.roles.index(role)]
+        before = stored.roles[: stored.roles.index(role)]
+        return w_ID.narrow(0, sum(map(geo.inner, before)), geo.inner(role))
 
     def _find_prefix(self, model_type: str, names: Collection[str]) -> str:
         """What stands before the base model's own names, such as `transformer.` or nothing."""

@@ -12,6 +12,7 @@ from tensorllm.registry import Registry
 from tensorllm.tensors.stacking import Geometry
 
 Task = Literal["causal", "masked"]
+FALLING = ("o", "out")  # roles that lead back to the model width; the others rise from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Stored:
     @property
     def transposed(self) -> bool:
         """Whether the role matrix (I, D) is the transpose of what is stored."""
-        return self.conv1d != (self.roles[0] in ("o", "out"))
+        return self.conv1d != (self.roles[0] in FALLING)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.calibration.sequences import Batch
-from tensorllm.calibration.source import Source, block_path
+from tensorllm.calibration.source import LayerSource, block_path
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Blocks:
         calls: layer -> one call per batch; masks and rotary tables are shared between layers.
     """
 
-    source: Source
+    source: LayerSource
     batches: Sequence[Batch]
     layers: int
     start: list[Tensor] = field(default_factory=list)

@@ -43,7 +43,6 @@ class Distiller(LightningModule):
             nn.ParameterList([nn.Parameter(each.tensors()[name].clone()) for each in factors])
             for name in ("basis", "mix")
         )
-        self.places = [self._places(job) for job in jobs]
 
     def factors(self, number: int) -> PivotedLowRank:
         """Those of one job, as they are now."""
@@ -53,17 +52,15 @@ class Distiller(LightningModule):
     def weights(self) -> dict[str, Tensor]:
         """The parameters of the model that the factors stand for, with their gradients."""
         original = parameters_of(self._held[0])
-        flat: dict[str, Tensor] = {}
+        out: dict[str, Tensor] = {}
         for number, job in enumerate(self.jobs):
             parts = job.site.unstack(self.factors(number).dense(), self.roles.geometry)
-            for (layer, role), place, w_ID in zip(
-                job.site.matrices, self.places[number], parts, strict=True
-            ):
+            for (layer, role), w_ID in zip(job.site.matrices, parts, strict=True):
                 name = self.roles.name(layer, role)
-                before = flat.get(name, original[name].flatten())
-                at = place.to(before.device).flatten()
-                flat[name] = before.index_copy(0, at, w_ID.flatten().to(before))
-        return {name: w.view(original[name].shape) for name, w in flat.items()}
+                if name not in out:  # fused ones are written part by part
+                    out[name] = original[name].clone()
+                self.roles.write(out, layer, role, w_ID)
+        return out
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, index: int) -> Batch:
         """As it is: a step moves what it needs."""
@@ -85,17 +82,6 @@ class Distiller(LightningModule):
         optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-    def _places(self, job: Job) -> list[Tensor]:
-        """Where in its flattened parameter every entry of each role matrix stands."""
-        original = parameters_of(self._held[0])
-        out = []
-        for layer, role in job.site.matrices:
-            name = self.roles.name(layer, role)
-            shape = original[name].shape
-            numbers = torch.arange(shape.numel()).view(shape)
-            out.append(self.roles.read({name: numbers}, layer, role))
-        return out
 
 
 @contextmanager
@@ -129,7 +115,7 @@ def distill(
         trainer = Trainer(
             max_steps=steps,
             accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
             gradient_clip_val=1.0,
             logger=False,
             enable_checkpointing=False,

@@ -1,7 +1,7 @@
 """Fitting factors to text.
 
 `fit` takes a model that is in memory, `fit_folder` a checkpoint on disk whose layers are read one
-at a time; both are the same work on a `Source` and a `Store`.
+at a time; both are the same work on a `LayerSource` and a `Store`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tensorllm.calibration.fitter import Fit
-from tensorllm.calibration.moments import Moments, Progress, frozen, quiet
+from tensorllm.calibration.moments import Moments, frozen
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import least_numbers, numbers
 from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
@@ -22,6 +22,7 @@ from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 
 
 def fit(
@@ -148,14 +149,8 @@ def store_for(
 
     What is there of another checkpoint, strategy, text, version or dtype is thrown away.
     """
-    checkpoint = Checkpoint(folder)
-    stats = {
-        file: (folder / file).stat()
-        for file in sorted({entry.file for entry in checkpoint.entries.values()})
-    }
     fingerprint = {
-        "source": str(folder.resolve()),
-        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        **Checkpoint(folder).fingerprint(),
         "compressor": list(settings_of(compressor)),
         "calibration": calibration.facts(),
         "layers": None if layers is None else list(layers),

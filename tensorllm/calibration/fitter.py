@@ -10,20 +10,15 @@ from torch import Tensor, nn
 from tensorllm.calibration.blocks import Blocks
 from tensorllm.calibration.groups import Group, Key, Ranks, input_width, site_of
 from tensorllm.calibration.layer import Layer, second_moments
-from tensorllm.calibration.moments import (
-    Moments,
-    Progress,
-    measure_loss,
-    measure_outputs,
-    quiet,
-)
+from tensorllm.calibration.moments import Moments, measure_loss, measure_outputs
 from tensorllm.calibration.refit import Between, Refit
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import Errors, budget_of, sizes
-from tensorllm.calibration.source import Source
+from tensorllm.calibration.source import LayerSource
 from tensorllm.calibration.store import States, Store, Sweep
 from tensorllm.compressors import ActivationTucker, Job
-from tensorllm.compressors.activation import Given, Stored
+from tensorllm.compressors.activation import Given, GivenInFile
+from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.weighted import Metric
 
@@ -39,7 +34,7 @@ class Fit:
     def __init__(
         self,
         compressor: ActivationTucker,
-        source: Source,
+        source: LayerSource,
         calibration: Calibration,
         layers: Sequence[int] | None,
         *,
@@ -58,7 +53,8 @@ class Fit:
         self.keys: list[Key] = [(layer, cluster) for layer in self.layers for cluster in clusters]
         widest = max(input_width(roles.geometry, cluster[0]) for cluster in clusters)
         config: Any = source.model.config
-        calibration.check(config.vocab_size, widest)
+        context = getattr(config, "max_position_embeddings", None)
+        calibration.check(config.vocab_size, widest, context)
         self.batches = calibration.batches()
 
     def run(self) -> list[Job]:
@@ -201,7 +197,7 @@ class Fit:
             for group in (group for group in fitted if set(group) <= set(key[1])):
                 felt, rank = own.felt(moments, key, group), fitted[group].rows_R.numel()
                 maps[group] = Between(smaller.map(group), felt, seen, rank)
-        targets = States(self.store, "target", len(self.batches))
+        targets = States(self.store, "target", len(self.batches), blocks.start[0].device)
         targets.keep(blocks.run(own.number, own.block, theirs))
         refit = Refit(smaller, blocks.calls[own.number], self.batches, ours, targets)
         found = refit.run(maps, fitted, self.compressor.refit_steps)
@@ -213,7 +209,7 @@ def _job(store: Store, layer: int, group: Group) -> Job:
     """The job whose factors are in the store."""
     name, prefix = f"factors-{layer}", "-".join(group)
     if store.folder is not None:
-        return Job(site_of(layer, group), Stored(file=store.path(name), prefix=prefix))
+        return Job(site_of(layer, group), GivenInFile(file=store.path(name), prefix=prefix))
     tensors = store.load(name)
     mine = {key.split(".")[1]: t for key, t in tensors.items() if key.split(".")[0] == prefix}
     return Job(site_of(layer, group), Given(factors=PivotedLowRank.from_tensors(mine)))

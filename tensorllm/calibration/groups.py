@@ -5,6 +5,7 @@ Shapes: M outputs of a map, X its inputs.
 
 from collections.abc import Sequence
 
+from tensorllm.architectures.spec import FALLING
 from tensorllm.compressors import Site
 from tensorllm.tensors.allocation import Choice
 from tensorllm.tensors.shared_input import rows_stacking
@@ -17,12 +18,12 @@ Ranks = dict[tuple[int, Group], int]
 
 def input_width(geometry: Geometry, role: str) -> int:
     """X of the role's matrix."""
-    return geometry.inner(role) if role in ("o", "out") else geometry.D
+    return geometry.inner(role) if role in FALLING else geometry.D
 
 
 def output_width(geometry: Geometry, role: str) -> int:
     """M of the role's matrix."""
-    return geometry.D if role in ("o", "out") else geometry.inner(role)
+    return geometry.D if role in FALLING else geometry.inner(role)
 
 
 def site_of(layer: int, group: Group) -> Site:

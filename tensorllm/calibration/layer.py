@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.architectures import RoleMatrices
+from tensorllm.architectures.spec import FALLING
 from tensorllm.calibration.groups import Group, Key, output_width, site_of
 from tensorllm.calibration.moments import Moments
 from tensorllm.calibration.sizes import candidates
@@ -45,7 +46,7 @@ class Layer:
     def stacked(self, weights: Mapping[str, Tensor], group: Group) -> Tensor:
         """The same from other tensors of the weights' names and shapes."""
         parts = [self.roles.read(weights, self.number, role).cpu().double() for role in group]
-        return torch.cat([w.mT if _reads_inner(group) else w for w in parts])
+        return torch.cat([w.mT if group[0] in FALLING else w for w in parts])
 
     def put(self, group: Group, factors: Factors) -> None:
         """Let the factors, in the dtype they are stored in, take the place of the weights."""
@@ -68,7 +69,7 @@ class Layer:
             for group in candidates(key[1], sharing):
                 felt = self.felt(moments, key, group)
                 w_MX = self.map(group)
-                if _reads_inner(group):
+                if group[0] in FALLING:
                     out[group] = left_out(w_MX.mT, inputs, felt)
                 else:
                     out[group] = left_out(w_MX, felt, inputs)
@@ -124,7 +125,7 @@ class Layer:
 
     def pivoted(self, left_MR: Tensor, right_RX: Tensor, group: Group) -> PivotedLowRank:
         """A map's factors as those of the site's tensor: o and out are stacked transposed."""
-        if _reads_inner(group):
+        if group[0] in FALLING:
             factors = pivot(right_RX.mT, left_MR.mT)
         else:
             factors = pivot(left_MR, right_RX)
@@ -140,7 +141,3 @@ def second_moments(x: Iterable[Tensor], y: Iterable[Tensor]) -> tuple[Tensor, Te
         seen_XX = seen_XX + (y_NX.mT @ y_NX).cpu()
         tokens += len(y_NX)
     return cross_XX / tokens, seen_XX / tokens
-
-
-def _reads_inner(group: Group) -> bool:
-    return group[0] in ("o", "out")

@@ -4,7 +4,7 @@ Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of
 output, V words.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,7 @@ from tensorllm.calibration.groups import Key
 from tensorllm.calibration.sequences import Batch
 from tensorllm.calibration.watch import Watch
 from tensorllm.errors import UserError
-
-Progress = Callable[[int, int, str], None]
-
-
-def quiet(done: int, total: int, what: str) -> None:
-    """The default progress: none."""
+from tensorllm.progress import Progress, quiet
 
 
 @dataclass(frozen=True, slots=True)

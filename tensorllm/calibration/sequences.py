@@ -75,17 +75,25 @@ class Calibration:
                 "--allow-overlap"
             )
 
-    def check(self, vocabulary: int, width: int) -> None:
-        """Refuse tokens that the model does not have, and text too short for its matrices.
+    def check(self, vocabulary: int, width: int, context: int | None) -> None:
+        """Refuse tokens and lengths that the model does not have, and text too short to fit it.
 
         Args:
             width: of the widest input of a matrix that is fitted.
+            context: positions that the model has; None where it says nothing.
         """
         top = max((max(s) for s in self.sequences if s), default=0)
-        if top >= vocabulary or min((min(s) for s in self.sequences if s), default=0) < 0:
+        low = min((min(s) for s in self.sequences if s), default=0)
+        if top >= vocabulary or low < 0:
             raise UserError(
-                f"the calibration text has token {top}, but the model knows 0..{vocabulary - 1}; "
-                "was it made by another tokenizer?"
+                f"the calibration text has token {low if low < 0 else top}, but the model knows "
+                f"0..{vocabulary - 1}; was it made by another tokenizer?"
+            )
+        longest = max(map(len, self.sequences), default=0)
+        if context is not None and longest > context:
+            raise UserError(
+                f"the calibration text has a sequence of {longest} tokens; the model reads at most "
+                f"{context}"
             )
         if self.tokens < width:
             raise UserError(

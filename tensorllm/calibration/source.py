@@ -13,7 +13,7 @@ from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.reader import Checkpoint
 
 
-class Source(Protocol):
+class LayerSource(Protocol):
     """A model whose embeddings can run, and its layers for as long as each is needed.
 
     Attributes:

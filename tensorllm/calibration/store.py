@@ -4,13 +4,15 @@ A file of the folder is whole or not there, so what an interrupted run finished 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from tensorllm.errors import UserError
 
 FINGERPRINT = "fit.json"
 
@@ -21,6 +23,9 @@ class Store:
     Args:
         folder: None for memory; else made where it does not exist.
         fingerprint: names the work; what a folder holds of other work is thrown away.
+
+    Raises:
+        UserError: the folder holds something that no fit has left there.
     """
 
     def __init__(
@@ -32,12 +37,17 @@ class Store:
             return
         said = json.dumps(fingerprint, sort_keys=True, indent=1)
         mark = folder / FINGERPRINT
-        if not mark.is_file() or mark.read_text() != said:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            temporary = mark.with_suffix(".tmp")
-            temporary.write_text(said)
-            temporary.replace(mark)
+        if mark.is_file() and mark.read_text() == said:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = mark.with_suffix(".tmp")
+        held = [path for path in folder.iterdir() if path not in (mark, temporary)]
+        if held and not mark.is_file():
+            raise UserError(f"{folder} holds {held[0].name}, which no fit left there; give another")
+        for path in held:
+            path.unlink()
+        temporary.write_text(said)
+        temporary.replace(mark)
 
     def has(self, name: str) -> bool:
         return name in self._held if self.folder is None else self.path(name).is_file()
@@ -72,11 +82,16 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Hidden states before one layer, a tensor per batch; each is read when its turn comes."""
+    """Hidden states before one layer, a tensor per batch; each is read when its turn comes.
+
+    Attributes:
+        device: that they are read to; a folder does not know where they were.
+    """
 
     store: Store
     name: str
     count: int
+    device: torch.device
 
     def keep(self, batches: Iterable[Tensor]) -> None:
         for number, hidden in enumerate(batches):
@@ -84,7 +99,7 @@ class States:
 
     def __iter__(self) -> Iterator[Tensor]:
         for number in range(self.count):
-            yield self.store.load(f"{self.name}-{number}")["hidden"]
+            yield self.store.load(f"{self.name}-{number}")["hidden"].to(self.device)
 
     def drop(self) -> None:
         for number in range(self.count):
@@ -127,4 +142,5 @@ class Sweep:
 
     def _before(self, layer: int) -> list[States]:
         names = [f"{name}-{layer}" for name in self.names]
-        return [States(self.store, name, len(self.start)) for name in names]
+        device = self.start[0].device
+        return [States(self.store, name, len(self.start), device) for name in names]

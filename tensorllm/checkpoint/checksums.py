@@ -1,10 +1,11 @@
 """SHA-256 of files, in threads: hashing and reading leave the interpreter to others."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tensorllm.environment import cores
 
 
 def sha256(path: Path) -> str:
@@ -15,5 +16,5 @@ def sha256(path: Path) -> str:
 
 def sha256s(paths: Iterable[Path]) -> Iterator[str]:
     """Checksums of several files in their order, as many at a time as there are processors."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         yield from pool.map(sha256, paths)

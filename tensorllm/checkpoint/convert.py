@@ -11,11 +11,10 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from tensorllm.checkpoint.reader import PICKLES, index_name
-from tensorllm.checkpoint.writer import ShardWriter, check_target
-from tensorllm.errors import Incomplete, UserError
-
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+from tensorllm.checkpoint.reader import PICKLES, small_files
+from tensorllm.checkpoint.target import check_target, exclusive
+from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.errors import Incomplete, UserError, first_line
 
 
 def convert(source: Path, target: Path) -> None:
@@ -26,27 +25,29 @@ def convert(source: Path, target: Path) -> None:
         Incomplete: the disk is full.
     """
     check_target(target, overwrite=False, source=source)
-    pickles = sorted(path for pattern in PICKLES for path in source.glob(pattern))
+    pickles = _pickles(source)
     if not pickles:
         raise UserError(f"{source} holds no pickled weights ({', '.join(PICKLES)})")
     stats = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in pickles}
-    writer = ShardWriter(target, stem="model", fingerprint={"convert": stats})
-    try:
-        for path in pickles:
-            if path.name not in writer.finished:
-                writer.add(path.name, _read(path))
-    except UserError:
-        writer.discard()
-        raise
-    weight_map = writer.name_files()
-    if len(set(weight_map.values())) > 1:
-        total = sum(shard["bytes"] for shard in writer.shards)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        writer.write_json(index_name("model"), index)
-    for path in sorted(path for pattern in SMALL for path in source.glob(pattern)):
-        if not path.name.endswith(".index.json"):
+    with exclusive(target):
+        writer = ShardWriter(target, stem="model", fingerprint={"convert": stats})
+        try:
+            for path in pickles:
+                if path.name not in writer.finished:
+                    writer.add(path.name, _read(path))
+        except UserError:
+            writer.discard()
+            raise
+        writer.name_files()
+        for path in small_files(source):
             writer.copy(path)
-    writer.finish()
+        writer.finish()
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The files of weights: by their usual name, beside which a trainer may leave other pickles."""
+    usual = sorted(folder.glob("pytorch_model*.bin"))
+    return usual or sorted(path for pattern in PICKLES for path in folder.glob(pattern))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -54,8 +55,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a pickle of plain weights: {reason}") from None
+        raise UserError(f"{path} is not a pickle of plain weights: {first_line(error)}") from None
     named = isinstance(state, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     )

@@ -56,9 +56,11 @@ class _Registering(Loader):
         levels = [logger.level for logger in chatty]
         for logger in chatty:
             logger.setLevel(logging.ERROR)
-        self._loader.exec_module(module)
-        for logger, level in zip(chatty, levels, strict=True):
-            logger.setLevel(level)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            for logger, level in zip(chatty, levels, strict=True):
+                logger.setLevel(level)
         import_module(OURS)
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks

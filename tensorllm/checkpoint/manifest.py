@@ -99,7 +99,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise UserError(f"{folder} lacks {name}, which {MANIFEST} names")
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise UserError(f"{path} is truncated: {facts['bytes']} bytes expected, {size} found")
+            raise UserError(
+                f"{path} is truncated or damaged: {facts['bytes']} bytes expected, {size} found"
+            )
     found = sha256s(folder / name for name in manifest.files)
     for (name, facts), digest in zip(manifest.files.items(), found, strict=True):
         if digest != facts["sha256"]:

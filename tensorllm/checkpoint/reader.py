@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Of the config, tokenizer and generation config; never of code or weights.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -56,7 +58,7 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # a wrong config fails in many ways inside transformers
-            raise UserError(f"{self.folder}/config.json: {_first_line(error)}") from None
+            raise UserError(f"{self.folder}/config.json: {first_line(error)}") from None
         method = getattr(config, "quantization_config", None)
         if method is not None and self.stem == "model":  # else it is our own mark
             raise UserError(
@@ -68,8 +70,11 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Size of the weight files on disk."""
-        files = {entry.file for entry in self.entries.values()}
-        return sum((self.folder / file).stat().st_size for file in files)
+        return sum((self.folder / file).stat().st_size for file in self._weight_files)
+
+    @property
+    def _weight_files(self) -> set[str]:
+        return {entry.file for entry in self.entries.values()}
 
     @property
     def parameters(self) -> int:
@@ -83,6 +88,14 @@ class Checkpoint:
             counts[entry.dtype] += entry.numel
         stored = max(counts, key=lambda dtype: counts[dtype])
         return DTYPES.get(stored, stored)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What interrupted work must find unchanged to go on: the folder and its weight files."""
+        stats = {file: (self.folder / file).stat() for file in sorted(self._weight_files)}
+        return {
+            "source": str(self.folder.resolve()),
+            "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, each in memory of its own.
@@ -134,6 +147,15 @@ class Checkpoint:
         return entries
 
 
+def small_files(folder: Path) -> list[Path]:
+    """What a model folder holds beside its weights and their index, and is copied as it is."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in SMALL_FILES and not path.name.endswith(".index.json")
+    ]
+
+
 def index_name(stem: str) -> str:
     """Name of the file that says which shard holds which tensor."""
     return f"{stem}.safetensors.index.json"
@@ -163,7 +185,3 @@ def read_header(path: Path) -> dict[str, Any]:
             f"{path} is truncated or corrupt: {8 + length + end} bytes expected, {size} found"
         )
     return dict(header)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -36,7 +36,8 @@ def install_skeleton(model: Any, files: Sequence[Path]) -> tuple[Manifest, list[
         UserError: the folder's files are not what its manifest says, or cannot run factored.
     """
     folder = files[0].parent
-    manifest = read_manifest(_manifest_folder(model, folder))
+    _fetch_manifest(model, folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no {MANIFEST}, so its factors cannot be placed")
     check_files(folder, manifest)
@@ -136,27 +137,32 @@ def save_factored(model: Any, save_directory: str | Path, **kwargs: Any) -> None
     # transformers names, ties, orders and shards; its file names must not be ours (see mark_config)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as made:
         type(model).save_pretrained(model, made, **kwargs)
-        for old in folder.glob(f"{STEM}*.safetensors*"):
+        _make_ours(Path(made), model)
+        for old in folder.glob(f"{STEM}*.safetensors*"):  # only now: the new ones are complete
             old.unlink()
-        weights = _take_weights(Path(made), folder)
-        config = json.loads((Path(made) / "config.json").read_text())
         for path in Path(made).iterdir():
             path.replace(folder / path.name)
-    files = {path.name: _facts(path) for path in sorted(folder.glob(f"{STEM}*.safetensors"))}
+    write_readme(folder)
+
+
+def _make_ours(made: Path, model: Any) -> None:
+    """Turn the folder that transformers wrote into a factored one."""
+    weights = _rename_weights(made)
+    files = {path.name: _facts(path) for path in sorted(made.glob(f"{STEM}*.safetensors"))}
     dtype = str(model.dtype).removeprefix("torch.")
     replaced = {
         name: {**facts, "dtype": dtype} for name, facts in model.tensorllm_manifest.replaced.items()
     }
     manifest = replace(model.tensorllm_manifest, files=files, replaced=replaced)
-    _write_json(folder / MANIFEST, manifest.to_json())
-    _write_json(folder / "config.json", mark_config(config, weights))
-    write_readme(folder)
+    _write_json(made / MANIFEST, manifest.to_json())
+    config = json.loads((made / "config.json").read_text())
+    _write_json(made / "config.json", mark_config(config, weights))
 
 
-def _take_weights(made: Path, folder: Path) -> str:
-    """Move weight files that transformers wrote; returns what names them all."""
+def _rename_weights(made: Path) -> str:
+    """Give weight files the name of factors; returns what names them all."""
     for path in made.glob("model*.safetensors"):
-        path.replace(folder / path.name.replace("model", STEM, 1))
+        path.replace(made / path.name.replace("model", STEM, 1))
     index = made / index_name("model")
     if not index.is_file():
         return f"{STEM}.safetensors"
@@ -164,7 +170,7 @@ def _take_weights(made: Path, folder: Path) -> str:
     values["weight_map"] = {
         name: file.replace("model", STEM, 1) for name, file in values["weight_map"].items()
     }
-    _write_json(folder / index_name(STEM), values)
+    _write_json(made / index_name(STEM), values)
     index.unlink()
     return index_name(STEM)
 
@@ -203,13 +209,16 @@ def _empty(info: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
     return torch.empty(info["shape"], dtype=kind, device="meta")
 
 
-def _manifest_folder(model: Any, folder: Path) -> Path:
-    """Where the manifest is: beside the weights; from a hub, fetched into the same folder."""
-    if not (folder / MANIFEST).is_file():
-        from transformers.utils.hub import cached_file
+def _fetch_manifest(model: Any, folder: Path) -> None:
+    """Bring the manifest beside weights that transformers fetched from a hub without it."""
+    if (folder / MANIFEST).is_file() or folder.parent.name != "snapshots":
+        return
+    from transformers.utils.hub import cached_file
 
-        found = cached_file(
-            model.config.name_or_path, MANIFEST, _raise_exceptions_for_missing_entries=False
-        )
-        return Path(found).parent if found else folder
-    return folder
+    cached_file(  # of the commit and in the cache of the weights, whichever were asked for
+        model.config.name_or_path,
+        MANIFEST,
+        revision=folder.name,
+        cache_dir=folder.parents[2],
+        _raise_exceptions_for_missing_entries=False,
+    )

@@ -1,17 +1,19 @@
 """Where a model is: a short name, a hub id or a local folder, as a local folder in the end."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from tensorllm.checkpoint.reader import SMALL_FILES
 from tensorllm.errors import UserError
-from tensorllm.hub import why_not
+from tensorllm.hub import reason, why_not
 from tensorllm.recipes import short_names
 from tensorllm.registry import did_you_mean
 
-# Code is never fetched, and pickled weights neither.
-# The card is read for the licence.
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md"]
+# Code is never fetched, and pickled weights neither. The card is read for the licence.
+WANTED = ["*.safetensors", *(f"*{ending}" for ending in SMALL_FILES), "README.md"]
 
 OFFLINE = (
     "Offline, give a local folder (--model FOLDER, in the hub's layout) or the embedded model "
@@ -70,15 +72,28 @@ def _download(hub_id: str, revision: str | None, hint: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, HFValidationError):
-        pass  # not in the cache: fetch it
-    reason = why_not(hub_id, "model", revision)
-    if reason is None:
+    held = None
+    with suppress(LocalEntryNotFoundError, OSError, HFValidationError):  # not in the cache
+        held = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    if held is not None and _is_whole(held):
+        return held
+    refusal = why_not(hub_id, "model", revision)
+    if refusal is None:
         try:
             return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
         except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
-    raise UserError(f"cannot get {hub_id} from the hub ({reason}). {hint}")
+            refusal = reason(error)
+    if held is not None and any(held.glob("*.safetensors")):
+        return held
+    raise UserError(f"cannot get {hub_id} from the hub ({refusal}). {hint}")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached copy holds all of a model: other programs fetch its tokenizer alone, say."""
+    try:
+        indices = [json.loads(p.read_text()) for p in folder.glob("*.safetensors.index.json")]
+        named = {file for index in indices for file in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError):
+        return False
+    parts = [any(folder.glob(pattern)) for pattern in ("*.safetensors", "tokenizer*.json")]
+    return all(parts) and all((folder / file).is_file() for file in named)

@@ -4,22 +4,23 @@ Work goes to a hidden folder beside the target, with a journal of the shards tha
 again, a killed run skips what the journal has.
 """
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tensorllm.checkpoint.checksums import sha256
+from tensorllm.checkpoint.reader import index_name
+from tensorllm.checkpoint.target import check_target
 from tensorllm.errors import Incomplete, UserError
 
 JOURNAL = "journal.json"
+SHARD_BYTES = 2**29
 
 
 class ShardWriter:
@@ -41,7 +42,7 @@ class ShardWriter:
         *,
         stem: str,
         fingerprint: Mapping[str, Any],
-        shard_bytes: int = 2**29,
+        shard_bytes: int = SHARD_BYTES,
         overwrite: bool = False,
     ) -> None:
         self.target, self.stem, self.shard_bytes = target, stem, shard_bytes
@@ -53,6 +54,7 @@ class ShardWriter:
         self._beside = ThreadPoolExecutor(1)
         self._entering: Future[None] | None = None
         self._journal = self._open_journal(json.loads(json.dumps(dict(fingerprint))))
+        self._earlier = frozenset(self.finished)
 
     @property
     def finished(self) -> dict[str, Any]:
@@ -60,13 +62,16 @@ class ShardWriter:
         return {name: note for shard in self._journal["shards"] for name, note in shard["units"]}
 
     @property
-    def shards(self) -> list[dict[str, Any]]:
-        """The shards written so far: file, names, bytes and SHA-256."""
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The files of weights written so far, each with its bytes and SHA-256."""
         self._settle()
-        return list(self._journal["shards"])
+        shards = [shard for shard in self._journal["shards"] if shard["names"]]
+        return {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
 
     def add(self, unit: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
-        """Take the tensors of one unit of work; whole units are what a resumed run skips."""
+        """Take the tensors of one unit of work; one that an earlier run finished is passed over."""
+        if unit in self._earlier:
+            return
         self._buffer |= {name: t.contiguous() for name, t in tensors.items()}
         self._units[unit] = note
         if sum(t.nbytes for t in self._buffer.values()) >= self.shard_bytes:
@@ -121,8 +126,12 @@ class ShardWriter:
         except OSError as error:
             raise _no_space(self.folder, error) from error
 
-    def name_files(self) -> dict[str, str]:
-        """Give the shards their final names; returns parameter name -> file."""
+    def name_files(self) -> str:
+        """Give the shards their final names, and an index where there are several.
+
+        Returns:
+            The name of the one file, or of the index: what transformers looks for.
+        """
         self.flush()
         self._settle()
         shards = [shard for shard in self._journal["shards"] if shard["names"]]
@@ -134,13 +143,21 @@ class ShardWriter:
             if old.exists():  # else renamed by a run that was killed after this
                 old.replace(self.folder / final)
             shard["file"] = final
-        return {name: shard["file"] for shard in shards for name in shard["names"]}
+        if len(shards) == 1:
+            return f"{self.stem}.safetensors"
+        index = {
+            "metadata": {"total_size": sum(shard["bytes"] for shard in shards)},
+            "weight_map": {name: shard["file"] for shard in shards for name in shard["names"]},
+        }
+        self.write_json(index_name(self.stem), index)
+        return index_name(self.stem)
 
     def finish(self) -> None:
         """Let the complete folder appear under its name."""
         for path in self.folder.iterdir():
             _sync(path)
         (self.folder / JOURNAL).unlink(missing_ok=True)
+        _sync(self.folder)
         old = self.target.parent / f".{self.target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if self.target.exists():
@@ -190,38 +207,6 @@ class ShardWriter:
         except OSError as error:
             raise UserError(f"cannot write to {self.target.parent}: {error.strerror}") from None
         return {"fingerprint": fingerprint, "shards": []}
-
-
-def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
-    """Refuse an output folder that exists, is a file, is the input, or cannot be written."""
-    if source is not None and target.resolve() == source.resolve():
-        raise UserError(f"the output folder {target} is the input folder; give another --out")
-    inside = [p for p in (Path.cwd(), source) if p and p.resolve().is_relative_to(target.resolve())]
-    if inside:
-        raise UserError(f"the output folder {target} holds {inside[0]}; give another --out")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"the output {target} exists and is not a folder")
-    if target.exists() and not overwrite:
-        raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
-    parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to {parent}: not a writable folder")
-
-
-@contextmanager
-def exclusive(target: Path) -> Iterator[None]:
-    """Refuse a second run that would write the same folder at the same time."""
-    lock = target.parent / f".{target.name}.lock"
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process that holds it
-        except BlockingIOError:
-            raise UserError(f"another run is writing {target}; give another --out") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _umask() -> int:

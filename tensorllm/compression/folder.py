@@ -7,9 +7,9 @@ from typing import Any
 from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
+from tensorllm.checkpoint.target import check_target, exclusive
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.publish import publish
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask
@@ -17,6 +17,7 @@ from tensorllm.compression.units import Unit, open_checkpoint, run_unit, units
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 
 __all__ = ["FolderTask", "compress_folder"]
 
@@ -78,13 +79,8 @@ def _fingerprint(
     task: FolderTask, checkpoint: Checkpoint, layers: tuple[int, ...]
 ) -> dict[str, Any]:
     """What must be the same for an interrupted run to be continued."""
-    stats = {
-        file: (task.source / file).stat()
-        for file in sorted({entry.file for entry in checkpoint.entries.values()})
-    }
     return {
-        "source": str(task.source.resolve()),
-        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        **checkpoint.fingerprint(),
         "compressor": list(settings_of(task.compressor)),
         "layers": list(layers),
         "format": task.format,

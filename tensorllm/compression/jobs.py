@@ -86,6 +86,11 @@ def write_dense(done: Compressed, roles: RoleMatrices, weights: Mapping[str, Ten
 
 def _finite(roles: RoleMatrices, weights: Mapping[str, Tensor], layer: int, role: str) -> Tensor:
     w_ID = roles.read(weights, layer, role)
+    if w_ID.is_meta:
+        raise UserError(
+            f"{roles.name(layer, role)} is not in memory (offloaded?); load the whole model, or "
+            "compress its folder layer by layer (tensorllm compress --out)"
+        )
     if not w_ID.is_floating_point():
         raise UserError(f"{roles.name(layer, role)} is {w_ID.dtype}, not a floating point type")
     if not all_finite(w_ID):

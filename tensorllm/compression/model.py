@@ -1,7 +1,7 @@
 """Compressing a model that is in memory, in place."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,9 @@ from tensorllm.compressors import Compressor
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 
 ATTRIBUTE = "tensorllm_compression"
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +27,6 @@ class Compression:
     compressor: Compressor
     layers: tuple[int, ...]
     sites: list[Compressed]
-
-
-def quiet(done: int, total: int, what: str) -> None:
-    """The default progress: none."""
 
 
 def compress(
@@ -55,8 +50,7 @@ def compress(
     Raises:
         UserError: settings that do not fit the model; it is then unchanged.
     """
-    if compression_of(model) is not None:
-        raise UserError("this model is compressed already; load the original again")
+    _refuse_compressed(model)
     started = time.perf_counter()
     weights = parameters_of(model)
     config: Any = model.config
@@ -103,6 +97,7 @@ def compressed(
     model: nn.Module, compressor: Compressor, layers: Sequence[int] | None = None
 ) -> Iterator[CompressionReport]:
     """The model compressed within the block; afterwards its weights are back bit for bit."""
+    _refuse_compressed(model)
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
     wanted = tuple(range(roles.layers)) if layers is None else tuple(layers)
@@ -116,3 +111,8 @@ def compressed(
             weights[name].copy_(w)
         if compression_of(model) is not None:
             delattr(model, ATTRIBUTE)
+
+
+def _refuse_compressed(model: nn.Module) -> None:
+    if compression_of(model) is not None:
+        raise UserError("this model is compressed already; load the original again")

@@ -13,7 +13,6 @@ from tensorllm.tensors.stacking import Geometry
 
 # Memory, fitted to one run: GPT-J's sizes in bfloat16 at (304, 19, 2) peaked at 1.69 GiB.
 BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers
-SHARD_BYTES = 2**29
 WORKING_COPIES = 2  # float32 copies of a stacked tensor that are alive at once
 DISK = 400e6  # bytes read or written in a second, checked and hashed; an ordinary SSD
 
@@ -83,7 +82,7 @@ def plan_folder(task: FolderTask) -> Plan:
         bytes_before=checkpoint.bytes,
         bytes_after=None if written is None else round(width * written),
         seconds=work_seconds + traffic / DISK,
-        peak_bytes=BASE_BYTES + SHARD_BYTES + 2 * heaviest + WORKING_COPIES * 4 * largest,
+        peak_bytes=BASE_BYTES + task.shard_bytes + 2 * heaviest + WORKING_COPIES * 4 * largest,
     )
 
 

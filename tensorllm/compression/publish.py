@@ -4,12 +4,14 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import mark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
-from tensorllm.checkpoint.reader import Checkpoint, index_name
+from tensorllm.checkpoint.reader import Checkpoint, small_files
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.compression.details import DETAILS
@@ -17,8 +19,6 @@ from tensorllm.compression.report import CompressionReport, Totals, saved_parame
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import environment, versions
-
-COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 def publish(
@@ -30,27 +30,14 @@ def publish(
     started: float,
 ) -> CompressionReport:
     """Write what goes beside the shards, and let the folder appear under its name."""
-    weight_map = writer.name_files()
-    files = {shard["file"]: shard for shard in writer.shards if shard["names"]}
+    weights, files = writer.name_files(), writer.files
     notes = [note for note in writer.finished.values() if note]
     mode, settings = settings_of(task.compressor)
-    model = task.model or str(task.source)
-    manifest = Manifest(
-        format=task.format,
-        source={"model": model, "revision": task.revision, "layers": list(layers)},
-        mode=mode,
-        settings=settings,
-        versions=versions(),
-        sites=[StoredSite(**site) for note in notes for site in note["sites"]],
-        replaced={name: facts for note in notes for name, facts in note["replaced"].items()},
-        rest={key: name for note in notes for key, name in note["rest"].items()},
-        files={f: {"bytes": s["bytes"], "sha256": s["sha256"]} for f, s in files.items()},
-    )
     sites = [site_report(record) for note in notes for record in note["reports"]]
-    size = sum(shard["bytes"] for shard in files.values())
+    size = sum(facts["bytes"] for facts in files.values())
     parameters = checkpoint.parameters
     report = CompressionReport(
-        model=model,
+        model=task.name,
         revision=task.revision,
         mode=mode,
         settings=settings,
@@ -65,13 +52,8 @@ def publish(
         peak_resident_bytes=peak_resident_bytes(),
         environment=environment(),
     )
-    single = len(files) == 1
-    weights = f"{writer.stem}.safetensors" if single else index_name(writer.stem)
     _copy_small_files(task, writer, weights)
-    if not single:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        writer.write_json(index_name(writer.stem), index)
-    writer.write_json(MANIFEST, manifest.to_json())
+    writer.write_json(MANIFEST, _manifest(task, layers, notes, files).to_json())
     values = report.to_json()
     writer.write_json(REPORT, values)
     details = [record for note in notes for record in note["details"]]
@@ -83,12 +65,30 @@ def publish(
     return report
 
 
+def _manifest(
+    task: FolderTask,
+    layers: tuple[int, ...],
+    notes: Sequence[Mapping[str, Any]],
+    files: dict[str, dict[str, Any]],
+) -> Manifest:
+    mode, settings = settings_of(task.compressor)
+    return Manifest(
+        format=task.format,
+        source={"model": task.name, "revision": task.revision, "layers": list(layers)},
+        mode=mode,
+        settings=settings,
+        versions=versions(),
+        sites=[StoredSite(**site) for note in notes for site in note["sites"]],
+        replaced={name: facts for note in notes for name, facts in note["replaced"].items()},
+        rest={key: name for note in notes for key, name in note["rest"].items()},
+        files=files,
+    )
+
+
 def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> None:
     """Config, tokenizer and generation config; never code or weights."""
-    ours = {MANIFEST, REPORT, DETAILS}
-    for path in sorted(task.source.iterdir()):
-        left = path.name.endswith(".index.json") or path.name in ours
-        if path.is_file() and path.suffix in COPIED and not left:
+    for path in small_files(task.source):
+        if path.name not in (MANIFEST, REPORT, DETAILS):
             writer.copy(path)
     config = json.loads((task.source / "config.json").read_text())
     if task.dtype is not None:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from tensorllm.compression.cost import decomposition_seconds, gemm_speed
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import Site
+from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.ranks import ranks_for_energy, tucker_parameters
 from tensorllm.tensors.stacking import ATTENTION
 from tensorllm.tensors.tucker import spectra

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from tensorllm.checkpoint.writer import SHARD_BYTES
 from tensorllm.compression.jobs import Compressed
 from tensorllm.compressors import Compressor
 
@@ -37,4 +38,9 @@ class FolderTask:
     model: str | None = None
     revision: str | None = None
     done: Mapping[str, Compressed] = field(default_factory=dict)
-    shard_bytes: int = 2**29
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def name(self) -> str:
+        """What reports call the model."""
+        return self.model or str(self.source)

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
+from tensorllm.compressors.checks import check_seed
 from tensorllm.errors import UserError
+from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import READERS
@@ -38,7 +40,7 @@ class Given(Compressor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored(Compressor):
+class GivenInFile(Compressor):
     """The same from a file of safetensors, read when its turn comes: `prefix`.basis, ..."""
 
     file: Path
@@ -114,8 +116,8 @@ class ActivationTucker(Compressor):
             raise UserError(f"target_ratio must be above 1, got {self.target_ratio}")
         if self.target_params is not None and self.target_params < 1:
             raise UserError(f"target_params must be 1 or more, got {self.target_params}")
-        if self.weighting not in WEIGHTINGS:
-            raise UserError(f"weighting must be loss or outputs, got {self.weighting!r}")
+        one_of("weighting", self.weighting, WEIGHTINGS)
+        check_seed(self.seed)
         for name in ("refit_steps", "distill_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
-from tensorllm.compressors.tucker import check_choice, check_roles, check_seed
+from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
+from tensorllm.registry import one_of
 from tensorllm.tensors.factors import LowRank
-from tensorllm.tensors.ranks import laser_rank
+from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
 from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
 from tensorllm.tensors.svd import METHODS, truncated_svd
 
@@ -45,7 +46,7 @@ class LaserSVD(Compressor):
             raise UserError(f"rho must be in (0, 1], got {self.rho}")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
-        check_choice("method", self.method, tuple(METHODS))
+        one_of("method", self.method, tuple(METHODS))
         check_seed(self.seed)
         object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
 
@@ -67,7 +68,7 @@ class LaserSVD(Compressor):
             raise UserError(f"rank must be in 1..{min(shape)}, got {self.rank}")
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
-        return self._rank(shape) * sum(shape)
+        return low_rank_parameters(shape, self._rank(shape))
 
     def compress(self, w: Tensor) -> LowRank:
         """Factors of a role matrix (I, D)."""

@@ -58,8 +58,8 @@ class PerLayer(Compressor):
             if there:
                 jobs += part.compressor.sites(geometry, there)
         if not jobs:
-            there = sorted({layer for part in self.parts() for layer in part.layers})
-            raise UserError(f"the edits are of layers {there}, none of which is wanted")
+            edited = sorted({layer for part in self.parts() for layer in part.layers})
+            raise UserError(f"the edits are of layers {edited}, none of which is wanted")
         return jobs
 
     def compress(self, w: Tensor) -> Factors:

@@ -11,18 +11,18 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
-from tensorllm.compressors.tucker import check_choice, check_roles, check_seed
+from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
+from tensorllm.registry import one_of
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.ranks import check_ranks, tucker_parameters
 from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
 from tensorllm.tensors.tucker import tucker
 
-SWEEPS, TOLERANCE = (
-    100,
-    1e-4,
-)  # tensorly's defaults for `tucker`, which TRAWL's code leaves as they are
+# tensorly's defaults for `tucker`, which TRAWL's code leaves as they are
+SWEEPS = 100
+TOLERANCE = 1e-4
 
 
 @COMPRESSORS.register("trawl")
@@ -51,7 +51,7 @@ class Trawl(Compressor):
     source: ClassVar[str] = "https://arxiv.org/abs/2406.17261"
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, ("cp", "tucker"))
+        one_of("method", self.method, ("cp", "tucker"))
         check_seed(self.seed)
         wanted, other = ("rank", "ranks") if self.method == "cp" else ("ranks", "rank")
         if getattr(self, wanted) is None or getattr(self, other) is not None:

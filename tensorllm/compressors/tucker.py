@@ -10,10 +10,16 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
-from tensorllm.registry import did_you_mean, one_of
+from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Tucker
-from tensorllm.tensors.ranks import check_ranks, tucker_parameters
+from tensorllm.tensors.ranks import (
+    check_ranks,
+    ranks_for_energy,
+    ranks_for_error,
+    tucker_parameters,
+)
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 from tensorllm.tensors.tucker import spectra, tucker
 
@@ -51,12 +57,16 @@ class TuckerSettings(Compressor):
         given = [name for name in ("ranks", "energy", "error") if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(f"give exactly one of ranks, energy and error, got {given or 'none'}")
-        check_share("energy", self.energy, low_open=True)
-        check_share("error", self.error, low_open=False)
-        check_choice("layout", self.layout, LAYOUTS)
-        check_choice("solver", self.solver, SOLVERS)
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UserError(f"energy must be in (0, 1], got {self.energy}")
+        if self.error is not None and not 0 <= self.error < 1:
+            raise UserError(f"error must be in [0, 1), got {self.error}")
+        one_of("layout", self.layout, LAYOUTS)
+        one_of("solver", self.solver, SOLVERS)
         if not isinstance(self.sweeps, int) or self.sweeps < 0:
             raise UserError(f"sweeps must be 0 or more, got {self.sweeps}")
+        if not self.tol >= 0:
+            raise UserError(f"tol must be 0 or more, got {self.tol}")
         if self.ranks is not None:
             object.__setattr__(self, "ranks", tuple(self.ranks))
 
@@ -78,8 +88,6 @@ class TuckerSettings(Compressor):
 
     def _wanted_ranks(self, w: Tensor) -> tuple[int, ...]:
         """The smallest ranks that keep the wanted energy, mode by mode."""
-        from tensorllm.tensors.ranks import ranks_for_energy, ranks_for_error
-
         by_mode = spectra(w, self.modes)
         if self.energy is not None:
             chosen = ranks_for_energy(by_mode, self.energy)
@@ -132,35 +140,3 @@ class PerMatrixTucker3D(TuckerSettings):
             for layer in layers
             for role in self.matrices
         ]
-
-
-def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The roles as a tuple; unknown, repeated or missing ones are refused."""
-    wrong = [role for role in roles if role not in known]
-    if wrong or not roles or len(set(roles)) != len(roles):
-        raise UserError(
-            f"matrices must be some of {', '.join(known)}, each once, got {list(roles)}"
-            + ("." + did_you_mean(str(wrong[0]), list(known)) if wrong else "")
-        )
-    return tuple(roles)
-
-
-def check_share(name: str, value: float | None, *, low_open: bool) -> None:
-    """Refuse a share out of its range; None passes."""
-    if value is None:
-        return
-    allowed = "(0, 1]" if low_open else "[0, 1)"
-    inside = 0 < value <= 1 if low_open else 0 <= value < 1
-    if not inside:
-        raise UserError(f"{name} must be in {allowed}, got {value}")
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that a random generator of numpy's does not take."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be in 0..2^32-1, got {seed}")
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse what is not one of the words."""
-    one_of(name, value, allowed)

@@ -7,13 +7,13 @@ from typing import Any
 
 from tensorllm.architectures import RoleMatrices
 from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.compressors.settings import fields_of, make_compressor
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 from tensorllm.search.energy import by_ratio, by_size, edits_of, least_size
 from tensorllm.search.sites import SiteEnergy, site_energy
 from tensorllm.tensors.stacking import ATTENTION, FFN

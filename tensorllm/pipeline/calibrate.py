@@ -8,12 +8,12 @@ from typing import Any
 
 from tensorllm.calibration.fit import fit, fit_folder, store_for
 from tensorllm.calibration.sequences import Calibration, read_calibration
-from tensorllm.checkpoint.writer import exclusive
-from tensorllm.compression.model import Progress
+from tensorllm.checkpoint.target import exclusive
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.activation import ActivationTucker
 from tensorllm.errors import UserError
 from tensorllm.pipeline.models import Loader
+from tensorllm.progress import Progress
 
 LENGTH = 512  # tokens of a calibration sequence, at most
 Check = Callable[[Calibration, Any], None]

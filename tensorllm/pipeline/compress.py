@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.source import Source, check_name, resolve
-from tensorllm.checkpoint.writer import check_target
+from tensorllm.checkpoint.target import check_target
 from tensorllm.compression.card import rewrite_card
 from tensorllm.compression.folder import compress_folder
 from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import Progress, compress, quiet
+from tensorllm.compression.model import compress
 from tensorllm.compression.plan import Plan, plan_folder
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FORMATS, FolderTask, Format
@@ -21,6 +21,7 @@ from tensorllm.errors import UserError
 from tensorllm.pipeline.allocate import TARGETS, allocated, budget_of
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
+from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
 from tensorllm.registry import one_of
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.source import Source, resolve
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
@@ -35,6 +34,7 @@ from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner
 from tensorllm.pipeline.devices import Devices, is_first, validate
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
+from tensorllm.progress import Progress, quiet
 
 __all__ = ["EvaluateRequest", "Evaluation", "evaluate", "evaluate_model"]
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tensorllm.checkpoint.factored import STEM, dense_tensors
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
-from tensorllm.checkpoint.reader import Checkpoint, index_name
-from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.checkpoint.reader import Checkpoint, small_files
+from tensorllm.checkpoint.target import check_target, exclusive
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
-from tensorllm.compression.model import Progress, quiet
-from tensorllm.compression.publish import COPIED
 from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
 
 FORMATS = ("dense",)
@@ -53,35 +53,30 @@ def export(
         raise UserError(f"{source} {what}; export takes a factored folder")
     check_files(source, manifest)
     fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
-    writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
-    total = dense_count(source, manifest)
-    for done, (name, tensor) in enumerate(dense_tensors(source)):
-        progress(done, total, name)
-        if name not in writer.finished:
+    with exclusive(target):
+        writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
+        total = dense_count(source, manifest)
+        for done, (name, tensor) in enumerate(dense_tensors(source)):
+            progress(done, total, name)
             writer.add(name, {name: _cast(tensor, dtype)})
-    weight_map = writer.name_files()
-    shards = [shard for shard in writer.shards if shard["names"]]
-    size = sum(shard["bytes"] for shard in shards)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        writer.write_json(index_name("model"), index)
-    for path in sorted(source.iterdir()):
-        ours = path.name in (MANIFEST, REPORT) or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in COPIED and not ours:
-            writer.copy(path)
-    config = json.loads((source / "config.json").read_text())
-    for name in ("quantization_config", "transformers_weights"):
-        config.pop(name, None)
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    writer.write_json("config.json", config)
-    files = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
-    dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
-    writer.write_json(MANIFEST, dense.to_json())
-    if (source / REPORT).is_file():
-        _write_report(writer, source, config, size, dtype)
-    writer.finish()
-    return size
+        writer.name_files()
+        files = writer.files
+        size = sum(facts["bytes"] for facts in files.values())
+        for path in small_files(source):
+            if path.name not in (MANIFEST, REPORT):
+                writer.copy(path)
+        config = json.loads((source / "config.json").read_text())
+        for name in ("quantization_config", "transformers_weights"):
+            config.pop(name, None)
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        writer.write_json("config.json", config)
+        dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
+        writer.write_json(MANIFEST, dense.to_json())
+        if (source / REPORT).is_file():
+            _write_report(writer, source, config, size, dtype)
+        writer.finish()
+        return size
 
 
 def _write_report(

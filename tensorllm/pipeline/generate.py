@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from tensorllm.checkpoint.source import resolve
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.errors import UserError
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.runtime import load_factored
+from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Policy
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from tensorllm.checkpoint.source import resolve
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.spectra import LayerSpectra, attention_spectra
+from tensorllm.progress import Progress, quiet
 
 
 def inspect(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorllm.compression.model import Progress, compressed, quiet
+from tensorllm.compression.model import compressed
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
@@ -16,6 +16,7 @@ from tensorllm.pipeline.cells import Cell, cells
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.places import check_data, data_file, weights_of
 from tensorllm.pipeline.search import SearchRequest
+from tensorllm.progress import Progress, quiet
 
 PROTOCOL = "paper"
 RANKS = ("r1", "r2", "r3")

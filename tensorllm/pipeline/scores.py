@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.pipeline.compress import Evaluate
+from tensorllm.progress import Progress, quiet
 
 
 def scorer(

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from tensorllm.compression.model import Progress, quiet
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.pipeline.search import SearchRequest, folder_of
 from tensorllm.pipeline.search_compose import Step, best_of, composed, on_top
 from tensorllm.pipeline.search_files import write_files, write_trials
 from tensorllm.pipeline.search_result import SearchResult, conclude
 from tensorllm.pipeline.search_run import SearchRun, Watch
+from tensorllm.progress import Progress, quiet
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.selection import half_width, ranked
 from tensorllm.search.storage import storage_errors

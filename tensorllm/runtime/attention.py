@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tensorllm.runtime.cache import append
 from tensorllm.runtime.heads import HeadsSite
+from tensorllm.runtime.plain import attend, causal_mask
 from tensorllm.runtime.wiring import Wiring, rotary_function
 from tensorllm.tensors.stacking import Geometry
 
@@ -49,6 +50,7 @@ class FactoredAttention:
 
     config: Any
     layer_idx: int
+    is_causal: bool
     training: bool
 
     def prepare(self, config: Any, wiring: Wiring, geometry: Geometry, site: HeadsSite) -> None:
@@ -171,8 +173,11 @@ class FactoredAttention:
         dropout = drop.p if isinstance(drop, nn.Dropout) else drop
         scale = self.wiring.scale(self)
         wide, narrow = k_BGNE.shape[-1], v_BGNR.shape[-1]
-        one_by_one = q_BHTE.shape[2] == 1 and name == "sdpa" and wide != narrow
-        if name == "eager" or want_weights or one_by_one:
+        one_by_one = q_BHTE.shape[2] == 1 and wide != narrow
+        plain = name == "sdpa" and (want_weights or one_by_one)  # other kernels' masks are not ours
+        if name == "eager" or plain:
+            if plain and mask is None and self.is_causal:
+                mask = causal_mask(q_BHTE, k_BGNE)
             return attend(q_BHTE, k_BGNE, v_BGNR, mask, scale, self.softcap, dropout)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -193,43 +198,6 @@ class FactoredAttention:
             **kwargs,
         )
         return y_BTHE[..., :narrow], weights
-
-
-def attend(
-    q_BHTE: Tensor,
-    k_BGNE: Tensor,
-    v_BGNR: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Plain attention: outputs (B, T, H, R) and probabilities (B, H, T, N).
-
-    Keys and values are not repeated for the heads of a group: those are rows of one product.
-
-    Args:
-        mask: added to the scores, or true where attended; broadcasts to (B, H, T, N).
-    """
-    batch, heads, tokens, _ = q_BHTE.shape
-    groups = k_BGNE.shape[1]
-    q_BGgTE = (q_BHTE * scale).reshape(batch, groups, -1, q_BHTE.shape[-1])
-    single = q_BGgTE.shape[2] == 1  # a CPU is up to four times faster at it the other way round
-    scores = (k_BGNE @ q_BGgTE.mT).mT if single else q_BGgTE @ k_BGNE.mT
-    scores = scores.reshape(batch, heads, tokens, -1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v_BGNR.dtype)
-    dropped = F.dropout(weights, dropout) if dropout else weights
-    y_BHTR = (dropped.view(batch, groups, -1, dropped.shape[-1]) @ v_BGNR).view(
-        batch, heads, tokens, -1
-    )
-    return y_BHTR.transpose(1, 2), weights
 
 
 @cache  # one class per class, so that types can be compared

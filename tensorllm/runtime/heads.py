@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from tensorllm.tensors.factors import Tucker
+from tensorllm.tensors.factors import Tucker, wide
 
 CORE_ORDER = (2, 3, 1, 0)  # stored (P, R, S, G), held (S, G, R, P): rows that lie together are used
 
@@ -40,10 +40,10 @@ class HeadsSite(nn.Module):
         matrices, rank = self.u_MS.shape
         if self.absorbed or matrices != rank or self.u_MS.is_meta or is_parametrized(self):
             return  # quantised factors are not written to
-        u_MS = self.u_MS.float()
-        core_MGRP = torch.einsum("sgrp,ms->mgrp", self.core_SGRP.float(), u_MS)
-        self.core_SGRP.copy_(core_MGRP)
-        self.u_MS.copy_(torch.eye(matrices))
+        core_MGRP = torch.einsum("sgrp,ms->mgrp", wide(self.core_SGRP), wide(self.u_MS))
+        # New tensors: the old ones may be the factors that the compression's record holds.
+        self.core_SGRP.data = core_MGRP.to(self.core_SGRP.dtype)
+        self.u_MS.data = torch.eye(matrices).to(self.u_MS)
         self.u_MS.requires_grad_(False)
         self.absorbed = True
 

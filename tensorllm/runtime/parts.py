@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tensorllm.architectures.spec import FALLING
 from tensorllm.compressors.base import Site
 from tensorllm.runtime.heads import CORE_ORDER, HeadsSite
 from tensorllm.runtime.linear import (
@@ -21,7 +22,6 @@ from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.stacking import Geometry
 
 Order = tuple[int, ...] | None
-FALLING = ("o", "out")
 
 
 class Held(NamedTuple):

@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorllm.architectures import RoleMatrices
-from tensorllm.architectures.spec import Stored
+from tensorllm.architectures.spec import FALLING, Stored
 from tensorllm.compressors.base import Site
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
 from tensorllm.runtime.heads import CORE_ORDER, HeadsSite
 from tensorllm.runtime.linear import FactoredLinear, dense_linear
 from tensorllm.runtime.parts import (
-    FALLING,
     Held,
     Order,
     can_run_factored,

@@ -1,12 +1,17 @@
 """CP decomposition, by tensorly."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import require_finite
 from tensorllm.tensors.factors import CP, wide
+from tensorllm.tensors.unfold import all_finite, exact_float32
 
 
+@exact_float32()
 def cp(w: Tensor, rank: int, *, seed: int = 0, sweeps: int = 100, tol: float = 1e-6) -> CP:
     """The sum of R rank-one tensors nearest to `w` that alternating least squares finds.
 
@@ -20,7 +25,7 @@ def cp(w: Tensor, rank: int, *, seed: int = 0, sweeps: int = 100, tol: float = 1
         tol: the sweeps end when the relative error moves by less.
 
     Raises:
-        UserError: rank below 1, NaN or Inf in `w`.
+        UserError: rank below 1, or so high that the least squares are singular; NaN or Inf in `w`.
     """
     import tensorly  # half a second that only this needs
     from tensorly.decomposition import parafac
@@ -28,8 +33,22 @@ def cp(w: Tensor, rank: int, *, seed: int = 0, sweeps: int = 100, tol: float = 1
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise UserError(f"the CP rank must be an integer, 1 or more, got {rank!r}")
     require_finite(w)
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
-        weights_R, factors = parafac(
-            wide(w), rank, n_iter_max=sweeps, init="random", tol=tol, random_state=seed
+    w = wide(w)
+    if not w.any():
+        return CP(w.new_ones(rank), tuple(w.new_zeros(size, rank) for size in w.shape))
+    # By a power of two, exactly: squares of squares of very large or small numbers are not finite.
+    scale = 2.0 ** math.frexp(float(w.abs().max()))[1]
+    try:
+        with tensorly.backend_context("pytorch", local_threadsafe=True):
+            weights_R, (first, *others) = parafac(
+                w / scale, rank, n_iter_max=sweeps, init="random", tol=tol, random_state=seed
+            )
+        found = CP(weights_R, (first * scale, *others))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented there
+        found = None
+    if found is None or not all(map(all_finite, found.tensors().values())):
+        raise UserError(
+            f"alternating least squares cannot tell {rank} components of this tensor apart "
+            f"(shape {tuple(w.shape)}); give a CP rank below {rank}"
         )
-    return CP(weights_R, tuple(factors))
+    return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.registry import Registry
-from tensorllm.tensors.unfold import project
+from tensorllm.tensors.unfold import exact_float32, project
 
 
 class Factors(Protocol):
@@ -102,6 +102,7 @@ class LowRank:
     u_IR: Tensor
     v_RO: Tensor
 
+    @exact_float32()
     def dense(self) -> Tensor:
         return wide(self.u_IR) @ wide(self.v_RO)
 
@@ -125,6 +126,7 @@ class CP:
     weights_R: Tensor
     factors: tuple[Tensor, ...]
 
+    @exact_float32()
     def dense(self) -> Tensor:
         w = wide(self.factors[0]) * wide(self.weights_R)
         for u in self.factors[1:-1]:

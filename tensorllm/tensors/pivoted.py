@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.tensors.factors import FACTORS, wide
+from tensorllm.tensors.unfold import exact_float32
 
 
 @FACTORS.register("pivoted-low-rank")
@@ -31,6 +32,7 @@ class PivotedLowRank:
     mix_XR: Tensor
     rows_R: Tensor
 
+    @exact_float32()
     def dense(self) -> Tensor:
         basis_RO = wide(self.basis_RO)
         w_IO = basis_RO.new_empty(self.rows_R.numel() + len(self.mix_XR), basis_RO.shape[1])

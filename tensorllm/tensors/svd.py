@@ -12,10 +12,12 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import all_singular_values, leading_vectors, require_finite
 from tensorllm.tensors.factors import LowRank, wide
 from tensorllm.tensors.ranks import check_rank
+from tensorllm.tensors.unfold import exact_float32
 
 Method = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
 
+@exact_float32()
 def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0) -> LowRank:
     """The rank-`rank` approximation of `w_IO` with the least squared error.
 

@@ -16,7 +16,7 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import all_singular_values, eigh, leading_vectors, require_finite
 from tensorllm.tensors.factors import Factors, Tucker, growth, wide
 from tensorllm.tensors.ranks import check_rank
-from tensorllm.tensors.unfold import energy, gram, project, residual_energy
+from tensorllm.tensors.unfold import energy, exact_float32, gram, project, residual_energy
 
 Method = Callable[[Tensor, Mapping[int, int], int | None, float], Tucker]
 SWEEPS = 1  # on a decaying spectrum the first gains 3e-4 of the error, those after it 5e-5
@@ -24,6 +24,7 @@ CANCELS = 0.01  # a smaller share of the energy is computed from the difference 
 TENSORLY_SWEEPS = 100  # its own default
 
 
+@exact_float32()
 def tucker(
     w: Tensor,
     ranks: Mapping[int, int],
@@ -162,6 +163,7 @@ def _tensorly(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: floa
 METHODS: dict[str, Method] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
 
 
+@exact_float32()
 def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tucker:
     """The same decomposition at smaller ranks.
 

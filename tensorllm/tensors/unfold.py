@@ -9,6 +9,7 @@ product of 16 million terms was seen to be 0.4 % off.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,20 @@ NARROW = 256  # up to so many columns, blocks are multiplied as one matrix with 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 products in float32: a trainer may have allowed TF32 or bfloat16 in the process."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """float32 products in float32: a trainer may have allowed TF32 or bfloat16 in the process.
+
+    By torch's setting per backend: once that was used, reading the older one of all is an error.
+    """
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    products = [backend.matmul for backend in backends]
+    before = [product.fp32_precision for product in products]
     try:
+        for product in products:
+            product.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
 
 
 def in_memory_order(w: Tensor) -> tuple[Tensor, list[int]]:

@@ -1,0 +1,23 @@
+"""Checks that several strategies make of their settings."""
+
+from collections.abc import Sequence
+
+from tensorllm.errors import UserError
+from tensorllm.registry import did_you_mean
+
+
+def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The roles as a tuple; unknown, repeated or missing ones are refused."""
+    wrong = [role for role in roles if role not in known]
+    if wrong or not roles or len(set(roles)) != len(roles):
+        raise UserError(
+            f"matrices must be some of {', '.join(known)}, each once, got {list(roles)}"
+            + ("." + did_you_mean(str(wrong[0]), list(known)) if wrong else "")
+        )
+    return tuple(roles)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a random generator of numpy's does not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be in 0..2^32-1, got {seed}")
