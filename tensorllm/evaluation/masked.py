@@ -3,7 +3,6 @@
 Shapes: B texts, T tokens, V vocabulary, N masked places.
 """
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -222,7 +221,7 @@ def _rank(log_V: Tensor, token: int) -> int:
 
 def context_of_masked(model: PreTrainedModel, context: int) -> int:
     """The context less the positions that some position tables keep for padding."""
-    reserved = Counter(
+    reserved = (
         module.padding_idx + 1
         for name, module in model.named_modules()
         if name.endswith("position_embeddings")
