@@ -104,15 +104,9 @@ def _final(run: SearchRun, queue: TrialQueue, point: Point) -> dict[str, Any]:
     edits = [Edit(d.site, d.site.unstack(d.factors.dense(), run.roles.geometry), 0.0) for d in done]
     original = known["original"] if known else _score(run, test)
     with edited(edits, run.roles, weights):
-        validation = _score(run, run.validation)
         winner = _score(run, test)
-    final = {
-        "point": point.key,
-        "original": original,
-        "winner": winner,
-        "winner_validation": validation,
-        "looks": (known["looks"] if known else 0) + 1,
-    }
+    looks = (known["looks"] if known else 0) + 1
+    final = {"point": point.key, "original": original, "winner": winner, "looks": looks}
     queue.study.set_user_attr("final", final)
     return final
 

@@ -19,7 +19,7 @@ from tensorllm.compressors import COMPRESSORS
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
-from tensorllm.evaluation.scorer import is_masked
+from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.pipeline.search import SearchRequest
@@ -130,7 +130,8 @@ class SearchRun:
 
     def _connected(self, split: Split) -> ReasoningDataModule:
         data = self.request.data(split)
-        data.connect(self.tokenizer, masked=is_masked(self.model))
+        context = context_of(self.model.config, self.tokenizer)
+        data.connect(self.tokenizer, masked=is_masked(self.model), context=context)
         return data
 
     @cached_property
