@@ -12,7 +12,7 @@ from torch import Tensor
 from tensorllm.checkpoint.factored import STEM, dense_tensors
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint, index_name
-from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.compression.model import Progress, quiet
 from tensorllm.compression.publish import COPIED
@@ -53,35 +53,54 @@ def export(
         raise UserError(f"{source} {what}; export takes a factored folder")
     check_files(source, manifest)
     fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
-    writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
-    total = dense_count(source, manifest)
-    for done, (name, tensor) in enumerate(dense_tensors(source)):
-        progress(done, total, name)
-        if name not in writer.finished:
-            writer.add(name, {name: _cast(tensor, dtype)})
+    with exclusive(target):
+        writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
+        total, finished = dense_count(source, manifest), writer.finished
+        for done, (name, tensor) in enumerate(dense_tensors(source)):
+            progress(done, total, name)
+            if name not in finished:
+                writer.add(name, {name: _cast(tensor, dtype)})
+        _, files = finish_weights(writer)
+        size = sum(file["bytes"] for file in files.values())
+        copy_small(source, writer, MANIFEST, REPORT)
+        config = _dense_config(source, dtype)
+        writer.write_json("config.json", config)
+        dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
+        writer.write_json(MANIFEST, dense.to_json())
+        if (source / REPORT).is_file():
+            _write_report(writer, source, config, size, dtype)
+        writer.finish()
+    return size
+
+
+def finish_weights(writer: ShardWriter) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The file that leads to all weights, and what a manifest says of each of their files."""
     weight_map = writer.name_files()
     shards = [shard for shard in writer.shards if shard["names"]]
+    files = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
+    if len(shards) == 1:
+        return shards[0]["file"], files
     size = sum(shard["bytes"] for shard in shards)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        writer.write_json(index_name("model"), index)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    writer.write_json(index_name(writer.stem), index)
+    return index_name(writer.stem), files
+
+
+def copy_small(source: Path, writer: ShardWriter, *left: str) -> None:
+    """The tokenizer's files and the like; never weights, their index, or what is in `left`."""
     for path in sorted(source.iterdir()):
-        ours = path.name in (MANIFEST, REPORT) or path.name.endswith(".index.json")
+        ours = path.name in left or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in COPIED and not ours:
             writer.copy(path)
-    config = json.loads((source / "config.json").read_text())
+
+
+def _dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
     for name in ("quantization_config", "transformers_weights"):
         config.pop(name, None)
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
-    writer.write_json("config.json", config)
-    files = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
-    dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
-    writer.write_json(MANIFEST, dense.to_json())
-    if (source / REPORT).is_file():
-        _write_report(writer, source, config, size, dtype)
-    writer.finish()
-    return size
+    return config
 
 
 def _write_report(

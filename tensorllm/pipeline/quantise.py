@@ -5,13 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tensorllm.checkpoint.factored import STEM, mark_config, store_site
-from tensorllm.checkpoint.manifest import MANIFEST, StoredSite, check_files, read_manifest
-from tensorllm.checkpoint.reader import Checkpoint, index_name
-from tensorllm.checkpoint.writer import ShardWriter, check_target
+from tensorllm.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    StoredSite,
+    check_files,
+    read_manifest,
+)
+from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.card import CARD, REPORT
 from tensorllm.compression.model import Progress, quiet
-from tensorllm.compression.publish import COPIED
 from tensorllm.errors import UserError
+from tensorllm.pipeline.export import copy_small, finish_weights
 from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.quantised import BITS, Quantised, quantise
@@ -46,9 +52,35 @@ def quantise_folder(
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{source} is not factored; --quantize takes a factored folder")
     check_files(source, manifest)
-    stored = Checkpoint(source, stem=STEM)
     fingerprint = {"quantise": str(source.resolve()), "files": manifest.files, "how": how}
-    writer = ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite)
+    with exclusive(target):
+        writer = ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite)
+        try:
+            sites, found = _write_weights(source, manifest, how, writer, progress)
+        except UserError:  # quantised already, or numbers that cannot be
+            writer.discard()
+            raise
+        finally:
+            writer.rest()
+        weights, files = finish_weights(writer)
+        copy_small(source, writer, MANIFEST, REPORT, "config.json")
+        config = json.loads((source / "config.json").read_text())
+        writer.write_json("config.json", mark_config(config, weights))
+        about = {**manifest.source, "quantised": how}
+        made = replace(manifest, sites=sites, files=files, source=about)
+        writer.write_json(MANIFEST, made.to_json())
+        if (source / CARD).is_file():
+            text = (source / CARD).read_text(encoding="utf-8")
+            writer.write_text(CARD, f"{text}\nThe factors are held as {how}.\n")
+        writer.finish()
+    return found
+
+
+def _write_weights(
+    source: Path, manifest: Manifest, how: str, writer: ShardWriter, progress: Progress
+) -> tuple[list[StoredSite], list[Narrowed]]:
+    """Narrow factors of every site, and the other tensors as they are."""
+    stored, finished = Checkpoint(source, stem=STEM), writer.finished
     sites: list[StoredSite] = []
     found: list[Narrowed] = []
     for done, entry in enumerate(manifest.sites):
@@ -58,39 +90,15 @@ def quantise_folder(
             raise UserError(f"{source} is quantised already; quantise the folder it was made from")
         narrow = quantise(factors, how)
         site, tensors = store_site(entry.site, narrow)
-        writer.add(entry.name, tensors)
+        if entry.name not in finished:
+            writer.add(entry.name, tensors)
         sites.append(site)
         found.append(_narrowed(entry.name, factors, narrow))
     special = {t for entry in manifest.sites for t in entry.tensors.values()}
     for name in stored.entries:
-        if name not in special:
+        if name not in special and name not in finished:
             writer.add(name, stored.read([name]))
-    weights = _finish_weights(writer)
-    for path in sorted(source.iterdir()):
-        ours = path.name in (MANIFEST, REPORT, "config.json")
-        if path.is_file() and path.suffix in COPIED and not ours and "index" not in path.name:
-            writer.copy(path)
-    config = json.loads((source / "config.json").read_text())
-    writer.write_json("config.json", mark_config(config, weights))
-    files = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in writer.shards}
-    about = {**manifest.source, "quantised": how}
-    made = replace(manifest, sites=sites, files=files, source=about)
-    writer.write_json(MANIFEST, made.to_json())
-    if (source / CARD).is_file():
-        text = (source / CARD).read_text(encoding="utf-8")
-        writer.write_text(CARD, f"{text}\nThe factors are held as {how}.\n")
-    writer.finish()
-    return found
-
-
-def _finish_weights(writer: ShardWriter) -> str:
-    weight_map = writer.name_files()
-    if len(writer.shards) == 1:
-        return f"{STEM}.safetensors"
-    size = sum(shard["bytes"] for shard in writer.shards)
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    writer.write_json(index_name(STEM), index)
-    return index_name(STEM)
+    return sites, found
 
 
 def _narrowed(name: str, factors: Factors, narrow: Factors) -> Narrowed:
