@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from tensorllm.compression.jobs import plan_jobs, run_job
 from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.reporting.search_plots import save_plots
-from tensorllm.search.examiner import Found
+from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, RESULT
 from tensorllm.search.space import Point
 

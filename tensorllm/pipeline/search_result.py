@@ -12,8 +12,8 @@ from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.pipeline.search_compose import Step, composed, selection, whole
 from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.bank import Edit, edited
-from tensorllm.search.examiner import Found
 from tensorllm.search.feasible import ratio_of
+from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
 from tensorllm.search.selection import front, half_width, ranked
 from tensorllm.search.space import Point

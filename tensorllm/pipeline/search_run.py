@@ -23,8 +23,9 @@ from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.pipeline.search import SearchRequest
-from tensorllm.search.examiner import Examiner, Found
+from tensorllm.search.examiner import Examiner
 from tensorllm.search.feasible import feasible
+from tensorllm.search.found import Found
 from tensorllm.search.identity import examples_fingerprint, model_fingerprint
 from tensorllm.search.kept import Budget
 from tensorllm.search.prefix import default_budget

@@ -12,8 +12,9 @@ from tensorllm.compressors import Job
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.registry import one_of
 from tensorllm.search.choices import Value
-from tensorllm.search.examiner import Examiner, Found, TooFar, unpack
+from tensorllm.search.examiner import Examiner, TooFar
 from tensorllm.search.feasible import Taken, collides, ratio_of
+from tensorllm.search.found import Found, unpack
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.space import Point, Space
 from tensorllm.search.stopping import Rival
