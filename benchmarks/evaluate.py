@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, real, save
+from results import ROOT, Comparison, begin, parser, real, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from naive import naive  # noqa: E402
+from naive import naive
 
-from tensorllm.data.bios_profession import CHOICES  # noqa: E402
-from tensorllm.evaluation.evaluate import make_dataset, score  # noqa: E402
-from tensorllm.evaluation.scorer import context_of  # noqa: E402
+from tensorllm.data.bios_profession import CHOICES
+from tensorllm.evaluation.evaluate import make_dataset, score
+from tensorllm.evaluation.scorer import context_of
 
 FILES = {
     "wikidata_qa": "qa_wikidata.jsonl",

@@ -13,8 +13,6 @@ Shapes: K head width, H heads, X inputs, P and R ranks.
 """
 
 import argparse
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +83,9 @@ def run_model(name: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
     options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     args = options.parse_args()
     begin(args)
-    args.shared = args.shared or Path("../shared")
     for name in ["demo"] if args.quick else args.models:
         run_model(name, args)
 

@@ -69,7 +69,6 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # a benchmark may say more of one of these
     )
     out.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     out.add_argument("--out", type=Path, help="JSON file; in docs/results, or none with --quick")
@@ -119,7 +118,9 @@ def save(
     found = json.loads(path.read_text()) if path.is_file() else {}
     found[part] = {**made(), "comparisons": shown, **data}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # a kill must not cost the other parts
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def made() -> dict[str, Any]:

@@ -20,13 +20,11 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import tensorly
-import torch
 from results import Comparison, begin, parser, real, save
-from search_model import make_model, write_attention
-from tensorly.decomposition import partial_tucker
+from search_model import make_model
+from search_naive import naive_edit, one_by_one
 from transformers import AutoTokenizer, GPTJForCausalLM
 
 from tensorllm.architectures import RoleMatrices, parameters_of
@@ -35,13 +33,13 @@ from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
-from tensorllm.search.examiner import Examiner, Found, unpack
+from tensorllm.search.examiner import Examiner
+from tensorllm.search.found import Found, unpack
 from tensorllm.search.kept import Budget
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
 from tensorllm.search.stopping import Rival
 from tensorllm.search.worker import merit
-from tensorllm.tensors.stacking import ATTENTION, STACKINGS
 
 TRIALS, LAYERS = 48, (8, 9, 10, 11)
 FEVER, TOKENIZER = "data/fever_paper_dev.jsonl", "models/tinystories-656K"
@@ -71,60 +69,77 @@ def dataset(args: argparse.Namespace, tokenizer: object) -> ReasoningDataModule:
     return data
 
 
-def naive_edit(model: GPTJForCausalLM, point: Point) -> None:
-    """What the authors do: stack the heads, tensorly's partial_tucker, write back."""
+class Given(NamedTuple):
+    """What all ways begin with: a checkpoint and its model, questions, and the points to try."""
+
+    folder: Path
+    model: GPTJForCausalLM
+    tokenizer: Any
+    data: ReasoningDataModule
+    points: list[Point]
+    seed: int
+
+    def examiner(self) -> Examiner:
+        """A new one knows nothing: nothing is decomposed or kept yet."""
+        return Examiner(
+            self.model, self.tokenizer, self.data.examples, PROTOCOLS["strict"],
+            max_new_tokens=self.data.max_new_tokens, points=self.points, seed=self.seed,
+            budget=Budget(default_budget(self.model.device)),
+        )  # fmt: skip
+
+
+def prepared(folder: Path, args: argparse.Namespace) -> Given:
+    """The model in a folder, made if it is not there, and a sample of its search space."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR if args.quick else real(args, TOKENIZER))
+    data = dataset(args, tokenizer)
+    if not (folder / "config.json").exists():
+        fitted = None if args.quick else data
+        make_model(folder, tokenizer, fitted, args.seed, 256 if args.quick else 512)
+    model = GPTJForCausalLM.from_pretrained(folder).eval()
     roles = RoleMatrices(model.config, parameters_of(model))
-    stacking = STACKINGS["heads"]
-    weights = parameters_of(model)
-    for layer in point.layers:
-        w = stacking.stack([roles.read(weights, layer, r) for r in ATTENTION], roles.geometry)
-        with tensorly.backend_context("pytorch"):
-            (core, factors), _ = partial_tucker(
-                w, rank=list(point.settings["ranks"]), modes=[0, 1, 2], init="svd", tol=1e-5
-            )
-            near = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1, 2])
-        write_attention(roles, weights, layer, near)
+    space = make_space(roles, "shared-tucker", layers=LAYERS)
+    grid = [space.point(values) for values in space.grid]
+    points = random.Random(args.seed).sample(grid, args.trials)
+    points.sort(key=lambda point: -point.layers[0])
+    return Given(folder, model, tokenizer, data, points, args.seed)
 
 
-def one_by_one(model: GPTJForCausalLM, tokenizer: object, data: ReasoningDataModule) -> list[bool]:
-    """Verdicts, one example and one choice at a time: the likeliest answer's tokens."""
-    verdicts = []
-    for example in data.examples:
-        scores = []
-        for choice in example.choices or (example.answer,):
-            prompt = tokenizer(example.prompt)["input_ids"]  # type: ignore[operator]
-            whole = tokenizer(f"{example.prompt} {choice}")["input_ids"]  # type: ignore[operator]
-            with torch.no_grad():
-                logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-            answer = range(len(prompt), len(whole))
-            scores.append(sum(float(logits[i - 1, whole[i]]) for i in answer))
-        best = scores.index(max(scores))
-        verdicts.append(bool(example.choices) and example.choices[best] == example.answer)
-    return verdicts
-
-
-def timed_naive(  # type: ignore[no-untyped-def]
-    args, folder, tokenizer, data, points, known: list[list[bool]]
+def timed_naive(
+    given: Given, known: list[list[bool]], trials: int, examples: int
 ) -> tuple[float, int]:
     """Seconds for all trials and examples, from a sample of both, and verdicts that differ.
 
     Args:
         known: the search's verdicts on every example, per point.
     """
-    few = copy.copy(data)
-    few._examples = data.examples[: args.naive_examples]
+    data, few = given.data, copy.copy(given.data)
+    few._examples = data.examples[:examples]
     fixed = running = 0.0
     different = 0
-    for point, verdicts in sample(list(zip(points, known, strict=True)), args.naive_trials):
+    for point, verdicts in sample(list(zip(given.points, known, strict=True)), trials):
         started = time.perf_counter()
-        model = GPTJForCausalLM.from_pretrained(folder).eval()
+        model = GPTJForCausalLM.from_pretrained(given.folder).eval()
         naive_edit(model, point)
         middle = time.perf_counter()
-        found = one_by_one(model, tokenizer, few)
+        found = one_by_one(model, given.tokenizer, few)
         fixed, running = fixed + middle - started, running + time.perf_counter() - middle
         different += sum(a != b for a, b in zip(found, verdicts, strict=False))
     running *= len(data.examples) / len(few.examples)
-    return (fixed + running) / args.naive_trials * len(points), different
+    return (fixed + running) / trials * len(given.points), different
+
+
+def timed_batched(
+    given: Given, known: list[Found], trials: int
+) -> tuple[float, list[tuple[float, float]]]:
+    """Seconds for all trials, from a sample, and how far accuracies and losses are from `known`."""
+    differences = []
+    started = time.perf_counter()
+    for point, found in sample(list(zip(given.points, known, strict=True)), trials):
+        fresh = GPTJForCausalLM.from_pretrained(given.folder).eval()
+        compress(fresh, point.compressor, point.layers)
+        plain = evaluate_model(fresh, given.tokenizer, given.data)
+        differences.append((plain["accuracy"] - found.accuracy, plain["loss"] - found.loss))
+    return (time.perf_counter() - started) / trials * len(given.points), differences
 
 
 def sample(items: list[Any], count: int) -> list[Any]:
@@ -156,70 +171,43 @@ def best_of(found: list[Found]) -> int | None:
     return min(full, key=lambda i: merit(found[i], "accuracy"), default=None)
 
 
-def main() -> None:
-    """Measure, print and save."""
-    args = arguments()
-    begin(args)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        words = MODEL_DIR if args.quick else real(args, TOKENIZER)
-        tokenizer = AutoTokenizer.from_pretrained(words)
-        data = dataset(args, tokenizer)
-        if not (folder / "config.json").exists():
-            fitted = None if args.quick else data
-            make_model(folder, tokenizer, fitted, args.seed, 256 if args.quick else 512)
-        model = GPTJForCausalLM.from_pretrained(folder).eval()
-        roles = RoleMatrices(model.config, parameters_of(model))
-        space = make_space(roles, "shared-tucker", layers=LAYERS)
-        grid = [space.point(values) for values in space.grid]
-        points = random.Random(args.seed).sample(grid, args.trials)
-        points.sort(key=lambda point: -point.layers[0])
-        options = {"max_new_tokens": data.max_new_tokens, "points": points, "seed": args.seed}
-
-        def examiner() -> Examiner:  # a new one knows nothing: nothing is decomposed or kept yet
-            return Examiner(
-                model, tokenizer, data.examples, PROTOCOLS["strict"],
-                budget=Budget(default_budget(model.device)), **options,
-            )  # fmt: skip
-
-        seconds: dict[str, float] = {}
-        started = time.perf_counter()
-        early = in_turn(examiner(), points)
-        seconds["search"] = time.perf_counter() - started
-        started = time.perf_counter()
-        examine = examiner()
-        full = [examine(point) for point in points]
-        seconds["search in full"] = time.perf_counter() - started
-
-        started = time.perf_counter()
-        differences = []
-        for point, found in sample(list(zip(points, full, strict=True)), args.batched_trials):
-            fresh = GPTJForCausalLM.from_pretrained(folder).eval()
-            compress(fresh, point.compressor, point.layers)
-            plain = evaluate_model(fresh, tokenizer, data)
-            differences.append([plain["accuracy"] - found.accuracy, plain["loss"] - found.loss])
-        batched = (time.perf_counter() - started) / args.batched_trials
-        seconds["batched"] = batched * len(points)
-        known = [verdicts_of(examine, found) for found in full]
-        seconds["naive"], different = timed_naive(args, folder, tokenizer, data, points, known)
-
-    about = {
-        "seconds": seconds,
+def measure(given: Given, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
+    """Seconds of each way, and how far they agree."""
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    early = in_turn(given.examiner(), given.points)
+    seconds["search"] = time.perf_counter() - started
+    started = time.perf_counter()
+    examine = given.examiner()
+    full = [examine(point) for point in given.points]
+    seconds["search in full"] = time.perf_counter() - started
+    seconds["batched"], differences = timed_batched(given, full, args.batched_trials)
+    known = [verdicts_of(examine, found) for found in full]
+    few = args.naive_examples
+    seconds["naive"], different = timed_naive(given, known, args.naive_trials, few)
+    accuracies = [found.accuracy for found in full]
+    return seconds, {
         "given_up": sum(found.stopped for found in early),
         "same_winner": best_of(early) == best_of(full),
-        "accuracies": {
-            "least": min(f.accuracy for f in full),
-            "most": max(f.accuracy for f in full),
-        },
+        "accuracies": {"least": min(accuracies), "most": max(accuracies)},
         "largest_difference_accuracy_points": max(abs(a) for a, _ in differences),
         "largest_difference_loss": max(abs(b) for _, b in differences),
         "verdicts_that_differ_from_naive": different,
-        "verdicts_compared": args.naive_trials * min(args.naive_examples, len(data.examples)),
-        "trials": len(points),
-        "questions": len(data.examples),
-        "dataset": data.name,
+        "verdicts_compared": args.naive_trials * min(few, len(given.data.examples)),
+        "trials": len(given.points),
+        "questions": len(given.data.examples),
+        "dataset": given.data.name,
     }
-    save("search", "cpu", comparisons(seconds, args.quick), args, **about)
+
+
+def main() -> None:
+    args = arguments()
+    begin(args)
+    with tempfile.TemporaryDirectory() as temporary:
+        given = prepared(args.folder or Path(temporary), args)
+        seconds, about = measure(given, args)
+    compared = comparisons(seconds, args.quick)
+    save("search", "cpu", compared, args, seconds=seconds, **about)
 
 
 def comparisons(seconds: dict[str, float], quick: bool) -> dict[str, Comparison]:

@@ -132,7 +132,7 @@ class Bench:
 
     def shared_tucker(self, scope: str, ratio: float) -> None:
         """SharedTucker4D of each layer's attention at its best ranks, plain SVD of the FFN."""
-        model, stored = copy.deepcopy(self.dense), 0
+        model = copy.deepcopy(self.dense)
         site = SharedTucker4D(ranks=(1, 1, 1)).sites(self.roles.geometry, (0,))[0].site
         weights = parameters_of(self.dense)
         first = [self.roles.read(weights, *matrix) for matrix in site.matrices]

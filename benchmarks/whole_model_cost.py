@@ -133,12 +133,10 @@ def compared(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, Compari
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--shared", type=Path, default=os.environ.get("TENSORLLM_SHARED"))
     options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     options.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args()
     begin(args)
-    args.shared = args.shared or Path("../shared")
     if args.child:
         child(args)
         return

@@ -10,10 +10,7 @@ from tensorllm_cli.interrupt import INTERRUPT
 
 
 def compress(
-    model: Annotated[
-        str | None,
-        shared.MODEL,
-    ] = None,
+    model: Annotated[str | None, shared.MODEL] = None,
     mode: Annotated[str | None, shared.MODE] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML) instead of --mode.")] = None,
     dataset: Annotated[

@@ -11,14 +11,8 @@ from tensorllm_cli.interrupt import INTERRUPT
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        shared.MODEL,
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        shared.DATASET,
-    ] = None,
+    model: Annotated[str | None, shared.MODEL] = None,
+    dataset: Annotated[str | None, shared.DATASET] = None,
     data_file: Annotated[Path | None, shared.DATA_FILE] = None,
     compressed: Annotated[
         Path | None, typer.Option(help="What tensorllm made of the model: before and after.")
@@ -66,14 +60,7 @@ def evaluate(
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     if compare is not None:
-        from tensorllm.pipeline.comparison import compare as compare_folders
-        from tensorllm.reporting.scores import comparison_tables
-
-        changes = compare_folders(*compare, seed=seed)
-        if json:
-            print_json(changes)
-        else:
-            print_result(comparison_tables(changes))
+        _compare(compare, seed, as_json=json)
         return
     if model is None or dataset is None:
         raise UserError("give --model and --dataset, or --compare A B")
@@ -117,3 +104,15 @@ def evaluate(
         print_result(score_tables(done.results))
         if out is not None:
             print_result(f"written to {out}")
+
+
+def _compare(folders: tuple[Path, Path], seed: int, *, as_json: bool) -> None:
+    from tensorllm.pipeline.comparison import compare
+    from tensorllm.reporting.scores import comparison_tables
+    from tensorllm_cli.show import print_json, print_result
+
+    changes = compare(*folders, seed=seed)
+    if as_json:
+        print_json(changes)
+    else:
+        print_result(comparison_tables(changes))

@@ -26,7 +26,7 @@ def export(
 ) -> None:
     """Write a factored folder as an ordinary checkpoint, for vLLM, llama.cpp and the others.
 
-    Example:
+    Examples:
 
       tensorllm export out/ dense/ --format dense
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tensorllm_cli import shared
+
 
 def report(
     runs: Annotated[
@@ -18,7 +20,7 @@ def report(
     card: Annotated[
         bool, typer.Option(help="Put what was measured into the checkpoints' README.md too.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Show runs as one web page: what was changed, what is left, and what came of it.
 

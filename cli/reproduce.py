@@ -48,7 +48,7 @@ def reproduce(
 
       tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out reproduction/
     """
-    from tensorllm.pipeline.compress import device_of
+    from tensorllm.pipeline.models import device_of
     from tensorllm.pipeline.rehearse import rehearse
     from tensorllm.pipeline.reproduce import ReproduceRequest
     from tensorllm.pipeline.reproduce import reproduce as run

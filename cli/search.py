@@ -1,7 +1,7 @@
 """`tensorllm search-ranks`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,29 +99,17 @@ def search_ranks(
     else:
         INTERRUPT.leaves = lambda: "run the same command again: the database has what is finished"
     if objective == "energy":
-        from tensorllm.pipeline.search_energy import run_energy
-        from tensorllm.reporting.search import energy_tables
-
-        with progress_bar() as progress:
-            spectral = run_energy(
-                model,
-                mode=mode,
-                settings={
-                    key: value
-                    for key, value in (("layout", layout), ("matrices", options.names(matrices)))
-                    if value is not None
-                },
-                layers=options.layers(layers),
-                min_ratio=min_ratio,
-                study=study,
-                revision=revision,
-                progress=progress,
-            )
-        if json:
-            print_json(spectral.to_json())
-            return
-        print_result(energy_tables(spectral.results))
-        typer.echo(spectral.recipe)
+        given = {"layout": layout, "matrices": options.names(matrices)}
+        asked = {
+            "mode": mode,
+            "settings": {key: value for key, value in given.items() if value is not None},
+            "layers": options.layers(layers),
+            "min_ratio": min_ratio,
+            "study": study,
+            "revision": revision,
+            "plugins": plugin or (),
+        }
+        _by_energy(model, asked, as_json=json)
         return
     with progress_bar("loading") as progress:
         from tensorllm.pipeline.loggers import metric_log
@@ -176,3 +164,19 @@ def search_ranks(
     typer.echo(result.recipe)  # as it is: rich would break its lines
     if study is not None:
         print_result(f"written to {study}: tensorllm compress --config {study / 'best.yaml'}")
+
+
+def _by_energy(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
+    from tensorllm_cli.show import print_json, print_result, progress_bar
+
+    with progress_bar() as progress:
+        from tensorllm.pipeline.search_energy import run_energy
+
+        found = run_energy(model, **asked, progress=progress)
+    if as_json:
+        print_json(found.to_json())
+        return
+    from tensorllm.reporting.search import energy_tables
+
+    print_result(energy_tables(found.results))
+    typer.echo(found.recipe)

@@ -1,14 +1,17 @@
 """compress --calibration: from a text file to a smaller model, through the pipeline."""
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tensorllm.calibration.store import Store
 from tensorllm.data.demo import MODEL_DIR, questions
 from tensorllm.errors import UserError
 from tensorllm.pipeline.compress import CompressRequest, run
+from tensorllm.reporting.tables import result_tables
 
 
 @pytest.fixture
@@ -16,6 +19,12 @@ def text(tmp_path: Path) -> Path:
     file = tmp_path / "told.txt"
     file.write_text("\n".join(f"{q.prompt} {q.answer}" for q in questions()[:1500]))
     return file
+
+
+def result_text(plan) -> str:
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(result_tables(plan))
+    return console.export_text()
 
 
 def request(
@@ -52,6 +61,30 @@ def test_the_target_ratio_is_met_and_the_text_named(text):
 def test_what_cannot_be_done_is_refused(text, asked, message):
     with pytest.raises(UserError, match=message):
         run(request(**({"text": text} | asked)))
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [("activation-tucker", 1.5), ("activation-hybrid", 2)])
+def test_a_dry_run_tells_sizes_without_the_fit(text, tmp_path, monkeypatch, mode, ratio):
+    monkeypatch.setattr("tensorllm.pipeline.calibrate.fit", None)  # nothing is fitted
+    asked = {"dry_run": True, "out": tmp_path / "out", "format": "factored"}
+    plan = run(request(text, mode, asked, target_ratio=ratio))
+    before = sum(site.parameters_before for site in plan.sites)
+    assert plan.parameters_before - plan.parameters_after == before - int(before / ratio)
+    assert plan.bytes_after < plan.bytes_before
+    assert plan.seconds is None
+    assert {site.parameters_after for site in plan.sites} == {None}
+    assert "by result" in result_text(plan)
+    rise = run(request(text, mode, asked, max_loss_increase=0.1))
+    assert rise.parameters_after is None
+    with pytest.raises(UserError, match="smallest factors that there are"):
+        run(request(text, mode, asked, target_ratio=1e9))
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_dry_run_is_right_about_the_size(text):
+    plan = run(request(text, more={"dry_run": True}, target_ratio=1.5))
+    report = run(request(text, target_ratio=1.5))
+    assert plan.parameters_after == pytest.approx(report.totals.parameters_after, rel=1e-3)
 
 
 def test_text_that_would_be_scored_is_refused_unless_allowed(text, tmp_path):

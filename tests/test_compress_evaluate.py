@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import eval_world as world
 import pytest
 
+from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.pipeline.compress import CompressRequest, run
 from tensorllm.pipeline.models import Loader
@@ -121,3 +123,37 @@ def test_the_command_prints_them_as_json(model: Path, questions: Path):
     scores = json.loads(done.stdout)["evaluation"]
     assert scores["before"]["examples"] == scores["after"]["examples"] == 8
     assert scores["before"]["protocol"] == "strict"
+
+
+def test_both_models_are_scored_on_the_device_that_was_asked_for(
+    model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    devices = []
+
+    def loader(folder: Path, dtype: Any = None, device: str = "cpu") -> Loader:
+        devices.append(device)
+        return Loader(folder, dtype, device)
+
+    monkeypatch.setattr("tensorllm.pipeline.compress.Loader", loader)
+    request = CompressRequest(
+        model=str(model),
+        mode="laser",
+        settings={"rank": 2},
+        out=tmp_path / "out",
+        evaluate="questions",
+        device="cpu:0",
+    )
+    run(request, evaluate=scorer(questions, 5))
+    assert devices == ["cpu:0", "cpu:0"]
+
+
+def test_a_dataset_of_ones_own_can_be_scored(model: Path, questions: Path, tmp_path: Path):
+    described = tmp_path / "own.yaml"
+    described.write_text(f"data_file: {questions.name}\n")
+    asked = CompressRequest(
+        model=str(model), mode="laser", settings={"rank": 2}, evaluate=str(described)
+    )
+    assert run(asked, evaluate=scorer(limit=5)).evaluation["after"]["examples"] == 5
+    described.write_text("data_fil: x\n")
+    with pytest.raises(UserError, match="unknown key 'data_fil'"):
+        run(asked, evaluate=scorer(limit=5))

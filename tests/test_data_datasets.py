@@ -4,6 +4,7 @@ rows too.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import eval_world as world
@@ -46,6 +47,20 @@ def test_hotpotqa(tmp_path: Path):
     assert [e.answer for e in found][:2] == ["Anna", "no"]
     assert not any(e.choices for e in found)
     assert DATASETS["hotpotqa"].max_new_tokens == 15
+
+
+def test_hotpotqa_counts_by_the_tokenizer_that_reads(tmp_path: Path):
+    rows = [{"question": "Who?", "answer": "Anna"}, {"question": "Who?", "answer": "Anna " * 14}]
+    data = make_dataset("hotpotqa", data_file=write(tmp_path / "h.jsonl", rows), split="all")
+    for name, cut in (("words", str.split), ("letters", list)):
+
+        def tokenizer(text: str, cut: Any = cut) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=cut(text))
+
+        tokenizer.name_or_path = name  # type: ignore[attr-defined]
+        data.connect(tokenizer)  # type: ignore[arg-type]
+        assert len(data.examples) == (2 if name == "words" else 1)
+        assert data.notes == [f"answers counted by the tokenizer of {name}"]
 
 
 def test_fever_keeps_consistent_unique_claims_in_order(tmp_path: Path):

@@ -211,3 +211,14 @@ def test_examples_are_plain_data():
 
     example = Example("a", "b", ("b", "c"), 3)
     assert pickle.loads(pickle.dumps(example)) == example
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "several"),
+    [(0, "auto", False), (1, "auto", False), (2, "gpu", True), (2, "cpu", False)],
+)
+def test_auto_may_be_several_devices(
+    gpus: int, accelerator: str, several: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert Devices(devices="auto", accelerator=accelerator).several is several

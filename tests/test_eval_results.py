@@ -1,8 +1,14 @@
 """Results folders: complete or not there, resumed, compared; and the statistics in them."""
 
 import json
+import shutil
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import eval_world as world
 import numpy as np
@@ -18,8 +24,11 @@ from tensorllm.evaluation.results import (
 )
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.statistics import compared, intervals, mcnemar, resampled_means
+from tensorllm.evaluation.summary import metrics_of
 from tensorllm.pipeline.comparison import compare
+from tensorllm.pipeline.compress import CompressRequest, run
 from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
+from tensorllm.pipeline.models import Loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
 
@@ -193,3 +202,86 @@ def test_paired_comparison_sees_what_intervals_of_each_do_not():
     assert found["loss"]["interval"] == pytest.approx([-0.05, -0.05])
     assert found["loss_p"] < 0.01
     assert found["mcnemar_p"] == 1.0
+
+
+def test_processes_that_begin_together_have_one_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ResultsFolder(tmp_path / "out", "old").journal("model").append(random_rows(3))
+    remove, together = shutil.rmtree, threading.Barrier(2)
+    delays = iter((0.1, 0.4))  # so that both find the old run there, unless they take turns
+
+    def slow(path: Path, **options: object) -> None:
+        time.sleep(next(delays))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+
+    def begin() -> None:
+        together.wait()
+        ResultsFolder(tmp_path / "out", "new").journal("model").append(random_rows(3))
+
+    with ThreadPoolExecutor(2) as pool:
+        for started in [pool.submit(begin) for _ in range(2)]:
+            started.result()
+    journal = ResultsFolder(tmp_path / "out", "new").journal("model")
+    lines = [line for path in journal.folder.iterdir() for line in path.read_text().split("\n")]
+    assert len([line for line in lines if line]) == 6  # of both, and nothing of the old run
+
+
+def test_what_appeared_meanwhile_is_not_replaced(tmp_path: Path):
+    folder = ResultsFolder(tmp_path / "out", "mine")
+    folder.journal("model").append(random_rows(3))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("all my work")
+    with pytest.raises(UserError, match="exists; give --overwrite"):
+        folder.finish({}, {"predictions.parquet": random_rows(3)})
+    assert (tmp_path / "out" / "thesis.txt").exists()
+    assert ResultsFolder(tmp_path / "other", "mine")  # and the rows are still there
+    assert len(folder.journal("model").rows()) == 3
+
+
+def test_folders_of_other_sizes_compare_what_both_have(tmp_path: Path):
+    rows = [replace(row, index=i) for i, row in enumerate(random_rows(20))]
+    results = {"dataset": "fever", "protocol": "strict"}
+    for name, some in (("a", rows), ("b", rows[:8])):
+        ResultsFolder(tmp_path / name, name).finish(
+            results | {"metrics": metrics_of(some)}, {"predictions.parquet": some}
+        )
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found["metrics"]["before"] == found["metrics"]["after"] == metrics_of(rows[:8])
+    assert found["comparison"]["accuracy"]["difference"] == 0
+
+
+def test_numbers_that_overflow_end_the_run(
+    request_of: EvaluateRequest, monkeypatch: pytest.MonkeyPatch
+):
+    load = Loader.__call__
+
+    def overflowing(self: Loader) -> Any:
+        model = load(self)
+        model.transformer.ln_f.weight.data[:] = float("inf")
+        return model
+
+    monkeypatch.setattr(Loader, "__call__", overflowing)
+    with pytest.raises(UserError, match=r"loss is nan on example .* activations overflow"):
+        evaluate(request_of)
+
+
+def test_one_model_is_in_memory_at_a_time(
+    request_of: EvaluateRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small = tmp_path / "small"
+    asked = {"mode": "shared-tucker", "settings": {"ranks": (8, 4, 2)}, "out": small}
+    run(CompressRequest(model=request_of.model, **asked))
+    load, loaded, alive = Loader.__call__, [], []
+
+    def counted(self: Loader) -> Any:
+        alive.append(sum(model() is not None for model in loaded))
+        made = load(self)
+        loaded.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Loader, "__call__", counted)
+    evaluate(replace(request_of, compressed=small))
+    assert alive == [0, 0]

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from tensorllm.metrics import SHOWN
+from tensorllm.reporting.page.figures import smaller
 from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
 from tensorllm.reporting.scores import comparison_tables, score_tables
-from tensorllm.reporting.search import _trials
+from tensorllm.reporting.search import _trials, search_tables
 from tensorllm.reporting.tables import duration
 
 WIDEST = {"accuracy": 100.0, "loss": 12.3456, "perplexity": 98765.43} | dict.fromkeys(
@@ -68,6 +69,7 @@ def test_before_and_after_in_one_table():
     assert line.split()[-4:] == ["0.12", "100.00", "+99.88", "-99.99…-88.88"]
     joined = " ".join(text.split())
     assert "wrong to right 1234, right to wrong 4321 of 16257: McNemar p = 0.034" in joined
+    assert "loss, paired bootstrap p ≤ 0.001" in joined  # 2,000 resamples tell no smaller one
 
 
 def test_two_folders_name_what_changed():
@@ -75,6 +77,7 @@ def test_two_folders_name_what_changed():
     changes: dict[str, Any] = {
         "before": RESULTS,
         "after": RESULTS,
+        "metrics": {"before": WIDEST, "after": WIDEST},
         "comparison": COMPARISON,
         "mended": [row] * 30,
         "broken": [{**row, "answer": "Berlin"}],
@@ -84,6 +87,10 @@ def test_two_folders_name_what_changed():
     assert "right, now wrong (1)" in text
     for word in ("Paris", "Berlin", "in Rome", "end of it"):
         assert word in text
+    assert "that both have" not in text
+    changes["after"] = {**RESULTS, "examples": 20000}
+    text = " ".join(shown(comparison_tables(changes)).split())
+    assert "over the 16257 examples that both have" in text
 
 
 def outcome(**changed: Any) -> dict[str, Any]:
@@ -150,3 +157,27 @@ def test_a_trial_of_many_settings_loses_no_digit_in_80_columns():
     text = shown(_trials([{"trial": 100, "params": params, **scores}]))
     for figure in ("1920", "0.5483", "in+out", "71.46", "11.1234", "247.31", "0.9335"):
         assert figure in text.split()
+
+
+@pytest.mark.parametrize("ratio", [0.87, 1.2])
+def test_a_winner_that_is_no_smaller_is_told(ratio: float):
+    scores = {"accuracy": 50.0, "loss": 1.0, "ratio": ratio, "relative_error": 0.1}
+    found = {"validation": scores, "test": scores}
+    results = {
+        "model": "demo",
+        "dataset": "demo",
+        "protocol": "strict",
+        "objective": "accuracy",
+        "trials": dict.fromkeys(("examined", "given_up", "infeasible", "failed"), 0),
+        "stop_level": 0.001,
+        "validation_examples": 100,
+        "top": [],
+        "steps": [{}],
+        "selection": None,
+        "original": found,
+        "winner": found,
+    }
+    text = " ".join(shown(search_tables(results)).split())
+    assert ("(ratio 0.87): it is no smaller; --min-ratio 1" in text) is (ratio < 1)
+    assert smaller(ratio)[1] == ("more parameters" if ratio < 1 else "fewer parameters")
+    assert smaller(0.5)[0] == smaller(2.0)[0] == 2

@@ -1,6 +1,8 @@
 """generate, export and bench: from Python, and as commands."""
 
 import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import tensorllm as tl
-from tensorllm.errors import UserError
+from tensorllm.errors import Incomplete, UserError
 from tensorllm.pipeline.bench import BenchRequest, bench
 from tensorllm.pipeline.compress import CompressRequest, run
 from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 from tensorllm.pipeline.export import export
 from tensorllm.pipeline.generate import GenerateRequest, generate
-from tensorllm.pipeline.measure import weight_bytes
+from tensorllm.pipeline.measure import interleaved, weight_bytes
 from tensorllm.pipeline.models import Loader
 from tensorllm.pipeline.runtime import load_factored
 from tensorllm.runtime.attention import FactoredAttention
@@ -167,3 +169,35 @@ def test_auto_loads_a_folder_partly_dense(tmp_path: Path):
         load_factored(tmp_path / "out", "never")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="is not factored"):
         load_factored(tmp_path)
+
+
+def test_generate_and_bench_take_auto_for_a_device(story_folder: Path):
+    asked = GenerateRequest(model=str(story_folder), prompts=("Once",), max_new_tokens=1)
+    assert generate(replace(asked, device="auto")) == generate(asked)
+    sizes = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 1, "peak": False}
+    bench(BenchRequest(model=story_folder, device="auto", **sizes))
+    with pytest.raises(UserError, match="--device must be one of auto, cpu, cuda, mps, got 'gpu'"):
+        generate(replace(asked, device="gpu"))
+
+
+def test_generate_ends_where_the_context_does():
+    words = "Ada Moss plays banjo . " * 12  # the demo reads 32 tokens
+    with pytest.raises(UserError, match="below the model's 32 tokens, got 60"):
+        generate(GenerateRequest(model="demo", prompts=(words,)))
+    (text,) = generate(GenerateRequest(model="demo", prompts=("Ada Moss",), temperature=5.0))
+    assert len(text.split()) <= 32
+
+
+def test_a_measurement_that_was_killed_is_told(story_folder: Path, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: killed)
+    sizes = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
+    with pytest.raises(Incomplete, match=r"memory failed \(exit code -9\): killed"):
+        bench(BenchRequest(model=story_folder, **sizes))
+
+
+def test_warming_up_is_over_before_the_first_turn(monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr("tensorllm.pipeline.measure._wait", lambda: order.append("wait"))
+    interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 1)
+    assert order == ["a", "b", "wait", "a", "wait", "b", "wait"]

@@ -1,18 +1,21 @@
 """Factors in few bits: rounded as they should be, stored, opened, run and saved again."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+from safetensors import safe_open
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import tensorllm as tl
 from tensorllm.checkpoint.factored import load
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.errors import UserError
 from tensorllm.pipeline.measure import weight_bytes
 from tensorllm.pipeline.quantise import quantise_folder
@@ -138,3 +141,39 @@ def test_kinds_are_known_in_a_fresh_process(folder: Path, tmp_path: Path):
     manifest = json.loads((tmp_path / "small" / "tensorllm.json").read_text())
     assert {site["kind"] for site in manifest["sites"]} == {"int4-tucker", "int4-low-rank"}
     assert issubclass(type(quantise(LowRank(random(99, 40), random(40, 99)), "int4")), Quantised)
+
+
+def test_a_killed_quantisation_goes_on_and_leaves_nothing_twice(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    quantise_folder(folder, tmp_path / "want", "int8")
+    small = partial(ShardWriter, shard_bytes=2**12)
+    monkeypatch.setattr("tensorllm.pipeline.quantise.ShardWriter", small)
+
+    def dies(writer: ShardWriter) -> None:
+        writer.flush()
+        writer.rest()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorllm.pipeline.quantise.finish_weights", dies)
+        with pytest.raises(KeyboardInterrupt):
+            quantise_folder(folder, tmp_path / "small", "int8")
+    quantise_folder(folder, tmp_path / "small", "int8")
+    names = [
+        name
+        for file in (tmp_path / "small").glob("*.safetensors")
+        for name in safe_open(file, framework="pt").keys()  # noqa: SIM118  no mapping
+    ]
+    assert len(names) == len(set(names))
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / n)(IDS).logits for n in ("want", "small")
+    )
+    assert torch.equal(one, other)
+
+
+def test_what_is_refused_leaves_nothing(folder: Path, tmp_path: Path):
+    quantise_folder(folder, tmp_path / "small", "int8")
+    with pytest.raises(UserError, match="already"):
+        quantise_folder(tmp_path / "small", tmp_path / "twice", "int4")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]

@@ -76,3 +76,9 @@ def test_energy_needs_no_data(tmp_path, capfd):
         "search-ranks", "--model", MODEL_DIR, "--objective", "energy", "--min-ratio", 1e9, code=2
     )
     assert "best reachable" in capfd.readouterr().err
+
+
+def test_energy_imports_plugins(capfd):
+    arguments = ["--objective", "energy", "--plugin", "no_such_module"]
+    command("search-ranks", "--model", MODEL_DIR, *arguments, code=2)
+    assert "cannot import the plugin 'no_such_module'" in capfd.readouterr().err

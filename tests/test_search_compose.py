@@ -18,7 +18,7 @@ from tensorllm.pipeline.search import SearchRequest
 from tensorllm.pipeline.search_compose import Step
 from tensorllm.pipeline.search_ranks import run
 from tensorllm.pipeline.search_run import SearchRun
-from tensorllm.search.examiner import Found
+from tensorllm.search.found import Found
 from tensorllm.search.space import Point
 from tensorllm.search.worker import Rules
 

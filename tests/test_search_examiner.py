@@ -11,7 +11,8 @@ from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.pipeline.models import Loader
 from tensorllm.search.bank import Bank, edited
-from tensorllm.search.examiner import LEAST, Examiner, TooFar, pack, shuffled, unpack
+from tensorllm.search.examiner import LEAST, Examiner, TooFar, shuffled
+from tensorllm.search.found import pack, unpack
 from tensorllm.search.kept import Budget
 from tensorllm.search.space import make_space
 from tensorllm.search.stopping import Rival

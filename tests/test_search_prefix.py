@@ -1,6 +1,7 @@
 """Skipping unedited layers changes no logit: against the whole model, run as it is."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny_models import TINY, tiny_model
 
 from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.evaluation.forward import ModelForward, left_padded
-from tensorllm.search.kept import Budget
+from tensorllm.search.kept import Budget, Kept, Store, mapped
 from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
 
 CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
@@ -209,3 +210,37 @@ def test_what_is_kept_to_spare_gives_way():
         for key, batch in enumerate(batches):
             forward(batch, keep=1, key=key)
     assert prefix.computed - computed == 3  # the layer that is asked for came first
+
+
+def test_what_can_never_be_kept_drives_nothing_else_out():
+    store = Store(Budget(memory=ONE))
+    small, large = (Kept(torch.zeros(n * ONE // 4), tupled=False) for n in (1, 2))
+    store.admit(0, 1, small)
+    store.admit(0, 2, large)
+    assert store.nearest(0, 3, grown=False)[0] == 1
+
+
+def test_room_on_disk_is_taken_before_it_is_mapped(tmp_path, monkeypatch):
+    """A map of what is not there yet would end the process where the disk is full (SIGBUS)."""
+    taken, from_file = [], torch.from_file
+
+    def watched(name, **options):
+        taken.append(512 * Path(name).stat().st_blocks)
+        return from_file(name, **options)
+
+    monkeypatch.setattr(torch, "from_file", watched)
+    for dtype in (torch.float32, torch.bfloat16):
+        t = torch.randn(64, 1024).to(dtype).T
+        assert torch.equal(mapped(t, tmp_path), t)
+        assert taken.pop() >= t.nbytes
+
+
+def test_a_full_disk_only_costs_time(tmp_path, monkeypatch):
+    def full(t, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorllm.search.kept.mapped", full)
+    store = Store(Budget(disk=9 * ONE, folder=tmp_path))
+    store.admit(0, 1, Kept(torch.zeros(ONE // 4), tupled=False))
+    assert store.nearest(0, 1, grown=False) == (0, None)
+    assert store.bytes == {"memory": 0, "disk": 0}

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.pipeline.search import SearchRequest
+from tensorllm.pipeline.search_files import _whole
 from tensorllm.pipeline.search_ranks import run
 from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.queue import RESULT, TrialQueue
@@ -297,3 +298,22 @@ def test_bad_rules_are_refused(wrong):
 
 def test_optuna_is_quiet():
     assert optuna.logging.get_verbosity() == optuna.logging.ERROR
+
+
+def test_running_text_is_cut_to_the_model_s_context(tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(["Ada Moss plays banjo ."] * 60))  # blocks are longer than the demo's
+    asked = replace(SMALL, dataset="text", data_file=text, limit=2, layers=(3,), rho=(0.05,))
+    found = run(replace(asked, rules=Rules(objective="loss"), matrices=("in",)))
+    assert found.results["winner"]["test"]["examples"] == 2
+
+
+def test_files_of_a_study_are_written_apart_by_each_process(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "getpid", lambda: len(seen))
+    for text in ("one", "two"):
+        with _whole(tmp_path / "best.yaml") as temporary:
+            seen.append(temporary)
+            temporary.write_text(text)
+    assert seen[0] != seen[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["best.yaml"]

@@ -44,18 +44,23 @@ def sizes(
     Raises:
         UserError: the budget is below what the smallest factors store.
     """
-    before, least = numbers(keys, geometry), least_numbers(keys, geometry, sharing)
-    if budget < least:
-        raise UserError(
-            f"the smallest factors that there are (rank 1) store {least} numbers, "
-            f"{before / least:.1f} times fewer than now; not more than {budget} were asked for"
-        )
+    check_budget(keys, geometry, sharing=sharing, budget=budget)
     ways = [groupings(cluster, sharing) for _, cluster in keys]
     clusters = [
         [[_curve(geometry, group, errors[layer, group]) for group in way] for way in ways_here]
         for (layer, _), ways_here in zip(keys, ways, strict=True)
     ]
     return ranks_of(keys, ways, allocate(clusters, budget))
+
+
+def check_budget(keys: Sequence[Key], geometry: Geometry, *, sharing: bool, budget: int) -> None:
+    """Refuse a budget below what the smallest factors store."""
+    before, least = numbers(keys, geometry), least_numbers(keys, geometry, sharing)
+    if budget < least:
+        raise UserError(
+            f"the smallest factors that there are (rank 1) store {least} numbers, "
+            f"{before / least:.1f} times fewer than now; not more than {budget} were asked for"
+        )
 
 
 def budget_of(

@@ -33,7 +33,7 @@ class Plan:
 
     Attributes:
         seconds: predicted for decompositions at the GEMM speed of this machine, and for reading
-            and writing at `DISK` bytes per second.
+            and writing at `DISK` bytes per second; None where a fit to text comes first.
         peak_bytes: predicted peak of resident memory.
     """
 
@@ -42,7 +42,7 @@ class Plan:
     parameters_after: int | None
     bytes_before: int
     bytes_after: int | None
-    seconds: float
+    seconds: float | None
     peak_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -54,21 +54,23 @@ class Plan:
         return out
 
 
-def plan_folder(task: FolderTask) -> Plan:
-    """The plan of a task; it is checked as the task itself would be."""
+def plan_folder(task: FolderTask, stored: int | None = None) -> Plan:
+    """The plan of a task; it is checked as the task itself would be.
+
+    Args:
+        stored: numbers that all sites will hold together, where that is known beforehand.
+    """
     checkpoint, roles = open_checkpoint(task.source)
     layers = tuple(range(roles.layers)) if task.layers is None else tuple(task.layers)
     jobs = plan_jobs(task.compressor, roles, layers)
     sites = [_planned(job, roles.geometry) for job in jobs]
     known = [site.parameters_after for site in sites]
-    saved = (
-        sum(site.parameters_before for site in sites) - sum(n or 0 for n in known)
-        if None not in known
-        else None
-    )
+    if None not in known:
+        stored = sum(n or 0 for n in known)
     before = checkpoint.parameters
     width = task.dtype.itemsize if task.dtype is not None else checkpoint.bytes / before
-    after = None if saved is None else before - saved
+    rest = before - sum(site.parameters_before for site in sites)
+    after = None if stored is None else rest + stored
     written = before if task.format == "dense" else after
     largest = max(prod(site.shape) for site in sites)
     work = units(checkpoint, roles, jobs)

@@ -43,7 +43,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
 
     Class attributes:
         source: where it is on the hub; None: local files only.
-        fields: role -> the names under which real files have it, the first one preferred.
+        field_names: role -> the names under which real files have it, the first one preferred.
         max_new_tokens: how long a generated answer may be; 0: nothing is generated.
         workload: how much the papers' experiments read, so that a plan needs no data.
     """

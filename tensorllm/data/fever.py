@@ -9,11 +9,9 @@ from tensorllm.data.reading import Row
 from tensorllm.data.repository import HubSource
 from tensorllm.errors import UserError
 
-ANSWERS = {"supports": "true", "true": "true", "1": "true"} | {
-    "refutes": "false",
-    "false": "false",
-    "0": "false",
-}
+ANSWERS = dict.fromkeys(("supports", "true", "1"), "true") | dict.fromkeys(
+    ("refutes", "false", "0"), "false"
+)
 UNDECIDED = {"not enough info", "nei"}  # the hub's v1.0 has no such rows; FEVER's own files have
 
 

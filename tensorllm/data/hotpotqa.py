@@ -38,7 +38,6 @@ class HotpotQA(ReasoningDataModule):
     def __init__(self, *args: Any, counting_tokenizer: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.counting_tokenizer = counting_tokenizer
-        self._counter: PreTrainedTokenizerBase | None = None
 
     def rows(self) -> Iterator[Iterator[Row]]:
         """On the hub: as many train rows as there are validation rows, then those (test has no
@@ -54,17 +53,15 @@ class HotpotQA(ReasoningDataModule):
 
     def example(self, row: Row, where: str) -> Example | None:
         question, answer = self.text(row, "question", where), self.text(row, "answer", where)
-        if len(self.counter(answer).input_ids) > ANSWER_TOKENS:
+        if len(self._counter(answer).input_ids) > ANSWER_TOKENS:
             return None
         mark = "" if question.endswith(("?", ".")) else "?"
         return Example(f"{question}{mark} The answer is", answer)
 
-    @property
-    def counter(self) -> PreTrainedTokenizerBase:
-        if self._counter is None:
-            self._counter = self._load_counter()
-            self.notes.append(f"answers counted by the tokenizer of {self._counter.name_or_path}")
-        return self._counter
+    def load(self) -> list[Example]:
+        self._counter = self._load_counter()  # anew: another model's tokenizer may count now
+        self.notes = [f"answers counted by the tokenizer of {self._counter.name_or_path}"]
+        return super().load()
 
     def _load_counter(self) -> PreTrainedTokenizerBase:
         wanted = self.counting_tokenizer
@@ -74,5 +71,6 @@ class HotpotQA(ReasoningDataModule):
             )
         except (OSError, ValueError) as error:
             if wanted is not None or self.tokenizer is None:
-                raise UserError(f"cannot load the tokenizer {wanted!r}: {error!s:.120}") from None
+                name = wanted or COUNTING_TOKENIZER
+                raise UserError(f"cannot load the tokenizer {name!r}: {error!s:.120}") from None
         return self.tokenizer

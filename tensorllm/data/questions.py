@@ -50,12 +50,13 @@ class Questions(ReasoningDataModule):
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.template = template
-        self.choices = tuple(choices or ())
+        self.choices = _choices(choices or [], "choices")
         self.max_new_tokens = max_new_tokens
 
     def example(self, row: Row, where: str) -> Example | None:
         answer = self.text(row, "answer", where)
-        choices = tuple(row["choices"]) if row.get("choices") else self.choices
+        own = row.get("choices")
+        choices = _choices(own, f"{where}: choices") if own else self.choices
         if choices and answer not in choices:
             raise UserError(f"{where}: answer must be one of {', '.join(choices)}, got {answer!r}")
         return Example(self._prompt(row, where), answer, choices)
@@ -70,6 +71,18 @@ class Questions(ReasoningDataModule):
             raise UserError(
                 f"{where}: the template's field {error} is not in the row: {known}"
             ) from None
+        except (ValueError, LookupError, AttributeError) as error:  # as str.format tells them
+            raise UserError(
+                f"the template must have a row's fields in braces, such as 'Q: {{question}}', "
+                f"got {self.template!r:.80}: {error}"
+            ) from None
+
+
+def _choices(values: Any, what: str) -> tuple[str, ...]:
+    """They must be texts, as answers are: YAML reads a bare yes or no as true and false."""
+    if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+        raise UserError(f'{what} must be a list of texts such as ["yes", "no"], got {values!r:.60}')
+    return tuple(values)
 
 
 def questions_from_yaml(path: Path, **options: Any) -> Questions:

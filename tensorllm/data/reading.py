@@ -3,7 +3,8 @@
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def _row(row: object, where: str) -> Row:
     return row
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Generator[str, None, None]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from file
@@ -52,8 +53,10 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
+    with closing(_lines(path)) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -88,17 +91,16 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _csv(path: Path) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(_lines(path), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{path}, line {reader.line_num}: "
-                    f"expected {len(reader.fieldnames or ())} fields"
-                )
-            yield row
-    except csv.Error as error:
-        raise UserError(f"{path}: malformed CSV on line {reader.line_num}: {error}") from None
+    with closing(_lines(path)) as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    wanted = len(reader.fieldnames or ())
+                    raise UserError(f"{path}, line {reader.line_num}: expected {wanted} fields")
+                yield row
+        except csv.Error as error:
+            raise UserError(f"{path}: malformed CSV on line {reader.line_num}: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -1,13 +1,14 @@
 """What is scored together: items of similar length, within the memory there is."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TypeVar
 
 import torch
 
-from tensorllm.errors import Incomplete
+from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.masked import MaskedItem
 from tensorllm.evaluation.row import Row
@@ -59,9 +60,14 @@ def _measured(
 
 
 def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]) -> list[Row]:
-    """`scored(items)`, in halves where memory runs out."""
+    """`scored(items)`, in halves where memory runs out.
+
+    Raises:
+        Incomplete: one item alone does not fit memory.
+        UserError: the model's numbers overflow.
+    """
     try:
-        return scored(items)
+        return _finite(scored(items))
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
@@ -72,6 +78,16 @@ def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]
     half = len(items) // 2
     log.warning("out of memory: going on with %d instead of %d examples at once", half, len(items))
     return halving(scored, items[:half]) + halving(scored, items[half:])
+
+
+def _finite(rows: list[Row]) -> list[Row]:
+    for row in rows:
+        if not math.isfinite(row.log_probability):
+            raise UserError(
+                f"the model's loss is {row.loss} on example {row.index}: its activations overflow; "
+                "weights in bf16 or fp32 (--dtype) may not"
+            )
+    return rows
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

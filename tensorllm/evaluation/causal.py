@@ -14,10 +14,9 @@ from tensorllm.evaluation.choices import choice_scores
 from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
 from tensorllm.evaluation.generation import Greedy
-from tensorllm.evaluation.matching import token_f1
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.reading import Reading, read
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.row import Row, chosen_row
 
 
 class Batch(NamedTuple):
@@ -146,23 +145,10 @@ class CausalScorer:
         totals = choice_scores(self.forward, batch.items, batch.key)
         rows = []
         for e, (sums, rank) in zip(batch.items, totals, strict=True):
-            gold = e.example.choices.index(e.example.answer)
-            others = [s for i, s in enumerate(sums) if i != gold]
-            chosen = e.example.choices[max(range(len(sums)), key=sums.__getitem__)]
+            gold = e.full[e.example.choices.index(e.example.answer)]
+            tokens = len(gold) - e.start
             rows.append(
-                Row(
-                    index=e.example.index,
-                    prompt=e.example.prompt,
-                    answer=e.example.answer,
-                    generation=chosen,
-                    correct=sums[gold] > max(others, default=float("-inf")),
-                    log_probability=sums[gold],
-                    answer_tokens=len(e.full[gold]) - e.start,
-                    rank=rank,
-                    token_f1=token_f1(chosen, e.example.answer),
-                    choice_log_probabilities=tuple(sums),
-                    truncated=e.truncated,
-                )
+                chosen_row(e.example, sums, answer_tokens=tokens, rank=rank, truncated=e.truncated)
             )
         return rows
 

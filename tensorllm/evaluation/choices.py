@@ -81,7 +81,7 @@ def _side_by_side(logits_BNV: Tensor, branches: Branches) -> tuple[Tensor, Furth
     rows = torch.arange(len(branches), device=logits_BNV.device)
     before = torch.tensor([columns - 1 - n for n in counts], device=logits_BNV.device)
     ends = [[t for b in of_one for t in b[1:]] for of_one in branches]
-    picked = _picked(logits_BNV, left_padded_to(columns, ends).to(logits_BNV.device)).tolist()
+    picked = _picked(logits_BNV, _left_padded_to(columns, ends).to(logits_BNV.device)).tolist()
     further: Further = {}
     for i, of_one in enumerate(branches):
         at = columns - counts[i]
@@ -91,7 +91,7 @@ def _side_by_side(logits_BNV: Tensor, branches: Branches) -> tuple[Tensor, Furth
     return logits_BNV[rows, before], further
 
 
-def left_padded_to(width: int, sequences: Sequence[Sequence[int]]) -> Tensor:
+def _left_padded_to(width: int, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Token lists as a rectangle of this width, zeros on the left."""
     return torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in sequences])
 

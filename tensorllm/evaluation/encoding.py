@@ -127,9 +127,8 @@ class Encoder:
 
     def _cut(self, tail: str, answer: str) -> tuple[list[int], list[int], int]:
         before, after = self._ids([tail, f"{tail} {answer}"])
-        for length in range(
-            1, len(after) + 1
-        ):  # LASER's find_answer_len: the shortest ending that reads so
+        # LASER's find_answer_len: the shortest ending that reads so.
+        for length in range(1, len(after) + 1):
             if str(self.tokenizer.decode(after[-length:])).strip() == answer.strip():
                 return before, after, length
         return before, after, max(1, len(after) - common_prefix((before, after)))
@@ -143,9 +142,7 @@ class Encoder:
         if cut <= 0:
             return prompt, full, 0
         special = set(self.tokenizer.all_special_ids)
-        kept = sum(
-            1 for _ in takewhile(special.__contains__, prompt)
-        )  # a bos stays the first token
+        kept = sum(1 for _ in takewhile(special.__contains__, prompt))  # a bos stays the first one
         if kept + cut >= min(shared, len(prompt)):
             raise UserError(
                 f"the model's context of {self.context} tokens must hold prompt and answer,"

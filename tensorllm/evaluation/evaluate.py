@@ -77,8 +77,8 @@ def evaluate_model(
     data_file: Path | str | None = None,
     on_rows: Callable[[list[Row]], None] | None = None,
 ) -> dict[str, Any]:
-    """`accuracy` (per cent), `loss` (nats per answer token) the other metrics, `examples`, and what
-    names them.
+    """`accuracy` (per cent), `loss` (nats per answer token), the other metrics, `examples`, and
+    what names them.
 
     Args:
         model: any causal or masked transformers model, on its device.
@@ -98,15 +98,17 @@ def evaluate_model(
     dataset.connect(tokenizer, masked=is_masked(model), context=context)
     training = model.training
     model.eval()
-    rows = score(
-        model,
-        tokenizer,
-        dataset.examples,
-        rules,
-        max_new_tokens=dataset.max_new_tokens,
-        on_rows=on_rows,
-    )
-    model.train(training)
+    try:
+        rows = score(
+            model,
+            tokenizer,
+            dataset.examples,
+            rules,
+            max_new_tokens=dataset.max_new_tokens,
+            on_rows=on_rows,
+        )
+    finally:
+        model.train(training)
     return {
         **metrics_of(rows),
         "examples": len(rows),

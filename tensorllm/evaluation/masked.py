@@ -3,7 +3,6 @@
 Shapes: B texts, T tokens, V vocabulary, N masked places.
 """
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from tensorllm.data.example import Example
 from tensorllm.errors import UserError
 from tensorllm.evaluation.matching import holds_answer, token_f1
 from tensorllm.evaluation.protocol import Protocol, require_single_tokens
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.row import Row, chosen_row
 
 SAID = 5  # masks after an open question, as in LASER's intervention_roberta_*.py
 
@@ -175,25 +174,15 @@ class MaskedScorer:
         return list(logits_BTV[rows, columns].float().log_softmax(-1).split(counts))
 
     def _chosen(self, item: MaskedItem, log_NV: list[Tensor]) -> Row:
-        e = item.example
         sums = [
             float(log_NV[text][range(len(ids)), ids].double().sum()) for text, ids in item.choices
         ]
-        gold = e.choices.index(e.answer)
-        text, ids = item.choices[gold]
-        chosen = e.choices[max(range(len(sums)), key=sums.__getitem__)]
-        others = [s for i, s in enumerate(sums) if i != gold]
-        return Row(
-            index=e.index,
-            prompt=e.prompt,
-            answer=e.answer,
-            generation=chosen,
-            correct=sums[gold] > max(others, default=float("-inf")),
-            log_probability=sums[gold],
+        text, ids = item.choices[item.example.choices.index(item.example.answer)]
+        return chosen_row(
+            item.example,
+            sums,
             answer_tokens=len(ids),
             rank=_rank(log_NV[text][0], ids[0]),
-            token_f1=token_f1(chosen, e.answer),
-            choice_log_probabilities=tuple(sums),
             truncated=item.truncated,
         )
 
@@ -222,7 +211,7 @@ def _rank(log_V: Tensor, token: int) -> int:
 
 def context_of_masked(model: PreTrainedModel, context: int) -> int:
     """The context less the positions that some position tables keep for padding."""
-    reserved = Counter(
+    reserved = (
         module.padding_idx + 1
         for name, module in model.named_modules()
         if name.endswith("position_embeddings")

@@ -36,7 +36,7 @@ class Protocol:
     single_token_choices: bool = False
 
     def quirks(self) -> dict[str, bool | int]:
-        """The switches that are on, for the results."""
+        """Every switch by its name, on or off, for the results."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
 
 

@@ -5,11 +5,13 @@ A run writes its rows, batch by batch, into `.NAME.partial/` beside the folder i
 folder appears by one rename, when all is in it. A run with another fingerprint begins anew.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -81,15 +83,22 @@ class ResultsFolder:
         self.target = Path(target)
         self.overwrite = overwrite
         self.partial = self.target.absolute().parent / f".{self.target.name}.partial"
+        self.lock = self.partial.with_suffix(".lock")
         check_free(self.target, overwrite)
-        note = self.partial / "fingerprint"
         try:
-            if self.partial.exists() and (not note.is_file() or note.read_text() != fingerprint):
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True, exist_ok=True)
-            note.write_text(fingerprint)
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            with alone(self.lock):  # several processes begin together
+                self._begin(fingerprint)
         except OSError as error:
             raise UserError(f"cannot write to {self.partial.parent}: {error.strerror}") from None
+
+    def _begin(self, fingerprint: str) -> None:
+        """What is there of another run goes."""
+        note = self.partial / "fingerprint"
+        if self.partial.exists() and (not note.is_file() or note.read_text() != fingerprint):
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(exist_ok=True)
+        note.write_text(fingerprint)
 
     def journal(self, name: str) -> Journal:
         """The journal of one of the run's models."""
@@ -103,6 +112,10 @@ class ResultsFolder:
         Args:
             results: the content of results.json.
             predictions: file name -> rows.
+
+        Raises:
+            UserError: the target is there by now; the rows are kept, and --overwrite goes on.
+            Incomplete: the disk is full.
         """
         done = self.partial / "done"
         try:
@@ -114,12 +127,22 @@ class ResultsFolder:
             for path in done.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+            check_free(self.target, self.overwrite)  # another run may have come first
             if self.target.exists():
                 shutil.rmtree(self.target)
             done.rename(self.target)
         except OSError as error:
             raise no_room(self.target, error) from None
         shutil.rmtree(self.partial, ignore_errors=True)
+        self.lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Holds a lock that the system opens when its holder dies."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def check_free(target: Path, overwrite: bool) -> None:

@@ -1,6 +1,10 @@
 """What is known of one example after it was scored; also a row of predictions.parquet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from tensorllm.data.example import Example
+from tensorllm.evaluation.matching import token_f1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +41,31 @@ class Row:
     def loss(self) -> float:
         """Nats per answer token."""
         return -self.log_probability / self.answer_tokens
+
+
+def chosen_row(
+    e: Example, sums: Sequence[float], *, answer_tokens: int, rank: int, truncated: int
+) -> Row:
+    """The row of a question with choices; a tie is no right answer.
+
+    Args:
+        sums: log-probability of each choice, in nats.
+        answer_tokens: of the gold choice.
+        rank: of its first token.
+    """
+    gold = e.choices.index(e.answer)
+    others = [s for i, s in enumerate(sums) if i != gold]
+    chosen = e.choices[max(range(len(sums)), key=sums.__getitem__)]
+    return Row(
+        index=e.index,
+        prompt=e.prompt,
+        answer=e.answer,
+        generation=chosen,
+        correct=sums[gold] > max(others, default=float("-inf")),
+        log_probability=sums[gold],
+        answer_tokens=answer_tokens,
+        rank=rank,
+        token_f1=token_f1(chosen, e.answer),
+        choice_log_probabilities=tuple(sums),
+        truncated=truncated,
+    )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tensorllm.evaluation.row import Row
 
 RESAMPLES = 2000
+LEAST_P = 2 / RESAMPLES  # of a bootstrap: so few resamples cannot tell a smaller one
 CHUNK = 2**22  # numbers drawn at once
 Numbers = NDArray[np.float64]
 
@@ -78,7 +79,8 @@ def compared(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str
     Returns:
         `mended` and `broken`: how many went from wrong to right and back; `mcnemar_p`: the exact
         test of these; `accuracy` (points) and `loss` (nats per token): difference, 95 % paired
-        bootstrap interval; `loss_p`: twice the smaller share of resamples on either side of zero.
+        bootstrap interval; `loss_p`: twice the smaller share of resamples on either side of zero,
+        `LEAST_P` at least.
     """
     verdicts = [(b.correct, a.correct) for b, a in zip(before, after, strict=True)]
     mended = sum(was is False and now is True for was, now in verdicts)
@@ -95,7 +97,7 @@ def compared(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str
     return {
         "accuracy": {"difference": accuracy, "interval": interval(means_RC[:, 1])},
         "loss": {"difference": loss, "interval": interval(means_RC[:, 0])},
-        "loss_p": min(1.0, 2 * max(min(share), 1 / len(means_RC))),
+        "loss_p": min(1.0, max(2 * min(share), LEAST_P)),
         "mended": mended,
         "broken": broken,
         "mcnemar_p": mcnemar(mended, broken),

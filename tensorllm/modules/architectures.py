@@ -4,14 +4,8 @@ from typing import ClassVar, final
 
 from transformers import PreTrainedModel
 
-from tensorllm.errors import UserError
 from tensorllm.evaluation.scorer import is_masked
 from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner, Reasoner
-
-
-def _check_type(model: PreTrainedModel, expected: str) -> None:
-    if model.config.model_type != expected:
-        raise UserError(f"a model of type {expected!r} is needed, got {model.config.model_type!r}")
 
 
 @final
@@ -20,9 +14,6 @@ class GPTJReasoner(CausalReasoner):
 
     model_type: ClassVar[str] = "gptj"
 
-    def _check(self, model: PreTrainedModel) -> None:
-        _check_type(model, self.model_type)
-
 
 @final
 class LlamaReasoner(CausalReasoner):
@@ -30,18 +21,12 @@ class LlamaReasoner(CausalReasoner):
 
     model_type: ClassVar[str] = "llama"
 
-    def _check(self, model: PreTrainedModel) -> None:
-        _check_type(model, self.model_type)
-
 
 @final
 class RobertaReasoner(MaskedReasoner):
     """RoBERTa (FacebookAI/roberta-base)."""
 
     model_type: ClassVar[str] = "roberta"
-
-    def _check(self, model: PreTrainedModel) -> None:
-        _check_type(model, self.model_type)
 
 
 def reasoner_of(model: PreTrainedModel) -> type[Reasoner]:

@@ -1,8 +1,7 @@
 """A model, perhaps compressed, that answers questions: `trainer.validate(module, datamodule)`."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ from tensorllm.evaluation.summary import columns
 from tensorllm.metrics import answer_metrics
 
 
-class Reasoner(LightningModule, ABC):
+class Reasoner(LightningModule):
     """Evaluates a model; logs every metric of `tensorllm.metrics` when an epoch of validation or
     test ends.
 
@@ -34,6 +33,8 @@ class Reasoner(LightningModule, ABC):
     """
 
     model: PreTrainedModel
+    masked: ClassVar[bool]  # whether it fills masks in, or predicts the next token
+    model_type: ClassVar[str | None] = None  # of one architecture only
 
     def __init__(
         self,
@@ -63,9 +64,14 @@ class Reasoner(LightningModule, ABC):
         self._scorer: Scorer | None = None
         self._workers = 1
 
-    @abstractmethod
     def _check(self, model: PreTrainedModel) -> None:
         """Raise UserError for a model of another kind."""
+        found = model.config.model_type
+        if self.model_type not in (None, found):
+            raise UserError(f"a model of type {self.model_type!r} is needed, got {found!r}")
+        if is_masked(model) != self.masked:
+            kind = "masked" if self.masked else "causal"
+            raise UserError(f"a {kind} model is needed, got {type(model).__name__}")
 
     def configure_model(self) -> None:
         """Load, compress, and plan the batches; once, however often Lightning calls it."""
@@ -115,14 +121,10 @@ class Reasoner(LightningModule, ABC):
 class CausalReasoner(Reasoner):
     """A model that predicts the next token."""
 
-    def _check(self, model: PreTrainedModel) -> None:
-        if is_masked(model):
-            raise UserError(f"a causal model is needed, got {type(model).__name__}")
+    masked: ClassVar[bool] = False
 
 
 class MaskedReasoner(Reasoner):
     """A model that fills masks in."""
 
-    def _check(self, model: PreTrainedModel) -> None:
-        if not is_masked(model):
-            raise UserError(f"a masked model is needed, got {type(model).__name__}")
+    masked: ClassVar[bool] = True

@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from tensorllm.checkpoint.factored import load
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
-from tensorllm.errors import UserError
+from tensorllm.errors import Incomplete, UserError
 from tensorllm.pipeline.measure import Measured, measure
-from tensorllm.pipeline.models import dtype_of
+from tensorllm.pipeline.models import device_of, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.pipeline.runtime import load_factored
 from tensorllm.registry import one_of
@@ -90,6 +88,7 @@ def bench(request: BenchRequest) -> Bench:
 
     Raises:
         UserError: not a factored folder, or numbers that make no sense.
+        Incomplete: a process that measures memory died.
     """
     for name in ("prompt_tokens", "new_tokens", "repeats"):
         value = getattr(request, name)
@@ -100,9 +99,12 @@ def bench(request: BenchRequest) -> Bench:
     manifest = read_manifest(request.model)
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{request.model} is not factored; there is nothing to compare")
+    request = replace(request, device=device_of(request.device))
     dense, _ = _load(request, "dense")
     factored, choices = _load(request, "factored")
-    prompt, new = _lengths(request, getattr(dense.config, "max_position_embeddings", None))
+    prompt, new = _lengths(
+        request, getattr(dense.config.get_text_config(), "max_position_embeddings", None)
+    )
     models = {"dense": dense, "factored": factored}
     found = measure(models, prompt, new, request.repeats)
     if request.peak and request.device == "cpu":
@@ -140,7 +142,7 @@ def _load(request: BenchRequest, kind: str) -> tuple[Any, list[Choice]]:
         model = load(request.model, dtype=dtype)
     else:
         model, choices = load_factored(request.model, request.policy, dtype)
-    return model.to(torch.device(request.device)).eval(), choices
+    return model.to(request.device).eval(), choices
 
 
 def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
@@ -154,7 +156,8 @@ def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
         check=False,
     )
     if run.returncode != 0:
-        raise RuntimeError(f"measuring the memory failed: {run.stderr.strip().splitlines()[-1]}")
+        said = run.stderr.strip().splitlines() or ["killed; is there memory for both models?"]
+        raise Incomplete(f"measuring the memory failed (exit code {run.returncode}): {said[-1]}")
     return int(json.loads(run.stdout.splitlines()[-1]))
 
 

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.calibration.fit import fit, fit_folder, store_for
+from tensorllm.calibration.groups import input_width, site_of
 from tensorllm.calibration.sequences import Calibration, read_calibration
+from tensorllm.calibration.sizes import budget_of, check_budget
 from tensorllm.checkpoint.target import exclusive
+from tensorllm.compression.plan import Plan, plan_folder
 from tensorllm.compression.task import FolderTask
+from tensorllm.compression.units import open_checkpoint
+from tensorllm.compressors import Job
 from tensorllm.compressors.activation import ActivationTucker
 from tensorllm.errors import UserError
 from tensorllm.pipeline.models import Loader
@@ -29,9 +34,9 @@ def calibrated(
     *,
     sequences: int,
     seed: int,
-    progress: Progress,
+    stream: bool,
     check: Check,
-    stream: bool = False,
+    progress: Progress,
 ) -> FolderTask:
     """The task with its strategy fitted to what the model sees on the text of `file`.
 
@@ -41,24 +46,60 @@ def calibrated(
 
     Where there is an output folder, an interrupted fit goes on from what it had finished.
     """
+    loader = Loader(task.source, task.dtype, task.device)
+    compressor, text = _read(task, file, loader, sequences, seed, stream, check)
+    if not stream and task.target == Path():
+        fitted = fit(compressor, loader(), text, task.layers, progress=progress)
+        return replace(task, compressor=fitted)
+    with exclusive(task.target):
+        return replace(task, compressor=_resumable(task, text, loader, stream, progress))
+
+
+def planned(
+    task: FolderTask, file: Path, *, sequences: int, seed: int, stream: bool, check: Check
+) -> Plan:
+    """What is known before the fit: the size in all, from the target; the fit shares it out."""
+    loader = Loader(task.source, task.dtype)
+    compressor, text = _read(task, file, loader, sequences, seed, stream, check)
+    checkpoint, roles = open_checkpoint(task.source)
+    geometry = roles.geometry
+    layers = sorted(roles.check_layers(range(roles.layers) if task.layers is None else task.layers))
+    clusters = compressor.clusters(geometry)
+    keys = [(layer, cluster) for layer in layers for cluster in clusters]
+    widest = max(input_width(geometry, cluster[0]) for cluster in clusters)
+    text.check(checkpoint.config.get_text_config().vocab_size, widest)
+    stored = None
+    if compressor.max_loss_increase is None:
+        stored = budget_of(compressor, keys, geometry, checkpoint.parameters)
+        check_budget(keys, geometry, sharing=compressor.sharing, budget=stored)
+    jobs = [Job(site_of(layer, cluster), compressor) for layer, cluster in keys]
+    task = replace(task, compressor=compressor.with_fit(jobs, text.facts()))
+    return replace(plan_folder(task, stored), seconds=None)
+
+
+def _read(
+    task: FolderTask,
+    file: Path,
+    loader: Loader,
+    sequences: int,
+    seed: int,
+    stream: bool,
+    check: Check,
+) -> tuple[ActivationTucker, Calibration]:
+    """The strategy and its text, if they are for one another."""
     if not isinstance(task.compressor, ActivationTucker):
         raise UserError(
             "--calibration is for the modes that use data: activation-tucker and -hybrid"
         )
     if stream and task.target == Path():
         raise UserError("--stream needs --out FOLDER: what is fitted is kept beside it meanwhile")
-    loader = Loader(task.source, task.dtype, task.device)
     tokenizer = loader.tokenizer()
     context = getattr(loader.config(), "max_position_embeddings", None) or LENGTH
     text = read_calibration(
         file, tokenizer, sequences=sequences, length=min(LENGTH, context), seed=seed
     )
     check(text, tokenizer)
-    if not stream and task.target == Path():
-        fitted = fit(task.compressor, loader(), text, task.layers, progress=progress)
-        return replace(task, compressor=fitted)
-    with exclusive(task.target):
-        return replace(task, compressor=_resumable(task, text, loader, stream, progress))
+    return task.compressor, text
 
 
 def _resumable(

@@ -42,8 +42,8 @@ def _architectures() -> list[Row]:
         {
             "model_type": name,
             "task": ARCHITECTURES[name].task,
-            "attention": ", ".join(_stored(s.roles) for s in ARCHITECTURES[name].attention),
-            "FFN": ", ".join(_stored(s.roles) for s in ARCHITECTURES[name].ffn),
+            "attention": ", ".join("+".join(s.roles) for s in ARCHITECTURES[name].attention),
+            "FFN": ", ".join("+".join(s.roles) for s in ARCHITECTURES[name].ffn),
         }
         for name in ARCHITECTURES
     ]
@@ -102,12 +102,8 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _stored(roles: Sequence[str]) -> str:
-    return "+".join(roles)
-
-
 def _first_line(doc: str | None) -> str:
-    return (doc or "").strip().splitlines()[0] if doc else ""
+    return next(iter((doc or "").strip().splitlines()), "")
 
 
 _KINDS: dict[str, Callable[[], list[Row]]] = {

@@ -7,14 +7,15 @@ from typing import Any
 from tensorllm.errors import UserError
 from tensorllm.evaluation.results import read_results
 from tensorllm.evaluation.statistics import compared
+from tensorllm.evaluation.summary import metrics_of
 
 
 def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
     """What changed from one folder of results to another, over the examples both have.
 
     Returns:
-        The two results, the statistics of `compared`, and the examples that went from wrong to
-        right (`mended`) and back (`broken`).
+        The two results, their `metrics` over the common examples, the statistics of `compared`
+        over these, and those that went from wrong to right (`mended`) and back (`broken`).
     """
     (first, old), (second, new) = read_results(before), read_results(after)
     if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
@@ -27,10 +28,12 @@ def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
     if not pairs:
         raise UserError(f"{before} and {after} have no example in common")
     changed = [(was, now) for was, now in pairs if was.correct != now.correct]
+    common = {"before": [was for was, _ in pairs], "after": [now for _, now in pairs]}
     return {
         "before": first,
         "after": second,
-        "comparison": compared([was for was, _ in pairs], [now for _, now in pairs], seed),
+        "metrics": {when: metrics_of(rows) for when, rows in common.items()},
+        "comparison": compared(common["before"], common["after"], seed),
         "mended": [asdict(now) for _, now in changed if now.correct],
         "broken": [asdict(now) for _, now in changed if not now.correct],
     }

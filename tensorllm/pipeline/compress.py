@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
 from tensorllm.pipeline.allocate import TARGETS, allocated, budget_of
-from tensorllm.pipeline.models import Loader, dtype_of
+from tensorllm.pipeline.models import Loader, device_of, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
@@ -115,9 +115,9 @@ def run(
         check_target(request.out, overwrite=request.overwrite)
     source = resolve(recipe.model, request.revision)
     if request.evaluate is not None:
-        from tensorllm.data import DATASETS
+        from tensorllm.evaluation.evaluate import make_dataset
 
-        _ = DATASETS[request.evaluate]  # an unknown one is refused before any work
+        make_dataset(request.evaluate, data_file=request.data_file)  # refused before any work
     dataset = request.evaluate or short_names().get(recipe.model, {}).get("evaluate")
     scorer = _scorer(evaluate, dataset)
     task = FolderTask(
@@ -135,7 +135,11 @@ def run(
     if request.stream and request.calibration is None:
         raise UserError("--stream is for --calibration FILE; without data, disk is streamed always")
     if request.calibration is not None:
-        task = _calibrated(task, request, progress)
+        from tensorllm.pipeline.calibrate import calibrated, clear, planned
+
+        if request.dry_run:
+            return planned(task, request.calibration, **_drawn(request))
+        task = calibrated(task, request.calibration, progress=progress, **_drawn(request))
     if budget is not None:
         task = allocated(task, budget, progress)
     if request.dry_run:
@@ -144,31 +148,21 @@ def run(
         return _in_memory(task, source, progress, scorer)
     report = _to_folder(task, progress, scorer)
     if request.calibration is not None:
-        from tensorllm.pipeline.calibrate import clear
-
         clear(task)
     return report
 
 
-def _calibrated(task: FolderTask, request: CompressRequest, progress: Progress) -> FolderTask:
-    """The task fitted to the request's text, which must not be what is scored afterwards."""
-    from tensorllm.pipeline.calibrate import accept, calibrated, refuse_evaluated
+def _drawn(request: CompressRequest) -> dict[str, Any]:
+    """How the calibration text is read; it must not be what is scored afterwards."""
+    from tensorllm.pipeline.calibrate import accept, refuse_evaluated
 
-    assert request.calibration is not None
     scored = None if request.allow_overlap else request.evaluate
-    target = task.target
-    if request.dry_run and not request.stream:
-        task = replace(task, target=Path())  # nothing is kept
-    fitted = calibrated(
-        task,
-        request.calibration,
-        sequences=request.sequences,
-        seed=request.seed,
-        progress=progress,
-        check=refuse_evaluated(scored, request.data_file) if scored else accept,
-        stream=request.stream,
-    )
-    return replace(fitted, target=target)
+    return {
+        "sequences": request.sequences,
+        "seed": request.seed,
+        "stream": request.stream,
+        "check": refuse_evaluated(scored, request.data_file) if scored else accept,
+    }
 
 
 Score = Callable[[Any, Any], dict[str, Any]]
@@ -197,7 +191,7 @@ def _in_memory(
 
 
 def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> CompressionReport:
-    original = Loader(task.source, task.dtype)
+    original = Loader(task.source, task.dtype, task.device)
     tokenizer = original.tokenizer() if score else None
     report = compress_folder(task, progress)
     if score:
@@ -219,18 +213,3 @@ def _excluded(key: str, given: Mapping[str, Any]) -> bool:
 
 def _format(name: str) -> Format:
     return "factored" if name == "factored" else "dense"
-
-
-def device_of(name: str) -> str:
-    """`auto` is the first GPU where there is one."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    one_of("--device", name.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not to be had here: {reason}") from None
-    return name

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from tensorllm.data.base import ReasoningDataModule
+from tensorllm.data.base import ReasoningDataModule, one_per_batch
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.modules.reasoner import Reasoner
 
@@ -38,7 +39,10 @@ class Devices:
 
     @property
     def several(self) -> bool:
-        return self.devices not in ("1", "auto") or self.num_nodes > 1
+        alone = self.devices == "1"
+        if self.devices == "auto":  # the Trainer takes all GPUs, but one process on a CPU
+            alone = self.accelerator == "cpu" or torch.cuda.device_count() <= 1
+        return not alone or self.num_nodes > 1
 
     @property
     def spawned(self) -> bool:
@@ -98,6 +102,9 @@ def validate(devices: Devices, module: Reasoner, data: ReasoningDataModule) -> N
                 raise
             reason = str(error).strip().splitlines()[0][:200]
             raise Incomplete(f"a process failed: {reason}; {AGAIN}") from None
+        finally:  # else the model would live as long as the data
+            data.trainer = None
+            data.plan_with(one_per_batch)
 
 
 def is_first() -> bool:

@@ -2,6 +2,7 @@
 results.
 """
 
+import gc
 import hashlib
 import json
 import sys
@@ -164,6 +165,7 @@ def _score(
         progress(done, total, f"scoring {loader.folder.name}")
 
     if len(data.done) < len(data.examples):
+        gc.collect()  # the model before this one: Trainers and models are cycles
         kind = MaskedReasoner if loader.masked else CausalReasoner
         module = kind(
             loader,

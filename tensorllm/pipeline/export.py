@@ -65,18 +65,23 @@ def export(
         for path in small_files(source):
             if path.name not in (MANIFEST, REPORT):
                 writer.copy(path)
-        config = json.loads((source / "config.json").read_text())
-        for name in ("quantization_config", "transformers_weights"):
-            config.pop(name, None)
-        if dtype is not None:
-            config["dtype"] = str(dtype).removeprefix("torch.")
+        config = _dense_config(source, dtype)
         writer.write_json("config.json", config)
         dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
         writer.write_json(MANIFEST, dense.to_json())
         if (source / REPORT).is_file():
             _write_report(writer, source, config, size, dtype)
         writer.finish()
-        return size
+    return size
+
+
+def _dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    for name in ("quantization_config", "transformers_weights"):
+        config.pop(name, None)
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
 
 
 def _write_report(

@@ -115,7 +115,7 @@ class Forecast:
         return Cost(seconds, BASE_BYTES + self.width * self.parameters + self._batch() + working)
 
     def scoring(self, dataset: str, examples: int) -> float:
-        """Seconds to score so many examples, in float of `Machine`."""
+        """Seconds to score so many examples of a dataset, by the papers' protocol."""
         kind = DATASETS[dataset]
         load = kind.workload
         assert load is not None, f"{dataset} says no workload"

@@ -9,7 +9,8 @@ from transformers import StoppingCriteriaList
 
 from tensorllm.checkpoint.source import resolve
 from tensorllm.errors import UserError
-from tensorllm.pipeline.models import Loader, dtype_of
+from tensorllm.evaluation.scorer import context_of
+from tensorllm.pipeline.models import Loader, device_of, dtype_of
 from tensorllm.pipeline.runtime import load_factored
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
@@ -21,6 +22,7 @@ class GenerateRequest:
     """What is asked for; the command line's options.
 
     Attributes:
+        max_new_tokens: at most; fewer where the model's context ends before.
         temperature: 0: always the likeliest token.
         beams: of the beam search; 1: none.
     """
@@ -58,22 +60,26 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         model = loader()
     if not model.can_generate():
         raise UserError(f"{request.model} fills masks and writes no text; evaluate it instead")
-    model = model.to(torch.device(request.device)).eval()
+    model = model.to(device_of(request.device)).eval()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(list(request.prompts), return_tensors="pt", padding=len(request.prompts) > 1)
+    read, context = batch["input_ids"].shape[1], context_of(model.config, tokenizer)
+    if read >= context:
+        raise UserError(f"the prompt must be below the model's {context} tokens, got {read}")
+    most = min(request.max_new_tokens, context - read)
     torch.manual_seed(request.seed)
 
     def count(ids: Tensor, scores: Any) -> Tensor:
-        progress(ids.shape[1] - batch["input_ids"].shape[1], request.max_new_tokens, "writing")
+        progress(ids.shape[1] - read, most, "writing")
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # no reason to stop
 
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
     out = model.generate(
         input_ids=batch["input_ids"].to(model.device),
         attention_mask=batch["attention_mask"].to(model.device),
-        max_new_tokens=request.max_new_tokens,
+        max_new_tokens=most,
         num_beams=request.beams,
         do_sample=request.temperature > 0,
         pad_token_id=tokenizer.pad_token_id,

@@ -56,6 +56,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
     """Each call in turns with the others, so that what else the machine does hits all alike."""
     for call in calls.values():
         call()
+    _wait()
     out: dict[str, list[Turn]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -99,7 +100,9 @@ def measure(
     """
     some = next(iter(models.values()))
     noise = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, some.config.vocab_size, (1, prompt + new), generator=noise)
+    ids = torch.randint(
+        0, some.config.get_text_config().vocab_size, (1, prompt + new), generator=noise
+    )
     ids = ids.to(some.device)
     whole = ids[:, :prompt]
     prefill = medians(
@@ -157,5 +160,6 @@ def _decode(model: Any, ids: Tensor, prompt: int) -> Callable[[], Any]:
 
 
 def _wait() -> None:
+    """Until a GPU has done what it was given: calls return before."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -94,6 +94,19 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return DTYPES[one_of("--dtype", name, list(DTYPES))]
 
 
+def device_of(name: str) -> str:
+    """`auto` is the first GPU where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    one_of("--device", name.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not to be had here: {reason}") from None
+    return name
+
+
 def _line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__

@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tensorllm.checkpoint.factored import STEM, mark_config, store_site
-from tensorllm.checkpoint.manifest import MANIFEST, StoredSite, check_files, read_manifest
+from tensorllm.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    StoredSite,
+    check_files,
+    read_manifest,
+)
 from tensorllm.checkpoint.reader import Checkpoint, small_files
 from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
@@ -46,28 +52,16 @@ def quantise_folder(
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{source} is not factored; --quantize takes a factored folder")
     check_files(source, manifest)
-    stored = Checkpoint(source, stem=STEM)
     fingerprint = {"quantise": str(source.resolve()), "files": manifest.files, "how": how}
     with exclusive(target):
         writer = ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite)
-        sites: list[StoredSite] = []
-        found: list[Narrowed] = []
-        for done, entry in enumerate(manifest.sites):
-            progress(done, len(manifest.sites), entry.name)
-            factors = entry.factors(stored.read(entry.tensors.values()))
-            if isinstance(factors, Quantised):
-                raise UserError(
-                    f"{source} is quantised already; quantise the folder it was made from"
-                )
-            narrow = quantise(factors, how)
-            site, tensors = store_site(entry.site, narrow)
-            writer.add(entry.name, tensors)
-            sites.append(site)
-            found.append(_narrowed(entry.name, factors, narrow))
-        special = {t for entry in manifest.sites for t in entry.tensors.values()}
-        for name in stored.entries:
-            if name not in special:
-                writer.add(name, stored.read([name]))
+        try:
+            sites, found = _write_weights(source, manifest, how, writer, progress)
+        except UserError:  # quantised already, or numbers that cannot be
+            writer.discard()
+            raise
+        finally:
+            writer.rest()
         weights = writer.name_files()
         for path in small_files(source):
             if path.name not in (MANIFEST, REPORT, "config.json"):
@@ -81,7 +75,31 @@ def quantise_folder(
             text = (source / CARD).read_text(encoding="utf-8")
             writer.write_text(CARD, f"{text}\nThe factors are held as {how}.\n")
         writer.finish()
-        return found
+    return found
+
+
+def _write_weights(
+    source: Path, manifest: Manifest, how: str, writer: ShardWriter, progress: Progress
+) -> tuple[list[StoredSite], list[Narrowed]]:
+    """Narrow factors of every site, and the other tensors as they are."""
+    stored = Checkpoint(source, stem=STEM)
+    sites: list[StoredSite] = []
+    found: list[Narrowed] = []
+    for done, entry in enumerate(manifest.sites):
+        progress(done, len(manifest.sites), entry.name)
+        factors = entry.factors(stored.read(entry.tensors.values()))
+        if isinstance(factors, Quantised):
+            raise UserError(f"{source} is quantised already; quantise the folder it was made from")
+        narrow = quantise(factors, how)
+        site, tensors = store_site(entry.site, narrow)
+        writer.add(entry.name, tensors)
+        sites.append(site)
+        found.append(_narrowed(entry.name, factors, narrow))
+    special = {t for entry in manifest.sites for t in entry.tensors.values()}
+    for name in stored.entries:
+        if name not in special:
+            writer.add(name, stored.read([name]))
+    return sites, found
 
 
 def _narrowed(name: str, factors: Factors, narrow: Factors) -> Narrowed:

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from tensorllm.errors import Incomplete
 from tensorllm.pipeline.search import SearchRequest
 from tensorllm.pipeline.search_run import SearchRun
-from tensorllm.search.examiner import Found
+from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, TrialQueue
 from tensorllm.search.selection import ranked, selection_gain
 from tensorllm.search.space import Point

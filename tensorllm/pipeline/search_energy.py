@@ -10,6 +10,7 @@ from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.errors import UserError
 from tensorllm.pipeline.allocate import ANY, at_any_ranks, energies
+from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import per_layer_recipe
 from tensorllm.search.energy import (
@@ -45,6 +46,7 @@ def run_energy(
     min_ratio: float | None = None,
     study: Path | None = None,
     revision: str | None = None,
+    plugins: Sequence[str] = (),
     progress: Progress = quiet,
 ) -> EnergyResult:
     """Ranks of every layer and matrix: an energy share, the noise edge, and, where a ratio is
@@ -52,10 +54,12 @@ def run_energy(
 
     Args:
         settings: other fields of the mode, such as `layout` or `matrices`.
+        plugins: modules to import first.
 
     Raises:
         UserError: a mode whose ranks spectra do not tell, or a ratio that cannot be reached.
     """
+    load_plugins(plugins)
     name = COMPRESSORS.name_of(COMPRESSORS[mode])
     if name not in ANY:
         raise UserError(f"--objective energy is for the modes {', '.join(ANY)}, got {mode!r}")

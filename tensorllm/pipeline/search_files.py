@@ -1,7 +1,9 @@
 """What a search leaves in its study's folder."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from optuna.trial import FrozenTrial
 from tensorllm.compression.jobs import plan_jobs, run_job
 from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.reporting.search_plots import save_plots
-from tensorllm.search.examiner import Found
+from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, RESULT
 from tensorllm.search.space import Point
 
@@ -24,8 +26,9 @@ def write_files(
     """`best.yaml`, `results.json` and, where matplotlib is, the plots."""
     import pyarrow.parquet as pq
 
-    _write(folder / RECIPE, recipe.encode())
-    _write(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+    for name, text in ((RECIPE, recipe), (RESULTS, json.dumps(results, indent=2) + "\n")):
+        with _whole(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     jobs = plan_jobs(point.compressor, run.roles, point.layers)
     done = [run_job(job, run.roles, run.examiner.weights) for job in jobs]
     rows = pq.read_table(folder / TRIALS).to_pylist()
@@ -54,13 +57,13 @@ def write_trials(folder: Path, run: SearchRun, trials: Sequence[FrozenTrial]) ->
                 "finished": trial.datetime_complete,
             }
         )
-    path = folder / TRIALS
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary)
-    temporary.replace(path)
+    with _whole(folder / TRIALS) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the path's place; other processes have others."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    yield temporary
     temporary.replace(path)

@@ -12,8 +12,8 @@ from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.pipeline.search_compose import Step, composed, selection, whole
 from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.bank import Edit, edited
-from tensorllm.search.examiner import Found
 from tensorllm.search.feasible import ratio_of
+from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
 from tensorllm.search.selection import front, half_width, ranked
 from tensorllm.search.space import Point
@@ -104,15 +104,9 @@ def _final(run: SearchRun, queue: TrialQueue, point: Point) -> dict[str, Any]:
     edits = [Edit(d.site, d.site.unstack(d.factors.dense(), run.roles.geometry), 0.0) for d in done]
     original = known["original"] if known else _score(run, test)
     with edited(edits, run.roles, weights):
-        validation = _score(run, run.validation)
         winner = _score(run, test)
-    final = {
-        "point": point.key,
-        "original": original,
-        "winner": winner,
-        "winner_validation": validation,
-        "looks": (known["looks"] if known else 0) + 1,
-    }
+    looks = (known["looks"] if known else 0) + 1
+    final = {"point": point.key, "original": original, "winner": winner, "looks": looks}
     queue.study.set_user_attr("final", final)
     return final
 

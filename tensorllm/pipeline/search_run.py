@@ -19,12 +19,13 @@ from tensorllm.compressors import COMPRESSORS
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
-from tensorllm.evaluation.scorer import is_masked
+from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.pipeline.models import Loader, dtype_of
 from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.pipeline.search import SearchRequest
-from tensorllm.search.examiner import Examiner, Found
+from tensorllm.search.examiner import Examiner
 from tensorllm.search.feasible import feasible
+from tensorllm.search.found import Found
 from tensorllm.search.identity import examples_fingerprint, model_fingerprint
 from tensorllm.search.kept import Budget
 from tensorllm.search.prefix import default_budget
@@ -130,7 +131,8 @@ class SearchRun:
 
     def _connected(self, split: Split) -> ReasoningDataModule:
         data = self.request.data(split)
-        data.connect(self.tokenizer, masked=is_masked(self.model))
+        context = context_of(self.model.config, self.tokenizer)
+        data.connect(self.tokenizer, masked=is_masked(self.model), context=context)
         return data
 
     @cached_property

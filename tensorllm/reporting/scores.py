@@ -6,8 +6,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from tensorllm.evaluation.statistics import LEAST_P
 from tensorllm.metrics import MAIN, SHOWN
-from tensorllm.reporting.tables import new_table
+from tensorllm.reporting.tables import new_table, p_value
 
 LISTED = 8  # examples of each kind of change
 WIDTH = 36  # of a question; answers wrap beside it
@@ -26,17 +27,20 @@ def score_tables(results: Mapping[str, Any]) -> RenderableType:
                 table.add_row(shown.title, shown.exact(value), _interval(spread, shown.digits))
         return Group(*parts, table, *_notes(results))
     parts.append(_side_by_side(before["metrics"], results["metrics"], results["comparison"]))
-    return Group(*parts, _tests(results), *_notes(results))
+    tests = _tests(results["metrics"], results["comparison"])
+    return Group(*parts, tests, *_notes(results))
 
 
 def comparison_tables(changes: Mapping[str, Any]) -> RenderableType:
     """Two folders of results."""
     before, after = changes["before"], changes["after"]
-    parts: list[RenderableType] = [
-        _headline(before),
-        _headline(after),
-        _side_by_side(before["metrics"], after["metrics"], changes["comparison"]),
-        _tests({"comparison": changes["comparison"], "metrics": after["metrics"]}),
+    metrics, comparison = changes["metrics"], changes["comparison"]
+    parts: list[RenderableType] = [_headline(before), _headline(after)]
+    if not before["examples"] == after["examples"] == comparison["examples"]:
+        parts.append(f"over the {comparison['examples']} examples that both have:")
+    parts += [
+        _side_by_side(metrics["before"], metrics["after"], comparison),
+        _tests(metrics["after"], comparison),
     ]
     for kind, title in (("mended", "wrong, now right"), ("broken", "right, now wrong")):
         rows = changes[kind]
@@ -79,14 +83,13 @@ def _side_by_side(
     return table
 
 
-def _tests(results: Mapping[str, Any]) -> Text:
-    comparison = results["comparison"]
-    loss = f"loss, paired bootstrap p {_p(comparison['loss_p'])}"
-    if "accuracy" not in results["metrics"]:  # running text: nothing is right or wrong
+def _tests(metrics: Mapping[str, float], comparison: Mapping[str, Any]) -> Text:
+    loss = f"loss, paired bootstrap p {p_value(comparison['loss_p'], LEAST_P)}"
+    if "accuracy" not in metrics:  # running text: nothing is right or wrong
         return Text(loss)
     return Text(
         f"wrong to right {comparison['mended']}, right to wrong {comparison['broken']} of "
-        f"{comparison['examples']}: McNemar p {_p(comparison['mcnemar_p'])}; {loss}"
+        f"{comparison['examples']}: McNemar p {p_value(comparison['mcnemar_p'])}; {loss}"
     )
 
 
@@ -99,10 +102,6 @@ def _notes(results: Mapping[str, Any]) -> list[Text]:
 
 def _interval(bounds: list[float] | None, digits: int) -> str:
     return "" if bounds is None else f"{bounds[0]:.{digits}f}…{bounds[1]:.{digits}f}"
-
-
-def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
 
 
 def _short(text: str) -> str:

@@ -23,6 +23,12 @@ def search_tables(results: Mapping[str, Any]) -> RenderableType:
         parts.insert(2, _steps(results["steps"]))
     if results["selection"] is not None:
         parts.append(_selection(results["selection"]))
+    ratio = results["winner"]["validation"]["ratio"]
+    if ratio < 1:
+        parts.append(
+            f"the winner's factors hold more numbers than its matrices (ratio {ratio:.2f}): it is "
+            "no smaller; --min-ratio 1 searches only what is"
+        )
     return Group(*parts)
 
 

@@ -46,7 +46,8 @@ def plan_table(plan: Plan) -> RenderableType:
         "parameters", count(plan.parameters_before), _known(plan.parameters_after, count)
     )
     totals.add_row("weight files", size(plan.bytes_before), _known(plan.bytes_after, size))
-    totals.add_row("predicted time", "", duration(plan.seconds))
+    time = "the fit's, and more" if plan.seconds is None else duration(plan.seconds)
+    totals.add_row("predicted time", "", time)
     totals.add_row("predicted peak memory", "", size(plan.peak_bytes))
     return Group(table, totals)
 
@@ -75,6 +76,11 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / unit:.{int(unit > 1)}f} {name}"
     return f"{seconds / 86_400:.0f} days"
+
+
+def p_value(value: float, least: float = 1e-4) -> str:
+    """`= 0.031`; `≤ 0.001` where that is the least that is told, or that a bootstrap can tell."""
+    return f"≤ {least:g}" if value <= least else f"= {value:.2g}"
 
 
 def _headline(report: CompressionReport) -> Text:

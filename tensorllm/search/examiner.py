@@ -4,7 +4,6 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from typing import Any
 
@@ -21,6 +20,7 @@ from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.scorer import is_masked, make_scorer
 from tensorllm.search.bank import EXACT_BELOW, Bank, Edit, edited, nests
 from tensorllm.search.feasible import ratio_of
+from tensorllm.search.found import Found, found_in
 from tensorllm.search.kept import NOTHING, Budget
 from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
 from tensorllm.search.space import Point
@@ -31,36 +31,6 @@ from tensorllm.tensors.stacking import FFN
 # would make batches small, which costs more than it saves.
 STAGES = (1 / 8, 1 / 4, 1 / 2, 1)
 LEAST = 32  # examples in a stage
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a trial gave.
-
-    Attributes:
-        accuracy: per cent of the examples seen; None for running text.
-        loss: nats per token, mean over the examples seen.
-        seen: examples examined.
-        stopped: given up before the last example, as a loser.
-        ratio: numbers in the decomposed matrices over numbers stored for them.
-        parameters_saved: numbers that the model has fewer.
-        relative_error: the largest of the sites'.
-        correct: verdicts in the order of examination, as a hexadecimal number (first one lowest).
-        seconds: of the whole trial.
-    """
-
-    accuracy: float | None
-    loss: float
-    seen: int
-    stopped: bool
-    ratio: float
-    parameters_saved: int
-    relative_error: float
-    correct: str
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class TooFar(Exception):
@@ -166,7 +136,7 @@ class Examiner:
         rows, stopped = self._rows(edits, rival, level)
         ratio = ratio_of(jobs, self.roles) if jobs else 1.0
         saved = round(sum(self._size(job) for job in jobs) * (1 - 1 / ratio))
-        return found(rows, stopped, ratio, saved, error, time.perf_counter() - started)
+        return found_in(rows, stopped, ratio, saved, error, time.perf_counter() - started)
 
     def _size(self, job: Job) -> int:
         return sum(self.roles.geometry.inner(r) for _, r in job.site.matrices) * (
@@ -215,35 +185,3 @@ def shuffled(
         sizes[-1] += len(group)
         done += len(group)
     return [example for group in groups for example in group], sizes
-
-
-def found(
-    rows: Sequence[Row], stopped: bool, ratio: float, saved: int, error: float, seconds: float
-) -> Found:
-    """The figures of these rows; a loss that is not finite is an error."""
-    asked = rows[0].correct is not None
-    loss = sum(row.loss for row in rows) / len(rows)
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise FloatingPointError(f"the model's loss is {loss}")
-    return Found(
-        accuracy=100 * sum(bool(row.correct) for row in rows) / len(rows) if asked else None,
-        loss=loss,
-        seen=len(rows),
-        stopped=stopped,
-        ratio=ratio,
-        parameters_saved=saved,
-        relative_error=error,
-        correct=pack([bool(row.correct) for row in rows]) if asked else "",
-        seconds=seconds,
-    )
-
-
-def pack(verdicts: Sequence[bool]) -> str:
-    """Verdicts as a hexadecimal number, the first one its lowest bit."""
-    return f"{sum(1 << i for i, verdict in enumerate(verdicts) if verdict):x}"
-
-
-def unpack(text: str, count: int) -> tuple[bool, ...]:
-    """The verdicts that `pack` made this of."""
-    number = int(text or "0", 16)
-    return tuple(bool(number >> i & 1) for i in range(count))

@@ -68,11 +68,16 @@ def _changed(layer: Any, change: Change) -> Any:
 
 
 def mapped(t: Tensor, folder: Path) -> Tensor:
-    """A copy in a file without a name: the space is free again when the tensor is gone."""
+    """A copy in a file without a name: the space is free again when the tensor is gone.
+
+    Raises:
+        OSError: the disk is full. (Writing through the map would then end the process.)
+    """
     with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
-        file.truncate(max(1, t.nbytes))
+        file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
         flat = torch.from_file(file.name, shared=True, size=t.numel(), dtype=t.dtype)
-        return flat.view(t.shape).copy_(t)
+        return flat.view(t.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +134,14 @@ class Store:
             if place is None:
                 return
             new = replace(new, below=more)
-            self.bytes[place] += new.bytes
             if place == "disk":
                 assert self.budget.folder is not None
                 folder = self.budget.folder
-                new = new.each(lambda t: mapped(t, folder))
+                try:
+                    new = new.each(lambda t: mapped(t, folder))
+                except OSError:  # less room than the budget says: it is computed again
+                    return
+            self.bytes[place] += new.bytes
             self._below.setdefault(key, []).extend((entry, place) for entry in new.below)
             mine[key] = (replace(new, below=()), place)
 
@@ -157,7 +165,8 @@ class Store:
             if self.bytes["disk"] + size <= self.budget.disk:
                 return "disk", more
             others = [at for at in self._kept if at != layer and self._kept[at]]
-            if spare or not others:
+            never = size > max(self.budget.memory, self.budget.disk)
+            if spare or never or not others:
                 return None, more
             self._forget_layer(others[0])
 

@@ -19,9 +19,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tensorllm.errors import UserError
+from tensorllm.evaluation.results import alone
 from tensorllm.search import storage
 from tensorllm.search.space import Values
-from tensorllm.search.storage import Claims, alone, open_storage, stable
+from tensorllm.search.storage import Claims, open_storage, stable
 
 CLAIMS, FILLING = "claims.lock", "filling.lock"
 RESULT, REASON = "result", "reason"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from tensorllm.search.examiner import Found, unpack
+from tensorllm.search.found import Found, unpack
 from tensorllm.search.worker import finished, merit
 
 RESAMPLES = 1000

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -68,12 +68,9 @@ class Space:
     choices: Mapping[str, tuple[Value, ...]]
     together: int = 1
     tied: bool = False
-    fixed: Mapping[str, Any] = None  # type: ignore[assignment]  # set below
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     heads: int = 1
     width: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "fixed", dict(self.fixed or {}))
 
     def point(self, values: Values) -> Point:
         """The compression that these values stand for."""

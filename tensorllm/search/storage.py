@@ -59,17 +59,6 @@ class FileLock(BaseJournalFileLock):
                 journal.truncate(end)
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Holds a lock that the system opens when its holder dies."""
-    descriptor = _descriptor(path)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 class Claims:
     """Which trials a living process of this machine is at work on: one byte of a file for each.
 

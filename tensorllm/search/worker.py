@@ -12,8 +12,9 @@ from tensorllm.compressors import Job
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.registry import one_of
 from tensorllm.search.choices import Value
-from tensorllm.search.examiner import Examiner, Found, TooFar, unpack
+from tensorllm.search.examiner import Examiner, TooFar
 from tensorllm.search.feasible import Taken, collides, ratio_of
+from tensorllm.search.found import Found, unpack
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.space import Point, Space
 from tensorllm.search.stopping import Rival
@@ -59,15 +60,13 @@ class Rules:
 
 def make_sampler(name: str, seed: int, workers: int = 1) -> optuna.samplers.BaseSampler:
     """The sampler of trials whose values are not queued."""
+    one_of("--sampler", name, SAMPLERS)
     if name == "tpe":
         with stable():
             return optuna.samplers.TPESampler(seed=seed, constant_liar=workers > 1)
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed)
-    if name == "grid":
-        return optuna.samplers.RandomSampler(seed=seed)  # never asked: a grid is queued
-    one_of("--sampler", name, SAMPLERS)
-    raise AssertionError(name)
+    return optuna.samplers.RandomSampler(seed=seed)  # never asked: a grid is queued
 
 
 def suggest(trial: optuna.Trial, space: Space, *, grid: bool) -> dict[str, Value]:

@@ -16,6 +16,11 @@ def times(ratio: float) -> str:
     return f"{ratio:.3g}×" if ratio >= 100 else f"{ratio:.2f}×"
 
 
+def smaller(ratio: float) -> tuple[float, str]:
+    """How many times fewer parameters; below 1 how many times more, and so in words."""
+    return (ratio, "fewer parameters") if ratio >= 1 else (1 / ratio, "more parameters")
+
+
 def signed(x: float, digits: int) -> str:
     """With a sign that is as wide as a plus."""
     return f"{x:+.{digits}f}".replace("-", "−")

@@ -45,7 +45,6 @@ def render(runs: Sequence[Run], canvas: Canvas) -> str:
 
 
 def _title(views: Sequence[Mapping[str, Any]], studies: Sequence[Mapping[str, Any]]) -> str:
-    titles = [view["title"] for view in (*views, *studies)]
-    if len(titles) == 1:
-        return str(titles[0])
-    return f"{len(titles)} runs side by side" if len(views) > 1 else str(titles[0])
+    everything = (*views, *studies)
+    one = str(everything[0]["title"])
+    return f"{len(everything)} runs side by side" if len(views) > 1 else one

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensorllm.compression.wording import numbers
-from tensorllm.metrics import SHOWN
-from tensorllm.reporting.page.figures import between, score_tile, short_name
+from tensorllm.metrics import MAIN, SHOWN
+from tensorllm.reporting.page.figures import between, score_tile, short_name, smaller, times
 from tensorllm.reporting.page.plots_search import search_pictures
 from tensorllm.reporting.page.runs import Searched
 from tensorllm.reporting.page.sections import provenance_rows
@@ -22,6 +22,7 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
     shown = SHOWN[metric]
     before, after = original["test"][metric], winner["test"][metric]
     counts = found["trials"]
+    factor, what = smaller(winner["validation"]["ratio"])
     settings = {k: v for k, v in winner.items() if k not in ("trial", "validation", "test", "mode")}
     return {
         "id": f"run-{number}",
@@ -43,8 +44,8 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
             | {"tone": ""},
             {
                 "label": "compressed matrices",
-                "value": f"{winner['validation']['ratio']:.2f}×",
-                "note": "fewer parameters",
+                "value": times(factor),
+                "note": what,
                 "tone": "",
             },
             {
@@ -62,13 +63,12 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
 
 
 def _trial(row: Mapping[str, Any]) -> dict[str, str]:
-    accuracy = row.get("accuracy")
+    scores = {m: "" if row[m] is None else SHOWN[m].exact(row[m]) for m in MAIN}
     return {
         "number": str(row["trial"]),
         "settings": _settings(row["params"]),
-        "accuracy": "" if accuracy is None else f"{accuracy:.2f}",
-        "loss": f"{row['loss']:.4f}",
-        "ratio": f"{row['ratio']:.2f}×",
+        **scores,
+        "ratio": times(row["ratio"]),
         "error": f"{row['relative_error']:.4f}",
     }
 

@@ -5,12 +5,14 @@ from typing import Any
 
 from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.statistics import LEAST_P
 from tensorllm.metrics import SHOWN
 from tensorllm.reporting.bench import ROWS, in_units
 from tensorllm.reporting.page.figures import between, signed
 from tensorllm.reporting.page.plots_scores import change_picture, score_pictures, speed_picture
 from tensorllm.reporting.page.runs import Benched, Evaluated
 from tensorllm.reporting.page.theme import Canvas
+from tensorllm.reporting.tables import p_value
 
 LISTED = 40  # examples of each kind of change
 TAIL = 420  # characters of a prompt: its end, where the question is
@@ -55,17 +57,13 @@ def _tests(found: BeforeAfter) -> str:
     if not found.comparison:
         return ""
     c = found.comparison
-    loss = f"the loss changed with p {_p(c['loss_p'])} (paired bootstrap)."
+    loss = f"the loss changed with p {p_value(c['loss_p'], LEAST_P)} (paired bootstrap)."
     if "accuracy" not in found.after:  # running text: nothing is right or wrong
         return loss.capitalize()
     return (
         f"{c['mended']:,} answers went from wrong to right and {c['broken']:,} from right to wrong "
-        f"(McNemar's test, p {_p(c['mcnemar_p'])}); {loss}"
+        f"(McNemar's test, p {p_value(c['mcnemar_p'])}); {loss}"
     )
-
-
-def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
 
 
 def changed_examples(run: Evaluated) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from tensorllm.compression.report import RATIO_NAMES
 from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.metrics import MAIN
 from tensorllm.reporting.page.drawing import model_drawing
-from tensorllm.reporting.page.figures import score_tile, times
+from tensorllm.reporting.page.figures import score_tile, smaller, times
 from tensorllm.reporting.page.runs import Json
 from tensorllm.reporting.page.section_scores import changed_examples, scores_section, speed_section
 from tensorllm.reporting.page.section_weights import (
@@ -48,7 +48,9 @@ def subject_view(subject: Subject, canvas: Canvas, number: int) -> dict[str, Any
         "speed": [
             speed_section(run, canvas, f"{prefix}{n}-") for n, run in enumerate(subject.benched, 1)
         ],
-        "provenance": [facts for run in _sources(subject) if (facts := _provenance(*run))],
+        "provenance": [
+            {"title": title, "rows": provenance_rows(facts)} for title, facts in _sources(subject)
+        ],
     }
 
 
@@ -61,12 +63,8 @@ def _tiles(subject: Subject, measured: Sequence[BeforeAfter]) -> Iterator[dict[s
     if subject.report:
         ratios, totals = subject.report["ratios"], subject.report["totals"]
         name = next(n for n in ("attention_of_edited_layers", "matrices_compressed") if n in ratios)
-        yield {
-            "label": RATIO_NAMES[name],
-            "value": times(ratios[name]),
-            "note": "fewer parameters",
-            "tone": "",
-        }
+        factor, what = smaller(ratios[name])
+        yield {"label": RATIO_NAMES[name], "value": times(factor), "note": what, "tone": ""}
         yield {
             "label": "whole model",
             "value": times(ratios["whole_model"]),
@@ -82,11 +80,6 @@ def _sources(subject: Subject) -> Iterator[tuple[str, Json]]:
         yield f"Evaluation on {run.results['dataset']}", run.results
     for bench in subject.benched:
         yield "Benchmark", bench.found
-
-
-def _provenance(title: str, facts: Json) -> dict[str, Any]:
-    """Where a number comes from: name and value of all that is known."""
-    return {"title": title, "rows": provenance_rows(facts)}
 
 
 def provenance_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

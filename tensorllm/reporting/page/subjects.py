@@ -8,7 +8,7 @@ from typing import Any
 from tensorllm.compression.wording import done_in_words
 from tensorllm.evaluation.before_after import BeforeAfter, of_results, of_scores
 from tensorllm.metrics import SHOWN
-from tensorllm.reporting.page.figures import short_name
+from tensorllm.reporting.page.figures import short_name, smaller
 from tensorllm.reporting.page.runs import Benched, Compressed, Evaluated, Json, Run, Searched
 
 
@@ -58,8 +58,8 @@ class Subject:
         outcomes = [_outcome(found) for found in self.measured()[:1]]
         text = f"{outcomes[0]}, {done}" if outcomes else f"The model {self.name} {done}"
         if self.report:
-            ratio = self.report["ratios"]["whole_model"]
-            text += f"; the whole model has {ratio:.3g} times fewer parameters"
+            factor, what = smaller(self.report["ratios"]["whole_model"])
+            text += f"; the whole model has {factor:.3g} times {what}"
         return f"{text[0].upper()}{text[1:]}."
 
 
