@@ -122,6 +122,17 @@ def test_official_is_what_laser_runs() -> None:
     torch.testing.assert_close(got, u @ torch.diag(s) @ v.T)
 
 
+@pytest.mark.parametrize(("rank", "more"), [(10, 16), (41, 20)])
+def test_randomized_draws_half_as_many_directions_more(rank: int, more: int) -> None:
+    w_IO = with_spectrum(SPECTRA["decaying"], 80, 90).float()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        u, s, v = torch.svd_lowrank(w_IO, q=rank + more, niter=4)
+    want = u[:, :rank] @ torch.diag(s[:rank]) @ v[:, :rank].T
+    got = truncated_svd(w_IO, rank, "randomized", seed=5).dense()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-12, 1e12, 1e25])
 def test_any_scale(value: float) -> None:
     torch.manual_seed(0)

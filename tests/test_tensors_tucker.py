@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import LowRank, Tucker, cast
-from tensorllm.tensors.tucker import relative_error, spectra, truncate, tucker
+from tensorllm.tensors.tucker import relative_error, slice_errors, spectra, truncate, tucker
 from tensorllm.tensors.unfold import in_memory_order
 
 F64 = torch.float64
@@ -265,6 +265,47 @@ def test_tensorly_is_an_option() -> None:
     ranks = {0: 8, 1: 3, 2: 2}
     got = naive_error(w, tucker(w, ranks, method="tensorly"))
     assert got == pytest.approx(reference_error(w, ranks), rel=1e-9)
+
+
+@pytest.mark.parametrize(("sweeps", "limit"), [(0, 1), (1, 1), (3, 3), (None, 100)])
+def test_tensorly_ends_where_it_is_told(sweeps: int | None, limit: int) -> None:
+    w, ranks = random_tensor((20, 12, 4, 3)), {0: 5, 1: 3, 2: 2}
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        (core, factors), _ = partial_tucker(
+            w, list(ranks.values()), list(ranks), n_iter_max=limit, init="svd", tol=0
+        )
+    got = tucker(w, ranks, method="tensorly", sweeps=sweeps, tol=0)
+    want = Tucker(core, dict(enumerate(factors)))
+    torch.testing.assert_close(got.dense(), naive_dense(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+def test_errors_of_slices(dtype: torch.dtype) -> None:
+    """Of every (matrix, head), whether the mode of the matrices has a factor or not."""
+    w = random_tensor((12, 8, 4, 3), 0.5).to(dtype)
+    for ranks in ({0: 5, 1: 3, 2: 2}, {0: 5, 1: 3}, {2: 2}, {0: 2}):
+        t = tucker(w, ranks)
+        found = slice_errors(w, t, (0, 1))
+        assert found is not None
+        lost = w.double() - naive_dense(t)
+        for got, want in zip(found, (lost, w.double()), strict=True):
+            assert got.dtype == F64
+            torch.testing.assert_close(got, want.norm(dim=(0, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_errors_of_slices_that_would_cancel() -> None:
+    """Near 0.1 of a slice's norm, which is 0.01 of its energy; its size does not matter."""
+    w = torch.ones(2, 2, 2, dtype=F64) * torch.tensor([1.0, 100.0], dtype=F64)
+
+    def short_of(shares: list[float]) -> tuple[Tensor, Tensor] | None:
+        scale = 1 - torch.tensor(shares, dtype=F64)
+        return slice_errors(w, Tucker(w * scale, {}), (0, 1))
+
+    assert short_of([0.5, 0.09]) is None
+    assert short_of([0.09, 0.5]) is None
+    found = short_of([0.11, 0.5])
+    assert found is not None
+    torch.testing.assert_close(found[0], torch.tensor([0.22, 100.0], dtype=F64))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -61,6 +61,24 @@ def test_energies(order: tuple[int, ...]) -> None:
     assert unfold.residual_energy(w, other) == pytest.approx(want, rel=1e-6)
 
 
+def test_residuals_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of about 80 numbers here, or of one index of the first mode in memory."""
+    pieces: list[int] = []
+
+    def energy(w: Tensor) -> float:
+        pieces.append(w.numel())
+        return float(w.double().square().sum())
+
+    monkeypatch.setattr(unfold, "energy", energy)
+    monkeypatch.setattr(unfold, "CHUNK", 20)
+    for sizes, want in (((9, 5, 4), [80, 80, 20]), ((2, 9, 10), [90, 90])):
+        w, other = torch.randn(sizes), torch.randn(sizes)
+        left = float((w - other).double().square().sum())
+        assert unfold.residual_energy(w, other) == pytest.approx(left)
+        assert pieces == want
+        pieces.clear()
+
+
 def test_gaps_and_repeats_in_memory() -> None:
     whole = torch.randn(6, 5, 4)
     for w in (whole[::2], whole[:, 1:3], whole[:, :1].expand(6, 5, 4), whole[:1, :, :1]):

@@ -102,6 +102,11 @@ def test_good_stackings_are_not_refused() -> None:
     STACKINGS[rows_stacking(("in", "gate"))].check(("in", "gate"), GROUPED)
 
 
+def test_names_of_stacked_rows() -> None:
+    assert rows_stacking(("q", "k")) == "rows-q-k"
+    assert rows_stacking(("q",)) == "matrix"
+
+
 @pytest.mark.parametrize(
     ("values", "entry", "enough"),
     [

@@ -47,8 +47,7 @@ def laser_rank(rho: float, shape: Sequence[int]) -> int:
     """
     if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 < rho <= 1:
         raise UserError(f"rho (share of the rank kept) must be in (0, 1], got {rho!r}")
-    exact = rho * min(shape)
-    return max(1, math.floor(exact + 1e-9 * max(1.0, exact)))
+    return max(1, math.floor(rho * min(shape) * (1 + 1e-9)))
 
 
 def ranks_for_energy(spectra: Mapping[int, Tensor], share: float) -> dict[int, int]:

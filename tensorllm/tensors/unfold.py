@@ -164,9 +164,9 @@ def residual_energy(w: Tensor, approximation: Tensor) -> float:
     """The sum of squares of `w - approximation`, chunk by chunk along w's first axis in memory."""
     view, order = in_memory_order(w)
     other = approximation.permute(order)
-    step = max(1, 4 * CHUNK * view.shape[0] // max(1, view.numel()))
+    step = max(1, 4 * CHUNK * view.shape[0] // view.numel())
     pairs = zip(view.split(step), other.split(step), strict=True)
-    return sum(energy(x.to(y.dtype) - y) for x, y in pairs)
+    return sum(energy(x - y) for x, y in pairs)
 
 
 def all_finite(w: Tensor) -> bool:
