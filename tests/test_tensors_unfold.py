@@ -1,6 +1,7 @@
 """Passes in memory order against einsum: every order of modes in memory, cut into small pieces."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -79,6 +80,88 @@ def test_residuals_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
         pieces.clear()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "size", "want"),
+    [
+        ((6, 4, 5), 120, [(6, 4, 5)]),
+        ((5, 4, 5), 59, [(2, 4, 5), (2, 4, 5), (1, 4, 5)]),
+        ((2, 4, 5), 20, [(1, 4, 5)] * 2),
+        ((2, 4, 5), 19, [(1, 4, 4), (1, 4, 1)] * 2),  # one block is too large
+        ((1, 7, 3), 5, [(1, 7, 1)] * 3),  # even one column is
+    ],
+)
+def test_pieces_cover_all_once(
+    sizes: tuple[int, ...], size: int, want: list[tuple[int, ...]]
+) -> None:
+    counts, shapes = torch.zeros(sizes), []
+    for at_a, at_b in unfold._pieces(counts, size):
+        counts[at_a, :, at_b] += 1
+        shapes.append(tuple(counts[at_a, :, at_b].shape))
+    assert shapes == want
+    assert bool((counts == 1).all())
+
+
+def test_narrow_blocks_are_folded_as_often_as_they_may_be() -> None:
+    for long, short in itertools.product(range(1, 65), range(1, 20)):
+        folds = (1, 2, 4, 8, 16)
+        allowed = [f for f in folds if long % f == 0 and f * short <= unfold.FOLDED]
+        assert unfold._fold(long, short) == max(allowed, default=1)
+
+
+@pytest.fixture
+def sizes_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What _pieces is told, where a chunk is 60 numbers."""
+    asked: list[int] = []
+    pieces = unfold._pieces
+
+    def watched(x_ANB: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+        asked.append(size)
+        return pieces(x_ANB, size)
+
+    monkeypatch.setattr(unfold, "_pieces", watched)
+    monkeypatch.setattr(unfold, "CHUNK", 60)
+    return asked
+
+
+def test_how_much_a_gram_matrix_takes_at_once(sizes_asked_for: list[int]) -> None:
+    shapes = [(40, 5, 1), (40, 6, 1), (4, 3, 5), (4, 3, 3), (2, 5, 30)]
+    for shape in shapes:
+        x_ANB = torch.randn(shape)
+        want = torch.einsum("anb,amb->nm", x_ANB.double(), x_ANB.double())
+        torch.testing.assert_close(unfold._plain_gram(x_ANB, torch.float64), want)
+    # thin blocks together, at least twice as many numbers as the result has; wide ones singly
+    assert sizes_asked_for == [60, 72, 15, 9, 60]
+
+
+def test_how_much_a_product_takes_at_once(
+    sizes_asked_for: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widened = []
+    beside = unfold._beside_itself
+    monkeypatch.setattr(unfold, "NARROW", 20)
+    monkeypatch.setattr(unfold, "_beside_itself", lambda u, b: widened.append(b) or beside(u, b))
+    for shape, dtype in (
+        ((7, 5, 4), torch.float32),
+        ((7, 5, 5), torch.float32),
+        ((1, 5, 4), torch.float32),
+        ((7, 5, 1), torch.float32),
+        ((90, 5, 3), torch.bfloat16),
+    ):
+        w, u_NR = torch.randn(shape).to(dtype), torch.randn(5, 2)
+        want = torch.einsum("anb,nr->arb", w.float(), u_NR)
+        torch.testing.assert_close(unfold.project(w, u_NR, 1), want)
+    # what needs no conversion is taken whole
+    assert sizes_asked_for == [7 * 20, 7 * 25, 20, 7 * 5, 4 * 60]
+    assert widened == [4, 3]  # narrow blocks, of which there are several
+
+
+def test_results_are_on_the_device_of_the_tensor() -> None:
+    for shape in ((6, 5, 4), (3, 4, 300)):
+        w, u_NR = torch.empty(shape, device="meta"), torch.empty(shape[1], 2, device="meta")
+        assert unfold.gram(w, 1, torch.float32).device == w.device
+        assert unfold.project(w, u_NR, 1).device == w.device
+
+
 def test_gaps_and_repeats_in_memory() -> None:
     whole = torch.randn(6, 5, 4)
     for w in (whole[::2], whole[:, 1:3], whole[:, :1].expand(6, 5, 4), whole[:1, :, :1]):
@@ -110,6 +193,7 @@ def test_energy_where_float32_squares_vanish_or_overflow(scale: float) -> None:
 def test_all_finite(value: float) -> None:
     w = laid_out(ORDERS[9])
     assert unfold.all_finite(w)
+    assert unfold.all_finite(w[:0])
     w[3, 2, 1, 0] = value
     assert not unfold.all_finite(w)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.frontier import Front, front_of, merge, union
+from tensorllm.tensors.frontier import front_of, merge, union
 
 
 class Curve(NamedTuple):
@@ -62,8 +62,8 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
         else:
             low = middle
     # What is left over at the lowest price may buy nothing, and more at another.
+    affordable.append(_by_frontier(clusters, budget))
     spent = [_spend_rest(clusters, choices, budget) for choices in affordable]
-    spent += [_spend_rest(clusters, choices, budget) for choices in _by_frontier(clusters, budget)]
     return min(spent, key=lambda choices: error_of(clusters, choices))
 
 
@@ -86,30 +86,25 @@ def _cheapest(cluster: Cluster, price: float) -> Choice:
     return best
 
 
-def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[list[Choice]]:
-    """The best choice along merged frontiers: exact while they are small; or none."""
-    whole: Front | None = None
-    widths = []
-    for cluster in clusters:
-        ways = [
-            reduce(partial(merge, budget=budget), [front_of(*curve, budget) for curve in curves])
-            for curves in cluster
-        ]
-        front = union(ways, budget)
-        widths.append(front.picks_NC.shape[1])
-        whole = front if whole is None else merge(whole, front, budget)
-    if whole is None or not len(whole.cost_N):
-        return []  # thinning kept nothing that fits
-    picks = whole.picks_NC[-1].split(widths)
-    return [
-        [Choice(way, tuple(r for r in ranks if r)) for way, *ranks in map(Tensor.tolist, picks)]
+def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
+    """The best choice along merged frontiers, exact while they are small."""
+    merged = partial(merge, budget=budget)
+    fronts = [
+        union(
+            [reduce(merged, [front_of(*curve, budget) for curve in curves]) for curves in cluster],
+            budget,
+        )
+        for cluster in clusters
     ]
+    widths = [front.picks_NC.shape[1] for front in fronts]
+    picks = reduce(merged, fronts).picks_NC[-1].split(widths)
+    return [Choice(way, tuple(r for r in ranks if r)) for way, *ranks in map(Tensor.tolist, picks)]
 
 
 def _prices(clusters: Sequence[Cluster]) -> tuple[float, float]:
     """Prices between which every choice changes."""
     curves = [curve for cluster in clusters for way in cluster for curve in way]
-    top = max(float(curve.error_S[0]) for curve in curves) + 1e-300
+    top = max(float(curve.error_S[0]) for curve in curves)
     return top * 1e-18, top * 1e3
 
 

@@ -47,8 +47,7 @@ def singular_values(w_IO: Tensor) -> Tensor:
 def _exact(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     short = int(w_IO.shape[1] < w_IO.shape[0])  # its Gram matrix is the smaller one
     u = leading_vectors(w_IO, short, rank)
-    x_IO = w_IO.to(torch.promote_types(wide_dtype(w_IO), u.dtype))
-    u = u.to(x_IO.dtype)
+    x_IO = w_IO.to(u.dtype)
     return (x_IO @ u, u.mT) if short else (u, u.mT @ x_IO)
 
 

@@ -176,7 +176,7 @@ def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tu
         for mode, u in t.factors.items()
     }
     if refine:
-        inner = tucker(t.core, checked, sweeps=1)
+        inner = tucker(t.core, checked)
         return Tucker(inner.core, {n: wide(u) @ inner.factors[n] for n, u in t.factors.items()})
     core = t.core
     for mode, rank in checked.items():
