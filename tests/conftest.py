@@ -26,12 +26,12 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def mutants_end() -> None:
-    """A minute of computing for all tests of a mutant (`make mutants`): some loop for ever."""
+    """Half a minute of computing for all tests of a mutant (`make mutants`): some loop for ever."""
     if "__mutmut_" in os.environ.get("MUTANT_UNDER_TEST", ""):
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 60, most))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 30, most))
 
 
 @pytest.fixture(scope="session")

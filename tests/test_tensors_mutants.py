@@ -204,6 +204,13 @@ def test_a_price_finds_the_dearer_way_where_it_pays(scale: float):
 
 
 @pytest.mark.usefixtures("prices_alone")
+def test_a_price_may_spend_the_budget_to_the_last_number():
+    only = Curve(torch.tensor([1]), torch.tensor([9.0]).double())
+    good = Curve(torch.tensor([4, 100]), torch.tensor([3.0, 2.9]).double())
+    assert allocate([[[only], [good]]] * 2, 8) == [Choice(1, (1,))] * 2
+
+
+@pytest.mark.usefixtures("prices_alone")
 @pytest.mark.parametrize("seed", range(4))
 def test_convex_curves_of_unit_costs_are_shared_out_exactly(seed: int):
     noise = torch.Generator().manual_seed(seed)
@@ -241,6 +248,13 @@ def test_what_is_left_buys_the_most_gain_per_number():
     assert allocation._spend_rest(near, [Choice(0, (1, 1))], 4) == [Choice(0, (1, 2))]
     idle = [[[curve_of([1, 2], [3, 3])]]]
     assert allocation._spend_rest(idle, [Choice(0, (1,))], 9) == [Choice(0, (1,))]
+
+
+def test_choices_that_do_not_fit_the_clusters_are_an_error():
+    clusters = [[[Curve(*curve(0))]], [[Curve(*curve(1))]]]
+    for choices in ([Choice(0, (1,))], [Choice(0, (1,)), Choice(0, (1, 1))]):
+        with pytest.raises(ValueError, match="zip"):
+            error_of(clusters, choices)
 
 
 def test_a_matrix_of_rank_one_is_allocated_too():

@@ -78,6 +78,8 @@ def test_residuals_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) ->
         assert unfold.residual_energy(w, other) == pytest.approx(left)
         assert pieces == want
         pieces.clear()
+    with pytest.raises(ValueError, match="zip"):
+        unfold.residual_energy(torch.ones(2, 90), torch.ones(3, 90))
 
 
 @pytest.mark.parametrize(

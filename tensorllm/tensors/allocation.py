@@ -8,8 +8,10 @@ frontiers, exact for small problems, give another choice; the better of the two 
 Shapes: S ranks of a curve, 1 to S.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial, reduce
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,7 +43,7 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
     Raises:
         UserError: even rank 1 everywhere costs more; says how much.
     """
-    least = [_cheapest(cluster, float("inf")) for cluster in clusters]
+    least = [_cheapest(cluster, math.inf) for cluster in clusters]
     if _cost(clusters, least) > budget:
         raise UserError(
             f"the smallest factors that there are (rank 1) store {_cost(clusters, least)} numbers, "
@@ -74,16 +76,12 @@ def error_of(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> float:
 
 def _cheapest(cluster: Cluster, price: float) -> Choice:
     """The way and ranks of least error + price · cost; at an infinite price, of least cost."""
-    best, best_value = Choice(0, ()), float("inf")
+    options = []
     for way, curves in enumerate(cluster):
-        value, ranks = 0.0, []
-        for curve in curves:
-            total_S = curve.error_S + price * curve.cost_S if price < float("inf") else curve.cost_S
-            ranks.append(int(total_S.argmin()) + 1)
-            value += float(total_S[ranks[-1] - 1])
-        if value < best_value:
-            best, best_value = Choice(way, tuple(ranks)), value
-    return best
+        totals = [c.error_S + price * c.cost_S if price < math.inf else c.cost_S for c in curves]
+        ranks = tuple(int(total_S.argmin()) + 1 for total_S in totals)
+        options.append((sum(float(total_S.min()) for total_S in totals), Choice(way, ranks)))
+    return min(options, key=itemgetter(0))[1]
 
 
 def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
@@ -113,7 +111,7 @@ def _spend_rest(
 ) -> list[Choice]:
     """Buy, again and again, the affordable higher rank with the most gain per number."""
     ranks = [list(choice.ranks) for choice in choices]
-    ways = [cluster[choice.way] for cluster, choice in zip(clusters, choices, strict=True)]
+    ways = [clusters[c][choice.way] for c, choice in enumerate(choices)]
     left = budget - _cost(clusters, choices)
     while True:
         best, step = 0.0, None
@@ -127,7 +125,7 @@ def _spend_rest(
                     if float(gain.max()) > best:
                         best, step = float(gain.max()), (c, i, now + 2 + int(gain.argmax()))
         if step is None:
-            return [Choice(one.way, tuple(r)) for one, r in zip(choices, ranks, strict=True)]
+            return [Choice(choices[c].way, tuple(r)) for c, r in enumerate(ranks)]
         c, i, rank = step
         left -= int(ways[c][i].cost_S[rank - 1] - ways[c][i].cost_S[ranks[c][i] - 1])
         ranks[c][i] = rank

@@ -49,8 +49,8 @@ def union(fronts: Sequence[Front], budget: int) -> Front:
         padded = torch.nn.functional.pad(front.picks_NC, (1, width - front.picks_NC.shape[1]))
         padded[:, 0] = way
         picks.append(padded)
-    cost, error = (torch.cat(part) for part in zip(*(f[:2] for f in fronts), strict=True))
-    return _pareto(Front(cost, error, torch.cat(picks)), budget)
+    cost_N, error_N = torch.cat([f.cost_N for f in fronts]), torch.cat([f.error_N for f in fronts])
+    return _pareto(Front(cost_N, error_N, torch.cat(picks)), budget)
 
 
 def _pareto(front: Front, budget: int) -> Front:

@@ -24,10 +24,7 @@ def check_ranks(ranks: Sequence[object], sizes: Sequence[int]) -> tuple[int, ...
         raise UserError(f"ranks must be {len(sizes)} integers ({allowed}), got {ranks!r}")
     if len(ranks) != len(sizes):
         raise UserError(f"{len(sizes)} ranks are needed ({allowed}), got {len(ranks)}: {ranks!r}")
-    return tuple(
-        check_rank(f"R{i}", rank, size)
-        for i, (rank, size) in enumerate(zip(ranks, sizes, strict=True), 1)
-    )
+    return tuple(check_rank(f"R{i + 1}", ranks[i], size) for i, size in enumerate(sizes))
 
 
 def check_rank(name: str, rank: object, size: int) -> int:
