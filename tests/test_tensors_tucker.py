@@ -159,8 +159,9 @@ def test_ill_conditioned(decades: int) -> None:
         assert naive_error(w32, tucker(w32, {2: rank})) <= best * (1 + 1e-6) + 3e-7
 
 
-def test_core_is_all_orthogonal_and_ordered() -> None:
-    t = tucker(random_tensor((40, 16, 4, 3), 0.5), {0: 12, 1: 6, 2: 3})
+@pytest.mark.parametrize("sweeps", [0, 1, 3])
+def test_core_is_all_orthogonal_and_ordered(sweeps: int) -> None:
+    t = tucker(random_tensor((40, 16, 4, 3), 0.5), {0: 12, 1: 6, 2: 3}, sweeps=sweeps)
     for mode in range(3):
         rows = t.core.movedim(mode, 0).flatten(1)
         gram = rows @ rows.mT
@@ -269,6 +270,21 @@ def test_no_costly_product_is_made_twice(
     projections = sum(name == "project" for name, _ in calls)
     # three modes cut, two turned; a sweep: a mode less for each of two, two for the last, the core
     assert projections == 3 + 2 + sweeps * 6 - bool(sweeps)
+
+
+def test_one_mode_that_is_cut_takes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to sweep, and modes of full rank are only rotated."""
+    w = random_tensor((12, 5, 8, 2))
+    sizes: list[int] = []
+    leading_vectors = tucker_module.leading_vectors
+
+    def watched(x: Tensor, mode: int, rank: int) -> Tensor:
+        sizes.append(x.numel())
+        return leading_vectors(x, mode, rank)
+
+    monkeypatch.setattr(tucker_module, "leading_vectors", watched)
+    tucker(w, {0: 12, 1: 2, 2: 8}, sweeps=3)
+    assert sizes == [w.numel()]
 
 
 def test_what_an_orthogonal_projection_leaves() -> None:

@@ -60,6 +60,8 @@ def test_energies(order: tuple[int, ...]) -> None:
     assert unfold.energy(w) == pytest.approx(float(w.double().square().sum()), rel=1e-6)
     want = float((w.double() - other.double()).square().sum())
     assert unfold.residual_energy(w, other) == pytest.approx(want, rel=1e-6)
+    wide = w.double() / 3
+    assert unfold.energy(wide) == pytest.approx(float(wide.square().sum()), rel=1e-13)
 
 
 def test_residuals_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +112,43 @@ def test_narrow_blocks_are_folded_as_often_as_they_may_be() -> None:
         assert unfold._fold(long, short) == max(allowed, default=1)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_in_memory_is_read_without_a_copy(order: tuple[int, ...]) -> None:
+    w = laid_out(order)
+    view, modes = unfold.in_memory_order(w)
+    assert view.data_ptr() == w.data_ptr()
+    assert view.is_contiguous()
+    assert modes == list(order)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "folded"),
+    [
+        ((8, 3, 4), (8, 12, 1)),  # columns beside each other
+        ((8, 5, 2), (8, 10, 1)),
+        ((8, 2, 3), (4, 12, 1)),  # else whole blocks, of no more than NARROW numbers
+        ((4, 5, 3), (4, 15, 1)),
+        ((4, 5, 5), (4, 5, 5)),
+    ],
+)
+def test_how_thin_blocks_are_folded(
+    sizes: tuple[int, ...], folded: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    plain_gram = unfold._plain_gram
+
+    def watched(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append(tuple(x_ANB.shape))
+        return plain_gram(x_ANB, dtype)
+
+    monkeypatch.setattr(unfold, "_plain_gram", watched)
+    monkeypatch.setattr(unfold, "NARROW", 15)
+    w = torch.randn(sizes, dtype=torch.float64)
+    want = torch.einsum("anb,amb->nm", w, w)
+    torch.testing.assert_close(unfold.gram(w, 1, torch.float64), want)
+    assert seen == [folded]
+
+
 @pytest.fixture
 def sizes_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What _pieces is told, where a chunk is 60 numbers."""
@@ -138,12 +177,14 @@ def test_how_much_a_gram_matrix_takes_at_once(sizes_asked_for: list[int]) -> Non
 def test_how_much_a_product_takes_at_once(
     sizes_asked_for: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widened = []
-    beside = unfold._beside_itself
+    widened, products = [], []
+    beside, mm = unfold._beside_itself, torch.mm
     monkeypatch.setattr(unfold, "NARROW", 20)
     monkeypatch.setattr(unfold, "_beside_itself", lambda u, b: widened.append(b) or beside(u, b))
+    monkeypatch.setattr(torch, "mm", lambda *two, out: products.append(1) or mm(*two, out=out))
     for shape, dtype in (
         ((7, 5, 4), torch.float32),
+        ((2, 5, 2), torch.float32),
         ((7, 5, 5), torch.float32),
         ((1, 5, 4), torch.float32),
         ((7, 5, 1), torch.float32),
@@ -153,8 +194,18 @@ def test_how_much_a_product_takes_at_once(
         want = torch.einsum("anb,nr->arb", w.float(), u_NR)
         torch.testing.assert_close(unfold.project(w, u_NR, 1), want)
     # what needs no conversion is taken whole
-    assert sizes_asked_for == [7 * 20, 7 * 25, 20, 7 * 5, 4 * 60]
-    assert widened == [4, 3]  # narrow blocks, of which there are several
+    assert sizes_asked_for == [7 * 20, 2 * 10, 7 * 25, 20, 7 * 5, 4 * 60]
+    assert widened == [4, 2, 3]  # narrow blocks, of which there are several
+    assert len(products) == 1 + 1 + 1 + 6  # of these, and of rows; the last in pieces of 16 blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products_are_in_the_dtype_of_the_matrix(dtype: torch.dtype) -> None:
+    w, u_NR = torch.randn(7, 5, 4), torch.randn(5, 2).to(dtype)
+    got = unfold.project(w, u_NR, 1)
+    assert got.dtype == dtype
+    want = torch.einsum("anb,nr->arb", w.double(), u_NR.double())
+    torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.05)
 
 
 def test_results_are_on_the_device_of_the_tensor() -> None:

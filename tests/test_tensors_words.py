@@ -119,6 +119,9 @@ def test_names_of_stacked_rows() -> None:
         # what is below zero is rounding, and discards nothing
         ([1.0, 0.5, -0.2], 9.3e-4, True),
         ([1.0, 0.5, -0.2], 9.5e-4, False),
+        # what may be rounding is no energy: 1e-8 against 5e-6 of the second, less 2e-4
+        ([1.0, 2.3e-3], 1e-4, True),
+        ([1.0, 2.1e-3], 1e-4, False),
         ([1.0], 1.0, True),  # nothing is discarded
     ],
 )
@@ -174,6 +177,8 @@ def test_singular_values_are_read_off_the_cheapest_gram_matrix(
         ([1.0, 1e-9, 1e-10], torch.float64, 2, [torch.float64], 1),
         # squares vanish or overflow
         ([1e-24, 1e-25, 1e-26], torch.float32, 1, [torch.float32, torch.float64], 0),
+        ([1e-17, 5e-18, 1e-18], torch.float32, 1, [torch.float32, torch.float64], 0),
+        ([1e-147, 5e-148, 1e-148], torch.float64, 1, [torch.float64], 1),
         ([1e25, 1e24, 1e23], torch.float32, 1, [torch.float32, torch.float64], 0),
         ([1e-160, 1e-161, 1e-162], torch.float64, 1, [torch.float64], 1),
         ([1e160, 1e159, 1e158], torch.float64, 1, [torch.float64], 1),
@@ -195,6 +200,14 @@ def test_leading_vectors_come_the_cheapest_way_that_is_exact(
     assert len(decomposed) == svds
     if any(values):
         torch.testing.assert_close(got.abs().double(), torch.eye(3).double()[:, :rank])
+
+
+def test_more_vectors_than_an_svd_has() -> None:
+    """Squares of the numbers vanish, and columns beyond the second are any that are orthonormal."""
+    w = 1e-160 * torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u_NR = eigen.leading_vectors(w, 0, 4)
+    torch.testing.assert_close(u_NR.mT @ u_NR, torch.eye(4).double())
+    torch.testing.assert_close(u_NR[:, :2] @ (u_NR[:, :2].mT @ w), w, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
