@@ -11,7 +11,6 @@ Shapes: S ranks of a curve, 1 to S.
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -81,7 +80,7 @@ def _cheapest(cluster: Cluster, price: float) -> Choice:
         totals = [c.error_S + price * c.cost_S if price < math.inf else c.cost_S for c in curves]
         ranks = tuple(int(total_S.argmin()) + 1 for total_S in totals)
         options.append((sum(float(total_S.min()) for total_S in totals), Choice(way, ranks)))
-    return min(options, key=itemgetter(0))[1]
+    return min(options)[1]  # the first way, where several are as good
 
 
 def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
