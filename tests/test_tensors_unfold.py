@@ -125,7 +125,7 @@ def test_any_order_in_memory_is_read_without_a_copy(order: tuple[int, ...]) -> N
     ("sizes", "folded"),
     [
         ((8, 3, 4), (8, 12, 1)),  # columns beside each other
-        ((8, 5, 2), (8, 10, 1)),
+        ((8, 5, 6), (8, 10, 3)),
         ((8, 2, 3), (4, 12, 1)),  # else whole blocks, of no more than NARROW numbers
         ((4, 5, 3), (4, 15, 1)),
         ((4, 5, 5), (4, 5, 5)),
