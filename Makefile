@@ -48,7 +48,7 @@ bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run; BENCH_
 coverage: $(VENV)/.dev  ## lines and branches that no test reaches, in htmlcov/
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=html --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-mutants: $(VENV)/.dev  ## changes to tensors/ and metrics.py that no test notices; an hour or more
+mutants: $(VENV)/.dev  ## changes to tensors/ and metrics.py that no test notices; a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
 	$(BIN)/python scripts/mutants.py
 

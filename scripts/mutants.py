@@ -1,8 +1,9 @@
 """What `make mutants` found, from mutants/ into docs/results/mutants.json.
 
 For each module the mutants that were tried and killed, and of each survivor the lines that differ.
-A mutant that was never tried counts as untried, so that a part of a run can be told; a module of
-which none was tried keeps what the file has of it.
+One that no test reaches has survived; one that computed until it was ended is killed. A mutant that
+was never tried counts as untried, so that a part of a run can be told; a module of which none was
+tried keeps what the file has of it.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "mutants.json"
-FUNCTION = r"^( *)def (\w*__mutmut_\w+)\(.*?(?=^\1(?:def |@|class )|^\S|\Z)"
-SURVIVED, UNTRIED = 0, None  # exit codes of the tests
+FUNCTION = r"^( *)def (\w*__mutmut_\w+)\(.*?(?=^\1(?:def |@|class )|^[^\s)]|\Z)"
+SURVIVED, UNTRIED = (0, 5, 33), None  # exit codes of the tests; 5 and 33: there are none
 
 
 def modules(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -28,7 +29,7 @@ def modules(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         source = meta.with_suffix("")
         bodies = {m[2]: m[0] for m in re.finditer(FUNCTION, source.read_text(), re.M | re.S)}
-        survivors = [key.rpartition(".")[2] for key, code in codes.items() if code == SURVIVED]
+        survivors = [key.rpartition(".")[2] for key, code in codes.items() if code in SURVIVED]
         untried = sum(code is UNTRIED for code in codes.values())
         yield (
             str(source.relative_to(folder)),
@@ -44,14 +45,15 @@ def modules(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def changed(bodies: dict[str, str], name: str) -> list[str]:
     """The lines of a function before and after its mutation."""
-    before = bodies.get(name.partition("__mutmut_")[0] + "__mutmut_orig", "")
-    lines = difflib.unified_diff(
-        before.splitlines(), bodies.get(name, "").splitlines(), n=0, lineterm=""
+    function, _, number = name.partition("__mutmut_")
+    both = (
+        bodies[f"{function}__mutmut_{which}"].replace(f"__mutmut_{which}(", "(").splitlines()
+        for which in ("orig", number)
     )
     return [
         f"{line[0]} {line[1:].strip()}"
-        for line in list(lines)[2:]
-        if line[0] in "+-" and line[1:].strip() and not re.search(r"def \w+__mutmut_", line)
+        for line in list(difflib.unified_diff(*both, n=0, lineterm=""))[2:]
+        if line[0] in "+-" and line[1:].strip()
     ]
 
 

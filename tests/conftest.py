@@ -4,6 +4,7 @@ Set before anything imports torch or transformers: one thread per test process, 
 """
 
 import os
+import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,16 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mutants_end() -> None:
+    """Half a minute of computing for all tests of a mutant (`make mutants`): some loop for ever."""
+    if "__mutmut_" in os.environ.get("MUTANT_UNDER_TEST", ""):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 30, most))
 
 
 @pytest.fixture(scope="session")

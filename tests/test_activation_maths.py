@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors import pivoted
 from tensorllm.tensors.allocation import Curve, allocate, error_of
 from tensorllm.tensors.factors import FACTORS, cast, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
@@ -45,6 +46,18 @@ def test_pivoting_changes_nothing_but_the_count(shape):
 
 def test_full_rank_costs_the_matrix_and_its_row_numbers():
     assert pivoted_parameters((12, 7), 7) == 12 * 7 + 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_pivoted_factors_are_float32_or_wider(dtype):
+    factors = pivot(randn(9, 3).to(dtype), randn(3, 5).to(dtype))
+    want = torch.promote_types(dtype, torch.float32)
+    assert (factors.basis_RO.dtype, factors.mix_XR.dtype) == (want, want)
+
+
+def test_rows_are_numbered_on_the_device_of_the_pivots():
+    chosen_R = torch.empty(2, dtype=torch.long, device="meta")
+    assert pivoted._others(chosen_R, 5).device == chosen_R.device
 
 
 def test_pivots_keep_weights_small_where_leading_rows_are_bad():
@@ -83,6 +96,12 @@ def test_weighted_svd_costs_what_it_says_and_beats_its_neighbours(shape):
     w, rows, columns = randn(*shape), moment(shape[0], 90, 1), moment(shape[1], 90, 2)
     found = weighted_svd(w, Metric(rows), Metric(columns))
     errors = left_out(w, Metric(rows), Metric(columns))
+    small = min(shape)
+    shapes = [(shape[0], small), (small,), (small, shape[1])]
+    assert [tuple(part.shape) for part in found] == shapes
+    assert errors.shape == (small,)
+    before = torch.cat((found.costs_S.sum()[None], errors[:-1]))
+    assert torch.allclose(before - found.costs_S, errors, atol=1e-9)
     for rank in range(1, min(shape) + 1):
         u, v = found.truncate(rank)
         left = cost(w - u @ v, rows, columns)
@@ -118,6 +137,8 @@ def test_regression_is_ridge_regression():
     stacked_y = torch.cat((y / 200**0.5, added**0.5 * prior.mT))
     assert torch.allclose(found, torch.linalg.lstsq(stacked_x, stacked_y).solution.mT)
     assert torch.allclose(regression(prior @ (x.mT @ x), x.mT @ x, prior, ridge), prior)
+    nothing = torch.zeros(3, 5).double(), torch.zeros(5, 5).double()  # seen: the prior stays
+    assert torch.allclose(regression(*nothing, prior, ridge), prior)
 
 
 def curves(seed: int, sizes: list[tuple[int, int]]) -> list[Curve]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.summary import columns, metrics_of
-from tensorllm.metrics import answer_metrics
+from tensorllm.metrics import Shown, answer_metrics
 
 
 def rows(count: int, seed: int = 0) -> list[Row]:
@@ -84,3 +84,14 @@ def test_states_are_float64():
     metrics = answer_metrics()
     metrics.update(**columns(rows(3)))
     assert metrics["loss"].total.dtype == torch.float64
+
+
+def test_what_is_shown_of_a_change():
+    up, down = Shown(name="score", digits=3), Shown(name="loss", unit="nats", upwards=False)
+    assert [up.better(change) for change in (-0.5, 0, 0.5)] == [False, True, True]
+    assert [down.better(change) for change in (-0.5, 0, 0.5)] == [True, True, False]
+    # too small to be seen in a sentence, with one decimal less than a table: neither good nor bad
+    assert [up.tone(change) for change in (-0.5, -0.004, 0.004, 0.006)] == ["bad", "", "", "good"]
+    assert [down.tone(change) for change in (-0.5, 0.04, 0.06)] == ["good", "", "bad"]
+    assert (up.exact(1.23456), up.brief(1.23456)) == ("1.235", "1.23")
+    assert (up.title, down.title) == ("score", "loss, nats")

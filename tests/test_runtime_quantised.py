@@ -1,6 +1,8 @@
 """Factors in few bits: rounded as they should be, stored, opened, run and saved again."""
 
 import json
+import logging
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from tensorllm.pipeline.measure import weight_bytes
 from tensorllm.pipeline.quantise import quantise_folder
 from tensorllm.pipeline.runtime import load_factored
 from tensorllm.runtime.attention import FactoredAttention
-from tensorllm.tensors.factors import LowRank, Tucker
-from tensorllm.tensors.quantised import Quantised, narrow, quantise, widen
+from tensorllm.tensors.factors import CP, LowRank, Tucker
+from tensorllm.tensors.pivoted import PivotedLowRank
+from tensorllm.tensors.quantised import Quantised, narrow, plain, quantise, widen
 from tensorllm_cli import export as export_command
 
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -33,11 +36,12 @@ def random(*sizes: int) -> torch.Tensor:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
 
 
-@pytest.mark.parametrize("shape", [(64, 20), (63, 20), (200, 7), (129, 3, 5), (130, 2, 3, 4)])
+@pytest.mark.parametrize("shape", [(64, 20), (63, 20), (1, 9), (200, 7), (129, 3, 5), (130, 2, 4)])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_number_is_the_nearest_of_its_group(shape: tuple[int, ...], bits: int):
     t = random(*shape)
     parts = narrow(t, bits)
+    assert len(parts) == (3 if bits == 4 and len(t) % 2 else 2)
     got = widen(*parts)
     assert got.shape == t.shape
     steps = 2 ** (bits - 1) - 0.5
@@ -47,6 +51,34 @@ def test_every_number_is_the_nearest_of_its_group(shape: tuple[int, ...], bits: 
         assert ((group - back).abs() <= 0.75 * step + 1e-6).all()  # half, and one end is cut
     rows = sum(p.numel() * p.element_size() for p in parts[:1] + parts[2:])
     assert rows == (len(t) // 2 + len(t) % 2 if bits == 4 else len(t)) * t[0].numel()
+
+
+def test_what_is_too_small_to_gain_stays_as_it_is():
+    at_least = LowRank(random(32, 32), random(32, 31))
+    assert set(quantise(at_least, "int8").tensors()) == {"u_values", "u_scales", "v"}
+    long = CP(random(1100), (random(2, 1100), random(3, 1100)))  # a row of numbers has no groups
+    stored = quantise(long, "int8").tensors()
+    assert stored["weights"] is long.weights_R
+    assert "factor_0_values" in stored
+    rows = PivotedLowRank(random(1100, 2), random(4, 1100), torch.arange(1100).int())
+    assert quantise(rows, "int4").tensors()["rows"] is rows.rows_R
+
+
+def test_plain_factors_are_plain_already():
+    factors = LowRank(random(40, 30), random(30, 40))
+    assert plain(factors) is factors
+    assert type(plain(quantise(factors, "int8"))) is LowRank
+
+
+def test_torchao_is_asked_for_and_kept_quiet(monkeypatch: pytest.MonkeyPatch):
+    logger, root = logging.getLogger("torchao"), logging.getLogger().level
+    logger.setLevel(logging.NOTSET)
+    narrow(random(4, 4), 8)
+    assert (logger.level, logging.getLogger().level) == (logging.ERROR, root)
+    monkeypatch.setitem(sys.modules, "torchao.quantization.quant_primitives", None)
+    with pytest.raises(UserError) as caught:
+        narrow(random(4, 4), 8)
+    assert str(caught.value) == "quantising needs torchao; pip install 'tensorllm[quant]'"
 
 
 def test_zeros_stay_zeros():

@@ -13,6 +13,7 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors.shared_input import rows_stacking  # its stackings are registered, too
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry
 
 every_row = pytest.mark.parametrize("name", TINY)
@@ -24,7 +25,7 @@ ROLES = {  # the roles each stacking is tried on
     "matrix": ("out",),
     "matrices": ("in", "out"),
 }
-# Others are registered by the strategies that need them, and named by their roles: rows-q-k-v.
+# The others are named by their roles: rows-q-k-v.
 ROLES |= {name: tuple(name.split("-")[1:]) for name in STACKINGS.names() if name not in ROLES}
 
 
@@ -60,6 +61,17 @@ def test_one_matrix_by_heads(name: str, role: str) -> None:
     assert got_DKH.shape[2] == (layer.geo.H if role in "qo" else layer.geo.G)
     for h in range(got_DKH.shape[2]):
         assert torch.equal(got_DKH[:, :, h], layer.head(role, h).T)
+
+
+@every_row
+@pytest.mark.parametrize("roles", [("q", "k"), ("v",), ("q", "k", "v"), ("in", "gate")])
+def test_rows_of_matrices_lie_one_below_the_other(name: str, roles: tuple[str, ...]) -> None:
+    layer = layer_of(name)
+    if not set(roles) <= set(layer.geo.roles):
+        return  # no such matrix in this architecture
+    matrices = [layer.read(role) for role in roles]
+    rows = [row for w_ID in matrices for row in w_ID.tolist()]
+    assert STACKINGS[rows_stacking(roles)].stack(matrices, layer.geo).tolist() == rows
 
 
 @every_row

@@ -1,17 +1,29 @@
 """Every kind of factors: rebuilt against einsum, stored and read again, counted, cast."""
 
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
 import pytest
 import tensorly
 import torch
 from safetensors.torch import load, save
+from tensorly import decomposition
 from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors import factors as factors_module
+from tensorllm.tensors import tucker as tucker_module
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker, cast, parameters
 from tensorllm.tensors.pivoted import pivot
 from tensorllm.tensors.quantised import BITS, quantise
+from tensorllm.tensors.tucker import tucker
+from tensorllm.tensors.unfold import project
 
 
 def random(*sizes: int, seed: int = 0) -> Tensor:
@@ -78,6 +90,39 @@ def test_cast_stores_narrow_and_rebuilds_wide(kind: str, dtype: torch.dtype) -> 
     assert float((dense - want).norm() / want.norm()) < 0.02
 
 
+def multiply_adds(sizes: tuple[int, ...], order: Iterable[int], to: dict[int, int]) -> int:
+    """Of changing the size of one mode after the other."""
+    now, total = list(sizes), 0
+    for mode in order:
+        total += math.prod(now) * to[mode]
+        now[mode] = to[mode]
+    return total
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_come_in_the_cheapest_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    small = torch.randint(1, 6, (4,), generator=noise).tolist()
+    large = [r + int(torch.randint(1, 20, (), generator=noise)) for r in small]
+    us = {n: random(large[n], small[n]) for n in range(4)}
+    orders: list[int] = []
+
+    def watched(w: Tensor, u: Tensor, mode: int) -> Tensor:
+        orders.append(mode)
+        return project(w, u, mode)
+
+    for module in (factors_module, tucker_module):
+        monkeypatch.setattr(module, "project", watched)
+    for run, sizes, to in (
+        (lambda: Tucker(random(*small), us).dense(), small, large),
+        (lambda: tucker_module._project_all(random(*large), us), large, small),
+    ):
+        orders.clear()
+        run()
+        cost = partial(multiply_adds, sizes, to=dict(enumerate(to)))
+        assert cost(orders) == min(map(cost, itertools.permutations(range(4))))
+
+
 def test_ranks() -> None:
     assert [EXAMPLES[kind][0].ranks for kind in ("tucker", "low-rank", "cp")] == [
         (5, 3, 2),
@@ -112,7 +157,10 @@ def test_cp_is_seeded_and_leaves_the_global_state_alone() -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("ends", [{"sweeps": 3, "tol": 0.0}, {"sweeps": 50, "tol": 0.05}, {}])
+ENDS = [{"sweeps": 3, "tol": 0.0}, {"sweeps": 50, "tol": 0.05}, {"tol": 0.0}, {}]
+
+
+@pytest.mark.parametrize("ends", ENDS)
 def test_cp_ends_where_it_is_told(ends: dict[str, float]) -> None:
     """tensorly with the same ends, from the same start, comes to the same."""
     w, given = random(9, 8, 7), {"sweeps": 100, "tol": 1e-6} | ends
@@ -133,3 +181,31 @@ def test_cp_rank_out_of_range(rank: int) -> None:
 def test_cp_of_what_is_not_finite() -> None:
     with pytest.raises(UserError, match="finite"):
         cp(torch.full((4, 3, 2), float("nan")), 1)
+
+
+@pytest.mark.parametrize("call", ["cp", "tucker"])
+def test_tensorly_is_switched_to_pytorch_in_this_thread_alone(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's own tensorly, in another thread, keeps the backend it has."""
+    seen: list[str] = []
+
+    def watched(decompose: Callable[..., Any]) -> Callable[..., Any]:
+        def decomposed(*args: Any, **options: Any) -> Any:
+            seen.append(tensorly.get_backend())
+            with ThreadPoolExecutor(1) as other:
+                seen.append(other.submit(tensorly.get_backend).result())
+            return decompose(*args, **options)
+
+        return decomposed
+
+    for name in ("parafac", "partial_tucker"):
+        monkeypatch.setattr(decomposition, name, watched(getattr(decomposition, name)))
+    before = tensorly.get_backend()
+    w = random(6, 5, 4)
+    if call == "cp":
+        cp(w, 2, sweeps=2)
+    else:
+        tucker(w, {0: 2}, method="tensorly")
+    assert seen == ["pytorch", before]
+    assert tensorly.get_backend() == before

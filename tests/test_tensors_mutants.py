@@ -182,7 +182,11 @@ def test_devices_add_their_states_and_options_reach_every_metric():
 @pytest.fixture
 def prices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the frontiers, which are exact in small problems and so hide the prices."""
-    monkeypatch.setattr(allocation, "_by_frontier", lambda clusters, budget: [])
+
+    def least(clusters: list[allocation.Cluster], budget: int) -> list[Choice]:
+        return [allocation._cheapest(cluster, math.inf) for cluster in clusters]
+
+    monkeypatch.setattr(allocation, "_by_frontier", least)
 
 
 @pytest.mark.usefixtures("prices_alone")
@@ -197,6 +201,13 @@ def test_a_price_finds_the_dearer_way_where_it_pays(scale: float):
     assert sorted(choice.ranks for choice in found) == [(2,), (2,), (3,)]
     assert allocate(clusters, 27) == [Choice(1, (3,))] * 3  # all there is
     assert allocate(clusters, 3) == [Choice(0, (1,))] * 3  # the least there is
+
+
+@pytest.mark.usefixtures("prices_alone")
+def test_a_price_may_spend_the_budget_to_the_last_number():
+    only = Curve(torch.tensor([1]), torch.tensor([9.0]).double())
+    good = Curve(torch.tensor([4, 100]), torch.tensor([3.0, 2.9]).double())
+    assert allocate([[[only], [good]]] * 2, 8) == [Choice(1, (1,))] * 2
 
 
 @pytest.mark.usefixtures("prices_alone")
@@ -235,3 +246,19 @@ def test_what_is_left_buys_the_most_gain_per_number():
     assert allocation._spend_rest(steps, [Choice(0, (1, 1))], 6) == [Choice(0, (2, 2))]
     near = [[[curve_of([1, 2], [10, 9.9]), curve_of([1, 3], [2, 0])]]]
     assert allocation._spend_rest(near, [Choice(0, (1, 1))], 4) == [Choice(0, (1, 2))]
+    idle = [[[curve_of([1, 2], [3, 3])]]]
+    assert allocation._spend_rest(idle, [Choice(0, (1,))], 9) == [Choice(0, (1,))]
+
+
+def test_choices_that_do_not_fit_the_clusters_are_an_error():
+    clusters = [[[Curve(*curve(0))]], [[Curve(*curve(1))]]]
+    for choices in ([Choice(0, (1,))], [Choice(0, (1,)), Choice(0, (1, 1))]):
+        with pytest.raises(ValueError, match="zip"):
+            error_of(clusters, choices)
+
+
+def test_a_matrix_of_rank_one_is_allocated_too():
+    """It has one rank to choose."""
+    one = Curve(torch.tensor([2]), torch.tensor([0.0]).double())
+    other = Curve(torch.tensor([1, 2, 3]), torch.tensor([5.0, 1.0, 0.0]).double())
+    assert allocate([[[one, other]]], 4) == [Choice(0, (1, 2))]

@@ -1,5 +1,7 @@
 """Truncated SVD against torch.linalg.svd in float64."""
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,8 +111,24 @@ def test_random_methods_are_seeded_and_near_the_best(method: str, excess: float)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    unseeded, zero = (truncated_svd(w_IO, 10, method, **s).dense() for s in ({}, {"seed": 0}))
+    assert torch.equal(unseeded, zero)
     best = torch.linalg.svdvals(w_IO)[10:].norm()
     assert best * (1 - 1e-6) <= (w_IO - first).norm() <= best * excess
+
+
+@pytest.mark.parametrize("method", ["randomized", "official"])
+def test_on_the_cpu_no_gpu_is_touched(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forking the random state of every GPU would start them all."""
+    forked, fork_rng = [], torch.random.fork_rng
+
+    def watched(devices: list[torch.device]) -> AbstractContextManager[None]:
+        forked.append(devices)
+        return fork_rng(devices)
+
+    monkeypatch.setattr(torch.random, "fork_rng", watched)
+    truncated_svd(torch.ones(4, 3), 1, method)
+    assert forked == [[]]
 
 
 def test_official_is_what_laser_runs() -> None:
@@ -120,6 +138,17 @@ def test_official_is_what_laser_runs() -> None:
         u, s, v = torch.svd_lowrank(w_IO, q=8, niter=2)
     got = truncated_svd(w_IO, 8, "official", seed=5).dense()
     torch.testing.assert_close(got, u @ torch.diag(s) @ v.T)
+
+
+@pytest.mark.parametrize(("rank", "more"), [(10, 16), (41, 20)])
+def test_randomized_draws_half_as_many_directions_more(rank: int, more: int) -> None:
+    w_IO = with_spectrum(SPECTRA["decaying"], 80, 90).float()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        u, s, v = torch.svd_lowrank(w_IO, q=rank + more, niter=4)
+    want = u[:, :rank] @ torch.diag(s[:rank]) @ v[:, :rank].T
+    got = truncated_svd(w_IO, rank, "randomized", seed=5).dense()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-12, 1e12, 1e25])

@@ -3,10 +3,12 @@
 Shapes: D model width, K head width, M matrices, H heads.
 """
 
+import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import tensorly
@@ -17,8 +19,9 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors import tucker as tucker_module
 from tensorllm.tensors.factors import LowRank, Tucker, cast
-from tensorllm.tensors.tucker import relative_error, spectra, truncate, tucker
+from tensorllm.tensors.tucker import relative_error, slice_errors, spectra, truncate, tucker
 from tensorllm.tensors.unfold import in_memory_order
 
 F64 = torch.float64
@@ -156,8 +159,9 @@ def test_ill_conditioned(decades: int) -> None:
         assert naive_error(w32, tucker(w32, {2: rank})) <= best * (1 + 1e-6) + 3e-7
 
 
-def test_core_is_all_orthogonal_and_ordered() -> None:
-    t = tucker(random_tensor((40, 16, 4, 3), 0.5), {0: 12, 1: 6, 2: 3})
+@pytest.mark.parametrize("sweeps", [0, 1, 3])
+def test_core_is_all_orthogonal_and_ordered(sweeps: int) -> None:
+    t = tucker(random_tensor((40, 16, 4, 3), 0.5), {0: 12, 1: 6, 2: 3}, sweeps=sweeps)
     for mode in range(3):
         rows = t.core.movedim(mode, 0).flatten(1)
         gram = rows @ rows.mT
@@ -217,14 +221,89 @@ def test_scale_and_order_of_heads(power: float, order: list[int], dtype: torch.d
     assert relative_error(moved, after) == pytest.approx(error, rel=1e-5)
 
 
+def naive_tucker(w: Tensor, ranks: Mapping[int, int], sweeps: int) -> Tensor:
+    """The dense tensor after HOOI, each mode by an SVD: the smallest mode begins, and ends sweeps.
+
+    In the initial truncation a mode sees those before it cut, in a sweep all others.
+    """
+    modes = sorted(ranks, key=lambda n: w.shape[n])
+    onto: dict[int, Tensor] = {}
+
+    def projected(others: Iterable[int]) -> Tensor:
+        x = w
+        for n in others:
+            x = torch.tensordot(onto[n], x.movedim(n, 0), dims=1).movedim(0, n)
+        return x
+
+    for step, mode in enumerate(modes + sweeps * [*modes[1:], modes[0]]):
+        x = projected(n for n in (modes[:step] if step < len(modes) else modes) if n != mode)
+        u = torch.linalg.svd(x.movedim(mode, 0).flatten(1)).U[:, : ranks[mode]]
+        onto[mode] = u @ u.mT
+    return projected(modes)
+
+
+@pytest.mark.parametrize("ranks", [{0: 4, 1: 2, 2: 3}, {0: 12, 1: 2, 2: 3}, {1: 2, 2: 8}])
+def test_sweeps_are_those_of_hooi(ranks: dict[int, int]) -> None:
+    w = random_tensor((12, 5, 8, 2))
+    for sweeps in range(4):
+        got = tucker(w, ranks, sweeps=sweeps, tol=0).dense()
+        torch.testing.assert_close(got, naive_tucker(w, ranks, sweeps))
+
+
+@pytest.mark.parametrize(("sweeps", "large", "turns"), [(0, 1, 2), (1, 2, 2), (3, 6, 2)])
+def test_no_costly_product_is_made_twice(
+    sweeps: int, large: int, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the whole tensor a sweep, of which the first has one already; no rotation in vain."""
+    w = random_tensor((12, 5, 8, 2))
+    calls: list[object] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        called = getattr(tucker_module, name)
+        return lambda x, *rest: calls.append((name, x.numel())) or called(x, *rest)
+
+    for name in ("project", "eigh"):
+        monkeypatch.setattr(tucker_module, name, watched(name))
+    tucker(w, {0: 4, 1: 2, 2: 3}, sweeps=sweeps, tol=0)
+    assert calls.count(("project", w.numel())) == large
+    assert sum(name == "eigh" for name, _ in calls) == turns
+    projections = sum(name == "project" for name, _ in calls)
+    # three modes cut, two turned; a sweep: a mode less for each of two, two for the last, the core
+    assert projections == 3 + 2 + sweeps * 6 - bool(sweeps)
+
+
+def test_one_mode_that_is_cut_takes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to sweep, and modes of full rank are only rotated."""
+    w = random_tensor((12, 5, 8, 2))
+    sizes: list[int] = []
+    leading_vectors = tucker_module.leading_vectors
+
+    def watched(x: Tensor, mode: int, rank: int) -> Tensor:
+        sizes.append(x.numel())
+        return leading_vectors(x, mode, rank)
+
+    monkeypatch.setattr(tucker_module, "leading_vectors", watched)
+    tucker(w, {0: 12, 1: 2, 2: 8}, sweeps=3)
+    assert sizes == [w.numel()]
+
+
+def test_what_an_orthogonal_projection_leaves() -> None:
+    core = torch.tensor([1.0, 2.0])
+    assert tucker_module._error_of(20.0, core) == pytest.approx(0.75**0.5)
+    assert tucker_module._error_of(5 * (1 - 1e-6), core) == 0  # rounding
+    assert tucker_module._error_of(0.0, 0 * core) == 0
+
+
 def test_sweeps_lower_the_error_and_stop() -> None:
     w = random_tensor((40, 16, 4, 6), 0.4)
     ranks = {0: 10, 1: 5, 2: 2}
     errors = [naive_error(w, tucker(w, ranks, sweeps=n, tol=0)) for n in range(8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > errors[7]
-    stopped = naive_error(w, tucker(w, ranks, sweeps=1000, tol=1e-3))
-    assert stopped in errors[:4]
+    gains = [before - after for before, after in itertools.pairwise(errors)]
+    for n in range(1, 6):  # the n-th sweep after the first gains too little, and is the last
+        tol = (gains[n - 1] + gains[n]) / 2
+        assert naive_error(w, tucker(w, ranks, sweeps=1000, tol=tol)) == errors[n + 1]
     assert naive_error(w, tucker(w, ranks)) == errors[1]
 
 
@@ -245,7 +324,20 @@ def test_relative_error_and_spectra() -> None:
         assert relative_error(w, t) == pytest.approx(naive_error(w, t), rel=1e-4)
     zero = torch.zeros(3, 4)
     assert relative_error(zero, LowRank(torch.zeros(3, 1), torch.zeros(1, 4))) == 0
-    assert relative_error(zero, LowRank(torch.ones(3, 1), torch.ones(1, 4))) == 1
+    assert relative_error(zero, LowRank(torch.full((3, 1), 0.1), torch.full((1, 4), 0.1))) == 1
+
+
+def test_relative_errors_of_other_kinds() -> None:
+    w = random_tensor((9, 7))
+    u, v = random_tensor((9, 2), seed=1), random_tensor((2, 7), seed=2)
+    assert relative_error(w, LowRank(u, v)) == pytest.approx(float((w - u @ v).norm() / w.norm()))
+
+
+def test_a_large_error_is_told_without_the_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = random_tensor((30, 12, 4, 3))
+    t = tucker(w, {0: 8, 1: 3, 2: 2})
+    monkeypatch.setattr(Tucker, "dense", None)
+    assert relative_error(w, t) == pytest.approx(naive_error(w, t))
 
 
 def test_dense_lies_as_matrices_are_taken_out_of_it() -> None:
@@ -265,6 +357,47 @@ def test_tensorly_is_an_option() -> None:
     ranks = {0: 8, 1: 3, 2: 2}
     got = naive_error(w, tucker(w, ranks, method="tensorly"))
     assert got == pytest.approx(reference_error(w, ranks), rel=1e-9)
+
+
+@pytest.mark.parametrize(("sweeps", "limit"), [(0, 1), (1, 1), (3, 3), (None, 100)])
+def test_tensorly_ends_where_it_is_told(sweeps: int | None, limit: int) -> None:
+    w, ranks = random_tensor((20, 12, 4, 3)), {0: 5, 1: 3, 2: 2}
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        (core, factors), _ = partial_tucker(
+            w, list(ranks.values()), list(ranks), n_iter_max=limit, init="svd", tol=0
+        )
+    got = tucker(w, ranks, method="tensorly", sweeps=sweeps, tol=0)
+    want = Tucker(core, dict(enumerate(factors)))
+    torch.testing.assert_close(got.dense(), naive_dense(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+def test_errors_of_slices(dtype: torch.dtype) -> None:
+    """Of every (matrix, head), whether the mode of the matrices has a factor or not."""
+    w = random_tensor((12, 8, 4, 3), 0.5).to(dtype)
+    for ranks in ({0: 5, 1: 3, 2: 2}, {0: 5, 1: 3}, {2: 2}, {0: 2}):
+        t = tucker(w, ranks)
+        found = slice_errors(w, t, (0, 1))
+        assert found is not None
+        lost = w.double() - naive_dense(t)
+        for got, want in zip(found, (lost, w.double()), strict=True):
+            assert got.dtype == F64
+            torch.testing.assert_close(got, want.norm(dim=(0, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_errors_of_slices_that_would_cancel() -> None:
+    """Near 0.1 of a slice's norm, which is 0.01 of its energy; its size does not matter."""
+    w = torch.ones(2, 2, 2, dtype=F64) * torch.tensor([1.0, 100.0], dtype=F64)
+
+    def short_of(shares: list[float]) -> tuple[Tensor, Tensor] | None:
+        scale = 1 - torch.tensor(shares, dtype=F64)
+        return slice_errors(w, Tucker(w * scale, {}), (0, 1))
+
+    assert short_of([0.5, 0.09]) is None
+    assert short_of([0.09, 0.5]) is None
+    found = short_of([0.11, 0.5])
+    assert found is not None
+    torch.testing.assert_close(found[0], torch.tensor([0.22, 100.0], dtype=F64))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -298,6 +431,14 @@ def test_not_finite(bad: float, dtype: torch.dtype, ranks: dict[int, int]) -> No
 def test_bad_arguments(ranks: dict[int, int], options: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         tucker(torch.ones(6, 5, 4, 2), ranks, **options)  # type: ignore[arg-type]
+
+
+def test_modes_that_are_not_named_keep_their_ranks() -> None:
+    t = tucker(random_tensor((6, 5, 4, 2)), {0: 4, 1: 3})
+    for refine in (False, True):
+        assert truncate(t, {0: 2}, refine=refine).ranks == (2, 3)
+    cut = Tucker(t.core[:2], {0: t.factors[0][:, :2], 1: t.factors[1]})
+    torch.testing.assert_close(truncate(t, {0: 2}).dense(), naive_dense(cut))
 
 
 def test_truncate_only_downwards() -> None:

@@ -1,6 +1,7 @@
 """Passes in memory order against einsum: every order of modes in memory, cut into small pieces."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -59,6 +60,159 @@ def test_energies(order: tuple[int, ...]) -> None:
     assert unfold.energy(w) == pytest.approx(float(w.double().square().sum()), rel=1e-6)
     want = float((w.double() - other.double()).square().sum())
     assert unfold.residual_energy(w, other) == pytest.approx(want, rel=1e-6)
+    wide = w.double() / 3
+    assert unfold.energy(wide) == pytest.approx(float(wide.square().sum()), rel=1e-13)
+
+
+def test_residuals_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of about 80 numbers here, or of one index of the first mode in memory."""
+    pieces: list[int] = []
+
+    def energy(w: Tensor) -> float:
+        pieces.append(w.numel())
+        return float(w.double().square().sum())
+
+    monkeypatch.setattr(unfold, "energy", energy)
+    monkeypatch.setattr(unfold, "CHUNK", 20)
+    for sizes, want in (((9, 5, 4), [80, 80, 20]), ((2, 9, 10), [90, 90])):
+        w, other = torch.randn(sizes), torch.randn(sizes)
+        left = float((w - other).double().square().sum())
+        assert unfold.residual_energy(w, other) == pytest.approx(left)
+        assert pieces == want
+        pieces.clear()
+    with pytest.raises(ValueError, match="zip"):
+        unfold.residual_energy(torch.ones(2, 90), torch.ones(3, 90))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "want"),
+    [
+        ((6, 4, 5), 120, [(6, 4, 5)]),
+        ((5, 4, 5), 59, [(2, 4, 5), (2, 4, 5), (1, 4, 5)]),
+        ((2, 4, 5), 20, [(1, 4, 5)] * 2),
+        ((2, 4, 5), 19, [(1, 4, 4), (1, 4, 1)] * 2),  # one block is too large
+        ((1, 7, 3), 5, [(1, 7, 1)] * 3),  # even one column is
+    ],
+)
+def test_pieces_cover_all_once(
+    sizes: tuple[int, ...], size: int, want: list[tuple[int, ...]]
+) -> None:
+    counts, shapes = torch.zeros(sizes), []
+    for at_a, at_b in unfold._pieces(counts, size):
+        counts[at_a, :, at_b] += 1
+        shapes.append(tuple(counts[at_a, :, at_b].shape))
+    assert shapes == want
+    assert bool((counts == 1).all())
+
+
+def test_narrow_blocks_are_folded_as_often_as_they_may_be() -> None:
+    for long, short in itertools.product(range(1, 65), range(1, 20)):
+        folds = (1, 2, 4, 8, 16)
+        allowed = [f for f in folds if long % f == 0 and f * short <= unfold.FOLDED]
+        assert unfold._fold(long, short) == max(allowed, default=1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_in_memory_is_read_without_a_copy(order: tuple[int, ...]) -> None:
+    w = laid_out(order)
+    view, modes = unfold.in_memory_order(w)
+    assert view.data_ptr() == w.data_ptr()
+    assert view.is_contiguous()
+    assert modes == list(order)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "folded"),
+    [
+        ((8, 3, 4), (8, 12, 1)),  # columns beside each other
+        ((8, 5, 6), (8, 10, 3)),
+        ((8, 2, 3), (4, 12, 1)),  # else whole blocks, of no more than NARROW numbers
+        ((4, 5, 3), (4, 15, 1)),
+        ((4, 5, 5), (4, 5, 5)),
+    ],
+)
+def test_how_thin_blocks_are_folded(
+    sizes: tuple[int, ...], folded: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    plain_gram = unfold._plain_gram
+
+    def watched(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append(tuple(x_ANB.shape))
+        return plain_gram(x_ANB, dtype)
+
+    monkeypatch.setattr(unfold, "_plain_gram", watched)
+    monkeypatch.setattr(unfold, "NARROW", 15)
+    w = torch.randn(sizes, dtype=torch.float64)
+    want = torch.einsum("anb,amb->nm", w, w)
+    torch.testing.assert_close(unfold.gram(w, 1, torch.float64), want)
+    assert seen == [folded]
+
+
+@pytest.fixture
+def sizes_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What _pieces is told, where a chunk is 60 numbers."""
+    asked: list[int] = []
+    pieces = unfold._pieces
+
+    def watched(x_ANB: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+        asked.append(size)
+        return pieces(x_ANB, size)
+
+    monkeypatch.setattr(unfold, "_pieces", watched)
+    monkeypatch.setattr(unfold, "CHUNK", 60)
+    return asked
+
+
+def test_how_much_a_gram_matrix_takes_at_once(sizes_asked_for: list[int]) -> None:
+    shapes = [(40, 5, 1), (40, 6, 1), (4, 3, 5), (4, 3, 3), (2, 5, 30)]
+    for shape in shapes:
+        x_ANB = torch.randn(shape)
+        want = torch.einsum("anb,amb->nm", x_ANB.double(), x_ANB.double())
+        torch.testing.assert_close(unfold._plain_gram(x_ANB, torch.float64), want)
+    # thin blocks together, at least twice as many numbers as the result has; wide ones singly
+    assert sizes_asked_for == [60, 72, 15, 9, 60]
+
+
+def test_how_much_a_product_takes_at_once(
+    sizes_asked_for: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widened, products = [], []
+    beside, mm = unfold._beside_itself, torch.mm
+    monkeypatch.setattr(unfold, "NARROW", 20)
+    monkeypatch.setattr(unfold, "_beside_itself", lambda u, b: widened.append(b) or beside(u, b))
+    monkeypatch.setattr(torch, "mm", lambda *two, out: products.append(1) or mm(*two, out=out))
+    for shape, dtype in (
+        ((7, 5, 4), torch.float32),
+        ((2, 5, 2), torch.float32),
+        ((7, 5, 5), torch.float32),
+        ((1, 5, 4), torch.float32),
+        ((7, 5, 1), torch.float32),
+        ((90, 5, 3), torch.bfloat16),
+    ):
+        w, u_NR = torch.randn(shape).to(dtype), torch.randn(5, 2)
+        want = torch.einsum("anb,nr->arb", w.float(), u_NR)
+        torch.testing.assert_close(unfold.project(w, u_NR, 1), want)
+    # what needs no conversion is taken whole
+    assert sizes_asked_for == [7 * 20, 2 * 10, 7 * 25, 20, 7 * 5, 4 * 60]
+    assert widened == [4, 2, 3]  # narrow blocks, of which there are several
+    assert len(products) == 1 + 1 + 1 + 6  # of these, and of rows; the last in pieces of 16 blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products_are_in_the_dtype_of_the_matrix(dtype: torch.dtype) -> None:
+    w, u_NR = torch.randn(7, 5, 4), torch.randn(5, 2).to(dtype)
+    got = unfold.project(w, u_NR, 1)
+    assert got.dtype == dtype
+    want = torch.einsum("anb,nr->arb", w.double(), u_NR.double())
+    torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.05)
+
+
+def test_results_are_on_the_device_of_the_tensor() -> None:
+    for shape in ((6, 5, 4), (3, 4, 300)):
+        w, u_NR = torch.empty(shape, device="meta"), torch.empty(shape[1], 2, device="meta")
+        assert unfold.gram(w, 1, torch.float32).device == w.device
+        assert unfold.project(w, u_NR, 1).device == w.device
 
 
 def test_gaps_and_repeats_in_memory() -> None:
@@ -92,6 +246,7 @@ def test_energy_where_float32_squares_vanish_or_overflow(scale: float) -> None:
 def test_all_finite(value: float) -> None:
     w = laid_out(ORDERS[9])
     assert unfold.all_finite(w)
+    assert unfold.all_finite(w[:0])
     w[3, 2, 1, 0] = value
     assert not unfold.all_finite(w)
 

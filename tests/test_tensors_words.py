@@ -102,6 +102,11 @@ def test_good_stackings_are_not_refused() -> None:
     STACKINGS[rows_stacking(("in", "gate"))].check(("in", "gate"), GROUPED)
 
 
+def test_names_of_stacked_rows() -> None:
+    assert rows_stacking(("q", "k")) == "rows-q-k"
+    assert rows_stacking(("q",)) == "matrix"
+
+
 @pytest.mark.parametrize(
     ("values", "entry", "enough"),
     [
@@ -114,6 +119,9 @@ def test_good_stackings_are_not_refused() -> None:
         # what is below zero is rounding, and discards nothing
         ([1.0, 0.5, -0.2], 9.3e-4, True),
         ([1.0, 0.5, -0.2], 9.5e-4, False),
+        # what may be rounding is no energy: 1e-8 against 5e-6 of the second, less 2e-4
+        ([1.0, 2.3e-3], 1e-4, True),
+        ([1.0, 2.1e-3], 1e-4, False),
         ([1.0], 1.0, True),  # nothing is discarded
     ],
 )
@@ -121,6 +129,137 @@ def test_when_a_gram_matrix_is_exact_enough(
     values: list[float], entry: float, enough: bool
 ) -> None:
     assert eigen._is_exact_enough(torch.tensor(values).double(), 1, entry) is enough
+
+
+def as_tried(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a function of `eigen`, from now on."""
+    calls: list[tuple[Any, ...]] = []
+    called = getattr(eigen, name)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return called(*args, **options)
+
+    monkeypatch.setattr(eigen, name, watched)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("last", "ways"),
+    [
+        # a float32 Gram matrix of largest entry 1 is off by 6e-8, which must be 1e-4 of its least
+        (6.5e-4**0.5, [torch.float32]),
+        (5.5e-4**0.5, [torch.float32, torch.float64]),
+        (1e-9, [torch.float32, torch.float64]),
+    ],
+)
+def test_singular_values_are_read_off_the_cheapest_gram_matrix(
+    last: float, ways: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = as_tried(monkeypatch, "_smaller_gram")
+    monkeypatch.setattr(eigen, "_svd", None)  # never needed for what came in float32
+    values = torch.tensor([1.0, 1.0, last])
+    got = eigen.all_singular_values(values.diag(), 0)
+    torch.testing.assert_close(got, values.double(), rtol=1e-4, atol=1e-7)
+    assert [dtype for _, _, dtype in tried] == ways
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "rank", "ways", "svds"),
+    [
+        ([1.0, 0.5, 0.1], torch.float32, 1, [torch.float32], 0),
+        ([1.0, 0.5, 0.1], torch.bfloat16, 1, [torch.float32], 0),
+        ([1.0, 0.5, 0.1], torch.float64, 1, [torch.float64], 0),
+        # the second is kept and the third is not: in float32 squares both are rounding
+        ([1.0, 1e-5, 1e-6], torch.float32, 2, [torch.float32, torch.float64], 0),
+        ([1.0, 1e-5, 1e-6], torch.float64, 2, [torch.float64], 0),
+        ([1.0, 1e-9, 1e-10], torch.float32, 2, [torch.float32, torch.float64], 0),
+        ([1.0, 1e-9, 1e-10], torch.float64, 2, [torch.float64], 1),
+        # squares vanish or overflow
+        ([1e-24, 1e-25, 1e-26], torch.float32, 1, [torch.float32, torch.float64], 0),
+        ([1e-17, 5e-18, 1e-18], torch.float32, 1, [torch.float32, torch.float64], 0),
+        ([1e-147, 5e-148, 1e-148], torch.float64, 1, [torch.float64], 1),
+        ([1e25, 1e24, 1e23], torch.float32, 1, [torch.float32, torch.float64], 0),
+        ([1e-160, 1e-161, 1e-162], torch.float64, 1, [torch.float64], 1),
+        ([1e160, 1e159, 1e158], torch.float64, 1, [torch.float64], 1),
+        ([0.0, 0.0, 0.0], torch.float32, 1, [torch.float32, torch.float64], 0),
+        ([0.0, 0.0, 0.0], torch.float64, 1, [torch.float64], 1),
+    ],
+)
+def test_leading_vectors_come_the_cheapest_way_that_is_exact(
+    values: list[float],
+    dtype: torch.dtype,
+    rank: int,
+    ways: list[torch.dtype],
+    svds: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grams, decomposed = as_tried(monkeypatch, "_by_gram"), as_tried(monkeypatch, "_svd")
+    got = eigen.leading_vectors(torch.tensor(values, dtype=torch.float64).diag().to(dtype), 0, rank)
+    assert [args[3] for args in grams] == ways
+    assert len(decomposed) == svds
+    if any(values):
+        torch.testing.assert_close(got.abs().double(), torch.eye(3).double()[:, :rank])
+
+
+def test_more_vectors_than_an_svd_has() -> None:
+    """Squares of the numbers vanish, and columns beyond the second are any that are orthonormal."""
+    w = 1e-160 * torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u_NR = eigen.leading_vectors(w, 0, 4)
+    torch.testing.assert_close(u_NR.mT @ u_NR, torch.eye(4).double())
+    torch.testing.assert_close(u_NR[:, :2] @ (u_NR[:, :2].mT @ w), w, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("large", "dtype", "solver", "entry"),
+    [
+        (4, torch.float32, torch.float64, 2**-24 * 9),
+        (3, torch.float32, torch.float32, 2**-24 * (9 + 98**0.5)),  # eigh rounds too
+        (3, torch.float64, torch.float64, 2**-53 * 9),
+    ],
+)
+def test_what_a_gram_matrix_may_be_off_by(
+    large: int,
+    dtype: torch.dtype,
+    solver: torch.dtype,
+    entry: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Squares of 3, 2 and 1; in large matrices the eigendecomposition is a narrow one too."""
+    monkeypatch.setattr(eigen, "LARGE", large)
+    solved, judged = as_tried(monkeypatch, "eigh"), as_tried(monkeypatch, "_is_exact_enough")
+    w = torch.tensor([2.0, 3.0, 1.0], dtype=dtype).diag()
+    got = eigen._by_gram(w, 0, 1, dtype, last=False)
+    assert got is not None
+    torch.testing.assert_close(got.abs().double(), torch.tensor([[0.0], [1.0], [0.0]]).double())
+    assert solved[0][0].dtype == solver
+    values, rank, off = judged[0]
+    torch.testing.assert_close(values, torch.tensor([9.0, 4.0, 1.0]).double())
+    assert (values.dtype, rank, off) == (torch.float64, 1, pytest.approx(entry))
+
+
+def test_the_smaller_side_is_multiplied() -> None:
+    shapes = [(5, 4), (4, 4), (4, 5)]
+    assert [eigen._is_tall(torch.empty(shape), 0) for shape in shapes] == [True, False, False]
+    w = torch.randn(2, 30, 3)
+    assert [len(eigen._smaller_gram(w, mode, torch.float32)) for mode in range(3)] == [2, 6, 3]
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (4, 4)])
+def test_an_svd_of_any_shape(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u_NS, singular_S = eigen._svd(x)
+    assert (u_NS.shape, u_NS.dtype) == ((shape[0], min(shape)), torch.float64)
+    torch.testing.assert_close((u_NS * singular_S**2) @ u_NS.mT, x.double() @ x.double().mT)
+
+
+def test_completing_a_basis_takes_no_more_memory_than_its_columns() -> None:
+    """A complete one of a long mode would have 16 million numbers."""
+    for columns in (3, 4):
+        q_NR = eigen._orthonormal(torch.randn(50, columns), 3)
+        assert q_NR.untyped_storage().nbytes() == 50 * columns * 4
+    q_NR = eigen._orthonormal(torch.randn(50, 2), 3)
+    torch.testing.assert_close(q_NR.mT @ q_NR, torch.eye(3))
 
 
 @pytest.fixture

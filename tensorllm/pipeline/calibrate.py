@@ -67,7 +67,8 @@ def planned(
     clusters = compressor.clusters(geometry)
     keys = [(layer, cluster) for layer in layers for cluster in clusters]
     widest = max(input_width(geometry, cluster[0]) for cluster in clusters)
-    text.check(checkpoint.config.get_text_config().vocab_size, widest)
+    config = checkpoint.config.get_text_config()
+    text.check(config.vocab_size, widest, getattr(config, "max_position_embeddings", None))
     stored = None
     if compressor.max_loss_increase is None:
         stored = budget_of(compressor, keys, geometry, checkpoint.parameters)

@@ -8,6 +8,7 @@ frontiers, exact for small problems, give another choice; the better of the two 
 Shapes: S ranks of a curve, 1 to S.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial, reduce
 from heapq import heapify, heappop, heappush
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.frontier import Front, front_of, merge, union
+from tensorllm.tensors.frontier import front_of, merge, union
 
 
 class Curve(NamedTuple):
@@ -43,7 +44,7 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
     Raises:
         UserError: even rank 1 everywhere costs more; says how much.
     """
-    least = [_cheapest(cluster, float("inf")) for cluster in clusters]
+    least = [_cheapest(cluster, math.inf) for cluster in clusters]
     if _cost(clusters, least) > budget:
         raise UserError(
             f"the smallest factors that there are (rank 1) store {_cost(clusters, least)} numbers, "
@@ -64,8 +65,8 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
         else:
             low = middle
     # What is left over at the lowest price may buy nothing, and more at another.
+    affordable.append(_by_frontier(clusters, budget))
     spent = [_spend_rest(clusters, choices, budget) for choices in affordable]
-    spent += [_spend_rest(clusters, choices, budget) for choices in _by_frontier(clusters, budget)]
     return min(spent, key=lambda choices: error_of(clusters, choices))
 
 
@@ -76,42 +77,33 @@ def error_of(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> float:
 
 def _cheapest(cluster: Cluster, price: float) -> Choice:
     """The way and ranks of least error + price · cost; at an infinite price, of least cost."""
-    best, best_value = Choice(0, ()), float("inf")
+    options = []
     for way, curves in enumerate(cluster):
-        value, ranks = 0.0, []
-        for curve in curves:
-            total_S = curve.error_S + price * curve.cost_S if price < float("inf") else curve.cost_S
-            ranks.append(int(total_S.argmin()) + 1)
-            value += float(total_S[ranks[-1] - 1])
-        if value < best_value:
-            best, best_value = Choice(way, tuple(ranks)), value
-    return best
+        totals = [c.error_S + price * c.cost_S if price < math.inf else c.cost_S for c in curves]
+        ranks = tuple(int(total_S.argmin()) + 1 for total_S in totals)
+        options.append((sum(float(total_S.min()) for total_S in totals), Choice(way, ranks)))
+    return min(options)[1]  # the first way, where several are as good
 
 
-def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[list[Choice]]:
-    """The best choice along merged frontiers: exact while they are small; or none."""
-    whole: Front | None = None
-    widths = []
-    for cluster in clusters:
-        ways = [
-            reduce(partial(merge, budget=budget), [front_of(*curve, budget) for curve in curves])
-            for curves in cluster
-        ]
-        front = union(ways, budget)
-        widths.append(front.picks_NC.shape[1])
-        whole = front if whole is None else merge(whole, front, budget)
-    if whole is None or not len(whole.cost_N):
-        return []  # thinning kept nothing that fits
-    picks = whole.picks_NC[-1].split(widths)
-    return [
-        [Choice(way, tuple(r for r in ranks if r)) for way, *ranks in map(Tensor.tolist, picks)]
+def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
+    """The best choice along merged frontiers, exact while they are small."""
+    merged = partial(merge, budget=budget)
+    fronts = [
+        union(
+            [reduce(merged, [front_of(*curve, budget) for curve in curves]) for curves in cluster],
+            budget,
+        )
+        for cluster in clusters
     ]
+    widths = [front.picks_NC.shape[1] for front in fronts]
+    picks = reduce(merged, fronts).picks_NC[-1].split(widths)
+    return [Choice(way, tuple(r for r in ranks if r)) for way, *ranks in map(Tensor.tolist, picks)]
 
 
 def _prices(clusters: Sequence[Cluster]) -> tuple[float, float]:
     """Prices between which every choice changes."""
     curves = [curve for cluster in clusters for way in cluster for curve in way]
-    top = max(float(curve.error_S[0]) for curve in curves) + 1e-300
+    top = max(float(curve.error_S[0]) for curve in curves)
     return top * 1e-18, top * 1e3
 
 

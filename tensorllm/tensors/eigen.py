@@ -38,8 +38,7 @@ def leading_vectors(w: Tensor, mode: int, rank: int) -> Tensor:
         if found is not None:
             return found
     require_finite(w)
-    u_NS, _ = _svd(unfolding(w, mode))
-    return u_NS[:, :rank] if rank <= u_NS.shape[1] else _orthonormal(u_NS, rank)
+    return _orthonormal(_svd(unfolding(w, mode))[0], rank)
 
 
 def all_singular_values(w: Tensor, mode: int) -> Tensor:
@@ -90,7 +89,7 @@ def _by_gram(w: Tensor, mode: int, rank: int, dtype: torch.dtype, last: bool) ->
     if not math.isfinite(largest) or (underflows and not last):
         return None
     entry = torch.finfo(dtype).eps / 2 * largest
-    if g_SS.shape[0] >= LARGE and dtype == torch.float32:
+    if len(g_SS) >= LARGE and dtype == torch.float32:
         g_SS = g_SS.float()
         entry += torch.finfo(dtype).eps / 2 * float(torch.linalg.matrix_norm(g_SS))
     ascending, v_SS = eigh(g_SS)
@@ -121,7 +120,7 @@ def _orthonormal(y_NR: Tensor, rank: int) -> Tensor:
 
 def eigh(g_SS: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, smallest first, and eigenvectors of a symmetric matrix."""
-    with _few_threads(g_SS.shape[0]):
+    with _few_threads(len(g_SS)):
         values_S, vectors_SS = torch.linalg.eigh(g_SS)
     return values_S, vectors_SS
 

@@ -54,7 +54,12 @@ def cast(factors: Factors, dtype: torch.dtype) -> Factors:
 
 def wide(t: Tensor) -> Tensor:
     """`t` in float32, or float64 where it already is."""
-    return t if t.dtype == torch.float64 else t.float()
+    return t.to(wide_dtype(t))
+
+
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """Float32, or float64 where `t` has it."""
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 @FACTORS.register("tucker")

@@ -26,7 +26,7 @@ class Front(NamedTuple):
 
 def front_of(cost_N: Tensor, error_N: Tensor, budget: int) -> Front:
     """The frontier of one curve; the pick is the rank, counted from 1."""
-    ranks_N = torch.arange(1, len(cost_N) + 1)
+    ranks_N = torch.arange(len(cost_N)) + 1
     return _pareto(Front(cost_N.long(), error_N.double(), ranks_N[:, None]), budget)
 
 
@@ -49,8 +49,8 @@ def union(fronts: Sequence[Front], budget: int) -> Front:
         padded = torch.nn.functional.pad(front.picks_NC, (1, width - front.picks_NC.shape[1]))
         padded[:, 0] = way
         picks.append(padded)
-    cost, error = (torch.cat(part) for part in zip(*(f[:2] for f in fronts), strict=True))
-    return _pareto(Front(cost, error, torch.cat(picks)), budget)
+    cost_N, error_N = torch.cat([f.cost_N for f in fronts]), torch.cat([f.error_N for f in fronts])
+    return _pareto(Front(cost_N, error_N, torch.cat(picks)), budget)
 
 
 def _pareto(front: Front, budget: int) -> Front:
@@ -72,7 +72,7 @@ def _undominated(cost: Tensor, error: Tensor, budget: int) -> Tensor:
 def _thinned(front: Front, budget: int) -> Front:
     if len(front.cost_N) <= POINTS:
         return front
-    bucket = front.cost_N * POINTS // max(1, budget)
+    bucket = front.cost_N * POINTS // budget  # which is 1 or more, else there is one point
     last = torch.ones(len(bucket), dtype=torch.bool)
     last[:-1] = bucket[1:] != bucket[:-1]  # the best of a range of costs is its dearest
     last[0] = True  # the cheapest, without which nothing may fit

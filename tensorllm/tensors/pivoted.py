@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tensorllm.tensors.factors import FACTORS, wide
+from tensorllm.tensors.factors import FACTORS, wide, wide_dtype
 from tensorllm.tensors.unfold import exact_float32
 
 
@@ -66,14 +66,12 @@ def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
     rank = q_IR.shape[1]
     chosen_R = order_I[:rank].sort().values
     others_X = _others(chosen_R, len(u_IR))
-    # lower[:R] is unit lower triangular, so solving with it cannot fail.
-    mix = torch.linalg.solve_triangular(
-        lower_IR[:rank], lower_IR[rank:], upper=False, left=False, unitriangular=True
-    )
+    # lower[:R] has ones on its diagonal, so solving with it cannot fail.
+    mix = torch.linalg.solve_triangular(lower_IR[:rank], lower_IR[rank:], upper=False, left=False)
     mix_XR = mix[order_I[rank:].argsort()][:, order_I[:rank].argsort()]
     basis_RO = u_IR[chosen_R].double() @ v_RO.double()
     assert len(mix_XR) == len(others_X)
-    dtype = wide(u_IR[:0]).dtype
+    dtype = wide_dtype(u_IR)
     return PivotedLowRank(basis_RO.to(dtype), mix_XR.to(dtype), chosen_R.int())
 
 

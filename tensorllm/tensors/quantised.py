@@ -89,16 +89,16 @@ def quantise(factors: Factors, how: str) -> Factors:
 def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
     """Values and scales of a tensor (N, ...): symmetric, rounded to the nearest by torchao."""
     rounding = _torchao()
-    size, group = len(t), min(GROUP, len(t))
+    size = len(t)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    flat = torch.zeros(-(-size // group) * group, t[0].numel())
+    flat = torch.zeros(-(-size // GROUP) * GROUP, t[0].numel())  # zeros change no scale
     flat[:size] = t.float().flatten(1)
     rows = flat.mT.contiguous()
     limits = {"quant_min": low, "quant_max": high}
     scales, zeros = rounding.choose_qparams_affine(
-        rows, rounding.MappingType.SYMMETRIC, (1, group), torch.int8, **limits
+        rows, rounding.MappingType.SYMMETRIC, (1, GROUP), torch.int8, **limits
     )
-    values = rounding.quantize_affine(rows, (1, group), scales, zeros, torch.int8, **limits)
+    values = rounding.quantize_affine(rows, (1, GROUP), scales, zeros, torch.int8, **limits)
     values_N = values.mT[:size].reshape(t.shape).contiguous()
     scales_Y = scales.view(len(rows), -1).mT.reshape(-1, *t.shape[1:]).contiguous()
     if bits == 8:
@@ -124,12 +124,11 @@ def widen(values: Tensor, scales: Tensor, rest: Tensor | None = None) -> Tensor:
         signed = values.view(torch.int8)
         pair = [(signed << 4) >> 4, signed >> 4]
         values = torch.cat(pair if rest is None else [*pair, rest])
-    wide = values.to(scales.dtype)
-    whole = len(wide) // GROUP * GROUP
-    head = wide[:whole].unflatten(0, (-1, GROUP)) * scales[: whole // GROUP, None]
-    if whole == len(wide):
+    whole = len(values) // GROUP * GROUP
+    head = values[:whole].unflatten(0, (-1, GROUP)) * scales[: whole // GROUP, None]
+    if whole == len(values):
         return head.flatten(0, 1)
-    return torch.cat([head.flatten(0, 1), wide[whole:] * scales[-1]])
+    return torch.cat([head.flatten(0, 1), values[whole:] * scales[-1]])
 
 
 def plain(factors: Factors) -> Factors:

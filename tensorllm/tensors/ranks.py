@@ -24,10 +24,7 @@ def check_ranks(ranks: Sequence[object], sizes: Sequence[int]) -> tuple[int, ...
         raise UserError(f"ranks must be {len(sizes)} integers ({allowed}), got {ranks!r}")
     if len(ranks) != len(sizes):
         raise UserError(f"{len(sizes)} ranks are needed ({allowed}), got {len(ranks)}: {ranks!r}")
-    return tuple(
-        check_rank(f"R{i}", rank, size)
-        for i, (rank, size) in enumerate(zip(ranks, sizes, strict=True), 1)
-    )
+    return tuple(check_rank(f"R{i + 1}", ranks[i], size) for i, size in enumerate(sizes))
 
 
 def check_rank(name: str, rank: object, size: int) -> int:
@@ -47,8 +44,7 @@ def laser_rank(rho: float, shape: Sequence[int]) -> int:
     """
     if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 < rho <= 1:
         raise UserError(f"rho (share of the rank kept) must be in (0, 1], got {rho!r}")
-    exact = rho * min(shape)
-    return max(1, math.floor(exact + 1e-9 * max(1.0, exact)))
+    return max(1, math.floor(rho * min(shape) * (1 + 1e-9)))
 
 
 def ranks_for_energy(spectra: Mapping[int, Tensor], share: float) -> dict[int, int]:

@@ -5,6 +5,7 @@ both. Shapes: I rows of one matrix, D model width.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -21,21 +22,22 @@ def rows_stacking(roles: Sequence[str]) -> str:
     return "matrix" if len(roles) == 1 else "-".join(("rows", *roles))
 
 
-def _register(roles: tuple[str, ...]) -> None:
-    def stack(w_ID: Sequence[Tensor], geometry: Geometry) -> Tensor:
-        return torch.cat(list(w_ID))
+def _stack(w_ID: Sequence[Tensor], geometry: Geometry) -> Tensor:
+    return torch.cat(list(w_ID))
 
-    def unstack(w_ID: Tensor, geometry: Geometry, count: int) -> list[Tensor]:
-        return list(w_ID.split([geometry.inner(role) for role in roles]))
 
-    def check(given: Sequence[str], geometry: Geometry) -> None:
-        if tuple(given) != roles:
-            raise UserError(f"{rows_stacking(roles)} stacks the roles {roles}, got {tuple(given)}")
+def _unstack(roles: tuple[str, ...], w_ID: Tensor, geometry: Geometry, count: int) -> list[Tensor]:
+    return list(w_ID.split([geometry.inner(role) for role in roles]))
 
-    STACKINGS.register(rows_stacking(roles))(Stacking(stack, unstack, check))
+
+def _check(roles: tuple[str, ...], given: Sequence[str], geometry: Geometry) -> None:
+    if tuple(given) != roles:
+        raise UserError(f"{rows_stacking(roles)} stacks the roles {roles}, got {tuple(given)}")
 
 
 for _readers in READERS:
     for _size in range(2, len(_readers) + 1):
         for _roles in combinations(_readers, _size):
-            _register(_roles)
+            STACKINGS.register(rows_stacking(_roles))(
+                Stacking(_stack, partial(_unstack, _roles), partial(_check, _roles))
+            )

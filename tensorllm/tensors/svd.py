@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import all_singular_values, leading_vectors, require_finite
-from tensorllm.tensors.factors import LowRank, wide
+from tensorllm.tensors.factors import LowRank, wide, wide_dtype
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import exact_float32
 
@@ -37,7 +37,8 @@ def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0)
         raise UserError(f"truncated SVD needs a matrix, got shape {tuple(w_IO.shape)}")
     check_rank("r", rank, min(w_IO.shape))
     u_IR, v_RO = METHODS[method](w_IO, rank, seed)
-    return _balanced(u_IR.to(wide(w_IO[:0]).dtype), v_RO.to(wide(w_IO[:0]).dtype))
+    dtype = wide_dtype(w_IO)
+    return _balanced(u_IR.to(dtype), v_RO.to(dtype))
 
 
 def singular_values(w_IO: Tensor) -> Tensor:
@@ -48,8 +49,7 @@ def singular_values(w_IO: Tensor) -> Tensor:
 def _exact(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     short = int(w_IO.shape[1] < w_IO.shape[0])  # its Gram matrix is the smaller one
     u = leading_vectors(w_IO, short, rank)
-    x_IO = w_IO.to(torch.promote_types(wide(w_IO[:0]).dtype, u.dtype))
-    u = u.to(x_IO.dtype)
+    x_IO = w_IO.to(u.dtype)
     return (x_IO @ u, u.mT) if short else (u, u.mT @ x_IO)
 
 

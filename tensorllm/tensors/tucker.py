@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import all_singular_values, eigh, leading_vectors, require_finite
-from tensorllm.tensors.factors import Factors, Tucker, growth, wide
+from tensorllm.tensors.factors import Factors, Tucker, growth, wide, wide_dtype
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import energy, exact_float32, gram, project, residual_energy
 
@@ -87,7 +87,7 @@ def _sthosvd(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float
 
 
 def _leading(w: Tensor, mode: int, rank: int) -> Tensor:
-    return leading_vectors(w, mode, rank).to(wide(w[:0]).dtype)
+    return leading_vectors(w, mode, rank).to(wide_dtype(w))
 
 
 def _hooi(
@@ -178,7 +178,7 @@ def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tu
         for mode, u in t.factors.items()
     }
     if refine:
-        inner = tucker(t.core, checked, sweeps=1)
+        inner = tucker(t.core, checked)
         return Tucker(inner.core, {n: wide(u) @ inner.factors[n] for n, u in t.factors.items()})
     core = t.core
     for mode, rank in checked.items():
@@ -219,7 +219,7 @@ def slice_errors(w: Tensor, t: Tucker, modes: Sequence[int]) -> tuple[Tensor, Te
     own = _project_all(wide(t.core).double(), outside)
     twice = _project_all(own, {n: u.double().mT @ u.double() for n, u in inside.items()})
     cross = _project_all(w, inside).double()
-    norms = torch.linalg.vector_norm(w, dim=tuple(modes), dtype=wide(w[:0]).dtype).double()
+    norms = torch.linalg.vector_norm(w, dim=tuple(modes), dtype=wide_dtype(w)).double()
     left = norms.square() + ((twice - 2 * cross) * own).sum(tuple(modes))
     if bool((left < CANCELS * norms.square()).any()):
         return None

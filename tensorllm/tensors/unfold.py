@@ -86,12 +86,11 @@ def gram(w: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
     fold = _fold(b, n)
     if fold > 1:
         wide_CC = _plain_gram(x_ANB.view(a, n * fold, b // fold), dtype)
-        return wide_CC.view(n, fold, n, fold).diagonal(dim1=1, dim2=3).sum(-1)
+        return torch.einsum("nfmf->nm", wide_CC.view(n, fold, n, fold))
     if n * b <= NARROW:
         fold = _fold(a, n * b)
         wide_CC = _plain_gram(x_ANB.view(a // fold, fold * n * b, 1), dtype)
-        pieces = wide_CC.view(fold, n, b, fold, n, b)
-        return pieces.diagonal(dim1=0, dim2=3).diagonal(dim1=1, dim2=3).sum((-1, -2))
+        return torch.einsum("fnbfmb->nm", wide_CC.view(fold, n, b, fold, n, b))
     return _plain_gram(x_ANB, dtype)
 
 
@@ -113,7 +112,7 @@ def _plain_gram(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
             if piece.shape[2] == 1:
                 total_NN += piece[:, :, 0].mT @ piece[:, :, 0]
             else:
-                x_NC = piece[0] if len(piece) == 1 else piece.transpose(0, 1).flatten(1)
+                x_NC = piece.transpose(0, 1).flatten(1)  # a view where it is one block
                 total_NN += x_NC @ x_NC.mT
     return total_NN
 
@@ -169,9 +168,9 @@ def residual_energy(w: Tensor, approximation: Tensor) -> float:
     """The sum of squares of `w - approximation`, chunk by chunk along w's first axis in memory."""
     view, order = in_memory_order(w)
     other = approximation.permute(order)
-    step = max(1, 4 * CHUNK * view.shape[0] // max(1, view.numel()))
+    step = max(1, 4 * CHUNK * view.shape[0] // view.numel())
     pairs = zip(view.split(step), other.split(step), strict=True)
-    return sum(energy(x.to(y.dtype) - y) for x, y in pairs)
+    return sum(energy(x - y) for x, y in pairs)
 
 
 def all_finite(w: Tensor) -> bool:

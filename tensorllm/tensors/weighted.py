@@ -91,7 +91,7 @@ def regression(cross_MN: Tensor, moment_NN: Tensor, prior_MN: Tensor, ridge: flo
     """
     values_N, v_NN = torch.linalg.eigh(moment_NN)
     mean = float(values_N.clamp(min=0).mean())
-    added = ridge * (mean if mean > 0 else 1.0)
+    added = ridge * (mean or 1.0)
     right_MN = (cross_MN + added * prior_MN) @ v_NN
     return (right_MN / (values_N.clamp(min=0) + added)) @ v_NN.mT
 
