@@ -58,7 +58,11 @@ def calibrated(
         fitted = fit(task.compressor, loader(), text, task.layers, progress=progress)
         return replace(task, compressor=fitted)
     with exclusive(task.target):
-        return replace(task, compressor=_resumable(task, text, loader, stream, progress))
+        try:
+            return replace(task, compressor=_resumable(task, text, loader, stream, progress))
+        except UserError:  # refused: the same command will not go on
+            clear(task)
+            raise
 
 
 def _resumable(
