@@ -93,10 +93,10 @@ def compress(
 
       tensorllm compress --model demo --mode hybrid
 
-      tensorllm compress --model my-llama/ --mode shared-tucker --ranks 1920,60,3 --out small/
+      tensorllm compress --model llama/ --mode shared-tucker --ranks 1920,60,3 --out o/
 
-      tensorllm compress --model my-llama/ --mode activation-tucker --target-ratio 1.5 \
-          --calibration stories.txt --out small/
+      tensorllm compress --model llama/ --mode activation-tucker --target-ratio 1.5 \
+          --calibration stories.txt --out o/
 
       tensorllm compress --model gptj --mode hybrid --out out/ --format factored
     """

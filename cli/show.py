@@ -2,8 +2,10 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -35,32 +37,61 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
     if is_quiet() or not console.is_terminal:
         yield lambda done, total, what: None
         return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+    timer = Timer()
     columns = (
         TextColumn("{task.description:<24.24}", markup=False),
         BarColumn(bar_width=20),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[timer]}", markup=False),  # asked anew whenever the bar is drawn
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(begin, total=None)  # it pulses until something can be counted
-        seen: tuple[int, int | None] = (0, None)
+        # It pulses until something can be counted.
+        task = bar.add_task(begin, total=None, timer=timer)
 
         def update(done: int, total: int, what: str) -> None:
-            nonlocal seen
-            if done < seen[0] or total != seen[1]:  # something else began: its time is its own
+            if timer.told(done, total):
                 bar.reset(task, total=total or None)
             bar.update(task, completed=done, description=what)
-            seen = (done, total)
 
         yield update
+
+
+class Timer:
+    """What a bar says of time: how long this stage takes, and how long it still will.
+
+    The time left is that of what is undone at the mean speed of what was done here, which needs one
+    step where rich wants two within half a minute: a step may take hours. What an earlier run had
+    done before this one began is no part of the speed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.first = self.done = 0
+        self.total: int | None = None
+        self.start = self.last = clock()
+
+    def told(self, done: int, total: int | None) -> bool:
+        """Take note of progress; whether it is that of another stage, whose time is its own."""
+        another = done < self.done or total != self.total
+        if another:
+            self.first, self.done, self.total = done, done, total
+            self.start = self.last = self.clock()
+        elif done > self.done:
+            self.done, self.last = done, self.clock()
+        return another
+
+    def __str__(self) -> str:
+        now = self.clock()
+        passed = _clock_time(now - self.start)
+        if self.done == self.first or not self.total:
+            return passed
+        each = (self.last - self.start) / (self.done - self.first)
+        left = each * (self.total - self.done) - (now - self.last)
+        return f"{passed}, {_clock_time(left)} left"
+
+
+def _clock_time(seconds: float) -> str:
+    """0:01:05."""
+    return str(timedelta(seconds=max(0, round(seconds))))

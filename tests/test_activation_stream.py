@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_activation_fit import text
 from tiny_models import TINY, tiny_model
 
@@ -49,6 +50,22 @@ def test_layers_hold_their_weights_only_while_they_are_needed(tmp_path):
         assert all(torch.equal(p, own[name]) for name, p in block.named_parameters())
     matrices = [p for p in source.model.parameters() if p.ndim > 1]
     assert [p.is_meta for p in matrices] == [False] + [True] * (len(matrices) - 1)  # embeddings
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_tied_embeddings_are_found_under_the_name_of_the_head(name, tmp_path):
+    """As older versions of transformers stored them."""
+    model = tiny_model(name, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    (embeddings,) = (
+        n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight
+    )
+    head = next(other for other, own in model._tied_weights_keys.items() if own == embeddings)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[head] = weights.pop(embeddings)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = OnDisk(tmp_path).model.get_input_embeddings().weight
+    assert torch.equal(found, model.get_input_embeddings().weight)
 
 
 SCRIPT = """

@@ -95,9 +95,58 @@ def test_what_a_loss_limit_cannot_be_for_is_refused():
         fit(ActivationTucker(max_loss_increase=0.1), tiny_model("bert"), text())
 
 
-def test_an_unreachable_ratio_says_the_best():
-    with pytest.raises(UserError, match=r"19\.2 times fewer than now; not more than 12 were"):
-        fit(ActivationTucker(target_ratio=500), tiny_model("llama"), text())
+def test_an_unreachable_target_says_the_best_before_anything_is_measured():
+    told = []
+    with pytest.raises(UserError, match=r"19\.2 times fewer than now; target_ratio 500 would"):
+        fit(
+            ActivationTucker(target_ratio=500),
+            tiny_model("llama"),
+            text(),
+            progress=lambda *step: told.append(step),
+        )
+    assert told == []
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"target_params must be (\d+) or more, got 7") as refused:
+        fit(ActivationTucker(target_params=7), model, text())
+    least = int(str(refused.value).split()[3])
+    smaller = copy.deepcopy(model)
+    report = compress(smaller, fit(ActivationTucker(target_params=least), model, text()))
+    assert report.totals.parameters_after == least
+
+
+def steps_of(compressor) -> list[tuple[int, int, str]]:
+    told: list[tuple[int, int, str]] = []
+    fit(
+        compressor,
+        tiny_model("llama"),
+        text(),
+        progress=lambda done, total, what: told.append((done, total, what)),
+    )
+    return told
+
+
+def test_progress_is_told_within_layers_and_to_the_end():
+    """A layer may take minutes: a bar that moves once a layer says no time left."""
+    told = steps_of(ActivationHybrid(target_ratio=2.0, distill_steps=3))
+    assert list(dict.fromkeys(what for *_, what in told)) == [
+        "measuring layers",
+        "fitting layers",
+        "distilling",
+    ]
+    for wanted in ("measuring layers", "fitting layers", "distilling"):
+        stage = [(done, total) for done, total, what in told if what == wanted]
+        assert len({total for _, total in stage}) == 1
+        assert [done for done, _ in stage] == sorted(done for done, _ in stage)
+        assert stage[0][0] == 0
+        assert stage[-1][0] >= 0.7 * stage[-1][1]  # the last layer's states go nowhere
+        assert len({done for done, _ in stage}) > 3
+
+
+def test_sizes_that_are_tried_are_one_stage():
+    told = [step for step in steps_of(ActivationTucker(max_loss_increase=0.1)) if "size" in step[2]]
+    assert {what for *_, what in told} == {f"trying size {n} of 10" for n in range(1, 11)}
+    assert [done for done, *_ in told] == sorted(done for done, *_ in told)
+    assert len({total for _, total, _ in told}) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-grouped"])

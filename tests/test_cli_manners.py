@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from cli_runs import CONTROL, in_terminal, lines_of, piped
 
 from tensorllm_cli.app import COMMANDS, main
+from tensorllm_cli.show import Timer
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ("--model", "demo", "--limit", "60")
@@ -108,9 +110,29 @@ def test_a_terminal_gets_a_bar_with_the_time_left_and_80_columns() -> None:
     code, sent = in_terminal("compress", "--mode", "laser", *SMALL)
     assert code == 0
     assert "scoring demo" in sent
-    assert " left " in CONTROL.sub("", sent)
+    assert re.search(r"\d:\d\d:\d\d, \d:\d\d:\d\d left", CONTROL.sub("", sent))
+    assert not re.search(
+        r"loading [^\r]* left", CONTROL.sub("", sent)
+    )  # nothing can be counted yet
     assert max(map(len, lines_of(sent))) <= 80
     assert "accuracy" in sent
+
+
+def test_time_left_is_told_of_steps_longer_than_half_a_minute() -> None:
+    now = 0.0
+    timer = Timer(lambda: now)
+    assert str(timer) == "0:00:00"
+    assert timer.told(4, 10)  # an earlier run had done four
+    now = 100.0
+    assert str(timer) == "0:01:40"  # none done here, nothing to tell from
+    assert not timer.told(5, 10)
+    assert str(timer) == "0:01:40, 0:08:20 left"
+    now = 130.0  # within a step it counts down
+    assert str(timer) == "0:02:10, 0:07:50 left"
+    now = 900.0  # never below nothing
+    assert str(timer) == "0:15:00, 0:00:00 left"
+    assert timer.told(0, 10)  # another stage
+    assert str(timer) == "0:00:00"
 
 
 def test_quiet_means_no_bar_and_no_colour_means_no_colour() -> None:

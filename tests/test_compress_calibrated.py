@@ -1,5 +1,6 @@
 """compress --calibration: from a text file to a smaller model, through the pipeline."""
 
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,27 @@ def test_a_dry_run_is_right_about_the_size(text):
     plan = run(request(text, more={"dry_run": True}, target_ratio=1.5))
     report = run(request(text, target_ratio=1.5))
     assert plan.parameters_after == pytest.approx(report.totals.parameters_after, rel=1e-3)
+
+
+def test_what_is_refused_leaves_nothing(text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Ada Moss\n")
+    for file, ratio in ((short, 1.5), (text, 1e9)):
+        with pytest.raises(UserError):
+            run(request(file, target_ratio=ratio, more={"out": tmp_path / "out"}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt", "told.txt"]
+
+
+def test_the_card_says_how_to_draw_the_same_text_again(text, tmp_path):
+    out = tmp_path / "out"
+    report = run(request(text, target_ratio=1.5, more={"out": out, "seed": 3}, refit_steps=0))
+    card = (out / "README.md").read_text()
+    (command,) = re.findall(r"^tensorllm (compress --config .*)$", card, re.MULTILINE)
+    assert " --calibration FILE --sequences 32 --seed 3 " in command
+    facts = report.settings["calibration"]
+    assert f"FILE was `told.txt`: 32 sequences of {facts['tokens']:,} tokens" in card
+    assert facts["sha256"] in card
+    assert "{'" not in card
 
 
 def test_text_that_would_be_scored_is_refused_unless_allowed(text, tmp_path):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
@@ -19,6 +19,7 @@ from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration.sequences import Batch, Calibration
 from tensorllm.compressors import Job
 from tensorllm.compressors.activation import Given
+from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.pivoted import PivotedLowRank
 
 LEARNING_RATE = 1e-3
@@ -84,6 +85,19 @@ class Distiller(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+class _Told(Callback):
+    """Tells each step as progress."""
+
+    def __init__(self, steps: int, progress: Progress) -> None:
+        self.steps, self.progress = steps, progress
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.progress(0, self.steps, "distilling")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.progress(trainer.global_step, self.steps, "distilling")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's notes on devices and its advice about loggers and loaders."""
@@ -99,7 +113,12 @@ def _quiet() -> Iterator[None]:
 
 
 def distill(
-    model: nn.Module, roles: RoleMatrices, jobs: Sequence[Job], text: Calibration, steps: int
+    model: nn.Module,
+    roles: RoleMatrices,
+    jobs: Sequence[Job],
+    text: Calibration,
+    steps: int,
+    progress: Progress = quiet,
 ) -> list[Job]:
     """The jobs with factors trained for some steps, in the order and sizes that they had.
 
@@ -118,6 +137,7 @@ def distill(
             devices=[device.index or 0] if device.type == "cuda" else 1,
             gradient_clip_val=1.0,
             logger=False,
+            callbacks=[_Told(steps, progress)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

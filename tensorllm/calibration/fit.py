@@ -14,7 +14,7 @@ from tensorllm.calibration.fitter import Fit
 from tensorllm.calibration.moments import Moments, frozen
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import least_numbers, numbers
-from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
+from tensorllm.calibration.smallest import STEPS, next_token_loss, smallest, with_factors
 from tensorllm.calibration.source import InMemory, OnDisk
 from tensorllm.calibration.store import Store
 from tensorllm.checkpoint.reader import Checkpoint
@@ -61,7 +61,8 @@ def fit(
         if compressor.distill_steps:
             from tensorllm.calibration.distill import distill  # Lightning takes seconds to import
 
-            jobs = distill(model, work.roles, jobs, calibration, compressor.distill_steps)
+            steps = compressor.distill_steps
+            jobs = distill(model, work.roles, jobs, calibration, steps, progress)
         return compressor.with_fit(jobs, calibration.facts())
 
 
@@ -121,8 +122,15 @@ def _smallest(
     blocks = work.blocks()
     errors = work.errors(blocks)
     before = next_token_loss(model, work.batches)
+    progress, tried = work.progress, -1
+
+    def told(done: int, total: int, what: str) -> None:
+        most = STEPS + 1
+        progress(tried * total + done, most * total, f"trying size {tried + 1} of {most}")
 
     def attempt(budget: int) -> tuple[list[Job], float]:
+        nonlocal tried
+        tried, work.progress = tried + 1, told
         jobs = work.factors(blocks, Store(), errors, budget)
         smaller = with_factors(model, work.roles, jobs)
         return jobs, next_token_loss(smaller, work.batches) - before

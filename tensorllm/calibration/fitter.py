@@ -15,7 +15,7 @@ from tensorllm.calibration.refit import Between, Refit
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.sizes import Errors, budget_of, sizes
 from tensorllm.calibration.source import LayerSource
-from tensorllm.calibration.store import States, Store, Sweep
+from tensorllm.calibration.store import Counted, States, Store, Sweep
 from tensorllm.compressors import ActivationTucker, Job
 from tensorllm.compressors.activation import Given, GivenInFile
 from tensorllm.progress import Progress, quiet
@@ -92,8 +92,8 @@ class Fit:
         """What every candidate's ranks cost, from one sweep over the original's layers."""
         out = {}
         sweep = Sweep(self.store, "errors", ("measured",), blocks.start, blocks.layers)
-        for layer, (before,), after in sweep:
-            self.progress(layer, blocks.layers, "measuring layers")
+        for layer, (kept,), after in sweep:
+            before = self.counted(kept, layer, blocks.layers, 2, "measuring layers")
             found: dict[str, Tensor] = {}
             with self.source.block(layer) as block:
                 keys = [key for key in self.keys if key[0] == layer]
@@ -109,6 +109,17 @@ class Fit:
             for name, costs_S in self.store.load(f"errors-{layer}").items():
                 out[layer, tuple(name.split("-"))] = costs_S
         return out
+
+    def counted(
+        self, states: Iterable[Tensor], layer: int, layers: int, passes: int, what: str
+    ) -> Counted:
+        """The states before one layer; each batch that is read of them is told as progress."""
+        steps = passes * len(self.batches)
+
+        def tell(read: int) -> None:
+            self.progress(layer * steps + min(read, steps), layers * steps, what)
+
+        return Counted(states, tell)
 
     def moments(
         self, blocks: Blocks, layer: int, block: nn.Module, hidden: Iterable[Tensor]
@@ -133,8 +144,9 @@ class Fit:
         ranks = sizes(self.keys, errors, geometry, sharing=sharing, budget=budget)
         names = ("original", "compressed")
         sweep = Sweep(store, "factors", names, blocks.start, blocks.layers)
-        for layer, (theirs, ours), after in sweep:
-            self.progress(layer, blocks.layers, "fitting layers")
+        for layer, (theirs, kept), after in sweep:
+            passes = len(self.compressor.clusters(geometry)) + self.compressor.refit_steps + 1
+            ours = self.counted(kept, layer, blocks.layers, passes, "fitting layers")
             with self.source.block(layer) as block:
                 own, smaller = (Layer(self.roles, layer, b) for b in (block, copy.deepcopy(block)))
                 found = self.fit_layer(blocks, own, smaller, ranks, theirs, ours)
@@ -152,7 +164,13 @@ class Fit:
         return [_job(store, layer, group) for layer, group in ranks]
 
     def fit_layer(
-        self, blocks: Blocks, own: Layer, smaller: Layer, ranks: Ranks, theirs: States, ours: States
+        self,
+        blocks: Blocks,
+        own: Layer,
+        smaller: Layer,
+        ranks: Ranks,
+        theirs: States,
+        ours: Iterable[Tensor],
     ) -> dict[Group, PivotedLowRank]:
         """The factors of one layer's groups, in the order in which they run; put into `smaller`."""
         out: dict[Group, PivotedLowRank] = {}
@@ -188,7 +206,7 @@ class Fit:
         moments: Moments,
         fitted: dict[Group, PivotedLowRank],
         theirs: States,
-        ours: States,
+        ours: Iterable[Tensor],
     ) -> dict[Group, PivotedLowRank]:
         """The factors of one layer moved together, towards the original's output of the layer."""
         maps = {}

@@ -39,28 +39,13 @@ def candidates(cluster: Group, sharing: bool) -> list[Group]:
 def sizes(
     keys: Sequence[Key], errors: Errors, geometry: Geometry, *, sharing: bool, budget: int
 ) -> Ranks:
-    """The ranks of all groups with about the least error in sum.
-
-    Raises:
-        UserError: the budget is below what the smallest factors store.
-    """
-    check_budget(keys, geometry, sharing=sharing, budget=budget)
+    """The ranks of all groups with about the least error in sum."""
     ways = [groupings(cluster, sharing) for _, cluster in keys]
     clusters = [
         [[_curve(geometry, group, errors[layer, group]) for group in way] for way in ways_here]
         for (layer, _), ways_here in zip(keys, ways, strict=True)
     ]
     return ranks_of(keys, ways, allocate(clusters, budget))
-
-
-def check_budget(keys: Sequence[Key], geometry: Geometry, *, sharing: bool, budget: int) -> None:
-    """Refuse a budget below what the smallest factors store."""
-    before, least = numbers(keys, geometry), least_numbers(keys, geometry, sharing)
-    if budget < least:
-        raise UserError(
-            f"the smallest factors that there are (rank 1) store {least} numbers, "
-            f"{before / least:.1f} times fewer than now; not more than {budget} were asked for"
-        )
 
 
 def budget_of(
@@ -70,16 +55,27 @@ def budget_of(
 
     Args:
         parameters: of the whole model.
+
+    Raises:
+        UserError: the budget is below what the smallest factors store; found before any work.
     """
-    before = numbers(keys, geometry)
+    before, least = numbers(keys, geometry), least_numbers(keys, geometry, compressor.sharing)
     if compressor.target_ratio is not None:
-        return int(before / compressor.target_ratio)
+        budget = int(before / compressor.target_ratio)
+        if budget < least:
+            raise UserError(
+                f"the smallest factors that there are (rank 1) store {least} numbers, "
+                f"{before / least:.1f} times fewer than now; target_ratio "
+                f"{compressor.target_ratio:g} would leave {budget}"
+            )
+        return budget
     assert compressor.target_params is not None
     rest = parameters - before
-    if compressor.target_params <= rest:
+    if compressor.target_params < rest + least:
         raise UserError(
-            f"target_params must be above {rest}, the parameters that this mode does not "
-            f"touch, got {compressor.target_params}"
+            f"target_params must be {rest + least} or more, got {compressor.target_params}: "
+            f"this mode does not touch {rest} parameters, and the smallest factors that there are "
+            f"(rank 1) store {least}"
         )
     return compressor.target_params - rest
 

@@ -89,12 +89,26 @@ class OnDisk:
 
     def _load(self, module: nn.Module, path: str, names: Any) -> None:
         """Give the parameters `names` of a module their weights, where the checkpoint has them."""
-        stored = {name: f"{self._prefix}{path}{name}" for name in names}
+        stored = {name: self._stored(f"{self._prefix}{path}{name}") for name in names}
         known = {name: key for name, key in stored.items() if key in self.checkpoint.entries}
         read = self.checkpoint.read(known.values())
         weights = {n: read[key].to(self.device, self.dtype) for n, key in known.items()}
         module.load_state_dict(weights, strict=False, assign=True)
         module.requires_grad_(False)
+
+    def _stored(self, name: str) -> str:
+        """What the checkpoint calls a weight: of tied ones it may hold either."""
+        import transformers
+
+        if name not in self.checkpoint.entries:
+            for architecture in self.checkpoint.config.architectures or ():
+                tied = getattr(
+                    getattr(transformers, architecture, None), "_tied_weights_keys", None
+                )
+                for other, own in (tied or {}).items():
+                    if own == name and other in self.checkpoint.entries:
+                        return str(other)
+        return name
 
 
 class _WeightsNowhere(TorchFunctionMode):

@@ -106,6 +106,20 @@ class States:
             self.store.drop(f"{self.name}-{number}")
 
 
+class Counted:
+    """States that tell, before each batch that is read of them, how many were read so far."""
+
+    def __init__(self, states: Iterable[Tensor], tell: Callable[[int], None]) -> None:
+        self.states, self.tell, self.read = states, tell, 0
+        tell(0)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for hidden in self.states:
+            yield hidden
+            self.read += 1
+            self.tell(self.read)
+
+
 class Sweep:
     """A walk through the layers that goes on where an earlier one was interrupted.
 

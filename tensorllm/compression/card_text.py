@@ -80,7 +80,15 @@ def _sites(sites: Sequence[Mapping[str, Any]]) -> str:
         )
         for site in sites
     ]
-    head = ("what", "shape", "factors (ranks)", "parameters", "after", "ratio", "relative error")
+    head = (
+        "what",
+        "shape",
+        "factors (ranks)",
+        "parameters",
+        "after",
+        "ratio",
+        "error of the weights",
+    )
     return f"## What was done\n\n{_table(head, rows)}"
 
 
@@ -121,13 +129,27 @@ def _again(report: Mapping[str, Any]) -> str:
     text = yaml.safe_dump(recipe | settings, sort_keys=False, default_flow_style=None, width=76)
     revision = f" --revision {report['revision']}" if report["revision"] else ""
     fitted = report["settings"].get("calibration")
-    data = " --calibration FILE" if fitted else ""
-    facts = f"\n\nIt was fitted to this text: `{dict(fitted)}`" if fitted else ""
+    draw = "--sequences {sequences} --seed {seed}".format_map(fitted) if fitted else ""
+    data = f" --calibration FILE {draw}" if fitted else ""
+    facts = f"\n\n{_fitted_to(fitted)}" if fitted else ""
     version = report["environment"].get("versions", {}).get("tensorllm", "")
     return (
         f"## Make it again\n\nWith tensorllm {version}, this in `recipe.yaml`:\n\n"
         f"```yaml\n{text}```\n\n```\ntensorllm compress --config recipe.yaml{revision}{data} "
         f"--format {report['format']} --out FOLDER\n```{facts}"
+    )
+
+
+def _fitted_to(text: Mapping[str, Any]) -> str:
+    """What FILE was, and what was drawn of it."""
+    lost = (
+        " The loss on them rose by {loss_increase:.4f} from {loss:.4f} nats per token."
+        if "loss_increase" in text
+        else ""
+    ).format_map(text)
+    return (
+        f"FILE was `{text['source']}`: {text['sequences']:,} sequences of {text['tokens']:,} "
+        f"tokens in all were drawn from it. SHA-256 of these: `{text['sha256']}`.{lost}"
     )
 
 

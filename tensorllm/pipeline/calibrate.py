@@ -9,7 +9,7 @@ from typing import Any
 from tensorllm.calibration.fit import fit, fit_folder, store_for
 from tensorllm.calibration.groups import input_width, site_of
 from tensorllm.calibration.sequences import Calibration, read_calibration
-from tensorllm.calibration.sizes import budget_of, check_budget
+from tensorllm.calibration.sizes import budget_of
 from tensorllm.checkpoint.target import exclusive
 from tensorllm.compression.plan import Plan, plan_folder
 from tensorllm.compression.task import FolderTask
@@ -52,7 +52,13 @@ def calibrated(
         fitted = fit(compressor, loader(), text, task.layers, progress=progress)
         return replace(task, compressor=fitted)
     with exclusive(task.target):
-        return replace(task, compressor=_resumable(task, text, loader, stream, progress))
+        before = _work(task).exists()  # an interrupted fit's, or somebody else's folder
+        try:
+            return replace(task, compressor=_resumable(task, text, loader, stream, progress))
+        except UserError:  # refused: the same command will not go on
+            if not before:
+                clear(task)
+            raise
 
 
 def planned(
@@ -72,7 +78,6 @@ def planned(
     stored = None
     if compressor.max_loss_increase is None:
         stored = budget_of(compressor, keys, geometry, checkpoint.parameters)
-        check_budget(keys, geometry, sharing=compressor.sharing, budget=stored)
     jobs = [Job(site_of(layer, cluster), compressor) for layer, cluster in keys]
     task = replace(task, compressor=compressor.with_fit(jobs, text.facts()))
     return replace(plan_folder(task, stored), seconds=None)

@@ -20,6 +20,8 @@ def compression_tables(report: CompressionReport) -> RenderableType:
     parts: list[RenderableType] = [_headline(report), _sites(report), _ratios(report)]
     if report.format == "factored":
         parts.append(_policy(report))
+    elif report.totals.bytes_after is not None:
+        parts.append("a dense checkpoint keeps its size: --format factored stores the factors")
     if report.evaluation:
         parts.append(_scores(report.evaluation))
     return Group(*parts)
@@ -94,6 +96,10 @@ def _headline(report: CompressionReport) -> Text:
 def _brief(value: Any) -> str:
     """A setting on one line; of long lists only how long they are."""
     if isinstance(value, Mapping):
+        if {"source", "tokens", "sequences", "seed"} <= set(value):  # a calibration text
+            return "{source} ({sequences} sequences, {tokens} tokens, seed {seed})".format_map(
+                value
+            )
         told = {key: inner for key, inner in value.items() if key != "sha256"}
         return " ".join(f"{key}={_brief(inner)}" for key, inner in told.items())
     if isinstance(value, float):
@@ -103,9 +109,12 @@ def _brief(value: Any) -> str:
 
 
 def _sites(report: CompressionReport) -> Table:
-    table = new_table("site", "shape", "ranks", "parameters", "CR", "error", "s", number_from=3)
+    names = ["site", "shape", "ranks", "parameters", "CR", "error", "s"]
+    if "calibration" in report.settings:  # the factors were fitted before, in another time
+        names.remove("s")
+    table = new_table(*names, number_from=3)
     for site in report.sites:
-        table.add_row(
+        cells = (
             site.name,
             _shape(site.shape),
             ",".join(str(rank) for rank in site.ranks),
@@ -114,6 +123,7 @@ def _sites(report: CompressionReport) -> Table:
             f"{site.relative_error:.4f}",
             f"{site.seconds:.2f}",
         )
+        table.add_row(*cells[: len(names)])
     return table
 
 
