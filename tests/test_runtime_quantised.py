@@ -188,7 +188,7 @@ def test_a_killed_quantisation_goes_on_and_leaves_nothing_twice(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tensorllm.pipeline.quantise.finish_weights", dies)
+        patch.setattr(ShardWriter, "name_files", dies)
         with pytest.raises(KeyboardInterrupt):
             quantise_folder(folder, tmp_path / "small", "int8")
     quantise_folder(folder, tmp_path / "small", "int8")

@@ -104,11 +104,12 @@ class ActivationTucker(Compressor):
     fitted: ClassVar[tuple[Job, ...]] = ()  # of one fit: set on the instance, no setting
 
     def __post_init__(self) -> None:
-        targets = (self.target_ratio, self.target_params, self.max_loss_increase)
-        if sum(target is not None for target in targets) != 1:
+        names = ("target_ratio", "target_params", "max_loss_increase")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
             raise UserError(
                 "give one of target_ratio (such as 1.5), target_params (of the whole model) and "
-                f"max_loss_increase (nats per token), got {targets}"
+                f"max_loss_increase (nats per token), got {' and '.join(given) or 'none'}"
             )
         if self.max_loss_increase is not None and not 0 < self.max_loss_increase < float("inf"):
             raise UserError(f"max_loss_increase must be above 0, got {self.max_loss_increase}")
