@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from tensorllm.errors import UserError
 from tensorllm_cli import shared
 from tensorllm_cli.interrupt import INTERRUPT
 
@@ -13,8 +14,9 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A factored folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     format: Annotated[
-        str, typer.Option(metavar="NAME", help="dense: an ordinary checkpoint, for every tool.")
-    ] = "dense",
+        str | None,
+        typer.Option(metavar="NAME", help="dense (the default): an ordinary checkpoint."),
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Stay factored, with factors in int8 or int4."),
@@ -40,8 +42,11 @@ def export(
 
         load_plugins(plugin or ())
     if quantize is not None:
+        if format is not None or dtype is not None:
+            raise UserError("--quantize stays factored: give it without --format and --dtype")
         _quantise(folder, out, quantize, overwrite=overwrite, as_json=json)
         return
+    format = format or "dense"
     with progress_bar() as progress:
         from tensorllm.pipeline.export import export as run
         from tensorllm.pipeline.models import dtype_of

@@ -84,6 +84,7 @@ class Registry(Generic[T]):
                 try:
                     point.load()
                 except Exception as error:  # the plugin's own code may raise anything
+                    self.group = group  # said again to who asks again, not passed over
                     raise UserError(
                         f"the installed plugin {point.value!r} ({group}) cannot be imported: "
                         f"{type(error).__name__}: {error}. Repair or uninstall it"

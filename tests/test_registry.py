@@ -1,5 +1,7 @@
 """Names: canonical ones, aliases, plugins, suggestions."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
 
 from tensorllm.errors import UserError
@@ -39,3 +41,13 @@ def test_an_unknown_name_is_answered_with_the_closest(shapes):
 def test_what_is_not_registered_has_no_name(shapes):
     with pytest.raises(UserError, match="is not a registered shape"):
         shapes.name_of(dict)
+
+
+def test_a_plugin_that_cannot_be_imported_is_told_every_time(monkeypatch):
+    point = EntryPoint("round", "not_there.anywhere", "tests.shapes")
+    monkeypatch.setattr("tensorllm.registry.entry_points", lambda group: [point])
+    shapes = Registry("shape", group="tests.shapes")
+    shapes.register("square")(int)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"'not_there\.anywhere' .* cannot be imported"):
+            list(shapes)

@@ -43,7 +43,7 @@ PROBLEMS = """() => {
     if (a.node === b.node) continue;
     const w = Math.min(a.r.right, b.r.right) - Math.max(a.r.left, b.r.left);
     const h = Math.min(a.r.bottom, b.r.bottom) - Math.max(a.r.top, b.r.top);
-    if (w > 2 && h > 0.3 * Math.min(a.r.height, b.r.height))
+    if (w > 2 && h > 0.1 * Math.min(a.r.height, b.r.height))
       out.push(`"${a.text}" lies on "${b.text}"`);
   }
   const cards = [...document.querySelectorAll('.card, .tile')].map(e => e.getBoundingClientRect());

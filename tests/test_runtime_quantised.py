@@ -166,6 +166,9 @@ def test_the_command_and_what_it_refuses(folder: Path, tmp_path: Path):
         quantise_folder(folder, tmp_path / "x", "int3")
     with pytest.raises(UserError, match="not factored"):
         quantise_folder(tmp_path, tmp_path / "x", "int8")
+    for also in (["--dtype", "float16"], ["--format", "dense"]):
+        with pytest.raises(UserError, match="without --format and --dtype"):
+            CliRunner().invoke(app, arguments + also, catch_exceptions=False)
 
 
 def test_kinds_are_known_in_a_fresh_process(folder: Path, tmp_path: Path):
