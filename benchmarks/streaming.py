@@ -43,10 +43,11 @@ def child(folder: Path, tokens: int, refit_steps: int) -> None:
     source, target = folder / "model", folder / "small"
     wanted = ActivationTucker(target_ratio=2, refit_steps=refit_steps)
     fitted = fit_folder(wanted, source, text, work=folder / "work")
-    middle = time.perf_counter()
+    middle, fitting = time.perf_counter(), peak_resident_bytes()
     compress_folder(FolderTask(source=source, target=target, compressor=fitted, format="factored"))
     took = {"fitting": middle - started, "writing": time.perf_counter() - middle}
-    print(json.dumps({"base_bytes": base, "peak_bytes": peak_resident_bytes(), "seconds": took}))
+    peaks = {"base_bytes": base, "fitting_bytes": fitting, "peak_bytes": peak_resident_bytes()}
+    print(json.dumps(peaks | {"seconds": took}))
 
 
 def started(folder: Path, args: argparse.Namespace) -> subprocess.Popen[str]:

@@ -231,3 +231,21 @@ def test_a_matrix_in_two_sites_is_refused() -> None:
     both = tl.Hybrid(ranks=(12, 5, 3), rho=0.5, matrices=("in", "q"))
     with pytest.raises(tl.UserError, match="matrix 'q' of layer 0 would be compressed twice"):
         tl.compress(model, both)
+
+
+@pytest.mark.parametrize("wanted", [{"energy": 0.9}, {"error": 0.4}])
+def test_ranks_are_the_least_that_keep_what_is_wanted(wanted: dict[str, float]) -> None:
+    """Per mode by numpy's singular values of the unfoldings; an error is shared by the modes."""
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(32, 8, 4, 4, generator=generator, dtype=torch.float64)
+    w *= torch.logspace(0, -2, 32)[:, None, None, None] * torch.logspace(0, -1, 8)[:, None, None]
+    found = tl.SharedTucker4D(**wanted).compress(w)
+    lost = 1 - wanted["energy"] if "energy" in wanted else wanted["error"] ** 2 / 3
+    for mode, rank in enumerate(found.ranks):
+        unfolding = np.moveaxis(w.numpy(), mode, 0).reshape(w.shape[mode], -1)
+        squares = np.linalg.svd(unfolding, compute_uv=False) ** 2
+        tail = 1 - np.cumsum(squares) / squares.sum()
+        assert tail[rank - 1] <= lost + 1e-12
+        assert rank == 1 or tail[rank - 2] > lost
+    if "error" in wanted:
+        assert (found.dense() - w).norm() <= wanted["error"] * w.norm()

@@ -176,6 +176,20 @@ def test_running_text_is_cut_so_that_each_token_is_scored_once(tmp_path: Path):
     assert [e.tokens[0] for e in found[1:]] == [e.tokens[-1] for e in found[:-1]]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_documents_of_running_text_are_kept_apart(suffix: str, tmp_path: Path):
+    texts = world.sentences(3)
+    path = tmp_path / f"text{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(texts))
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    found = read("text", path)
+    assert [list(e.tokens) for e in found] == [TOKENIZER(text).input_ids for text in texts]
+
+
 def test_blocks_of_text_fit_the_model(tmp_path: Path):
     path = tmp_path / "text.raw"
     path.write_text(" ".join(world.sentences(20)))

@@ -80,6 +80,8 @@ def refused(match: str, name: str, content: str | None, file: str = "d.jsonl", *
         refused("max_new_tokens must be at least 1", "questions", GOOD, max_new_tokens=0),
         refused("block must be at least 2", "text", "a b c", "d.txt", block=1),
         refused("has no text of two tokens", "text", "", "d.txt"),
+        refused("cannot read the text '.*none.txt'", "text", None, "none.txt"),
+        refused("row 1: text must be text that is not empty", "text", '{"text": ""}'),
         refused("takes no --data-file", "demo", GOOD),
     ],
 )  # fmt: skip
@@ -97,6 +99,11 @@ def test_text_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "d.jsonl").write_bytes(b'{"input": "\xff"}')
     with pytest.raises(UserError, match="must be UTF-8 text"):
         make_dataset("wikidata_qa", data_file=tmp_path / "d.jsonl").load()
+    (tmp_path / "d.txt").write_bytes(b"some \xff text")
+    with pytest.raises(UserError, match="must be UTF-8 text: invalid start byte at byte 5"):
+        list(make_dataset("text", data_file=tmp_path / "d.txt").documents())
+    with pytest.raises(UserError, match="'text' is not on the hub: give --data-file"):
+        list(make_dataset("text").documents())
 
 
 @pytest.mark.parametrize(

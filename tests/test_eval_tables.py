@@ -159,11 +159,10 @@ def test_a_trial_of_many_settings_loses_no_digit_in_80_columns():
         assert figure in text.split()
 
 
-@pytest.mark.parametrize("ratio", [0.87, 1.2])
-def test_a_winner_that_is_no_smaller_is_told(ratio: float):
+def found_by_a_search(ratio: float) -> dict[str, Any]:
     scores = {"accuracy": 50.0, "loss": 1.0, "ratio": ratio, "relative_error": 0.1}
     found = {"validation": scores, "test": scores}
-    results = {
+    return {
         "model": "demo",
         "dataset": "demo",
         "protocol": "strict",
@@ -177,7 +176,35 @@ def test_a_winner_that_is_no_smaller_is_told(ratio: float):
         "original": found,
         "winner": found,
     }
+
+
+@pytest.mark.parametrize("ratio", [0.87, 1.2])
+def test_a_winner_that_is_no_smaller_is_told(ratio: float):
+    results = found_by_a_search(ratio)
     text = " ".join(shown(search_tables(results)).split())
     assert ("(ratio 0.87): it is no smaller; --min-ratio 1" in text) is (ratio < 1)
     assert smaller(ratio)[1] == ("more parameters" if ratio < 1 else "fewer parameters")
     assert smaller(0.5)[0] == smaller(2.0)[0] == 2
+
+
+def test_a_composition_is_told_edit_by_edit_and_the_gain_with_its_luck():
+    results = found_by_a_search(2.0)
+    edits = [
+        {"trial": 3, "mode": "laser", "layers": [3], "rho": 0.01, "matrices": ["in"]},
+        {"trial": 9, "mode": "shared-tucker", "layers": [0, 1], "ranks": [64, 16, 4]},
+    ]
+    scores = [{"accuracy": 62.5, "loss": 0.8312}, {"accuracy": 71.25, "loss": 0.7644}]
+    results["steps"] = [{**e, "validation": s} for e, s in zip(edits, scores, strict=True)]
+    results["trials"] = {"examined": 40, "given_up": 12, "infeasible": 0, "failed": 2}
+    results["selection"] = {"gain": 42.92, "optimism": 1.26, "interval": [-0.4, 3.1]}
+    results |= {"objective": "pareto", "front": []}
+    lines = shown(search_tables(results)).splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines]
+    assert ["1", "3", "laser:", "rho", "0.01;", "matrices", "in", "62.50", "0.8312"] in rows
+    assert ["2", "0,1", "shared-tucker:", "ranks", "64,16,4", "71.25", "0.7644"] in rows
+    text = " ".join(" ".join(lines).split())
+    assert "12 given up early (the best one with probability at most 0.001), 2 failed" in text
+    assert "gain on validation +42.9 points, of which selection alone is worth 1.3" in text
+    assert "(95 % of resamples -0.4 to 3.1)" in text
+    assert "no trial beats these in both" in text

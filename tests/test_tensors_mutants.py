@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -262,3 +263,21 @@ def test_a_matrix_of_rank_one_is_allocated_too():
     one = Curve(torch.tensor([2]), torch.tensor([0.0]).double())
     other = Curve(torch.tensor([1, 2, 3]), torch.tensor([5.0, 1.0, 0.0]).double())
     assert allocate([[[one, other]]], 4) == [Choice(0, (1, 2))]
+
+
+def test_picks_are_gathered_only_for_points_that_stay(monkeypatch: pytest.MonkeyPatch):
+    """All pairs of two frontiers are many; picks of each are gigabytes for a hundred layers."""
+    rows = []
+    cat = torch.cat
+
+    def counted(parts: Any, dim: int = 0) -> torch.Tensor:
+        rows.append(max(len(part) for part in parts))
+        return cat(parts, dim)
+
+    monkeypatch.setattr(torch, "cat", counted)
+    cost = torch.arange(1, 2001)
+    one = Curve(cost * 1009, 1 / cost.double())
+    other = Curve(cost * 7, 1 / cost.double() ** 2)
+    chosen = allocate([[[one]], [[other]]], budget=1_500_000)
+    assert max(rows) <= frontier.POINTS + 1
+    assert all(1 <= rank <= 2000 for choice in chosen for rank in choice.ranks)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -48,7 +49,7 @@ class Loader:
             else:
                 kind = model_class(self.config())
                 made = kind.from_pretrained(self.folder, dtype=self.dtype or "auto")
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"cannot load the model in {self.folder}: {_line(error)}") from None

@@ -34,11 +34,10 @@ def merge(a: Front, b: Front, budget: int) -> Front:
     """All affordable pairs of a point of each, and of these the frontier."""
     cost = (a.cost_N[:, None] + b.cost_N).flatten()
     error = (a.error_N[:, None] + b.error_N).flatten()
-    pair = torch.arange(len(cost))
-    kept = _undominated(cost, error, budget)
-    left, right = pair[kept] // len(b.cost_N), pair[kept] % len(b.cost_N)
+    kept = _kept(cost, error, budget)
+    left, right = kept // len(b.cost_N), kept % len(b.cost_N)
     picks = torch.cat((a.picks_NC[left], b.picks_NC[right]), dim=1)
-    return _thinned(Front(cost[kept], error[kept], picks), budget)
+    return Front(cost[kept], error[kept], picks)
 
 
 def union(fronts: Sequence[Front], budget: int) -> Front:
@@ -54,8 +53,14 @@ def union(fronts: Sequence[Front], budget: int) -> Front:
 
 
 def _pareto(front: Front, budget: int) -> Front:
-    kept = _undominated(front.cost_N, front.error_N, budget)
-    return _thinned(Front(*(part[kept] for part in front)), budget)
+    kept = _kept(front.cost_N, front.error_N, budget)
+    return Front(*(part[kept] for part in front))
+
+
+def _kept(cost: Tensor, error: Tensor, budget: int) -> Tensor:
+    """Indices of the frontier, thinned before any picks are gathered: these have C columns."""
+    index = _undominated(cost, error, budget)
+    return index[_thinned(cost[index], budget)]
 
 
 def _undominated(cost: Tensor, error: Tensor, budget: int) -> Tensor:
@@ -69,11 +74,11 @@ def _undominated(cost: Tensor, error: Tensor, budget: int) -> Tensor:
     return index[better]
 
 
-def _thinned(front: Front, budget: int) -> Front:
-    if len(front.cost_N) <= POINTS:
-        return front
-    bucket = front.cost_N * POINTS // budget  # which is 1 or more, else there is one point
-    last = torch.ones(len(bucket), dtype=torch.bool)
-    last[:-1] = bucket[1:] != bucket[:-1]  # the best of a range of costs is its dearest
-    last[0] = True  # the cheapest, without which nothing may fit
-    return Front(*(part[last] for part in front))
+def _thinned(cost: Tensor, budget: int) -> Tensor:
+    """Which points of a frontier are kept, so that about `POINTS` are left."""
+    kept = torch.ones(len(cost), dtype=torch.bool)
+    if len(cost) > POINTS:
+        bucket = cost * POINTS // budget  # which is 1 or more, else there is one point
+        kept[:-1] = bucket[1:] != bucket[:-1]  # the best of a range of costs is its dearest
+        kept[0] = True  # the cheapest, without which nothing may fit
+    return kept

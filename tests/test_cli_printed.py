@@ -1,0 +1,108 @@
+"""What commands print for people: within 80 columns, and with the facts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import run
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, factored."""
+    out = tmp_path_factory.mktemp("printed") / "factored"
+    compress = ("compress", "--model", "demo", "--mode", "hybrid", "--format", "factored")
+    assert run(*compress, "--limit", 20, "--out", out) == 0
+    return out
+
+
+def printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> str:
+    """The text of a command's standard output, with its white space made one."""
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*arguments) == 0
+    out, _ = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    return " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("compressors", ("shared-tucker", "ranks", "arXiv", "laser")),
+        ("architectures", ("gpt2", "q+k+v", "falcon")),
+        ("models", ("gptj", "EleutherAI/gpt-j-6b", "float16", "in the package")),
+        ("datasets", ("hotpotqa", "bios_profession")),
+        ("recipes", ("gptj/fever/hybrid", "11+24")),
+    ],
+)
+def test_lists(
+    kind: str, told: tuple[str, ...], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed(capsys, monkeypatch, "list", kind)
+    for word in told:
+        assert word in text
+
+
+@pytest.mark.slow
+def test_speed(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ("--prompt-tokens", 24, "--new-tokens", 4, "--repeats", 2)
+    text = printed(capsys, monkeypatch, "bench", "--model", folder, *short, "--policy", "always")
+    assert "a prompt of 24 tokens, 4 decoded behind it; medians of 2 turns" in text
+    for word in ("prefill", "decode", "tokens/s", "cached values", "MiB", "peak memory"):
+        assert word in text
+    assert "factored (as told): layers.1.qkvo, layers.3.in" in text
+    assert "1.13x" in text  # of the weights: the whole model's ratio
+
+
+def test_exports(
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed(capsys, monkeypatch, "export", folder, tmp_path / "dense")
+    assert text.endswith("dense: 2.4 MiB of weights, dense")
+    small = printed(capsys, monkeypatch, "export", folder, tmp_path / "small", "--quantize", "int8")
+    assert "MiB before" in small
+    assert "MiB as int8; error of the weights up to 1.22 %" in small
+
+
+def test_a_comparison_of_two_evaluations(
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = ("evaluate", "--model", "demo", "--dataset", "demo", "--limit", 120)
+    text = printed(capsys, monkeypatch, *evaluate, "--out", tmp_path / "before")
+    assert "120 examples" in text
+    after = ("--compressed", folder, "--out", tmp_path / "after")
+    beside = printed(capsys, monkeypatch, *evaluate, *after)
+    assert "95 % interval" in beside
+    both = ("evaluate", "--compare", tmp_path / "before", tmp_path / "after")
+    text = printed(capsys, monkeypatch, *both)
+    found = json.loads(printed_json(capsys, *both))
+    assert f"{found['comparison']['accuracy']['difference']:+.2f}" in text
+    assert "wrong to right" in text
+
+
+def printed_json(capsys: Capture, *arguments: Any) -> str:
+    capsys.readouterr()
+    assert run(*arguments, "--json") == 0
+    return capsys.readouterr().out
+
+
+def test_spectra_and_ranks_by_energy(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed(capsys, monkeypatch, "inspect", "--model", "demo", "--layers", "1")
+    assert "attention tensors of 128×32×4×4" in text
+    assert "90 % energy" in text
+    by_energy = ("search-ranks", "--model", "demo", "--mode", "shared-tucker", "--layers", "0,1")
+    text = printed(capsys, monkeypatch, *by_energy, "--objective", "energy")
+    assert "from its weights alone" in text
+    assert "layers.1.qkvo" in text
+    assert "ratio" in text
+
+
+def test_a_rehearsal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--model", "gptj", "--dataset", "fever", "--dry-run")
+    text = printed(capsys, monkeypatch, "reproduce", *asked)
+    assert "a tiny random model of EleutherAI/gpt-j-6b's architecture" in text
+    assert "fever" in text
