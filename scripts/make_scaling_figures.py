@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -36,7 +37,8 @@ def figure(found: Mapping[str, Any]) -> Figure:
         panel.plot(xs, law, color=GREY, linewidth=1)
         panel.plot(xs, ys, "o", color=COLOURS[0], markersize=4)
         panel.set(xscale="log", yscale="log", xlabel=curve["over"])
-        panel.set_title(f"{name.partition(', over')[0]}\n{exponent(curve)}", fontsize=9)
+        title = fill(name.partition(", over")[0], 30)
+        panel.set_title(f"{title}\n{exponent(curve)}", fontsize=9)
         panel.minorticks_off()
         panel.set_xticks([xs[0], xs[-1]], [short(xs[0]), short(xs[-1])])
     for panel in panels[::COLUMNS]:
