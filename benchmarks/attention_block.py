@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GPTJConfig, GPTJModel
 
-from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.commands.measure import cache_bytes, interleaved, medians
 from tensorllm.compressors import Site
-from tensorllm.pipeline.measure import cache_bytes, interleaved, medians
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.runtime import install
 from tensorllm.tensors.factors import Tucker, parameters
 from tensorllm.tensors.stacking import ATTENTION

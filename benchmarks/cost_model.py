@@ -9,9 +9,9 @@ import torch
 from attention_block import SITE, blocks, decode, prefill
 from torch import nn
 
-from tensorllm.architectures import RoleMatrices
+from tensorllm.commands.measure import interleaved, medians
 from tensorllm.compressors import Site
-from tensorllm.pipeline.measure import interleaved, medians
+from tensorllm.models import RoleMatrices
 from tensorllm.runtime.cost import MARGIN, Choice, Cost, dense_cost, factored_cost
 from tensorllm.runtime.linear import low_rank_linears
 from tensorllm.tensors.factors import LowRank

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from results import Comparison, begin, parser, real, save
 
+from tensorllm.commands.allocate import energies
+from tensorllm.commands.models import Loader
 from tensorllm.compression.model import compressed
 from tensorllm.compressors import PerLayer, SharedTucker4D
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.pipeline.allocate import energies
-from tensorllm.pipeline.models import Loader
 from tensorllm.search.energy import Allocation, by_energy_at, by_noise_edge, by_ratio, edits_of
 from tensorllm.search.sites import Ranks, SiteEnergy
 

@@ -21,7 +21,7 @@ from results import Comparison, begin, parser, save
 from torch import Tensor
 from whole_model import MODELS, Bench
 
-from tensorllm.architectures import parameters_of
+from tensorllm.models import parameters_of
 from tensorllm.tensors.pivoted import pivoted_parameters
 from tensorllm.tensors.shared_input import READERS
 from tensorllm.tensors.tucker import relative_error, tucker

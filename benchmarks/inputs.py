@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.calibration import Calibration
 from tensorllm.calibration.watch import module_of
+from tensorllm.models import RoleMatrices
 
 Matrix = tuple[int, str]
 

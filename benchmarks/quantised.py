@@ -19,11 +19,11 @@ from results import Comparison, begin, parser, real, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration import Calibration, fit
 from tensorllm.compression.model import compression_of
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.quantised import BITS, narrow, quantise, widen
 from tensorllm.tensors.stacking import ATTENTION
 

@@ -30,8 +30,8 @@ from tltorch_model import (
 from transformers import GPTJForCausalLM
 
 import tensorllm as tl
-from tensorllm.pipeline.bench import BenchRequest, bench
-from tensorllm.pipeline.measure import measure
+from tensorllm.commands.bench import BenchRequest, bench
+from tensorllm.commands.measure import measure
 from tensorllm.runtime.cost import MARGIN
 
 

@@ -27,12 +27,12 @@ from search_model import make_model
 from search_naive import naive_edit, one_by_one
 from transformers import AutoTokenizer, GPTJForCausalLM
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.model import compress
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.found import Found, unpack
 from tensorllm.search.kept import Budget

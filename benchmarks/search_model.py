@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.evaluation.scorer import make_scorer
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS
 
 MARGIN = 2.0  # nats between the right and the best wrong choice

@@ -12,8 +12,8 @@ from search_model import write_attention
 from tensorly.decomposition import partial_tucker
 from transformers import GPTJForCausalLM
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.data.base import ReasoningDataModule
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.space import Point
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS
 

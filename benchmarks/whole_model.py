@@ -26,12 +26,12 @@ from results import RESULTS, Comparison, begin, parser, save
 from torch import nn
 from whole_model_texts import demo, stories
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.fit import measure_for
 from tensorllm.compression.model import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker, SharedTucker4D
 from tensorllm.data.demo import MODEL_DIR
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.pivoted import pivoted_parameters
 
 SCOPES: dict[str, type[ActivationTucker]] = {
@@ -133,7 +133,7 @@ class Bench:
     def shared_tucker(self, scope: str, ratio: float) -> None:
         """SharedTucker4D of each layer's attention at its best ranks, plain SVD of the FFN."""
         model = copy.deepcopy(self.dense)
-        site = SharedTucker4D(ranks=(1, 1, 1)).sites(self.roles.geometry, (0,))[0].site
+        site = SharedTucker4D(ranks=(1, 1, 1)).jobs(self.roles.spec, (0,))[0].site
         weights = parameters_of(self.dense)
         first = [self.roles.read(weights, *matrix) for matrix in site.matrices]
         ranks = tucker_ranks(site.stack(first, self.roles.geometry), ratio)

@@ -28,12 +28,12 @@ from inputs import Matrix, input_moments
 from results import Comparison, begin, parser, save
 from whole_model import MODELS, Bench
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration import Calibration, fit, fit_folder
 from tensorllm.calibration.fit import measure_for
 from tensorllm.compression.model import compress
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.compressors import ActivationHybrid
+from tensorllm.models import RoleMatrices, parameters_of
 
 METHODS = ("svd-llm", "ours", "ours, streamed")
 

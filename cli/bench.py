@@ -32,8 +32,8 @@ def bench(
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar("measuring"):
-        from tensorllm.pipeline.bench import BenchRequest
-        from tensorllm.pipeline.bench import bench as run
+        from tensorllm.commands.bench import BenchRequest
+        from tensorllm.commands.bench import bench as run
 
         request = BenchRequest(
             model=model,

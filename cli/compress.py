@@ -117,9 +117,9 @@ def compress(
     }
     INTERRUPT.keeps(out, "--out")
     with progress_bar("loading") as progress:
-        from tensorllm.pipeline.compress import CompressRequest, run
-        from tensorllm.pipeline.loggers import metric_log
-        from tensorllm.pipeline.scores import scorer
+        from tensorllm.commands.compress import CompressRequest, run
+        from tensorllm.commands.loggers import metric_log
+        from tensorllm.commands.scores import scorer
 
         request = CompressRequest(
             model=model,

@@ -66,9 +66,9 @@ def evaluate(
         raise UserError("give --model and --dataset, or --compare A B")
     INTERRUPT.keeps(out, "--out")
     with progress_bar("loading") as progress:
-        from tensorllm.pipeline.devices import Devices
-        from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
-        from tensorllm.pipeline.loggers import metric_log
+        from tensorllm.commands.devices import Devices
+        from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+        from tensorllm.commands.loggers import metric_log
 
         request = EvaluateRequest(
             model=model,
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def _compare(folders: tuple[Path, Path], seed: int, *, as_json: bool) -> None:
-    from tensorllm.pipeline.comparison import compare
+    from tensorllm.commands.comparison import compare
     from tensorllm.reporting.scores import comparison_tables
     from tensorllm_cli.show import print_json, print_result
 

@@ -38,7 +38,7 @@ def export(
 
     INTERRUPT.keeps(out, "OUT")
     with progress_bar():
-        from tensorllm.pipeline.plugins import load_plugins
+        from tensorllm.commands.plugins import load_plugins
 
         load_plugins(plugin or ())
     if quantize is not None:
@@ -48,8 +48,8 @@ def export(
         return
     format = format or "dense"
     with progress_bar() as progress:
-        from tensorllm.pipeline.export import export as run
-        from tensorllm.pipeline.models import dtype_of
+        from tensorllm.commands.export import export as run
+        from tensorllm.commands.models import dtype_of
 
         size = run(
             folder,
@@ -71,7 +71,7 @@ def _quantise(folder: Path, out: Path, how: str, *, overwrite: bool, as_json: bo
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar() as progress:
-        from tensorllm.pipeline.quantise import quantise_folder
+        from tensorllm.commands.quantise import quantise_folder
 
         sites = quantise_folder(folder, out, how, overwrite=overwrite, progress=progress)
     if as_json:

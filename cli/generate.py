@@ -31,9 +31,9 @@ def generate(
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar("loading") as progress:
-        from tensorllm.pipeline.generate import GenerateRequest
-        from tensorllm.pipeline.generate import generate as run
-        from tensorllm.pipeline.plugins import load_plugins
+        from tensorllm.commands.generate import GenerateRequest
+        from tensorllm.commands.generate import generate as run
+        from tensorllm.commands.plugins import load_plugins
 
         load_plugins(plugin or ())
         request = GenerateRequest(

@@ -30,8 +30,8 @@ def inspect(
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar() as progress:
-        from tensorllm.pipeline.inspect import inspect as run
-        from tensorllm.pipeline.plugins import load_plugins
+        from tensorllm.commands.inspect import inspect as run
+        from tensorllm.commands.plugins import load_plugins
 
         load_plugins(plugin or ())
         found = run(

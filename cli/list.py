@@ -30,7 +30,7 @@ def list_(
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar():
-        from tensorllm.pipeline.catalog import catalog
+        from tensorllm.commands.catalog import catalog
 
         rows = catalog(kind, plugin or ())
     if json:

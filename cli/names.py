@@ -29,7 +29,7 @@ def protocols() -> list[str]:
 
 def kinds() -> list[str]:
     """What can be listed."""
-    from tensorllm.pipeline.catalog import KINDS
+    from tensorllm.commands.catalog import KINDS
 
     return list(KINDS)
 

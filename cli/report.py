@@ -32,7 +32,7 @@ def report(
 
       tensorllm report laser/ tucker/ hybrid/ runs/* --out comparison.html
     """
-    from tensorllm.pipeline.report import report as run
+    from tensorllm.commands.report import report as run
     from tensorllm_cli.show import print_json, print_result
 
     made = run(runs, out, cards=card)

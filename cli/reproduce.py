@@ -48,10 +48,10 @@ def reproduce(
 
       tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out reproduction/
     """
-    from tensorllm.pipeline.models import device_of
-    from tensorllm.pipeline.rehearse import rehearse
-    from tensorllm.pipeline.reproduce import ReproduceRequest
-    from tensorllm.pipeline.reproduce import reproduce as run
+    from tensorllm.commands.models import device_of
+    from tensorllm.commands.rehearse import rehearse
+    from tensorllm.commands.reproduce import ReproduceRequest
+    from tensorllm.commands.reproduce import reproduce as run
     from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
     from tensorllm_cli.show import print_json, print_result, progress_bar
 

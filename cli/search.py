@@ -112,9 +112,9 @@ def search_ranks(
         _by_energy(model, asked, as_json=json)
         return
     with progress_bar("loading") as progress:
-        from tensorllm.pipeline.loggers import metric_log
-        from tensorllm.pipeline.search import SearchRequest
-        from tensorllm.pipeline.search_ranks import run
+        from tensorllm.commands.loggers import metric_log
+        from tensorllm.commands.search import SearchRequest
+        from tensorllm.commands.search_ranks import run
         from tensorllm.search.worker import Rules
 
         request = SearchRequest(
@@ -170,7 +170,7 @@ def _by_energy(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar() as progress:
-        from tensorllm.pipeline.search_energy import run_energy
+        from tensorllm.commands.search_energy import run_energy
 
         found = run_energy(model, **asked, progress=progress)
     if as_json:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tensorllm.calibration.fit import fit, fit_folder
     from tensorllm.calibration.sequences import Calibration, read_calibration
     from tensorllm.checkpoint.factored import load
+    from tensorllm.commands.runtime import factorize
     from tensorllm.compression.model import compress, compressed
     from tensorllm.compression.save import save
     from tensorllm.compressors import (
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     )
     from tensorllm.errors import UserError
     from tensorllm.evaluation.evaluate import evaluate_model
-    from tensorllm.pipeline.runtime import factorize
 
 # Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
 _HOME = {
@@ -47,7 +47,7 @@ _HOME = {
     "compress": "tensorllm.compression.model",
     "compressed": "tensorllm.compression.model",
     "evaluate_model": "tensorllm.evaluation.evaluate",
-    "factorize": "tensorllm.pipeline.runtime",
+    "factorize": "tensorllm.commands.runtime",
     "fit": "tensorllm.calibration.fit",
     "fit_folder": "tensorllm.calibration.fit",
     "load": "tensorllm.checkpoint.factored",

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import Geometry
 
 TOKENS = torch.tensor([[7, 41, 19, 88, 5, 63]])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorllm.pipeline.bench import BenchRequest, bench
+from tensorllm.commands.bench import BenchRequest, bench
 from tensorllm_cli.app import main
 
 

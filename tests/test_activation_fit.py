@@ -11,7 +11,6 @@ import torch
 from tiny_models import TINY, tiny_model
 from torch import Tensor
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration import Calibration, fit, read_calibration
 from tensorllm.calibration.groups import output_width
 from tensorllm.calibration.moments import frozen, measure_loss
@@ -23,6 +22,7 @@ from tensorllm.compression.save import save
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
 from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import ATTENTION
 
 

@@ -21,7 +21,7 @@ from tensorllm.errors import UserError
 
 def dense(compressor) -> dict[str, torch.Tensor]:
     return {
-        job.site.name: job.compressor.compress(torch.empty(0)).dense() for job in compressor.fitted
+        job.site.name: job.compressor.decompose(torch.empty(0)).dense() for job in compressor.fitted
     }
 
 

@@ -18,8 +18,8 @@ from naive_layer import (
 )
 from tiny_models import TINY, Tiny, tiny_model
 
-from tensorllm.architectures import ARCHITECTURES
 from tensorllm.errors import UserError
+from tensorllm.models import ARCHITECTURES
 
 PAGE = (Path(__file__).parents[1] / "docs" / "add_an_architecture.md").read_text()
 
@@ -85,7 +85,7 @@ def test_the_pages_entry_point_is_found(plugin_folder: Path) -> None:
     name, target = re.fullmatch(r'(\w+) = "(\w+)"\s*', entry).groups()
     header = re.fullmatch(r'\[project\.entry-points\."([\w.]+)"\]', group)[1]
     (info / "entry_points.txt").write_text(f"[{header}]\n{name} = {target}\n")
-    code = "from tensorllm.architectures import ARCHITECTURES as A; print(A['starcoder2'].block)"
+    code = "from tensorllm.models import ARCHITECTURES as A; print(A['starcoder2'].block)"
     path = os.pathsep.join([str(plugin_folder), str(Path(__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", code],

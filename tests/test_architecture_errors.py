@@ -7,8 +7,8 @@ from naive_layer import Layer
 from tiny_models import TINY, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from tensorllm.architectures import ARCHITECTURES, RoleMatrices, architecture_of
 from tensorllm.errors import UserError
+from tensorllm.models import ARCHITECTURES, RoleMatrices, architecture_of
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorllm.architectures import (
+from tensorllm.models import (
     ARCHITECTURES,
     Architecture,
     RoleMatrices,

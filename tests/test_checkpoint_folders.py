@@ -29,10 +29,10 @@ from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
 from tensorllm.checkpoint.target import exclusive
 from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.commands.export import export
+from tensorllm.commands.quantise import quantise_folder
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.errors import Incomplete
-from tensorllm.pipeline.export import export
-from tensorllm.pipeline.quantise import quantise_folder
 
 HYBRID = tl.Hybrid(ranks=(12, 5, 3), rho=0.25)
 QUERIES = tl.PerMatrixTucker3D(ranks=(6, 5), matrices=("q",))  # leaves k and v of fused ones alone

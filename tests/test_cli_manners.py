@@ -171,7 +171,7 @@ def test_what_should_not_happen_is_one_line(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("tensorllm.pipeline.catalog.catalog", broken)
+    monkeypatch.setattr("tensorllm.commands.catalog.catalog", broken)
     code, out, err = run(capsys, "list", "models")
     assert (code, out) == (1, "")
     assert err.count("\n") == 1

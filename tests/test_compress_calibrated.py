@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from tensorllm.calibration.store import Store
+from tensorllm.commands.compress import CompressRequest, run
 from tensorllm.data.demo import MODEL_DIR, questions
 from tensorllm.errors import UserError
-from tensorllm.pipeline.compress import CompressRequest, run
 from tensorllm.reporting.tables import result_tables
 
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_done_is_refused(text, asked, message):
 
 @pytest.mark.parametrize(("mode", "ratio"), [("activation-tucker", 1.5), ("activation-hybrid", 2)])
 def test_a_dry_run_tells_sizes_without_the_fit(text, tmp_path, monkeypatch, mode, ratio):
-    monkeypatch.setattr("tensorllm.pipeline.calibrate.fit", None)  # nothing is fitted
+    monkeypatch.setattr("tensorllm.commands.calibrate.fit", None)  # nothing is fitted
     asked = {"dry_run": True, "out": tmp_path / "out", "format": "factored"}
     plan = run(request(text, mode, asked, target_ratio=ratio))
     before = sum(site.parameters_before for site in plan.sites)

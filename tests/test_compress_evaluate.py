@@ -9,11 +9,11 @@ from typing import Any
 import eval_world as world
 import pytest
 
+from tensorllm.commands.compress import CompressRequest, run
+from tensorllm.commands.models import Loader
+from tensorllm.commands.scores import scorer
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model
-from tensorllm.pipeline.compress import CompressRequest, run
-from tensorllm.pipeline.models import Loader
-from tensorllm.pipeline.scores import scorer
 from tensorllm.reporting.tables import result_tables
 
 KEYS = {"accuracy", "loss", "perplexity", "token_f1", "top_1", "examples", "dataset", "protocol"}
@@ -134,7 +134,7 @@ def test_both_models_are_scored_on_the_device_that_was_asked_for(
         devices.append(device)
         return Loader(folder, dtype, device)
 
-    monkeypatch.setattr("tensorllm.pipeline.compress.Loader", loader)
+    monkeypatch.setattr("tensorllm.commands.compress.Loader", loader)
     request = CompressRequest(
         model=str(model),
         mode="laser",

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tensorllm as tl
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.folder import FolderTask
 from tensorllm.compression.plan import plan_folder
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import ATTENTION
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tensorllm as tl
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.model import compression_of
 from tensorllm.compressors import ActivationTucker
+from tensorllm.models import RoleMatrices, parameters_of
 
 # Alternating least squares is slow, and how Trawl stacks is held by its other rows.
 PAIRS = [(c, n) for c in CASES for n in TINY if c != "trawl-cp" or n in ("gptj", "phi3", "bert")]
@@ -52,10 +52,10 @@ def plant(model: PreTrainedModel, compressor: tl.Compressor, noise: float) -> li
     roles, weights = roles_of(model)
     generator = torch.Generator().manual_seed(3)
     slots = []
-    for job in compressor.sites(roles.geometry, (0, 1)):
+    for job in compressor.jobs(roles.spec, (0, 1)):
         shape = job.site.shape(roles.geometry)
         random = torch.randn(shape, generator=generator, dtype=torch.float64)
-        w = job.compressor.compress(random).dense()
+        w = job.compressor.decompose(random).dense()
         w = 0.3 * (w / w.std() + noise * torch.randn(shape, generator=generator, dtype=w.dtype))
         for slot, w_ID in zip(job.site.matrices, job.site.unstack(w, roles.geometry), strict=True):
             roles.write(weights, *slot, w_ID)
@@ -151,7 +151,7 @@ def test_a_job_that_fails_leaves_the_model_as_it_was(case: str, value: float) ->
     model = tiny_model("gptj")
     roles, weights = roles_of(model)
     compressor = CASES[case].cut(roles.geometry)
-    last = compressor.sites(roles.geometry, (0, 1))[-1].site.matrices[-1]
+    last = compressor.jobs(roles.spec, (0, 1))[-1].site.matrices[-1]
     weights[roles.name(*last)][3, 4] = value
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(tl.UserError, match=f"{roles.name(*last)} has NaN or infinite values"):
@@ -176,10 +176,10 @@ def test_layers_that_are_not_chosen_stay(case: str) -> None:
 
 def test_one_tensor_in_one_tensor_out() -> None:
     w_DKMH = torch.randn(24, 8, 4, 3, generator=torch.Generator().manual_seed(0))
-    factors = tl.SharedTucker4D(ranks=(10, 5, 3)).compress(w_DKMH)
+    factors = tl.SharedTucker4D(ranks=(10, 5, 3)).decompose(w_DKMH)
     assert factors.dense().shape == w_DKMH.shape
     assert sum(t.numel() for t in factors.tensors().values()) == 10 * 5 * 3 * 3 + 240 + 40 + 12
-    exact = tl.SharedTucker4D(ranks=(24, 8, 4)).compress(w_DKMH).dense()
+    exact = tl.SharedTucker4D(ranks=(24, 8, 4)).decompose(w_DKMH).dense()
     torch.testing.assert_close(exact, w_DKMH, rtol=0, atol=1e-5)
 
 
@@ -203,11 +203,11 @@ def test_weights_that_are_elsewhere_are_refused() -> None:
 def test_cp_of_any_size_of_numbers_is_the_same() -> None:
     """Powers of two are exact; beyond some the plain least squares leave float32's range."""
     w = torch.randn(12, 10, 2, generator=torch.Generator().manual_seed(0))
-    want = tl.Trawl(rank=3).compress(w).dense()
+    want = tl.Trawl(rank=3).decompose(w).dense()
     for power in (-90, 90):
-        got = tl.Trawl(rank=3).compress(w * 2.0**power).dense()
+        got = tl.Trawl(rank=3).decompose(w * 2.0**power).dense()
         torch.testing.assert_close(got * 2.0**-power, want, rtol=1e-5, atol=1e-5)
-    assert not tl.Trawl(rank=3).compress(torch.zeros(12, 10, 2)).dense().any()
+    assert not tl.Trawl(rank=3).decompose(torch.zeros(12, 10, 2)).dense().any()
 
 
 @pytest.mark.parametrize("fails", ["with an error", "with NaN"])
@@ -223,7 +223,7 @@ def test_cp_components_that_are_one_are_refused(
 
     monkeypatch.setattr(tensorly.decomposition, "parafac", parafac)
     with pytest.raises(tl.UserError, match="cannot tell 20 components"):
-        tl.Trawl(rank=20).compress(torch.ones(12, 10, 2))
+        tl.Trawl(rank=20).decompose(torch.ones(12, 10, 2))
 
 
 def test_a_matrix_in_two_sites_is_refused() -> None:
@@ -239,7 +239,7 @@ def test_ranks_are_the_least_that_keep_what_is_wanted(wanted: dict[str, float]) 
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(32, 8, 4, 4, generator=generator, dtype=torch.float64)
     w *= torch.logspace(0, -2, 32)[:, None, None, None] * torch.logspace(0, -1, 8)[:, None, None]
-    found = tl.SharedTucker4D(**wanted).compress(w)
+    found = tl.SharedTucker4D(**wanted).decompose(w)
     lost = 1 - wanted["energy"] if "energy" in wanted else wanted["error"] ** 2 / 3
     for mode, rank in enumerate(found.ranks):
         unfolding = np.moveaxis(w.numpy(), mode, 0).reshape(w.shape[mode], -1)

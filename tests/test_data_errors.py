@@ -7,9 +7,9 @@ from typing import Any
 import eval_world as world
 import pytest
 
+from tensorllm.commands.evaluate import EvaluateRequest, evaluate
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 
 GOOD = '{"input": "a", "target": "b"}\n'
 

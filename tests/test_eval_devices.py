@@ -11,6 +11,8 @@ import eval_world as world
 import pytest
 from lightning.pytorch import Trainer
 
+from tensorllm.commands.devices import Devices
+from tensorllm.commands.evaluate import EvaluateRequest, evaluate
 from tensorllm.compressors import SharedTucker4D
 from tensorllm.data.example import Example
 from tensorllm.data.questions import Questions
@@ -18,7 +20,7 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.evaluation.results import read_results
 from tensorllm.evaluation.row import Row
-from tensorllm.modules import (
+from tensorllm.lightning import (
     CausalReasoner,
     GPTJReasoner,
     LlamaReasoner,
@@ -26,8 +28,6 @@ from tensorllm.modules import (
     RobertaReasoner,
     reasoner_of,
 )
-from tensorllm.pipeline.devices import Devices
-from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
 EXAMPLES = 101
@@ -182,8 +182,8 @@ class DiesOn:
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_run_with_a_clear_error(folder: Path, questions_file: Path):
-    from tensorllm.pipeline.devices import validate
-    from tensorllm.pipeline.models import Loader
+    from tensorllm.commands.devices import validate
+    from tensorllm.commands.models import Loader
 
     loader = Loader(folder)
     module = CausalReasoner(loader, loader.tokenizer(), on_rows=DiesOn(os.getpid()))

@@ -14,10 +14,10 @@ from pathlib import Path
 import eval_world as world
 import pytest
 
+from tensorllm.commands.evaluate import EvaluateRequest, evaluate
 from tensorllm.errors import Incomplete
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.results import read_results
-from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 from tensorllm.reporting.scores import score_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")

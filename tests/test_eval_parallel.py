@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tensorllm.commands.evaluate import EvaluateRequest, evaluate
 from tensorllm.evaluation.parallel import SMALL, score_all, workers_for
-from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
 
 
 @pytest.fixture

@@ -16,6 +16,10 @@ import pytest
 from scipy.stats import binomtest
 from test_metrics import rows as random_rows
 
+from tensorllm.commands.comparison import compare
+from tensorllm.commands.compress import CompressRequest, run
+from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.models import Loader
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.results import (
     Journal,
@@ -25,10 +29,6 @@ from tensorllm.evaluation.results import (
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.statistics import compared, intervals, mcnemar, resampled_means
 from tensorllm.evaluation.summary import metrics_of
-from tensorllm.pipeline.comparison import compare
-from tensorllm.pipeline.compress import CompressRequest, run
-from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
-from tensorllm.pipeline.models import Loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import TINY, tiny_model
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.evaluation.forward import ModelForward, left_padded
+from tensorllm.models import RoleMatrices, parameters_of
 
 CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
 FLAT = ("opt",)  # rows and columns are one axis there: left as it is

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from tensorllm.commands.models import Loader, device_of
 from tensorllm.errors import UserError
-from tensorllm.pipeline.models import Loader, device_of
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import torch
 from report_runs import make_runs, run
 from tiny_models import tiny_model
 
+from tensorllm.commands.report import report
 from tensorllm.compression.details import details_of, norms_of_heads
 from tensorllm.compressors import LaserSVD, SharedTucker4D, Site
 from tensorllm.errors import UserError
 from tensorllm.evaluation.results import PREDICTIONS, RESULTS, read_rows, write_rows
-from tensorllm.pipeline.report import report
 from tensorllm.reporting.page.runs import read_run
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 
@@ -220,7 +220,7 @@ def test_spectra_and_errors_of_heads_are_what_numpy_finds(ranks: tuple[int, ...]
     w_ID = tensors()
     w = site.stack(w_ID, GEOMETRY)
     ranks = ranks or (GEOMETRY.D - 1, *w.shape[1:3])
-    factors = SharedTucker4D(ranks=ranks).compress(w)
+    factors = SharedTucker4D(ranks=ranks).decompose(w)
     norms = norms_of_heads(site, w, w_ID, factors, GEOMETRY)
     found = details_of(site, w, factors, norms)
     dense = site.unstack(factors.dense(), GEOMETRY)
@@ -246,7 +246,7 @@ def test_large_modes_record_what_the_factors_have(monkeypatch: pytest.MonkeyPatc
     """Beyond a size all singular values would cost more than the decomposition."""
     w = tensors()[0]
     monkeypatch.setattr("tensorllm.compression.details.WHOLE", 5 * w.numel())
-    factors = LaserSVD(rank=4).compress(w)
+    factors = LaserSVD(rank=4).decompose(w)
     site = Site((0,), ("q",), "matrix")
     found = details_of(site, w, factors, norms_of_heads(site, w, [w], factors, GEOMETRY))
     (spectrum,) = found["spectra"]

@@ -11,18 +11,18 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tensorllm.commands import cells as cells_module
+from tensorllm.commands import places as places_module
+from tensorllm.commands import reproduce as reproduce_module
+from tensorllm.commands.cells import cells
+from tensorllm.commands.places import missing
+from tensorllm.commands.rehearse import rehearse, rows
+from tensorllm.commands.reproduce import ReproduceRequest, reproduce
 from tensorllm.compression.model import compress, compressed, compression_of
 from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.pipeline import cells as cells_module
-from tensorllm.pipeline import places as places_module
-from tensorllm.pipeline import reproduce as reproduce_module
-from tensorllm.pipeline.cells import cells
-from tensorllm.pipeline.places import missing
-from tensorllm.pipeline.rehearse import rehearse, rows
-from tensorllm.pipeline.reproduce import ReproduceRequest, reproduce
 from tensorllm.recipes import parse_recipe
 
 RECIPE = """

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import tensorllm as tl
+from tensorllm.commands.bench import BenchRequest, bench
+from tensorllm.commands.compress import CompressRequest, run
+from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.export import export
+from tensorllm.commands.generate import GenerateRequest, generate
+from tensorllm.commands.measure import interleaved, weight_bytes
+from tensorllm.commands.models import Loader
+from tensorllm.commands.runtime import load_factored
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.pipeline.bench import BenchRequest, bench
-from tensorllm.pipeline.compress import CompressRequest, run
-from tensorllm.pipeline.evaluate import EvaluateRequest, evaluate
-from tensorllm.pipeline.export import export
-from tensorllm.pipeline.generate import GenerateRequest, generate
-from tensorllm.pipeline.measure import interleaved, weight_bytes
-from tensorllm.pipeline.models import Loader
-from tensorllm.pipeline.runtime import load_factored
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm_cli import bench as bench_command
 from tensorllm_cli import export as export_command
@@ -198,6 +198,6 @@ def test_a_measurement_that_was_killed_is_told(story_folder: Path, monkeypatch):
 
 def test_warming_up_is_over_before_the_first_turn(monkeypatch):
     order: list[str] = []
-    monkeypatch.setattr("tensorllm.pipeline.measure._wait", lambda: order.append("wait"))
+    monkeypatch.setattr("tensorllm.commands.measure._wait", lambda: order.append("wait"))
     interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 1)
     assert order == ["a", "b", "wait", "a", "wait", "b", "wait"]

@@ -10,9 +10,9 @@ from tiny_models import TINY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import tensorllm as tl
+from tensorllm.commands.runtime import factorize
 from tensorllm.compression.model import compression_of
 from tensorllm.errors import UserError
-from tensorllm.pipeline.runtime import factorize
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.heads import HeadsSite
 from tensorllm.runtime.plain import attend

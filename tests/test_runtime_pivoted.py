@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
+from tensorllm.commands.runtime import factorize
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.pipeline.runtime import factorize
 from tensorllm.runtime.pivoted import PivotedPart, PivotedSite
 
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import tensorllm as tl
 from tensorllm.checkpoint.factored import load
 from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.commands.measure import weight_bytes
+from tensorllm.commands.quantise import quantise_folder
+from tensorllm.commands.runtime import load_factored
 from tensorllm.errors import UserError
-from tensorllm.pipeline.measure import weight_bytes
-from tensorllm.pipeline.quantise import quantise_folder
-from tensorllm.pipeline.runtime import load_factored
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.tensors.factors import CP, LowRank, Tucker
 from tensorllm.tensors.pivoted import PivotedLowRank
@@ -183,7 +183,7 @@ def test_a_killed_quantisation_goes_on_and_leaves_nothing_twice(
 ):
     quantise_folder(folder, tmp_path / "want", "int8")
     small = partial(ShardWriter, shard_bytes=2**12)
-    monkeypatch.setattr("tensorllm.pipeline.quantise.ShardWriter", small)
+    monkeypatch.setattr("tensorllm.commands.quantise.ShardWriter", small)
 
     def dies(writer: ShardWriter) -> None:
         writer.flush()

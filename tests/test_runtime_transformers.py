@@ -21,8 +21,8 @@ from transformers import (
 
 import tensorllm as tl
 from tensorllm.checkpoint import skeleton
+from tensorllm.commands.runtime import factorize
 from tensorllm.errors import UserError
-from tensorllm.pipeline.runtime import factorize
 from tensorllm.runtime.attention import FactoredAttention
 
 HYBRID = tl.Hybrid(ranks=(20, 3, 2), rho=0.4, matrices=("in", "out"))

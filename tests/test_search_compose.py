@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
+from tensorllm.commands.compress import CompressRequest
+from tensorllm.commands.compress import run as run_compress
+from tensorllm.commands.search import SearchRequest
+from tensorllm.commands.search_compose import Step
+from tensorllm.commands.search_ranks import run
+from tensorllm.commands.search_run import SearchRun
 from tensorllm.compression.model import compress
 from tensorllm.compressors import PerLayer
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model
-from tensorllm.pipeline.compress import CompressRequest
-from tensorllm.pipeline.compress import run as run_compress
-from tensorllm.pipeline.search import SearchRequest
-from tensorllm.pipeline.search_compose import Step
-from tensorllm.pipeline.search_ranks import run
-from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.found import Found
 from tensorllm.search.space import Point
 from tensorllm.search.worker import Rules

@@ -15,13 +15,13 @@ import yaml
 from tiny_models import tiny_model
 
 import tensorllm as tl
-from tensorllm.architectures import RoleMatrices, parameters_of
+from tensorllm.commands.allocate import ANY, at_any_ranks, energies
+from tensorllm.commands.compress import CompressRequest, run
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compressors import Job, PerLayer, Site
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
-from tensorllm.pipeline.allocate import ANY, at_any_ranks, energies
-from tensorllm.pipeline.compress import CompressRequest, run
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.recipes import parse_recipe, per_layer_recipe
 from tensorllm.search.energy import (
     by_energy,
@@ -233,9 +233,9 @@ def test_a_matrix_is_not_edited_twice_and_layers_can_be_left_out() -> None:
     roles = RoleMatrices(model.config, parameters_of(model))
     with pytest.raises(UserError, match="compressed twice"):
         tl.compress(model, PerLayer(edits=(one, one)))
-    assert len(PerLayer(edits=(one,)).sites(roles.geometry, [1])) == 1
+    assert len(PerLayer(edits=(one,)).jobs(roles.spec, [1])) == 1
     with pytest.raises(UserError, match=r"of layers \[0, 1\]"):
-        PerLayer(edits=(one,)).sites(roles.geometry, [7])
+        PerLayer(edits=(one,)).jobs(roles.spec, [7])
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

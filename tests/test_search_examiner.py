@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.models import Loader
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import compress
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
-from tensorllm.pipeline.models import Loader
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.bank import Bank, edited
 from tensorllm.search.examiner import LEAST, Examiner, TooFar, shuffled
 from tensorllm.search.found import pack, unpack

@@ -13,9 +13,9 @@ import pytest
 from optuna.trial import TrialState
 from postgres import Server, binaries, running
 
+from tensorllm.commands.search import SearchRequest
+from tensorllm.commands.search_run import SearchRun
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.pipeline.search import SearchRequest
-from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search import storage
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.selection import ranked

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import TINY, tiny_model
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.evaluation.forward import ModelForward, left_padded
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.kept import Budget, Kept, Store, mapped
 from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import compress
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.feasible import feasible, ratio_of
 from tensorllm.search.space import make_space
 

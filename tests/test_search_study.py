@@ -14,11 +14,11 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
+from tensorllm.commands.search import SearchRequest
+from tensorllm.commands.search_files import _whole
+from tensorllm.commands.search_ranks import run
+from tensorllm.commands.search_run import SearchRun
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.pipeline.search import SearchRequest
-from tensorllm.pipeline.search_files import _whole
-from tensorllm.pipeline.search_ranks import run
-from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.selection import ranked
 from tensorllm.search.storage import JOURNAL, Claims, FileLock

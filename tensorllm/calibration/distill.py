@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.calibration.sequences import Batch, Calibration
 from tensorllm.compressors import Job
 from tensorllm.compressors.activation import Given
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.pivoted import PivotedLowRank
 
@@ -37,7 +37,7 @@ class Distiller(LightningModule):
         super().__init__()
         self._held = (model,)  # in a tuple: Lightning must neither move nor train it
         self.roles, self.jobs, self.steps = roles, list(jobs), steps
-        factors = [job.compressor.compress(torch.empty(0)) for job in jobs]
+        factors = [job.compressor.decompose(torch.empty(0)) for job in jobs]
         assert all(isinstance(each, PivotedLowRank) for each in factors)
         self.kept = [each.tensors()["rows"] for each in factors]
         self.basis, self.mix = (

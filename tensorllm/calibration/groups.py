@@ -5,8 +5,8 @@ Shapes: M outputs of a map, X its inputs.
 
 from collections.abc import Sequence
 
-from tensorllm.architectures.spec import FALLING
 from tensorllm.compressors import Site
+from tensorllm.models.spec import FALLING
 from tensorllm.tensors.allocation import Choice
 from tensorllm.tensors.shared_input import rows_stacking
 from tensorllm.tensors.stacking import Geometry

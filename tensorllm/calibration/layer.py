@@ -10,12 +10,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from tensorllm.architectures import RoleMatrices
-from tensorllm.architectures.spec import FALLING
 from tensorllm.calibration.groups import Group, Key, output_width, site_of
 from tensorllm.calibration.moments import Moments
 from tensorllm.calibration.sizes import candidates
 from tensorllm.calibration.source import block_path
+from tensorllm.models import RoleMatrices
+from tensorllm.models.spec import FALLING
 from tensorllm.tensors.factors import Factors, cast
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot
 from tensorllm.tensors.weighted import Metric, left_out, regression, weighted_svd

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.calibration.blocks import Blocks
 from tensorllm.calibration.groups import Key
 from tensorllm.calibration.sequences import Batch
 from tensorllm.calibration.watch import Watch
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
 
 

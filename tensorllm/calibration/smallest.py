@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.calibration.layer import Layer
 from tensorllm.calibration.sequences import Batch
 from tensorllm.calibration.source import block_path
 from tensorllm.compressors import Job
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 
 STEPS = 9
 MILDEST = 1.01  # the smallest ratio that counts as smaller
@@ -80,6 +80,6 @@ def with_factors(model: nn.Module, roles: RoleMatrices, jobs: Sequence[Job]) -> 
     for job in jobs:
         (layer,) = job.site.layers
         block = smaller.get_submodule(block_path(roles, layer))
-        factors = job.compressor.compress(torch.empty(0))
+        factors = job.compressor.decompose(torch.empty(0))
         Layer(roles, layer, block).put(job.site.roles, factors)
     return smaller

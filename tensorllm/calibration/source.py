@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.models import RoleMatrices, parameters_of
 
 
 class LayerSource(Protocol):

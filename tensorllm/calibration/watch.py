@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.calibration.groups import Key
 from tensorllm.calibration.sequences import Batch
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 
 
 def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> nn.Module:

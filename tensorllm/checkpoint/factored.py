@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.grouping import sharing
 from tensorllm.checkpoint.manifest import Manifest, StoredSite, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import FACTORS, Factors
 
 STEM = "factored"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.checksums import sha256
 from tensorllm.checkpoint.factored import STEM, mark_config, write_readme
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
 from tensorllm.checkpoint.reader import index_name, read_header
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.runtime import Placement, install
 from tensorllm.runtime.attention import Bias
 from tensorllm.runtime.heads import HeadsSite

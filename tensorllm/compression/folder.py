@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.target import check_target, exclusive
@@ -17,6 +16,7 @@ from tensorllm.compression.units import Unit, open_checkpoint, run_unit, units
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
 
 __all__ = ["FolderTask", "compress_folder"]

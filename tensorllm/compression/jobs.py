@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.compression.details import details_of, error_of_site, norms_of_heads
 from tensorllm.compression.report import SiteReport
 from tensorllm.compressors import Compressor, Job, Site
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.runtime.cost import choose
 from tensorllm.tensors.factors import FACTORS, Factors, cast, parameters
 from tensorllm.tensors.unfold import all_finite
@@ -31,7 +31,7 @@ class Compressed:
 
 def plan_jobs(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int]) -> list[Job]:
     """The jobs of a compression; whatever does not fit the model is refused before any work."""
-    jobs = compressor.sites(roles.geometry, roles.check_layers(layers))
+    jobs = compressor.jobs(roles.spec, roles.check_layers(layers))
     for job in jobs:
         roles.check_layers(job.site.layers)
         job.compressor.check(job.site.shape(roles.geometry))
@@ -54,7 +54,7 @@ def run_job(
     w_ID = [_finite(roles, weights, *m) for m in site.matrices]
     w = site.stack(w_ID, roles.geometry)
     started = time.perf_counter()
-    factors = cast(job.compressor.compress(w), dtype or w.dtype)
+    factors = cast(job.compressor.decompose(w), dtype or w.dtype)
     if w.is_cuda:
         torch.cuda.synchronize(w.device)
     seconds = time.perf_counter() - started

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.jobs import Compressed, plan_jobs, run_job, write_dense
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters
 from tensorllm.compressors import Compressor
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.progress import Progress, quiet
 
 ATTRIBUTE = "tensorllm_compression"

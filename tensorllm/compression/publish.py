@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import mark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
 from tensorllm.checkpoint.reader import Checkpoint, small_files
@@ -19,6 +18,7 @@ from tensorllm.compression.report import CompressionReport, Totals, saved_parame
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import environment, versions
+from tensorllm.models import RoleMatrices
 
 
 def publish(

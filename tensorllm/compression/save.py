@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.target import check_target
 from tensorllm.compression.folder import compress_folder
 from tensorllm.compression.model import Compression, compression_of
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask, Format
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 
 
 def save(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.factored import rest_of, store_site
 from tensorllm.checkpoint.grouping import sharing
 from tensorllm.checkpoint.manifest import read_manifest
@@ -17,6 +16,7 @@ from tensorllm.compression.jobs import run_job, write_dense
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import Job
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import all_finite
 
 

@@ -1,7 +1,16 @@
 """Compression strategies, one file each. Importing this package registers them."""
 
 from tensorllm.compressors.activation import ActivationHybrid, ActivationTucker
-from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.base import (
+    COMPRESSORS,
+    Composite,
+    Compressor,
+    Job,
+    LayerFit,
+    Leaf,
+    MatrixStatistics,
+    Site,
+)
 from tensorllm.compressors.hybrid import Hybrid
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.per_layer import PerLayer
@@ -12,10 +21,14 @@ __all__ = [
     "COMPRESSORS",
     "ActivationHybrid",
     "ActivationTucker",
+    "Composite",
     "Compressor",
     "Hybrid",
     "Job",
     "LaserSVD",
+    "LayerFit",
+    "Leaf",
+    "MatrixStatistics",
     "PerLayer",
     "PerMatrixTucker3D",
     "SharedTucker4D",

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
+from tensorllm.compressors.base import COMPRESSORS, Composite, Job, Leaf, MatrixStatistics
 from tensorllm.compressors.checks import check_seed
 from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
@@ -26,13 +27,13 @@ PARTS = ("basis", "mix", "rows")  # of the factors as they are stored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given(Compressor):
+class Given(Leaf):
     """Factors that were fitted before; the weights themselves are not looked at again."""
 
     factors: Factors
     source: ClassVar[str] = ""
 
-    def compress(self, w: Tensor) -> Factors:
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
         return self.factors
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
@@ -40,14 +41,14 @@ class Given(Compressor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenInFile(Compressor):
+class GivenInFile(Leaf):
     """The same from a file of safetensors, read when its turn comes: `prefix`.basis, ..."""
 
     file: Path
     prefix: str
     source: ClassVar[str] = ""
 
-    def compress(self, w: Tensor) -> Factors:
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
         from safetensors import safe_open
 
         with safe_open(self.file, framework="pt") as stored:
@@ -64,7 +65,7 @@ class GivenInFile(Compressor):
 
 @COMPRESSORS.register("activation-tucker")
 @dataclass(frozen=True, kw_only=True)
-class ActivationTucker(Compressor):
+class ActivationTucker(Composite):
     """Attention fitted to calibration text: matrices that read one input may share a factor.
 
     Source: truncation-aware whitening is SVD-LLM's (arXiv 2403.07378), the two-sided second moments
@@ -137,7 +138,7 @@ class ActivationTucker(Compressor):
         object.__setattr__(out, "fitted", tuple(jobs))
         return out
 
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         if not self.fitted:
             raise UserError(
                 f"mode {COMPRESSORS.name_of(type(self))!r} fits the model to text: "
@@ -149,10 +150,6 @@ class ActivationTucker(Compressor):
                 f"this strategy was fitted to layers {sorted(found)}, not {sorted(layers)}"
             )
         return list(self.fitted)
-
-    def compress(self, w: Tensor) -> Factors:
-        """Not one tensor alone: its `sites` hold what was fitted."""
-        raise UserError("this strategy needs a model and text, not one tensor")
 
 
 @COMPRESSORS.register("activation-hybrid")

@@ -1,16 +1,27 @@
-"""What every compression strategy is: it says what is decomposed together, and decomposes it."""
+"""The contract of a compression strategy.
+
+A strategy plans jobs: which matrices are decomposed together, and by which leaf. A leaf
+decomposes one tensor, perhaps with statistics of the calibration text. A composite plans jobs for
+leaves. A `LayerFit` fits the matrices of one layer itself, layer after layer. Whatever reads,
+writes, counts, searches, budgets, saves or runs works on this contract, never on one strategy.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import Registry
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry
+
+Needs = Literal["weights", "activations", "gradients"]
+Value = int | float | str  # of one dimension of a search
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +68,136 @@ class Site:
         return tuple(self.stack(empty, geometry).shape)
 
 
-class Compressor(ABC):
-    """A strategy. Subclasses are frozen dataclasses whose fields are the YAML schema.
+@dataclass(frozen=True, eq=False)
+class MatrixStatistics:
+    """What a calibration text says of one role matrix (I, D).
 
-    The smallest one implements `compress` alone and then sees the paper's tensor of each layer.
+    Attributes:
+        input_covariance_XX: E[x xᵀ] of what the matrix reads, X its input width.
+        gradient_covariance_YY: E[g gᵀ] of the gradient at its output; None unless it was asked for.
+        reads_rows: whether the inputs run along the rows I (output projections, `o` and `out`) and
+            not along the columns D.
+    """
+
+    input_covariance_XX: Tensor
+    gradient_covariance_YY: Tensor | None
+    reads_rows: bool
+
+    @property
+    def row_covariance(self) -> Tensor | None:
+        """The covariance along the rows of the role matrix; None where it was not measured."""
+        return self.input_covariance_XX if self.reads_rows else self.gradient_covariance_YY
+
+    @property
+    def column_covariance(self) -> Tensor | None:
+        """The covariance along its columns; None where it was not measured."""
+        return self.gradient_covariance_YY if self.reads_rows else self.input_covariance_XX
+
+
+class LayerContext(Protocol):
+    """One layer of the original and of the compressed model, on the calibration text.
+
+    Shapes: N tokens of a batch, X width of an input, B sequences, T positions, D model width.
+    """
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of this layer that the strategy planned, or that a budget chose."""
+        ...
+
+    def weight(self, role: str) -> Tensor:
+        """The original's role matrix (I, D)."""
+        ...
+
+    def statistics(self, site: Site) -> list[MatrixStatistics]:
+        """Of the original's inputs, one per matrix of the site."""
+        ...
+
+    def original_inputs(self, role: str) -> Iterator[Tensor]:
+        """(N, X) per batch: what the original gives the role's matrix."""
+        ...
+
+    def compressed_inputs(self, role: str) -> Iterator[Tensor]:
+        """(N, X) per batch: what the compressed model gives it, with all that was `put` so far."""
+        ...
+
+    def original_output(self) -> Iterator[Tensor]:
+        """(B, T, D) per batch: hidden states after the original's layer, on its own inputs."""
+        ...
+
+    def compressed_output(self) -> Iterator[Tensor]:
+        """(B, T, D) per batch: those of the compressed layer, on what the compressed model gives
+        it; gradients flow to what the layer's parameters were replaced by."""
+        ...
+
+    def put(self, site: Site, factors: Factors) -> None:
+        """Let factors take the place of the compressed layer's matrices."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One thing that `search-ranks` may vary.
+
+    Attributes:
+        values: what is tried where the user names no values, ascending.
+        allowed: smallest and largest value; None where only `values` are allowed (or, of names that
+            are joined by `+`, any set of them).
+        log: whether a sampler draws between the bounds on a logarithmic scale.
+    """
+
+    values: tuple[Value, ...]
+    allowed: tuple[float, float] | None = None
+    log: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorCurve:
+    """What every size of a site stores and what error it leaves.
+
+    Attributes:
+        cost_N: numbers stored, ascending.
+        error_N: error left, descending, in a unit that all sites of one run share.
+        at: index -> the leaf of that size for this site; None leaves the site as it is.
+    """
+
+    cost_N: Tensor
+    error_N: Tensor
+    at: Callable[[int], "Leaf | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One decomposition: a site, and the strategy that makes its factors."""
+
+    site: Site
+    compressor: "Leaf"
+
+
+class Compressor(ABC):
+    """A strategy. Subclasses are frozen dataclasses whose fields are the settings.
+
+    Derive from `Leaf` (decomposes one tensor), `Composite` (plans jobs for leaves) or `LayerFit`
+    (fits the matrices of a layer to its inputs and output).
 
     Attributes:
         source: URL of the paper or code that the method comes from.
+        needs: `weights`; `activations` (a calibration text: covariances of inputs, and the inputs
+            themselves in a `LayerFit`); `gradients` (covariances of output gradients too).
     """
 
     source: ClassVar[str]
+    needs: ClassVar[Needs] = "weights"
 
     @abstractmethod
-    def compress(self, w: Tensor) -> Factors:
-        """Factorise one stacked tensor, by default (D, K, 2g+2, G): all attention of a layer."""
-
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list["Job"]:
-        """What is decomposed together, and by whom; by default each layer's attention by `self`."""
-        return [Job(Site((layer,), ATTENTION, "heads"), self) for layer in layers]
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":
+        """What is decomposed together, and by whom."""
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse (UserError) settings that do not fit a stacked tensor of this shape."""
@@ -85,13 +208,103 @@ class Compressor(ABC):
         del shape
         return None
 
+    @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        """What `search-ranks` may vary, by name; nothing: the strategy cannot be searched.
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One decomposition: a site and the strategy that decomposes it."""
+        Args:
+            settings: other fields, which stay as they are.
+        """
+        del spec, settings
+        return {}
 
-    site: Site
-    compressor: Compressor
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
+        """The settings that a point of the search space stands for; None: it cannot be reached.
+
+        By default each dimension is the setting of its name.
+        """
+        del spec
+        return dict(point)
+
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of the strategy whose sizes a budget will choose.
+
+        Sizes are at their smallest, and all matrices that the strategy can take are in, unless
+        `settings` say otherwise.
+
+        Raises:
+            UserError: the strategy cannot be shrunk to a budget.
+        """
+        del spec, settings
+        raise UserError(f"{cls.__name__} cannot be shrunk to a target size: it has no error curve")
+
+
+class Leaf(Compressor):
+    """A strategy that decomposes one tensor.
+
+    The smallest one implements `decompose` alone and then sees the paper's tensor of each layer.
+    """
+
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":
+        """Each layer's attention as one tensor (D, K, 2g+2, G) by default."""
+        return [Job(Site((layer,), ATTENTION, "heads"), self) for layer in layers]
+
+    @abstractmethod
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
+        """Factorise one stacked tensor.
+
+        Args:
+            w: the site's tensor, in the dtype of the weights, on their device.
+            statistics: one per matrix of the site, in stacking order; None where the strategy
+                needs weights only.
+        """
+
+    def curve(
+        self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+    ) -> ErrorCurve:
+        """The error left at every size, for a budget.
+
+        Raises:
+            UserError: the strategy has none.
+        """
+        del site, w, statistics
+        raise UserError(
+            f"{type(self).__name__} cannot be shrunk to a target size: it has no error curve"
+        )
+
+    def covering(self, others: "Sequence[Leaf]", shape: tuple[int, ...]) -> Self | None:
+        """A leaf whose factors of a tensor of this shape hold those of `self` and of all `others`.
+
+        A search then decomposes each site once. None: its decompositions do not nest.
+        """
+        del others, shape
+        return None
+
+    def sliced(self, covering: Factors, shape: tuple[int, ...]) -> Factors:
+        """This leaf's factors, out of those of a leaf that `covering` gave."""
+        del shape
+        raise AssertionError(f"{type(self).__name__} says that nothing covers it: {covering}")
+
+
+class Composite(Compressor):
+    """A strategy that plans jobs for others and decomposes nothing itself."""
+
+
+class LayerFit(Compressor):
+    """A strategy that fits the matrices of a layer to what goes through it, layer after layer."""
+
+    needs: ClassVar[Needs] = "activations"
+
+    @abstractmethod
+    def fit_layer(self, context: LayerContext) -> Mapping[Site, Factors]:
+        """Factors of matrices of one layer; what has no factors stays as it is.
+
+        Args:
+            context: the layer, the original's and the compressed model's inputs of it, the
+                original's output, covariances, and, where a budget was shared out, the sizes.
+        """
 
 
 COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", group="tensorllm.compressors")

@@ -4,19 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
+from tensorllm.compressors.base import COMPRESSORS, Composite, Compressor, Job
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.tucker import Layout, SharedTucker4D
 from tensorllm.errors import UserError
-from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.models.spec import ModelSpec
 
 
 @COMPRESSORS.register("hybrid", aliases=("4D_Tucker_laser",))
 @dataclass(frozen=True, kw_only=True)
-class Hybrid(Compressor):
+class Hybrid(Composite):
     """SharedTucker4D on the attention and LaserSVD on the FFN, or any other two strategies.
 
     Source: TensorLLM, section 4 (hybrid of TensorLLM and LASER).
@@ -53,14 +50,10 @@ class Hybrid(Compressor):
         fields = {"rho": self.rho, "rank": self.rank, "matrices": self.matrices}
         return attention, _own(LaserSVD, self.ffn, fields)
 
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         attention, ffn = self.parts()
         ffn_layers = self.ffn_layers if self.ffn_layers is not None else layers
-        return attention.sites(geometry, layers) + ffn.sites(geometry, ffn_layers)
-
-    def compress(self, w: Tensor) -> Factors:
-        """Not one tensor but two kinds: its `sites` name the strategy of each."""
-        raise UserError("a hybrid decomposes through its sites; compress with one of its parts")
+        return attention.jobs(spec, layers) + ffn.jobs(spec, ffn_layers)
 
 
 def _own(kind: type[Compressor], given: Compressor | None, fields: Mapping[str, Any]) -> Compressor:

@@ -6,19 +6,20 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.base import COMPRESSORS, Job, Leaf, MatrixStatistics, Site
 from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
-from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
+from tensorllm.tensors.stacking import ATTENTION, FFN
 from tensorllm.tensors.svd import METHODS, truncated_svd
 
 
 @COMPRESSORS.register("laser", aliases=("laser-svd",))
 @dataclass(frozen=True, kw_only=True)
-class LaserSVD(Compressor):
+class LaserSVD(Leaf):
     """Rank-r truncation of each chosen matrix.
 
     Source: LASER, section 3.
@@ -50,12 +51,12 @@ class LaserSVD(Compressor):
         check_seed(self.seed)
         object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
 
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
-        missing = [role for role in self.matrices if role not in geometry.roles]
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
+        missing = [role for role in self.matrices if role not in spec.roles]
         if missing:
             raise UserError(
                 f"matrix {missing[0]!r} does not exist in this architecture; "
-                f"it has {', '.join(geometry.roles)}"
+                f"it has {', '.join(spec.roles)}"
             )
         return [
             Job(Site((layer,), (role,), "matrix"), self)
@@ -70,7 +71,7 @@ class LaserSVD(Compressor):
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
         return low_rank_parameters(shape, self._rank(shape))
 
-    def compress(self, w: Tensor) -> LowRank:
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> LowRank:
         """Factors of a role matrix (I, D)."""
         self.check(tuple(w.shape))
         return truncated_svd(w, self._rank(tuple(w.shape)), method=self.method, seed=self.seed)

@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from tensorllm.compressors.base import COMPRESSORS, Compressor, Job
+from tensorllm.compressors.base import COMPRESSORS, Composite, Compressor, Job
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
-from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.models.spec import ModelSpec
 
 Edit = Mapping[str, Any]  # `layers`, `mode` and that mode's settings
 
@@ -25,7 +22,7 @@ class Part:
 
 @COMPRESSORS.register("per-layer")
 @dataclass(frozen=True, kw_only=True)
-class PerLayer(Compressor):
+class PerLayer(Composite):
     """A list of edits, as a search over several layers or a budget for all of them leaves it.
 
     Source: LASER, section 5 (composing reductions across layers).
@@ -50,21 +47,17 @@ class PerLayer(Compressor):
         """The edits with their strategies made."""
         return [_part(number, edit) for number, edit in enumerate(self.edits, 1)]
 
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         """The edits of these layers."""
         jobs = []
         for part in self.parts():
             there = [layer for layer in part.layers if layer in layers]
             if there:
-                jobs += part.compressor.sites(geometry, there)
+                jobs += part.compressor.jobs(spec, there)
         if not jobs:
             edited = sorted({layer for part in self.parts() for layer in part.layers})
             raise UserError(f"the edits are of layers {edited}, none of which is wanted")
         return jobs
-
-    def compress(self, w: Tensor) -> Factors:
-        """Not one tensor alone: its `sites` name the strategy of each."""
-        raise UserError("per-layer settings decompose through their sites, not one tensor")
 
 
 def _part(number: int, edit: Any) -> Part:

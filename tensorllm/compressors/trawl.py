@@ -10,14 +10,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.base import COMPRESSORS, Job, Leaf, MatrixStatistics, Site
 from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.ranks import check_ranks, tucker_parameters
-from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
+from tensorllm.tensors.stacking import ATTENTION, FFN
 from tensorllm.tensors.tucker import tucker
 
 # tensorly's defaults for `tucker`, which TRAWL's code leaves as they are
@@ -27,7 +28,7 @@ TOLERANCE = 1e-4
 
 @COMPRESSORS.register("trawl")
 @dataclass(frozen=True, kw_only=True)
-class Trawl(Compressor):
+class Trawl(Leaf):
     """Decompose (I, D, M): a layer's QKVO or FFN matrices, or the same matrices of all layers.
 
     Source: TRAWL, arXiv 2406.17261, section 3 (one layer, segments of layers, or all layers).
@@ -60,7 +61,7 @@ class Trawl(Compressor):
             raise UserError(f"rank must be 1 or more, got {self.rank}")
         object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
 
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         groups = [tuple(layers)] if self.across_layers else [(layer,) for layer in layers]
         return [Job(Site(group, self.matrices, "matrices"), self) for group in groups]
 
@@ -78,7 +79,7 @@ class Trawl(Compressor):
         assert self.rank is not None
         return self.rank * (sum(shape) + 1)
 
-    def compress(self, w: Tensor) -> Factors:
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
         """Factors of a stack (I, D, M)."""
         self.check(tuple(w.shape))
         if self.ranks is not None:

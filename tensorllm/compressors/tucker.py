@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Compressor, Job, Site
+from tensorllm.compressors.base import COMPRESSORS, Job, Leaf, MatrixStatistics, Site
 from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Tucker
 from tensorllm.tensors.ranks import (
@@ -20,7 +21,7 @@ from tensorllm.tensors.ranks import (
     ranks_for_error,
     tucker_parameters,
 )
-from tensorllm.tensors.stacking import ATTENTION, Geometry
+from tensorllm.tensors.stacking import ATTENTION
 from tensorllm.tensors.tucker import spectra, tucker
 
 Layout = Literal["paper", "official"]
@@ -30,7 +31,7 @@ SOLVERS = ("sthosvd", "tensorly")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuckerSettings(Compressor):
+class TuckerSettings(Leaf):
     """What both Tucker strategies share: ranks given or asked for, layout and solver.
 
     Attributes:
@@ -79,7 +80,7 @@ class TuckerSettings(Compressor):
             return None
         return tucker_parameters(shape, dict(zip(self.modes, self.ranks, strict=True)))
 
-    def compress(self, w: Tensor) -> Tucker:
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Tucker:
         """Factors of a stacked tensor; ranks out of range raise a `UserError`."""
         self.check(tuple(w.shape))
         ranks = self.ranks if self.ranks is not None else self._wanted_ranks(w)
@@ -108,7 +109,7 @@ class SharedTucker4D(TuckerSettings):
     source: ClassVar[str] = "https://arxiv.org/abs/2501.15674"
     modes: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         stacking = "heads" if self.layout == "paper" else "official-heads"
         return [Job(Site((layer,), ATTENTION, stacking), self) for layer in layers]
 
@@ -133,7 +134,7 @@ class PerMatrixTucker3D(TuckerSettings):
         super().__post_init__()
         object.__setattr__(self, "matrices", check_roles(self.matrices, ATTENTION))
 
-    def sites(self, geometry: Geometry, layers: Sequence[int]) -> list[Job]:
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         stacking = "head" if self.layout == "paper" else "official-head"
         return [
             Job(Site((layer,), (role,), stacking), self)

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 
 STARTS, ENDS = ("o", "in", "gate"), ("o", "out")
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tensorllm.architectures.spec import FALLING
 from tensorllm.compressors.base import Site
+from tensorllm.models.spec import FALLING
 from tensorllm.runtime.heads import CORE_ORDER, HeadsSite
 from tensorllm.runtime.linear import (
     HeadPart,

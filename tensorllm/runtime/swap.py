@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorllm.architectures import RoleMatrices
-from tensorllm.architectures.spec import FALLING, Stored
 from tensorllm.compressors.base import Site
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
+from tensorllm.models.spec import FALLING, Stored
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
 from tensorllm.runtime.heads import CORE_ORDER, HeadsSite
 from tensorllm.runtime.linear import FactoredLinear, dense_linear

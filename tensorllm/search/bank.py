@@ -6,14 +6,14 @@ Shapes: I rows and O columns of a matrix, R rank.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.compressors import Compressor, Job, LaserSVD, Site
 from tensorllm.compressors.tucker import TuckerSettings
+from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, LowRank, Tucker, cast
 from tensorllm.tensors.ranks import laser_rank
 from tensorllm.tensors.tucker import relative_error, truncate
@@ -54,7 +54,7 @@ class Bank:
         self.weights = weights
         self.exact_below = exact_below
         self.decompositions = 0
-        self._largest: dict[Site, Compressor] = {}
+        self._largest: dict[Site, Any] = {}
         for job in largest:
             known = self._largest.get(job.site)
             self._largest[job.site] = (
@@ -77,13 +77,13 @@ class Bank:
         kind = self._largest.get(job.site)
         if kind is None:  # a strategy whose decompositions do not nest
             self.decompositions += 1
-            return job.compressor.compress(w)
+            return job.compressor.decompose(w)
         if job.site not in self._factors:
-            self._factors[job.site] = self._enlarged(kind, tuple(w.shape)).compress(w)
+            self._factors[job.site] = self._enlarged(kind, tuple(w.shape)).decompose(w)
             self.decompositions += 1
         return sliced(self._factors[job.site], job.compressor, tuple(w.shape))
 
-    def _enlarged(self, kind: Compressor, shape: tuple[int, ...]) -> Compressor:
+    def _enlarged(self, kind: Any, shape: tuple[int, ...]) -> Any:
         """Tucker ranks with a margin: the best subspaces of smaller ranks are not quite nested."""
         if not isinstance(kind, TuckerSettings):
             return kind

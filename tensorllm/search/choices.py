@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.registry import did_you_mean
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.stacking import FFN

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.data.example import Example
@@ -18,6 +17,7 @@ from tensorllm.evaluation.parallel import score_all, workers_for
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.scorer import is_masked, make_scorer
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.bank import EXACT_BELOW, Bank, Edit, edited, nests
 from tensorllm.search.feasible import ratio_of
 from tensorllm.search.found import Found, found_in

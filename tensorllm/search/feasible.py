@@ -4,10 +4,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.search.choices import Value
 from tensorllm.search.space import Space
 

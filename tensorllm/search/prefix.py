@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.evaluation.forward import ModelForward, Padded
 from tensorllm.evaluation.masked import MaskedForward
+from tensorllm.models import RoleMatrices
 from tensorllm.search.kept import Budget, Kept, Same, Store
 
 T = TypeVar("T")

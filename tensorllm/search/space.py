@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.search.choices import Value, choices_of
 
 Values = Mapping[str, Value]  # one choice of every dimension

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorllm.architectures.spec import Stored, architecture_of
 from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec, Stored, architecture_of
 from tensorllm.tensors.stacking import Geometry
 
 
@@ -32,6 +32,7 @@ class RoleMatrices:
         self.layers: int = config.num_hidden_layers
         if self.layers < 1:
             raise UserError(f"a model must have 1 layer or more, the config says {self.layers}")
+        self.spec = ModelSpec((self.geometry,) * self.layers)
         self._prefix = self._find_prefix(config.model_type, names)
 
     def name(self, layer: int, role: str) -> str:

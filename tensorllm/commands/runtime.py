@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.factored import STEM, load, model_class, store_site
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
@@ -15,6 +14,7 @@ from tensorllm.compressors import Site
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.runtime import install
 from tensorllm.runtime.cost import Choice, Policy, choose
 from tensorllm.runtime.parts import can_run_factored

@@ -11,8 +11,10 @@ import torch
 from optuna.trial import FrozenTrial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tensorllm.architectures import RoleMatrices, parameters_of
 from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.models import Loader, dtype_of
+from tensorllm.commands.plugins import load_plugins
+from tensorllm.commands.search import SearchRequest
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.model import compress
 from tensorllm.compressors import COMPRESSORS
@@ -20,9 +22,7 @@ from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked
-from tensorllm.pipeline.models import Loader, dtype_of
-from tensorllm.pipeline.plugins import load_plugins
-from tensorllm.pipeline.search import SearchRequest
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.feasible import feasible
 from tensorllm.search.found import Found

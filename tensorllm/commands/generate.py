@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.models import Loader, device_of, dtype_of
+from tensorllm.commands.runtime import load_factored
 from tensorllm.errors import UserError
 from tensorllm.evaluation.scorer import context_of
-from tensorllm.pipeline.models import Loader, device_of, dtype_of
-from tensorllm.pipeline.runtime import load_factored
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Policy

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tensorllm.checkpoint.factored import model_class
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
+from tensorllm.commands.runtime import load_to_run
 from tensorllm.errors import UserError
-from tensorllm.pipeline.runtime import load_to_run
 from tensorllm.registry import one_of
 
 DTYPES = {

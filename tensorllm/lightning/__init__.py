@@ -2,13 +2,13 @@
 architecture.
 """
 
-from tensorllm.modules.architectures import (
+from tensorllm.lightning.architectures import (
     GPTJReasoner,
     LlamaReasoner,
     RobertaReasoner,
     reasoner_of,
 )
-from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner, Reasoner
+from tensorllm.lightning.reasoner import CausalReasoner, MaskedReasoner, Reasoner
 
 __all__ = [
     "CausalReasoner",

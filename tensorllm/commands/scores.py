@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tensorllm.pipeline.compress import Evaluate
+from tensorllm.commands.compress import Evaluate
 from tensorllm.progress import Progress, quiet
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar, final
 from transformers import PreTrainedModel
 
 from tensorllm.evaluation.scorer import is_masked
-from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner, Reasoner
+from tensorllm.lightning.reasoner import CausalReasoner, MaskedReasoner, Reasoner
 
 
 @final

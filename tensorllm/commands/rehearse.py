@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
+from tensorllm.commands.cells import Cell, cells
+from tensorllm.commands.forecast import Forecast, measure_machine, model_of_sizes, real_model
+from tensorllm.commands.models import Loader, dtype_of
+from tensorllm.commands.places import data_file, hub_id, missing, weights_of
+from tensorllm.commands.reproduce import ReproduceRequest, reproduce_cells
 from tensorllm.data.base import DATASETS, VALIDATION
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.pipeline.cells import Cell, cells
-from tensorllm.pipeline.forecast import Forecast, measure_machine, model_of_sizes, real_model
-from tensorllm.pipeline.models import Loader, dtype_of
-from tensorllm.pipeline.places import data_file, hub_id, missing, weights_of
-from tensorllm.pipeline.reproduce import ReproduceRequest, reproduce_cells
 from tensorllm.recipes import short_names
 
 WIDTH, HEADS = 128, 2  # head_dim 64: GPT-J rotates that many channels unless told otherwise
@@ -53,7 +53,7 @@ class Rehearsal:
     Attributes:
         examples: of its test part: counted in local data, otherwise as the papers have them.
         counted: they were counted.
-        seconds: at this machine's speed; see `tensorllm.pipeline.forecast` for what is assumed.
+        seconds: at this machine's speed; see `tensorllm.commands.forecast` for what is assumed.
         peak_bytes: of memory.
     """
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tensorllm.commands import search_ranks
+from tensorllm.commands.cells import Cell, cells
+from tensorllm.commands.models import Loader, dtype_of
+from tensorllm.commands.places import check_data, data_file, weights_of
+from tensorllm.commands.search import SearchRequest
 from tensorllm.compression.model import compressed
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.pipeline import search_ranks
-from tensorllm.pipeline.cells import Cell, cells
-from tensorllm.pipeline.models import Loader, dtype_of
-from tensorllm.pipeline.places import check_data, data_file, weights_of
-from tensorllm.pipeline.search import SearchRequest
 from tensorllm.progress import Progress, quiet
 
 PROTOCOL = "paper"

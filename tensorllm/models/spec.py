@@ -93,6 +93,25 @@ class Architecture:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The sizes of a model, layer by layer."""
+
+    geometries: tuple[Geometry, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.geometries)
+
+    def geometry(self, layer: int) -> Geometry:
+        return self.geometries[layer]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that some layer has, each once."""
+        return tuple(dict.fromkeys(role for geo in self.geometries for role in geo.roles))
+
+
 ARCHITECTURES: Registry[Architecture] = Registry(
     "architecture (model_type)", group="tensorllm.architectures"
 )

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.allocate import ANY, at_any_ranks, energies
+from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.errors import UserError
-from tensorllm.pipeline.allocate import ANY, at_any_ranks, energies
-from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import per_layer_recipe
 from tensorllm.search.energy import (

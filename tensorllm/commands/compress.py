@@ -8,6 +8,9 @@ from typing import Any
 
 from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.target import check_target
+from tensorllm.commands.allocate import TARGETS, allocated, budget_of
+from tensorllm.commands.models import Loader, device_of, dtype_of
+from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.card import rewrite_card
 from tensorllm.compression.folder import compress_folder
 from tensorllm.compression.jobs import plan_jobs
@@ -18,9 +21,6 @@ from tensorllm.compression.task import FORMATS, FolderTask, Format
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
-from tensorllm.pipeline.allocate import TARGETS, allocated, budget_of
-from tensorllm.pipeline.models import Loader, device_of, dtype_of
-from tensorllm.pipeline.plugins import load_plugins
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
 from tensorllm.registry import one_of
@@ -135,7 +135,7 @@ def run(
     if request.stream and request.calibration is None:
         raise UserError("--stream is for --calibration FILE; without data, disk is streamed always")
     if request.calibration is not None:
-        from tensorllm.pipeline.calibrate import calibrated, clear, planned
+        from tensorllm.commands.calibrate import calibrated, clear, planned
 
         if request.dry_run:
             return planned(task, request.calibration, **_drawn(request))
@@ -154,7 +154,7 @@ def run(
 
 def _drawn(request: CompressRequest) -> dict[str, Any]:
     """How the calibration text is read; it must not be what is scored afterwards."""
-    from tensorllm.pipeline.calibrate import accept, refuse_evaluated
+    from tensorllm.commands.calibrate import accept, refuse_evaluated
 
     scored = None if request.allow_overlap else request.evaluate
     return {

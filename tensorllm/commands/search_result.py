@@ -6,11 +6,11 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tensorllm.commands.search_compose import Step, composed, selection, whole
+from tensorllm.commands.search_run import SearchRun
 from tensorllm.compression.jobs import plan_jobs, run_job
 from tensorllm.environment import environment
 from tensorllm.evaluation.evaluate import evaluate_model
-from tensorllm.pipeline.search_compose import Step, composed, selection, whole
-from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.bank import Edit, edited
 from tensorllm.search.feasible import ratio_of
 from tensorllm.search.found import Found

@@ -11,9 +11,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from tensorllm.commands.search import SearchRequest
+from tensorllm.commands.search_run import SearchRun
 from tensorllm.errors import Incomplete
-from tensorllm.pipeline.search import SearchRequest
-from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, TrialQueue
 from tensorllm.search.selection import ranked, selection_gain

@@ -6,7 +6,7 @@ Paths are those of the transformers 5 modelling files (`models/<model_type>/mode
 from dataclasses import replace
 from typing import Any
 
-from tensorllm.architectures.spec import ARCHITECTURES, Architecture, Stored
+from tensorllm.models.spec import ARCHITECTURES, Architecture, Stored
 
 
 def _separate(**paths: str) -> tuple[Stored, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorllm.pipeline.plugins import load_plugins
+from tensorllm.commands.plugins import load_plugins
 from tensorllm.registry import one_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _compressors() -> list[Row]:
 
 
 def _architectures() -> list[Row]:
-    from tensorllm.architectures import ARCHITECTURES
+    from tensorllm.models import ARCHITECTURES
 
     return [
         {

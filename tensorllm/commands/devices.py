@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from tensorllm.data.base import ReasoningDataModule, one_per_batch
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.modules.reasoner import Reasoner
+from tensorllm.lightning.reasoner import Reasoner
 
 AGAIN = "run the same command again: it goes on from the last finished batch"
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.source import Source, resolve
+from tensorllm.commands.devices import Devices, is_first, validate
+from tensorllm.commands.models import Loader, dtype_of
+from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
@@ -31,10 +34,7 @@ from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.scorer import context_of
 from tensorllm.evaluation.statistics import compared, intervals
 from tensorllm.evaluation.summary import metrics_of
-from tensorllm.modules.reasoner import CausalReasoner, MaskedReasoner
-from tensorllm.pipeline.devices import Devices, is_first, validate
-from tensorllm.pipeline.models import Loader, dtype_of
-from tensorllm.pipeline.plugins import load_plugins
+from tensorllm.lightning.reasoner import CausalReasoner, MaskedReasoner
 from tensorllm.progress import Progress, quiet
 
 __all__ = ["EvaluateRequest", "Evaluation", "evaluate", "evaluate_model"]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
+from tensorllm.commands.search import SearchRequest, folder_of
+from tensorllm.commands.search_compose import Step, best_of, composed, on_top
+from tensorllm.commands.search_files import write_files, write_trials
+from tensorllm.commands.search_result import SearchResult, conclude
+from tensorllm.commands.search_run import SearchRun, Watch
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.pipeline.search import SearchRequest, folder_of
-from tensorllm.pipeline.search_compose import Step, best_of, composed, on_top
-from tensorllm.pipeline.search_files import write_files, write_trials
-from tensorllm.pipeline.search_result import SearchResult, conclude
-from tensorllm.pipeline.search_run import SearchRun, Watch
 from tensorllm.progress import Progress, quiet
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.selection import half_width, ranked

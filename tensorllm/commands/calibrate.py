@@ -1,24 +1,28 @@
 """Fitting a data-aware strategy to a model and a text, before it compresses."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from tensorllm.calibration.fit import fit, fit_folder, store_for
 from tensorllm.calibration.groups import input_width, site_of
 from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.calibration.sizes import budget_of
 from tensorllm.checkpoint.target import exclusive
+from tensorllm.commands.models import Loader
 from tensorllm.compression.plan import Plan, plan_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import Job
 from tensorllm.compressors.activation import ActivationTucker
+from tensorllm.compressors.base import Leaf, MatrixStatistics
 from tensorllm.errors import UserError
-from tensorllm.pipeline.models import Loader
 from tensorllm.progress import Progress
+from tensorllm.tensors.factors import Factors
 
 LENGTH = 512  # tokens of a calibration sequence, at most
 Check = Callable[[Calibration, Any], None]
@@ -78,9 +82,18 @@ def planned(
     stored = None
     if compressor.max_loss_increase is None:
         stored = budget_of(compressor, keys, geometry, checkpoint.parameters)
-    jobs = [Job(site_of(layer, cluster), compressor) for layer, cluster in keys]
+    jobs = [Job(site_of(layer, cluster), _Unfitted()) for layer, cluster in keys]
     task = replace(task, compressor=compressor.with_fit(jobs, text.facts()))
     return replace(plan_folder(task, stored), seconds=None)
+
+
+class _Unfitted(Leaf):
+    """Stands for factors that a fit has not made yet."""
+
+    source: ClassVar[str] = ""
+
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
+        raise AssertionError("a dry run decomposes nothing")
 
 
 def _read(

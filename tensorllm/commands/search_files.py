@@ -10,8 +10,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from tensorllm.commands.search_run import SearchRun
 from tensorllm.compression.jobs import plan_jobs, run_job
-from tensorllm.pipeline.search_run import SearchRun
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, RESULT

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tensorllm.architectures import RoleMatrices
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
@@ -13,6 +12,7 @@ from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.compressors.settings import fields_of, make_compressor
 from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
 from tensorllm.search.energy import by_ratio, by_size, edits_of, least_size
 from tensorllm.search.sites import SiteEnergy, site_energy

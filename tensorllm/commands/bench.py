@@ -9,13 +9,13 @@ from typing import Any, get_args
 
 from tensorllm.checkpoint.factored import load
 from tensorllm.checkpoint.manifest import read_manifest
+from tensorllm.commands.measure import Measured, measure
+from tensorllm.commands.models import device_of, dtype_of
+from tensorllm.commands.plugins import load_plugins
+from tensorllm.commands.runtime import load_factored
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.pipeline.measure import Measured, measure
-from tensorllm.pipeline.models import device_of, dtype_of
-from tensorllm.pipeline.plugins import load_plugins
-from tensorllm.pipeline.runtime import load_factored
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Choice, Policy
 
@@ -150,7 +150,7 @@ def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
     values = [str(request.model), kind, request.policy, str(request.dtype or "")]
     sizes = [str(prompt), str(new)]
     run = subprocess.run(
-        [sys.executable, "-m", "tensorllm.pipeline.bench", *values, *sizes, *request.plugins],
+        [sys.executable, "-m", "tensorllm.commands.bench", *values, *sizes, *request.plugins],
         capture_output=True,
         text=True,
         check=False,

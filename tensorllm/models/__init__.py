@@ -1,0 +1,15 @@
+"""Architectures as data: where each keeps its matrices, and the reader and writer for all."""
+
+import tensorllm.models.table  # noqa: F401  registers the rows
+from tensorllm.models.access import RoleMatrices, parameters_of
+from tensorllm.models.spec import ARCHITECTURES, Architecture, ModelSpec, Stored, architecture_of
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ModelSpec",
+    "RoleMatrices",
+    "Stored",
+    "architecture_of",
+    "parameters_of",
+]
