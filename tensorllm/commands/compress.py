@@ -93,6 +93,7 @@ def run(
         make_compressor(recipe.mode, recipe.settings)
     source = resolve(recipe.model, request.revision)
     dataset = scored_on(request, recipe.model)
+    scored = request.evaluate is not None or evaluate is not None
     score = None
     if evaluate is not None and dataset is not None:
         score = lambda model, tokenizer: evaluate(model, tokenizer, dataset)  # noqa: E731
@@ -102,7 +103,7 @@ def run(
         compressor=compressor_of(recipe, budget, source),
         layers=recipe.layers,
         budget=budget,
-        calibration=_text(request, source, dtype, dataset),
+        calibration=_text(request, source, dtype, dataset if scored else None),
         stream=request.stream,
         format="factored" if request.format == "factored" else "dense",
         device=device_of(request.device),
