@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tensorllm.architectures import RoleMatrices
 from tensorllm.checkpoint.grouping import sharing
+from tensorllm.checkpoint.loading import load_state, load_whole
 from tensorllm.checkpoint.manifest import Manifest, StoredSite, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors import Site
@@ -121,27 +122,13 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
         raise UserError(f"{folder} has no tensorllm.json; load it with transformers")
     check_files(folder, manifest)
     if manifest.format == "dense":
-        config = Checkpoint(folder).config
-        return model_class(config).from_pretrained(folder, dtype=dtype or "auto")
+        return load_whole(folder, Checkpoint(folder).config, dtype, language=False)
     config = unmark_config(Checkpoint(folder, stem=STEM).config)
     state = dict(dense_tensors(folder))
-    kind = model_class(config)
-    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
+    model = load_state(state, config, dtype, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def model_class(config: Any) -> Any:
-    """The transformers class that the checkpoint was saved from."""
-    import transformers
-
-    for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise UserError(
-        f"config.json names no architecture that transformers has, got {config.architectures}"
-    )
+    return model
 
 
 def _rebuild(

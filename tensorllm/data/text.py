@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example
 from tensorllm.data.reading import KNOWN, Row, json_items, rows_of_file
+from tensorllm.data.tokens import open_ended
 from tensorllm.errors import UserError
 
 
@@ -59,7 +60,7 @@ class Text(ReasoningDataModule):
         size = min(self.block, self.context or self.block)
         found: list[Example] = []
         for document in self.documents():
-            ids = self.tokenizer(document, verbose=False).input_ids
+            (ids,) = open_ended(self.tokenizer, [document])
             for start in range(0, len(ids) - 1, size - 1):
                 block = ids[start : start + size]
                 found.append(

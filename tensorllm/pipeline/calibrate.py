@@ -16,6 +16,7 @@ from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import Job
 from tensorllm.compressors.activation import ActivationTucker
+from tensorllm.data.tokens import open_ended
 from tensorllm.errors import UserError
 from tensorllm.pipeline.models import Loader
 from tensorllm.progress import Progress
@@ -140,7 +141,7 @@ def refuse_evaluated(dataset: str, data_file: Path | None) -> Check:
         data.connect(tokenizer)
         text.refuse_overlap(
             [
-                example.tokens or tokenizer(f"{example.prompt} {example.answer}").input_ids
+                example.tokens or open_ended(tokenizer, [f"{example.prompt} {example.answer}"])[0]
                 for example in data.examples
             ]
         )

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from tensorllm.checkpoint.factored import model_class
+from tensorllm.architectures.task import is_masked
+from tensorllm.checkpoint.loading import load_whole
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
 from tensorllm.errors import UserError
 from tensorllm.pipeline.runtime import load_to_run
@@ -35,11 +36,13 @@ class Loader:
         folder: an ordinary checkpoint, or one that tensorllm wrote.
         dtype: of the weights in memory; None: as they are stored.
         device: where the weights go; a Trainer moves them itself.
+        language: with the head that predicts tokens; False: as it was saved.
     """
 
     folder: Path
     dtype: torch.dtype | None = None
     device: str = "cpu"
+    language: bool = True
 
     def __call__(self) -> Any:
         manifest = read_manifest(self.folder)
@@ -47,8 +50,7 @@ class Loader:
             if manifest is not None and manifest.format == "factored":
                 made: nn.Module = load_to_run(self.folder, self.dtype)
             else:
-                kind = model_class(self.config())
-                made = kind.from_pretrained(self.folder, dtype=self.dtype or "auto")
+                made = load_whole(self.folder, self.config(), self.dtype, language=self.language)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
@@ -72,7 +74,8 @@ class Loader:
 
     @property
     def masked(self) -> bool:
-        return not model_class(self.config()).can_generate()
+        """Whether the model fills masks in, and writes no text."""
+        return is_masked(self.config())
 
     def manifest(self) -> Manifest | None:
         """What tensorllm wrote about the folder, or None."""
