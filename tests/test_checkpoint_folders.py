@@ -32,6 +32,7 @@ from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.errors import Incomplete
 from tensorllm.pipeline.export import export
+from tensorllm.pipeline.models import Loader
 from tensorllm.pipeline.quantise import quantise_folder
 
 HYBRID = tl.Hybrid(ranks=(12, 5, 3), rho=0.25)
@@ -221,8 +222,11 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
+    tl.load(tmp_path / "out")  # as fast as transformers: only sizes are looked at
     with pytest.raises(tl.UserError, match="checksum"):
-        tl.load(tmp_path / "out")
+        tl.load(tmp_path / "out", verify=True)
+    with pytest.raises(tl.UserError, match="checksum"):
+        Loader(tmp_path / "out", verify=True)()
     path.write_bytes(data[:-1])
     with pytest.raises(tl.UserError, match="truncated"):
         tl.load(tmp_path / "out")

@@ -108,8 +108,12 @@ def dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from _rebuild(group, manifest, stored, roles).items()
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool = False) -> Any:
     """The transformers model of a folder that tensorllm wrote, dense in memory.
+
+    Args:
+        dtype: of the weights in memory; None: as they are stored.
+        verify: compare the files' checksums with the manifest's; sizes are looked at always.
 
     Raises:
         UserError: the folder is not ours, from a newer version, or its files have changed.
@@ -120,7 +124,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no tensorllm.json; load it with transformers")
-    check_files(folder, manifest)
+    check_files(folder, manifest, verify=verify)
     if manifest.format == "dense":
         return load_whole(folder, Checkpoint(folder).config, dtype, language=False)
     config = unmark_config(Checkpoint(folder, stem=STEM).config)

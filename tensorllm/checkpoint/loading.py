@@ -54,15 +54,29 @@ def refuse_adapter(folder: Path) -> None:
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
+def silenced(name: str = "transformers.modeling_utils") -> Iterator[None]:
     """Keep transformers' own table of names back: `judge` says it in a line."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Let transformers show no progress of what takes no time."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()
 
 
 def _made(kind: Any, source: Path | None, folder: Path, **given: Any) -> Any:

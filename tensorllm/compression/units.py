@@ -37,6 +37,7 @@ def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
     checkpoint = Checkpoint(folder)
     roles = RoleMatrices(checkpoint.config, checkpoint.entries)
     roles.check_shapes({name: entry.shape for name, entry in checkpoint.entries.items()})
+    _ = checkpoint.weights  # refuses what is not whole
     return checkpoint, roles
 
 
@@ -81,9 +82,11 @@ def run_unit(
             write_dense(compressed, roles, weights)
         out = weights
     for name, w in weights.items():  # what a job reads it checks itself
-        if not unit.jobs and w.is_floating_point() and not all_finite(w):
+        read = name not in checkpoint.unused
+        if read and not unit.jobs and w.is_floating_point() and not all_finite(w):
             raise UserError(f"{name} has NaN or infinite values")
-    return {name: _stored(t, task.dtype) for name, t in out.items()}, note
+    dtypes = {n: None if n in checkpoint.unused else task.dtype for n in out}
+    return {name: _stored(t, dtypes[name]) for name, t in out.items()}, note
 
 
 def _stored(t: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -47,6 +47,7 @@ class EvaluateRequest:
     Attributes:
         model: short name, hub id or folder.
         compressed: a folder that tensorllm wrote from this model: scored beside the original.
+        verify: compare checksums of what tensorllm wrote.
         out: folder of results; without one nothing is kept and nothing resumed.
     """
 
@@ -61,6 +62,7 @@ class EvaluateRequest:
     out: Path | None = None
     overwrite: bool = False
     dtype: str | None = None
+    verify: bool = False
     seed: int = 0
     batch_tokens: int | None = None
     devices: Devices = field(default_factory=Devices)
@@ -126,14 +128,14 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
 
 def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
     dtype = dtype_of(request.dtype)
-    original = Loader(source.folder, dtype)
+    original = Loader(source.folder, dtype, verify=request.verify)
     if request.compressed is None:
         return {"model": original}
     if not request.compressed.is_dir():
         raise UserError(
             f"--compressed must be a folder that tensorllm wrote, got {request.compressed}"
         )
-    compressed = Loader(request.compressed, dtype)
+    compressed = Loader(request.compressed, dtype, verify=request.verify)
     manifest = compressed.manifest()
     if manifest is None:
         raise UserError(f"--compressed: {request.compressed} has no tensorllm.json")

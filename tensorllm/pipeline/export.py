@@ -51,7 +51,7 @@ def export(
     if manifest is None or manifest.format != "factored":
         what = "is not one that tensorllm wrote" if manifest is None else "is dense already"
         raise UserError(f"{source} {what}; export takes a factored folder")
-    check_files(source, manifest)
+    check_files(source, manifest, verify=True)
     fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
     with exclusive(target):
         writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from tensorllm.checkpoint.manifest import check_files
 from tensorllm.checkpoint.source import resolve
 from tensorllm.data.tokens import check_ids, open_ended
 from tensorllm.errors import UserError
@@ -27,6 +28,7 @@ class GenerateRequest:
         max_new_tokens: at most; fewer where the model's context ends before.
         temperature: 0: always the likeliest token.
         beams: of the beam search; 1: none.
+        verify: compare checksums of what tensorllm wrote.
     """
 
     model: str
@@ -40,6 +42,7 @@ class GenerateRequest:
     policy: Policy = "always"
     dtype: str | None = None
     device: str = "cpu"
+    verify: bool = False
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
@@ -53,10 +56,11 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     """
     _check(request)
     folder = resolve(request.model, request.revision).folder
-    loader = Loader(folder, dtype_of(request.dtype))
+    loader = Loader(folder, dtype_of(request.dtype), verify=request.verify)
     tokenizer: Any = loader.tokenizer()
     manifest = loader.manifest()
     if manifest is not None and manifest.format == "factored":
+        check_files(folder, manifest, verify=request.verify)
         model, _ = load_factored(folder, request.policy, loader.dtype)
     else:
         model = loader()

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tensorllm.architectures.task import is_masked
+from tensorllm.checkpoint.config import read_config
 from tensorllm.checkpoint.loading import load_whole
-from tensorllm.checkpoint.manifest import Manifest, read_manifest
+from tensorllm.checkpoint.manifest import Manifest, check_files, read_manifest
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.errors import UserError
 from tensorllm.pipeline.runtime import load_to_run
 from tensorllm.registry import one_of
@@ -37,20 +39,28 @@ class Loader:
         dtype: of the weights in memory; None: as they are stored.
         device: where the weights go; a Trainer moves them itself.
         language: with the head that predicts tokens; False: as it was saved.
+        verify: compare checksums of what tensorllm wrote, which reads all of it once more.
     """
 
     folder: Path
     dtype: torch.dtype | None = None
     device: str = "cpu"
     language: bool = True
+    verify: bool = False
 
     def __call__(self) -> Any:
         manifest = read_manifest(self.folder)
+        factored = manifest is not None and manifest.format == "factored"
+        if manifest is not None:
+            check_files(self.folder, manifest, verify=self.verify)
+        config = self.config()
+        if not factored and getattr(config, "quantization_config", None) is None:
+            Checkpoint(self.folder).check_readable()  # says more of what is wrong
         try:
-            if manifest is not None and manifest.format == "factored":
+            if factored:
                 made: nn.Module = load_to_run(self.folder, self.dtype)
             else:
-                made = load_whole(self.folder, self.config(), self.dtype, language=self.language)
+                made = load_whole(self.folder, config, self.dtype, language=self.language)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
@@ -58,13 +68,7 @@ class Loader:
         return made.to(self.device).eval()
 
     def config(self) -> Any:
-        try:
-            return AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            manifest = read_manifest(self.folder)
-            if manifest is None:
-                raise UserError(f"{self.folder} holds no model: {_line(error)}") from None
-            raise
+        return read_config(self.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:

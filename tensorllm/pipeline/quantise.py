@@ -51,7 +51,7 @@ def quantise_folder(
     manifest = read_manifest(source)
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{source} is not factored; --quantize takes a factored folder")
-    check_files(source, manifest)
+    check_files(source, manifest, verify=True)
     fingerprint = {"quantise": str(source.resolve()), "files": manifest.files, "how": how}
     with exclusive(target):
         writer = ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite)
