@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# Of the config, tokenizer and generation config; never of code or weights.
-SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 ROWS_BYTES = 2**24  # of each of two tensors that are compared
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -203,15 +201,6 @@ def check_dtypes(folder: Path, weights: Mapping[str, Entry]) -> None:
                 f"{folder}: {name} is stored as {entry.dtype}; weights must be one of "
                 f"{', '.join(DTYPES)}. Give the checkpoint that was quantised, or cast it"
             )
-
-
-def small_files(folder: Path) -> list[Path]:
-    """What a model folder holds beside its weights and their index, and is copied as it is."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in SMALL_FILES and not path.name.endswith(".index.json")
-    ]
 
 
 def index_name(stem: str) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.architectures import RoleMatrices
+from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import mark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
-from tensorllm.checkpoint.reader import Checkpoint, small_files
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.compression.details import DETAILS
@@ -89,7 +90,7 @@ def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> No
     """Config, tokenizer and generation config; never code or weights."""
     for path in small_files(task.source):
         if path.name not in (MANIFEST, REPORT, DETAILS):
-            writer.copy(path)
+            writer.copy(path, path.relative_to(task.source))
     config = json.loads((task.source / "config.json").read_text())
     if task.dtype is not None:
         config.pop("torch_dtype", None)

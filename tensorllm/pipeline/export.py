@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import STEM, dense_tensors
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
-from tensorllm.checkpoint.reader import Checkpoint, small_files
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
@@ -64,7 +65,7 @@ def export(
         size = sum(facts["bytes"] for facts in files.values())
         for path in small_files(source):
             if path.name not in (MANIFEST, REPORT):
-                writer.copy(path)
+                writer.copy(path, path.relative_to(source))
         config = _dense_config(source, dtype)
         writer.write_json("config.json", config)
         dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import STEM, mark_config, store_site
 from tensorllm.checkpoint.manifest import (
     MANIFEST,
@@ -12,7 +13,7 @@ from tensorllm.checkpoint.manifest import (
     check_files,
     read_manifest,
 )
-from tensorllm.checkpoint.reader import Checkpoint, small_files
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT
@@ -65,7 +66,7 @@ def quantise_folder(
         weights = writer.name_files()
         for path in small_files(source):
             if path.name not in (MANIFEST, REPORT, "config.json"):
-                writer.copy(path)
+                writer.copy(path, path.relative_to(source))
         config = json.loads((source / "config.json").read_text())
         writer.write_json("config.json", mark_config(config, weights))
         about = {**manifest.source, "quantised": how}
