@@ -75,7 +75,7 @@ def refused(match: str, name: str, content: str | None, file: str = "d.jsonl", *
                 '{"x": "p", "answer": "a"}', template="Q {x.y}"),
         refused("row 1: choices must be a list of texts such as .*, got 'b,c'", "questions",
                 'prompt,answer,choices\np,b,"b,c"\n', "d.csv"),
-        refused(r"row 1: choices must be a list of texts such as .*, got \[None, 2\]", "questions",
+        refused(r"row 1: choices must be a list of texts .*, got \[None, '2'\]", "questions",
                 '{"prompt": "p", "answer": "1", "choices": [null, 2]}'),
         refused("max_new_tokens must be at least 1", "questions", GOOD, max_new_tokens=0),
         refused("block must be at least 2", "text", "a b c", "d.txt", block=1),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tensorllm.checkpoint.config import read_config
 from tensorllm.checkpoint.fitting import BUFFERS
+from tensorllm.checkpoint.identity import identity_of
 from tensorllm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+    start: int  # in the file
 
     @property
     def numel(self) -> int:
@@ -131,13 +133,14 @@ class Checkpoint:
             starts = range(0, rows, step)
             return all(left[i : i + step].equal(right[i : i + step]) for i in starts)
 
+    @cached_property
+    def identity(self) -> str:
+        """The same for the same config and weights, wherever they lie and in whatever files."""
+        return identity_of(self.folder, self.entries)
+
     def fingerprint(self) -> dict[str, Any]:
-        """What interrupted work must find unchanged to go on: the folder and its weight files."""
-        stats = {file: (self.folder / file).stat() for file in sorted(self._weight_files)}
-        return {
-            "source": str(self.folder.resolve()),
-            "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
-        }
+        """What interrupted work must find unchanged to go on."""
+        return {"source": self.identity}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, each in memory of its own.
@@ -186,10 +189,13 @@ class Checkpoint:
     def _read_headers(self, files: Iterable[str]) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for file in files:
-            for name, info in read_header(self.folder / file).items():
+            header = read_header(self.folder / file)
+            ends = [info["data_offsets"][1] for info in header.values()]
+            data = (self.folder / file).stat().st_size - max(ends, default=0)
+            for name, info in header.items():
                 start, end = info["data_offsets"]
                 shape = tuple(info["shape"])
-                entries[name] = Entry(file, shape, info["dtype"], end - start)
+                entries[name] = Entry(file, shape, info["dtype"], end - start, data + start)
         return entries
 
 

@@ -54,7 +54,8 @@ def publish(
         environment=environment(),
     )
     _copy_small_files(task, writer, weights)
-    writer.write_json(MANIFEST, _manifest(task, layers, notes, files).to_json())
+    made_from = checkpoint.identity if task.original else None
+    writer.write_json(MANIFEST, _manifest(task, layers, notes, files, made_from).to_json())
     values = report.to_json()
     writer.write_json(REPORT, values)
     details = [record for note in notes for record in note["details"]]
@@ -71,11 +72,17 @@ def _manifest(
     layers: tuple[int, ...],
     notes: Sequence[Mapping[str, Any]],
     files: dict[str, dict[str, Any]],
+    made_from: str | None,
 ) -> Manifest:
     mode, settings = settings_of(task.compressor)
     return Manifest(
         format=task.format,
-        source={"model": task.name, "revision": task.revision, "layers": list(layers)},
+        source={
+            "model": task.name,
+            "revision": task.revision,
+            "layers": list(layers),
+            "identity": made_from,
+        },
         mode=mode,
         settings=settings,
         versions=versions(),

@@ -120,6 +120,7 @@ def run(
         make_dataset(request.evaluate, data_file=request.data_file)  # refused before any work
     dataset = request.evaluate or short_names().get(recipe.model, {}).get("evaluate")
     scorer = _scorer(evaluate, dataset)
+    scored = None if scorer is None or request.allow_overlap else dataset
     task = FolderTask(
         source=source.folder,
         target=request.out or Path(),
@@ -138,8 +139,8 @@ def run(
         from tensorllm.pipeline.calibrate import calibrated, clear, planned
 
         if request.dry_run:
-            return planned(task, request.calibration, **_drawn(request))
-        task = calibrated(task, request.calibration, progress=progress, **_drawn(request))
+            return planned(task, request.calibration, **_drawn(request, scored))
+        task = calibrated(task, request.calibration, progress=progress, **_drawn(request, scored))
     if budget is not None:
         task = allocated(task, budget, progress)
     if request.dry_run:
@@ -152,11 +153,10 @@ def run(
     return report
 
 
-def _drawn(request: CompressRequest) -> dict[str, Any]:
-    """How the calibration text is read; it must not be what is scored afterwards."""
+def _drawn(request: CompressRequest, scored: str | None) -> dict[str, Any]:
+    """How the calibration text is read; it must not be the dataset `scored` afterwards."""
     from tensorllm.pipeline.calibrate import accept, refuse_evaluated
 
-    scored = None if request.allow_overlap else request.evaluate
     return {
         "sequences": request.sequences,
         "seed": request.seed,

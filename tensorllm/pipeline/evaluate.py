@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tensorllm.checkpoint.manifest import Manifest
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.environment import environment
@@ -139,13 +141,22 @@ def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
     manifest = compressed.manifest()
     if manifest is None:
         raise UserError(f"--compressed: {request.compressed} has no tensorllm.json")
-    made_from = str(manifest.source.get("model"))
-    if made_from != source.name and Path(made_from).resolve() != source.folder.resolve():
+    if not _belongs(manifest, source):
         raise UserError(
-            f"{request.compressed} was made from {made_from!r}, not from {source.name!r}: "
-            "give the model it belongs to"
+            f"{request.compressed} was made from {manifest.source.get('model')!r}, not from "
+            f"{source.name!r}: give the model it belongs to"
         )
     return {"before": original, "model": compressed}
+
+
+def _belongs(manifest: Manifest, source: Source) -> bool:
+    """Whether a compressed folder was made from this model, whatever either is called."""
+    known = manifest.source.get("identity")
+    if known is not None:
+        return bool(known == Checkpoint(source.folder).identity)
+    # Saved from memory: the original's weights were not there any more, only its name.
+    named = str(manifest.source.get("model"))
+    return named == source.name or Path(named).resolve().name == source.folder.resolve().name
 
 
 def _score(

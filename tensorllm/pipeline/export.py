@@ -53,7 +53,7 @@ def export(
         what = "is not one that tensorllm wrote" if manifest is None else "is dense already"
         raise UserError(f"{source} {what}; export takes a factored folder")
     check_files(source, manifest, verify=True)
-    fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
+    fingerprint = {"export": "dense", "files": manifest.files, "dtype": str(dtype)}
     with exclusive(target):
         writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
         total = dense_count(source, manifest)

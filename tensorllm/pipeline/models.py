@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tensorllm.architectures.task import is_masked
 from tensorllm.checkpoint.config import read_config
+from tensorllm.checkpoint.factored import STEM
+from tensorllm.checkpoint.identity import files_identity
 from tensorllm.checkpoint.loading import load_whole
 from tensorllm.checkpoint.manifest import Manifest, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
@@ -28,6 +30,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+NOTES = ("report.json", "tensorllm.json", "details.json")  # of ours: they change no score
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,12 @@ class Loader:
         return read_manifest(self.folder)
 
     def fingerprint(self) -> str:
-        """Changes when any file of the folder does."""
-        facts = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(self.folder.iterdir())
-            if path.is_file()
-        ]
-        return hashlib.sha256(json.dumps([str(self.dtype), facts]).encode()).hexdigest()
+        """Changes when weights, config or tokenizer do, and not with the place of the folder."""
+        manifest = read_manifest(self.folder)
+        factored = manifest is not None and manifest.format == "factored"
+        checkpoint = Checkpoint(self.folder, stem=STEM if factored else "model")
+        facts = [str(self.dtype), checkpoint.identity, files_identity(self.folder, NOTES)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -53,7 +53,7 @@ def quantise_folder(
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{source} is not factored; --quantize takes a factored folder")
     check_files(source, manifest, verify=True)
-    fingerprint = {"quantise": str(source.resolve()), "files": manifest.files, "how": how}
+    fingerprint = {"quantise": how, "files": manifest.files}
     with exclusive(target):
         writer = ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite)
         try:
