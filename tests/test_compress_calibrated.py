@@ -1,6 +1,7 @@
 """compress --calibration: from a text file to a smaller model, through the pipeline."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,9 @@ def test_text_that_would_be_scored_is_refused_unless_allowed(text, tmp_path):
         run(request(text, target_ratio=1.5, more=same), evaluate=score)
     with pytest.raises(UserError, match="evaluated stand in the calibration text"):
         run(request(text, target_ratio=1.5, more={"evaluate": "demo"}), evaluate=score)
+    # The embedded model is scored on its own data without being asked to.
+    with pytest.raises(UserError, match="evaluated stand in the calibration text"):
+        run(replace(request(text, target_ratio=1.5), model="demo"), evaluate=score)
     allowed = request(text, target_ratio=1.5, more=same | {"allow_overlap": True})
     assert run(allowed, evaluate=score).evaluation["after"] == {"accuracy": 1.0}
     other = tmp_path / "other.txt"

@@ -10,7 +10,13 @@ from typing import Any
 from tensorllm.commands import search_ranks
 from tensorllm.commands.cells import Cell, cells
 from tensorllm.commands.models import Loader, dtype_of
-from tensorllm.commands.places import check_data, data_file, weights_of
+from tensorllm.commands.places import (
+    check_data,
+    data_file,
+    data_identity,
+    weights_identity,
+    weights_of,
+)
 from tensorllm.commands.search import SearchRequest
 from tensorllm.compression.engine import compressed
 from tensorllm.environment import environment
@@ -188,10 +194,10 @@ def _path(request: ReproduceRequest, cell: Cell) -> Path:
 
 
 def _facts(request: ReproduceRequest, cell: Cell) -> dict[str, Any]:
-    """What a kept cell must agree with, or it is another experiment."""
+    """What a kept cell must agree with, or it is another experiment; None: not known."""
     return {
-        "weights": request.weights,
-        "data": None if request.data is None else str(request.data),
+        "weights_identity": weights_identity(request.model, request.weights),
+        "data_identity": data_identity(cell.dataset, request.data),
         "limit": request.limit,
         "dtype": request.dtype,
         "protocol": PROTOCOL,
@@ -209,12 +215,11 @@ def _read(request: ReproduceRequest, cell: Cell) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a result of reproduce; move it away") from None
     wanted = _facts(request, cell)
-    if asked == wanted:
-        return metrics
-    raise UserError(
-        f"{path} is of another run: {_differences(asked, wanted)}; give another --out, or the same "
-        "settings"
-    )
+    if differences := _differences(asked, wanted):
+        raise UserError(
+            f"{path} is of another run: {differences}; give another --out, or the same settings"
+        )
+    return metrics
 
 
 def _differences(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -222,6 +227,8 @@ def _differences(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         f"{name} was {asked.get(name)} and is {value}"
         for name, value in wanted.items()
         if asked.get(name) != value
+        # What has moved away since cannot be compared.
+        and not (name.endswith("_identity") and None in (asked.get(name), value))
     )
 
 

@@ -11,6 +11,8 @@ from typing import Protocol as Interface
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
+from tensorllm.data.tokens import check_ids
+from tensorllm.errors import UserError
 from tensorllm.evaluation.batching import fill, halving
 from tensorllm.evaluation.causal import Batch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
@@ -24,6 +26,7 @@ from tensorllm.evaluation.masked import (
 )
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
 from tensorllm.evaluation.row import Row
+from tensorllm.models.task import is_masked as fills_masks
 
 
 class Budget(NamedTuple):
@@ -57,7 +60,7 @@ class Scorer(Interface):
 
 def is_masked(model: PreTrainedModel) -> bool:
     """Whether the model fills masks in: it has no causal head."""
-    return not model.can_generate()
+    return fills_masks(model.config)
 
 
 def make_scorer(
@@ -82,6 +85,8 @@ def make_scorer(
         forward: how the model is run, if not as it is.
         stop_early: stop a generation when its verdict is certain.
     """
+    if model.get_output_embeddings() is None:
+        raise UserError(f"a {type(model).__name__} has no head that predicts tokens")
     context = context_of(model.config, tokenizer)
     suited = CPU if model.device.type == "cpu" else ACCELERATOR
     budget = Budget(batch_tokens, batch_tokens) if batch_tokens else suited
@@ -97,19 +102,22 @@ def make_scorer(
         eos=eos_of(model),
         stop_early=stop_early,
     )
-    return CausalModelScorer(causal, Encoder(tokenizer, context, max_new_tokens), budget)
+    encoder = Encoder(tokenizer, context, max_new_tokens)
+    return CausalModelScorer(causal, encoder, budget, embedding_rows(model))
 
 
 class CausalModelScorer:
     """Plans and scores for a causal model."""
 
-    def __init__(self, scorer: CausalScorer, encoder: Encoder, budget: Budget) -> None:
+    def __init__(self, scorer: CausalScorer, encoder: Encoder, budget: Budget, rows: int) -> None:
         self.scorer = scorer
         self.encoder = encoder
         self.budget = budget
+        self.rows = rows
 
     def plan(self, examples: Sequence[Example]) -> list[Batch]:
         items = self.encoder(examples)
+        check_ids([ids for e in items for ids in (e.prompt, *e.full)], self.rows, "the dataset")
         if self.scorer.protocol.single_token_choices:
             for e in items:
                 lengths = [len(ids) - e.shared for ids in e.full]
@@ -158,6 +166,7 @@ class MaskedModelScorer:
         self.encoder = MaskedEncoder(tokenizer, context_of_masked(model, context), protocol)
         self.scorer = MaskedScorer(forward, tokenizer, protocol)
         self.vocabulary = model.config.get_text_config().vocab_size
+        self.rows = embedding_rows(model)
         self.budget = budget
 
     def plan(self, examples: Sequence[Example]) -> list[list[MaskedItem]]:
@@ -165,7 +174,9 @@ class MaskedModelScorer:
             tokens = item.length * len(item.texts)
             return tokens, tokens * self.vocabulary
 
-        return list(fill(self.encoder(examples), cost, self.budget.read))
+        items = self.encoder(examples)
+        check_ids([t.ids for item in items for t in item.texts], self.rows, "the dataset")
+        return list(fill(items, cost, self.budget.read))
 
     def score(self, batch: list[MaskedItem]) -> list[Row]:
         return halving(self.scorer, batch)
@@ -178,6 +189,12 @@ def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
         tokenizer.model_max_length,
     ]
     return min(int(limit) for limit in limits if limit)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens a model knows: a tokenizer may count fewer or more."""
+    table: Any = model.get_input_embeddings().weight
+    return len(table)
 
 
 def eos_of(model: PreTrainedModel) -> frozenset[int]:
