@@ -47,7 +47,7 @@ def calibrated(
 
     Where there is an output folder, an interrupted fit goes on from what it had finished.
     """
-    loader = Loader(task.source, task.dtype, task.device)
+    loader = Loader(task.source, task.dtype, task.device, language=False)
     compressor, text = _read(task, file, loader, sequences, seed, stream, check)
     if not stream and task.target == Path():
         fitted = fit(compressor, loader(), text, task.layers, progress=progress)

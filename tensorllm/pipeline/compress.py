@@ -179,7 +179,7 @@ def _in_memory(
 ) -> CompressionReport:
     _, roles = open_checkpoint(task.source)  # refuses a broken one before transformers reads it
     plan_jobs(task.compressor, roles, range(roles.layers) if task.layers is None else task.layers)
-    loader = Loader(task.source, task.dtype, task.device)
+    loader = Loader(task.source, task.dtype, task.device, language=score is not None)
     model = loader()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None
