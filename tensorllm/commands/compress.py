@@ -205,7 +205,7 @@ def _in_memory(
     strategy = task.compressor
     assert isinstance(strategy, Compressor), "the command line fits nothing beforehand"
     plan_jobs(strategy, roles, range(roles.layers) if task.layers is None else task.layers)
-    loader = Loader(task.source, task.dtype, task.device)
+    loader = Loader(task.source, task.dtype, task.device, language=score is not None)
     model = loader()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None

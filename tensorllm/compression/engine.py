@@ -226,7 +226,8 @@ def _fitted(
             device=task.device,
             progress=progress,
         )
-    model = load_whole(task.source, Checkpoint(task.source).config, task.dtype).to(task.device)
+    config = Checkpoint(task.source).config
+    model = load_whole(task.source, config, task.dtype, language=False).to(task.device)
     store = None
     if work is not None:
         dtype = next(model.parameters()).dtype
