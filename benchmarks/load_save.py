@@ -30,7 +30,7 @@ from results import Comparison, begin, parser, save
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tensorllm as tl
-from tensorllm.commands.export import export
+from tensorllm.compression.export import export
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.compression.publish import peak_resident_bytes
 

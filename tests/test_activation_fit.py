@@ -15,7 +15,7 @@ from tensorllm.calibration import Calibration, fit, read_calibration
 from tensorllm.calibration.groups import output_width
 from tensorllm.calibration.moments import frozen, measure_loss
 from tensorllm.calibration.watch import module_of
-from tensorllm.checkpoint.factored import load
+from tensorllm.checkpoint.loading import load
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.compression.model import compress
 from tensorllm.compression.save import save

@@ -27,10 +27,8 @@ from transformers import GenerationConfig, PreTrainedModel
 import tensorllm as tl
 from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
-from tensorllm.checkpoint.target import exclusive
-from tensorllm.checkpoint.writer import ShardWriter
-from tensorllm.commands.export import export
-from tensorllm.commands.quantise import quantise_folder
+from tensorllm.checkpoint.writer import ShardWriter, exclusive
+from tensorllm.compression.export import export, quantise_folder
 from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.errors import Incomplete
 

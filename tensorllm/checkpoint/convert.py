@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.checkpoint.reader import PICKLES, small_files
-from tensorllm.checkpoint.target import check_target, exclusive
-from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.errors import Incomplete, UserError, first_line
 
 

@@ -12,7 +12,7 @@ from tensorllm.calibration.fit import fit, fit_folder, store_for
 from tensorllm.calibration.groups import input_width, site_of
 from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.calibration.sizes import budget_of
-from tensorllm.checkpoint.target import exclusive
+from tensorllm.checkpoint.writer import exclusive
 from tensorllm.commands.models import Loader
 from tensorllm.compression.plan import Plan, plan_folder
 from tensorllm.compression.task import FolderTask

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.source import Source, check_name, resolve
-from tensorllm.checkpoint.target import check_target
+from tensorllm.checkpoint.writer import check_target
 from tensorllm.commands.allocate import TARGETS, allocated, budget_of
 from tensorllm.commands.models import Loader, device_of, dtype_of
 from tensorllm.commands.plugins import load_plugins

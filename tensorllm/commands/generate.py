@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.source import resolve
 from tensorllm.commands.models import Loader, device_of, dtype_of
-from tensorllm.commands.runtime import load_factored
 from tensorllm.errors import UserError
 from tensorllm.evaluation.scorer import context_of
 from tensorllm.progress import Progress, quiet
@@ -55,7 +55,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     tokenizer: Any = loader.tokenizer()
     manifest = loader.manifest()
     if manifest is not None and manifest.format == "factored":
-        model, _ = load_factored(folder, request.policy, loader.dtype)
+        model = load(folder, policy=request.policy, dtype=loader.dtype)
     else:
         model = loader()
     if not model.can_generate():

@@ -11,9 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from tensorllm.checkpoint.factored import model_class
+from tensorllm.checkpoint.loading import load, model_class
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
-from tensorllm.commands.runtime import load_to_run
 from tensorllm.errors import UserError
 from tensorllm.registry import one_of
 
@@ -45,7 +44,7 @@ class Loader:
         manifest = read_manifest(self.folder)
         try:
             if manifest is not None and manifest.format == "factored":
-                made: nn.Module = load_to_run(self.folder, self.dtype)
+                made: nn.Module = load(self.folder, policy="always", dtype=self.dtype)
             else:
                 kind = model_class(self.config())
                 made = kind.from_pretrained(self.folder, dtype=self.dtype or "auto")

@@ -6,8 +6,7 @@ from typing import Any
 
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.checkpoint.target import check_target, exclusive
-from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.jobs import plan_jobs
 from tensorllm.compression.publish import publish
 from tensorllm.compression.report import CompressionReport

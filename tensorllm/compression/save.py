@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tensorllm.checkpoint.target import check_target
+from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.folder import compress_folder
 from tensorllm.compression.model import Compression, compression_of
 from tensorllm.compression.report import CompressionReport
