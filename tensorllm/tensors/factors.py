@@ -7,7 +7,7 @@ rebuilds, runs or reports weights works on these members and never asks which ki
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tensorllm.registry import Registry
 from tensorllm.tensors.eigen import all_singular_values
 from tensorllm.tensors.unfold import exact_float32, project
 
+Picture = Literal["core", "product"]
 CANCELS = 0.01  # a smaller share of the energy is computed from the difference itself
 
 
@@ -25,9 +26,12 @@ class Factors(ABC):
     Attributes:
         nouns: what reports call the factors of one site and of several, such as `a product` and
             `products`; None: the kind's name and "factors".
+        picture: how reports draw the factors: a `core` with a factor for each mode, a `product` of
+            two matrices; None: not at all.
     """
 
     nouns: ClassVar[tuple[str, str] | None] = None
+    picture: ClassVar[Picture | None] = None
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -158,6 +162,7 @@ class Tucker(Factors):
     """
 
     nouns = ("a shared Tucker tensor", "shared Tucker tensors")
+    picture = "core"
 
     core: Tensor
     factors: dict[int, Tensor]
@@ -222,6 +227,7 @@ class LowRank(Factors):
     """A matrix as `u_IR @ v_RO`; the singular values are shared evenly between the two."""
 
     nouns = ("a product", "products")
+    picture = "product"
 
     u_IR: Tensor
     v_RO: Tensor

@@ -1,11 +1,14 @@
-"""What a compression did, in plain words, from the sites of its report."""
+"""What a compression did, in plain words, from the sites of its report.
+
+A report is shown without the plugin whose kinds of factors it names, too.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.factors import Factors, Picture
 from tensorllm.tensors.quantised import kind_named
 from tensorllm.tensors.stacking import ATTENTION
 
@@ -69,7 +72,19 @@ def _matrices(roles: tuple[str, ...]) -> str:
 def _factors(kind: str, sites: Sites) -> str:
     ranks = sorted({tuple(site["ranks"]) for site in sites})
     several = len({tuple(site["layers"]) for site in sites}) > 1
+    known = _known(kind)
+    of = Factors.describe if known is None else known.describe
+    return of(kind, ranks, several)
+
+
+def picture_of(kind: str) -> Picture | None:
+    """How factors of the kind are drawn; None: they are not."""
+    known = _known(kind)
+    return None if known is None else known.picture
+
+
+def _known(kind: str) -> type[Factors] | None:
     try:
-        return kind_named(kind).describe(kind, ranks, several)
-    except UserError:  # a plugin's kind; a report is shown without the plugin too
-        return Factors.describe(kind, ranks, several)
+        return kind_named(kind)
+    except UserError:
+        return None
