@@ -30,9 +30,10 @@ from results import Comparison, begin, parser, save
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tensorllm as tl
+from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.export import export
-from tensorllm.compression.folder import FolderTask, compress_folder
 from tensorllm.compression.publish import peak_resident_bytes
+from tensorllm.compression.task import FolderTask
 
 REPEATS = 3
 CHUNK = 2**24

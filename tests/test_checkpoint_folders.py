@@ -28,8 +28,9 @@ import tensorllm as tl
 from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
 from tensorllm.checkpoint.writer import ShardWriter, exclusive
+from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.export import export, quantise_folder
-from tensorllm.compression.folder import FolderTask, compress_folder
+from tensorllm.compression.task import FolderTask
 from tensorllm.errors import Incomplete
 
 HYBRID = tl.Hybrid(ranks=(12, 5, 3), rho=0.25)

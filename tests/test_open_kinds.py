@@ -14,12 +14,7 @@ from tensorllm.tensors.quantised import Quantised
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "tensorllm").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
 # Files that still ask, each with how often: the list only gets shorter.
-ASKING = {
-    "tensorllm/calibration/distill.py": 1,
-    "tensorllm/commands/calibrate.py": 2,
-    "tensorllm/search/bank.py": 11,
-    "tensorllm/search/sites.py": 5,
-}
+ASKING = {"tensorllm/search/bank.py": 11}
 COMPARING = {"tensorllm/search/choices.py": 1}  # the same for the names of modes and kinds
 OWN = ("tensorllm/compressors/", "tensorllm/tensors/")  # files of methods and kinds themselves
 

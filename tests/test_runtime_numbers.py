@@ -10,8 +10,8 @@ from tiny_models import TINY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import tensorllm as tl
+from tensorllm.compression.engine import compression_of
 from tensorllm.compression.factorize import factorize
-from tensorllm.compression.model import compression_of
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention, attend
 from tensorllm.runtime.tucker import HeadsSite

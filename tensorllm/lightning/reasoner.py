@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.compressors.base import Compressor
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import UserError
