@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorllm.evaluation.fused import fuse_activations
-from tensorllm.evaluation.tail import Tail
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
 
 PAD = 0  # any token: it is masked out
 
@@ -174,3 +174,85 @@ class ModelForward:
         narrowed.layers = [copy.copy(layer) for layer in cache.layers]
         narrowed.batch_select_indices(rows)
         return narrowed
+
+
+STARTS, ENDS = ("o", "in", "gate"), ("o", "out")
+
+
+class Tail:
+    """Narrows the last layer's `o`, `in` and `gate` to the wanted columns; `o` and `out` are
+    widened again by zeros.
+
+    The hooks do nothing outside `keeping`, and go with this object. A model whose matrices are not
+    found where its architecture has them (a factored one) runs as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._now = threading.local()  # batches may run side by side
+        for role, module in _last_matrices(model):
+            handles = []
+            if role in STARTS:
+                handles.append(module.register_forward_pre_hook(self._narrow()))
+            if role in ENDS:
+                handles.append(module.register_forward_hook(self._widen()))
+            for handle in handles:
+                weakref.finalize(self, handle.remove)
+
+    @contextmanager
+    def keeping(self, columns: int) -> Iterator[None]:
+        """In here, and in this thread, only the last `columns` are wanted."""
+        self._now.columns, self._now.width = columns, None
+        try:
+            yield
+        finally:
+            self._now.columns = None
+
+    def _narrow(self) -> Any:
+        now = self._now
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            columns = getattr(now, "columns", None)
+            if columns is None or args[0].ndim != 3:
+                return None
+            x_BTD = args[0]
+            now.width = x_BTD.shape[1]
+            return (x_BTD[:, -columns:].contiguous(), *args[1:])  # Conv1D views it as flat
+
+        return hook
+
+    def _widen(self) -> Any:
+        now = self._now
+
+        def hook(module: nn.Module, args: tuple[Any, ...], y_BND: Tensor) -> Tensor | None:
+            if getattr(now, "columns", None) is None or now.width is None or y_BND.ndim != 3:
+                return None
+            y_BTD = y_BND.new_zeros(y_BND.shape[0], now.width, y_BND.shape[2])
+            y_BTD[:, now.width - y_BND.shape[1] :] = y_BND
+            return y_BTD
+
+        return hook
+
+
+def _last_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    try:
+        roles = RoleMatrices(model.config, parameters_of(model))
+    except UserError:
+        return
+    of_module: dict[nn.Module, list[str]] = {}
+    for role in roles.geometry.roles:
+        if role in {*STARTS, *ENDS}:
+            name = roles.name(roles.layers - 1, role).removesuffix(".weight")
+            of_module.setdefault(model.get_submodule(name), []).append(role)
+    for module, found in of_module.items():
+        yield found[0], module  # a module that holds several roles has one input
+
+
+TANH_GELU = (NewGELUActivation, FastGELUActivation)
+
+
+def fuse_activations(model: nn.Module, owner: object) -> None:
+    """Let the model's activations run as one kernel for as long as `owner` lives."""
+    for module in model.modules():
+        if isinstance(module, TANH_GELU) and "forward" not in module.__dict__:
+            module.forward = partial(nn.functional.gelu, approximate="tanh")  # type: ignore[method-assign]
+            weakref.finalize(owner, module.__dict__.pop, "forward", None)

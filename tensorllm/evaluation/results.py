@@ -55,13 +55,6 @@ class Journal:
         return found
 
 
-def row_of(values: dict[str, Any]) -> Row:
-    """A row from its JSON or parquet form."""
-    known = {field.name for field in fields(Row)}
-    kept = {name: value for name, value in values.items() if name in known}
-    return Row(**{**kept, "choice_log_probabilities": tuple(kept["choice_log_probabilities"])})
-
-
 def no_room(folder: Path, error: OSError) -> Incomplete:
     """What is said when the disk is full or gone."""
     return Incomplete(
@@ -156,29 +149,6 @@ def check_free(target: Path, overwrite: bool) -> None:
             raise UserError(f"--overwrite replaces results only, and {target} has no {RESULTS}")
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Rows as a parquet table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema(
-        [
-            ("index", pa.int64()),
-            ("prompt", pa.string()),
-            ("answer", pa.string()),
-            ("generation", pa.string()),
-            ("correct", pa.bool_()),
-            ("log_probability", pa.float64()),
-            ("answer_tokens", pa.int64()),
-            ("rank", pa.int64()),
-            ("token_f1", pa.float64()),
-            ("choice_log_probabilities", pa.list_(pa.float64())),
-            ("truncated", pa.int64()),
-        ]
-    )
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema), path)
-
-
 def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     """What a results folder holds.
 
@@ -192,21 +162,99 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     return results, read_rows(folder / PREDICTIONS)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a table that `write_rows` wrote.
-
-    Raises:
-        UserError: it is damaged or not there.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return [row_of(values) for values in pq.read_table(path).to_pylist()]
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-        raise _no_results(path.parent, error) from None
-
-
 def _no_results(folder: Path, error: Exception) -> UserError:
     reason = str(error).splitlines()[0][:120]
     return UserError(f"{folder} is not a folder of results: {reason}")
+
+
+def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
+    """What changed from one folder of results to another, over the examples both have.
+
+    Returns:
+        The two results, their `metrics` over the common examples, the statistics of `compared`
+        over these, and those that went from wrong to right (`mended`) and back (`broken`).
+    """
+    (first, old), (second, new) = read_results(before), read_results(after)
+    if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
+        raise UserError(
+            f"only results of one dataset and protocol compare, got {first['dataset']} "
+            f"({first['protocol']}) and {second['dataset']} ({second['protocol']})"
+        )
+    found = {(row.index, row.prompt, row.answer): row for row in new}
+    pairs = [(r, found[k]) for r in old if (k := (r.index, r.prompt, r.answer)) in found]
+    if not pairs:
+        raise UserError(f"{before} and {after} have no example in common")
+    changed = [(was, now) for was, now in pairs if was.correct != now.correct]
+    common = {"before": [was for was, _ in pairs], "after": [now for _, now in pairs]}
+    return {
+        "before": first,
+        "after": second,
+        "metrics": {when: metrics_of(rows) for when, rows in common.items()},
+        "comparison": compared(common["before"], common["after"], seed),
+        "mended": [asdict(now) for _, now in changed if now.correct],
+        "broken": [asdict(now) for _, now in changed if not now.correct],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class BeforeAfter:
+    """What `evaluate` wrote as results.json, or `compress --evaluate` into report.json.
+
+    Attributes:
+        before, after: metrics by name (`evaluation.summary.metrics_of`); `before` may be None.
+        intervals_before, intervals_after: 95 % intervals by the metric's name, where known.
+        comparison: what `evaluation.statistics.compared` found, where known.
+    """
+
+    dataset: str
+    split: str
+    protocol: str
+    examples: int
+    seed: int | None
+    before: Mapping[str, float] | None
+    after: Mapping[str, float]
+    intervals_before: Mapping[str, list[float]]
+    intervals_after: Mapping[str, list[float]]
+    comparison: Mapping[str, Any] | None
+
+    @property
+    def where(self) -> str:
+        """Such as `fever, test part, protocol strict, 2,000 examples`."""
+        return (
+            f"{self.dataset}, {self.split} part, protocol {self.protocol}, "
+            f"{self.examples:,} examples"
+        )
+
+
+def of_results(results: Mapping[str, Any]) -> BeforeAfter:
+    """From the content of results.json."""
+    before = results.get("before") or {}
+    return BeforeAfter(
+        dataset=results["dataset"],
+        split=results["split"],
+        protocol=results["protocol"],
+        examples=results["examples"],
+        seed=results.get("seed"),
+        before=before.get("metrics"),
+        after=results["metrics"],
+        intervals_before=before.get("intervals", {}),
+        intervals_after=results.get("intervals", {}),
+        comparison=results.get("comparison"),
+    )
+
+
+def of_scores(evaluation: Mapping[str, Any]) -> BeforeAfter:
+    """From `evaluation` of report.json: scores without intervals."""
+    before, after = evaluation["before"], evaluation["after"]
+    return BeforeAfter(
+        dataset=after["dataset"],
+        split=after["split"],
+        protocol=after["protocol"],
+        examples=after["examples"],
+        seed=None,
+        before=before,
+        after=after,
+        intervals_before={},
+        intervals_after={},
+        comparison=None,
+    )
