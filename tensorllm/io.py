@@ -1,0 +1,182 @@
+"""Files that are whole or not there, locks that end with their process, journals that survive it.
+
+Whatever the package keeps on disk goes through these functions: a process that is killed at any
+moment leaves the old file or the new one under a name, never half of one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorllm.environment import cores
+from tensorllm.errors import Incomplete, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPORARY = ".tmp"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file to write in the block; it takes the place of `path` when the block ends well.
+
+    It lies in the folder of `path`, which must exist. Each process has its own, so that several may
+    write the same path: the last one wins. Where the block raises, `path` is as it was.
+
+    Yields:
+        The temporary file, empty; its name begins with a dot and ends in `.tmp`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        temporary.unlink(missing_ok=True)  # of a killed process that had this one's number
+        with temporary.open("xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # what the umask leaves of 0o666
+        yield temporary
+        temporary.chmod(mode)  # safetensors lets nobody else read what it writes
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a JSON file that ends with a line break, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file(
+                {name: t.contiguous() for name, t in tensors.items()},
+                temporary,
+                metadata={"format": "pt"},
+            )
+        except SafetensorError as error:  # how it reports what the system refused
+            raise OSError(str(error)) from error
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder nobody else writes."""
+    for pattern in (f".*{TEMPORARY}", f"{TEMPORARY}*"):  # ours, and those of safetensors
+        for half in folder.glob(pattern):
+            half.unlink()
+
+
+def sync(path: Path) -> None:
+    """Return once a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def no_space(folder: Path, error: Exception, what: str = "file") -> Incomplete:
+    """The error for a disk that is full or gone.
+
+    Args:
+        what: of these, the finished ones are kept for the next run.
+    """
+    free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+    reason = getattr(error, "strerror", None) or error
+    return Incomplete(
+        f"writing to {folder} failed: {reason} ({free:.0f} MiB free). Make room and run the same "
+        f"command again: it goes on from the last finished {what}"
+    )
+
+
+@contextmanager
+def locked(path: Path, *, refusal: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path` in the block; the system opens it when its holder dies.
+
+    Args:
+        path: made where it is not there; its folder must exist.
+        refusal: what a second process gets to read, at once; None: it waits for its turn.
+
+    Raises:
+        UserError: another process, or other code of this one, holds it, and there is a `refusal`.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=-1 if refusal is None else 0, poll_interval=0.02)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(str(refusal)) from None
+    try:
+        yield
+    finally:
+        if refusal is not None:  # nobody waits for it: whoever comes makes a new one
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+class Journal:
+    """Records of finished work, a JSON line each; every process appends to a file of its own.
+
+    Args:
+        folder: must exist.
+        stem: how the names of the journal's files begin.
+    """
+
+    def __init__(self, folder: Path, stem: str = "journal") -> None:
+        self.folder, self.stem = folder, stem
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Add records; once this returns they survive a crash of the process.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        path = self.folder / f"{self.stem}-{socket.gethostname()}-{os.getpid()}.jsonl"
+        # A line break first: what a crash cut short before must not swallow the next record.
+        text = "\n" + "".join(json.dumps(record) + "\n" for record in records)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def records(self) -> Iterator[Any]:
+        """All records, file by file; a line that a crash cut short counts as not there."""
+        for path in sorted(self.folder.glob(f"{self.stem}-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):
+                    yield json.loads(line)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256s(paths: Iterable[Path]) -> Iterator[str]:
+    """Checksums of several files in their order, as many at a time as there are processors.
+
+    Hashing and reading leave the interpreter to other threads.
+    """
+    with ThreadPoolExecutor(cores()) as pool:
+        yield from pool.map(sha256, paths)

@@ -1,0 +1,85 @@
+"""From factors to weights: what a site's factors stand for, in the place of its matrices.
+
+The one way in which factors become dense weights again; `runtime.install` is the one in which they
+become modules. Shapes: I inner width, D model width of a role matrix.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tensorllm.compressors.base import Site
+from tensorllm.models.access import RoleMatrices
+from tensorllm.tensors.factors import Factors
+
+
+def stacked(site: Site, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> Tensor:
+    """The site's tensor, from the model's parameters by name."""
+    return site.stack([roles.read(weights, *m) for m in site.matrices], roles.geometry)
+
+
+def dense_matrices(site: Site, factors: Factors, roles: RoleMatrices) -> list[Tensor]:
+    """The role matrices (I, D) that the factors stand for, in the order of `site.matrices`.
+
+    They are in float32 or wider; `cast` the factors first where they are stored in a narrow dtype.
+    """
+    return site.unstack(factors.dense(), roles.geometry)
+
+
+def write_matrices(
+    site: Site, matrices_ID: Sequence[Tensor], roles: RoleMatrices, weights: Mapping[str, Tensor]
+) -> None:
+    """Overwrite the site's role matrices in place, each rounded to its stored dtype."""
+    for (layer, role), w_ID in zip(site.matrices, matrices_ID, strict=True):
+        roles.write(weights, layer, role, w_ID)
+
+
+def write_dense(
+    site: Site, factors: Factors, roles: RoleMatrices, weights: Mapping[str, Tensor]
+) -> None:
+    """Overwrite the site's matrices in place by what the factors stand for.
+
+    Args:
+        factors: of the site, in the dtype in which they are stored.
+        weights: parameters by name; those of the site's matrices must be there.
+    """
+    write_matrices(site, dense_matrices(site, factors, roles), roles, weights)
+
+
+@contextmanager
+def restored(
+    sites: Iterable[Site], roles: RoleMatrices, weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Whatever the block writes to the matrices of `sites`, afterwards they are as before.
+
+    The parameters come back bit for bit, in place, however the block ends.
+    """
+    names = {roles.name(*matrix) for site in sites for matrix in site.matrices}
+    before = {name: weights[name].detach().clone() for name in names}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, w in before.items():
+                weights[name].copy_(w)
+
+
+@contextmanager
+def edited(
+    edits: Iterable[tuple[Site, Sequence[Tensor]]],
+    roles: RoleMatrices,
+    weights: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """The model with other role matrices within the block; then bit for bit as before.
+
+    Args:
+        edits: sites and their new matrices (I, D), such as those of `dense_matrices`.
+    """
+    edits = list(edits)
+    with restored([site for site, _ in edits], roles, weights):
+        with torch.no_grad():
+            for site, matrices_ID in edits:
+                write_matrices(site, matrices_ID, roles, weights)
+        yield
