@@ -118,8 +118,8 @@ def compress(
     INTERRUPT.keeps(out, "--out")
     with progress_bar("loading") as progress:
         from tensorllm.commands.compress import CompressRequest, run
-        from tensorllm.commands.loggers import metric_log
         from tensorllm.commands.scores import scorer
+        from tensorllm.lightning.loggers import metric_log
 
         request = CompressRequest(
             model=model,

@@ -112,9 +112,9 @@ def search_ranks(
         _by_energy(model, asked, as_json=json)
         return
     with progress_bar("loading") as progress:
-        from tensorllm.commands.loggers import metric_log
         from tensorllm.commands.search import SearchRequest
         from tensorllm.commands.search_ranks import run
+        from tensorllm.lightning.loggers import metric_log
         from tensorllm.search.worker import Rules
 
         request = SearchRequest(

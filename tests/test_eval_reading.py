@@ -16,9 +16,8 @@ from transformers.activations import ACT2FN
 from tensorllm.evaluation.causal import Batch
 from tensorllm.evaluation.encoding import Encoder
 from tensorllm.evaluation.evaluate import score
-from tensorllm.evaluation.forward import ModelForward
-from tensorllm.evaluation.fused import fuse_activations
-from tensorllm.evaluation.reading import branched, read
+from tensorllm.evaluation.forward import ModelForward, fuse_activations
+from tensorllm.evaluation.prompts import branched, read
 from tensorllm.evaluation.scorer import make_scorer
 
 CAUSAL = [name for name in TINY if TINY[name].task == "causal"]

@@ -22,8 +22,8 @@ COMPARISON = {
     "accuracy": {"difference": -100.0, "interval": [-99.99, -88.88]},
     "loss": {"difference": -10.0, "interval": [-10.1234, -10.0123]},
     "loss_p": 0.001,
-    "mended": 1234,
-    "broken": 4321,
+    "wrong_to_right": 1234,
+    "right_to_wrong": 4321,
     "mcnemar_p": 0.034,
     "examples": 16257,
 }
@@ -79,8 +79,8 @@ def test_two_folders_name_what_changed():
         "after": RESULTS,
         "metrics": {"before": WIDEST, "after": WIDEST},
         "comparison": COMPARISON,
-        "mended": [row] * 30,
-        "broken": [{**row, "answer": "Berlin"}],
+        "wrong_to_right": [row] * 30,
+        "right_to_wrong": [{**row, "answer": "Berlin"}],
     }
     text = " ".join(shown(comparison_tables(changes)).split())
     assert "wrong, now right (30)" in text

@@ -6,15 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorllm.evaluation.row import Row
-from tensorllm.evaluation.summary import columns, metrics_of
+from tensorllm.evaluation.predictions import Prediction, columns, metrics_of
 from tensorllm.metrics import Shown, answer_metrics
 
 
-def rows(count: int, seed: int = 0) -> list[Row]:
+def rows(count: int, seed: int = 0) -> list[Prediction]:
     rng = np.random.default_rng(seed)
     return [
-        Row(
+        Prediction(
             index=i,
             prompt="p",
             answer="a",
@@ -75,7 +74,7 @@ def test_merged_states_are_as_if_seen_by_one():
 
 def test_running_text_has_no_verdict():
     sums = [(-20.0, 10), (-4.0, 2)]
-    text = [Row(i, "", "t", "", None, log_p, n, 1, 0.0) for i, (log_p, n) in enumerate(sums)]
+    text = [Prediction(i, "", "t", "", None, log_p, n, 1, 0.0) for i, (log_p, n) in enumerate(sums)]
     got = metrics_of(text)
     assert got == pytest.approx({"loss": 2.0, "perplexity": np.exp(2.0)})
 

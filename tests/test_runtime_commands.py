@@ -74,7 +74,7 @@ def test_evaluate_runs_factors_and_finds_what_the_export_does(
             EvaluateRequest(
                 model=str(folder), dataset=name, data_file=shared_dir / "data" / file, limit=40
             )
-        ).rows
+        ).predictions
         for folder in folders
     )
     assert [r.correct for r in rows] == [r.correct for r in dense]

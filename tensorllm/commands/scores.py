@@ -30,6 +30,6 @@ def scorer(
             done += len(rows)
             progress(done, len(data.examples), f"scoring {dataset}")
 
-        return evaluate_model(model, tokenizer, data, on_rows=count)
+        return evaluate_model(model, tokenizer, data, on_batch=count)
 
     return score

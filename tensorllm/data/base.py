@@ -199,6 +199,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
                 "use trainer.validate, or leave split out"
             )
         self._stage_split = "val" if stage == "validate" else self.split
+        self._planner, self.done = one_per_batch, frozenset()  # an earlier run may have failed
 
     def teardown(self, stage: str) -> None:
         """Lightning: forget what was this run's only, or the model would live as long as the
@@ -224,7 +225,8 @@ class ReasoningDataModule(LightningDataModule, ABC):
         world = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
         share: list[Any] = list(batches[rank::world])
-        share += [None] * (-(-len(batches) // world) - len(share))
+        steps = max(1, -(-len(batches) // world))  # one where all is done: Lightning skips none
+        share += [None] * (steps - len(share))
         return DataLoader(share, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:

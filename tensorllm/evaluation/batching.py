@@ -11,7 +11,7 @@ import torch
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.masked import MaskedItem
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.predictions import Prediction
 
 T = TypeVar("T", Encoded, MaskedItem)
 Item = TypeVar("Item")
@@ -59,7 +59,9 @@ def _measured(
     return items, (max(tokens), max(logits))
 
 
-def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]) -> list[Row]:
+def halving(
+    scored: Callable[[Sequence[Item]], list[Prediction]], items: Sequence[Item]
+) -> list[Prediction]:
     """`scored(items)`, in halves where memory runs out.
 
     Raises:
@@ -80,7 +82,7 @@ def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]
     return halving(scored, items[:half]) + halving(scored, items[half:])
 
 
-def _finite(rows: list[Row]) -> list[Row]:
+def _finite(rows: list[Prediction]) -> list[Prediction]:
     for row in rows:
         if not math.isfinite(row.log_probability):
             raise UserError(
@@ -93,36 +95,3 @@ def _finite(rows: list[Row]) -> list[Row]:
 def _out_of_memory(error: RuntimeError) -> bool:
     # On a CPU torch has no error class of its own for it.
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
-SMALL = 2**26  # parameters; with larger models one batch keeps all cores busy
-
-T = TypeVar("T")
-
-
-def workers_for(model: PreTrainedModel) -> int:
-    """How many batches are scored at once."""
-    # Autocast holds for the thread that switched it on, and for no other.
-    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return 1
-    return torch.get_num_threads() if model.num_parameters() <= SMALL else 1
-
-
-def score_all(
-    scorer: Scorer, batches: Sequence[Any], workers: int
-) -> Generator[list[Row], None, None]:
-    """The rows of each batch, in order; closed early, it drops the batches not yet begun."""
-    if workers == 1 or len(batches) < 2:
-        yield from map(scorer.score, batches)
-        return
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(scorer.score, batches)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Consecutive items, so many at a time."""
-    return [items[at : at + size] for at in range(0, len(items), size)]

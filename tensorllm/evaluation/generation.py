@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
-from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_f1
+from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_bound, token_f1
 from tensorllm.evaluation.protocol import Protocol
-from tensorllm.evaluation.reach import reach_of
 
 # Steps between looks at the text: decoding it costs as much as a step of a small model.
 CHECK_EVERY = 4
@@ -72,7 +71,7 @@ class Greedy:
         self.eos = eos
         self.stop_early = stop_early
         bounded = stop_early and max_new_tokens > 0 and not protocol.substring
-        self.reach = reach_of(tokenizer) if bounded else None
+        self.reach = token_bound(tokenizer) if bounded else None
 
     def __call__(
         self, items: Sequence[Encoded], logits_BNV: Tensor, padded: Padded, cache: Any

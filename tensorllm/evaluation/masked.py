@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError
 from tensorllm.evaluation.matching import holds_answer, token_f1
+from tensorllm.evaluation.predictions import Prediction, chosen_prediction
 from tensorllm.evaluation.protocol import Protocol, require_single_tokens
-from tensorllm.evaluation.row import Row, chosen_row
 
 SAID = 5  # masks after an open question, as in LASER's intervention_roberta_*.py
 
@@ -147,7 +147,7 @@ class MaskedScorer:
         self.protocol = protocol
 
     @torch.inference_mode()
-    def __call__(self, items: Sequence[MaskedItem]) -> list[Row]:
+    def __call__(self, items: Sequence[MaskedItem]) -> list[Prediction]:
         log_NV = iter(self._log_probabilities([t for item in items for t in item.texts]))
         return [
             self._chosen(item, [next(log_NV) for _ in item.texts])
@@ -173,12 +173,12 @@ class MaskedScorer:
         columns = torch.tensor([place for t in texts for place in t.places], device=device)
         return list(logits_BTV[rows, columns].float().log_softmax(-1).split(counts))
 
-    def _chosen(self, item: MaskedItem, log_NV: list[Tensor]) -> Row:
+    def _chosen(self, item: MaskedItem, log_NV: list[Tensor]) -> Prediction:
         sums = [
             float(log_NV[text][range(len(ids)), ids].double().sum()) for text, ids in item.choices
         ]
         text, ids = item.choices[item.example.choices.index(item.example.answer)]
-        return chosen_row(
+        return chosen_prediction(
             item.example,
             sums,
             answer_tokens=len(ids),
@@ -186,12 +186,12 @@ class MaskedScorer:
             truncated=item.truncated,
         )
 
-    def _said(self, item: MaskedItem, said_NV: Tensor, loss_NV: Tensor) -> Row:
+    def _said(self, item: MaskedItem, said_NV: Tensor, loss_NV: Tensor) -> Prediction:
         e, gold = item.example, item.texts[1].gold
         said = said_NV.argmax(-1).tolist()
         text = str(self.tokenizer.decode(said))
         window = str(self.tokenizer.decode(said[: len(gold)], skip_special_tokens=True))
-        return Row(
+        return Prediction(
             index=e.index,
             prompt=e.prompt,
             answer=e.answer,

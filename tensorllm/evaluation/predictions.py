@@ -1,4 +1,4 @@
-"""What is known of one example after it was scored: the metrics of many, and their parquet table."""
+"""What is known of an example after it was scored; the metrics of many, and their parquet table."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError, first_line
-from tensorllm.evaluation.protocol import token_f1
+from tensorllm.evaluation.matching import token_f1
 from tensorllm.metrics import answer_metrics
 
 
@@ -120,7 +120,9 @@ def prediction_of(values: dict[str, Any]) -> Prediction:
     """A prediction from its JSON or parquet form."""
     known = {field.name for field in fields(Prediction)}
     kept = {name: value for name, value in values.items() if name in known}
-    return Prediction(**{**kept, "choice_log_probabilities": tuple(kept["choice_log_probabilities"])})
+    return Prediction(
+        **{**kept, "choice_log_probabilities": tuple(kept["choice_log_probabilities"])}
+    )
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
@@ -158,4 +160,6 @@ def read_predictions(path: Path) -> list[Prediction]:
     try:
         return [prediction_of(values) for values in pq.read_table(path).to_pylist()]
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{path} is not a table of predictions: {first_line(error)[:120]}") from None
+        raise UserError(
+            f"{path} is not a table of predictions: {first_line(error)[:120]}"
+        ) from None

@@ -1,4 +1,4 @@
-"""How rows of tokens are read: what they begin with once, what they branch into side by side.
+"""How prompts are read: what they begin with once, their choices side by side.
 
 Prompts are made from templates, so that the questions of a batch often begin with the same tokens.
 Nothing after them can change what a causal model makes of these: they are read as one row, whose
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorllm.evaluation.encoding import common_prefix
+from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
 
 WORTH = 0.05  # share of the batch's tokens that must be saved: repeating the cache costs, too

@@ -1,23 +1,28 @@
-"""Results on disk: a folder that is there in full or not at all, and the journal of a run under
-way.
+"""Results on disk: a folder that is there in full or not at all, and what reads such folders.
 
-A run writes its rows, batch by batch, into `.NAME.partial/` beside the folder it will become; the
-folder appears by one rename, when all is in it. A run with another fingerprint begins anew.
+A run keeps its predictions, batch by batch, in `.NAME.partial/` beside the folder it will become;
+the folder appears by one rename, when all is in it. A run with another fingerprint begins anew.
 """
 
-import fcntl
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorllm.errors import Incomplete, UserError
-from tensorllm.evaluation.row import Row
+from tensorllm.data.base import ReasoningDataModule
+from tensorllm.errors import Incomplete, UserError, first_line
+from tensorllm.evaluation.predictions import (
+    Prediction,
+    metrics_of,
+    read_predictions,
+    write_predictions,
+)
+from tensorllm.evaluation.protocol import Protocol
+from tensorllm.evaluation.statistics import compared, intervals
+from tensorllm.io import locked, no_space, sync, write_json
+from tensorllm.metrics import SHOWN
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.parquet"
@@ -25,50 +30,12 @@ BEFORE = "predictions-before.parquet"
 SCHEMA = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Journal:
-    """Rows of finished batches; every process appends to a file of its own."""
-
-    folder: Path
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Add the rows of one batch; they survive a crash of this process."""
-        name = f"rows-{socket.gethostname()}-{os.getpid()}.jsonl"
-        # A line break first: what a crash cut short before must not swallow the next row.
-        text = "\n" + "".join(json.dumps(asdict(row)) + "\n" for row in rows)
-        try:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise no_room(self.folder, error) from None
-
-    def rows(self) -> dict[int, Row]:
-        """Row by example; a line that a crash cut short counts as not there."""
-        found = {}
-        for path in sorted(self.folder.glob("rows-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = row_of(json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                found[row.index] = row
-        return found
-
-
-def no_room(folder: Path, error: OSError) -> Incomplete:
-    """What is said when the disk is full or gone."""
-    return Incomplete(
-        f"writing to {folder} failed: {error.strerror or error}. Make room and run the same "
-        "command again: it goes on from the last finished batch"
-    )
-
-
 class ResultsFolder:
     """The folder of one run, from its journals to the final rename.
 
     Args:
         target: the folder that will hold the results.
-        fingerprint: what names the run; a journal with another one is thrown away.
+        fingerprint: what names the run; journals of another one are thrown away.
         overwrite: replace a folder that is there.
     """
 
@@ -80,62 +47,58 @@ class ResultsFolder:
         check_free(self.target, overwrite)
         try:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-            with alone(self.lock):  # several processes begin together
+            with locked(self.lock):  # several processes begin together
                 self._begin(fingerprint)
         except OSError as error:
             raise UserError(f"cannot write to {self.partial.parent}: {error.strerror}") from None
 
     def _begin(self, fingerprint: str) -> None:
-        """What is there of another run goes."""
+        """Remove what is there of another run."""
         note = self.partial / "fingerprint"
         if self.partial.exists() and (not note.is_file() or note.read_text() != fingerprint):
             shutil.rmtree(self.partial)
         self.partial.mkdir(exist_ok=True)
         note.write_text(fingerprint)
 
-    def journal(self, name: str) -> Journal:
-        """The journal of one of the run's models."""
-        folder = self.partial / f"journal-{name}"
-        folder.mkdir(exist_ok=True)
-        return Journal(folder)
+    def journal(self, name: str) -> Path:
+        """The folder for the journal of one of the run's models."""
+        return self.partial / f"journal-{name}"
 
-    def finish(self, results: dict[str, Any], predictions: Mapping[str, Sequence[Row]]) -> None:
+    def finish(
+        self, results: dict[str, Any], predictions: Mapping[str, Sequence[Prediction]]
+    ) -> None:
         """Write everything, then let the folder appear.
 
         Args:
             results: the content of results.json.
-            predictions: file name -> rows.
+            predictions: by the name of their file.
 
         Raises:
-            UserError: the target is there by now; the rows are kept, and --overwrite goes on.
+            UserError: the target is there by now; the journals are kept, and --overwrite goes on.
             Incomplete: the disk is full.
         """
         done = self.partial / "done"
         try:
             shutil.rmtree(done, ignore_errors=True)
             done.mkdir()
-            for name, rows in predictions.items():
-                write_rows(done / name, rows)
-            (done / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            for name, of_model in predictions.items():
+                write_predictions(done / name, of_model)
+            write_json(done / RESULTS, results)
             for path in done.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
             check_free(self.target, self.overwrite)  # another run may have come first
             if self.target.exists():
                 shutil.rmtree(self.target)
             done.rename(self.target)
         except OSError as error:
-            raise no_room(self.target, error) from None
+            raise disk_full(self.target, error) from None
         shutil.rmtree(self.partial, ignore_errors=True)
         self.lock.unlink(missing_ok=True)
 
 
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Holds a lock that the system opens when its holder dies."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def disk_full(folder: Path, error: OSError) -> Incomplete:
+    """The error of a run whose finished batches are kept."""
+    return no_space(folder, error, "batch")
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -149,7 +112,7 @@ def check_free(target: Path, overwrite: bool) -> None:
             raise UserError(f"--overwrite replaces results only, and {target} has no {RESULTS}")
 
 
-def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+def read_results(folder: Path) -> tuple[dict[str, Any], list[Prediction]]:
     """What a results folder holds.
 
     Raises:
@@ -157,14 +120,10 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     """
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        return results, read_predictions(folder / PREDICTIONS)
     except (OSError, ValueError) as error:
-        raise _no_results(folder, error) from None
-    return results, read_rows(folder / PREDICTIONS)
-
-
-def _no_results(folder: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0][:120]
-    return UserError(f"{folder} is not a folder of results: {reason}")
+        reason = first_line(error)[:120]
+        raise UserError(f"{folder} is not a folder of results: {reason}") from None
 
 
 def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
@@ -172,7 +131,7 @@ def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         The two results, their `metrics` over the common examples, the statistics of `compared`
-        over these, and those that went from wrong to right (`mended`) and back (`broken`).
+        over these, and the predictions that went `wrong_to_right` and `right_to_wrong`.
     """
     (first, old), (second, new) = read_results(before), read_results(after)
     if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
@@ -180,8 +139,8 @@ def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
             f"only results of one dataset and protocol compare, got {first['dataset']} "
             f"({first['protocol']}) and {second['dataset']} ({second['protocol']})"
         )
-    found = {(row.index, row.prompt, row.answer): row for row in new}
-    pairs = [(r, found[k]) for r in old if (k := (r.index, r.prompt, r.answer)) in found]
+    found = {(p.index, p.prompt, p.answer): p for p in new}
+    pairs = [(p, found[k]) for p in old if (k := (p.index, p.prompt, p.answer)) in found]
     if not pairs:
         raise UserError(f"{before} and {after} have no example in common")
     changed = [(was, now) for was, now in pairs if was.correct != now.correct]
@@ -189,19 +148,67 @@ def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
     return {
         "before": first,
         "after": second,
-        "metrics": {when: metrics_of(rows) for when, rows in common.items()},
+        "metrics": {when: metrics_of(of_run) for when, of_run in common.items()},
         "comparison": compared(common["before"], common["after"], seed),
-        "mended": [asdict(now) for _, now in changed if now.correct],
-        "broken": [asdict(now) for _, now in changed if not now.correct],
+        "wrong_to_right": [asdict(now) for _, now in changed if now.correct],
+        "right_to_wrong": [asdict(now) for _, now in changed if not now.correct],
     }
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """A model's predictions in the order of the examples, and its metrics by name."""
+
+    predictions: list[Prediction]
+    metrics: Mapping[str, float]
+
+
+def results_of(
+    data: ReasoningDataModule,
+    protocol: Protocol,
+    model: Scored,
+    before: Scored | None,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """What results.json says of the figures: metrics, 95 % intervals, and the paired tests against
+    the original where there is one.
+    """
+
+    def figures(scored: Scored) -> dict[str, Any]:
+        return {
+            "metrics": {n: scored.metrics[n] for n in SHOWN if n in scored.metrics},
+            "intervals": intervals(scored.predictions, seed),
+        }
+
+    results = {
+        "schema": SCHEMA,
+        **figures(model),
+        "examples": len(model.predictions),
+        "dataset": data.name,
+        "data_file": None if data.data_file is None else str(data.data_file),
+        "notes": data.notes,
+        "protocol": protocol.name,
+        "quirks": protocol.quirks(),
+        "split": data.split,
+        "limit": data.limit,
+        "truncated_prompts": sum(p.truncated > 0 for p in model.predictions),
+        "seed": seed,
+    }
+    if before is not None:
+        results["before"] = figures(before)
+        results["comparison"] = compared(before.predictions, model.predictions, seed)
+    return results
+
+
+@dataclass(frozen=True, slots=True)
 class BeforeAfter:
-    """What `evaluate` wrote as results.json, or `compress --evaluate` into report.json.
+    """One measurement, with the original beside it where there is one.
+
+    `evaluate` writes it as results.json, `compress --evaluate` into report.json.
 
     Attributes:
-        before, after: metrics by name (`evaluation.summary.metrics_of`); `before` may be None.
+        before, after: metrics by name (`evaluation.predictions.metrics_of`); `before` may be None.
         intervals_before, intervals_after: 95 % intervals by the metric's name, where known.
         comparison: what `evaluation.statistics.compared` found, where known.
     """

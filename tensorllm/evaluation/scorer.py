@@ -1,13 +1,15 @@
-"""Scoring by a model: the plan of batches, and the rows of each.
+"""Scoring by a model: the plan of batches, the predictions of each, and several batches at once.
 
-`tensorllm.evaluation.evaluate.score` is the whole evaluation as one function; the LightningModules
+`tensorllm.evaluation.evaluate.score` is the whole evaluation as one function; the LightningModule
 and the rank search use these parts.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 from typing import Protocol as Interface
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
@@ -22,8 +24,8 @@ from tensorllm.evaluation.masked import (
     MaskedScorer,
     context_of_masked,
 )
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
-from tensorllm.evaluation.row import Row
 
 
 class Budget(NamedTuple):
@@ -44,14 +46,14 @@ ACCELERATOR = Budget(read=65536, generate=65536)
 
 
 class Scorer(Interface):
-    """What evaluates one kind of model."""
+    """What scores with one kind of model."""
 
     def plan(self, examples: Sequence[Example]) -> list[Any]:
         """Batches of examples; the same for every model with this tokenizer and context."""
         ...
 
-    def score(self, batch: Any) -> list[Row]:
-        """Rows of one batch, in the batch's order."""
+    def score(self, batch: Any) -> list[Prediction]:
+        """Predictions of one batch, in the batch's order."""
         ...
 
 
@@ -69,6 +71,7 @@ def make_scorer(
     batch_tokens: int | None = None,
     forward: Forward | MaskedForward | None = None,
     stop_early: bool = True,
+    device: torch.device | None = None,
 ) -> Scorer:
     """The scorer for this kind of model.
 
@@ -81,9 +84,10 @@ def make_scorer(
             what suits the device.
         forward: how the model is run, if not as it is.
         stop_early: stop a generation when its verdict is certain.
+        device: where the model will be when it scores; None: where it is.
     """
     context = context_of(model.config, tokenizer)
-    suited = CPU if model.device.type == "cpu" else ACCELERATOR
+    suited = CPU if (device or model.device).type == "cpu" else ACCELERATOR
     budget = Budget(batch_tokens, batch_tokens) if batch_tokens else suited
     if is_masked(model):
         run = forward if isinstance(forward, MaskedForward) else MaskedForward(model)
@@ -134,8 +138,8 @@ class CausalModelScorer:
             batches += fill(of_kind, cost, tokens, together if generated else 1)
         return [Batch(key, tuple(batch)) for key, batch in enumerate(batches)]
 
-    def score(self, batch: Batch) -> list[Row]:
-        def part(items: Sequence[Encoded]) -> list[Row]:
+    def score(self, batch: Batch) -> list[Prediction]:
+        def part(items: Sequence[Encoded]) -> list[Prediction]:
             # A part has another shape than the planned batch, so nothing may be kept under its key.
             whole = len(items) == len(batch.items)
             return self.scorer(Batch(batch.key if whole else None, tuple(items)))
@@ -167,7 +171,7 @@ class MaskedModelScorer:
 
         return list(fill(self.encoder(examples), cost, self.budget.read))
 
-    def score(self, batch: list[MaskedItem]) -> list[Row]:
+    def score(self, batch: list[MaskedItem]) -> list[Prediction]:
         return halving(self.scorer, batch)
 
 
@@ -187,3 +191,38 @@ def eos_of(model: PreTrainedModel) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+# The matrices of small models are too small to share between cores: torch's own threads then wait
+# for each other longer than they work. So each core takes a batch of its own.
+SMALL = 2**26  # parameters; with larger models one batch keeps all cores busy
+
+T = TypeVar("T")
+
+
+def workers_for(model: PreTrainedModel, device: torch.device | None = None) -> int:
+    """How many batches are scored at once; `device` as in `make_scorer`."""
+    # Autocast holds for the thread that switched it on, and for no other.
+    if (device or model.device).type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return 1
+    return torch.get_num_threads() if model.num_parameters() <= SMALL else 1
+
+
+def score_all(
+    scorer: Scorer, batches: Sequence[Any], workers: int
+) -> Generator[list[Prediction], None, None]:
+    """The predictions of each batch, in order; closed early, it drops the batches not yet begun."""
+    if workers == 1 or len(batches) < 2:
+        yield from map(scorer.score, batches)
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(scorer.score, batches)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive items, so many at a time."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
