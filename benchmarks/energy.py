@@ -25,7 +25,7 @@ from results import Comparison, begin, parser, real, save
 
 from tensorllm.commands.allocate import energies
 from tensorllm.commands.models import Loader
-from tensorllm.compression.model import compressed
+from tensorllm.compression.engine import compressed
 from tensorllm.compressors import PerLayer, SharedTucker4D
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR

@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tensorllm as tl
 from tensorllm.commands.export import export
-from tensorllm.compression.folder import FolderTask, compress_folder
+from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.publish import peak_resident_bytes
+from tensorllm.compression.task import FolderTask
 
 REPEATS = 3
 CHUNK = 2**24

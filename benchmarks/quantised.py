@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
-from tensorllm.compression.model import compression_of
+from tensorllm.compression.engine import compression_of
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of

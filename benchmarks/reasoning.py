@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.calibration import Calibration, fit
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker, Compressor
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.data.demo import MODEL_DIR, world

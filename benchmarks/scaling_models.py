@@ -23,7 +23,7 @@ from tensorllm.calibration import Calibration, fit
 from tensorllm.commands.search import SearchRequest
 from tensorllm.commands.search_ranks import run
 from tensorllm.commands.search_run import SearchRun
-from tensorllm.compression.model import compressed as edited
+from tensorllm.compression.engine import compressed as edited
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import make_dataset, score

@@ -27,7 +27,7 @@ from search_model import make_model
 from search_naive import naive_edit, one_by_one
 from transformers import AutoTokenizer, GPTJForCausalLM
 
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset

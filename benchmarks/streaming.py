@@ -26,8 +26,9 @@ import torch
 from results import ROOT, Comparison, begin, parser, save
 
 from tensorllm.calibration import Calibration, fit_folder
-from tensorllm.compression.folder import FolderTask, compress_folder
+from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.publish import peak_resident_bytes
+from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import ActivationTucker
 
 VOCABULARY, DOUBLE, HALF = 50400, 8, 2  # words of GPT-J; bytes of float64 and bfloat16

@@ -28,7 +28,7 @@ from whole_model_texts import demo, stories
 
 from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.fit import measure_for
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker, SharedTucker4D
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.models import RoleMatrices, parameters_of

@@ -30,7 +30,7 @@ from whole_model import MODELS, Bench
 
 from tensorllm.calibration import Calibration, fit, fit_folder
 from tensorllm.calibration.fit import measure_for
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.models import RoleMatrices, parameters_of

@@ -1,7 +1,7 @@
 """`tensorllm search-ranks`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,7 @@ def search_ranks(
         str, typer.Option(help="shared-tucker, per-matrix-tucker, laser or hybrid.")
     ] = "shared-tucker",
     objective: Annotated[
-        str, typer.Option(help="accuracy, loss, pareto (accuracy against ratio), or energy.")
+        str, typer.Option(help="accuracy, loss, or pareto (accuracy against ratio).")
     ] = "accuracy",
     layers: Annotated[
         str | None, typer.Option(help="Candidates such as 8-27 (default: all).")
@@ -98,19 +98,6 @@ def search_ranks(
         INTERRUPT.keeps(study, "--study")
     else:
         INTERRUPT.leaves = lambda: "run the same command again: the database has what is finished"
-    if objective == "energy":
-        given = {"layout": layout, "matrices": options.names(matrices)}
-        asked = {
-            "mode": mode,
-            "settings": {key: value for key, value in given.items() if value is not None},
-            "layers": options.layers(layers),
-            "min_ratio": min_ratio,
-            "study": study,
-            "revision": revision,
-            "plugins": plugin or (),
-        }
-        _by_energy(model, asked, as_json=json)
-        return
     with progress_bar("loading") as progress:
         from tensorllm.commands.search import SearchRequest
         from tensorllm.commands.search_ranks import run
@@ -164,19 +151,3 @@ def search_ranks(
     typer.echo(result.recipe)  # as it is: rich would break its lines
     if study is not None:
         print_result(f"written to {study}: tensorllm compress --config {study / 'best.yaml'}")
-
-
-def _by_energy(model: str, asked: dict[str, Any], *, as_json: bool) -> None:
-    from tensorllm_cli.show import print_json, print_result, progress_bar
-
-    with progress_bar() as progress:
-        from tensorllm.commands.search_energy import run_energy
-
-        found = run_energy(model, **asked, progress=progress)
-    if as_json:
-        print_json(found.to_json())
-        return
-    from tensorllm.reporting.search import energy_tables
-
-    print_result(energy_tables(found.results))
-    typer.echo(found.recipe)

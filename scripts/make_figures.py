@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
-from tensorllm.compression.model import compressed
+from tensorllm.compression.engine import compressed
 from tensorllm.compression.spectra import MODES, attention_spectra
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset

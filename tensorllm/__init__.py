@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tensorllm.calibration.sequences import Calibration, read_calibration
     from tensorllm.checkpoint.factored import load
     from tensorllm.commands.runtime import factorize
-    from tensorllm.compression.model import compress, compressed
+    from tensorllm.compression.engine import compress, compressed
     from tensorllm.compression.save import save
     from tensorllm.compressors import (
         COMPRESSORS,
@@ -44,8 +44,8 @@ _HOME = {
     "SharedTucker4D": "tensorllm.compressors",
     "Trawl": "tensorllm.compressors",
     "UserError": "tensorllm.errors",
-    "compress": "tensorllm.compression.model",
-    "compressed": "tensorllm.compression.model",
+    "compress": "tensorllm.compression.engine",
+    "compressed": "tensorllm.compression.engine",
     "evaluate_model": "tensorllm.evaluation.evaluate",
     "factorize": "tensorllm.commands.runtime",
     "fit": "tensorllm.calibration.fit",

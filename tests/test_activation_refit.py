@@ -12,9 +12,9 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from tensorllm.calibration import fit
-from tensorllm.calibration.refit import Between
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid
+from tensorllm.compressors.calibrated.refit import Between
 from tensorllm.errors import UserError
 from tensorllm.tensors.weighted import Metric
 
@@ -90,7 +90,7 @@ def test_without_correction_nothing_is_refitted():
         fit(ActivationHybrid(target_ratio=3, correction=False, refit_steps=n), model, text())
         for n in (0, 8)
     )
-    for a, b in zip(one.fitted, other.fitted, strict=True):
-        assert torch.equal(a.compressor.factors.dense(), b.compressor.factors.dense())
+    for a, b in zip(one.sites, other.sites, strict=True):
+        assert torch.equal(one.factors(a).dense(), other.factors(b).dense())
     with pytest.raises(UserError, match="refit_steps must be 0 or more, got -1"):
         ActivationHybrid(target_ratio=3, refit_steps=-1)

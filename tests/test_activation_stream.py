@@ -13,16 +13,14 @@ from test_activation_fit import text
 from tiny_models import TINY, tiny_model
 
 from tensorllm.calibration import fit, fit_folder
-from tensorllm.calibration.source import OnDisk
+from tensorllm.calibration.layers import OnDisk
 from tensorllm.calibration.store import States, Store
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
 from tensorllm.errors import UserError
 
 
 def dense(compressor) -> dict[str, torch.Tensor]:
-    return {
-        job.site.name: job.compressor.decompose(torch.empty(0)).dense() for job in compressor.fitted
-    }
+    return {site.name: compressor.factors(site).dense() for site in compressor.sites}
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -12,32 +12,34 @@ from test_activation_fit import distance, logits, text
 from tiny_models import tiny_model
 
 from tensorllm.calibration import fit
-from tensorllm.calibration.fitter import Fit
+from tensorllm.calibration.fit import Fitted
+from tensorllm.calibration.layers import InMemory
 from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
-from tensorllm.calibration.source import InMemory
 from tensorllm.calibration.store import Store
-from tensorllm.compression.model import compress
+from tensorllm.calibration.sweeps import Sweeps
+from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
+from tensorllm.compressors.calibrated.maps import site_of
 from tensorllm.errors import UserError
 from tensorllm.tensors.pivoted import pivoted_parameters
 
 
-def test_no_allocation_of_a_coarse_grid_is_better_by_one_per_cent_of_the_loss(monkeypatch):
+def test_no_allocation_of_a_coarse_grid_is_better_by_one_per_cent_of_the_loss():
     """Every grid of ranks within the budget is fitted and run: nothing predicted, all measured."""
     model = tiny_model("llama")
     wanted = ActivationTucker(target_ratio=2.0)
     unseen = text(1)
     p_NV = logits(model, unseen).double().softmax(-1)
+    work = Sweeps(wanted, InMemory(model), text(), None)
 
-    def loss(jobs) -> float:
-        q_NV = logits(with_factors(model, work.roles, jobs), unseen).double().log_softmax(-1)
+    def loss(sites) -> float:
+        made = Fitted(wanted, (), tuple(sites), None, {}, work.store)
+        factors = {site: made.factors(site) for site in sites}
+        q_NV = logits(with_factors(model, work.roles, factors), unseen).double().log_softmax(-1)
         return float(-(p_NV * q_NV).sum(-1).mean())
 
-    work = Fit(wanted, InMemory(model), text(), None)
-    found = loss(work.run())
-    blocks = work.blocks()
-    errors = work.errors(blocks)
-    groups = [(layer, cluster) for layer, cluster in work.keys]  # q, k, v together, and o
+    found = loss(work.run(wanted.budget))
+    groups = list(work.keys)  # q, k, v together, and o
     shapes = {("q", "k", "v"): (64, 32), ("o",): (32, 32)}
     budget = sum(a * b for _, c in groups for a, b in [shapes[c]]) / 2.0
     losses = []
@@ -46,9 +48,9 @@ def test_no_allocation_of_a_coarse_grid_is_better_by_one_per_cent_of_the_loss(mo
             pivoted_parameters(shapes[c], r) for (_, c), r in zip(groups, ranks, strict=True)
         )
         if 0.8 * budget < cost <= budget:
-            chosen = dict(zip(groups, ranks, strict=True))
-            monkeypatch.setattr("tensorllm.calibration.fitter.sizes", lambda *a, r=chosen, **k: r)
-            losses.append(loss(work.factors(blocks, Store(), errors, 0)))
+            work.store = Store()
+            sizes = {site_of(*key): (r,) for key, r in zip(groups, ranks, strict=True)}
+            losses.append(loss(work.factors(sizes)))
     assert len(losses) > 30
     assert found <= 1.01 * min(losses)
     assert found < sum(losses) / len(losses)
@@ -97,7 +99,7 @@ def test_what_a_loss_limit_cannot_be_for_is_refused():
 
 def test_an_unreachable_target_says_the_best_before_anything_is_measured():
     told = []
-    with pytest.raises(UserError, match=r"19\.2 times fewer than now; target_ratio 500 would"):
+    with pytest.raises(UserError, match=r"target_ratio 500 cannot be met: .* reachable is 19\.2"):
         fit(
             ActivationTucker(target_ratio=500),
             tiny_model("llama"),
@@ -106,9 +108,9 @@ def test_an_unreachable_target_says_the_best_before_anything_is_measured():
         )
     assert told == []
     model = tiny_model("llama")
-    with pytest.raises(UserError, match=r"target_params must be (\d+) or more, got 7") as refused:
+    with pytest.raises(UserError, match=r"target_params must be in (\d+)\.\.\d+, got 7") as refused:
         fit(ActivationTucker(target_params=7), model, text())
-    least = int(str(refused.value).split()[3])
+    least = int(str(refused.value).split()[4].split("..")[0])
     smaller = copy.deepcopy(model)
     report = compress(smaller, fit(ActivationTucker(target_params=least), model, text()))
     assert report.totals.parameters_after == least

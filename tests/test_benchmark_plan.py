@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tensorllm.compression.plan import plan_folder
+from tensorllm.compression.dry_run import dry_run
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import SharedTucker4D
 
@@ -53,7 +53,7 @@ def test_the_plan_is_that_of_a_dry_run(tmp_path: Path):
     except OSError as error:
         pytest.skip(f"this disk has no sparse file of 812 GB: {error}")
     ranks = plan.ranks_at("mild", *plan.STACK[:3])
-    dry = plan_folder(
+    dry = dry_run(
         FolderTask(source=tmp_path, target=tmp_path / "out", compressor=SharedTucker4D(ranks=ranks))
     )
     assert dry.parameters_before == plan.PARAMETERS

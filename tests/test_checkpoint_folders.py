@@ -31,7 +31,8 @@ from tensorllm.checkpoint.target import exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.commands.export import export
 from tensorllm.commands.quantise import quantise_folder
-from tensorllm.compression.folder import FolderTask, compress_folder
+from tensorllm.compression.engine import compress_folder
+from tensorllm.compression.task import FolderTask
 from tensorllm.errors import Incomplete
 
 HYBRID = tl.Hybrid(ranks=(12, 5, 3), rho=0.25)

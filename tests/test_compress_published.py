@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tensorllm as tl
+from tensorllm.compression.dry_run import dry_run
 from tensorllm.compression.folder import FolderTask
-from tensorllm.compression.plan import plan_folder
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import ATTENTION
 
@@ -131,7 +131,7 @@ def test_published_ratios(cell: dict[str, Any], layout: Any, real_shapes: dict[s
         task = FolderTask(
             source=real_shapes[cell["model"]], target=Path(), compressor=compressor, layers=[5]
         )
-        plan = plan_folder(task).to_json()
+        plan = dry_run(task).to_json()
         assert round(plan["sites"][0]["compression_ratio"], digits) == published
         saved = plan["sites"][0]["parameters_before"] - plan["sites"][0]["parameters_after"]
         assert plan["parameters_before"] - plan["parameters_after"] == saved

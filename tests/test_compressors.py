@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tensorllm as tl
-from tensorllm.compression.model import compression_of
+from tensorllm.compression.engine import compression_of
 from tensorllm.compressors import ActivationTucker
 from tensorllm.models import RoleMatrices, parameters_of
 

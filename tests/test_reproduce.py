@@ -18,7 +18,7 @@ from tensorllm.commands.cells import cells
 from tensorllm.commands.places import missing
 from tensorllm.commands.rehearse import rehearse, rows
 from tensorllm.commands.reproduce import ReproduceRequest, reproduce
-from tensorllm.compression.model import compress, compressed, compression_of
+from tensorllm.compression.engine import compress, compressed, compression_of
 from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import Incomplete, UserError

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 import tensorllm as tl
 from tensorllm.commands.runtime import factorize
-from tensorllm.compression.model import compression_of
+from tensorllm.compression.engine import compression_of
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.heads import HeadsSite

@@ -14,7 +14,7 @@ from tensorllm.commands.search import SearchRequest
 from tensorllm.commands.search_compose import Step
 from tensorllm.commands.search_ranks import run
 from tensorllm.commands.search_run import SearchRun
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.compressors import PerLayer
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model

@@ -5,8 +5,8 @@ import torch
 
 from tensorllm.checkpoint.source import resolve
 from tensorllm.commands.models import Loader
-from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.models import RoleMatrices, parameters_of

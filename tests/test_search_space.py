@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.feasible import feasible, ratio_of

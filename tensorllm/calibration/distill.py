@@ -5,7 +5,7 @@ Shapes: B sequences, T positions, N tokens of a batch, V words, I and D of a rol
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from tensorllm.calibration.sequences import Batch, Calibration
-from tensorllm.compressors import Job
-from tensorllm.compressors.activation import Given
+from tensorllm.compressors.base import Site
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.progress import Progress, quiet
-from tensorllm.tensors.pivoted import PivotedLowRank
+from tensorllm.tensors.factors import Factors
 
 LEARNING_RATE = 1e-3
 TOKENS = 1024  # padded positions of a step
@@ -33,30 +32,38 @@ class Distiller(LightningModule):
     predictions from the original's.
     """
 
-    def __init__(self, model: nn.Module, roles: RoleMatrices, jobs: Sequence[Job], steps: int):
+    def __init__(
+        self, model: nn.Module, roles: RoleMatrices, factors: Mapping[Site, Factors], steps: int
+    ) -> None:
         super().__init__()
         self._held = (model,)  # in a tuple: Lightning must neither move nor train it
-        self.roles, self.jobs, self.steps = roles, list(jobs), steps
-        factors = [job.compressor.decompose(torch.empty(0)) for job in jobs]
-        assert all(isinstance(each, PivotedLowRank) for each in factors)
-        self.kept = [each.tensors()["rows"] for each in factors]
-        self.basis, self.mix = (
-            nn.ParameterList([nn.Parameter(each.tensors()[name].clone()) for each in factors])
-            for name in ("basis", "mix")
+        self.roles, self.steps = roles, steps
+        self.start = dict(factors)
+        self.numbers = nn.ParameterList(
+            nn.Parameter(t.clone())
+            for each in factors.values()
+            for t in each.tensors().values()
+            if t.is_floating_point()
         )
 
-    def factors(self, number: int) -> PivotedLowRank:
-        """Those of one job, as they are now."""
-        rows = self.kept[number].to(self.device)
-        return PivotedLowRank(self.basis[number], self.mix[number], rows)
+    def factors(self) -> dict[Site, Factors]:
+        """As they are now."""
+        numbers, out = iter(self.numbers), {}
+        for site, each in self.start.items():
+            now = {
+                name: next(numbers) if t.is_floating_point() else t.to(self.device)
+                for name, t in each.tensors().items()
+            }
+            out[site] = type(each).from_tensors(now)
+        return out
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters of the model that the factors stand for, with their gradients."""
         original = parameters_of(self._held[0])
         out: dict[str, Tensor] = {}
-        for number, job in enumerate(self.jobs):
-            parts = job.site.unstack(self.factors(number).dense(), self.roles.geometry)
-            for (layer, role), w_ID in zip(job.site.matrices, parts, strict=True):
+        for site, factors in self.factors().items():
+            parts = site.unstack(factors.dense(), self.roles.geometry)
+            for (layer, role), w_ID in zip(site.matrices, parts, strict=True):
                 name = self.roles.name(layer, role)
                 if name not in out:  # fused ones are written part by part
                     out[name] = original[name].clone()
@@ -85,8 +92,8 @@ class Distiller(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-class _Told(Callback):
-    """Tells each step as progress."""
+class _Steps(Callback):
+    """Reports each step as progress."""
 
     def __init__(self, steps: int, progress: Progress) -> None:
         self.steps, self.progress = steps, progress
@@ -115,18 +122,18 @@ def _quiet() -> Iterator[None]:
 def distill(
     model: nn.Module,
     roles: RoleMatrices,
-    jobs: Sequence[Job],
+    factors: Mapping[Site, Factors],
     text: Calibration,
     steps: int,
     progress: Progress = quiet,
-) -> list[Job]:
-    """The jobs with factors trained for some steps, in the order and sizes that they had.
+) -> dict[Site, Factors]:
+    """The factors trained for some steps, in the sizes that they had.
 
     Args:
         model: the original, frozen; it teaches.
     """
     device = next(model.parameters()).device
-    trained = Distiller(model, roles, jobs, steps)
+    trained = Distiller(model, roles, factors, steps)
     draws = torch.Generator().manual_seed(text.seed)
     batches: Any = text.batches(TOKENS)
     loader: Any = DataLoader(batches, batch_size=None, shuffle=True, generator=draws)
@@ -137,17 +144,13 @@ def distill(
             devices=[device.index or 0] if device.type == "cuda" else 1,
             gradient_clip_val=1.0,
             logger=False,
-            callbacks=[_Told(steps, progress)],
+            callbacks=[_Steps(steps, progress)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(trained, loader)
-    out = []
-    for number, job in enumerate(jobs):
-        now = trained.factors(number)
-        kept = PivotedLowRank(
-            now.basis_RO.detach().cpu(), now.mix_XR.detach().cpu(), now.rows_R.cpu()
-        )
-        out.append(Job(job.site, Given(factors=kept)))
-    return out
+    return {
+        site: type(now).from_tensors({n: x.detach().cpu() for n, x in now.tensors().items()})
+        for site, now in trained.factors().items()
+    }

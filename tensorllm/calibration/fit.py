@@ -1,90 +1,140 @@
-"""Fitting factors to text.
+"""Fitting a strategy to text: measure, share out the budget, make factors layer after layer.
 
 `fit` takes a model that is in memory, `fit_folder` a checkpoint on disk whose layers are read one
 at a time; both are the same work on a `LayerSource` and a `Store`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tensorllm.calibration.fitter import Fit
-from tensorllm.calibration.moments import Moments, frozen
+from tensorllm.calibration.layers import InMemory, OnDisk
 from tensorllm.calibration.sequences import Calibration
-from tensorllm.calibration.sizes import least_numbers, numbers
 from tensorllm.calibration.smallest import STEPS, next_token_loss, smallest, with_factors
-from tensorllm.calibration.source import InMemory, OnDisk
+from tensorllm.calibration.statistics import Covariances, frozen
 from tensorllm.calibration.store import Store
+from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.compressors import ActivationTucker, Job
+from tensorllm.compressors.base import Compressor, Site
+from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
+from tensorllm.tensors.factors import FACTORS, Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A strategy with the factors that it made for a model and a text.
+
+    Attributes:
+        compressor: the strategy.
+        layers: those that it was fitted to.
+        sites: what has factors.
+        budget: the target that sizes were chosen for.
+        calibration: what the text was; for reports.
+        store: where factors are; they are read when their turn comes.
+    """
+
+    compressor: Compressor
+    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
+    budget: Budget | None
+    calibration: dict[str, Any]
+    store: Store
+
+    def factors(self, site: Site) -> Factors:
+        """The site's factors."""
+        prefix = f"{site.name}/"
+        tensors = self.store.load(f"factors-{site.layers[0]}", prefix)
+        named = {name.removeprefix(prefix): t for name, t in tensors.items()}
+        kind = next(iter(named)).partition("/")[0]
+        return FACTORS[kind].from_tensors({n.partition("/")[2]: t for n, t in named.items()})
+
+    def parameters(self, layer: int) -> dict[str, Tensor]:
+        """Norms and biases that were fitted with a layer, by their names below it."""
+        prefix = "parameters/"
+        tensors = self.store.load(f"factors-{layer}", prefix)
+        return {name.removeprefix(prefix): t for name, t in tensors.items()}
+
+    @property
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        """The mode's name, and its settings with target and text."""
+        mode, settings = settings_of(self.compressor)
+        target = self.budget.settings if self.budget else {}
+        return mode, settings | target | {"calibration": self.calibration}
 
 
 def fit(
-    compressor: ActivationTucker,
+    compressor: Compressor,
     model: nn.Module,
     calibration: Calibration,
     layers: Sequence[int] | None = None,
     *,
-    moments: Moments | None = None,
+    budget: Budget | None = None,
+    covariances: Covariances | None = None,
     spill: Path | None = None,
     store: Store | None = None,
     progress: Progress = quiet,
-) -> ActivationTucker:
+) -> Fitted:
     """The strategy fitted to a model and a text; `compress` and `compress_folder` then take it.
 
     Args:
         model: stays as it is.
-        layers: counted from 0; all layers by default, and the same as are compressed then.
-        moments: those of this model and text, where they were measured before (`measure_for`).
-        spill: a folder for the moments of `weighting=loss`, where memory is short.
+        layers: counted from 0; all layers by default.
+        budget: of a strategy that has no target among its own settings.
+        covariances: those of this model and text, where they were measured before (`measure_for`).
+        spill: a folder for the covariances of the loss's gradients, where memory is short.
         store: where finished layers are kept (`store_for`); an interrupted fit goes on from there.
 
     Raises:
         UserError: text too short or not the model's, an unreachable target, activations that are
-            not finite.
+            not finite, or a strategy that needs no text.
     """
     with frozen(model):
-        source = InMemory(model)
-        work = Fit(compressor, source, calibration, layers, store=store, progress=progress)
-        work.known = moments
-        if moments is None and compressor.weighting == "loss":
+        work = Sweeps(
+            compressor, InMemory(model), calibration, layers, store=store, progress=progress
+        )
+        work.known = covariances
+        if covariances is None and work.gradient_of == "loss":
             work.known = work.measured(model, spill)
-        if compressor.max_loss_increase is not None:
-            return _smallest(work, model, calibration, compressor.max_loss_increase)
-        jobs = work.run()
-        if compressor.distill_steps:
+        target = budget or compressor.budget
+        if target is not None and target.max_loss_increase is not None:
+            return _smallest(work, model, calibration, target)
+        sites = work.run(target)
+        steps = getattr(compressor, "distill_steps", 0)
+        if steps:
             from tensorllm.calibration.distill import distill  # Lightning takes seconds to import
 
-            steps = compressor.distill_steps
-            jobs = distill(model, work.roles, jobs, calibration, steps, progress)
-        return compressor.with_fit(jobs, calibration.facts())
+            made = _fitted(work, sites, budget, {})
+            before = {site: made.factors(site) for site in sites}
+            work.keep(distill(model, work.roles, before, calibration, steps, progress))
+        return _fitted(work, sites, budget, calibration.facts())
 
 
-def measure_for(
-    compressor: ActivationTucker, model: nn.Module, calibration: Calibration
-) -> Moments:
-    """The moments of all layers that `fit` wants, for several targets."""
+def measure_for(compressor: Compressor, model: nn.Module, calibration: Calibration) -> Covariances:
+    """The covariances of all layers that `fit` wants, for several targets."""
     with frozen(model):
-        return Fit(compressor, InMemory(model), calibration, None).measured(model)
+        return Sweeps(compressor, InMemory(model), calibration, None).measured(model)
 
 
 def fit_folder(
-    compressor: ActivationTucker,
+    compressor: Compressor,
     folder: Path,
     calibration: Calibration,
     layers: Sequence[int] | None = None,
     *,
     work: Path,
+    budget: Budget | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: Progress = quiet,
-) -> ActivationTucker:
+) -> Fitted:
     """The same for a checkpoint that does not fit in memory: one layer is read at a time.
 
     Args:
@@ -93,65 +143,68 @@ def fit_folder(
         dtype: in which layers run; as they are stored by default.
 
     Raises:
-        UserError: as `fit`; also for what needs the whole model: weighting=loss.
+        UserError: as `fit`; also for what needs the whole model: gradients of the loss.
     """
-    if compressor.weighting == "loss":
-        raise UserError(
-            "weighting=loss runs the whole model backwards and cannot be streamed; leave it at "
-            "outputs, which needs one layer at a time"
-        )
-    if compressor.distill_steps:
+    target = budget or compressor.budget
+    if getattr(compressor, "distill_steps", 0):
         raise UserError("distillation trains against the whole model and cannot be streamed")
-    if compressor.max_loss_increase is not None:
+    if target is not None and target.max_loss_increase is not None:
         raise UserError("max_loss_increase tries many sizes and cannot be streamed; give a target")
     source = OnDisk(folder, dtype, device)
-    store = store_for(work, compressor, folder, calibration, layers, source.dtype)
-    found = Fit(compressor, source, calibration, layers, store=store, progress=progress)
-    found.keeps_moments = False  # measured again rather than held for all layers
-    return compressor.with_fit(found.run(), calibration.facts())
+    store = store_for(work, compressor, folder, calibration, layers, source.dtype, budget)
+    found = Sweeps(compressor, source, calibration, layers, store=store, progress=progress)
+    if found.gradient_of == "loss":
+        raise UserError(
+            "gradients of the loss (weighting=loss) run the whole model backwards and cannot be "
+            "streamed; weighting=outputs needs one layer at a time"
+        )
+    found.keeps_covariances = False  # measured again rather than held for all layers
+    return _fitted(found, found.run(target), budget, calibration.facts())
 
 
-def _smallest(
-    work: Fit, model: nn.Module, calibration: Calibration, limit: float
-) -> ActivationTucker:
+def _fitted(
+    work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
+) -> Fitted:
+    layers = tuple(work.layers)
+    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store)
+
+
+def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: Budget) -> Fitted:
     """The smallest fit whose loss on the calibration text is within the limit."""
-    if work.compressor.distill_steps:
-        raise UserError("give either max_loss_increase or distill_steps")
+    limit = target.max_loss_increase
+    assert limit is not None, "asked only for a limit of the loss"
     if work.roles.architecture.task != "causal":
         raise UserError("max_loss_increase needs a model that predicts the next token")
-    blocks = work.blocks()
-    errors = work.errors(blocks)
+    curves = work.curves()
     before = next_token_loss(model, work.batches)
     progress, tried = work.progress, -1
 
-    def told(done: int, total: int, what: str) -> None:
+    def report(done: int, total: int, what: str) -> None:
         most = STEPS + 1
         progress(tried * total + done, most * total, f"trying size {tried + 1} of {most}")
 
-    def attempt(budget: int) -> tuple[list[Job], float]:
+    def attempt(numbers: int) -> tuple[tuple[list[Site], Store], float]:
         nonlocal tried
-        tried, work.progress = tried + 1, told
-        jobs = work.factors(blocks, Store(), errors, budget)
-        smaller = with_factors(model, work.roles, jobs)
-        return jobs, next_token_loss(smaller, work.batches) - before
+        tried, work.progress, work.store = tried + 1, report, Store()
+        sites = work.factors(work.sized(curves, numbers))
+        found = _fitted(work, sites, target, {})
+        smaller = with_factors(model, work.roles, {site: found.factors(site) for site in sites})
+        return (sites, work.store), next_token_loss(smaller, work.batches) - before
 
-    geometry = work.roles.geometry
-    least, most = (
-        least_numbers(work.keys, geometry, work.compressor.sharing),
-        numbers(work.keys, geometry),
-    )
-    jobs, lost = smallest(least, most, limit, attempt)
+    (sites, work.store), lost = smallest(work.least(curves), work.numbers, limit, attempt)
     facts = calibration.facts() | {"loss": before, "loss_increase": lost}
-    return work.compressor.with_fit(jobs, facts)
+    given = None if work.compressor.budget is not None else target
+    return _fitted(work, sites, given, facts)
 
 
 def store_for(
     work: Path,
-    compressor: ActivationTucker,
+    compressor: Compressor,
     folder: Path,
     calibration: Calibration,
     layers: Sequence[int] | None,
     dtype: torch.dtype | None,
+    budget: Budget | None = None,
 ) -> Store:
     """A store in the folder `work` that an interrupted fit of the checkpoint goes on from.
 
@@ -160,6 +213,7 @@ def store_for(
     fingerprint = {
         **Checkpoint(folder).fingerprint(),
         "compressor": list(settings_of(compressor)),
+        "budget": budget.settings if budget else None,
         "calibration": calibration.facts(),
         "layers": None if layers is None else list(layers),
         "dtype": str(dtype),

@@ -4,18 +4,18 @@ Shapes: B sequences, T positions, V words.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tensorllm.calibration.layer import Layer
+from tensorllm.calibration.context import LayerModule
 from tensorllm.calibration.sequences import Batch
-from tensorllm.calibration.source import block_path
-from tensorllm.compressors import Job
+from tensorllm.compressors.base import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
+from tensorllm.tensors.factors import Factors
 
 STEPS = 9
 MILDEST = 1.01  # the smallest ratio that counts as smaller
@@ -74,12 +74,13 @@ def next_token_loss(model: Any, batches: Sequence[Batch]) -> float:
     return total / max(tokens, 1)
 
 
-def with_factors(model: nn.Module, roles: RoleMatrices, jobs: Sequence[Job]) -> nn.Module:
-    """A copy of the model with what the fitted jobs stand for in place of its weights."""
+def with_factors(
+    model: nn.Module, roles: RoleMatrices, factors: Mapping[Site, Factors]
+) -> nn.Module:
+    """A copy of the model with what the factors stand for in place of its weights."""
     smaller = copy.deepcopy(model)
-    for job in jobs:
-        (layer,) = job.site.layers
-        block = smaller.get_submodule(block_path(roles, layer))
-        factors = job.compressor.decompose(torch.empty(0))
-        Layer(roles, layer, block).put(job.site.roles, factors)
+    for site, found in factors.items():
+        (layer,) = site.layers
+        block = smaller.get_submodule(roles.layer_path(layer))
+        LayerModule(roles, layer, block).put(site, found)
     return smaller

@@ -62,12 +62,22 @@ class Store:
         save_file({key: t.contiguous() for key, t in tensors.items()}, temporary)
         temporary.replace(self.path(name))
 
-    def load(self, name: str) -> dict[str, Tensor]:
+    def load(self, name: str, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors saved under `name` whose own names begin with `prefix`."""
         if self.folder is None:
-            return self._held[name]
-        from safetensors.torch import load_file
+            return {key: t for key, t in self._held[name].items() if key.startswith(prefix)}
+        from safetensors import safe_open
 
-        return load_file(self.path(name))
+        with safe_open(self.path(name), framework="pt") as held:
+            return {key: held.get_tensor(key) for key in held.keys() if key.startswith(prefix)}  # noqa: SIM118
+
+    def part(self, name: str, prefix: str) -> dict[str, Tensor]:
+        """The same by their names without the prefix."""
+        return {key.removeprefix(prefix): t for key, t in self.load(name, prefix).items()}
+
+    def holds(self, name: str, prefix: str) -> bool:
+        """Whether a tensor was saved under `name` whose own name begins with `prefix`."""
+        return bool(self.load(name, prefix))
 
     def drop(self, name: str) -> None:
         """Forget a tensor, whether it is there or not."""
@@ -107,17 +117,17 @@ class States:
 
 
 class Counted:
-    """States that tell, before each batch that is read of them, how many were read so far."""
+    """States that report, before each batch that is read of them, how many were read so far."""
 
-    def __init__(self, states: Iterable[Tensor], tell: Callable[[int], None]) -> None:
-        self.states, self.tell, self.read = states, tell, 0
-        tell(0)
+    def __init__(self, states: Iterable[Tensor], report: Callable[[int], None]) -> None:
+        self.states, self.report, self.read = states, report, 0
+        report(0)
 
     def __iter__(self) -> Iterator[Tensor]:
         for hidden in self.states:
             yield hidden
             self.read += 1
-            self.tell(self.read)
+            self.report(self.read)
 
 
 class Sweep:

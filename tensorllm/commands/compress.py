@@ -6,20 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tensorllm.calibration.overlap import refuse_evaluated
+from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.target import check_target
-from tensorllm.commands.allocate import TARGETS, allocated, budget_of
 from tensorllm.commands.models import Loader, device_of, dtype_of
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.card import rewrite_card
-from tensorllm.compression.folder import compress_folder
-from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import compress
-from tensorllm.compression.plan import Plan, plan_folder
+from tensorllm.compression.dry_run import DryRun, dry_run
+from tensorllm.compression.engine import compress, compress_folder
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.compression.report import CompressionReport
-from tensorllm.compression.task import FORMATS, FolderTask, Format
+from tensorllm.compression.task import FORMATS, FolderTask
 from tensorllm.compression.units import open_checkpoint
-from tensorllm.compressors.settings import make_compressor
+from tensorllm.compressors import COMPRESSORS, Compressor
+from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.settings import fields_of, make_compressor
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
@@ -27,6 +29,7 @@ from tensorllm.registry import one_of
 
 # Settings of which one excludes the others: giving one drops the recipe's.
 EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
+LENGTH = 512  # tokens of a calibration sequence, at most
 Evaluate = Callable[[Any, Any, str], dict[str, Any]]
 
 
@@ -68,6 +71,53 @@ class CompressRequest:
     plugins: Sequence[str] = ()
 
 
+def run(
+    request: CompressRequest,
+    progress: Progress = quiet,
+    evaluate: Evaluate | None = None,
+) -> CompressionReport | DryRun:
+    """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
+    load_plugins(request.plugins)
+    recipe = recipe_of(request)
+    check_name(recipe.model)
+    budget = budget_of(recipe.mode, recipe.settings)
+    one_of("--format", request.format, FORMATS)
+    dtype = dtype_of(request.dtype)
+    if request.out is not None:
+        check_target(request.out, overwrite=request.overwrite)
+    if request.stream and request.calibration is None:
+        raise UserError("--stream is for --calibration FILE; without data, disk is streamed always")
+    if request.stream and request.out is None:
+        raise UserError("--stream needs --out FOLDER: what is fitted is kept beside it meanwhile")
+    if budget is None:  # refused before the model is fetched
+        make_compressor(recipe.mode, recipe.settings)
+    source = resolve(recipe.model, request.revision)
+    dataset = scored_on(request, recipe.model)
+    score = None
+    if evaluate is not None and dataset is not None:
+        score = lambda model, tokenizer: evaluate(model, tokenizer, dataset)  # noqa: E731
+    task = FolderTask(
+        source=source.folder,
+        target=request.out,
+        compressor=compressor_of(recipe, budget, source),
+        layers=recipe.layers,
+        budget=budget,
+        calibration=_text(request, source, dtype, dataset),
+        stream=request.stream,
+        format="factored" if request.format == "factored" else "dense",
+        device=device_of(request.device),
+        dtype=dtype,
+        overwrite=request.overwrite,
+        model=source.name,
+        revision=source.revision,
+    )
+    if request.dry_run:
+        return dry_run(task)
+    if request.out is None:
+        return _in_memory(task, source, progress, score)
+    return _to_folder(task, progress, score)
+
+
 def recipe_of(request: CompressRequest) -> Recipe:
     """Recipe file or shipped recipe with the request's own settings put on top."""
     base = None
@@ -98,92 +148,74 @@ def recipe_of(request: CompressRequest) -> Recipe:
     return Recipe(base.name, model, base.mode, layers, kept | given, base.dataset, base.notes)
 
 
-def run(
-    request: CompressRequest,
-    progress: Progress = quiet,
-    evaluate: Evaluate | None = None,
-) -> CompressionReport | Plan:
-    """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
-    load_plugins(request.plugins)
-    recipe = recipe_of(request)
-    check_name(recipe.model)
-    budget = budget_of(recipe.mode, recipe.settings)
-    compressor = budget.compressor() if budget else make_compressor(recipe.mode, recipe.settings)
-    one_of("--format", request.format, FORMATS)
-    dtype = dtype_of(request.dtype)
-    if request.out is not None:
-        check_target(request.out, overwrite=request.overwrite)
-    source = resolve(recipe.model, request.revision)
+def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
+    """The target size among the settings; None where there is none, or the mode takes it itself."""
+    wanted = {name: settings[name] for name in TARGETS if name in settings}
+    return None if not wanted or set(wanted) <= set(fields_of(mode)) else Budget(**wanted)
+
+
+def compressor_of(recipe: Recipe, budget: Budget | None, source: Source) -> Compressor:
+    """The strategy of a recipe; where a budget is to choose its sizes, at the smallest."""
+    if budget is None:
+        return make_compressor(recipe.mode, recipe.settings)
+    rest = {key: value for key, value in recipe.settings.items() if key not in TARGETS}
+    _, roles = open_checkpoint(source.folder)
+    return make_compressor(recipe.mode, COMPRESSORS[recipe.mode].budget_settings(roles.spec, rest))
+
+
+def scored_on(request: CompressRequest, model: str) -> str | None:
+    """The dataset that the result is scored on; refused before any work where it cannot be."""
     if request.evaluate is not None:
         from tensorllm.evaluation.evaluate import make_dataset
 
-        make_dataset(request.evaluate, data_file=request.data_file)  # refused before any work
-    dataset = request.evaluate or short_names().get(recipe.model, {}).get("evaluate")
-    scorer = _scorer(evaluate, dataset)
-    task = FolderTask(
-        source=source.folder,
-        target=request.out or Path(),
-        compressor=compressor,
-        layers=recipe.layers,
-        format=_format(request.format),
-        device=device_of(request.device),
-        dtype=dtype,
-        overwrite=request.overwrite,
-        model=source.name,
-        revision=source.revision,
+        make_dataset(request.evaluate, data_file=request.data_file)
+    return request.evaluate or short_names().get(model, {}).get("evaluate")
+
+
+def _text(
+    request: CompressRequest, source: Source, dtype: Any, dataset: str | None
+) -> Calibration | None:
+    """The calibration text; it must not be what is scored afterwards."""
+    if request.calibration is None:
+        return None
+    loader = Loader(source.folder, dtype)
+    tokenizer = loader.tokenizer()
+    context = getattr(loader.config(), "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, context)
+    text = read_calibration(
+        request.calibration,
+        tokenizer,
+        sequences=request.sequences,
+        length=length,
+        seed=request.seed,
     )
-    if request.stream and request.calibration is None:
-        raise UserError("--stream is for --calibration FILE; without data, disk is streamed always")
-    if request.calibration is not None:
-        from tensorllm.commands.calibrate import calibrated, clear, planned
-
-        if request.dry_run:
-            return planned(task, request.calibration, **_drawn(request))
-        task = calibrated(task, request.calibration, progress=progress, **_drawn(request))
-    if budget is not None:
-        task = allocated(task, budget, progress)
-    if request.dry_run:
-        return plan_folder(task)
-    if request.out is None:
-        return _in_memory(task, source, progress, scorer)
-    report = _to_folder(task, progress, scorer)
-    if request.calibration is not None:
-        clear(task)
-    return report
-
-
-def _drawn(request: CompressRequest) -> dict[str, Any]:
-    """How the calibration text is read; it must not be what is scored afterwards."""
-    from tensorllm.commands.calibrate import accept, refuse_evaluated
-
-    scored = None if request.allow_overlap else request.evaluate
-    return {
-        "sequences": request.sequences,
-        "seed": request.seed,
-        "stream": request.stream,
-        "check": refuse_evaluated(scored, request.data_file) if scored else accept,
-    }
+    if dataset is not None and not request.allow_overlap:
+        refuse_evaluated(text, tokenizer, dataset, request.data_file)
+    return text
 
 
 Score = Callable[[Any, Any], dict[str, Any]]
-
-
-def _scorer(evaluate: Evaluate | None, dataset: str | None) -> Score | None:
-    if evaluate is None or dataset is None:
-        return None
-    return lambda model, tokenizer: evaluate(model, tokenizer, dataset)
 
 
 def _in_memory(
     task: FolderTask, source: Source, progress: Progress, score: Score | None
 ) -> CompressionReport:
     _, roles = open_checkpoint(task.source)  # refuses a broken one before transformers reads it
-    plan_jobs(task.compressor, roles, range(roles.layers) if task.layers is None else task.layers)
+    strategy = task.compressor
+    assert isinstance(strategy, Compressor), "the command line fits nothing beforehand"
+    plan_jobs(strategy, roles, range(roles.layers) if task.layers is None else task.layers)
     loader = Loader(task.source, task.dtype, task.device)
     model = loader()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None
-    report = compress(model, task.compressor, task.layers, progress=progress)
+    report = compress(
+        model,
+        strategy,
+        task.layers,
+        budget=task.budget,
+        calibration=task.calibration,
+        progress=progress,
+    )
     report.model, report.revision = source.name, source.revision
     if score:
         report.evaluation = {"before": before, "after": score(model, tokenizer)}
@@ -196,12 +228,12 @@ def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> Com
     report = compress_folder(task, progress)
     if score:
         before = score(original(), tokenizer)
-        after = score(Loader(task.target, device=task.device)(), tokenizer)
+        after = score(Loader(task.folder, device=task.device)(), tokenizer)
         report.evaluation = {"before": before, "after": after}
-        temporary = task.target / "report.json.tmp"
+        temporary = task.folder / "report.json.tmp"
         temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        temporary.replace(task.target / "report.json")
-        rewrite_card(task.target)
+        temporary.replace(task.folder / "report.json")
+        rewrite_card(task.folder)
     return report
 
 
@@ -209,7 +241,3 @@ def _excluded(key: str, given: Mapping[str, Any]) -> bool:
     return key not in given and any(
         key in group and any(name in given for name in group) for group in EXCLUSIVE
     )
-
-
-def _format(name: str) -> Format:
-    return "factored" if name == "factored" else "dense"

@@ -15,7 +15,7 @@ import torch
 
 from tensorllm.commands.cells import Cell
 from tensorllm.compression.cost import decomposition_seconds
-from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.data.base import DATASETS, VALIDATION
 from tensorllm.evaluation.batching import LOGITS
 from tensorllm.evaluation.protocol import PAPER

@@ -12,7 +12,7 @@ from tensorllm.commands.cells import Cell, cells
 from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.places import check_data, data_file, weights_of
 from tensorllm.commands.search import SearchRequest
-from tensorllm.compression.model import compressed
+from tensorllm.compression.engine import compressed
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset

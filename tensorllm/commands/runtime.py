@@ -9,9 +9,8 @@ from tensorllm.checkpoint.factored import STEM, load, model_class, store_site
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.skeleton import record
-from tensorllm.compression.model import compression_of
+from tensorllm.compression.engine import compression_of
 from tensorllm.compressors import Site
-from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
@@ -46,13 +45,13 @@ def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
     sites = [(d.site, d.factors) for d in compression.sites if d.site.name in wanted]
     replaced = _replaced(model, [site for site, _ in sites])
     placements = install(model, sites)
-    mode, settings = settings_of(compression.compressor)
+    mode, settings = compression.plan.settings
     manifest = Manifest(
         format="factored",
         source={
             "model": getattr(model.config, "_name_or_path", "") or model.config.model_type,
             "revision": getattr(model.config, "_commit_hash", None),
-            "layers": list(compression.layers),
+            "layers": list(compression.plan.layers),
         },
         mode=mode,
         settings=settings,

@@ -11,7 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from tensorllm.commands.search_run import SearchRun
-from tensorllm.compression.jobs import plan_jobs, run_job
+from tensorllm.compression.jobs import decomposed
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.found import Found
 from tensorllm.search.queue import REASON, RESULT
@@ -29,8 +29,7 @@ def write_files(
     for name, text in ((RECIPE, recipe), (RESULTS, json.dumps(results, indent=2) + "\n")):
         with _whole(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    jobs = plan_jobs(point.compressor, run.roles, point.layers)
-    done = [run_job(job, run.roles, run.examiner.weights) for job in jobs]
+    done = decomposed(point.compressor, run.roles, run.examiner.weights, point.layers)
     rows = pq.read_table(folder / TRIALS).to_pylist()
     sites = [asdict(site.report) for site in done]
     save_plots(folder, rows, results, sites, {site.site.name: site.details for site in done})

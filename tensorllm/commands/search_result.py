@@ -8,7 +8,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.commands.search_compose import Step, composed, selection, whole
 from tensorllm.commands.search_run import SearchRun
-from tensorllm.compression.jobs import plan_jobs, run_job
+from tensorllm.compression.jobs import decomposed
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.environment import environment
 from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.search.bank import Edit, edited
@@ -98,9 +99,8 @@ def _final(run: SearchRun, queue: TrialQueue, point: Point) -> dict[str, Any]:
     if known is not None and known["point"] == point.key:
         return dict(known)
     test = run.test
-    jobs = plan_jobs(point.compressor, run.roles, point.layers)
     weights = run.examiner.weights
-    done = [run_job(job, run.roles, weights) for job in jobs]  # as `compress` will do it
+    done = decomposed(point.compressor, run.roles, weights, point.layers)  # as `compress` does
     edits = [Edit(d.site, d.site.unstack(d.factors.dense(), run.roles.geometry), 0.0) for d in done]
     original = known["original"] if known else _score(run, test)
     with edited(edits, run.roles, weights):

@@ -15,8 +15,8 @@ from tensorllm.checkpoint.source import resolve
 from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.commands.search import SearchRequest
-from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.data.base import ReasoningDataModule, Split

@@ -1,17 +1,18 @@
-"""Doing one job: read the matrices of a site, decompose, say how well, write them back."""
+"""Doing one job: read the matrices of a site, decompose, measure the error."""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensorllm.calibration.fit import Fitted
 from tensorllm.compression.details import details_of, error_of_site, norms_of_heads
+from tensorllm.compression.plan import Plan, plan
 from tensorllm.compression.report import SiteReport
-from tensorllm.compressors import Compressor, Job, Site
+from tensorllm.compressors import Compressor, Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.runtime.cost import choose
@@ -20,7 +21,7 @@ from tensorllm.tensors.unfold import all_finite
 
 
 @dataclass(frozen=True, slots=True)
-class Compressed:
+class CompressedSite:
     """A site and the factors that stand for its matrices, in the dtype in which they are stored."""
 
     site: Site
@@ -29,37 +30,28 @@ class Compressed:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_jobs(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int]) -> list[Job]:
-    """The jobs of a compression; whatever does not fit the model is refused before any work."""
-    jobs = compressor.jobs(roles.spec, roles.check_layers(layers))
-    for job in jobs:
-        roles.check_layers(job.site.layers)
-        job.compressor.check(job.site.shape(roles.geometry))
-    matrices = sorted(m for job in jobs for m in job.site.matrices)
-    for one, other in pairwise(matrices):
-        if one == other:
-            raise UserError(f"matrix {one[1]!r} of layer {one[0]} would be compressed twice")
-    return jobs
-
-
 def run_job(
-    job: Job, roles: RoleMatrices, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
-) -> Compressed:
+    site: Site,
+    planned: Plan,
+    roles: RoleMatrices,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> CompressedSite:
     """Decompose one site of `weights`; nothing is written.
 
     Args:
         dtype: in which the factors are stored; that of the weights by default.
     """
-    site = job.site
+    geometry = roles.spec.geometry(site.layers[0])
     w_ID = [_finite(roles, weights, *m) for m in site.matrices]
-    w = site.stack(w_ID, roles.geometry)
+    w = site.stack(w_ID, geometry)
     started = time.perf_counter()
-    factors = cast(job.compressor.decompose(w), dtype or w.dtype)
+    factors = cast(planned.factors(site, w), dtype or w.dtype)
     if w.is_cuda:
         torch.cuda.synchronize(w.device)
     seconds = time.perf_counter() - started
-    norms = norms_of_heads(site, w, w_ID, factors, roles.geometry)
-    choice = choose(site, factors, roles.geometry, "auto")
+    norms = norms_of_heads(site, w, w_ID, factors, geometry)
+    choice = choose(site, factors, geometry, "auto")
     report = SiteReport(
         name=site.name,
         layers=site.layers,
@@ -74,14 +66,18 @@ def run_job(
         seconds=seconds,
         auto=f"{'factored' if choice.factored else 'dense'}: {choice.why}",
     )
-    return Compressed(site, factors, report, details_of(site, w, factors, norms))
+    return CompressedSite(site, factors, report, details_of(site, w, factors, norms))
 
 
-def write_dense(done: Compressed, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> None:
-    """Put the matrices that the factors stand for into `weights`, in place."""
-    matrices = done.site.unstack(done.factors.dense(), roles.geometry)
-    for (layer, role), w_ID in zip(done.site.matrices, matrices, strict=True):
-        roles.write(weights, layer, role, w_ID)
+def decomposed(
+    strategy: Compressor | Fitted,
+    roles: RoleMatrices,
+    weights: Mapping[str, Tensor],
+    layers: Sequence[int] | None = None,
+) -> list[CompressedSite]:
+    """All sites of a strategy as `compress` would decompose them; nothing is written."""
+    planned = plan(strategy, roles, layers)
+    return [run_job(site, planned, roles, weights) for site in planned.sites]
 
 
 def _finite(roles: RoleMatrices, weights: Mapping[str, Tensor], layer: int, role: str) -> Tensor:

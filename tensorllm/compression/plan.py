@@ -1,94 +1,111 @@
-"""What a compression would do and cost, told before any weight is read."""
+"""What a compression will do: which sites, and where the factors of each come from."""
 
-from dataclasses import asdict, dataclass
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from tensorllm.compression.cost import decomposition_seconds, gemm_speed
-from tensorllm.compression.jobs import plan_jobs
-from tensorllm.compression.task import FolderTask
-from tensorllm.compression.units import open_checkpoint, units
-from tensorllm.compressors import Job
-from tensorllm.tensors.stacking import Geometry
+from torch import Tensor
 
-# Memory, fitted to one run: GPT-J's sizes in bfloat16 at (304, 19, 2) peaked at 1.69 GiB.
-BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers
-WORKING_COPIES = 2  # float32 copies of a stacked tensor that are alive at once
-DISK = 400e6  # bytes read or written in a second, checked and hashed; an ordinary SSD
+from tensorllm.calibration.fit import Fitted
+from tensorllm.compressors import COMPRESSORS, Compressor, Job, Leaf, Site
+from tensorllm.compressors.settings import settings_of
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
+from tensorllm.tensors.factors import Factors
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSite:
-    """A site and its parameters before and after; None where only the decomposition can tell."""
-
-    name: str
-    shape: tuple[int, ...]
-    parameters_before: int
-    parameters_after: int | None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
-    """What `--dry-run` prints.
+    """What a compression will do: sites, and where the factors of each come from.
 
     Attributes:
-        seconds: predicted for decompositions at the GEMM speed of this machine, and for reading
-            and writing at `DISK` bytes per second; None where a fit to text comes first.
-        peak_bytes: predicted peak of resident memory.
+        strategy: as it decomposes, or as it was fitted.
+        layers: those that were asked for.
     """
 
-    sites: list[PlannedSite]
-    parameters_before: int
-    parameters_after: int | None
-    bytes_before: int
-    bytes_after: int | None
-    seconds: float | None
-    peak_bytes: int
+    strategy: Compressor | Fitted
+    layers: tuple[int, ...]
+    jobs: list[Job]
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
-        out = asdict(self)
-        for site, record in zip(self.sites, out["sites"], strict=True):
-            after = site.parameters_after
-            record["compression_ratio"] = site.parameters_before / after if after else None
-        return out
+    @property
+    def sites(self) -> list[Site]:
+        if isinstance(self.strategy, Fitted):
+            return list(self.strategy.sites)
+        return [job.site for job in self.jobs]
+
+    @property
+    def settings(self) -> tuple[str, dict[str, Any]]:
+        """The mode's name and its settings, for reports and manifests."""
+        if isinstance(self.strategy, Fitted):
+            return self.strategy.settings
+        return settings_of(self.strategy)
+
+    def factors(self, site: Site, w: Tensor) -> Factors:
+        """The factors of a site; `w` is its tensor."""
+        if isinstance(self.strategy, Fitted):
+            return self.strategy.factors(site)
+        (leaf,) = (job.compressor for job in self.jobs if job.site == site)
+        assert isinstance(leaf, Leaf), "what is not fitted was refused by `plan`"
+        return leaf.decompose(w)
+
+    def changed(self, roles: RoleMatrices) -> dict[str, tuple[int, str]]:
+        """Norms and biases that were fitted too: name -> layer and name below it."""
+        if not isinstance(self.strategy, Fitted):
+            return {}
+        return {
+            f"{roles.layer_path(layer)}.{name}": (layer, name)
+            for layer in self.strategy.layers
+            for name in self.strategy.parameters(layer)
+        }
+
+    def parameter(self, layer: int, name: str) -> Tensor:
+        """One of `changed`."""
+        assert isinstance(self.strategy, Fitted)
+        return self.strategy.parameters(layer)[name]
 
 
-def plan_folder(task: FolderTask, stored: int | None = None) -> Plan:
-    """The plan of a task; it is checked as the task itself would be.
+def plan_jobs(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int]) -> list[Job]:
+    """The jobs of a compression; whatever does not fit the model is refused before any work."""
+    jobs = compressor.jobs(roles.spec, roles.check_layers(layers))
+    for job in jobs:
+        roles.check_layers(job.site.layers)
+        job.compressor.check(job.site.shape(roles.spec.geometry(job.site.layers[0])))
+    _refuse_overlap([job.site for job in jobs])
+    return jobs
+
+
+def plan(strategy: Compressor | Fitted, roles: RoleMatrices, layers: Sequence[int] | None) -> Plan:
+    """The plan of a strategy for a model.
 
     Args:
-        stored: numbers that all sites will hold together, where that is known beforehand.
+        layers: counted from 0; all by default, or those that a fit was made for.
+
+    Raises:
+        UserError: settings that do not fit the model, a strategy that needs a text, or a fit to
+            other layers.
     """
-    checkpoint, roles = open_checkpoint(task.source)
-    layers = tuple(range(roles.layers)) if task.layers is None else tuple(task.layers)
-    jobs = plan_jobs(task.compressor, roles, layers)
-    sites = [_planned(job, roles.geometry) for job in jobs]
-    known = [site.parameters_after for site in sites]
-    if None not in known:
-        stored = sum(n or 0 for n in known)
-    before = checkpoint.parameters
-    width = task.dtype.itemsize if task.dtype is not None else checkpoint.bytes / before
-    rest = before - sum(site.parameters_before for site in sites)
-    after = None if stored is None else rest + stored
-    written = before if task.format == "dense" else after
-    largest = max(prod(site.shape) for site in sites)
-    work = units(checkpoint, roles, jobs)
-    heaviest = max(sum(checkpoint.entries[n].bytes for n in unit.names) for unit in work)
-    work_seconds = decomposition_seconds((site.shape for site in sites), gemm_speed())
-    traffic = checkpoint.bytes + (width * (written or before))
-    return Plan(
-        sites=sites,
-        parameters_before=before,
-        parameters_after=after,
-        bytes_before=checkpoint.bytes,
-        bytes_after=None if written is None else round(width * written),
-        seconds=work_seconds + traffic / DISK,
-        peak_bytes=BASE_BYTES + task.shard_bytes + 2 * heaviest + WORKING_COPIES * 4 * largest,
-    )
+    if isinstance(strategy, Fitted):
+        wanted = strategy.layers if layers is None else tuple(layers)
+        if sorted(roles.check_layers(wanted)) != sorted(strategy.layers):
+            raise UserError(
+                f"this strategy was fitted to layers {sorted(strategy.layers)}, "
+                f"not {sorted(wanted)}"
+            )
+        return Plan(strategy, tuple(wanted), [])
+    wanted = tuple(range(roles.layers)) if layers is None else tuple(layers)
+    jobs = plan_jobs(strategy, roles, wanted)
+    unfitted = [job.compressor for job in jobs if job.compressor.needs != "weights"]
+    if unfitted:
+        mode = COMPRESSORS.name_of(type(unfitted[0]))
+        raise UserError(
+            f"mode {mode!r} is fitted to text: give --calibration FILE (or calibration= in Python)"
+        )
+    return Plan(strategy, wanted, jobs)
 
 
-def _planned(job: Job, geometry: Geometry) -> PlannedSite:
-    shape = job.site.shape(geometry)
-    after = job.compressor.stored_parameters(shape)
-    return PlannedSite(job.site.name, shape, prod(shape), after)
+def _refuse_overlap(sites: Sequence[Site]) -> None:
+    matrices = sorted(m for site in sites for m in site.matrices)
+    for one, other in pairwise(matrices):
+        if one == other:
+            raise UserError(f"matrix {one[1]!r} of layer {one[0]} would be compressed twice")

@@ -14,25 +14,25 @@ from tensorllm.checkpoint.reader import Checkpoint, small_files
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.compression.details import DETAILS
+from tensorllm.compression.plan import Plan
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters, site_report
 from tensorllm.compression.task import FolderTask
-from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import environment, versions
 from tensorllm.models import RoleMatrices
 
 
 def publish(
     task: FolderTask,
+    plan: Plan,
     checkpoint: Checkpoint,
     roles: RoleMatrices,
-    layers: tuple[int, ...],
     writer: ShardWriter,
     started: float,
 ) -> CompressionReport:
     """Write what goes beside the shards, and let the folder appear under its name."""
     weights, files = writer.name_files(), writer.files
     notes = [note for note in writer.finished.values() if note]
-    mode, settings = settings_of(task.compressor)
+    mode, settings = plan.settings
     sites = [site_report(record) for note in notes for record in note["reports"]]
     size = sum(facts["bytes"] for facts in files.values())
     parameters = checkpoint.parameters
@@ -41,7 +41,7 @@ def publish(
         revision=task.revision,
         mode=mode,
         settings=settings,
-        layers=layers,
+        layers=plan.layers,
         dtype=str(task.dtype or checkpoint.dtype).removeprefix("torch."),
         format=task.format,
         sites=sites,
@@ -53,7 +53,7 @@ def publish(
         environment=environment(),
     )
     _copy_small_files(task, writer, weights)
-    writer.write_json(MANIFEST, _manifest(task, layers, notes, files).to_json())
+    writer.write_json(MANIFEST, _manifest(task, plan, notes, files).to_json())
     values = report.to_json()
     writer.write_json(REPORT, values)
     details = [record for note in notes for record in note["details"]]
@@ -67,14 +67,14 @@ def publish(
 
 def _manifest(
     task: FolderTask,
-    layers: tuple[int, ...],
+    plan: Plan,
     notes: Sequence[Mapping[str, Any]],
     files: dict[str, dict[str, Any]],
 ) -> Manifest:
-    mode, settings = settings_of(task.compressor)
+    mode, settings = plan.settings
     return Manifest(
         format=task.format,
-        source={"model": task.name, "revision": task.revision, "layers": list(layers)},
+        source={"model": task.name, "revision": task.revision, "layers": list(plan.layers)},
         mode=mode,
         settings=settings,
         versions=versions(),

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from tensorllm.checkpoint.target import check_target
-from tensorllm.compression.folder import compress_folder
-from tensorllm.compression.model import Compression, compression_of
+from tensorllm.compression.engine import Compression, compress_folder, compression_of
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask, Format
 from tensorllm.errors import UserError
@@ -53,8 +52,8 @@ def save(
         task = FolderTask(
             source=Path(folder),
             target=target,
-            compressor=compression.compressor,
-            layers=compression.layers,
+            compressor=compression.plan.strategy,
+            layers=compression.plan.layers,
             format=format,
             overwrite=overwrite,
             model=getattr(model.config, "_name_or_path", "") or model.config.model_type,

@@ -7,9 +7,12 @@ from typing import Literal
 
 import torch
 
+from tensorllm.calibration.fit import Fitted
+from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.writer import SHARD_BYTES
-from tensorllm.compression.jobs import Compressed
+from tensorllm.compression.jobs import CompressedSite
 from tensorllm.compressors import Compressor
+from tensorllm.compressors.budget import Budget
 
 Format = Literal["dense", "factored"]
 FORMATS = ("dense", "factored")
@@ -20,6 +23,10 @@ class FolderTask:
     """What is to be made of a checkpoint.
 
     Attributes:
+        target: the folder to make; a plan needs none.
+        budget: a target size, where the strategy has none of its own.
+        calibration: the text that the strategy is fitted to.
+        stream: fit with one layer in memory at a time, read from disk.
         device: where decompositions run.
         dtype: of the written weights; that of each stored tensor by default.
         model: the name that reports give the model; the folder by default.
@@ -28,19 +35,28 @@ class FolderTask:
     """
 
     source: Path
-    target: Path
-    compressor: Compressor
+    target: Path | None = None
+    compressor: Compressor | Fitted
     layers: Sequence[int] | None = None
+    budget: Budget | None = None
+    calibration: Calibration | None = None
+    stream: bool = False
     format: Format = "dense"
     device: str = "cpu"
     dtype: torch.dtype | None = None
     overwrite: bool = False
     model: str | None = None
     revision: str | None = None
-    done: Mapping[str, Compressed] = field(default_factory=dict)
+    done: Mapping[str, CompressedSite] = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
 
     @property
     def name(self) -> str:
         """What reports call the model."""
         return self.model or str(self.source)
+
+    @property
+    def folder(self) -> Path:
+        """The folder to make, of a task that makes one."""
+        assert self.target is not None, "only a plan needs no folder"
+        return self.target

@@ -12,21 +12,23 @@ from tensorllm.checkpoint.factored import rest_of, store_site
 from tensorllm.checkpoint.grouping import sharing
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.compression.jobs import run_job, write_dense
+from tensorllm.compression.jobs import run_job
+from tensorllm.compression.plan import Plan
 from tensorllm.compression.task import FolderTask
-from tensorllm.compressors import Job
+from tensorllm.compressors import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import all_finite
+from tensorllm.weights import write_dense
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Jobs that share stored parameters, with all the parameters that they touch."""
+    """Sites that share stored parameters, with all the parameters that they touch."""
 
     name: str
     names: list[str]
-    jobs: list[Job]
+    sites: list[Site]
 
 
 def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
@@ -40,26 +42,27 @@ def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
     return checkpoint, roles
 
 
-def units(checkpoint: Checkpoint, roles: RoleMatrices, jobs: Iterable[Job]) -> list[Unit]:
-    """All of the checkpoint as units of work: the jobs first, then what is only copied."""
-    groups = sharing(jobs, lambda job: {roles.name(*matrix) for matrix in job.site.matrices})
-    out = [Unit(together[0].site.name, sorted(names), together) for names, together in groups]
+def units(checkpoint: Checkpoint, roles: RoleMatrices, sites: Iterable[Site]) -> list[Unit]:
+    """All of the checkpoint as units of work: the sites first, then what is only copied."""
+    groups = sharing(sites, lambda site: {roles.name(*matrix) for matrix in site.matrices})
+    out = [Unit(together[0].name, sorted(names), together) for names, together in groups]
     touched = {name for unit in out for name in unit.names}
     out += [Unit(name, [name], []) for name in checkpoint.entries if name not in touched]
     return out
 
 
 def run_unit(
-    unit: Unit, task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices
+    unit: Unit, plan: Plan, task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors to write for a unit, and a note for the manifest and the report."""
     weights = checkpoint.read(unit.names)
-    if unit.jobs:
+    if unit.sites:
         weights = {name: w.to(task.device) for name, w in weights.items()}
     note: dict[str, Any] = {"sites": [], "reports": [], "replaced": {}, "rest": {}}
-    dtype = task.dtype if unit.jobs else None
+    dtype = task.dtype if unit.sites else None
     done = [
-        task.done.get(job.site.name) or run_job(job, roles, weights, dtype) for job in unit.jobs
+        task.done.get(site.name) or run_job(site, plan, roles, weights, dtype)
+        for site in unit.sites
     ]
     note["reports"] = [asdict(compressed.report) for compressed in done]
     note["details"] = [compressed.details for compressed in done]
@@ -69,7 +72,7 @@ def run_unit(
             stored, tensors = store_site(compressed.site, compressed.factors)
             note["sites"].append(asdict(stored))
             out |= tensors
-        matrices = [matrix for job in unit.jobs for matrix in job.site.matrices]
+        matrices = [matrix for site in unit.sites for matrix in site.matrices]
         for key, w_ID in rest_of(roles, weights, matrices).items():
             out[f"rest.{key}"] = w_ID
             note["rest"][key] = f"rest.{key}"
@@ -78,12 +81,19 @@ def run_unit(
             note["replaced"][name] = {"shape": list(w.shape), "dtype": kept}
     else:
         for compressed in done:
-            write_dense(compressed, roles, weights)
+            write_dense(compressed.site, compressed.factors, roles, weights)
         out = weights
-    for name, w in weights.items():  # what a job reads it checks itself
-        if not unit.jobs and w.is_floating_point() and not all_finite(w):
-            raise UserError(f"{name} has NaN or infinite values")
+    if not unit.sites:
+        out = {name: _copied(name, w, plan, roles) for name, w in weights.items()}
     return {name: _stored(t, task.dtype) for name, t in out.items()}, note
+
+
+def _copied(name: str, w: Tensor, plan: Plan, roles: RoleMatrices) -> Tensor:
+    """A parameter that no site touches: as it is, or as a fit has changed it."""
+    if w.is_floating_point() and not all_finite(w):  # what a job reads it checks itself
+        raise UserError(f"{name} has NaN or infinite values")
+    changed = plan.changed(roles)
+    return plan.parameter(*changed[name]).to(w.dtype) if name in changed else w
 
 
 def _stored(t: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,6 +1,5 @@
 """Compression strategies, one file each. Importing this package registers them."""
 
-from tensorllm.compressors.activation import ActivationHybrid, ActivationTucker
 from tensorllm.compressors.base import (
     COMPRESSORS,
     Composite,
@@ -11,6 +10,7 @@ from tensorllm.compressors.base import (
     MatrixStatistics,
     Site,
 )
+from tensorllm.compressors.calibrated.activation import ActivationHybrid, ActivationTucker
 from tensorllm.compressors.hybrid import Hybrid
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.per_layer import PerLayer

@@ -7,13 +7,14 @@ writes, counts, searches, budgets, saves or runs works on this contract, never o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from tensorllm.compressors.budget import Budget
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import Registry
@@ -21,6 +22,7 @@ from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry
 
 Needs = Literal["weights", "activations", "gradients"]
+GradientOf = Literal["outputs", "loss"]
 Value = int | float | str  # of one dimension of a search
 
 
@@ -107,16 +109,36 @@ class LayerContext(Protocol):
     def geometry(self) -> Geometry: ...
 
     @property
-    def sites(self) -> tuple[Site, ...]:
-        """The sites of this layer that the strategy planned, or that a budget chose."""
+    def sites(self) -> "Mapping[Site, Size | None]":
+        """The strategy's sites of this layer, as they were planned or as a budget chose them, each
+        with its size on the curve (None without a budget), in the order in which they run."""
         ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def weight(self, role: str) -> Tensor:
         """The original's role matrix (I, D)."""
         ...
 
+    def compressed_weight(self, role: str) -> Tensor:
+        """That of the compressed layer, as it is now."""
+        ...
+
     def statistics(self, site: Site) -> list[MatrixStatistics]:
         """Of the original's inputs, one per matrix of the site."""
+        ...
+
+    def input_covariance(self, role: str) -> Tensor:
+        """E[x xᵀ] (X, X) of the original's inputs, float64."""
+        ...
+
+    def gradient_covariance(self, roles: Sequence[str]) -> Tensor:
+        """E[g gᵀ] over the joint outputs of roles that read one input, float64."""
+        ...
+
+    def shifted_covariances(self, role: str) -> tuple[Tensor, Tensor]:
+        """E[x yᵀ] and E[y yᵀ], x the original's and y the compressed model's input, float64."""
         ...
 
     def original_inputs(self, role: str) -> Iterator[Tensor]:
@@ -127,17 +149,37 @@ class LayerContext(Protocol):
         """(N, X) per batch: what the compressed model gives it, with all that was `put` so far."""
         ...
 
-    def original_output(self) -> Iterator[Tensor]:
-        """(B, T, D) per batch: hidden states after the original's layer, on its own inputs."""
-        ...
-
-    def compressed_output(self) -> Iterator[Tensor]:
-        """(B, T, D) per batch: those of the compressed layer, on what the compressed model gives
-        it; gradients flow to what the layer's parameters were replaced by."""
-        ...
-
     def put(self, site: Site, factors: Factors) -> None:
-        """Let factors take the place of the compressed layer's matrices."""
+        """Let factors, rounded as they are stored, take the place of the compressed layer's
+        matrices."""
+        ...
+
+    def output_error(self, roles: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
+        """How far the compressed layer's output is from the original's.
+
+        Returns:
+            The squared distance per token relative to the output's squared size, and its gradient
+            (float32) by the role matrices (I, D) of `roles` as they are now.
+        """
+        ...
+
+    def output_loss(
+        self, batch: int, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The same distance on one batch as a scalar that gradients flow from.
+
+        Args:
+            batch: 0 to `batches` - 1.
+            weights: role matrices (I, D) to run with.
+            parameters: other parameters of the layer to run with, by their names below it.
+        """
+        ...
+
+    @property
+    def batches(self) -> int: ...
+
+    def other_parameters(self) -> dict[str, Tensor]:
+        """Norms and biases of the layer, by their names below it."""
         ...
 
 
@@ -157,19 +199,25 @@ class Dimension:
     log: bool = True
 
 
-@dataclass(frozen=True, eq=False)
-class ErrorCurve:
+class ErrorCurve(NamedTuple):
     """What every size of a site stores and what error it leaves.
+
+    Shapes: N sizes, C integers that say one size (ranks, as a rule).
 
     Attributes:
         cost_N: numbers stored, ascending.
         error_N: error left, descending, in a unit that all sites of one run share.
-        at: index -> the leaf of that size for this site; None leaves the site as it is.
+        sizes_NC: the sizes, for `Leaf.at_size` or `LayerContext.sizes`; all 0 leaves the site as
+            it is.
     """
 
     cost_N: Tensor
     error_N: Tensor
-    at: Callable[[int], "Leaf | None"]
+    sizes_NC: Tensor
+
+
+Size = tuple[int, ...]
+Ways = list[list["Job"]]  # ways in which matrices that read one input may be grouped into sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +225,7 @@ class Job:
     """One decomposition: a site, and the strategy that makes its factors."""
 
     site: Site
-    compressor: "Leaf"
+    compressor: "Leaf | LayerFit"
 
 
 class Compressor(ABC):
@@ -206,6 +254,17 @@ class Compressor(ABC):
     def stored_parameters(self, shape: tuple[int, ...]) -> int | None:
         """Numbers that the factors will hold, or None where only the decomposition can tell."""
         del shape
+        return None
+
+    @property
+    def gradient_of(self) -> GradientOf:
+        """Whose gradients `needs = "gradients"` means: of the layer's output (one layer in memory
+        at a time), or of the model's loss (the whole model, backwards)."""
+        return "outputs"
+
+    @property
+    def budget(self) -> Budget | None:
+        """The target size among the strategy's own settings; None: it is told its sizes."""
         return None
 
     @classmethod
@@ -274,6 +333,10 @@ class Leaf(Compressor):
             f"{type(self).__name__} cannot be shrunk to a target size: it has no error curve"
         )
 
+    def at_size(self, site: Site, size: Size) -> "Leaf":
+        """The leaf of one size of the curve, which plans a job for this site alone."""
+        raise AssertionError(f"{type(self).__name__} has no curve, so no size {size} of {site}")
+
     def covering(self, others: "Sequence[Leaf]", shape: tuple[int, ...]) -> Self | None:
         """A leaf whose factors of a tensor of this shape hold those of `self` and of all `others`.
 
@@ -292,19 +355,60 @@ class Composite(Compressor):
     """A strategy that plans jobs for others and decomposes nothing itself."""
 
 
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """What a `LayerFit` made of one layer.
+
+    Attributes:
+        factors: of the layer's sites; what has none stays as it is.
+        parameters: other parameters of the layer that were changed (norms, biases), by their names
+            below the layer.
+    """
+
+    factors: Mapping[Site, Factors]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class LayerFit(Compressor):
     """A strategy that fits the matrices of a layer to what goes through it, layer after layer."""
 
     needs: ClassVar[Needs] = "activations"
 
     @abstractmethod
-    def fit_layer(self, context: LayerContext) -> Mapping[Site, Factors]:
-        """Factors of matrices of one layer; what has no factors stays as it is.
+    def fit_layer(self, context: LayerContext) -> LayerResult:
+        """The factors of one layer's sites, `put` into the compressed layer too.
 
         Args:
             context: the layer, the original's and the compressed model's inputs of it, the
                 original's output, covariances, and, where a budget was shared out, the sizes.
         """
+
+    def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
+        """How a budget may group the layer's matrices into sites, for each set of matrices that may
+        be grouped: by default as they were planned."""
+        del geometry, layer
+        return [[[Job(site, self)]] for site in sites]
+
+    def curves(self, sites: Sequence[Site], context: LayerContext) -> Mapping[Site, ErrorCurve]:
+        """The error left at every size of sites of one layer, for a budget.
+
+        Raises:
+            UserError: the strategy has no curves.
+        """
+        del sites, context
+        raise UserError(
+            f"{type(self).__name__} cannot be shrunk to a target size: it has no error curve"
+        )
+
+    def passes(self, sites: Sequence[Site]) -> int:
+        """How often a fit runs the compressed layer on the text; for the time that is left."""
+        del sites
+        return 1
+
+    def least_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int | None:
+        """Numbers stored at the smallest sizes; None: only the curves can tell."""
+        del spec, layers
+        return None
 
 
 COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", group="tensorllm.compressors")

@@ -9,6 +9,7 @@ from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.tucker import Layout, SharedTucker4D
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.tensors.stacking import FFN
 
 
 @COMPRESSORS.register("hybrid", aliases=("4D_Tucker_laser",))
@@ -49,6 +50,17 @@ class Hybrid(Composite):
         )
         fields = {"rho": self.rho, "rank": self.rank, "matrices": self.matrices}
         return attention, _own(LaserSVD, self.ffn, fields)
+
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        given = dict(settings)
+        if "attention" not in given:
+            own = {name: given[name] for name in ("layout",) if name in given}
+            given = SharedTucker4D.budget_settings(spec, own) | given
+        if "ffn" not in given:
+            ffn = {"matrices": tuple(role for role in spec.roles if role in FFN)}
+            given = LaserSVD.budget_settings(spec, ffn) | given
+        return given
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         attention, ffn = self.parts()

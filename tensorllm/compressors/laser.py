@@ -1,16 +1,25 @@
 """LASER: single matrices replaced by their best low-rank approximation."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Job, Leaf, MatrixStatistics, Site
+from tensorllm.compressors.base import (
+    COMPRESSORS,
+    ErrorCurve,
+    Job,
+    Leaf,
+    MatrixStatistics,
+    Site,
+    Size,
+)
 from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
+from tensorllm.tensors.energy import matrix_energy
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
 from tensorllm.tensors.stacking import ATTENTION, FFN
@@ -64,6 +73,10 @@ class LaserSVD(Leaf):
             for role in self.matrices
         ]
 
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"rank": 1, "matrices": spec.roles} | dict(settings)
+
     def check(self, shape: tuple[int, ...]) -> None:
         if self.rank is not None and self.rank > min(shape):
             raise UserError(f"rank must be in 1..{min(shape)}, got {self.rank}")
@@ -75,6 +88,16 @@ class LaserSVD(Leaf):
         """Factors of a role matrix (I, D)."""
         self.check(tuple(w.shape))
         return truncated_svd(w, self._rank(tuple(w.shape)), method=self.method, seed=self.seed)
+
+    def curve(
+        self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+    ) -> ErrorCurve:
+        (u, v) = w.shape
+        curve, sizes_NC = matrix_energy(w).curve(lambda ranks_NC: ranks_NC[:, 0] * (u + v))
+        return ErrorCurve(*curve, sizes_NC)
+
+    def at_size(self, site: Site, size: Size) -> "LaserSVD":
+        return replace(self, rho=None, rank=size[0], matrices=site.roles)
 
     def _rank(self, shape: tuple[int, ...]) -> int:
         if self.rank is not None:

@@ -3,17 +3,27 @@
 Shapes: D model width, K head width, M = 2g+2 matrices per group, G groups (= heads where g = 1).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Job, Leaf, MatrixStatistics, Site
+from tensorllm.compressors.base import (
+    COMPRESSORS,
+    ErrorCurve,
+    Job,
+    Leaf,
+    MatrixStatistics,
+    Site,
+    Size,
+)
 from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
+from tensorllm.tensors.energy import tucker_energy, tucker_stored
 from tensorllm.tensors.factors import Tucker
 from tensorllm.tensors.ranks import (
     check_ranks,
@@ -71,6 +81,10 @@ class TuckerSettings(Leaf):
         if self.ranks is not None:
             object.__setattr__(self, "ranks", tuple(self.ranks))
 
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"ranks": (1,) * len(cls.modes)} | dict(settings)
+
     def check(self, shape: tuple[int, ...]) -> None:
         if self.ranks is not None:
             check_ranks(self.ranks, [shape[n] for n in self.modes])
@@ -86,6 +100,16 @@ class TuckerSettings(Leaf):
         ranks = self.ranks if self.ranks is not None else self._wanted_ranks(w)
         by_mode = dict(zip(self.modes, ranks, strict=True))
         return tucker(w, by_mode, sweeps=self.sweeps, tol=self.tol, method=self.solver)
+
+    def curve(
+        self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+    ) -> ErrorCurve:
+        stored = partial(tucker_stored, tuple(w.shape))
+        curve, sizes_NC = tucker_energy(w, self.modes).curve(stored)
+        return ErrorCurve(*curve, sizes_NC)
+
+    def at_size(self, site: Site, size: Size) -> "TuckerSettings":
+        return replace(self, ranks=size, energy=None, error=None)
 
     def _wanted_ranks(self, w: Tensor) -> tuple[int, ...]:
         """The smallest ranks that keep the wanted energy, mode by mode."""
@@ -133,6 +157,9 @@ class PerMatrixTucker3D(TuckerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "matrices", check_roles(self.matrices, ATTENTION))
+
+    def at_size(self, site: Site, size: Size) -> "PerMatrixTucker3D":
+        return replace(self, ranks=size, energy=None, error=None, matrices=site.roles)
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         stacking = "head" if self.layout == "paper" else "official-head"

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tensorllm.compression.model import compress
+from tensorllm.compression.engine import compress
 from tensorllm.compressors.base import Compressor
 from tensorllm.compressors.settings import settings_of
 from tensorllm.data.base import ReasoningDataModule

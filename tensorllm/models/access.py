@@ -41,6 +41,10 @@ class RoleMatrices:
         block = self.architecture.block.format(i=layer)
         return f"{self._prefix}{block}.{stored.path}.weight"
 
+    def layer_path(self, layer: int) -> str:
+        """Name of the layer's module in the model."""
+        return f"{self._prefix}{self.architecture.block.format(i=layer)}"
+
     def read(self, weights: Mapping[str, Tensor], layer: int, role: str) -> Tensor:
         """The role matrix `(I, D)`, in the stored dtype; a view where it can be one."""
         return self._part(weights[self.name(layer, role)], role).reshape(-1, self.geometry.D)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from tensorllm.errors import UserError
 from tensorllm.registry import Registry
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
 
 Task = Literal["causal", "masked"]
-FALLING = ("o", "out")  # roles that lead back to the model width; the others rise from it
+FALLING = OUTPUT_PROJECTIONS
 
 
 @dataclass(frozen=True, slots=True)

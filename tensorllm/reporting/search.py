@@ -104,18 +104,3 @@ def _selection(gain: Mapping[str, Any]) -> str:
         f"gain on validation {gain['gain']:+.1f} points, of which selection alone is worth "
         f"{gain['optimism']:.1f} (95 % of resamples {low:.1f} to {high:.1f})"
     )
-
-
-def energy_tables(results: Mapping[str, Any]) -> RenderableType:
-    """Ranks of each site by each rule."""
-    table = new_table("site", *results["rules"], number_from=99)
-    for row, site in enumerate(results["sites"]):
-        ranks = (rule["ranks"][row] for rule in results["rules"].values())
-        table.add_row(site, *("as it is" if of is None else ",".join(map(str, of)) for of in ranks))
-    for name in ("ratio", "error"):
-        table.add_row(name, *(f"{rule[name]:.4g}" for rule in results["rules"].values()))
-    return Group(
-        f"ranks of {results['model']} from its weights alone; best.yaml has those of "
-        f"{results['chosen']!r}",
-        table,
-    )

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tensorllm.compression.plan import Plan
+from tensorllm.compression.dry_run import DryRun
 from tensorllm.compression.report import RATIO_NAMES, CompressionReport
 from tensorllm.metrics import MAIN, SHOWN
 
@@ -35,7 +35,7 @@ def _policy(report: CompressionReport) -> str:
     )
 
 
-def plan_table(plan: Plan) -> RenderableType:
+def plan_table(plan: DryRun) -> RenderableType:
     """What a run would do, for `--dry-run`."""
     table = new_table("site", "shape", "parameters", "after", "ratio", number_from=2)
     for site in plan.sites:
@@ -167,9 +167,9 @@ def _known(value: int | None, show: Any) -> str:
     return "by result" if value is None else show(value)
 
 
-def result_tables(result: CompressionReport | Plan) -> RenderableType:
+def result_tables(result: CompressionReport | DryRun) -> RenderableType:
     """The tables of whatever `tensorllm compress` gave."""
-    return plan_table(result) if isinstance(result, Plan) else compression_tables(result)
+    return plan_table(result) if isinstance(result, DryRun) else compression_tables(result)
 
 
 def rows_table(rows: list[dict[str, str]]) -> RenderableType:

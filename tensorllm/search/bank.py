@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorllm.compressors import Compressor, Job, LaserSVD, Site
+from tensorllm.compressors import Compressor, Job, LaserSVD, Leaf, Site
 from tensorllm.compressors.tucker import TuckerSettings
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, LowRank, Tucker, cast
@@ -77,6 +77,7 @@ class Bank:
         kind = self._largest.get(job.site)
         if kind is None:  # a strategy whose decompositions do not nest
             self.decompositions += 1
+            assert isinstance(job.compressor, Leaf), "what is fitted to a text was refused"
             return job.compressor.decompose(w)
         if job.site not in self._factors:
             self._factors[job.site] = self._enlarged(kind, tuple(w.shape)).decompose(w)

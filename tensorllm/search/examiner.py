@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.data.example import Example
 from tensorllm.evaluation.causal import Batch

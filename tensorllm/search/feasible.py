@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 
-from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices

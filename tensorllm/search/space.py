@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError

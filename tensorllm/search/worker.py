@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tensorllm.compression.jobs import plan_jobs
+from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.registry import one_of
@@ -49,7 +49,7 @@ class Rules:
     min_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("--objective", self.objective, (*OBJECTIVES, "energy"))
+        one_of("--objective", self.objective, OBJECTIVES)
         if self.level is not None and not 0 <= self.level < 1:
             raise UserError(f"--stop-level must be in [0, 1), got {self.level}")
         if self.max_error is not None and self.max_error <= 0:

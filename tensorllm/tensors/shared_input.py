@@ -17,6 +17,12 @@ from tensorllm.tensors.stacking import STACKINGS, Geometry, Stacking
 READERS = (("q", "k", "v"), ("in", "gate"))  # roles that read the same input
 
 
+def reading_together(roles: Sequence[str]) -> list[tuple[str, ...]]:
+    """The roles in sets that read the same input, in the order in which a layer runs."""
+    attention, ffn = (tuple(r for r in readers if r in roles) for readers in READERS)
+    return [keys for keys in (attention, ("o",), ffn, ("out",)) if set(keys) & set(roles)]
+
+
 def rows_stacking(roles: Sequence[str]) -> str:
     """The name of the stacking for these roles; one role alone is the plain matrix."""
     return "matrix" if len(roles) == 1 else "-".join(("rows", *roles))

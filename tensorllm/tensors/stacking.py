@@ -16,6 +16,7 @@ from tensorllm.registry import Registry
 
 ATTENTION = ("q", "k", "v", "o")
 FFN = ("in", "gate", "out")
+OUTPUT_PROJECTIONS = ("o", "out")  # lead back to the model width; the others are input projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,14 @@ class Geometry:
         if role in ("q", "o"):
             return self.H * self.K
         return self.G * self.K if role in ("k", "v") else self.F
+
+    def inputs(self, role: str) -> int:
+        """Width of what the role's matrix reads."""
+        return self.inner(role) if role in OUTPUT_PROJECTIONS else self.D
+
+    def outputs(self, role: str) -> int:
+        """Width of what it gives."""
+        return self.D if role in OUTPUT_PROJECTIONS else self.inner(role)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Ranks from the weights alone: counts and errors against plain SVDs, rules against planted ranks.
+"""Budgets from the weights alone: errors against plain SVDs, allocations against brute force.
 
 Shapes: D model width, K head width, M matrices per group, H heads.
 """
@@ -6,6 +6,7 @@ Shapes: D model width, K head width, M matrices per group, H heads.
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +16,18 @@ import yaml
 from tiny_models import tiny_model
 
 import tensorllm as tl
-from tensorllm.commands.allocate import ANY, at_any_ranks, energies
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.commands.compress import CompressRequest, run
 from tensorllm.compression.report import CompressionReport
-from tensorllm.compressors import Job, PerLayer, Site
+from tensorllm.compressors import COMPRESSORS, Job, PerLayer, Site
+from tensorllm.compressors.base import ErrorCurve
+from tensorllm.compressors.budget import Budget, share_out
+from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.recipes import parse_recipe, per_layer_recipe
-from tensorllm.search.energy import (
-    by_energy,
-    by_energy_at,
-    by_noise_edge,
-    by_ratio,
-    by_size,
-    edits_of,
-)
-from tensorllm.search.sites import SiteEnergy, site_energy
+from tensorllm.tensors.energy import Energy, matrix_energy, tucker_energy, tucker_stored
 from tensorllm.tensors.stacking import ATTENTION
 
 SHAPE, RANKS = (60, 24, 4, 4), (7, 5, 2)
@@ -49,9 +45,12 @@ def planted(noise: float, seed: int = 0) -> torch.Tensor:
     return w + noise * torch.randn(SHAPE, generator=g, dtype=torch.float64)
 
 
-def site_of(w: torch.Tensor, layer: int = 0) -> SiteEnergy:
-    job = Job(Site((layer,), ATTENTION, "heads"), tl.SharedTucker4D(ranks=(1, 1, 1)))
-    return site_energy(job, w)
+def energy_of(w: torch.Tensor) -> Energy:
+    return tucker_energy(w, (0, 1, 2))
+
+
+def site_of(layer: int) -> Site:
+    return Site((layer,), ATTENTION, "heads")
 
 
 def truncated_hosvd_error(w: np.ndarray, ranks: tuple[int, ...]) -> float:
@@ -66,83 +65,68 @@ def truncated_hosvd_error(w: np.ndarray, ranks: tuple[int, ...]) -> float:
 
 def test_errors_are_those_of_the_truncated_hosvd_and_costs_what_is_stored() -> None:
     w = planted(0.3)
-    site = site_of(w)
+    found_in = energy_of(w)
     for ranks in [(1, 1, 1), (7, 5, 2), (60, 3, 4), (20, 24, 1), (60, 24, 4)]:
-        found = site.error(ranks)
+        found = found_in.error(ranks)
         assert found == pytest.approx(truncated_hosvd_error(w.numpy(), ranks), rel=1e-6, abs=1e-9)
         counted = tl.SharedTucker4D(ranks=ranks).stored_parameters(SHAPE)
-        assert int(site.stored(torch.tensor([ranks]))) == counted
+        assert int(tucker_stored(SHAPE, torch.tensor([ranks]))) == counted
 
 
 def test_a_matrix_is_the_case_of_one_rank() -> None:
     w = torch.randn(30, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    site = site_energy(Job(Site((2,), ("in",), "matrix"), tl.LaserSVD(rank=1)), w)
+    energy = matrix_energy(w)
     singular = np.linalg.svd(w.numpy())[1]
     for rank in (1, 7, 20):
-        assert site.error((rank,)) == pytest.approx((singular[rank:] ** 2).sum(), abs=1e-9)
-        assert int(site.stored(torch.tensor([[rank]]))) == rank * 50
-    assert site.edit((7,)) == {"layers": [2], "mode": "laser", "rank": 7, "matrices": ["in"]}
+        assert energy.error((rank,)) == pytest.approx((singular[rank:] ** 2).sum(), abs=1e-9)
+    site = Site((2,), ("out",), "matrix")
+    leaf = tl.LaserSVD(rank=1)
+    curve = leaf.curve(site, w)
+    sevens = curve.sizes_NC.tolist().index([7])
+    assert int(curve.cost_N[sevens]) == 7 * 50
+    scale = w.numel() / float((singular**2).sum())
+    assert float(curve.error_N[sevens]) == pytest.approx(scale * (singular[7:] ** 2).sum())
+    assert curve.sizes_NC[-1].tolist() == [0]  # as it is
+    assert (int(curve.cost_N[-1]), float(curve.error_N[-1])) == (600, 0.0)
+    assert settings_of(leaf.at_size(site, (7,))) == ("laser", {"rank": 7, "matrices": ["out"]})
 
 
-def test_rules_find_planted_ranks() -> None:
-    assert by_energy([site_of(planted(0.0))], 1 - 1e-12).ranks == [RANKS]
-    (edge,) = by_noise_edge([site_of(planted(0.01))]).ranks
-    assert edge is not None
-    assert edge[:2] == RANKS[:2]
-
-
-@pytest.mark.parametrize("shape", [(100, 100), (40, 160)])
-def test_the_noise_edge_keeps_next_to_nothing_of_noise(shape: tuple[int, int]) -> None:
-    g = torch.Generator().manual_seed(2)
-    spike = torch.zeros(shape)
-    spike[:3, :3] = torch.diag(torch.tensor([90.0, 80.0, 70.0]))
-    site = site_energy(
-        Job(Site((0,), ("in",), "matrix"), tl.LaserSVD(rank=1)),
-        spike + torch.randn(shape, generator=g),
-    )
-    assert by_noise_edge([site]).ranks[0][0] in (3, 4)  # type: ignore[index]  # never None
-
-
-def test_a_size_is_met_with_less_error_than_equal_energies_leave() -> None:
-    sites = [site_of(planted(noise, seed), seed) for seed, noise in enumerate((0.05, 0.3, 1.0))]
-    # errors are compared with every tensor brought to the same size
-    sites = [replace(site, energy=site.energy / site.total) for site in sites]
-    for share in (0.5, 0.8, 0.95):
-        equal = by_energy(sites, share)
-        spread = by_ratio(sites, equal.ratio)
-        assert spread.ratio >= equal.ratio
-        assert spread.error <= equal.error * 1.001
-        assert by_energy_at(sites, equal.ratio)[1].error == pytest.approx(equal.error)
+def curve_of(energy: Energy) -> ErrorCurve:
+    curve, sizes_NC = energy.curve(partial(tucker_stored, energy.shape))
+    return ErrorCurve(*curve, sizes_NC)
 
 
 def test_no_other_choice_of_ranks_is_better() -> None:
     """Every combination of the ranks of two small sites, by brute force."""
     g = torch.Generator().manual_seed(5)
-    sites = []
-    for layer in range(2):
-        w = torch.randn(6, 4, 4, 2, generator=g, dtype=torch.float64)
-        site = site_of(w, layer)
-        sites.append(replace(site, energy=site.energy / site.total))
+    energies = []
+    for _ in range(2):
+        energy = energy_of(torch.randn(6, 4, 4, 2, generator=g, dtype=torch.float64))
+        energies.append(replace(energy, energy=energy.energy / energy.total))
     options = []
-    for site in sites:
+    for energy in energies:
         ranks_NC = torch.tensor(list(itertools.product(*(range(1, n + 1) for n in (6, 4, 4)))))
-        errors = [site.error(tuple(ranks)) for ranks in ranks_NC.tolist()]
-        pairs = zip(site.stored(ranks_NC).tolist(), errors, strict=True)
-        options.append([*pairs, (site.numbers, 0.0)])
+        errors = [energy.error(tuple(ranks)) for ranks in ranks_NC.tolist()]
+        pairs = zip(tucker_stored(energy.shape, ranks_NC).tolist(), errors, strict=True)
+        options.append([*pairs, (energy.numbers, 0.0)])
+    curves = {site_of(layer): curve_of(energy) for layer, energy in enumerate(energies)}
+    ways = [[[Job(site, tl.SharedTucker4D(ranks=(1, 1, 1)))]] for site in curves]
     for budget in (40, 100, 200, 300):
-        found = by_size(sites, budget)
+        found = share_out(ways, curves, budget)
         fits = [a[1] + b[1] for a, b in itertools.product(*options) if a[0] + b[0] <= budget]
-        assert found.error == pytest.approx(math.sqrt(min(fits) / 2), abs=1e-6)
-        assert found.ratio >= 2 * 192 / budget
+        assert math.sqrt(found.error / 192) == pytest.approx(math.sqrt(min(fits)), abs=1e-6)
+        stored = sum(
+            int(tucker_stored((6, 4, 4, 2), torch.tensor([size]))) if any(size) else 192
+            for size in found.sizes.values()
+        )
+        assert stored <= budget
 
 
-def test_the_best_reachable_ratio_is_told() -> None:
-    site = site_of(planted(0.1))
+def test_the_best_reachable_ratio_is_said() -> None:
     least = tl.SharedTucker4D(ranks=(1, 1, 1)).stored_parameters(SHAPE)
-    with pytest.raises(UserError, match=f"best reachable is {site.numbers / least:.4g}"):
-        by_ratio([site], 1e6)
-    with pytest.raises(UserError, match="best reachable"):
-        by_energy_at([site], 1e6)
+    numbers = math.prod(SHAPE)
+    with pytest.raises(UserError, match=f"best reachable is {numbers / least:.4g}"):
+        Budget(target_ratio=1e6).numbers(numbers, 2 * numbers, least)
 
 
 def whole(report: CompressionReport, matrices: int) -> float:
@@ -152,23 +136,28 @@ def whole(report: CompressionReport, matrices: int) -> float:
     return matrices / (matrices - before + after)
 
 
-@pytest.mark.parametrize("mode", ANY)
+@pytest.mark.parametrize("mode", ["shared-tucker", "per-matrix-tucker", "laser", "hybrid"])
 @pytest.mark.parametrize("ratio", [1.2, 3.0])
 def test_a_whole_model_meets_its_target(mode: str, ratio: float) -> None:
     report = run(CompressRequest(model=str(MODEL_DIR), mode=mode, settings={"target_ratio": ratio}))
     assert isinstance(report, CompressionReport)
-    model = energies(MODEL_DIR, _on_all(mode))
-    numbers = sum(site.numbers for site in model)
+    geometry = RoleMatrices(*_demo()).geometry
+    matrices = [m for job in _on_all(mode) for m in job.site.matrices]
+    numbers = sum(geometry.inner(role) * geometry.D for _, role in matrices)
     assert ratio <= whole(report, numbers) < ratio * 1.02
     assert len({layer for site in report.sites for layer in site.layers}) >= 2
     assert report.settings["chosen_by"]["target_ratio"] == ratio
 
 
-def _on_all(mode: str) -> tl.Compressor:
-    from tensorllm.checkpoint.reader import Checkpoint
-
+def _demo() -> tuple[object, object]:
     checkpoint = Checkpoint(MODEL_DIR)
-    return at_any_ranks(mode, {}, RoleMatrices(checkpoint.config, checkpoint.entries))
+    return checkpoint.config, checkpoint.entries
+
+
+def _on_all(mode: str) -> list[Job]:
+    spec = RoleMatrices(*_demo()).spec
+    settings = COMPRESSORS[mode].budget_settings(spec, {})
+    return make_compressor(mode, settings).jobs(spec, range(spec.layers))
 
 
 def test_a_number_of_parameters_is_met_and_refused_with_its_range() -> None:
@@ -189,10 +178,10 @@ def test_a_number_of_parameters_is_met_and_refused_with_its_range() -> None:
 @pytest.mark.parametrize(
     ("mode", "settings", "message"),
     [
-        ("trawl", {"target_ratio": 2.0}, "a target size is for the modes"),
+        ("trawl", {"target_ratio": 2.0}, "cannot be shrunk to a target size"),
         ("laser", {"target_ratio": 0.5}, "above 1, got 0.5"),
         ("laser", {"target_ratio": 1e9}, "best reachable is"),
-        ("laser", {"target_ratio": 2.0, "target_params": 9}, "got both"),
+        ("laser", {"target_ratio": 2.0, "target_params": 9}, "got target_ratio and target_params"),
         ("laser", {"target_ratio": 2.0, "matrices": ["gate"]}, "'gate' does not exist"),
     ],
 )
@@ -202,11 +191,15 @@ def test_targets_that_make_no_sense(mode: str, settings: dict[str, object], mess
 
 
 def test_settings_per_layer_survive_a_recipe(tmp_path: Path) -> None:
-    sites = energies(MODEL_DIR, tl.Hybrid(ranks=(1, 1, 1), rank=1), [1, 3])
-    edits = edits_of(sites, by_ratio(sites, 2.0))
+    model = tiny_model("gptj")
+    report = tl.compress(
+        model, tl.Hybrid(ranks=(1, 1, 1), rank=1), [1], budget=Budget(target_ratio=2.0)
+    )
+    assert report.mode == "per-layer"
+    edits = report.settings["edits"]
     text = per_layer_recipe(edits, model="demo", origin="searched")
     recipe = parse_recipe(text, "best.yaml")
-    assert recipe.layers == (1, 3)
+    assert recipe.layers == (1,)
     compressor = recipe.compressor()
     assert isinstance(compressor, PerLayer)
     assert [dict(edit) for edit in compressor.edits] == edits == yaml.safe_load(text)["edits"]

@@ -1,0 +1,229 @@
+"""The layers of a model: where they come from, and how each is run on the calibration text.
+
+Layers come from memory or, one at a time, from a checkpoint on disk.
+Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of an input.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tensorllm.calibration.sequences import Batch
+from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.models import RoleMatrices, parameters_of
+
+
+class LayerSource(Protocol):
+    """A model whose embeddings can run, and its layers for as long as each is needed.
+
+    Attributes:
+        parameters: numbers of the whole model.
+    """
+
+    model: nn.Module
+    roles: RoleMatrices
+    parameters: int
+
+    def block(self, layer: int) -> Any:
+        """A context in which layer `layer` of the model has its weights; gives its module."""
+        ...
+
+
+class InMemory:
+    """A model that is whole in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.roles = RoleMatrices(model.config, parameters_of(model))
+        self.parameters = sum(p.numel() for p in model.parameters())
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[nn.Module]:
+        yield self.model.get_submodule(self.roles.layer_path(layer))
+
+
+class OnDisk:
+    """A checkpoint's base model: embeddings in memory, the weights of layers while they are needed.
+
+    Args:
+        dtype: of the weights in memory; as they are stored by default.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
+        from transformers import AutoModel
+
+        self.checkpoint = Checkpoint(folder)
+        self.device = device
+        self.dtype = dtype or getattr(torch, self.checkpoint.dtype)
+        with _NoWeights():
+            self.model: nn.Module = AutoModel.from_config(self.checkpoint.config, dtype=self.dtype)
+        self.model.eval().requires_grad_(False)
+        for name, buffer in self.model.named_buffers():
+            owner, _, last = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
+        self.roles = RoleMatrices(self.checkpoint.config, parameters_of(self.model))
+        self.parameters = self.checkpoint.parameters
+        stored = RoleMatrices(self.checkpoint.config, self.checkpoint.entries)
+        first = self.roles.name(0, "q")
+        self._prefix = stored.name(0, "q").removesuffix(first)
+        blocks = tuple(f"{self.roles.layer_path(n)}." for n in range(self.roles.layers))
+        own = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
+        self._load(self.model, "", own)
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[nn.Module]:
+        path = self.roles.layer_path(layer)
+        block = self.model.get_submodule(path)
+        empty = {name: p.data for name, p in block.named_parameters()}
+        self._load(block, f"{path}.", empty)
+        try:
+            yield block
+        finally:
+            block.load_state_dict(empty, strict=False, assign=True)
+
+    def _load(self, module: nn.Module, path: str, names: Any) -> None:
+        """Give the parameters `names` of a module their weights, where the checkpoint has them."""
+        stored = {name: self._stored(f"{self._prefix}{path}{name}") for name in names}
+        known = {name: key for name, key in stored.items() if key in self.checkpoint.entries}
+        read = self.checkpoint.read(known.values())
+        weights = {n: read[key].to(self.device, self.dtype) for n, key in known.items()}
+        module.load_state_dict(weights, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    def _stored(self, name: str) -> str:
+        """What the checkpoint calls a weight: of tied ones it may hold either."""
+        import transformers
+
+        if name not in self.checkpoint.entries:
+            for architecture in self.checkpoint.config.architectures or ():
+                tied = getattr(
+                    getattr(transformers, architecture, None), "_tied_weights_keys", None
+                )
+                for other, own in (tied or {}).items():
+                    if own == name and other in self.checkpoint.entries:
+                        return str(other)
+        return name
+
+
+class _NoWeights(TorchFunctionMode):
+    """Tensors that are allocated without values go to the meta device, as large weights do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        out: Tensor = func(*args, **kwargs)
+        return out
+
+
+@dataclass(slots=True)
+class Call:
+    """How one layer was called on one batch, without its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        """The hidden states after the layer."""
+        out = block(hidden_BTD, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Layers:
+    """What a model passes its layers on each batch besides hidden states.
+
+    Attributes:
+        source: whose embeddings are run once, and none of its layers.
+        layers: how many from the first on.
+        start: hidden states (B, T, D) before the first layer, one per batch.
+        calls: layer -> one call per batch; masks and rotary tables are shared between layers.
+    """
+
+    source: LayerSource
+    batches: Sequence[Batch]
+    layers: int
+    start: list[Tensor] = field(default_factory=list)
+    calls: dict[int, list[Call]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._device = next(p.device for p in self.source.model.parameters() if not p.is_meta)
+        for batch in self.batches:
+            # Some models' layers return their hidden states in a tuple, which the model unpacks.
+            if not self._record(batch, in_tuple=False) and not self._record(batch, in_tuple=True):
+                raise AssertionError("a layer's hidden states changed their shape on the way")
+
+    def run(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The hidden states after the layer, batch by batch."""
+        for call, hidden_BTD in zip(self.calls[layer], hidden, strict=True):
+            with torch.no_grad():
+                yield call.run(block, hidden_BTD)
+
+    def inputs(
+        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], path: str
+    ) -> Iterator[Tensor]:
+        """The inputs (N, X) of one module of the layer, which runs only so far."""
+        module = block.get_submodule(path)
+        for batch, call, hidden_BTD in zip(self.batches, self.calls[layer], hidden, strict=True):
+            handle = module.register_forward_pre_hook(_stop)
+            try:
+                with torch.no_grad():
+                    call.run(block, hidden_BTD)
+            except _Reached as reached:
+                yield batch.tokens(reached.input)
+            finally:
+                handle.remove()
+
+    def _record(self, batch: Batch, *, in_tuple: bool) -> bool:
+        """Run the model with layers that do nothing but note their calls; False: misunderstood."""
+        model: Any = self.source.model
+        base = getattr(model, "base_model", model)
+        blocks = [model.get_submodule(self.source.roles.layer_path(n)) for n in range(self.layers)]
+        seen: list[tuple[Tensor, Call]] = []
+        for block in blocks:
+            block.forward = _passing_on(seen, in_tuple, last=block is blocks[-1])
+        extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        mask = batch.mask_BT.to(self._device).long()
+        try:
+            with torch.no_grad():
+                base(input_ids=batch.ids_BT.to(self._device), attention_mask=mask, **extra)
+        except _Reached:
+            pass
+        finally:
+            for block in blocks:
+                del block.forward
+        if any(hidden.shape != seen[0][0].shape for hidden, _ in seen):
+            return False
+        self.start.append(seen[0][0])
+        for layer, (_, call) in enumerate(seen):
+            self.calls.setdefault(layer, []).append(call)
+        return True
+
+
+class _Reached(Exception):
+    """A module was reached whose input was asked for."""
+
+    def __init__(self, input: Tensor) -> None:
+        super().__init__()
+        self.input = input
+
+
+def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _Reached(args[0])
+
+
+def _passing_on(seen: list[tuple[Tensor, Call]], in_tuple: bool, last: bool) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        seen.append((hidden, Call(args[1:], kwargs)))
+        if last or hidden.shape != seen[0][0].shape:
+            raise _Reached(hidden)
+        return (hidden,) if in_tuple else hidden
+
+    return forward

@@ -1,0 +1,26 @@
+"""The guard against calibrating on what is scored."""
+
+from pathlib import Path
+from typing import Any
+
+from tensorllm.calibration.sequences import Calibration
+
+
+def refuse_evaluated(
+    text: Calibration, tokenizer: Any, dataset: str, data_file: Path | None
+) -> None:
+    """Refuse a text that holds rows of the dataset that the result is scored on.
+
+    Raises:
+        UserError: how many of the rows stand in it.
+    """
+    from tensorllm.evaluation.evaluate import make_dataset
+
+    data = make_dataset(dataset, data_file=data_file, limit=None)
+    data.connect(tokenizer)
+    text.refuse_overlap(
+        [
+            example.tokens or tokenizer(f"{example.prompt} {example.answer}").input_ids
+            for example in data.examples
+        ]
+    )

@@ -1,0 +1,93 @@
+"""Sizes for every site of a model out of one budget, from the weights alone."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tensorllm.compression.plan import plan_jobs
+from tensorllm.compressors import Compressor, Job, Leaf
+from tensorllm.compressors.base import ErrorCurve, Site, Size
+from tensorllm.compressors.budget import Budget, share_out
+from tensorllm.compressors.per_layer import PerLayer
+from tensorllm.compressors.settings import settings_of
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
+from tensorllm.progress import Progress, quiet
+
+Read = Callable[[Iterable[str]], Mapping[str, Tensor]]  # parameters by name
+
+
+def sized(
+    compressor: Compressor,
+    roles: RoleMatrices,
+    read: Read,
+    total: int,
+    budget: Budget,
+    layers: Sequence[int] | None = None,
+    *,
+    progress: Progress = quiet,
+) -> PerLayer:
+    """The strategy at sizes that meet a budget with about the least error; site by site.
+
+    Args:
+        compressor: at whatever sizes (`Compressor.budget_settings`).
+        read: gives parameters of the model.
+        total: parameters of the whole model.
+
+    Raises:
+        UserError: a strategy without error curves, or a target out of reach.
+    """
+    if budget.max_loss_increase is not None:
+        raise UserError("max_loss_increase is measured on a text: give --calibration FILE")
+    jobs = plan_jobs(compressor, roles, range(roles.layers) if layers is None else layers)
+    curves = _curves(jobs, roles, read, progress)
+    geometry = roles.spec.geometry
+    before = sum(geometry(n).inner(r) * geometry(n).D for job in jobs for n, r in job.site.matrices)
+    least = sum(int(curve.cost_N[0]) for curve in curves.values())
+    numbers = budget.numbers(before, total, least)
+    sizes = share_out([[[job]] for job in jobs], curves, numbers).sizes
+    chosen = {site: size for site, size in sizes.items() if any(size)}
+    mode, _ = settings_of(compressor)
+    chosen_by = {
+        "mode": mode,
+        **budget.settings,
+        "ratio": round(before / stored_in(curves, sizes), 4),
+        "unchanged": [site.name for site in sizes if site not in chosen],
+    }
+    leaves = {job.site: job.compressor for job in jobs}
+    edits = [_edit(leaves[site], site, size) for site, size in chosen.items()]
+    return PerLayer(edits=tuple(edits), chosen_by=chosen_by)
+
+
+def stored_in(curves: Mapping[Site, ErrorCurve], sizes: Mapping[Site, Size]) -> int:
+    """Numbers that all sites store at these sizes."""
+    return sum(
+        int(curves[site].cost_N[curves[site].sizes_NC.tolist().index(list(size))])
+        for site, size in sizes.items()
+    )
+
+
+def _curves(
+    jobs: Sequence[Job], roles: RoleMatrices, read: Read, progress: Progress
+) -> dict[Site, ErrorCurve]:
+    out = {}
+    for index, job in enumerate(jobs):
+        site = job.site
+        progress(index, len(jobs), f"spectrum of {site.name}")
+        weights = read(sorted({roles.name(*matrix) for matrix in site.matrices}))
+        geometry = roles.spec.geometry(site.layers[0])
+        w = site.stack([roles.read(weights, *m) for m in site.matrices], geometry)
+        assert isinstance(job.compressor, Leaf), "what needs a text was refused"
+        try:
+            out[site] = job.compressor.curve(site, w)
+        except UserError as error:
+            raise UserError(f"{site.name}: {error}") from None
+    progress(len(jobs), len(jobs), "spectra done")
+    return out
+
+
+def _edit(leaf: Any, site: Site, size: Size) -> dict[str, Any]:
+    """As one of the edits of `PerLayer`."""
+    mode, settings = settings_of(leaf.at_size(site, size))
+    return {"layers": list(site.layers), "mode": mode, **settings}

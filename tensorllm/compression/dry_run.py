@@ -1,0 +1,100 @@
+"""What a compression would do and cost, before any weight is read."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from tensorllm.compression.cost import decomposition_seconds, gemm_speed
+from tensorllm.compression.engine import check_fit, prepared
+from tensorllm.compression.plan import plan
+from tensorllm.compression.task import FolderTask
+from tensorllm.compression.units import open_checkpoint, units
+from tensorllm.compressors import Compressor, Job
+from tensorllm.models import RoleMatrices
+
+# Memory, fitted to one run: GPT-J's sizes in bfloat16 at (304, 19, 2) peaked at 1.69 GiB.
+BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers
+WORKING_COPIES = 2  # float32 copies of a stacked tensor that are alive at once
+DISK = 400e6  # bytes read or written in a second, checked and hashed; an ordinary SSD
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A site and its parameters before and after; None where only the decomposition can tell."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What `--dry-run` prints.
+
+    Attributes:
+        seconds: predicted for decompositions at the GEMM speed of this machine, and for reading
+            and writing at `DISK` bytes per second; None where a fit to text comes first.
+        peak_bytes: predicted peak of resident memory.
+    """
+
+    sites: list[PlannedSite]
+    parameters_before: int
+    parameters_after: int | None
+    bytes_before: int
+    bytes_after: int | None
+    seconds: float | None
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        out = asdict(self)
+        for site, record in zip(self.sites, out["sites"], strict=True):
+            after = site.parameters_after
+            record["compression_ratio"] = site.parameters_before / after if after else None
+        return out
+
+
+def dry_run(task: FolderTask) -> DryRun:
+    """What a task would do; it is checked as the task itself would be.
+
+    A budget without a text is shared out, from the weights' spectra; a fit to a text is not made.
+    """
+    checkpoint, roles = open_checkpoint(task.source)
+    compressor, stored = task.compressor, None
+    if task.calibration is not None:
+        layers = range(roles.layers) if task.layers is None else task.layers
+        assert isinstance(compressor, Compressor), "a fit is made by the task"
+        jobs = compressor.jobs(roles.spec, roles.check_layers(layers))
+        stored = check_fit(task, jobs, checkpoint, roles)
+    else:
+        jobs = plan(prepared(task), roles, task.layers).jobs
+    sites = [_planned(job, roles) for job in jobs]
+    known = [site.parameters_after for site in sites]
+    if None not in known:
+        stored = sum(n or 0 for n in known)
+    before = checkpoint.parameters
+    width = task.dtype.itemsize if task.dtype is not None else checkpoint.bytes / before
+    rest = before - sum(site.parameters_before for site in sites)
+    after = None if stored is None else rest + stored
+    written = before if task.format == "dense" else after
+    largest = max(prod(site.shape) for site in sites)
+    work = units(checkpoint, roles, [job.site for job in jobs])
+    heaviest = max(sum(checkpoint.entries[n].bytes for n in unit.names) for unit in work)
+    seconds = decomposition_seconds((site.shape for site in sites), gemm_speed())
+    seconds += (checkpoint.bytes + width * (written or before)) / DISK
+    return DryRun(
+        sites=sites,
+        parameters_before=before,
+        parameters_after=after,
+        bytes_before=checkpoint.bytes,
+        bytes_after=None if written is None else round(width * written),
+        seconds=None if task.calibration is not None else seconds,
+        peak_bytes=BASE_BYTES + task.shard_bytes + 2 * heaviest + WORKING_COPIES * 4 * largest,
+    )
+
+
+def _planned(job: Job, roles: RoleMatrices) -> PlannedSite:
+    shape = job.site.shape(roles.spec.geometry(job.site.layers[0]))
+    after = job.compressor.stored_parameters(shape)
+    return PlannedSite(job.site.name, shape, prod(shape), after)

@@ -1,0 +1,331 @@
+"""The engine: plan, measure and fit where a text is given, decompose, write, report.
+
+`compress` works on a model in memory, `compress_folder` from folder to folder, unit by unit, so
+that the model is never whole in memory. Both plan alike (`compression.plan`).
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorllm.calibration.fit import Fitted, fit, fit_folder, store_for
+from tensorllm.calibration.sequences import Calibration
+from tensorllm.checkpoint.factored import STEM, model_class
+from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.checkpoint.target import check_target, exclusive
+from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.compression.budget import sized
+from tensorllm.compression.jobs import CompressedSite, run_job
+from tensorllm.compression.plan import Plan, plan
+from tensorllm.compression.publish import publish
+from tensorllm.compression.report import CompressionReport, Totals, saved_parameters
+from tensorllm.compression.task import FolderTask
+from tensorllm.compression.units import Unit, open_checkpoint, run_unit, units
+from tensorllm.compressors import Compressor, Job, LayerFit
+from tensorllm.compressors.budget import Budget
+from tensorllm.environment import environment, versions
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.progress import Progress, quiet
+from tensorllm.weights import restored, write_dense
+
+ATTRIBUTE = "tensorllm_compression"
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """What was done to a model: kept on it so that it can be saved factored."""
+
+    plan: Plan
+    sites: list[CompressedSite]
+
+
+def compress(
+    model: nn.Module,
+    strategy: Compressor | Fitted,
+    layers: Sequence[int] | None = None,
+    *,
+    budget: Budget | None = None,
+    calibration: Calibration | None = None,
+    progress: Progress = quiet,
+) -> CompressionReport:
+    """Replace the weights of `layers` by their low-rank approximation, in place.
+
+    Args:
+        model: any transformers model of a known architecture.
+        strategy: see `tensorllm list compressors`; or what `fit` made of it.
+        layers: counted from 0; all layers by default.
+        budget: a target size, for a strategy without one of its own.
+        calibration: the text, for a strategy that is fitted to one.
+        progress: called with (steps done, steps in all, what is done).
+
+    Returns:
+        What was done. The factors stay on the model, so that `save` can store them.
+
+    Raises:
+        UserError: settings that do not fit the model; it is then unchanged.
+    """
+    _refuse_compressed(model)
+    started = time.perf_counter()
+    if calibration is not None:
+        if isinstance(strategy, Fitted):
+            raise UserError("this strategy is fitted already; give no calibration text")
+        strategy = fit(strategy, model, calibration, layers, budget=budget, progress=progress)
+    weights = parameters_of(model)
+    config: Any = model.config
+    roles = RoleMatrices(config, weights)
+    parameters = sum(p.numel() for p in model.parameters())
+    if budget is not None and not isinstance(strategy, Fitted):
+        strategy = sized(
+            strategy, roles, lambda _: weights, parameters, budget, layers, progress=progress
+        )
+    planned = plan(strategy, roles, layers)
+    done = []
+    for index, site in enumerate(planned.sites):
+        progress(index, len(planned.sites), site.name)
+        done.append(run_job(site, planned, roles, weights))
+    for compressed in done:  # only now: a failure half-way leaves the model as it was
+        write_dense(compressed.site, compressed.factors, roles, weights)
+    for name, where in planned.changed(roles).items():
+        weights[name].copy_(planned.parameter(*where))
+    progress(len(planned.sites), len(planned.sites), "done")
+
+    sites = [compressed.report for compressed in done]
+    mode, settings = planned.settings
+    report = CompressionReport(
+        model=getattr(config, "_name_or_path", "") or config.model_type,
+        revision=getattr(config, "_commit_hash", None),
+        mode=mode,
+        settings=settings,
+        layers=planned.layers,
+        dtype=str(next(iter(weights.values())).dtype).removeprefix("torch."),
+        format="dense",
+        sites=sites,
+        geometry=roles.geometry,
+        model_layers=roles.layers,
+        totals=Totals(parameters, parameters - saved_parameters(sites)),
+        seconds=time.perf_counter() - started,
+        environment=environment(),
+    )
+    setattr(model, ATTRIBUTE, Compression(planned, done))
+    return report
+
+
+def compression_of(model: nn.Module) -> Compression | None:
+    """What `compress` did to this model, or None."""
+    return getattr(model, ATTRIBUTE, None)
+
+
+@contextmanager
+def compressed(
+    model: nn.Module, strategy: Compressor | Fitted, layers: Sequence[int] | None = None
+) -> Iterator[CompressionReport]:
+    """The model compressed within the block; afterwards its weights are back bit for bit."""
+    _refuse_compressed(model)
+    weights = parameters_of(model)
+    roles = RoleMatrices(model.config, weights)
+    planned = plan(strategy, roles, layers)
+    changed = planned.changed(roles)
+    before = {name: weights[name].clone() for name in changed}
+    with restored(planned.sites, roles, weights):
+        try:
+            yield compress(model, strategy, layers)
+        finally:
+            for name, w in before.items():
+                weights[name].copy_(w)
+            if compression_of(model) is not None:
+                delattr(model, ATTRIBUTE)
+
+
+def compress_folder(task: FolderTask, progress: Progress = quiet) -> CompressionReport:
+    """Compress a local checkpoint into a new folder; killed and run again, it resumes.
+
+    Raises:
+        UserError: what was asked does not fit the checkpoint; nothing is written.
+        Incomplete: the disk is full; the finished part is kept for the next run.
+    """
+    started = time.perf_counter()
+    check_target(task.folder, overwrite=task.overwrite, source=task.source)
+    checkpoint, roles = open_checkpoint(task.source)
+    with exclusive(task.folder), _fit_folder(task) as work:
+        planned = plan(prepared(task, work, progress), roles, task.layers)
+        todo = units(checkpoint, roles, planned.sites)
+        writer = ShardWriter(
+            task.folder,
+            stem=STEM if task.format == "factored" else "model",
+            fingerprint=_fingerprint(task, planned, checkpoint),
+            shard_bytes=task.shard_bytes,
+            overwrite=task.overwrite,
+        )
+        try:
+            _run_units(todo, planned, task, checkpoint, roles, writer, progress)
+            return publish(task, planned, checkpoint, roles, writer, started)
+        except UserError:  # wrong weights, met on the way: nothing to go on with
+            writer.discard()
+            raise
+        finally:
+            writer.rest()  # before another run may write here
+
+
+def prepared(
+    task: FolderTask, work: Path | None = None, progress: Progress = quiet
+) -> Compressor | Fitted:
+    """The task's strategy with its sizes and, where it needs a text, its factors.
+
+    Args:
+        work: a folder that an interrupted fit goes on from; None: in memory.
+    """
+    if isinstance(task.compressor, Fitted):
+        return task.compressor
+    if task.calibration is not None:
+        return _fitted(task, task.compressor, task.calibration, work, progress)
+    if task.budget is None:
+        return task.compressor
+    checkpoint, roles = open_checkpoint(task.source)
+    device = torch.device(task.device)
+
+    def read(names: Any) -> Any:
+        return {name: w.to(device) for name, w in checkpoint.read(names).items()}
+
+    return sized(
+        task.compressor,
+        roles,
+        read,
+        checkpoint.parameters,
+        task.budget,
+        task.layers,
+        progress=progress,
+    )
+
+
+def _fitted(
+    task: FolderTask,
+    strategy: Compressor,
+    text: Calibration,
+    work: Path | None,
+    progress: Progress,
+) -> Fitted:
+    if task.stream:
+        assert work is not None, "a streamed fit keeps its states on disk"
+        return fit_folder(
+            strategy,
+            task.source,
+            text,
+            task.layers,
+            work=work,
+            budget=task.budget,
+            dtype=task.dtype,
+            device=task.device,
+            progress=progress,
+        )
+    config = Checkpoint(task.source).config
+    kind = model_class(config)
+    model = kind.from_pretrained(task.source, dtype=task.dtype or "auto").to(task.device).eval()
+    store = None
+    if work is not None:
+        dtype = next(model.parameters()).dtype
+        store = store_for(work, strategy, task.source, text, task.layers, dtype, task.budget)
+    return fit(
+        strategy,
+        model,
+        text,
+        task.layers,
+        budget=task.budget,
+        store=store,
+        progress=progress,
+    )
+
+
+@contextmanager
+def _work_folder(task: FolderTask) -> Iterator[Path]:
+    """The folder of an interrupted fit, beside the target; gone when the target is there."""
+    work = task.folder.parent / f".{task.folder.name}.fit"
+    before = work.exists()  # an interrupted fit's, or somebody else's folder
+    try:
+        yield work
+    except UserError:  # refused: the same command will not go on
+        if not before:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _fit_folder(task: FolderTask) -> Any:
+    return _work_folder(task) if task.calibration is not None else nullcontext()
+
+
+def check_fit(
+    task: FolderTask, jobs: Sequence[Job], checkpoint: Checkpoint, roles: RoleMatrices
+) -> int | None:
+    """Refuse a text or a target that does not fit the model, before anything is measured.
+
+    Returns:
+        Numbers that the factors may store in all, where a target says so.
+    """
+    assert task.calibration is not None, "asked for a fit"
+    geometry = roles.spec.geometry
+    matrices = [matrix for job in jobs for matrix in job.site.matrices]
+    config = checkpoint.config.get_text_config()
+    widest = max(geometry(layer).inputs(role) for layer, role in matrices)
+    context = getattr(config, "max_position_embeddings", None)
+    task.calibration.check(config.vocab_size, widest, context)
+    strategy = task.compressor
+    assert isinstance(strategy, Compressor), "asked for a fit"
+    target = task.budget or strategy.budget
+    if target is None or target.max_loss_increase is not None:
+        return None
+    before = sum(geometry(n).inner(role) * geometry(n).D for n, role in matrices)
+    layers = sorted({layer for layer, _ in matrices})
+    least = None
+    if isinstance(strategy, LayerFit):
+        least = strategy.least_parameters(roles.spec, layers)
+    return target.numbers(before, checkpoint.parameters, least)
+
+
+def _run_units(
+    todo: Sequence[Unit],
+    planned: Plan,
+    task: FolderTask,
+    checkpoint: Checkpoint,
+    roles: RoleMatrices,
+    writer: ShardWriter,
+    progress: Progress,
+) -> None:
+    """Every unit that an earlier, interrupted run has not finished."""
+    total = sum(_bytes(checkpoint, unit) for unit in todo)
+    done, finished = 0, writer.finished
+    for unit in todo:
+        progress(done, total, unit.name)
+        if unit.name not in finished:
+            writer.add(unit.name, *run_unit(unit, planned, task, checkpoint, roles))
+        done += _bytes(checkpoint, unit)
+    progress(total, total, "finishing")
+
+
+def _bytes(checkpoint: Checkpoint, unit: Unit) -> int:
+    return sum(checkpoint.entries[name].bytes for name in unit.names)
+
+
+def _fingerprint(task: FolderTask, planned: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What must be the same for an interrupted run to be continued."""
+    return {
+        **checkpoint.fingerprint(),
+        "compressor": list(planned.settings),
+        "layers": list(planned.layers),
+        "format": task.format,
+        "dtype": str(task.dtype),
+        "shard_bytes": task.shard_bytes,
+        "versions": versions(),
+    }
+
+
+def _refuse_compressed(model: nn.Module) -> None:
+    if compression_of(model) is not None:
+        raise UserError("this model is compressed already; load the original again")

@@ -1,0 +1,112 @@
+"""A target size, and how it is shared out over the sites of a model."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tensorllm.errors import UserError
+from tensorllm.tensors.allocation import Curve, allocate, error_of
+
+if TYPE_CHECKING:
+    from tensorllm.compressors.base import ErrorCurve, Site, Size, Ways
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """One of three targets.
+
+    Attributes:
+        target_ratio: numbers in the strategy's matrices before over after, above 1.
+        target_params: parameters of the whole model afterwards.
+        max_loss_increase: nats per token that the loss on the calibration text may rise; the
+            smallest model within it is searched for.
+    """
+
+    target_ratio: float | None = None
+    target_params: int | None = None
+    max_loss_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError(
+                "give one of target_ratio (such as 1.5), target_params (of the whole model) and "
+                f"max_loss_increase (nats per token), got {' and '.join(given) or 'none'}"
+            )
+        if self.target_ratio is not None and not self.target_ratio > 1:
+            raise UserError(f"target_ratio must be above 1, got {self.target_ratio}")
+        if self.target_params is not None and self.target_params < 1:
+            raise UserError(f"target_params must be 1 or more, got {self.target_params}")
+        if self.max_loss_increase is not None and not 0 < self.max_loss_increase < math.inf:
+            raise UserError(f"max_loss_increase must be above 0, got {self.max_loss_increase}")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The one that was given."""
+        return {name: x for name in TARGETS if (x := getattr(self, name)) is not None}
+
+    def numbers(self, before: int, total: int, least: int | None = None) -> int:
+        """How many numbers the factors may store in all.
+
+        Args:
+            before: numbers in the strategy's matrices.
+            total: parameters of the whole model.
+            least: numbers stored at the smallest sizes, where that is known.
+
+        Raises:
+            UserError: the target is out of reach; says the range.
+        """
+        rest = total - before
+        if self.target_ratio is not None:
+            numbers = math.floor(before / self.target_ratio)
+            if least is not None and numbers < least:
+                raise UserError(
+                    f"target_ratio {self.target_ratio:g} cannot be met: the best reachable is "
+                    f"{before / least:.4g} (the smallest ranks everywhere)"
+                )
+            return numbers
+        assert self.target_params is not None, "a limit of the loss is met by trying sizes"
+        if not rest + (least or 0) <= self.target_params < total:
+            raise UserError(
+                f"target_params must be in {rest + (least or 0)}..{total - 1}, "
+                f"got {self.target_params}"
+            )
+        return self.target_params - rest
+
+
+TARGETS = ("target_ratio", "target_params", "max_loss_increase")
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The size of every site, and the summed error that the curves say is left."""
+
+    sizes: "dict[Site, Size]"
+    error: float
+
+
+def share_out(
+    ways: "Sequence[Ways]", curves: "Mapping[Site, ErrorCurve]", numbers: int
+) -> Allocation:
+    """Sizes that store at most `numbers` with about the least summed error.
+
+    Each size is worth the error that it takes away per number that it costs; layers and matrices
+    compete for one budget. Of several ways to group matrices one is chosen.
+
+    Raises:
+        UserError: even the smallest sizes store more.
+    """
+    clusters = [
+        [
+            [Curve(curves[job.site].cost_N, curves[job.site].error_N) for job in way]
+            for way in ways_here
+        ]
+        for ways_here in ways
+    ]
+    choices = allocate(clusters, numbers)
+    sizes: dict[Site, Size] = {}
+    for ways_here, choice in zip(ways, choices, strict=True):
+        for job, point in zip(ways_here[choice.way], choice.ranks, strict=True):
+            sizes[job.site] = tuple(curves[job.site].sizes_NC[point - 1].tolist())
+    return Allocation(sizes, error_of(clusters, choices))

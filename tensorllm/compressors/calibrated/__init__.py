@@ -1,0 +1,1 @@
+"""Strategies that are fitted to a calibration text, one file each."""

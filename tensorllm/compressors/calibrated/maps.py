@@ -1,0 +1,41 @@
+"""Role matrices as maps from inputs to outputs, stacked where they read the same input.
+
+Shapes: M outputs of the stacked maps, X their inputs, R rank, I and D of a role matrix.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tensorllm.compressors.base import Site
+from tensorllm.tensors.pivoted import PivotedLowRank, pivot
+from tensorllm.tensors.shared_input import rows_stacking
+from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
+
+Group = tuple[str, ...]  # roles that read one input and share an input factor
+
+
+def site_of(layer: int, roles: Group) -> Site:
+    """Roles of a layer as one site, their rows one below the other."""
+    return Site((layer,), roles, rows_stacking(roles))
+
+
+def map_shape(geometry: Geometry, roles: Group) -> tuple[int, int]:
+    """(M, X) of the maps of these roles, stacked."""
+    return sum(map(geometry.outputs, roles)), geometry.inputs(roles[0])
+
+
+def stacked(weights: Mapping[str, Tensor], roles: Group) -> Tensor:
+    """Role matrices (I, D), or gradients by them, as maps stacked (M, X), float64."""
+    parts = [weights[role].cpu().double() for role in roles]
+    return torch.cat([w.mT if roles[0] in OUTPUT_PROJECTIONS else w for w in parts])
+
+
+def pivoted(left_MR: Tensor, right_RX: Tensor, roles: Group) -> PivotedLowRank:
+    """A map's factors as those of the site's tensor: o and out are stacked transposed."""
+    if roles[0] in OUTPUT_PROJECTIONS:
+        factors = pivot(right_RX.mT, left_MR.mT)
+    else:
+        factors = pivot(left_MR, right_RX)
+    return PivotedLowRank(factors.basis_RO.float(), factors.mix_XR.float(), factors.rows_R)
