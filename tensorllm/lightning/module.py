@@ -3,11 +3,13 @@
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.engine import compress
 from tensorllm.compressors.base import Compressor
 from tensorllm.compressors.settings import settings_of
@@ -75,6 +77,21 @@ class ReasoningModule(LightningModule):
         self._scorer: Scorer | None = None
         self._workers = 1
         self.save_hyperparameters(_hyperparameters(self))
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, *, dtype: str | None = None, **options: Any
+    ) -> "ReasoningModule":
+        """The module of a model by its short name, hub id or folder (compressed ones, too).
+
+        Args:
+            dtype: of the weights, such as bf16; None: as they are stored.
+            options: as of the class.
+        """
+        from tensorllm.commands.models import Loader, dtype_of
+
+        loader = Loader(resolve(str(model)).folder, dtype_of(dtype))
+        return cls(loader, loader.tokenizer(), **options)
 
     def setup(self, stage: str) -> None:
         """Forget a run that did not reach its end: Lightning calls no teardown after an error."""
