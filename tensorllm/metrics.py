@@ -1,24 +1,22 @@
 """What is reported of many answers, as torchmetrics: exact over any number of devices.
 
-Every metric keeps two float64 sums, so that neither the order of batches nor their sizes matter.
-Each takes what it needs of the columns `correct`, `log_probability`, `answer_tokens`, `rank` and
-`token_f1`, all of shape (examples,).
+Every metric keeps two float64 sums, so that the sizes of batches do not matter.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 TOP = (1, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """How people are told of a metric, in a table, a sentence or a plot.
+    """How a metric is shown to people, in a table, a sentence or a plot.
 
     Attributes:
         name: what it is.
@@ -68,96 +66,73 @@ SHOWN = {  # by their names in results, in the order of tables
 MAIN = ("accuracy", "loss")  # those that have intervals and tests
 
 
-class Ratio(Metric, ABC):
-    """A quotient of two sums over examples."""
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
+class Mean(MeanMetric):
+    """torchmetrics' weighted mean, in float64; NaN values do not count."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def add(self, values: Tensor, weights: Tensor) -> None:
-        """Add examples; NaN values do not count."""
-        known = ~values.isnan()
-        self.total += values[known].double().sum()
-        self.count += weights[known].double().sum()
-
-    def ratio(self) -> Tensor:
-        """Total over count; NaN where nothing was counted."""
-        return self.total / self.count
-
-    @abstractmethod
-    def compute(self) -> Tensor: ...
+        super().__init__(nan_strategy="ignore", **options)
+        self.set_dtype(torch.float64)
+        for state in ("mean_value", "weight"):  # else `reset` goes back to float32
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
 
-class Accuracy(Ratio):
-    """Right answers, in per cent; running text (NaN) has none."""
-
-    def update(self, correct: Tensor) -> None:
-        self.add(correct, torch.ones_like(correct))
+class Percentage(Mean):
+    """The mean, in per cent."""
 
     def compute(self) -> Tensor:
-        return 100 * self.ratio()
+        return 100 * super().compute()
 
 
-class AnswerLoss(Ratio):
-    """Mean over examples of -(log-probability of the answer) / (its tokens), in nats per token."""
-
-    def update(self, log_probability: Tensor, answer_tokens: Tensor) -> None:
-        self.add(-log_probability / answer_tokens, torch.ones_like(log_probability))
+class ExpMean(Mean):
+    """exp of the mean."""
 
     def compute(self) -> Tensor:
-        return self.ratio()
+        return super().compute().exp()
 
 
-class Perplexity(Ratio):
-    """exp of the mean over tokens, not over examples."""
-
-    def update(self, log_probability: Tensor, answer_tokens: Tensor) -> None:
-        self.add(-log_probability, answer_tokens)
-
-    def compute(self) -> Tensor:
-        return self.ratio().exp()
+Columns = Mapping[str, Tensor]  # of some examples, each (examples,); NaN where there is no question
 
 
-class TopK(Ratio):
-    """How often the answer's first token is among the k most probable, in per cent."""
+class AnswerMetric(NamedTuple):
+    """A metric of many answers.
 
-    def __init__(self, k: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.k = k
+    Attributes:
+        kind: how values become one.
+        values: what is averaged of `correct`, `log_probability`, `answer_tokens`, `rank` and
+            `token_f1`, and its weights, if they are not one.
+    """
 
-    def update(self, rank: Tensor) -> None:
-        within = (rank <= self.k).double().masked_fill(rank.isnan(), torch.nan)
-        self.add(within, torch.ones_like(within))
-
-    def compute(self) -> Tensor:
-        return 100 * self.ratio()
+    kind: type[Mean]
+    values: Callable[[Columns], tuple[Tensor, ...]]
 
 
-class TokenF1(Ratio):
-    """Mean token F1, in per cent; running text (NaN) has none."""
+def _loss(c: Columns) -> Tensor:
+    return -c["log_probability"] / c["answer_tokens"]
 
-    def update(self, token_f1: Tensor) -> None:
-        self.add(token_f1, torch.ones_like(token_f1))
 
-    def compute(self) -> Tensor:
-        return 100 * self.ratio()
+def _within(k: int) -> AnswerMetric:
+    def values(c: Columns) -> tuple[Tensor, ...]:
+        return ((c["rank"] <= k).double().masked_fill(c["rank"].isnan(), torch.nan),)
+
+    return AnswerMetric(Percentage, values)
+
+
+METRICS = {  # by their names in results
+    "accuracy": AnswerMetric(Percentage, lambda c: (c["correct"],)),
+    "loss": AnswerMetric(Mean, lambda c: (_loss(c),)),  # over examples, in nats per token
+    "perplexity": AnswerMetric(ExpMean, lambda c: (_loss(c), c["answer_tokens"])),  # over tokens
+    **{f"top_{k}": _within(k) for k in TOP},
+    "token_f1": AnswerMetric(Percentage, lambda c: (c["token_f1"],)),
+}
 
 
 def answer_metrics(**options: Any) -> MetricCollection:
     """All of them by the names they have in results; `options` are torchmetrics' own."""
-    return MetricCollection(
-        {
-            "accuracy": Accuracy(**options),
-            "loss": AnswerLoss(**options),
-            "perplexity": Perplexity(**options),
-            **{f"top_{k}": TopK(k, **options) for k in TOP},
-            "token_f1": TokenF1(**options),
-        },
-        compute_groups=False,
-    )
+    made: dict[str, Any] = {name: metric.kind(**options) for name, metric in METRICS.items()}
+    return MetricCollection(made, compute_groups=False)
+
+
+def add_answers(metrics: MetricCollection, columns: Columns) -> None:
+    """Let metrics count these examples."""
+    for name, metric in metrics.items():
+        metric.update(*METRICS[name].values(columns))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorllm.evaluation.predictions import Prediction, columns, metrics_of
-from tensorllm.metrics import Shown, answer_metrics
+from tensorllm.metrics import METRICS, SHOWN, Shown, add_answers, answer_metrics
 
 
 def rows(count: int, seed: int = 0) -> list[Prediction]:
@@ -53,7 +53,7 @@ def test_batches_do_not_matter(sizes: list[int]):
     metrics = answer_metrics()
     start = 0
     for size in sizes:
-        metrics.update(**columns(made[start : start + size]))
+        add_answers(metrics, columns(made[start : start + size]))
         start += size
     got = {name: float(value) for name, value in metrics.compute().items()}
     assert got == pytest.approx(metrics_of(made), rel=1e-12)
@@ -63,10 +63,10 @@ def test_merged_states_are_as_if_seen_by_one():
     """What a device synchronisation does: it adds the states."""
     made = rows(11)
     ours, theirs = answer_metrics(), answer_metrics()
-    ours.update(**columns(made[:4]))
-    theirs.update(**columns(made[4:]))
+    add_answers(ours, columns(made[:4]))
+    add_answers(theirs, columns(made[4:]))
     for name in ours:
-        for state in ("total", "count"):
+        for state in ("mean_value", "weight"):
             merged = getattr(ours[name], state) + getattr(theirs[name], state)
             setattr(ours[name], state, merged)
     assert float(ours["loss"].compute()) == pytest.approx(metrics_of(made)["loss"], rel=1e-12)
@@ -79,10 +79,16 @@ def test_running_text_has_no_verdict():
     assert got == pytest.approx({"loss": 2.0, "perplexity": np.exp(2.0)})
 
 
+def test_every_metric_is_shown():
+    assert list(METRICS) == list(SHOWN)
+
+
 def test_states_are_float64():
     metrics = answer_metrics()
-    metrics.update(**columns(rows(3)))
-    assert metrics["loss"].total.dtype == torch.float64
+    add_answers(metrics, columns(rows(3)))
+    assert metrics["loss"].mean_value.dtype == torch.float64
+    metrics.reset()
+    assert metrics["loss"].mean_value.dtype == metrics["loss"].weight.dtype == torch.float64
 
 
 def test_what_is_shown_of_a_change():

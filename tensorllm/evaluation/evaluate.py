@@ -3,6 +3,7 @@ search.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorllm.data.questions import questions_from_yaml
 from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked, make_scorer, score_all, workers_for
+from tensorllm.progress import Progress, quiet
 
 YAML = (".yaml", ".yml")
 
@@ -114,3 +116,31 @@ def evaluate_model(
         "split": dataset.split,
         "protocol": rules.name,
     }
+
+
+def dataset_scorer(
+    data_file: Path | None = None, limit: int | None = None, progress: Progress = quiet
+) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase, str], dict[str, Any]]:
+    """A function that scores a model on a dataset's test part, protocol `strict`, and reads each
+    dataset once.
+
+    Args:
+        data_file: the dataset's rows, instead of the hub.
+        limit: at most so many examples.
+        progress: called with (examples scored, examples in all, what is done).
+    """
+    read = cache(lambda name: make_dataset(name, data_file=data_file, limit=limit))
+
+    def score_on(
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: str
+    ) -> dict[str, Any]:
+        data, done = read(dataset), 0
+
+        def count(predictions: list[Prediction]) -> None:
+            nonlocal done
+            done += len(predictions)
+            progress(done, len(data.examples), f"scoring {dataset}")
+
+        return evaluate_model(model, tokenizer, data, on_batch=count)
+
+    return score_on

@@ -60,7 +60,7 @@ def token_f1(text: str, answer: str) -> float:
 class TokenBound:
     """Lower bounds on the tokens that an answer still takes, as whole normalised words.
 
-    A word is said as a chain of pieces of tokens: a token's text between its spaces. The shortest
+    A word is spelt as a chain of pieces of tokens: a token's text between its spaces. The shortest
     chain of pieces that there are is what a word takes at least, whichever tokens are chosen.
     """
 
@@ -83,20 +83,20 @@ class TokenBound:
             return 0
         begun = text[len(complete) :].lower().translate(NO_PUNCTUATION)
         return min(
-            self._from(gold, said, begun)
-            for said in range(len(gold))
-            if words[len(words) - said :] == gold[:said]
+            self._from(gold, matched, begun)
+            for matched in range(len(gold))
+            if words[len(words) - matched :] == gold[:matched]
         )
 
-    def _from(self, gold: list[str], said: int, begun: str) -> int:
-        """Tokens for the words after the first `said`, with `begun` standing at the end."""
-        word = gold[said]
+    def _from(self, gold: list[str], matched: int, begun: str) -> int:
+        """Tokens for the words after the first `matched`, with `begun` standing at the end."""
+        word = gold[matched]
         ways = [NEVER]
         if word.startswith(begun):
             ways.append(self.tokens(word[len(begun) :]))
-        if said == 0 or any(article.startswith(begun) for article in ARTICLES):
+        if matched == 0 or any(article.startswith(begun) for article in ARTICLES):
             ways.append(self.tokens(word))
-        rest = [self.tokens(other) for other in gold[said + 1 :]]
+        rest = [self.tokens(other) for other in gold[matched + 1 :]]
         return max(0, min(ways) + sum(rest) - self.spanning * len(rest))
 
     def tokens(self, word: str) -> int:

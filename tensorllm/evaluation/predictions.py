@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError, first_line
 from tensorllm.evaluation.matching import token_f1
-from tensorllm.metrics import answer_metrics
+from tensorllm.metrics import add_answers, answer_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def update(metrics: MetricCollection, predictions: Sequence[Prediction]) -> None
     """
     ordered = sorted(predictions, key=lambda p: p.index)
     device = next(iter(metrics.values())).device
-    metrics.update(**{name: values.to(device) for name, values in columns(ordered).items()})
+    add_answers(metrics, {name: values.to(device) for name, values in columns(ordered).items()})
 
 
 def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:

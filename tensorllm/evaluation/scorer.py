@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tensorllm.data.example import Example
 from tensorllm.evaluation.batching import fill, halving
-from tensorllm.evaluation.causal import Batch, CausalScorer
+from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
 from tensorllm.evaluation.forward import Forward, ModelForward
 from tensorllm.evaluation.masked import (
@@ -28,7 +28,7 @@ from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
 
 
-class Budget(NamedTuple):
+class BatchTokens(NamedTuple):
     """Columns x rows of one batch, padding included.
 
     Attributes:
@@ -41,8 +41,8 @@ class Budget(NamedTuple):
 
 
 # A CPU is fastest while a layer's activations fit its caches.
-CPU = Budget(read=1536, generate=4096)
-ACCELERATOR = Budget(read=65536, generate=65536)
+CPU = BatchTokens(read=1536, generate=4096)
+ACCELERATOR = BatchTokens(read=65536, generate=65536)
 
 
 class Scorer(Interface):
@@ -88,7 +88,7 @@ def make_scorer(
     """
     context = context_of(model.config, tokenizer)
     suited = CPU if (device or model.device).type == "cpu" else ACCELERATOR
-    budget = Budget(batch_tokens, batch_tokens) if batch_tokens else suited
+    budget = BatchTokens(batch_tokens, batch_tokens) if batch_tokens else suited
     if is_masked(model):
         run = forward if isinstance(forward, MaskedForward) else MaskedForward(model)
         return MaskedModelScorer(run, tokenizer, protocol, context, budget)
@@ -107,12 +107,12 @@ def make_scorer(
 class CausalModelScorer:
     """Plans and scores for a causal model."""
 
-    def __init__(self, scorer: CausalScorer, encoder: Encoder, budget: Budget) -> None:
+    def __init__(self, scorer: CausalScorer, encoder: Encoder, budget: BatchTokens) -> None:
         self.scorer = scorer
         self.encoder = encoder
         self.budget = budget
 
-    def plan(self, examples: Sequence[Example]) -> list[Batch]:
+    def plan(self, examples: Sequence[Example]) -> list[CausalBatch]:
         items = self.encoder(examples)
         if self.scorer.protocol.single_token_choices:
             for e in items:
@@ -136,13 +136,13 @@ class CausalModelScorer:
             generated = kind == (False, False)
             tokens = self.budget.generate if generated else self.budget.read
             batches += fill(of_kind, cost, tokens, together if generated else 1)
-        return [Batch(key, tuple(batch)) for key, batch in enumerate(batches)]
+        return [CausalBatch(key, tuple(batch)) for key, batch in enumerate(batches)]
 
-    def score(self, batch: Batch) -> list[Prediction]:
+    def score(self, batch: CausalBatch) -> list[Prediction]:
         def part(items: Sequence[Encoded]) -> list[Prediction]:
             # A part has another shape than the planned batch, so nothing may be kept under its key.
             whole = len(items) == len(batch.items)
-            return self.scorer(Batch(batch.key if whole else None, tuple(items)))
+            return self.scorer(CausalBatch(batch.key if whole else None, tuple(items)))
 
         return halving(part, batch.items)
 
@@ -156,7 +156,7 @@ class MaskedModelScorer:
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
         context: int,
-        budget: Budget,
+        budget: BatchTokens,
     ) -> None:
         model = forward.model
         self.encoder = MaskedEncoder(tokenizer, context_of_masked(model, context), protocol)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.data.example import Example
-from tensorllm.evaluation.causal import Batch
+from tensorllm.evaluation.causal import CausalBatch
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.scorer import is_masked, make_scorer, score_all, workers_for
@@ -102,7 +102,7 @@ class Examiner:
         for size in sizes:
             batches = []
             for batch in self.scorer.plan(self.order[start : start + size]):
-                batches.append(batch._replace(key=key) if isinstance(batch, Batch) else batch)
+                batches.append(batch._replace(key=key) if isinstance(batch, CausalBatch) else batch)
                 key += 1
             stages.append(batches)
             start += size
