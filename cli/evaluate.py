@@ -49,6 +49,7 @@ def evaluate(
     plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
     logger: Annotated[str | None, shared.LOGGER] = None,
     log_dir: Annotated[Path | None, shared.LOG_DIR] = None,
+    verify: Annotated[bool, shared.VERIFY] = False,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Score a model on a dataset: accuracy, loss, and how sure they are.
@@ -79,6 +80,7 @@ def evaluate(
             data_file=data_file,
             compressed=compressed,
             revision=revision,
+            verify=verify,
             protocol=protocol,
             split=split,  # type: ignore[arg-type]  # checked by the dataset
             limit=limit,

@@ -20,6 +20,7 @@ def generate(
     device: Annotated[str, shared.DEVICE] = "cpu",
     revision: Annotated[str | None, shared.REVISION] = None,
     plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
+    verify: Annotated[bool, shared.VERIFY] = False,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
     """Let a model write. A factored folder runs in its factors, with a latent cache.
@@ -48,6 +49,7 @@ def generate(
             policy=policy,  # type: ignore[arg-type]  # checked there
             dtype=dtype,
             device=device,
+            verify=verify,
         )
         texts = run(request, progress)
     if json:

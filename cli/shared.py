@@ -53,4 +53,7 @@ LOGGER = typer.Option(
     help="Metrics to tensorboard, csv or another of Lightning's loggers.",
 )
 LOG_DIR = typer.Option(metavar="FOLDER", help="Where the logger writes (default: logs).")
+VERIFY = typer.Option(
+    "--verify", help="Compare checksums of what tensorllm wrote; takes longer than loading."
+)
 JSON = typer.Option("--json", help="Print JSON.")

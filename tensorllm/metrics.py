@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 TOP = (1, 5, 10)
 
@@ -66,25 +66,40 @@ SHOWN = {  # by their names in results, in the order of tables
 MAIN = ("accuracy", "loss")  # those that have intervals and tests
 
 
-class Mean(MeanMetric):
-    """torchmetrics' weighted mean, in float64; NaN values do not count."""
+class Ratio(Metric):
+    """A quotient of two sums over examples, in float64; NaN terms do not count.
+
+    torchmetrics' own MeanMetric sums in float32 once a LightningModule holds it.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(nan_strategy="ignore", **options)
-        self.set_dtype(torch.float64)
-        for state in ("mean_value", "weight"):  # else `reset` goes back to float32
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__(**options)
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, terms: Tensor, weights: Tensor | None = None) -> None:
+        known = ~terms.isnan()
+        weights = torch.ones_like(terms) if weights is None else weights
+        self.total += terms[known].double().sum()
+        self.count += weights[known].double().sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
-class Percentage(Mean):
-    """The mean, in per cent."""
+class Percentage(Ratio):
+    """The quotient, in per cent."""
 
     def compute(self) -> Tensor:
         return 100 * super().compute()
 
 
-class ExpMean(Mean):
-    """exp of the mean."""
+class Exponential(Ratio):
+    """exp of the quotient."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()
@@ -97,30 +112,28 @@ class AnswerMetric(NamedTuple):
     """A metric of many answers.
 
     Attributes:
-        kind: how values become one.
-        values: what is averaged of `correct`, `log_probability`, `answer_tokens`, `rank` and
-            `token_f1`, and its weights, if they are not one.
+        kind: how it is made of the sums.
+        terms: what is summed, of `correct`, `log_probability`, `answer_tokens`, `rank` and
+            `token_f1`; and what the sum is divided by, where that is not the number of examples.
     """
 
-    kind: type[Mean]
-    values: Callable[[Columns], tuple[Tensor, ...]]
-
-
-def _loss(c: Columns) -> Tensor:
-    return -c["log_probability"] / c["answer_tokens"]
+    kind: type[Ratio]
+    terms: Callable[[Columns], tuple[Tensor, ...]]
 
 
 def _within(k: int) -> AnswerMetric:
-    def values(c: Columns) -> tuple[Tensor, ...]:
+    def terms(c: Columns) -> tuple[Tensor, ...]:
         return ((c["rank"] <= k).double().masked_fill(c["rank"].isnan(), torch.nan),)
 
-    return AnswerMetric(Percentage, values)
+    return AnswerMetric(Percentage, terms)
 
 
 METRICS = {  # by their names in results
     "accuracy": AnswerMetric(Percentage, lambda c: (c["correct"],)),
-    "loss": AnswerMetric(Mean, lambda c: (_loss(c),)),  # over examples, in nats per token
-    "perplexity": AnswerMetric(ExpMean, lambda c: (_loss(c), c["answer_tokens"])),  # over tokens
+    # over examples, in nats per token
+    "loss": AnswerMetric(Ratio, lambda c: (-c["log_probability"] / c["answer_tokens"],)),
+    # over tokens
+    "perplexity": AnswerMetric(Exponential, lambda c: (-c["log_probability"], c["answer_tokens"])),
     **{f"top_{k}": _within(k) for k in TOP},
     "token_f1": AnswerMetric(Percentage, lambda c: (c["token_f1"],)),
 }
@@ -135,4 +148,4 @@ def answer_metrics(**options: Any) -> MetricCollection:
 def add_answers(metrics: MetricCollection, columns: Columns) -> None:
     """Let metrics count these examples."""
     for name, metric in metrics.items():
-        metric.update(*METRICS[name].values(columns))
+        metric.update(*METRICS[name].terms(columns))

@@ -30,6 +30,7 @@ from tensorllm.checkpoint.factored import dense_tensors
 from tensorllm.checkpoint.target import exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.commands.export import export
+from tensorllm.commands.models import Loader
 from tensorllm.commands.quantise import quantise_folder
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
@@ -222,8 +223,11 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
+    tl.load(tmp_path / "out")  # as fast as transformers: only sizes are looked at
     with pytest.raises(tl.UserError, match="checksum"):
-        tl.load(tmp_path / "out")
+        tl.load(tmp_path / "out", verify=True)
+    with pytest.raises(tl.UserError, match="checksum"):
+        Loader(tmp_path / "out", verify=True)()
     path.write_bytes(data[:-1])
     with pytest.raises(tl.UserError, match="truncated"):
         tl.load(tmp_path / "out")

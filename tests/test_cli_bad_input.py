@@ -264,10 +264,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "width is a word": (edit_config(n_embd="wide"), ("config.json",)),
     "width contradicts": (edit_config(n_embd=64), ("(32, 32)", "config says (64, 64)")),
     "heads do not divide": (edit_config(n_head=5), ("32", "5")),
-    "no heads": (edit_config(n_head=0), ("heads", "1 or more", "0")),
+    "no heads": (edit_config(n_head=0), ("n_head", "1 or more", "0")),
     "FFN contradicts": (edit_config(n_inner=60), ("(56, 32)", "config says (60, 32)")),
     "more layers than weights": (edit_config(n_layer=3), ("no transformer.h.2.",)),
-    "no layers": (edit_config(n_layer=0), ("1 layer or more",)),
+    "no layers": (edit_config(n_layer=0), ("n_layer", "1 or more", "0")),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), ("quantised",)),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
@@ -296,13 +296,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "NaN": (set_value(Q, float("nan")), (Q, "NaN or infinite")),
     "infinite": (set_value(Q, float("-inf")), (Q, "NaN or infinite")),
     "NaN where nothing is compressed": (set_value(EMBEDDING, float("nan")), (EMBEDDING, "NaN")),
-    "integers": (edit_weights(as_integers), (Q, "int8", "not a floating point")),
+    "integers": (edit_weights(as_integers), (Q, "I8", "must be one of F64")),
     "another model's weights": (
         edit_weights(lambda w: [w.pop(name) for name in list(w) if "h.0" in name]),
         ("do not look like a 'gptj' model",),
     ),
     "index is not JSON": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{") and None,
+        lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json") and None,
         ("not a safetensors index",),
     ),
     "index names a missing file": (index_to("model-00001-of-00001.safetensors"), ("lacks model-",)),

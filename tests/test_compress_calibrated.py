@@ -1,6 +1,7 @@
 """compress --calibration: from a text file to a smaller model, through the pipeline."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def test_the_target_ratio_is_met_and_the_text_named(text):
     ("asked", "message"),
     [
         ({"text": None, "target_ratio": 1.5}, "give --calibration FILE"),
-        ({"mode": "laser", "rho": 0.1}, "--calibration is for the modes that use data"),
+        ({"mode": "laser", "rho": 0.1}, "decomposes weights alone and takes no calibration"),
         ({"target_ratio": 1.5, "max_loss_increase": 0.1}, "give one of target_ratio"),
-        ({"target_ratio": 1e9}, "smallest factors that there are"),
+        ({"target_ratio": 1e9}, "target_ratio 1e.09 cannot be met: the best reachable is"),
     ],
 )
 def test_what_cannot_be_done_is_refused(text, asked, message):
@@ -66,7 +67,7 @@ def test_what_cannot_be_done_is_refused(text, asked, message):
 
 @pytest.mark.parametrize(("mode", "ratio"), [("activation-tucker", 1.5), ("activation-hybrid", 2)])
 def test_a_dry_run_tells_sizes_without_the_fit(text, tmp_path, monkeypatch, mode, ratio):
-    monkeypatch.setattr("tensorllm.commands.calibrate.fit", None)  # nothing is fitted
+    monkeypatch.setattr("tensorllm.compression.engine.fit", None)  # nothing is fitted
     asked = {"dry_run": True, "out": tmp_path / "out", "format": "factored"}
     plan = run(request(text, mode, asked, target_ratio=ratio))
     before = sum(site.parameters_before for site in plan.sites)
@@ -77,7 +78,7 @@ def test_a_dry_run_tells_sizes_without_the_fit(text, tmp_path, monkeypatch, mode
     assert "by result" in result_text(plan)
     rise = run(request(text, mode, asked, max_loss_increase=0.1))
     assert rise.parameters_after is None
-    with pytest.raises(UserError, match="smallest factors that there are"):
+    with pytest.raises(UserError, match="best reachable is"):
         run(request(text, mode, asked, target_ratio=1e9))
     assert not list(tmp_path.glob(".out*"))
 
@@ -118,6 +119,9 @@ def test_text_that_would_be_scored_is_refused_unless_allowed(text, tmp_path):
         run(request(text, target_ratio=1.5, more=same), evaluate=score)
     with pytest.raises(UserError, match="evaluated stand in the calibration text"):
         run(request(text, target_ratio=1.5, more={"evaluate": "demo"}), evaluate=score)
+    # The embedded model is scored on its own data without being asked to.
+    with pytest.raises(UserError, match="evaluated stand in the calibration text"):
+        run(replace(request(text, target_ratio=1.5), model="demo"), evaluate=score)
     allowed = request(text, target_ratio=1.5, more=same | {"allow_overlap": True})
     assert run(allowed, evaluate=score).evaluation["after"] == {"accuracy": 1.0}
     other = tmp_path / "other.txt"

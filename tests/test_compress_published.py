@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tensorllm as tl
 from tensorllm.compression.dry_run import dry_run
-from tensorllm.compression.folder import FolderTask
+from tensorllm.compression.task import FolderTask
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import ATTENTION
 

@@ -66,7 +66,7 @@ def test_merged_states_are_as_if_seen_by_one():
     add_answers(ours, columns(made[:4]))
     add_answers(theirs, columns(made[4:]))
     for name in ours:
-        for state in ("mean_value", "weight"):
+        for state in ("total", "count"):
             merged = getattr(ours[name], state) + getattr(theirs[name], state)
             setattr(ours[name], state, merged)
     assert float(ours["loss"].compute()) == pytest.approx(metrics_of(made)["loss"], rel=1e-12)
@@ -86,9 +86,9 @@ def test_every_metric_is_shown():
 def test_states_are_float64():
     metrics = answer_metrics()
     add_answers(metrics, columns(rows(3)))
-    assert metrics["loss"].mean_value.dtype == torch.float64
+    assert metrics["loss"].total.dtype == torch.float64
     metrics.reset()
-    assert metrics["loss"].mean_value.dtype == metrics["loss"].weight.dtype == torch.float64
+    assert metrics["loss"].total.dtype == metrics["loss"].count.dtype == torch.float64
 
 
 def test_what_is_shown_of_a_change():

@@ -242,8 +242,6 @@ def broken(folder: Path, what: str) -> None:
         weights.unlink()
     elif what == "truncated":
         weights.write_bytes(weights.read_bytes()[:-10])
-    elif what == "changed":
-        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     else:
         values = json.loads(manifest.read_text())
         if what == "newer":
@@ -259,7 +257,6 @@ BROKEN = {
     "no manifest": "has no tensorllm.json",
     "no weights": "factored.safetensors",
     "truncated": "truncated",
-    "changed": "checksum",
     "newer": "update tensorllm",
     "a tensor missing": "lacks the tensor factors.elsewhere",
     "another layer": "layers must be in",

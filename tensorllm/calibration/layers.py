@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from tensorllm.calibration.sequences import Batch
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.task import saved_class
 
 
 class LayerSource(Protocol):
@@ -60,7 +61,9 @@ class OnDisk:
 
         self.checkpoint = Checkpoint(folder)
         self.device = device
-        self.dtype = dtype or getattr(torch, self.checkpoint.dtype)
+        # transformers, too, loads a model in the dtype that its config names
+        named = getattr(self.checkpoint.config, "dtype", None)
+        self.dtype = dtype or named or getattr(torch, self.checkpoint.dtype)
         with _NoWeights():
             self.model: nn.Module = AutoModel.from_config(self.checkpoint.config, dtype=self.dtype)
         self.model.eval().requires_grad_(False)
@@ -98,16 +101,11 @@ class OnDisk:
 
     def _stored(self, name: str) -> str:
         """What the checkpoint calls a weight: of tied ones it may hold either."""
-        import transformers
-
         if name not in self.checkpoint.entries:
-            for architecture in self.checkpoint.config.architectures or ():
-                tied = getattr(
-                    getattr(transformers, architecture, None), "_tied_weights_keys", None
-                )
-                for other, own in (tied or {}).items():
-                    if own == name and other in self.checkpoint.entries:
-                        return str(other)
+            tied = getattr(saved_class(self.checkpoint.config), "_tied_weights_keys", None)
+            for other, own in (tied or {}).items():
+                if own == name and other in self.checkpoint.entries:
+                    return str(other)
         return name
 
 

@@ -14,13 +14,14 @@ def refuse_evaluated(
     Raises:
         UserError: how many of the rows stand in it.
     """
+    from tensorllm.data.tokens import open_ended
     from tensorllm.evaluation.evaluate import make_dataset
 
     data = make_dataset(dataset, data_file=data_file, limit=None)
     data.connect(tokenizer)
     text.refuse_overlap(
         [
-            example.tokens or tokenizer(f"{example.prompt} {example.answer}").input_ids
+            example.tokens or open_ended(tokenizer, [f"{example.prompt} {example.answer}"])[0]
             for example in data.examples
         ]
     )

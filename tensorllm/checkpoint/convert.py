@@ -11,7 +11,8 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from tensorllm.checkpoint.reader import PICKLES, small_files
+from tensorllm.checkpoint.beside import small_files
+from tensorllm.checkpoint.reader import PICKLES
 from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.errors import Incomplete, UserError, first_line
@@ -40,7 +41,7 @@ def convert(source: Path, target: Path) -> None:
             raise
         writer.name_files()
         for path in small_files(source):
-            writer.copy(path)
+            writer.copy(path, path.relative_to(source))
         writer.finish()
 
 

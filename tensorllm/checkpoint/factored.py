@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.checkpoint.grouping import sharing
+from tensorllm.checkpoint.loading import load_state, load_whole
 from tensorllm.checkpoint.manifest import Manifest, StoredSite, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors import Site
@@ -107,8 +108,12 @@ def dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from _rebuild(group, manifest, stored, roles).items()
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool = False) -> Any:
     """The transformers model of a folder that tensorllm wrote, dense in memory.
+
+    Args:
+        dtype: of the weights in memory; None: as they are stored.
+        verify: compare the files' checksums with the manifest's; sizes are looked at always.
 
     Raises:
         UserError: the folder is not ours, from a newer version, or its files have changed.
@@ -119,29 +124,15 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no tensorllm.json; load it with transformers")
-    check_files(folder, manifest)
+    check_files(folder, manifest, verify=verify)
     if manifest.format == "dense":
-        config = Checkpoint(folder).config
-        return model_class(config).from_pretrained(folder, dtype=dtype or "auto")
+        return load_whole(folder, Checkpoint(folder).config, dtype, language=False)
     config = unmark_config(Checkpoint(folder, stem=STEM).config)
     state = dict(dense_tensors(folder))
-    kind = model_class(config)
-    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or config.dtype)
+    model = load_state(state, config, dtype, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def model_class(config: Any) -> Any:
-    """The transformers class that the checkpoint was saved from."""
-    import transformers
-
-    for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise UserError(
-        f"config.json names no architecture that transformers has, got {config.architectures}"
-    )
+    return model
 
 
 def _rebuild(

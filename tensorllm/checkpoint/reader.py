@@ -1,9 +1,10 @@
 """A local checkpoint in the layout of the hub, read a few tensors at a time."""
 
 import json
+import logging
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -12,12 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorllm.errors import UserError, first_line
+from tensorllm.checkpoint.config import read_config
+from tensorllm.checkpoint.fitting import BUFFERS
+from tensorllm.checkpoint.identity import identity_of
+from tensorllm.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# Of the config, tokenizer and generation config; never of code or weights.
-SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+ROWS_BYTES = 2**24  # of each of two tensors that are compared
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -29,6 +34,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+    start: int  # in the file
 
     @property
     def numel(self) -> int:
@@ -44,6 +50,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder, self.stem = folder, stem
+        self.unused: frozenset[str] = frozenset()  # known with `weights`
         if not folder.is_dir():
             raise UserError(f"no such model folder: {folder}")
         if not (folder / "config.json").is_file():
@@ -53,12 +60,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> Any:
         """The transformers config; its own code is never run."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except Exception as error:  # a wrong config fails in many ways inside transformers
-            raise UserError(f"{self.folder}/config.json: {first_line(error)}") from None
+        config = read_config(self.folder)
         method = getattr(config, "quantization_config", None)
         if method is not None and self.stem == "model":  # else it is our own mark
             raise UserError(
@@ -76,26 +78,69 @@ class Checkpoint:
     def _weight_files(self) -> set[str]:
         return {entry.file for entry in self.entries.values()}
 
+    @cached_property
+    def weights(self) -> dict[str, Entry]:
+        """The tensors that are the model's parameters, tied ones once.
+
+        Raises:
+            UserError: they are not all, or not only, those of the config's model.
+        """
+        from tensorllm.checkpoint.parameters import parameters_in
+
+        if self.stem != "model":  # names of our own, checked by the manifest
+            return self.entries
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        found = parameters_in(self.folder, self.config, shapes)
+        twice = {a for a, b in found.tied if a != b and self.same(a, b)}
+        unwanted = found.unused | twice
+        weights = {name: e for name, e in self.entries.items() if name not in unwanted}
+        check_dtypes(self.folder, weights)
+        self.unused = found.unused
+        return weights
+
+    def check_readable(self) -> None:
+        """Refuse what weights cannot be stored as, told from names: integers may be masks."""
+        named = {n: e for n, e in self.entries.items() if not BUFFERS.search(n)}
+        endings = (".weight", ".bias")
+        check_dtypes(
+            self.folder,
+            {n: e for n, e in named.items() if e.dtype.startswith("F") or n.endswith(endings)},
+        )
+
     @property
     def parameters(self) -> int:
-        return sum(entry.numel for entry in self.entries.values())
+        return sum(entry.numel for entry in self.weights.values())
 
     @property
     def dtype(self) -> str:
         """The floating point type of most of the weights."""
         counts: dict[str, int] = defaultdict(int)
-        for entry in self.entries.values():
+        for entry in self.weights.values():
             counts[entry.dtype] += entry.numel
-        stored = max(counts, key=lambda dtype: counts[dtype])
-        return DTYPES.get(stored, stored)
+        return DTYPES[max(counts, key=lambda dtype: counts[dtype])]
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, read a few rows at a time."""
+        from safetensors import safe_open
+
+        if self.entries[one].shape != self.entries[other].shape:
+            return False
+        files = [self.folder / self.entries[name].file for name in (one, other)]
+        with safe_open(files[0], "pt") as a, safe_open(files[1], "pt") as b:
+            left, right = a.get_slice(one), b.get_slice(other)
+            rows = self.entries[one].shape[0] if self.entries[one].shape else 0
+            step = max(1, ROWS_BYTES * max(rows, 1) // max(self.entries[one].bytes, 1))
+            starts = range(0, rows, step)
+            return all(left[i : i + step].equal(right[i : i + step]) for i in starts)
+
+    @cached_property
+    def identity(self) -> str:
+        """The same for the same config and weights, wherever they lie and in whatever files."""
+        return identity_of(self.folder, self.entries)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What interrupted work must find unchanged to go on: the folder and its weight files."""
-        stats = {file: (self.folder / file).stat() for file in sorted(self._weight_files)}
-        return {
-            "source": str(self.folder.resolve()),
-            "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
-        }
+        """What interrupted work must find unchanged to go on."""
+        return {"source": self.identity}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, each in memory of its own.
@@ -115,7 +160,13 @@ class Checkpoint:
         return out
 
     def _files(self) -> list[str]:
-        index = self.folder / index_name(self.stem)
+        """The weight files, by transformers' own rules: a single file goes before an index."""
+        folder, index = self.folder, self.folder / index_name(self.stem)
+        single = f"{self.stem}.safetensors"
+        if (self.folder / single).is_file():
+            if index.is_file():
+                log.warning("%s holds %s and an index of shards: the file is read", folder, single)
+            return [single]
         if index.is_file():
             try:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -127,8 +178,6 @@ class Checkpoint:
             if missing:
                 raise UserError(f"{self.folder} lacks {missing[0]}, which {index.name} names")
             return files
-        if (self.folder / f"{self.stem}.safetensors").is_file():
-            return [f"{self.stem}.safetensors"]
         pickles = [p.name for pattern in PICKLES for p in self.folder.glob(pattern)]
         if pickles:
             raise UserError(
@@ -140,20 +189,24 @@ class Checkpoint:
     def _read_headers(self, files: Iterable[str]) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for file in files:
-            for name, info in read_header(self.folder / file).items():
+            header = read_header(self.folder / file)
+            ends = [info["data_offsets"][1] for info in header.values()]
+            data = (self.folder / file).stat().st_size - max(ends, default=0)
+            for name, info in header.items():
                 start, end = info["data_offsets"]
                 shape = tuple(info["shape"])
-                entries[name] = Entry(file, shape, info["dtype"], end - start)
+                entries[name] = Entry(file, shape, info["dtype"], end - start, data + start)
         return entries
 
 
-def small_files(folder: Path) -> list[Path]:
-    """What a model folder holds beside its weights and their index, and is copied as it is."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in SMALL_FILES and not path.name.endswith(".index.json")
-    ]
+def check_dtypes(folder: Path, weights: Mapping[str, Entry]) -> None:
+    """Refuse weights that are stored as other than floating point numbers of 16 bits or more."""
+    for name, entry in weights.items():
+        if entry.dtype not in DTYPES:
+            raise UserError(
+                f"{folder}: {name} is stored as {entry.dtype}; weights must be one of "
+                f"{', '.join(DTYPES)}. Give the checkpoint that was quantised, or cast it"
+            )
 
 
 def index_name(stem: str) -> str:

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from tensorllm.checkpoint.reader import SMALL_FILES
+from tensorllm.checkpoint.beside import UNWANTED
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
 from tensorllm.recipes import short_names
 from tensorllm.registry import did_you_mean
-
-# Code is never fetched, and pickled weights neither. The card is read for the licence.
-WANTED = ["*.safetensors", *(f"*{ending}" for ending in SMALL_FILES), "README.md"]
 
 OFFLINE = (
     "Offline, give a local folder (--model FOLDER, in the hub's layout) or the embedded model "
@@ -80,7 +77,9 @@ def _download(hub_id: str, revision: str | None, hint: str) -> Path:
     refusal = why_not(hub_id, "model", revision)
     if refusal is None:
         try:
-            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
+            return Path(
+                snapshot_download(hub_id, revision=revision, ignore_patterns=list(UNWANTED))
+            )
         except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
             refusal = reason(error)
     if held is not None and any(held.glob("*.safetensors")):

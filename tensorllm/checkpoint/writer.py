@@ -119,10 +119,16 @@ class ShardWriter:
         except OSError as error:
             raise _no_space(self.folder, error) from error
 
-    def copy(self, source: Path) -> None:
-        """Copy a small file, such as the tokenizer's, as it is."""
+    def copy(self, source: Path, name: Path | None = None) -> None:
+        """Copy a small file, such as the tokenizer's, as it is.
+
+        Args:
+            name: where it goes below the folder; its own name by default.
+        """
+        target = self.folder / (name or source.name)
         try:
-            shutil.copyfile(source, self.folder / source.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
         except OSError as error:
             raise _no_space(self.folder, error) from error
 

@@ -93,6 +93,7 @@ def run(
         make_compressor(recipe.mode, recipe.settings)
     source = resolve(recipe.model, request.revision)
     dataset = scored_on(request, recipe.model)
+    scored = request.evaluate is not None or evaluate is not None
     score = None
     if evaluate is not None and dataset is not None:
         score = lambda model, tokenizer: evaluate(model, tokenizer, dataset)  # noqa: E731
@@ -102,7 +103,7 @@ def run(
         compressor=compressor_of(recipe, budget, source),
         layers=recipe.layers,
         budget=budget,
-        calibration=_text(request, source, dtype, dataset),
+        calibration=_text(request, source, dtype, dataset if scored else None),
         stream=request.stream,
         format="factored" if request.format == "factored" else "dense",
         device=device_of(request.device),
@@ -204,7 +205,7 @@ def _in_memory(
     strategy = task.compressor
     assert isinstance(strategy, Compressor), "the command line fits nothing beforehand"
     plan_jobs(strategy, roles, range(roles.layers) if task.layers is None else task.layers)
-    loader = Loader(task.source, task.dtype, task.device)
+    loader = Loader(task.source, task.dtype, task.device, language=score is not None)
     model = loader()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None

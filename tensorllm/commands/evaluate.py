@@ -15,6 +15,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from tensorllm.checkpoint.manifest import Manifest
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.plugins import load_plugins
@@ -48,6 +50,7 @@ class EvaluateRequest:
     Attributes:
         model: short name, hub id or folder.
         compressed: a folder that tensorllm wrote from this model: scored beside the original.
+        verify: compare checksums of what tensorllm wrote.
         out: folder of results; without one nothing is kept and nothing resumed.
         trainer: further options of Lightning's Trainer; `callbacks` may be names of classes.
         logger: a logger of Lightning, or its name such as csv; `log_dir` is where it writes.
@@ -64,6 +67,7 @@ class EvaluateRequest:
     out: Path | None = None
     overwrite: bool = False
     dtype: str | None = None
+    verify: bool = False
     seed: int = 0
     batch_tokens: int | None = None
     devices: Devices = field(default_factory=Devices)
@@ -144,24 +148,33 @@ def _check(request: EvaluateRequest) -> None:
 
 def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
     dtype = dtype_of(request.dtype)
-    original = Loader(source.folder, dtype)
+    original = Loader(source.folder, dtype, verify=request.verify)
     if request.compressed is None:
         return {"model": original}
     if not request.compressed.is_dir():
         raise UserError(
             f"--compressed must be a folder that tensorllm wrote, got {request.compressed}"
         )
-    compressed = Loader(request.compressed, dtype)
+    compressed = Loader(request.compressed, dtype, verify=request.verify)
     manifest = compressed.manifest()
     if manifest is None:
         raise UserError(f"--compressed: {request.compressed} has no tensorllm.json")
-    made_from = str(manifest.source.get("model"))
-    if made_from != source.name and Path(made_from).resolve() != source.folder.resolve():
+    if not _belongs(manifest, source):
         raise UserError(
-            f"{request.compressed} was made from {made_from!r}, not from {source.name!r}: "
-            "give the model it belongs to"
+            f"{request.compressed} was made from {manifest.source.get('model')!r}, not from "
+            f"{source.name!r}: give the model it belongs to"
         )
     return {"before": original, "model": compressed}
+
+
+def _belongs(manifest: Manifest, source: Source) -> bool:
+    """Whether a compressed folder was made from this model, whatever either is called."""
+    known = manifest.source.get("identity")
+    if known is not None:
+        return bool(known == Checkpoint(source.folder).identity)
+    # Saved from memory: the original's weights were not there any more, only its name.
+    named = str(manifest.source.get("model"))
+    return named == source.name or Path(named).resolve().name == source.folder.resolve().name
 
 
 def _score(

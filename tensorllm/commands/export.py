@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import STEM, dense_tensors
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
-from tensorllm.checkpoint.reader import Checkpoint, small_files
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
@@ -51,8 +52,8 @@ def export(
     if manifest is None or manifest.format != "factored":
         what = "is not one that tensorllm wrote" if manifest is None else "is dense already"
         raise UserError(f"{source} {what}; export takes a factored folder")
-    check_files(source, manifest)
-    fingerprint = {"export": str(source.resolve()), "files": manifest.files, "dtype": str(dtype)}
+    check_files(source, manifest, verify=True)
+    fingerprint = {"export": "dense", "files": manifest.files, "dtype": str(dtype)}
     with exclusive(target):
         writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
         total = dense_count(source, manifest)
@@ -64,7 +65,7 @@ def export(
         size = sum(facts["bytes"] for facts in files.values())
         for path in small_files(source):
             if path.name not in (MANIFEST, REPORT):
-                writer.copy(path)
+                writer.copy(path, path.relative_to(source))
         config = _dense_config(source, dtype)
         writer.write_json("config.json", config)
         dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)

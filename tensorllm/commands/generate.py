@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from tensorllm.checkpoint.manifest import check_files
 from tensorllm.checkpoint.source import resolve
 from tensorllm.commands.models import Loader, device_of, dtype_of
 from tensorllm.commands.runtime import load_factored
+from tensorllm.data.tokens import check_ids, open_ended
 from tensorllm.errors import UserError
-from tensorllm.evaluation.scorer import context_of
+from tensorllm.evaluation.forward import PAD, left_padded
+from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Policy
@@ -25,6 +28,7 @@ class GenerateRequest:
         max_new_tokens: at most; fewer where the model's context ends before.
         temperature: 0: always the likeliest token.
         beams: of the beam search; 1: none.
+        verify: compare checksums of what tensorllm wrote.
     """
 
     model: str
@@ -38,6 +42,7 @@ class GenerateRequest:
     policy: Policy = "always"
     dtype: str | None = None
     device: str = "cpu"
+    verify: bool = False
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
@@ -51,21 +56,23 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     """
     _check(request)
     folder = resolve(request.model, request.revision).folder
-    loader = Loader(folder, dtype_of(request.dtype))
+    loader = Loader(folder, dtype_of(request.dtype), verify=request.verify)
     tokenizer: Any = loader.tokenizer()
     manifest = loader.manifest()
     if manifest is not None and manifest.format == "factored":
+        check_files(folder, manifest, verify=request.verify)
         model, _ = load_factored(folder, request.policy, loader.dtype)
     else:
         model = loader()
-    if not model.can_generate():
+    if is_masked(model):
         raise UserError(f"{request.model} fills masks and writes no text; evaluate it instead")
     model = model.to(device_of(request.device)).eval()
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(list(request.prompts), return_tensors="pt", padding=len(request.prompts) > 1)
-    read, context = batch["input_ids"].shape[1], context_of(model.config, tokenizer)
+    prompts = open_ended(tokenizer, request.prompts)
+    check_ids(prompts, embedding_rows(model), "a prompt")
+    if not all(prompts):
+        raise UserError("a prompt must be one token or more, got none")
+    batch = left_padded(prompts, model.device)
+    read, context = batch.ids_BT.shape[1], context_of(model.config, tokenizer)
     if read >= context:
         raise UserError(f"the prompt must be below the model's {context} tokens, got {read}")
     most = min(request.max_new_tokens, context - read)
@@ -77,16 +84,27 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
 
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
     out = model.generate(
-        input_ids=batch["input_ids"].to(model.device),
-        attention_mask=batch["attention_mask"].to(model.device),
+        input_ids=batch.ids_BT,
+        attention_mask=batch.mask_BT.long(),
         max_new_tokens=most,
         num_beams=request.beams,
         do_sample=request.temperature > 0,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=PAD,  # masked out before a prompt, and cut off behind a text's end
         stopping_criteria=StoppingCriteriaList([count]),
         **(sampling if request.temperature > 0 else {}),
     )
-    return [str(text) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+    eos = eos_of(model)
+    texts = [
+        [*prompt, *_until_end(row[read:].tolist(), eos)]
+        for prompt, row in zip(prompts, out, strict=True)
+    ]
+    return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]
+
+
+def _until_end(ids: list[int], eos: frozenset[int]) -> list[int]:
+    """The tokens up to the one that ends the text; what follows it is padding."""
+    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+    return ids[: end + 1]
 
 
 def _check(request: GenerateRequest) -> None:

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tensorllm.checkpoint.factored import model_class
-from tensorllm.checkpoint.manifest import Manifest, read_manifest
+from tensorllm.checkpoint.config import read_config
+from tensorllm.checkpoint.factored import STEM
+from tensorllm.checkpoint.identity import files_identity
+from tensorllm.checkpoint.loading import load_whole
+from tensorllm.checkpoint.manifest import Manifest, check_files, read_manifest
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.commands.runtime import load_to_run
 from tensorllm.errors import UserError
+from tensorllm.models.task import is_masked
 from tensorllm.registry import one_of
 
 DTYPES = {
@@ -25,6 +30,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+NOTES = ("report.json", "tensorllm.json", "details.json")  # of ours: they change no score
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +41,29 @@ class Loader:
         folder: an ordinary checkpoint, or one that tensorllm wrote.
         dtype: of the weights in memory; None: as they are stored.
         device: where the weights go; a Trainer moves them itself.
+        language: with the head that predicts tokens; False: as it was saved.
+        verify: compare checksums of what tensorllm wrote, which reads all of it once more.
     """
 
     folder: Path
     dtype: torch.dtype | None = None
     device: str = "cpu"
+    language: bool = True
+    verify: bool = False
 
     def __call__(self) -> Any:
         manifest = read_manifest(self.folder)
+        factored = manifest is not None and manifest.format == "factored"
+        if manifest is not None:
+            check_files(self.folder, manifest, verify=self.verify)
+        config = self.config()
+        if not factored and getattr(config, "quantization_config", None) is None:
+            Checkpoint(self.folder).check_readable()  # says more of what is wrong
         try:
-            if manifest is not None and manifest.format == "factored":
+            if factored:
                 made: nn.Module = load_to_run(self.folder, self.dtype)
             else:
-                kind = model_class(self.config())
-                made = kind.from_pretrained(self.folder, dtype=self.dtype or "auto")
+                made = load_whole(self.folder, config, self.dtype, language=self.language)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
@@ -56,13 +71,7 @@ class Loader:
         return made.to(self.device).eval()
 
     def config(self) -> Any:
-        try:
-            return AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            manifest = read_manifest(self.folder)
-            if manifest is None:
-                raise UserError(f"{self.folder} holds no model: {_line(error)}") from None
-            raise
+        return read_config(self.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
@@ -72,20 +81,20 @@ class Loader:
 
     @property
     def masked(self) -> bool:
-        return not model_class(self.config()).can_generate()
+        """Whether the model fills masks in, and writes no text."""
+        return is_masked(self.config())
 
     def manifest(self) -> Manifest | None:
         """What tensorllm wrote about the folder, or None."""
         return read_manifest(self.folder)
 
     def fingerprint(self) -> str:
-        """Changes when any file of the folder does."""
-        facts = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(self.folder.iterdir())
-            if path.is_file()
-        ]
-        return hashlib.sha256(json.dumps([str(self.dtype), facts]).encode()).hexdigest()
+        """Changes when weights, config or tokenizer do, and not with the place of the folder."""
+        manifest = read_manifest(self.folder)
+        factored = manifest is not None and manifest.format == "factored"
+        checkpoint = Checkpoint(self.folder, stem=STEM if factored else "model")
+        facts = [str(self.dtype), checkpoint.identity, files_identity(self.folder, NOTES)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import STEM, mark_config, store_site
 from tensorllm.checkpoint.manifest import (
     MANIFEST,
@@ -12,7 +13,7 @@ from tensorllm.checkpoint.manifest import (
     check_files,
     read_manifest,
 )
-from tensorllm.checkpoint.reader import Checkpoint, small_files
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT
@@ -51,8 +52,8 @@ def quantise_folder(
     manifest = read_manifest(source)
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{source} is not factored; --quantize takes a factored folder")
-    check_files(source, manifest)
-    fingerprint = {"quantise": str(source.resolve()), "files": manifest.files, "how": how}
+    check_files(source, manifest, verify=True)
+    fingerprint = {"quantise": how, "files": manifest.files}
     with exclusive(target):
         writer = ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite)
         try:
@@ -65,7 +66,7 @@ def quantise_folder(
         weights = writer.name_files()
         for path in small_files(source):
             if path.name not in (MANIFEST, REPORT, "config.json"):
-                writer.copy(path)
+                writer.copy(path, path.relative_to(source))
         config = json.loads((source / "config.json").read_text())
         writer.write_json("config.json", mark_config(config, weights))
         about = {**manifest.source, "quantised": how}

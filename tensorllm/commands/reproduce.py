@@ -12,7 +12,15 @@ from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.search import SearchRequest
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names
-from tensorllm.reproduction.inputs import check_data, data_file, hub_id, missing, weights_of
+from tensorllm.reproduction.inputs import (
+    check_data,
+    data_file,
+    data_identity,
+    hub_id,
+    missing,
+    weights_identity,
+    weights_of,
+)
 from tensorllm.reproduction.published import (
     PROTOCOL,
     Cell,
@@ -65,18 +73,22 @@ class ReproduceRequest:
             return ""
         return "published" if not cell.searched else "searched" if self.searches(cell) else "given"
 
-    def file(self, cell: Cell) -> CellFile:
+    def path(self, cell: Cell) -> Path:
         """Where the finished cell is kept."""
         name = cell.name.replace(" (", "-").rstrip(")")
+        return self.out / cell.model / cell.dataset / f"{name}.json"
+
+    def file(self, cell: Cell) -> CellFile:
+        """The same with what another run must agree with."""
         facts = {
-            "weights": self.weights,
-            "data": None if self.data is None else str(self.data),
+            "weights_identity": weights_identity(self.model, self.weights),
+            "data_identity": data_identity(cell.dataset, self.data),
             "limit": self.limit,
             "dtype": self.dtype,
             "protocol": PROTOCOL,
             "layer": self.layer if cell.searched else None,
         }
-        return CellFile(self.out / cell.model / cell.dataset / f"{name}.json", facts)
+        return CellFile(self.path(cell), facts)
 
 
 def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Outcome]:
@@ -187,7 +199,7 @@ def _search_of(cell: Cell, folder: Path, request: ReproduceRequest) -> SearchReq
         layers=request.candidates,
         fixed=fixed,
         sampler="grid",
-        study=request.file(cell).path.with_suffix(""),
+        study=request.path(cell).with_suffix(""),
         device=request.device,
         **grid,
     )

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from tensorllm.checkpoint.factored import STEM, load, model_class, store_site
+from tensorllm.checkpoint.factored import STEM, load, store_site
+from tensorllm.checkpoint.loading import load_whole
 from tensorllm.checkpoint.manifest import Manifest, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.skeleton import record
@@ -90,7 +91,7 @@ def load_factored(
     choices = [choice for _, _, choice in sites]
     if all(choice.factored for choice in choices):
         del sites
-        model = model_class(stored.config).from_pretrained(folder, dtype=dtype or "auto")
+        model = load_whole(folder, stored.config, dtype, language=False)
         return model, choices
     model = load(folder, dtype=dtype)
     install(model, [(s, cast(plain(f), model.dtype)) for s, f, choice in sites if choice.factored])
@@ -106,7 +107,7 @@ def load_to_run(folder: Path, dtype: torch.dtype | None = None) -> Any:
         factors = site.factors(stored.read(site.tensors.values()))
         if not can_run_factored(site.site, plain(factors)):
             return load(folder, dtype=dtype)
-    return model_class(stored.config).from_pretrained(folder, dtype=dtype or "auto")
+    return load_whole(folder, stored.config, dtype, language=False)
 
 
 def _replaced(model: Any, sites: list[Site]) -> dict[str, dict[str, Any]]:

@@ -174,7 +174,7 @@ class SearchRun:
         """What another run of the same study must have in common with this one."""
         rules = self.request.rules
         return {
-            "model": f"{self.source.name} {model_fingerprint(self.model)}",
+            "model": f"{self.model.config.model_type} {model_fingerprint(self.model)}",
             "dataset": f"{self.validation.name} {examples_fingerprint(self.validation.examples)}",
             "protocol": self.protocol.name,
             "space": self.space.describe(),

@@ -17,7 +17,8 @@ from torch import nn
 
 from tensorllm.calibration.fit import Fitted, fit, fit_folder, store_for
 from tensorllm.calibration.sequences import Calibration
-from tensorllm.checkpoint.factored import STEM, model_class
+from tensorllm.checkpoint.factored import STEM
+from tensorllm.checkpoint.loading import load_whole
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.target import check_target, exclusive
 from tensorllm.checkpoint.writer import ShardWriter
@@ -226,8 +227,7 @@ def _fitted(
             progress=progress,
         )
     config = Checkpoint(task.source).config
-    kind = model_class(config)
-    model = kind.from_pretrained(task.source, dtype=task.dtype or "auto").to(task.device).eval()
+    model = load_whole(task.source, config, task.dtype, language=False).to(task.device)
     store = None
     if work is not None:
         dtype = next(model.parameters()).dtype

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import mark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
-from tensorllm.checkpoint.reader import Checkpoint, small_files
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.compression.details import DETAILS
@@ -53,7 +54,8 @@ def publish(
         environment=environment(),
     )
     _copy_small_files(task, writer, weights)
-    writer.write_json(MANIFEST, _manifest(task, plan, notes, files).to_json())
+    made_from = checkpoint.identity if task.original else None
+    writer.write_json(MANIFEST, _manifest(task, plan, notes, files, made_from).to_json())
     values = report.to_json()
     writer.write_json(REPORT, values)
     details = [record for note in notes for record in note["details"]]
@@ -70,11 +72,17 @@ def _manifest(
     plan: Plan,
     notes: Sequence[Mapping[str, Any]],
     files: dict[str, dict[str, Any]],
+    made_from: str | None,
 ) -> Manifest:
     mode, settings = plan.settings
     return Manifest(
         format=task.format,
-        source={"model": task.name, "revision": task.revision, "layers": list(plan.layers)},
+        source={
+            "model": task.name,
+            "revision": task.revision,
+            "layers": list(plan.layers),
+            "identity": made_from,
+        },
         mode=mode,
         settings=settings,
         versions=versions(),
@@ -89,7 +97,7 @@ def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> No
     """Config, tokenizer and generation config; never code or weights."""
     for path in small_files(task.source):
         if path.name not in (MANIFEST, REPORT, DETAILS):
-            writer.copy(path)
+            writer.copy(path, path.relative_to(task.source))
     config = json.loads((task.source / "config.json").read_text())
     if task.dtype is not None:
         config.pop("torch_dtype", None)

@@ -58,6 +58,7 @@ def save(
             overwrite=overwrite,
             model=getattr(model.config, "_name_or_path", "") or model.config.model_type,
             revision=getattr(model.config, "_commit_hash", None),
+            original=False,
             done={site.site.name: site for site in compression.sites},
         )
         return compress_folder(task)

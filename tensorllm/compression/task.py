@@ -31,6 +31,7 @@ class FolderTask:
         dtype: of the written weights; that of each stored tensor by default.
         model: the name that reports give the model; the folder by default.
         done: factors that are there already, by the site's name.
+        original: `source` holds the model as it was before any compression.
         shard_bytes: a file of weights is ended as soon as it holds so many.
     """
 
@@ -48,6 +49,7 @@ class FolderTask:
     model: str | None = None
     revision: str | None = None
     done: Mapping[str, CompressedSite] = field(default_factory=dict)
+    original: bool = True
     shard_bytes: int = SHARD_BYTES
 
     @property

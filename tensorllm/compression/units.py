@@ -39,6 +39,7 @@ def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
     checkpoint = Checkpoint(folder)
     roles = RoleMatrices(checkpoint.config, checkpoint.entries)
     roles.check_shapes({name: entry.shape for name, entry in checkpoint.entries.items()})
+    _ = checkpoint.weights  # refuses what is not whole
     return checkpoint, roles
 
 
@@ -84,8 +85,10 @@ def run_unit(
             write_dense(compressed.site, compressed.factors, roles, weights)
         out = weights
     if not unit.sites:
-        out = {name: _copied(name, w, plan, roles) for name, w in weights.items()}
-    return {name: _stored(t, task.dtype) for name, t in out.items()}, note
+        unused = checkpoint.unused
+        out = {n: w if n in unused else _copied(n, w, plan, roles) for n, w in weights.items()}
+    dtypes = {n: None if n in checkpoint.unused else task.dtype for n in out}
+    return {name: _stored(t, dtypes[name]) for name, t in out.items()}, note
 
 
 def _copied(name: str, w: Tensor, plan: Plan, roles: RoleMatrices) -> Tensor:

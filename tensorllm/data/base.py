@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -140,10 +141,12 @@ class ReasoningDataModule(LightningDataModule, ABC):
         return row[field_of(row, names, where)]
 
     def text(self, row: Row, role: str, where: str) -> str:
-        """The same, stripped; it must be text that is not blank."""
+        """The same, stripped; it must be text that is not blank, or a number."""
         value = self.value(row, role, where)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
+        if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+            return str(value)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {role} must be text that is not empty, got {value!r:.60}")
         return value.strip()

@@ -79,7 +79,10 @@ class Questions(ReasoningDataModule):
 
 
 def _choices(values: Any, what: str) -> tuple[str, ...]:
-    """They must be texts, as answers are: YAML reads a bare yes or no as true and false."""
+    """Texts, as answers are, or numbers; YAML reads a bare yes or no as true and false."""
+    if isinstance(values, list | tuple):
+        numbers = [isinstance(v, int | float) and not isinstance(v, bool) for v in values]
+        values = [str(v) if n else v for v, n in zip(values, numbers, strict=True)]
     if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
         raise UserError(f'{what} must be a list of texts such as ["yes", "no"], got {values!r:.60}')
     return tuple(values)

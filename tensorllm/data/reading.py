@@ -3,12 +3,13 @@
 import csv
 import itertools
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from tensorllm.data.opening import ending, lines_of
 from tensorllm.errors import UserError
 
 Row = Mapping[str, Any]
@@ -24,11 +25,13 @@ def rows_of_file(path: Path) -> Iterator[Row]:
     """
     if not path.is_file():
         raise UserError(f"--data-file must be a readable file, got {str(path)!r}")
-    suffix = path.suffix.lower()
+    suffix = ending(path)
     readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".json": _json}
     if suffix not in KNOWN:
         known = ", ".join(KNOWN)
         raise UserError(f"--data-file must end in one of {known}, got {path.name!r}")
+    if suffix == ".parquet" and path.suffix.lower() != suffix:
+        raise UserError(f"--data-file: parquet is compressed in itself; unpack {path.name!r}")
     rows = readers.get(suffix, _jsonl)(path)
     first = next(rows, None)
     if first is None:
@@ -42,21 +45,14 @@ def _row(row: object, where: str) -> Row:
     return row
 
 
-def _lines(path: Path) -> Generator[str, None, None]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} must be UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
-
-
 def _jsonl(path: Path) -> Iterator[Row]:
-    with closing(_lines(path)) as lines:
+    with closing(lines_of(path)) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            if number == 1 and line.lstrip().startswith("["):  # a JSON list by another name
+                yield from _json(path)
+                return
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -70,10 +66,13 @@ def _why(error: json.JSONDecodeError) -> str:
 
 def json_items(path: Path) -> list[Any]:
     """The items of a JSON list, or of the one list that a JSON object holds (`data`, `examples`,
-    ...).
+    ...), or of JSON Lines, which many programs write into a file that ends in json.
     """
+    text = "".join(lines_of(path))
+    if (rows := _as_lines(text, path)) is not None:
+        return rows
     try:
-        loaded = json.loads("".join(_lines(path)))
+        loaded = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON on line {error.lineno}: {_why(error)}") from None
     if isinstance(loaded, dict):
@@ -84,14 +83,32 @@ def json_items(path: Path) -> list[Any]:
     return loaded
 
 
+def _as_lines(text: str, path: Path) -> list[Any] | None:
+    """The rows of JSON Lines; None where the text is one JSON value over several lines.
+
+    So it is where the first line is a whole row, and not an object whose one field is a list.
+    """
+    lines = text.lstrip().splitlines()
+    try:
+        first = json.loads(lines[0]) if lines else None
+    except json.JSONDecodeError:
+        return None
+    held = list(first.values()) if isinstance(first, dict) else []
+    alone = not any(line.strip() for line in lines[1:])
+    wraps = any(isinstance(v, list) and all(isinstance(row, dict) for row in v) for v in held)
+    if not isinstance(first, dict) or (alone and (wraps or len(held) < 2)):
+        return None
+    return list(_jsonl(path))
+
+
 def _json(path: Path) -> Iterator[Row]:
     for number, row in enumerate(json_items(path), 1):
         yield _row(row, f"{path}, row {number}")
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with closing(_lines(path)) as lines:
+    delimiter = "\t" if ending(path) == ".tsv" else ","
+    with closing(lines_of(path)) as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for row in reader:

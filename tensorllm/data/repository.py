@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tensorllm.data.opening import ending
 from tensorllm.data.reading import KNOWN, Row, rows_of_file
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy, why_not
@@ -73,7 +74,7 @@ def files_of_split(folder: Path, config: str | None, split: str) -> list[Path]:
     `data/SPLIT-...` or `SPLIT.jsonl`.
     """
     named = re.compile(rf"(.*/)?{re.escape(split)}[-./][^/]*")
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in KNOWN]
+    files = [path for path in sorted(folder.rglob("*")) if ending(path) in KNOWN]
     inside = [(path.relative_to(folder), path) for path in files if path.is_file()]
     of_config = [(short, path) for short, path in inside if config in short.parts]
     return [path for short, path in of_config or inside if named.fullmatch(short.as_posix())]

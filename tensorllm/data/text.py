@@ -3,12 +3,13 @@ accuracy.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example
+from tensorllm.data.opening import ending, lines_of
 from tensorllm.data.reading import KNOWN, Row, json_items, rows_of_file
+from tensorllm.data.tokens import open_ended
 from tensorllm.errors import UserError
 
 
@@ -38,10 +39,10 @@ class Text(ReasoningDataModule):
         path = self.data_file
         if path is None:
             raise UserError("dataset 'text' is not on the hub: give --data-file")
-        if path.suffix.lower() not in KNOWN:
-            yield _whole(path)
+        if ending(path) not in KNOWN:
+            yield "".join(lines_of(path)).replace("\r\n", "\n")
             return
-        if path.suffix.lower() == ".json":
+        if ending(path) == ".json":
             items = json_items(path)
             if all(isinstance(item, str) for item in items):
                 yield from items
@@ -59,7 +60,7 @@ class Text(ReasoningDataModule):
         size = min(self.block, self.context or self.block)
         found: list[Example] = []
         for document in self.documents():
-            ids = self.tokenizer(document, verbose=False).input_ids
+            (ids,) = open_ended(self.tokenizer, [document])
             for start in range(0, len(ids) - 1, size - 1):
                 block = ids[start : start + size]
                 found.append(
@@ -68,14 +69,3 @@ class Text(ReasoningDataModule):
         if not found:
             raise UserError(f"{self.data_file} has no text of two tokens or more")
         return found
-
-
-def _whole(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} must be UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read the text {str(path)!r}: {error.strerror}") from None

@@ -9,6 +9,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
+from tensorllm.data.tokens import open_ended
 from tensorllm.errors import UserError
 
 # Words of a prompt's end: what precedes them cannot change how the answer is cut into tokens.
@@ -81,7 +82,7 @@ class Encoder:
         ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, verbose=False).input_ids if texts else []
+        return open_ended(self.tokenizer, texts)
 
     def _running_text(self, example: Example) -> Encoded:
         tokens = list(example.tokens)

@@ -13,6 +13,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
+from tensorllm.data.tokens import check_ids
+from tensorllm.errors import UserError
 from tensorllm.evaluation.batching import fill, halving
 from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
@@ -26,6 +28,7 @@ from tensorllm.evaluation.masked import (
 )
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
+from tensorllm.models.task import is_masked as fills_masks
 
 
 class BatchTokens(NamedTuple):
@@ -59,7 +62,7 @@ class Scorer(Interface):
 
 def is_masked(model: PreTrainedModel) -> bool:
     """Whether the model fills masks in: it has no causal head."""
-    return not model.can_generate()
+    return fills_masks(model.config)
 
 
 def make_scorer(
@@ -86,6 +89,8 @@ def make_scorer(
         stop_early: stop a generation when its verdict is certain.
         device: where the model will be when it scores; None: where it is.
     """
+    if model.get_output_embeddings() is None:
+        raise UserError(f"a {type(model).__name__} has no head that predicts tokens")
     context = context_of(model.config, tokenizer)
     suited = CPU if (device or model.device).type == "cpu" else ACCELERATOR
     budget = BatchTokens(batch_tokens, batch_tokens) if batch_tokens else suited
@@ -101,19 +106,24 @@ def make_scorer(
         eos=eos_of(model),
         stop_early=stop_early,
     )
-    return CausalModelScorer(causal, Encoder(tokenizer, context, max_new_tokens), budget)
+    encoder = Encoder(tokenizer, context, max_new_tokens)
+    return CausalModelScorer(causal, encoder, budget, embedding_rows(model))
 
 
 class CausalModelScorer:
     """Plans and scores for a causal model."""
 
-    def __init__(self, scorer: CausalScorer, encoder: Encoder, budget: BatchTokens) -> None:
+    def __init__(
+        self, scorer: CausalScorer, encoder: Encoder, budget: BatchTokens, rows: int
+    ) -> None:
         self.scorer = scorer
         self.encoder = encoder
         self.budget = budget
+        self.rows = rows
 
     def plan(self, examples: Sequence[Example]) -> list[CausalBatch]:
         items = self.encoder(examples)
+        check_ids([ids for e in items for ids in (e.prompt, *e.full)], self.rows, "the dataset")
         if self.scorer.protocol.single_token_choices:
             for e in items:
                 lengths = [len(ids) - e.shared for ids in e.full]
@@ -162,6 +172,7 @@ class MaskedModelScorer:
         self.encoder = MaskedEncoder(tokenizer, context_of_masked(model, context), protocol)
         self.scorer = MaskedScorer(forward, tokenizer, protocol)
         self.vocabulary = model.config.get_text_config().vocab_size
+        self.rows = embedding_rows(model)
         self.budget = budget
 
     def plan(self, examples: Sequence[Example]) -> list[list[MaskedItem]]:
@@ -169,7 +180,9 @@ class MaskedModelScorer:
             tokens = item.length * len(item.texts)
             return tokens, tokens * self.vocabulary
 
-        return list(fill(self.encoder(examples), cost, self.budget.read))
+        items = self.encoder(examples)
+        check_ids([t.ids for item in items for t in item.texts], self.rows, "the dataset")
+        return list(fill(items, cost, self.budget.read))
 
     def score(self, batch: list[MaskedItem]) -> list[Prediction]:
         return halving(self.scorer, batch)
@@ -182,6 +195,12 @@ def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
         tokenizer.model_max_length,
     ]
     return min(int(limit) for limit in limits if limit)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens a model knows: a tokenizer may count fewer or more."""
+    table: Any = model.get_input_embeddings().weight
+    return len(table)
 
 
 def eos_of(model: PreTrainedModel) -> frozenset[int]:

@@ -79,7 +79,7 @@ class Forecast:
         self.width = dtype.itemsize
         self.parameters = sum(p.numel() for p in model.parameters())
         self.roles = RoleMatrices(model.config, parameters_of(model))
-        self.masked = not model.can_generate()
+        self.masked = self.roles.architecture.task == "masked"
         self.vocabulary = model.config.get_text_config().vocab_size
         self.budget = ACCELERATOR if accelerated else CPU
         geometry = self.roles.geometry

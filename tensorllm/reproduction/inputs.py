@@ -2,9 +2,12 @@
 put it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from tensorllm.checkpoint.checksums import sha256s
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.data.base import DATASETS
 from tensorllm.data.catalog import Questions  # noqa: F401  registers all datasets
@@ -57,6 +60,21 @@ def data_file(dataset: str, root: Path | None) -> Path | None:
             f"{root} has no {dataset}.jsonl (nor json, csv, parquet) and {_no(dataset)}"
         )
     return found
+
+
+def weights_identity(model: str, given: str | None) -> str | None:
+    """What the weights are by their content; None where they are not on this machine."""
+    found = _local_weights(model, None if given is None else Path(given).expanduser())
+    return None if found is None else Checkpoint(found.folder).identity
+
+
+def data_identity(dataset: str, root: Path | None) -> str | None:
+    """The same of a dataset's local rows."""
+    found = None if root is None else _local_data(dataset, root)
+    if found is None:
+        return None
+    files = [found] if found.is_file() else sorted(p for p in found.rglob("*") if p.is_file())
+    return hashlib.sha256("".join(sha256s(files)).encode()).hexdigest()[:32]
 
 
 def check_data(datasets: Sequence[str], root: Path | None) -> None:

@@ -142,7 +142,9 @@ def score_cell(
 
 @dataclass(frozen=True, slots=True)
 class CellFile:
-    """The file that keeps a finished cell; `facts` are what another run must agree with."""
+    """The file that keeps a finished cell; `facts` are what another run must agree with
+    (None: not known).
+    """
 
     path: Path
     facts: Mapping[str, Any]
@@ -160,16 +162,19 @@ class CellFile:
             asked, metrics = dict(kept["request"]), dict(kept["metrics"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path} is not a result of reproduce; move it away") from None
-        if asked == self.facts:
-            return metrics
         different = ", ".join(
             f"{name} was {asked.get(name)} and is {value}"
             for name, value in self.facts.items()
             if asked.get(name) != value
+            # What has moved away since cannot be compared.
+            and not (name.endswith("_identity") and None in (asked.get(name), value))
         )
-        raise UserError(
-            f"{self.path} is of another run: {different}; give another --out, or the same settings"
-        )
+        if different:
+            raise UserError(
+                f"{self.path} is of another run: {different}; give another --out, or the same "
+                "settings"
+            )
+        return metrics
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Keep the metrics; raises Incomplete where the disk does not take them."""

@@ -1,6 +1,7 @@
 """A table of numbers as coloured cells."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from tensorllm.reporting.page.theme import SEQUENCE, Canvas, Picture, colour
@@ -47,15 +48,28 @@ def heatmap(
                     style = {"ha": "center", "va": "center", "color": ink, "fontsize": 9}
                     axes.text(j + 0.5, i + 0.5, format(value, number), **style)
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=names[1], ylabel=names[0])
-        _ticks(axes.xaxis, columns, 10)
-        _ticks(axes.yaxis, rows, 24)
         axes.grid(False)
         axes.spines[:].set_visible(False)
+        _ticks(axes.yaxis, rows)
+        _ticks(axes.xaxis, columns)
         caption = caption.format(low=low, high=high)
         alt = f"{title}: {low:.3g} to {high:.3g}"
         return canvas.picture(axes, name, title=title, caption=caption, alt=alt)
 
 
-def _ticks(axis: Any, labels: Sequence[str], most: int) -> None:
-    step = max(1, -(-len(labels) // most))
-    axis.set_ticks([n + 0.5 for n in range(0, len(labels), step)], labels[::step])
+def _ticks(axis: Any, labels: Sequence[str]) -> None:
+    """Name as many cells as there is room for: every one, every second, ..., or the first."""
+    for step in range(1, len(labels) + 1):
+        axis.set_ticks([n + 0.5 for n in range(0, len(labels), step)], labels[::step])
+        if not overlap(axis):
+            return
+
+
+def overlap(axis: Any) -> bool:
+    """Whether labels of an axis touch when they are drawn: sampled values are long."""
+    axis.get_figure().draw_without_rendering()  # lays the figure out, and knows the fonts
+    boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+    gap = boxes[0].height / 3 if boxes else 0
+    across = axis.axis_name == "x"
+    spans = sorted((b.x0, b.x1 + gap) if across else (b.y0, b.y1) for b in boxes)
+    return any(end > start for (_, end), (start, _) in pairwise(spans))

@@ -49,13 +49,22 @@ def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: s
         name,
         cells,
         rows=[str(i) for i in layers],
-        columns=[f"{b[0]:g}" for b in bins],
+        columns=_short([b[0] for b in bins]),
         names=("first edited layer", across if len(bins[0]) == 1 else f"{across}, from"),
         title=f"Best {measure} by layer and {across}",
         caption=f"On validation, from {{low:.3g}} (faint) to {{high:.3g}} {SHOWN[measure].unit} "
         "(strong). Empty: not examined, or given up early.",
         number=".0f" if measure == "accuracy" else ".2f",
     )
+
+
+def _short(values: Sequence[float]) -> list[str]:
+    """Numbers in as few digits as tell them apart, two at least: a sampled one may have 16."""
+    for digits in range(2, 17):
+        texts = [f"{int(v)}" if v == int(v) else f"{v:.{digits}g}" for v in values]
+        if len(set(texts)) == len(set(values)):
+            break
+    return texts
 
 
 def _bins(values: Sequence[float]) -> list[list[float]]:

@@ -1,0 +1,70 @@
+"""config.json as a transformers config; sizes that no model can have are refused before."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorllm.errors import UserError, first_line
+
+# Under every name that the table's configs give them; transformers divides by some unchecked.
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "n_layer",
+    "n_positions",
+    "dim",
+    "hidden_dim",
+    "n_heads",
+    "n_layers",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "word_embed_proj_dim",
+    "num_local_experts",
+)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder; its own code is never run.
+
+    Raises:
+        UserError: it is no JSON object, has impossible sizes, or transformers does not take it.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder} holds no model: no config.json ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold names and values, got {type(values).__name__}")
+    for part in (values, *(v for k, v in values.items() if k.endswith("_config"))):
+        if isinstance(part, dict):
+            check_sizes(path, part)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a wrong config fails in many ways inside transformers
+        raise UserError(f"{path}: {first_line(error)}") from None
+
+
+def check_sizes(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a size that is not a whole number of 1 or more; null is a default."""
+    for name in SIZES:
+        value = values.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: {name} must be a whole number of 1 or more, got {value!r}")

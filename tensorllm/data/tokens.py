@@ -1,0 +1,52 @@
+"""Text as tokens that a causal model goes on from.
+
+Some tokenizers end every text with a special token (`add_eos_token`, or that of an encoder). Behind
+it nothing follows: answers and generations would be read after the end of the text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tensorllm.errors import UserError
+
+PROBE = "a"
+
+
+def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each text, special ones before it included and those behind it left off."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), verbose=False).input_ids
+    closing = closing_tokens(tokenizer)
+    if not closing:
+        return ids
+    return [_without(row, closing) for row in ids]
+
+
+def closing_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts behind every text; tried, since no attribute says it for all."""
+    bare = list(tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids)
+    whole = list(tokenizer(PROBE, verbose=False).input_ids)
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return whole[start + len(bare) :]
+    return []
+
+
+def check_ids(sequences: Sequence[Sequence[int]], rows: int, whose: str) -> None:
+    """Refuse tokens that a model has no embedding of.
+
+    Args:
+        rows: of the table of embeddings.
+        whose: what the message calls what was tokenised.
+    """
+    top = max((max(row) for row in sequences if row), default=-1)
+    if top >= rows:
+        raise UserError(
+            f"{whose} has token {top}, but the model has embeddings of 0..{rows - 1}: the "
+            "tokenizer is not this model's, or has tokens added to it"
+        )
+
+
+def _without(ids: list[int], closing: list[int]) -> list[int]:
+    return ids[: -len(closing)] if ids[-len(closing) :] == closing else ids

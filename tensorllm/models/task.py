@@ -1,0 +1,79 @@
+"""What a checkpoint's model predicts, and the transformers class that does it.
+
+The architecture's row says so, not the class that `architectures` in config.json happens to name:
+that may be missing, a base model without a head, or a classifier.
+"""
+
+from typing import Any
+
+from tensorllm.errors import UserError
+from tensorllm.models.spec import ARCHITECTURES, Task
+
+
+def task_of(config: Any) -> Task:
+    """Whether a model of this config predicts the next token or a masked one.
+
+    Raises:
+        UserError: it is neither kind of language model.
+    """
+    if config.model_type in ARCHITECTURES:
+        return ARCHITECTURES[config.model_type].task
+    causal, masked = _class_for("causal", config), _class_for("masked", config)
+    if masked is not None and (causal is None or masked.__name__ in (config.architectures or ())):
+        return "masked"
+    if causal is not None:
+        return "causal"
+    raise UserError(
+        f"a {config.model_type!r} model is neither a causal nor a masked language model"
+    )
+
+
+def is_masked(config: Any) -> bool:
+    """Whether a model of this config fills masks in and writes no text."""
+    return task_of(config) == "masked"
+
+
+def language_model_class(config: Any) -> Any:
+    """The transformers class of the row's task, whatever class the weights were saved from.
+
+    Raises:
+        UserError: there is none, or the config makes a decoder of a model that fills masks in.
+    """
+    task = task_of(config)
+    kind = _class_for(task, config)
+    if kind is None:
+        raise UserError(f"transformers has no {task} language model for {config.model_type!r}")
+    if task == "masked" and getattr(config, "is_decoder", False):
+        raise UserError(
+            f"config.json says is_decoder: true, but a {config.model_type!r} model is run with a "
+            "masked head, which needs is_decoder: false"
+        )
+    return kind
+
+
+def saved_class(config: Any) -> Any:
+    """The transformers class that the weights were saved from; else that of the row's task."""
+    import transformers
+
+    for name in config.architectures or ():
+        kind: Any = getattr(transformers, str(name), None)
+        wanted = getattr(kind, "config_class", None)
+        if isinstance(wanted, type) and isinstance(config, wanted):
+            return kind
+    return language_model_class(config)
+
+
+def base_class(config: Any) -> Any:
+    """The same model without a head; None where transformers has none."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    return MODEL_MAPPING.get(type(config), None)
+
+
+def _class_for(task: Task, config: Any) -> Any:
+    from transformers.models.auto import modeling_auto as auto
+
+    mapping: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if task == "masked":
+        mapping = auto.MODEL_FOR_MASKED_LM_MAPPING
+    return mapping.get(type(config), None)
