@@ -113,7 +113,7 @@ def timed_naive(
         known: the search's verdicts on every example, per point.
     """
     data, few = given.data, copy.copy(given.data)
-    few._examples = data.examples[:examples]
+    few.limit = examples
     fixed = running = 0.0
     different = 0
     for point, verdicts in sample(list(zip(given.points, known, strict=True)), trials):

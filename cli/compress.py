@@ -118,8 +118,8 @@ def compress(
     INTERRUPT.keeps(out, "--out")
     with progress_bar("loading") as progress:
         from tensorllm.commands.compress import CompressRequest, run
-        from tensorllm.commands.loggers import metric_log
-        from tensorllm.commands.scores import scorer
+        from tensorllm.evaluation.evaluate import dataset_scorer
+        from tensorllm.lightning.loggers import metric_log
 
         request = CompressRequest(
             model=model,
@@ -147,7 +147,7 @@ def compress(
             plugins=plugin or (),
         )
         with metric_log(logger, log_dir, "compress") as log:
-            result = run(request, progress, scorer(data_file, limit, progress))
+            result = run(request, progress, dataset_scorer(data_file, limit, progress))
             if not dry_run:
                 log.compression(result.to_json())
     if json:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tensorllm.errors import UserError
-from tensorllm_cli import shared
+from tensorllm_cli import options, shared
 from tensorllm_cli.interrupt import INTERRUPT
 
 
@@ -39,6 +39,10 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="Lightning's: 32-true, bf16-true, 16-mixed, ...")
     ] = None,
+    trainer: Annotated[
+        list[str] | None,
+        typer.Option(help="Any other option of Lightning's Trainer: key=value; may be repeated."),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two folders of results: what changed.")
     ] = None,
@@ -67,9 +71,8 @@ def evaluate(
         raise UserError("give --model and --dataset, or --compare A B")
     INTERRUPT.keeps(out, "--out")
     with progress_bar("loading") as progress:
-        from tensorllm.commands.devices import Devices
         from tensorllm.commands.evaluate import EvaluateRequest, evaluate
-        from tensorllm.commands.loggers import metric_log
+        from tensorllm.lightning.trainer import Devices
 
         request = EvaluateRequest(
             model=model,
@@ -93,11 +96,12 @@ def evaluate(
                 strategy=strategy,
                 precision=precision,
             ),
+            trainer=options.assignments(trainer, option="--trainer"),
+            logger=logger,
+            log_dir=log_dir,
             plugins=plugin or (),
         )
-        with metric_log(logger, log_dir, "evaluate") as log:
-            done = evaluate(request, progress)
-            log.evaluation(done.results)
+        done = evaluate(request, progress)
     if json:
         print_json(done.results)
     else:
@@ -109,7 +113,7 @@ def evaluate(
 
 
 def _compare(folders: tuple[Path, Path], seed: int, *, as_json: bool) -> None:
-    from tensorllm.commands.comparison import compare
+    from tensorllm.evaluation.results import compare
     from tensorllm.reporting.scores import comparison_tables
     from tensorllm_cli.show import print_json, print_result
 

@@ -48,7 +48,7 @@ def export(
         return
     format = format or "dense"
     with progress_bar() as progress:
-        from tensorllm.commands.models import dtype_of
+        from tensorllm.checkpoint.loader import dtype_of
         from tensorllm.compression.export import export as run
 
         size = run(

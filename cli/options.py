@@ -42,19 +42,19 @@ def names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
-def assignments(items: list[str] | None) -> dict[str, Any]:
-    """`key=value` pairs, the values read as YAML."""
+def assignments(items: list[str] | None, option: str = "--set") -> dict[str, Any]:
+    """`key=value` pairs, the values read as YAML; `option` is where they were given."""
     import yaml
 
     out = {}
     for item in items or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise UserError(f"--set takes field=value, got {item!r}")
+            raise UserError(f"{option} takes field=value, got {item!r}")
         try:
             out[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"--set {key}: {value!r} is not a YAML value") from None
+            raise UserError(f"{option} {key}: {value!r} is not a YAML value") from None
     return out
 
 

@@ -40,7 +40,7 @@ def reproduce(
     ] = False,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
-    """Run the published experiments, and print ours beside theirs.
+    """Run the published experiments, and print what is measured beside what was published.
 
     Examples:
 
@@ -48,9 +48,8 @@ def reproduce(
 
       tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out reproduction/
     """
-    from tensorllm.commands.models import device_of
-    from tensorllm.commands.rehearse import rehearse
-    from tensorllm.commands.reproduce import ReproduceRequest
+    from tensorllm.checkpoint.loader import device_of
+    from tensorllm.commands.reproduce import ReproduceRequest, rehearse
     from tensorllm.commands.reproduce import reproduce as run
     from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
     from tensorllm_cli.show import print_json, print_result, progress_bar

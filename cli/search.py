@@ -99,9 +99,9 @@ def search_ranks(
     else:
         INTERRUPT.leaves = lambda: "run the same command again: the database has what is finished"
     with progress_bar("loading") as progress:
-        from tensorllm.commands.loggers import metric_log
         from tensorllm.commands.search import SearchRequest
         from tensorllm.commands.search_ranks import run
+        from tensorllm.lightning.loggers import metric_log
         from tensorllm.search.worker import Rules
 
         request = SearchRequest(

@@ -16,7 +16,7 @@ def why_not(
 ) -> str | None:
     """One line that says why the hub cannot give a repository now, or None if it can.
 
-    Told to stay offline (`HF_HUB_OFFLINE`), it is not asked: what follows may find the cache.
+    In offline mode (`HF_HUB_OFFLINE`) it is not asked: what follows may find the cache.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
@@ -31,8 +31,8 @@ def why_not(
 
 def reason(error: Exception) -> str:
     """What the hub itself says about a refusal, else the error's first line."""
-    told = (getattr(error, "server_message", None) or "").strip()
-    return (told.splitlines()[0] if told else first_line(error)).rstrip(".")[:200]
+    message = (getattr(error, "server_message", None) or "").strip()
+    return (message.splitlines()[0] if message else first_line(error)).rstrip(".")[:200]
 
 
 def local_copy(

@@ -1,13 +1,11 @@
 """What is reported of many answers, as torchmetrics: exact over any number of devices.
 
-Every metric keeps two float64 sums, so that neither the order of batches nor their sizes matter.
-Each takes what it needs of the columns `correct`, `log_probability`, `answer_tokens`, `rank` and
-`token_f1`, all of shape (examples,).
+Every metric keeps two float64 sums, so that the sizes of batches do not matter.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ TOP = (1, 5, 10)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """How people are told of a metric, in a table, a sentence or a plot.
+    """How a metric is shown to people, in a table, a sentence or a plot.
 
     Attributes:
         name: what it is.
@@ -68,8 +66,11 @@ SHOWN = {  # by their names in results, in the order of tables
 MAIN = ("accuracy", "loss")  # those that have intervals and tests
 
 
-class Ratio(Metric, ABC):
-    """A quotient of two sums over examples."""
+class Ratio(Metric):
+    """A quotient of two sums over examples, in float64; NaN terms do not count.
+
+    torchmetrics' own MeanMetric sums in float32 once a LightningModule holds it.
+    """
 
     full_state_update = False
     total: Tensor
@@ -80,84 +81,71 @@ class Ratio(Metric, ABC):
         for name in ("total", "count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def add(self, values: Tensor, weights: Tensor) -> None:
-        """Add examples; NaN values do not count."""
-        known = ~values.isnan()
-        self.total += values[known].double().sum()
+    def update(self, terms: Tensor, weights: Tensor | None = None) -> None:
+        known = ~terms.isnan()
+        weights = torch.ones_like(terms) if weights is None else weights
+        self.total += terms[known].double().sum()
         self.count += weights[known].double().sum()
 
-    def ratio(self) -> Tensor:
-        """Total over count; NaN where nothing was counted."""
+    def compute(self) -> Tensor:
         return self.total / self.count
 
-    @abstractmethod
-    def compute(self) -> Tensor: ...
 
-
-class Accuracy(Ratio):
-    """Right answers, in per cent; running text (NaN) has none."""
-
-    def update(self, correct: Tensor) -> None:
-        self.add(correct, torch.ones_like(correct))
+class Percentage(Ratio):
+    """The quotient, in per cent."""
 
     def compute(self) -> Tensor:
-        return 100 * self.ratio()
+        return 100 * super().compute()
 
 
-class AnswerLoss(Ratio):
-    """Mean over examples of -(log-probability of the answer) / (its tokens), in nats per token."""
-
-    def update(self, log_probability: Tensor, answer_tokens: Tensor) -> None:
-        self.add(-log_probability / answer_tokens, torch.ones_like(log_probability))
+class Exponential(Ratio):
+    """exp of the quotient."""
 
     def compute(self) -> Tensor:
-        return self.ratio()
+        return super().compute().exp()
 
 
-class Perplexity(Ratio):
-    """exp of the mean over tokens, not over examples."""
-
-    def update(self, log_probability: Tensor, answer_tokens: Tensor) -> None:
-        self.add(-log_probability, answer_tokens)
-
-    def compute(self) -> Tensor:
-        return self.ratio().exp()
+Columns = Mapping[str, Tensor]  # of some examples, each (examples,); NaN where there is no question
 
 
-class TopK(Ratio):
-    """How often the answer's first token is among the k most probable, in per cent."""
+class AnswerMetric(NamedTuple):
+    """A metric of many answers.
 
-    def __init__(self, k: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.k = k
+    Attributes:
+        kind: how it is made of the sums.
+        terms: what is summed, of `correct`, `log_probability`, `answer_tokens`, `rank` and
+            `token_f1`; and what the sum is divided by, where that is not the number of examples.
+    """
 
-    def update(self, rank: Tensor) -> None:
-        within = (rank <= self.k).double().masked_fill(rank.isnan(), torch.nan)
-        self.add(within, torch.ones_like(within))
-
-    def compute(self) -> Tensor:
-        return 100 * self.ratio()
+    kind: type[Ratio]
+    terms: Callable[[Columns], tuple[Tensor, ...]]
 
 
-class TokenF1(Ratio):
-    """Mean token F1, in per cent; running text (NaN) has none."""
+def _within(k: int) -> AnswerMetric:
+    def terms(c: Columns) -> tuple[Tensor, ...]:
+        return ((c["rank"] <= k).double().masked_fill(c["rank"].isnan(), torch.nan),)
 
-    def update(self, token_f1: Tensor) -> None:
-        self.add(token_f1, torch.ones_like(token_f1))
+    return AnswerMetric(Percentage, terms)
 
-    def compute(self) -> Tensor:
-        return 100 * self.ratio()
+
+METRICS = {  # by their names in results
+    "accuracy": AnswerMetric(Percentage, lambda c: (c["correct"],)),
+    # over examples, in nats per token
+    "loss": AnswerMetric(Ratio, lambda c: (-c["log_probability"] / c["answer_tokens"],)),
+    # over tokens
+    "perplexity": AnswerMetric(Exponential, lambda c: (-c["log_probability"], c["answer_tokens"])),
+    **{f"top_{k}": _within(k) for k in TOP},
+    "token_f1": AnswerMetric(Percentage, lambda c: (c["token_f1"],)),
+}
 
 
 def answer_metrics(**options: Any) -> MetricCollection:
     """All of them by the names they have in results; `options` are torchmetrics' own."""
-    return MetricCollection(
-        {
-            "accuracy": Accuracy(**options),
-            "loss": AnswerLoss(**options),
-            "perplexity": Perplexity(**options),
-            **{f"top_{k}": TopK(k, **options) for k in TOP},
-            "token_f1": TokenF1(**options),
-        },
-        compute_groups=False,
-    )
+    made: dict[str, Any] = {name: metric.kind(**options) for name, metric in METRICS.items()}
+    return MetricCollection(made, compute_groups=False)
+
+
+def add_answers(metrics: MetricCollection, columns: Columns) -> None:
+    """Let metrics count these examples."""
+    for name, metric in metrics.items():
+        metric.update(*METRICS[name].terms(columns))

@@ -27,8 +27,8 @@ from transformers import GenerationConfig, PreTrainedModel
 import tensorllm as tl
 from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.writer import ShardWriter, exclusive
-from tensorllm.commands.models import Loader
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.export import export, quantise_folder
 from tensorllm.compression.task import FolderTask

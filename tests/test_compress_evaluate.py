@@ -9,11 +9,10 @@ from typing import Any
 import eval_world as world
 import pytest
 
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.commands.compress import CompressRequest, run
-from tensorllm.commands.models import Loader
-from tensorllm.commands.scores import scorer
 from tensorllm.errors import UserError
-from tensorllm.evaluation.evaluate import evaluate_model
+from tensorllm.evaluation.evaluate import dataset_scorer, evaluate_model
 from tensorllm.reporting.tables import result_tables
 
 KEYS = {"accuracy", "loss", "perplexity", "token_f1", "top_1", "examples", "dataset", "protocol"}
@@ -49,7 +48,7 @@ def test_before_and_after_are_those_of_evaluate(
         format=form or "dense",
         evaluate="questions",
     )
-    report = run(request, evaluate=scorer(questions, 20))
+    report = run(request, evaluate=dataset_scorer(questions, 20))
     scores = report.evaluation
     assert scores is not None
     assert KEYS <= scores["before"].keys() == scores["after"].keys()
@@ -77,7 +76,7 @@ def test_one_table_shows_both(model: Path, questions: Path):
         settings={"rank": 2, "matrices": ["in"]},
         evaluate="questions",
     )
-    report = run(request, evaluate=scorer(questions))
+    report = run(request, evaluate=dataset_scorer(questions))
     assert report.evaluation is not None
     before, after = report.evaluation["before"], report.evaluation["after"]
     text = shown(result_tables(report))
@@ -102,7 +101,7 @@ def test_running_text_has_a_loss_and_no_accuracy(model: Path, tmp_path: Path):
         settings={"rank": 2, "matrices": ["in"]},
         evaluate="text",
     )
-    report = run(request, evaluate=scorer(text))
+    report = run(request, evaluate=dataset_scorer(text))
     printed = shown(result_tables(report))
     assert "loss, nats per token" in printed
     assert "accuracy" not in printed
@@ -143,7 +142,7 @@ def test_both_models_are_scored_on_the_device_that_was_asked_for(
         evaluate="questions",
         device="cpu:0",
     )
-    run(request, evaluate=scorer(questions, 5))
+    run(request, evaluate=dataset_scorer(questions, 5))
     assert devices == ["cpu:0", "cpu:0"]
 
 
@@ -153,7 +152,7 @@ def test_a_dataset_of_ones_own_can_be_scored(model: Path, questions: Path, tmp_p
     asked = CompressRequest(
         model=str(model), mode="laser", settings={"rank": 2}, evaluate=str(described)
     )
-    assert run(asked, evaluate=scorer(limit=5)).evaluation["after"]["examples"] == 5
+    assert run(asked, evaluate=dataset_scorer(limit=5)).evaluation["after"]["examples"] == 5
     described.write_text("data_fil: x\n")
     with pytest.raises(UserError, match="unknown key 'data_fil'"):
-        run(asked, evaluate=scorer(limit=5))
+        run(asked, evaluate=dataset_scorer(limit=5))

@@ -1,5 +1,6 @@
 """The pages' programs run, their examples print what they say, and the site's own parts work."""
 
+import csv
 import doctest
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -44,6 +46,24 @@ def test_the_program_of_your_model_runs() -> None:
         block.text for block in blocks((DOCS / "your_model.md").read_text(), "python")
     )
     exec(compile(program, "your_model.md", "exec"), {})
+
+
+@pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
+def test_the_script_of_the_lightning_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks((DOCS / "lightning.md").read_text(), "python")
+    found: dict[str, Any] = {}
+    exec(compile(program.text, "lightning.md", "exec"), found)
+    validation, test = (found[name]["accuracy"] for name in ("validation", "test"))
+    assert f"{validation:.1f} % on validation, {test:.1f} % on test" in capsys.readouterr().out
+    kept = found["callbacks"][0].predictions().values()
+    right = sum(p.correct for p in kept if p.index in {e.index for e in found["data"].part("test")})
+    assert len(kept) == 200  # of both parts
+    assert test == right
+    with (tmp_path / "logs" / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        assert [float(row["accuracy"]) for row in csv.DictReader(file)][-1] == pytest.approx(test)
 
 
 @pytest.fixture

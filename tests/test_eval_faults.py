@@ -57,7 +57,9 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def journal_bytes(out: Path) -> int:
-    return sum(p.stat().st_size for p in out.parent.glob(".out.partial/journal-*/rows-*.jsonl"))
+    return sum(
+        p.stat().st_size for p in out.parent.glob(".out.partial/journal-*/predictions-*.jsonl")
+    )
 
 
 def test_killed_at_random_moments_it_goes_on(asked: EvaluateRequest):
@@ -75,9 +77,11 @@ def test_killed_at_random_moments_it_goes_on(asked: EvaluateRequest):
         assert not asked.out.exists()
         assert journal_bytes(asked.out) > before
     done = evaluate(asked)
-    assert [row.correct for row in done.rows] == [row.correct for row in want.rows]
-    assert [row.loss for row in done.rows] == pytest.approx([row.loss for row in want.rows])
-    assert read_results(asked.out)[1] == done.rows
+    assert [row.correct for row in done.predictions] == [row.correct for row in want.predictions]
+    assert [row.loss for row in done.predictions] == pytest.approx(
+        [row.loss for row in want.predictions]
+    )
+    assert read_results(asked.out)[1] == done.predictions
 
 
 def test_a_full_disk_ends_with_one_line_and_the_next_run_goes_on(asked: EvaluateRequest):
@@ -94,7 +98,7 @@ def test_a_full_disk_ends_with_one_line_and_the_next_run_goes_on(asked: Evaluate
     assert 0 < journal_bytes(asked.out) <= 4000
     done = evaluate(asked)
     assert done.results["examples"] == EXAMPLES
-    assert sorted(row.index for row in done.rows) == list(range(EXAMPLES))
+    assert sorted(row.index for row in done.predictions) == list(range(EXAMPLES))
 
 
 def test_prompts_beyond_the_context_are_counted_and_told(asked: EvaluateRequest):
@@ -103,7 +107,7 @@ def test_prompts_beyond_the_context_are_counted_and_told(asked: EvaluateRequest)
     asked.data_file.write_text(json.dumps(long) + "\n" + asked.data_file.read_text())
     done = evaluate(replace(asked, batch_tokens=None))
     assert done.results["truncated_prompts"] == 1
-    assert done.rows[0].truncated > 100
+    assert done.predictions[0].truncated > 100
     texts = [getattr(part, "plain", "") for part in score_tables(done.results).renderables]
     assert "1 prompts lost their beginning to fit the context" in texts
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tensorllm.commands.evaluate import EvaluateRequest, evaluate
-from tensorllm.evaluation.parallel import SMALL, score_all, workers_for
+from tensorllm.evaluation.scorer import SMALL, score_all, workers_for
 
 
 @pytest.fixture
@@ -81,7 +81,9 @@ def test_an_evaluation_is_the_same_by_one_thread_and_by_two(two_threads: None) -
     two = evaluate(request)
     torch.set_num_threads(1)
     one = evaluate(request)
-    assert [row.index for row in two.rows] == [row.index for row in one.rows]
-    assert [row.correct for row in two.rows] == [row.correct for row in one.rows]
-    losses = torch.tensor([[row.loss for row in rows] for rows in (two.rows, one.rows)])
+    assert [row.index for row in two.predictions] == [row.index for row in one.predictions]
+    assert [row.correct for row in two.predictions] == [row.correct for row in one.predictions]
+    losses = torch.tensor(
+        [[row.loss for row in rows] for rows in (two.predictions, one.predictions)]
+    )
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorllm.evaluation.matching import holds_answer
+from tensorllm.evaluation.matching import NEVER, TokenBound, holds_answer
 from tensorllm.evaluation.protocol import STRICT
-from tensorllm.evaluation.reach import NEVER, Reach
 
 TOKENS = [" ", "a", "b", " ab", "ba ", "the", " the a", ".", "A b"]
 
@@ -22,14 +21,14 @@ TOKENS = [" ", "a", "b", " ab", "ba ", "the", " the a", ".", "A b"]
 )
 def test_the_bound_is_sound(text: str, answer: str, spanning: bool):
     tokens = TOKENS if spanning else [t for t in TOKENS if len(t.split()) < 2]
-    missing = Reach(tokens).missing(text, answer)
+    missing = TokenBound(tokens).missing(text, answer)
     for more in range(min(missing, 4)):
         for chosen in product(tokens, repeat=more):
             assert not holds_answer(text + "".join(chosen), answer, STRICT), (chosen, missing)
 
 
 def test_the_bound_is_of_use():
-    reach = Reach(["Par", "is", " ", " New", "York", "x"])
+    reach = TokenBound(["Par", "is", " ", " New", "York", "x"])
     assert reach.missing("", "Paris") == 2
     assert reach.missing("it is Par", "Paris") == 1
     assert reach.missing("it is Pa", "Paris") == 2
@@ -43,5 +42,5 @@ def test_the_bound_is_of_use():
 @pytest.mark.parametrize("word", ["Paris", "north", "teacher"])
 def test_a_real_tokenizer_spells_its_words_in_as_few_tokens(word: str):
     tokenizer = world.tokenizer()
-    reach = Reach(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
+    reach = TokenBound(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
     assert 1 <= reach.tokens(word.lower()) <= len(tokenizer(f" {word}").input_ids)

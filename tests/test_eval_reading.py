@@ -13,12 +13,11 @@ from naive import naive
 from tiny_models import TINY, tiny_model
 from transformers.activations import ACT2FN
 
-from tensorllm.evaluation.causal import Batch
+from tensorllm.evaluation.causal import CausalBatch
 from tensorllm.evaluation.encoding import Encoder
 from tensorllm.evaluation.evaluate import score
-from tensorllm.evaluation.forward import ModelForward
-from tensorllm.evaluation.fused import fuse_activations
-from tensorllm.evaluation.reading import branched, read
+from tensorllm.evaluation.forward import ModelForward, fuse_activations
+from tensorllm.evaluation.prompts import branched, read
 from tensorllm.evaluation.scorer import make_scorer
 
 CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
@@ -114,7 +113,7 @@ def test_questions_of_one_template_cost_fewer_tokens():
     forward = Counted(model)
     scorer = make_scorer(model, tokenizer, forward=forward)
     (batch,) = scorer.plan(examples)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, CausalBatch)
     scorer.score(batch)
     longest = max(e.length for e in batch.items)
     assert sum(forward.tokens) < 0.8 * len(batch.items) * longest

@@ -22,8 +22,8 @@ COMPARISON = {
     "accuracy": {"difference": -100.0, "interval": [-99.99, -88.88]},
     "loss": {"difference": -10.0, "interval": [-10.1234, -10.0123]},
     "loss_p": 0.001,
-    "mended": 1234,
-    "broken": 4321,
+    "wrong_to_right": 1234,
+    "right_to_wrong": 4321,
     "mcnemar_p": 0.034,
     "examples": 16257,
 }
@@ -79,8 +79,8 @@ def test_two_folders_name_what_changed():
         "after": RESULTS,
         "metrics": {"before": WIDEST, "after": WIDEST},
         "comparison": COMPARISON,
-        "mended": [row] * 30,
-        "broken": [{**row, "answer": "Berlin"}],
+        "wrong_to_right": [row] * 30,
+        "right_to_wrong": [{**row, "answer": "Berlin"}],
     }
     text = " ".join(shown(comparison_tables(changes)).split())
     assert "wrong, now right (30)" in text
@@ -100,13 +100,13 @@ def outcome(**changed: Any) -> dict[str, Any]:
         "layers": [27],
         "layers_origin": "searched",
         "published": {"accuracy": 100.0, "loss": 10.99},
-        "ours": {"accuracy": 0.0, "loss": 12.0},
+        "measured": {"accuracy": 0.0, "loss": 12.0},
         **changed,
     }
 
 
-def test_ours_beside_published():
-    rows = [outcome(), outcome(cell="original", layers=None, layers_origin="", ours=None)]
+def test_measured_beside_published():
+    rows = [outcome(), outcome(cell="original", layers=None, layers_origin="", measured=None)]
     text = shown(reproduction_tables(rows))
     line = next(line for line in text.splitlines() if "per-matrix" in line)
     assert line.split() == [

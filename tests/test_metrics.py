@@ -6,15 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorllm.evaluation.row import Row
-from tensorllm.evaluation.summary import columns, metrics_of
-from tensorllm.metrics import Shown, answer_metrics
+from tensorllm.evaluation.predictions import Prediction, columns, metrics_of
+from tensorllm.metrics import METRICS, SHOWN, Shown, add_answers, answer_metrics
 
 
-def rows(count: int, seed: int = 0) -> list[Row]:
+def rows(count: int, seed: int = 0) -> list[Prediction]:
     rng = np.random.default_rng(seed)
     return [
-        Row(
+        Prediction(
             index=i,
             prompt="p",
             answer="a",
@@ -54,7 +53,7 @@ def test_batches_do_not_matter(sizes: list[int]):
     metrics = answer_metrics()
     start = 0
     for size in sizes:
-        metrics.update(**columns(made[start : start + size]))
+        add_answers(metrics, columns(made[start : start + size]))
         start += size
     got = {name: float(value) for name, value in metrics.compute().items()}
     assert got == pytest.approx(metrics_of(made), rel=1e-12)
@@ -64,8 +63,8 @@ def test_merged_states_are_as_if_seen_by_one():
     """What a device synchronisation does: it adds the states."""
     made = rows(11)
     ours, theirs = answer_metrics(), answer_metrics()
-    ours.update(**columns(made[:4]))
-    theirs.update(**columns(made[4:]))
+    add_answers(ours, columns(made[:4]))
+    add_answers(theirs, columns(made[4:]))
     for name in ours:
         for state in ("total", "count"):
             merged = getattr(ours[name], state) + getattr(theirs[name], state)
@@ -75,15 +74,21 @@ def test_merged_states_are_as_if_seen_by_one():
 
 def test_running_text_has_no_verdict():
     sums = [(-20.0, 10), (-4.0, 2)]
-    text = [Row(i, "", "t", "", None, log_p, n, 1, 0.0) for i, (log_p, n) in enumerate(sums)]
+    text = [Prediction(i, "", "t", "", None, log_p, n, 1, 0.0) for i, (log_p, n) in enumerate(sums)]
     got = metrics_of(text)
     assert got == pytest.approx({"loss": 2.0, "perplexity": np.exp(2.0)})
 
 
+def test_every_metric_is_shown():
+    assert list(METRICS) == list(SHOWN)
+
+
 def test_states_are_float64():
     metrics = answer_metrics()
-    metrics.update(**columns(rows(3)))
+    add_answers(metrics, columns(rows(3)))
     assert metrics["loss"].total.dtype == torch.float64
+    metrics.reset()
+    assert metrics["loss"].total.dtype == metrics["loss"].count.dtype == torch.float64
 
 
 def test_what_is_shown_of_a_change():

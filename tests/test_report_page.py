@@ -17,7 +17,7 @@ from tensorllm.commands.report import report
 from tensorllm.compression.details import details_of, norms_of_heads
 from tensorllm.compressors import LaserSVD, SharedTucker4D, Site
 from tensorllm.errors import UserError
-from tensorllm.evaluation.results import PREDICTIONS, RESULTS, read_rows, write_rows
+from tensorllm.evaluation.results import PREDICTIONS, RESULTS, read_predictions, write_predictions
 from tensorllm.reporting.page.runs import read_run
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 
@@ -70,7 +70,7 @@ def test_numbers_are_those_of_the_runs(runs: dict[str, Path], page: str) -> None
     low, high = results["intervals"]["loss"]
     assert f"{low:.4f} to {high:.4f}" in text
     comparison = results["comparison"]
-    assert f"{comparison['mended']} answers went from wrong to right" in text
+    assert f"{comparison['wrong_to_right']} answers went from wrong to right" in text
     found = json.loads((runs["searched"] / RESULTS).read_text())
     assert f"{found['winner']['test']['accuracy']:.1f} %" in text
     for name in ("protocol", "hardware", "versions", "command", "seed", "dtype"):
@@ -102,8 +102,8 @@ def test_text_of_others_is_text(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "evil"
     shutil.copytree(runs["evaluated"], folder)
     for name in (PREDICTIONS, "predictions-before.parquet"):
-        rows = [replace(row, prompt=evil, answer=evil) for row in read_rows(folder / name)]
-        write_rows(folder / name, rows)
+        rows = [replace(row, prompt=evil, answer=evil) for row in read_predictions(folder / name)]
+        write_predictions(folder / name, rows)
     results = json.loads((folder / RESULTS).read_text())
     results |= {"model": f"a$b$ {evil}", "dataset": f"{evil} $x_{{$", "command": evil}
     (folder / RESULTS).write_text(json.dumps(results))

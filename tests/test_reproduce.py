@@ -11,19 +11,19 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tensorllm.commands import cells as cells_module
-from tensorllm.commands import places as places_module
 from tensorllm.commands import reproduce as reproduce_module
-from tensorllm.commands.cells import cells
-from tensorllm.commands.places import missing
-from tensorllm.commands.rehearse import rehearse, rows
-from tensorllm.commands.reproduce import ReproduceRequest, reproduce
+from tensorllm.commands.reproduce import ReproduceRequest, rehearse, reproduce
 from tensorllm.compression.engine import compress, compressed, compression_of
 from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.recipes import parse_recipe
+from tensorllm.reproduction import inputs as inputs_module
+from tensorllm.reproduction import published as published_module
+from tensorllm.reproduction.inputs import missing
+from tensorllm.reproduction.published import cells
+from tensorllm.reproduction.rehearsal import rows
 
 RECIPE = """
 model: small
@@ -43,7 +43,7 @@ def small(tmp_path, monkeypatch):
         RECIPE.format(mode="laser", layers="null", settings="rho: 0.1\nmatrices: [in]"),
     ]
     parsed = {f"small/wikidata_qa/{i}": parse_recipe(r, f"r/{i}") for i, r in enumerate(recipes)}
-    monkeypatch.setattr(cells_module, "shipped", lambda: parsed)
+    monkeypatch.setattr(published_module, "shipped", lambda: parsed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     weights, data = tmp_path / "weights", tmp_path / "data"
     tiny_model("gptj", vocab_size=len(tokenizer)).save_pretrained(weights)
@@ -133,18 +133,20 @@ def test_a_killed_run_goes_on_from_its_finished_cells(small, monkeypatch):
     score = reproduce_module.score_cell
     ran: list[str] = []
 
-    def dies(cell, *rest):
+    def dies(cell, *rest, **how):
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(cell.name)
-        return score(cell, *rest)
+        return score(cell, *rest, **how)
 
     monkeypatch.setattr(reproduce_module, "score_cell", dies)
     with pytest.raises(KeyboardInterrupt):
         reproduce(small)
     assert len(ran) == 2
     ran.clear()
-    monkeypatch.setattr(reproduce_module, "score_cell", lambda c, *r: ran.append(c) or score(c, *r))
+    monkeypatch.setattr(
+        reproduce_module, "score_cell", lambda c, *r, **how: ran.append(c) or score(c, *r, **how)
+    )
     got = reproduce(small)
     assert len(ran) == 1  # the search and two cells were done
     assert [o.metrics["loss"] for o in got] == pytest.approx([o.metrics["loss"] for o in want])
@@ -185,7 +187,7 @@ def test_missing_weights_say_what_to_fetch(tmp_path):
 @pytest.mark.parametrize("layout", ["cache", "home", "plain"])
 def test_weights_and_data_are_found_in_the_hubs_layouts(small, tmp_path, monkeypatch, layout):
     facts = {"hub": "Owner/Small", "revision": "main", "model_type": "gptj"}
-    monkeypatch.setattr(places_module, "short_names", lambda: {"small": facts})
+    monkeypatch.setattr(inputs_module, "short_names", lambda: {"small": facts})
     root = tmp_path / "copies"
     folders = {
         "cache": ("models--Owner--Small/snapshots/1", "datasets--tasksource--bigbench/snapshots/2"),

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import tensorllm as tl
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.loading import choices_of
 from tensorllm.commands.bench import BenchRequest, bench
 from tensorllm.commands.compress import CompressRequest, run
 from tensorllm.commands.evaluate import EvaluateRequest, evaluate
 from tensorllm.commands.generate import GenerateRequest, generate
-from tensorllm.commands.models import Loader
 from tensorllm.compression.export import export
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.runtime.attention import FactoredAttention
@@ -74,7 +74,7 @@ def test_evaluate_runs_factors_and_finds_what_the_export_does(
             EvaluateRequest(
                 model=str(folder), dataset=name, data_file=shared_dir / "data" / file, limit=40
             )
-        ).rows
+        ).predictions
         for folder in folders
     )
     assert [r.correct for r in rows] == [r.correct for r in dense]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from tensorllm.checkpoint.loader import device_of, dtype_of
 from tensorllm.checkpoint.loading import How, choices_of, load
 from tensorllm.checkpoint.manifest import read_manifest
-from tensorllm.commands.models import device_of, dtype_of
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment

@@ -1,5 +1,5 @@
-"""Evaluate a checkpoint, alone or beside the original it was made from, into a folder of
-results.
+"""`tensorllm evaluate`: a checkpoint, alone or beside the original it was made from, scored by
+Lightning's Trainer into a folder of results.
 """
 
 import gc
@@ -8,38 +8,39 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
+
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.checkpoint.manifest import Manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
-from tensorllm.commands.devices import Devices, is_first, validate
-from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
+from tensorllm.evaluation.evaluate import make_dataset
+from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.results import (
     BEFORE,
     PREDICTIONS,
-    SCHEMA,
-    Journal,
     ResultsFolder,
+    Scored,
     check_free,
+    results_of,
 )
-from tensorllm.evaluation.row import Row
 from tensorllm.evaluation.scorer import context_of
-from tensorllm.evaluation.statistics import compared, intervals
-from tensorllm.evaluation.summary import metrics_of
-from tensorllm.lightning.reasoner import CausalReasoner, MaskedReasoner
+from tensorllm.lightning import PredictionJournal, ProgressReport, ReasoningModule
+from tensorllm.lightning.loggers import make_logger
+from tensorllm.lightning.trainer import Devices, check_options, is_first, run
 from tensorllm.progress import Progress, quiet
 
-__all__ = ["EvaluateRequest", "Evaluation", "evaluate", "evaluate_model"]
+PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,8 @@ class EvaluateRequest:
         compressed: a folder that tensorllm wrote from this model: scored beside the original.
         verify: compare checksums of what tensorllm wrote.
         out: folder of results; without one nothing is kept and nothing resumed.
+        trainer: further options of Lightning's Trainer; `callbacks` may be names of classes.
+        logger: a logger of Lightning, or its name such as csv; `log_dir` is where it writes.
     """
 
     model: str
@@ -68,16 +71,19 @@ class EvaluateRequest:
     seed: int = 0
     batch_tokens: int | None = None
     devices: Devices = field(default_factory=Devices)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    logger: Any = None
+    log_dir: Path | None = None
     plugins: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The content of results.json, and the rows: of the model, and of the original beside it."""
+    """The content of results.json, and predictions: of the model, of the original beside it."""
 
     results: dict[str, Any]
-    rows: list[Row]
-    before: list[Row] | None = None
+    predictions: list[Prediction]
+    before: list[Prediction] | None = None
 
 
 def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation:
@@ -91,41 +97,53 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         UserError: wrong input.
         Incomplete: the run stopped half-way; the same request goes on where it stopped.
     """
-    load_plugins(request.plugins)
+    _check(request)
     protocol = PROTOCOLS[request.protocol]
-    if request.batch_tokens is not None and request.batch_tokens < 1:
-        raise UserError(f"--batch-tokens must be at least 1, got {request.batch_tokens}")
-    if request.out is None and request.devices.several and not request.devices.spawned:
-        raise UserError(
-            "give --out: its folder is where the processes of --strategy put their rows"
-        )
-    if request.out is not None:
-        check_free(request.out, request.overwrite)
     data = make_dataset(
         request.dataset, data_file=request.data_file, split=request.split, limit=request.limit
     )
     source = resolve(request.model, request.revision)
     loaders = _loaders(request, source)
-    tokenizer = loaders["model"].tokenizer()
     loader = loaders["model"]
+    tokenizer = loader.tokenizer()
     data.connect(tokenizer, masked=loader.masked, context=context_of(loader.config(), tokenizer))
+    logger = request.logger
+    if logger is None or isinstance(logger, str):
+        logger = make_logger(logger, request.log_dir, "evaluate")
     fingerprint = _fingerprint(request, protocol, data, loaders)
     with tempfile.TemporaryDirectory() as scratch:
         target = request.out or Path(scratch) / "results"
         folder = ResultsFolder(target, fingerprint, overwrite=request.overwrite)
         started = time.perf_counter()
-        rows = {
-            name: _score(request, protocol, data, loader, folder.journal(name), progress)
+        scored = {
+            name: _score(request, data, name, loader, folder.journal(name), logger, progress)
             for name, loader in loaders.items()
         }
         if not is_first():
             sys.exit(0)
-        results = _results(request, source, protocol, data, loaders, rows)
+        model, before = scored["model"], scored.get("before")
+        results = results_of(data, protocol, model, before, seed=request.seed)
+        results |= _made_with(request, source, loader)
         results["seconds"] = time.perf_counter() - started
         if request.out is not None:
-            files = {PREDICTIONS: rows["model"]}
-            folder.finish(results, files | ({BEFORE: rows["before"]} if "before" in rows else {}))
-    return Evaluation(results, rows["model"], rows.get("before"))
+            files = {PREDICTIONS: model.predictions}
+            files |= {} if before is None else {BEFORE: before.predictions}
+            folder.finish(results, files)
+    return Evaluation(results, model.predictions, None if before is None else before.predictions)
+
+
+def _check(request: EvaluateRequest) -> None:
+    """Refuse what needs no model to be refused."""
+    load_plugins(request.plugins)
+    check_options(request.trainer)
+    if request.batch_tokens is not None and request.batch_tokens < 1:
+        raise UserError(f"--batch-tokens must be at least 1, got {request.batch_tokens}")
+    if request.out is None and request.devices.several and not request.devices.spawned:
+        raise UserError(
+            "give --out: its folder is where the processes of --strategy put their predictions"
+        )
+    if request.out is not None:
+        check_free(request.out, request.overwrite)
 
 
 def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
@@ -161,85 +179,63 @@ def _belongs(manifest: Manifest, source: Source) -> bool:
 
 def _score(
     request: EvaluateRequest,
-    protocol: Protocol,
     data: ReasoningDataModule,
+    name: str,
     loader: Loader,
-    journal: Journal,
+    folder: Path,
+    logger: Any,
     progress: Progress,
-) -> list[Row]:
-    """The rows of one model, those of an earlier, interrupted run included."""
-    data.done = frozenset(journal.rows())
-    done, total = len(data.done), len(data.examples)
-
-    def keep(rows: list[Row]) -> None:
-        nonlocal done
-        journal.append(rows)
-        done += len(rows)
-        progress(done, total, f"scoring {loader.folder.name}")
-
-    if len(data.done) < len(data.examples):
+) -> Scored:
+    """One model by the Trainer; what an earlier, interrupted run scored counts."""
+    journal = PredictionJournal(folder)
+    kept = journal.predictions()
+    metrics = None
+    if any(e.index not in kept for e in data.examples):
         gc.collect()  # the model before this one: Trainers and models are cycles
-        kind = MaskedReasoner if loader.masked else CausalReasoner
-        module = kind(
+        module = ReasoningModule(
             loader,
             data.tokenizer or loader.tokenizer(),
-            protocol=protocol,
+            protocol=request.protocol,
             batch_tokens=request.batch_tokens,
-            on_rows=journal.append if request.devices.several else keep,
+            prefix=PREFIX[name],
         )
-        validate(request.devices, module, data)
-    found = journal.rows()
-    missing = [e.index for e in data.examples if e.index not in found]
+        callbacks: list[Callback] = [journal]
+        if not request.devices.several:
+            callbacks.append(ProgressReport(progress, f"scoring {loader.folder.name}"))
+        trainer = request.devices.trainer(
+            request.trainer, logger=logger or False, callbacks=callbacks
+        )
+        metrics = run(trainer, module, data)
+        kept = journal.predictions()
+    missing = [e.index for e in data.examples if e.index not in kept]
     if missing:
         raise Incomplete(
             f"{len(missing)} of {len(data.examples)} examples were not scored, the first of them "
             f"number {missing[0]}; run the same command again to go on"
         )
-    return [found[e.index] for e in data.examples]
+    predictions = [kept[e.index] for e in data.examples]
+    if metrics is None:  # a run that was interrupted after the last batch
+        return Scored(predictions, metrics_of(predictions))
+    return Scored(predictions, {k.removeprefix(PREFIX[name]): v for k, v in metrics.items()})
 
 
-def _results(
-    request: EvaluateRequest,
-    source: Source,
-    protocol: Protocol,
-    data: ReasoningDataModule,
-    loaders: dict[str, Loader],
-    rows: dict[str, list[Row]],
-) -> dict[str, Any]:
-    manifest = loaders["model"].manifest()
+def _made_with(request: EvaluateRequest, source: Source, loader: Loader) -> dict[str, Any]:
+    """What names the model and the machine in results.json."""
+    manifest = loader.manifest()
     compressor = None
     if manifest is not None:
-        compressor = {"mode": manifest.mode, **manifest.settings}
-        compressor["layers"] = manifest.source.get("layers")
-    results = {
-        "schema": SCHEMA,
-        "metrics": metrics_of(rows["model"]),
-        "intervals": intervals(rows["model"], request.seed),
-        "examples": len(rows["model"]),
+        layers = manifest.source.get("layers")
+        compressor = {"mode": manifest.mode, **manifest.settings, "layers": layers}
+    return {
         "model": source.name,
         "revision": source.revision,
         "compressed": None if request.compressed is None else str(request.compressed),
         "compressor": compressor,
-        "dataset": data.name,
-        "data_file": None if data.data_file is None else str(data.data_file),
-        "notes": data.notes,
-        "protocol": protocol.name,
-        "quirks": protocol.quirks(),
-        "split": data.split,
-        "limit": data.limit,
-        "truncated_prompts": sum(row.truncated > 0 for row in rows["model"]),
-        "seed": request.seed,
-        "dtype": request.dtype or str(loaders["model"].config().dtype).removeprefix("torch."),
+        "dtype": request.dtype or str(loader.config().dtype).removeprefix("torch."),
         "devices": asdict(request.devices),
+        "trainer": {name: str(value) for name, value in request.trainer.items()},
         **environment(),
     }
-    if "before" in rows:
-        results["before"] = {
-            "metrics": metrics_of(rows["before"]),
-            "intervals": intervals(rows["before"], request.seed),
-        }
-        results["comparison"] = compared(rows["before"], rows["model"], request.seed)
-    return results
 
 
 def _fingerprint(

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.source import resolve
-from tensorllm.commands.models import Loader, device_of, dtype_of
 from tensorllm.data.tokens import check_ids, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.forward import PAD, left_padded

@@ -1,31 +1,41 @@
-"""`tensorllm reproduce`: the published tables, ours beside theirs, cell by cell."""
+"""`tensorllm reproduce`: the published tables, measured beside published, cell by cell."""
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.commands import search_ranks
-from tensorllm.commands.cells import Cell, cells
-from tensorllm.commands.models import Loader, dtype_of
-from tensorllm.commands.places import (
+from tensorllm.commands.search import SearchRequest
+from tensorllm.progress import Progress, quiet
+from tensorllm.recipes import short_names
+from tensorllm.reproduction.inputs import (
     check_data,
     data_file,
     data_identity,
+    hub_id,
+    missing,
     weights_identity,
     weights_of,
 )
-from tensorllm.commands.search import SearchRequest
-from tensorllm.compression.engine import compressed
-from tensorllm.environment import environment
-from tensorllm.errors import Incomplete, UserError
-from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.progress import Progress, quiet
-
-PROTOCOL = "paper"
-RANKS = ("r1", "r2", "r3")
+from tensorllm.reproduction.published import (
+    PROTOCOL,
+    Cell,
+    CellFile,
+    Outcome,
+    cells,
+    score_cell,
+    search_settings,
+)
+from tensorllm.reproduction.rehearsal import (
+    ReproductionPlan,
+    count_examples,
+    predict,
+    tiny_inputs,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,25 +67,28 @@ class ReproduceRequest:
         """Whether the cell's layer has to be found."""
         return cell.searched and self.layer is None
 
+    def origin(self, cell: Cell) -> str:
+        """Where the cell's layer comes from."""
+        if cell.recipe is None:
+            return ""
+        return "published" if not cell.searched else "searched" if self.searches(cell) else "given"
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A cell and its metrics; `origin` is where its layer comes from."""
+    def path(self, cell: Cell) -> Path:
+        """Where the finished cell is kept."""
+        name = cell.name.replace(" (", "-").rstrip(")")
+        return self.out / cell.model / cell.dataset / f"{name}.json"
 
-    cell: Cell
-    metrics: dict[str, Any]
-    origin: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.cell.model,
-            "dataset": self.cell.dataset,
-            "cell": self.cell.name,
-            "layers": self.metrics.get("layers"),
-            "layers_origin": self.origin,
-            "published": self.cell.published,
-            "ours": self.metrics,
+    def file(self, cell: Cell) -> CellFile:
+        """The same with what another run must agree with."""
+        facts = {
+            "weights_identity": weights_identity(self.model, self.weights),
+            "data_identity": data_identity(cell.dataset, self.data),
+            "limit": self.limit,
+            "dtype": self.dtype,
+            "protocol": PROTOCOL,
+            "layer": self.layer if cell.searched else None,
         }
+        return CellFile(self.path(cell), facts)
 
 
 def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Outcome]:
@@ -84,19 +97,50 @@ def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Out
     Raises:
         UserError: weights or data are missing, or the folder holds another run's cells.
     """
-    return reproduce_cells(cells(request.model, request.datasets), request, progress)
+    return _reproduce(cells(request.model, request.datasets), request, progress)
 
 
-def reproduce_cells(
-    wanted: Sequence[Cell], request: ReproduceRequest, progress: Progress = quiet
+def rehearse(request: ReproduceRequest) -> ReproductionPlan:
+    """Run every cell on a tiny random model of the architecture, of which nothing is kept, and
+    predict what the real run takes.
+    """
+    wanted = cells(request.model, request.datasets)
+    datasets = list(dict.fromkeys(cell.dataset for cell in wanted))
+    lacking = missing(request.model, datasets, request.weights, request.data)
+    with tiny_inputs(request.model, wanted) as tiny:
+        on_tiny = replace(
+            request,
+            weights=str(tiny.folder),
+            data=tiny.folder,
+            out=tiny.folder / "out",
+            limit=None,
+            dtype=None,
+            layer=None if request.layer is None else 0,
+            candidates=tiny.layers,
+        )
+        _reproduce(tiny.cells, on_tiny, quiet)
+    where = request.weights, request.data
+    counts = {name: count_examples(request.model, name, *where, request.limit) for name in datasets}
+    dtype = dtype_of(request.dtype) or getattr(torch, short_names()[request.model]["dtype"])
+    searched = [request.searches(cell) for cell in wanted]
+    predicted, plain = (
+        predict(wanted, counts, searched, dtype=kind, device=request.device)
+        for kind in (dtype, torch.float32)
+    )
+    seconds, other = (sum(r.seconds for r in every) for every in (predicted, plain))
+    faster = other if other < seconds / 2 else None
+    return ReproductionPlan(request.model, hub_id(request.model), predicted, lacking, faster)
+
+
+def _reproduce(
+    wanted: Sequence[Cell], request: ReproduceRequest, progress: Progress
 ) -> list[Outcome]:
-    """The same for the given cells."""
-    kept = [_read(request, cell) for cell in wanted]
+    kept = [request.file(cell).read() for cell in wanted]
     to_do = [cell for cell, metrics in zip(wanted, kept, strict=True) if metrics is None]
     new = _run(to_do, request, lambda done, what: progress(done, len(to_do), what)) if to_do else []
     following = iter(new)
     found = [next(following) if metrics is None else metrics for metrics in kept]
-    return [Outcome(c, m, _origin(c, request)) for c, m in zip(wanted, found, strict=True)]
+    return [Outcome(c, m, request.origin(c)) for c, m in zip(wanted, found, strict=True)]
 
 
 def _run(
@@ -114,57 +158,36 @@ def _run(
         cell = to_do[i]
         progress(done, f"{cell.dataset} {cell.name}")
         if request.searches(cell):
-            found[i] = search_cell(cell, folder, request)
+            found[i] = _search_cell(cell, folder, request)
         else:
             if model is None:
                 model, tokenizer = loader(), loader.tokenizer()
-            found[i] = score_cell(cell, model, tokenizer, request)
-        _write(request, cell, found[i])
+            file = data_file(cell.dataset, request.data)
+            found[i] = score_cell(
+                cell, model, tokenizer, layer=request.layer, data_file=file, limit=request.limit
+            )
+        request.file(cell).write(found[i])
     progress(len(to_do), "done")
     return [found[i] for i in range(len(to_do))]
 
 
-def score_cell(cell: Cell, model: Any, tokenizer: Any, request: ReproduceRequest) -> dict[str, Any]:
-    """Accuracy and loss of one cell, by the papers' protocol on their test part."""
-    file = data_file(cell.dataset, request.data)
-    data = make_dataset(cell.dataset, data_file=file, limit=request.limit)
-    if cell.recipe is None:
-        return evaluate_model(model, tokenizer, data, PROTOCOL)
-    layout = {} if cell.layout is None else {"layout": cell.layout}
-    layers = cell.recipe.layers if cell.recipe.layers is not None else (request.layer or 0,)
-    with compressed(model, cell.recipe.compressor(**layout), layers) as report:
-        metrics = evaluate_model(model, tokenizer, data, PROTOCOL)
-    facts = {"ratios": report.ratios(), "settings": report.settings, "layers": list(layers)}
-    return metrics | facts
-
-
-def search_cell(cell: Cell, folder: Path, request: ReproduceRequest) -> dict[str, Any]:
-    """The same for a cell whose layer was never published: the best one on the validation part.
+def _search_cell(cell: Cell, folder: Path, request: ReproduceRequest) -> dict[str, Any]:
+    """Metrics of a cell whose layer was never published: the best one on the validation part.
 
     Everything else is the recipe's. The study stays in the output folder: a search that was killed
     goes on from its finished trials.
     """
-    study = _path(request, cell).with_suffix("")
-    found = search_ranks.run(search_of(cell, folder, request, study)).results
+    found = search_ranks.run(_search_of(cell, folder, request)).results
     winner = dict(found["winner"])
     test, validation, layers = (winner.pop(name) for name in ("test", "validation", "layers"))
     facts = {"settings": winner, "layers": layers, "validation": validation}
     return {**test, **facts, "trials": found["trials"]}
 
 
-def search_of(cell: Cell, folder: Path, request: ReproduceRequest, study: Path) -> SearchRequest:
+def _search_of(cell: Cell, folder: Path, request: ReproduceRequest) -> SearchRequest:
     """The search over layers that finds a cell's."""
     assert cell.recipe is not None
-    settings = dict(cell.recipe.settings)
-    if cell.layout is not None:
-        settings["layout"] = cell.layout
-    chosen: dict[str, Any] = {}
-    for name, rank in zip(RANKS, settings.pop("ranks", ()), strict=False):
-        chosen[name] = (rank,)
-    if "rho" in settings:
-        chosen["rho"] = (settings.pop("rho"),)
-    if "matrices" in settings:
-        chosen["matrices"] = ("+".join(settings.pop("matrices")),)
+    fixed, grid = search_settings(cell)
     return SearchRequest(
         model=str(folder),
         dataset=cell.dataset,
@@ -174,74 +197,9 @@ def search_of(cell: Cell, folder: Path, request: ReproduceRequest, study: Path) 
         limit=request.limit,
         dtype=request.dtype,
         layers=request.candidates,
-        fixed=settings,
+        fixed=fixed,
         sampler="grid",
-        study=study,
+        study=request.path(cell).with_suffix(""),
         device=request.device,
-        **chosen,
+        **grid,
     )
-
-
-def _origin(cell: Cell, request: ReproduceRequest) -> str:
-    if cell.recipe is None:
-        return ""
-    return "published" if not cell.searched else "searched" if request.searches(cell) else "given"
-
-
-def _path(request: ReproduceRequest, cell: Cell) -> Path:
-    name = cell.name.replace(" (", "-").rstrip(")")
-    return request.out / cell.model / cell.dataset / f"{name}.json"
-
-
-def _facts(request: ReproduceRequest, cell: Cell) -> dict[str, Any]:
-    """What a kept cell must agree with, or it is another experiment; None: not known."""
-    return {
-        "weights_identity": weights_identity(request.model, request.weights),
-        "data_identity": data_identity(cell.dataset, request.data),
-        "limit": request.limit,
-        "dtype": request.dtype,
-        "protocol": PROTOCOL,
-        "layer": request.layer if cell.searched else None,
-    }
-
-
-def _read(request: ReproduceRequest, cell: Cell) -> dict[str, Any] | None:
-    path = _path(request, cell)
-    if not path.is_file():
-        return None
-    try:
-        kept = json.loads(path.read_text())
-        asked, metrics = dict(kept["request"]), dict(kept["metrics"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a result of reproduce; move it away") from None
-    wanted = _facts(request, cell)
-    if differences := _differences(asked, wanted):
-        raise UserError(
-            f"{path} is of another run: {differences}; give another --out, or the same settings"
-        )
-    return metrics
-
-
-def _differences(asked: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} was {asked.get(name)} and is {value}"
-        for name, value in wanted.items()
-        if asked.get(name) != value
-        # What has moved away since cannot be compared.
-        and not (name.endswith("_identity") and None in (asked.get(name), value))
-    )
-
-
-def _write(request: ReproduceRequest, cell: Cell, metrics: dict[str, Any]) -> None:
-    path = _path(request, cell)
-    facts = {"request": _facts(request, cell), "metrics": metrics, **environment()}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(facts, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise Incomplete(
-            f"cannot keep {path}: {error.strerror or error}; run the same command again to go on"
-        ) from None

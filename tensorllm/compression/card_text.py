@@ -9,7 +9,7 @@ from tensorllm.compression.citations import bibtex
 from tensorllm.compression.descriptions import done_in_words
 from tensorllm.compression.report import RATIO_NAMES
 from tensorllm.compressors import COMPRESSORS
-from tensorllm.evaluation.before_after import BeforeAfter
+from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN
 
 AUTO = {"fill-mask": "AutoModelForMaskedLM"}

@@ -1,6 +1,5 @@
 """One base for all datasets: where rows come from, which are used, and in what batches."""
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ Planner = Callable[[Sequence[Example]], Sequence[Any]]
 
 
 def one_per_batch(examples: Sequence[Example]) -> Sequence[list[Example]]:
-    """The plan of who has no better one."""
+    """Each example alone: the plan until a model brings a better one."""
     return [[example] for example in examples]
 
 
@@ -36,10 +35,14 @@ class ReasoningDataModule(LightningDataModule, ABC):
     A dataset names its fields and says how a row becomes an `Example`; it may also filter
     (`select`).
 
+    In a Trainer, `validate` reads the first fifth, and `test` what `split` says: what is tuned by
+    `validate` is never tuned on the test part.
+
     Args:
         data_file: a local file in place of the hub, or a folder: a copy of the hub's repository.
-        split: the first fifth (`val`), the rest (`test`) or `all`.
-        limit: at most so many examples of that split.
+        split: the part that `examples` and `trainer.test` give: the first fifth (`val`, for
+            `examples` only), the rest (`test`) or `all`.
+        limit: at most so many examples of a part.
         fields: other names of the fields: `{"answer": "gold"}`.
 
     Class attributes:
@@ -83,9 +86,9 @@ class ReasoningDataModule(LightningDataModule, ABC):
         self.context: int | None = None
         self.done: frozenset[int] = frozenset()  # indices scored by an earlier, interrupted run
         self.notes: list[str] = []  # what was left out and why, for the results
-        self._examples: list[Example] | None = None
+        self._stage_split: Split | None = None  # of the Trainer's stage under way
+        self._everything: list[Example] | None = None
         self._planner: Planner = one_per_batch
-        self._plan: Sequence[Any] | None = None
 
     def connect(
         self,
@@ -104,7 +107,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
         if (tokenizer, masked, context) == (self.tokenizer, self.masked, self.context):
             return
         self.tokenizer, self.masked, self.context = tokenizer, masked, context
-        self._examples = self._plan = None
+        self._everything = None
 
     @abstractmethod
     def example(self, row: Row, where: str) -> Example | None:
@@ -163,50 +166,74 @@ class ReasoningDataModule(LightningDataModule, ABC):
 
     @property
     def examples(self) -> list[Example]:
-        """The chosen examples, in the order of the dataset."""
-        if self._examples is None:
-            everything = self.load()
-            first = int(VALIDATION * len(everything))
-            spans = {"val": (0, first), "test": (first, None), "all": (0, None)}
-            chosen = list(itertools.islice(everything, *spans[self.split]))[: self.limit]
-            if not chosen:
-                raise UserError(
-                    f"split {self.split!r} of {self.name} is empty: "
-                    f"it has {len(everything)} examples in all"
-                )
-            self._examples = chosen
-        return self._examples
+        """The chosen examples, in the order of the dataset: of the Trainer's stage, else `split`'s.
+
+        They are read on first use.
+        """
+        return self.part(self._stage_split or self.split)
+
+    def part(self, split: Split) -> list[Example]:
+        """The examples of a part, at most `limit`.
+
+        Raises:
+            UserError: the part is empty, or the rows cannot be read.
+        """
+        if self._everything is None:
+            self._everything = self.load()
+        first = int(VALIDATION * len(self._everything))
+        spans = {"val": (0, first), "test": (first, None), "all": (0, None)}
+        chosen = self._everything[slice(*spans[split])][: self.limit]
+        if not chosen:
+            raise UserError(
+                f"split {split!r} of {self.name} is empty: "
+                f"it has {len(self._everything)} examples in all"
+            )
+        return chosen
+
+    def setup(self, stage: str) -> None:
+        """Lightning: choose the part that this stage reads.
+
+        Nothing is read yet: some datasets need the tokenizer, which the module brings (`connect`)
+        once it has its model.
+        """
+        if stage == "test" and self.split == "val":
+            raise UserError(
+                "trainer.test does not read the validation part, and this dataset has split='val': "
+                "use trainer.validate, or leave split out"
+            )
+        self._stage_split = "val" if stage == "validate" else self.split
+        self._planner, self.done = one_per_batch, frozenset()  # an earlier run may have failed
+
+    def teardown(self, stage: str) -> None:
+        """Lightning: forget what was this run's only, or the model would live as long as the
+        data.
+        """
+        self._stage_split, self._planner, self.done = None, one_per_batch, frozenset()
+        self.trainer = None
 
     def plan_with(self, planner: Planner) -> None:
-        """Make the batches by `planner`: examples in, batches out. One plan serves every later
-        run.
-        """
-        self._planner, self._plan = planner, None
-
-    @property
-    def batches(self) -> Sequence[Any]:
-        """The plan, made once; each device takes its share of it by rank."""
-        if self._plan is None:
-            self._plan = self._planner([e for e in self.examples if e.index not in self.done])
-        return self._plan
-
-    def _share(self) -> list[Any]:
-        """This process's batches; None fills up, so that all processes take as many steps."""
-        # Not Lightning's DistributedSampler: it repeats examples until all devices have as many.
-        world = 1 if self.trainer is None else self.trainer.world_size
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        steps = -(-len(self.batches) // world)
-        mine = list(self.batches[rank::world])
-        return mine + [None] * (steps - len(mine))
+        """Make the batches of this run by `planner`: examples in, batches out."""
+        self._planner = planner
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self._share(), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        return self._dataloader(self.part("val"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._dataloader(self.part(self.split))
+
+    def _dataloader(self, examples: Sequence[Example]) -> DataLoader[Any]:
+        """This process's batches; None fills up, so that all processes take as many steps."""
+        # Not Lightning's DistributedSampler: it repeats examples until all devices have as many.
+        batches = self._planner([e for e in examples if e.index not in self.done])
+        world = 1 if self.trainer is None else self.trainer.world_size
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        share: list[Any] = list(batches[rank::world])
+        steps = max(1, -(-len(batches) // world))  # one where all is done: Lightning skips none
+        share += [None] * (steps - len(share))
+        return DataLoader(share, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         return batch  # lists of tokens; the scorer pads them where the model is
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.masked import MaskedItem
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.predictions import Prediction
 
 T = TypeVar("T", Encoded, MaskedItem)
 Item = TypeVar("Item")
@@ -59,7 +59,9 @@ def _measured(
     return items, (max(tokens), max(logits))
 
 
-def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]) -> list[Row]:
+def halving(
+    scored: Callable[[Sequence[Item]], list[Prediction]], items: Sequence[Item]
+) -> list[Prediction]:
     """`scored(items)`, in halves where memory runs out.
 
     Raises:
@@ -80,7 +82,7 @@ def halving(scored: Callable[[Sequence[Item]], list[Row]], items: Sequence[Item]
     return halving(scored, items[:half]) + halving(scored, items[half:])
 
 
-def _finite(rows: list[Row]) -> list[Row]:
+def _finite(rows: list[Prediction]) -> list[Prediction]:
     for row in rows:
         if not math.isfinite(row.log_probability):
             raise UserError(

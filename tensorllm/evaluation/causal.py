@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tensorllm.evaluation.choices import choice_scores
 from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
 from tensorllm.evaluation.generation import Greedy
+from tensorllm.evaluation.predictions import Prediction, chosen_prediction
+from tensorllm.evaluation.prompts import Reading, choice_scores, read
 from tensorllm.evaluation.protocol import Protocol
-from tensorllm.evaluation.reading import Reading, read
-from tensorllm.evaluation.row import Row, chosen_row
 
 
-class Batch(NamedTuple):
+class CausalBatch(NamedTuple):
     """Examples that are scored together.
 
     Attributes:
@@ -59,14 +58,14 @@ class CausalScorer:
         self.greedy = Greedy(forward, tokenizer, protocol, max_new_tokens, eos, stop_early)
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch) -> list[Row]:
+    def __call__(self, batch: CausalBatch) -> list[Prediction]:
         first = batch.items[0].example
         if first.tokens:
             return self._running_text(batch)
         return self._choices(batch) if first.choices else self._generated(batch)
 
     def _answers(
-        self, batch: Batch, keep: int, *, grow: bool
+        self, batch: CausalBatch, keep: int, *, grow: bool
     ) -> tuple[Reading, list[tuple[float, int]]]:
         """Read prompt and gold answer; also each answer's log-probability and first rank."""
         found = read(
@@ -80,11 +79,11 @@ class CausalScorer:
         lengths = [len(e.full[0]) - e.start for e in batch.items]
         return found, answer_scores(found.logits_BNV, found.padded.ids_BT, lengths)
 
-    def _running_text(self, batch: Batch) -> list[Row]:
+    def _running_text(self, batch: CausalBatch) -> list[Prediction]:
         keep = max(e.length for e in batch.items)
         _, scores = self._answers(batch, keep, grow=False)
         return [
-            Row(
+            Prediction(
                 e.example.index,
                 "",
                 e.example.answer,
@@ -98,14 +97,14 @@ class CausalScorer:
             for e, (score, rank) in zip(batch.items, scores, strict=True)
         ]
 
-    def _generated(self, batch: Batch) -> list[Row]:
+    def _generated(self, batch: CausalBatch) -> list[Prediction]:
         keep = max(e.length - min(e.start, len(e.prompt)) for e in batch.items) + 1
         found, scores = self._answers(batch, keep, grow=True)
         if self.protocol.unmasked_padding:
             scores = self._unmasked(batch, scores)
-        told = self.greedy(batch.items, *found)
+        generated = self.greedy(batch.items, *found)
         return [
-            Row(
+            Prediction(
                 index=e.example.index,
                 prompt=e.example.prompt,
                 answer=e.example.answer,
@@ -117,10 +116,12 @@ class CausalScorer:
                 token_f1=new.token_f1,
                 truncated=e.truncated,
             )
-            for e, (score, rank), new in zip(batch.items, scores, told, strict=True)
+            for e, (score, rank), new in zip(batch.items, scores, generated, strict=True)
         ]
 
-    def _unmasked(self, batch: Batch, scores: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    def _unmasked(
+        self, batch: CausalBatch, scores: list[tuple[float, int]]
+    ) -> list[tuple[float, int]]:
         """The papers' batched loss: pads are read as tokens, and positions count from the first of
         them.
         """
@@ -141,14 +142,16 @@ class CausalScorer:
             found += [(loss, scores[row][1]) for row, (loss, _) in zip(rows, losses, strict=True)]
         return found
 
-    def _choices(self, batch: Batch) -> list[Row]:
+    def _choices(self, batch: CausalBatch) -> list[Prediction]:
         totals = choice_scores(self.forward, batch.items, batch.key)
         rows = []
         for e, (sums, rank) in zip(batch.items, totals, strict=True):
             gold = e.full[e.example.choices.index(e.example.answer)]
             tokens = len(gold) - e.start
             rows.append(
-                chosen_row(e.example, sums, answer_tokens=tokens, rank=rank, truncated=e.truncated)
+                chosen_prediction(
+                    e.example, sums, answer_tokens=tokens, rank=rank, truncated=e.truncated
+                )
             )
         return rows
 

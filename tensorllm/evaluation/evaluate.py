@@ -3,6 +3,7 @@ search.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from tensorllm.data.base import DATASETS, ReasoningDataModule, Split
 from tensorllm.data.catalog import Questions  # noqa: F401  registers all datasets
 from tensorllm.data.example import Example
 from tensorllm.data.questions import questions_from_yaml
-from tensorllm.evaluation.parallel import score_all, workers_for
+from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
-from tensorllm.evaluation.row import Row
-from tensorllm.evaluation.scorer import context_of, is_masked, make_scorer
-from tensorllm.evaluation.summary import metrics_of
+from tensorllm.evaluation.scorer import context_of, is_masked, make_scorer, score_all, workers_for
+from tensorllm.progress import Progress, quiet
 
 YAML = (".yaml", ".yml")
 
@@ -44,12 +44,12 @@ def score(
     *,
     max_new_tokens: int = 0,
     batch_tokens: int | None = None,
-    on_rows: Callable[[list[Row]], None] | None = None,
-) -> list[Row]:
-    """Score all examples; rows come in the order of the examples.
+    on_batch: Callable[[list[Prediction]], None] | None = None,
+) -> list[Prediction]:
+    """Score all examples; predictions come in the order of the examples.
 
     Args:
-        on_rows: called with the rows of each finished batch.
+        on_batch: called with the predictions of each finished batch.
     """
     scorer = make_scorer(
         model,
@@ -58,11 +58,11 @@ def score(
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
     )
-    found: dict[int, Row] = {}
-    for rows in score_all(scorer, scorer.plan(examples), workers_for(model)):
-        found.update((row.index, row) for row in rows)
-        if on_rows is not None:
-            on_rows(rows)
+    found: dict[int, Prediction] = {}
+    for batch in score_all(scorer, scorer.plan(examples), workers_for(model)):
+        found.update((p.index, p) for p in batch)
+        if on_batch is not None:
+            on_batch(batch)
     return [found[example.index] for example in examples]
 
 
@@ -75,7 +75,7 @@ def evaluate_model(
     limit: int | None = None,
     *,
     data_file: Path | str | None = None,
-    on_rows: Callable[[list[Row]], None] | None = None,
+    on_batch: Callable[[list[Prediction]], None] | None = None,
 ) -> dict[str, Any]:
     """`accuracy` (per cent), `loss` (nats per answer token), the other metrics, `examples`, and
     what names them.
@@ -89,7 +89,7 @@ def evaluate_model(
         split: the first fifth (`val`), the rest (`test`) or `all`.
         limit: at most so many examples.
         data_file: a local file in place of the hub.
-        on_rows: called with the rows of each finished batch.
+        on_batch: called with the predictions of each finished batch.
     """
     if isinstance(dataset, str):
         dataset = make_dataset(dataset, data_file=data_file, split=split, limit=limit)
@@ -99,20 +99,48 @@ def evaluate_model(
     training = model.training
     model.eval()
     try:
-        rows = score(
+        predictions = score(
             model,
             tokenizer,
             dataset.examples,
             rules,
             max_new_tokens=dataset.max_new_tokens,
-            on_rows=on_rows,
+            on_batch=on_batch,
         )
     finally:
         model.train(training)
     return {
-        **metrics_of(rows),
-        "examples": len(rows),
+        **metrics_of(predictions),
+        "examples": len(predictions),
         "dataset": dataset.name,
         "split": dataset.split,
         "protocol": rules.name,
     }
+
+
+def dataset_scorer(
+    data_file: Path | None = None, limit: int | None = None, progress: Progress = quiet
+) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase, str], dict[str, Any]]:
+    """A function that scores a model on a dataset's test part, protocol `strict`, and reads each
+    dataset once.
+
+    Args:
+        data_file: the dataset's rows, instead of the hub.
+        limit: at most so many examples.
+        progress: called with (examples scored, examples in all, what is done).
+    """
+    read = cache(lambda name: make_dataset(name, data_file=data_file, limit=limit))
+
+    def score_on(
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: str
+    ) -> dict[str, Any]:
+        data, done = read(dataset), 0
+
+        def count(predictions: list[Prediction]) -> None:
+            nonlocal done
+            done += len(predictions)
+            progress(done, len(data.examples), f"scoring {dataset}")
+
+        return evaluate_model(model, tokenizer, data, on_batch=count)
+
+    return score_on

@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
-from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_f1
+from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_bound, token_f1
 from tensorllm.evaluation.protocol import Protocol
-from tensorllm.evaluation.reach import reach_of
 
 # Steps between looks at the text: decoding it costs as much as a step of a small model.
 CHECK_EVERY = 4
@@ -28,7 +27,7 @@ CHECK_EVERY = 4
 CROWD = 0.5
 
 
-class Told(NamedTuple):
+class Generated(NamedTuple):
     """A generated answer and its verdict."""
 
     text: str
@@ -37,7 +36,7 @@ class Told(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Row:
+class _Generation:
     """One generation under way."""
 
     item: Encoded
@@ -46,8 +45,8 @@ class _Row:
     new: list[int] = field(default_factory=list)
     takes: int = 0  # tokens that the answer takes at least
 
-    def said(self, token: int) -> None:
-        """All pending tokens were read, and this one came out."""
+    def add(self, token: int) -> None:
+        """All pending tokens were read, and this one follows."""
         self.read += len(self.pending)
         self.pending = [token]
         self.new.append(token)
@@ -72,11 +71,11 @@ class Greedy:
         self.eos = eos
         self.stop_early = stop_early
         bounded = stop_early and max_new_tokens > 0 and not protocol.substring
-        self.reach = reach_of(tokenizer) if bounded else None
+        self.bound = token_bound(tokenizer) if bounded else None
 
     def __call__(
         self, items: Sequence[Encoded], logits_BNV: Tensor, padded: Padded, cache: Any
-    ) -> list[Told]:
+    ) -> list[Generated]:
         """Verdicts of a batch.
 
         Args:
@@ -86,25 +85,25 @@ class Greedy:
             cache: what reading it left.
         """
         rows = self._proved(items, logits_BNV)
-        if self.reach is not None:
+        if self.bound is not None:
             for row in rows:
-                row.takes = self.reach.missing("", row.item.example.answer)
+                row.takes = self.bound.missing("", row.item.example.answer)
         self._continue(rows, padded, cache)
-        return [self._told(row) for row in rows]
+        return [self._verdict(row) for row in rows]
 
-    def _proved(self, items: Sequence[Encoded], logits_BNV: Tensor) -> list[_Row]:
+    def _proved(self, items: Sequence[Encoded], logits_BNV: Tensor) -> list[_Generation]:
         best_BN = self._best(logits_BNV, [len(e.full[0]) - len(e.prompt) for e in items]).tolist()
         rows = []
         for e, best in zip(items, best_BN, strict=True):
             if not e.continues:
                 same = min(common_prefix((e.prompt, e.full[0])), len(e.prompt) - 1)
-                rows.append(_Row(e, same, e.prompt[same:]))
+                rows.append(_Generation(e, same, e.prompt[same:]))
                 continue
             gold = e.full[0][len(e.prompt) :]
-            said = best[len(best) - len(gold) - 1 :]
-            same = common_prefix((gold, said))
-            new = self._ended(said[: same + 1])[: self.max_new_tokens]
-            rows.append(_Row(e, len(e.prompt) + len(new) - 1, new[-1:], new))
+            predicted = best[len(best) - len(gold) - 1 :]
+            same = common_prefix((gold, predicted))
+            new = self._ended(predicted[: same + 1])[: self.max_new_tokens]
+            rows.append(_Generation(e, len(e.prompt) + len(new) - 1, new[-1:], new))
         return rows
 
     def _best(self, logits_BNV: Tensor, answers: list[int]) -> Tensor:
@@ -128,7 +127,7 @@ class Greedy:
                 return tokens[: place + 1]
         return tokens
 
-    def _continue(self, rows: list[_Row], padded: Padded, cache: Any) -> None:
+    def _continue(self, rows: list[_Generation], padded: Padded, cache: Any) -> None:
         device = padded.ids_BT.device
         width = padded.ids_BT.shape[1]
         mask_BS = padded.mask_BT
@@ -153,9 +152,9 @@ class Greedy:
             best = self._best(logits_BNV, answers)[:, -1].tolist()
             for i, token in zip(live, best, strict=True):
                 if i in going:
-                    rows[i].said(token)
+                    rows[i].add(token)
 
-    def _unfinished(self, rows: list[_Row], candidates: set[int], *, look: bool) -> set[int]:
+    def _unfinished(self, rows: list[_Generation], candidates: set[int], *, look: bool) -> set[int]:
         going, due = set(), []
         for i in candidates:
             new = rows[i].new
@@ -168,18 +167,18 @@ class Greedy:
         certain = {i for i, text in zip(due, texts, strict=True) if self._certain(rows[i], text)}
         return going - certain
 
-    def _certain(self, row: _Row, text: str) -> bool:
+    def _certain(self, row: _Generation, text: str) -> bool:
         answer = row.item.example.answer
         if surely_holds_answer(text, answer, self.protocol):
             return True
         left = self.max_new_tokens - len(row.new)
-        return self.reach is not None and self.reach.missing(text, answer) > left
+        return self.bound is not None and self.bound.missing(text, answer) > left
 
-    def _window(self, row: _Row) -> int:
+    def _window(self, row: _Generation) -> int:
         """As many new tokens as the answer has: what token F1 looks at."""
         return min(self.max_new_tokens, len(row.item.full[0]) - row.item.start)
 
-    def _texts(self, rows: list[_Row]) -> list[str]:
+    def _texts(self, rows: list[_Generation]) -> list[str]:
         """What is searched for the answer."""
         if not rows:
             return []
@@ -190,12 +189,14 @@ class Greedy:
             clean_up_tokenization_spaces=False,
         )
 
-    def _told(self, row: _Row) -> Told:
+    def _verdict(self, row: _Generation) -> Generated:
         answer = row.item.example.answer
         text = self._text(row.new)
         searched = self._texts([row])[0] if self.protocol.search_prompt else text
         window = self._text(row.new[: self._window(row)])
-        return Told(text, holds_answer(searched, answer, self.protocol), token_f1(window, answer))
+        return Generated(
+            text, holds_answer(searched, answer, self.protocol), token_f1(window, answer)
+        )
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.batch_decode(

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError
 from tensorllm.evaluation.matching import holds_answer, token_f1
+from tensorllm.evaluation.predictions import Prediction, chosen_prediction
 from tensorllm.evaluation.protocol import Protocol, require_single_tokens
-from tensorllm.evaluation.row import Row, chosen_row
 
-SAID = 5  # masks after an open question, as in LASER's intervention_roberta_*.py
+OPEN_MASKS = 5  # masks after an open question, as in LASER's intervention_roberta_*.py
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class MaskedText:
     """Tokens with masks, and the tokens that belong there (empty: whatever the model says)."""
 
     ids: list[int]
@@ -36,7 +36,7 @@ class MaskedItem(NamedTuple):
     """
 
     example: Example
-    texts: tuple[Text, ...]
+    texts: tuple[MaskedText, ...]
     choices: tuple[tuple[int, list[int]], ...]  # per choice: which text, and its tokens
     truncated: int
 
@@ -82,7 +82,7 @@ class MaskedEncoder:
         return MaskedItem(example, tuple(texts), where, max(cuts))
 
     def _open(self, example: Example) -> MaskedItem:
-        said, cut = self._asked(example.prompt, SAID)
+        asked, cut = self._asked(example.prompt, OPEN_MASKS)
         bare = self.protocol.masked_bare_loss
         full = self.tokenizer(
             f"{example.prompt} {example.answer}", add_special_tokens=not bare, verbose=False
@@ -97,7 +97,7 @@ class MaskedEncoder:
         )
         places = list(range(start - cut_loss, end - cut_loss))
         return MaskedItem(
-            example, (said, Text(ids, places, full[start:end])), (), max(cut, cut_loss)
+            example, (asked, MaskedText(ids, places, full[start:end])), (), max(cut, cut_loss)
         )
 
     def _answer_start(self, full: list[int], example: Example) -> int:
@@ -106,14 +106,14 @@ class MaskedEncoder:
                 return start
         return max(1, len(full) - len(self.answer_ids(example.answer)))
 
-    def _asked(self, prompt: str, masks: int) -> tuple[Text, int]:
+    def _asked(self, prompt: str, masks: int) -> tuple[MaskedText, int]:
         blanks = " ".join([self.mask] * masks)
         text = prompt.replace(self.mask, blanks) if self.mask in prompt else f"{prompt} {blanks}"
         ids, cut = self._fitted(self.tokenizer(text, verbose=False).input_ids)
         places = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) != masks:
             raise UserError(f"a prompt may hold one {self.mask}, got {prompt!r:.80}")
-        return Text(ids, places), cut
+        return MaskedText(ids, places), cut
 
     def _fitted(self, ids: list[int]) -> tuple[list[int], int]:
         cut = max(0, len(ids) - self.context)
@@ -147,16 +147,16 @@ class MaskedScorer:
         self.protocol = protocol
 
     @torch.inference_mode()
-    def __call__(self, items: Sequence[MaskedItem]) -> list[Row]:
+    def __call__(self, items: Sequence[MaskedItem]) -> list[Prediction]:
         log_NV = iter(self._log_probabilities([t for item in items for t in item.texts]))
         return [
             self._chosen(item, [next(log_NV) for _ in item.texts])
             if item.choices
-            else self._said(item, next(log_NV), next(log_NV))
+            else self._open_answer(item, next(log_NV), next(log_NV))
             for item in items
         ]
 
-    def _log_probabilities(self, texts: list[Text]) -> list[Tensor]:
+    def _log_probabilities(self, texts: list[MaskedText]) -> list[Tensor]:
         """Log-probabilities (N, V) at each text's masks."""
         width = max(len(t.ids) for t in texts)
         pad = self.tokenizer.pad_token_id
@@ -173,12 +173,12 @@ class MaskedScorer:
         columns = torch.tensor([place for t in texts for place in t.places], device=device)
         return list(logits_BTV[rows, columns].float().log_softmax(-1).split(counts))
 
-    def _chosen(self, item: MaskedItem, log_NV: list[Tensor]) -> Row:
+    def _chosen(self, item: MaskedItem, log_NV: list[Tensor]) -> Prediction:
         sums = [
             float(log_NV[text][range(len(ids)), ids].double().sum()) for text, ids in item.choices
         ]
         text, ids = item.choices[item.example.choices.index(item.example.answer)]
-        return chosen_row(
+        return chosen_prediction(
             item.example,
             sums,
             answer_tokens=len(ids),
@@ -186,12 +186,12 @@ class MaskedScorer:
             truncated=item.truncated,
         )
 
-    def _said(self, item: MaskedItem, said_NV: Tensor, loss_NV: Tensor) -> Row:
+    def _open_answer(self, item: MaskedItem, asked_NV: Tensor, loss_NV: Tensor) -> Prediction:
         e, gold = item.example, item.texts[1].gold
-        said = said_NV.argmax(-1).tolist()
-        text = str(self.tokenizer.decode(said))
-        window = str(self.tokenizer.decode(said[: len(gold)], skip_special_tokens=True))
-        return Row(
+        predicted = asked_NV.argmax(-1).tolist()
+        text = str(self.tokenizer.decode(predicted))
+        window = str(self.tokenizer.decode(predicted[: len(gold)], skip_special_tokens=True))
+        return Prediction(
             index=e.index,
             prompt=e.prompt,
             answer=e.answer,

@@ -63,8 +63,8 @@ def require_single_tokens(choices: dict[str, int]) -> None:
     """
     long = {choice: tokens for choice, tokens in choices.items() if tokens != 1}
     if long:
-        told = ", ".join(f"{choice!r} is {tokens}" for choice, tokens in sorted(long.items()))
+        lengths = ", ".join(f"{choice!r} is {tokens}" for choice, tokens in sorted(long.items()))
         raise UserError(
-            f"protocol 'paper' needs choices of one token each, but with this tokenizer {told}; "
+            f"protocol 'paper' needs choices of one token each, but with this tokenizer {lengths}; "
             "protocol 'strict' scores choices of any length"
         )

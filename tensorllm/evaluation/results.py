@@ -1,23 +1,28 @@
-"""Results on disk: a folder that is there in full or not at all, and the journal of a run under
-way.
+"""Results on disk: a folder that is there in full or not at all, and what reads such folders.
 
-A run writes its rows, batch by batch, into `.NAME.partial/` beside the folder it will become; the
-folder appears by one rename, when all is in it. A run with another fingerprint begins anew.
+A run keeps its predictions, batch by batch, in `.NAME.partial/` beside the folder it will become;
+the folder appears by one rename, when all is in it. A run with another fingerprint begins anew.
 """
 
-import fcntl
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorllm.errors import Incomplete, UserError
-from tensorllm.evaluation.row import Row
+from tensorllm.data.base import ReasoningDataModule
+from tensorllm.errors import Incomplete, UserError, first_line
+from tensorllm.evaluation.predictions import (
+    Prediction,
+    metrics_of,
+    read_predictions,
+    write_predictions,
+)
+from tensorllm.evaluation.protocol import Protocol
+from tensorllm.evaluation.statistics import compared, intervals
+from tensorllm.io import locked, no_space, sync, write_json
+from tensorllm.metrics import SHOWN
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.parquet"
@@ -25,57 +30,12 @@ BEFORE = "predictions-before.parquet"
 SCHEMA = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Journal:
-    """Rows of finished batches; every process appends to a file of its own."""
-
-    folder: Path
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Add the rows of one batch; they survive a crash of this process."""
-        name = f"rows-{socket.gethostname()}-{os.getpid()}.jsonl"
-        # A line break first: what a crash cut short before must not swallow the next row.
-        text = "\n" + "".join(json.dumps(asdict(row)) + "\n" for row in rows)
-        try:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise no_room(self.folder, error) from None
-
-    def rows(self) -> dict[int, Row]:
-        """Row by example; a line that a crash cut short counts as not there."""
-        found = {}
-        for path in sorted(self.folder.glob("rows-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = row_of(json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                found[row.index] = row
-        return found
-
-
-def row_of(values: dict[str, Any]) -> Row:
-    """A row from its JSON or parquet form."""
-    known = {field.name for field in fields(Row)}
-    kept = {name: value for name, value in values.items() if name in known}
-    return Row(**{**kept, "choice_log_probabilities": tuple(kept["choice_log_probabilities"])})
-
-
-def no_room(folder: Path, error: OSError) -> Incomplete:
-    """What is said when the disk is full or gone."""
-    return Incomplete(
-        f"writing to {folder} failed: {error.strerror or error}. Make room and run the same "
-        "command again: it goes on from the last finished batch"
-    )
-
-
 class ResultsFolder:
     """The folder of one run, from its journals to the final rename.
 
     Args:
         target: the folder that will hold the results.
-        fingerprint: what names the run; a journal with another one is thrown away.
+        fingerprint: what names the run; journals of another one are thrown away.
         overwrite: replace a folder that is there.
     """
 
@@ -87,62 +47,58 @@ class ResultsFolder:
         check_free(self.target, overwrite)
         try:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-            with alone(self.lock):  # several processes begin together
+            with locked(self.lock):  # several processes begin together
                 self._begin(fingerprint)
         except OSError as error:
             raise UserError(f"cannot write to {self.partial.parent}: {error.strerror}") from None
 
     def _begin(self, fingerprint: str) -> None:
-        """What is there of another run goes."""
+        """Remove what is there of another run."""
         note = self.partial / "fingerprint"
         if self.partial.exists() and (not note.is_file() or note.read_text() != fingerprint):
             shutil.rmtree(self.partial)
         self.partial.mkdir(exist_ok=True)
         note.write_text(fingerprint)
 
-    def journal(self, name: str) -> Journal:
-        """The journal of one of the run's models."""
-        folder = self.partial / f"journal-{name}"
-        folder.mkdir(exist_ok=True)
-        return Journal(folder)
+    def journal(self, name: str) -> Path:
+        """The folder for the journal of one of the run's models."""
+        return self.partial / f"journal-{name}"
 
-    def finish(self, results: dict[str, Any], predictions: Mapping[str, Sequence[Row]]) -> None:
+    def finish(
+        self, results: dict[str, Any], predictions: Mapping[str, Sequence[Prediction]]
+    ) -> None:
         """Write everything, then let the folder appear.
 
         Args:
             results: the content of results.json.
-            predictions: file name -> rows.
+            predictions: by the name of their file.
 
         Raises:
-            UserError: the target is there by now; the rows are kept, and --overwrite goes on.
+            UserError: the target is there by now; the journals are kept, and --overwrite goes on.
             Incomplete: the disk is full.
         """
         done = self.partial / "done"
         try:
             shutil.rmtree(done, ignore_errors=True)
             done.mkdir()
-            for name, rows in predictions.items():
-                write_rows(done / name, rows)
-            (done / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            for name, of_model in predictions.items():
+                write_predictions(done / name, of_model)
+            write_json(done / RESULTS, results)
             for path in done.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
             check_free(self.target, self.overwrite)  # another run may have come first
             if self.target.exists():
                 shutil.rmtree(self.target)
             done.rename(self.target)
         except OSError as error:
-            raise no_room(self.target, error) from None
+            raise disk_full(self.target, error) from None
         shutil.rmtree(self.partial, ignore_errors=True)
         self.lock.unlink(missing_ok=True)
 
 
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Holds a lock that the system opens when its holder dies."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def disk_full(folder: Path, error: OSError) -> Incomplete:
+    """The error of a run whose finished batches are kept."""
+    return no_space(folder, error, "batch")
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -156,30 +112,7 @@ def check_free(target: Path, overwrite: bool) -> None:
             raise UserError(f"--overwrite replaces results only, and {target} has no {RESULTS}")
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Rows as a parquet table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema(
-        [
-            ("index", pa.int64()),
-            ("prompt", pa.string()),
-            ("answer", pa.string()),
-            ("generation", pa.string()),
-            ("correct", pa.bool_()),
-            ("log_probability", pa.float64()),
-            ("answer_tokens", pa.int64()),
-            ("rank", pa.int64()),
-            ("token_f1", pa.float64()),
-            ("choice_log_probabilities", pa.list_(pa.float64())),
-            ("truncated", pa.int64()),
-        ]
-    )
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema), path)
-
-
-def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+def read_results(folder: Path) -> tuple[dict[str, Any], list[Prediction]]:
     """What a results folder holds.
 
     Raises:
@@ -187,26 +120,148 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     """
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        return results, read_predictions(folder / PREDICTIONS)
     except (OSError, ValueError) as error:
-        raise _no_results(folder, error) from None
-    return results, read_rows(folder / PREDICTIONS)
+        reason = first_line(error)[:120]
+        raise UserError(f"{folder} is not a folder of results: {reason}") from None
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a table that `write_rows` wrote.
+def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
+    """What changed from one folder of results to another, over the examples both have.
 
-    Raises:
-        UserError: it is damaged or not there.
+    Returns:
+        The two results, their `metrics` over the common examples, the statistics of `compared`
+        over these, and the predictions that went `wrong_to_right` and `right_to_wrong`.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    (first, old), (second, new) = read_results(before), read_results(after)
+    if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
+        raise UserError(
+            f"only results of one dataset and protocol compare, got {first['dataset']} "
+            f"({first['protocol']}) and {second['dataset']} ({second['protocol']})"
+        )
+    found = {(p.index, p.prompt, p.answer): p for p in new}
+    pairs = [(p, found[k]) for p in old if (k := (p.index, p.prompt, p.answer)) in found]
+    if not pairs:
+        raise UserError(f"{before} and {after} have no example in common")
+    changed = [(was, now) for was, now in pairs if was.correct != now.correct]
+    common = {"before": [was for was, _ in pairs], "after": [now for _, now in pairs]}
+    return {
+        "before": first,
+        "after": second,
+        "metrics": {when: metrics_of(of_run) for when, of_run in common.items()},
+        "comparison": compared(common["before"], common["after"], seed),
+        "wrong_to_right": [asdict(now) for _, now in changed if now.correct],
+        "right_to_wrong": [asdict(now) for _, now in changed if not now.correct],
+    }
 
-    try:
-        return [row_of(values) for values in pq.read_table(path).to_pylist()]
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-        raise _no_results(path.parent, error) from None
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A model's predictions in the order of the examples, and its metrics by name."""
+
+    predictions: list[Prediction]
+    metrics: Mapping[str, float]
 
 
-def _no_results(folder: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0][:120]
-    return UserError(f"{folder} is not a folder of results: {reason}")
+def results_of(
+    data: ReasoningDataModule,
+    protocol: Protocol,
+    model: Scored,
+    before: Scored | None,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """What results.json says of the figures: metrics, 95 % intervals, and the paired tests against
+    the original where there is one.
+    """
+
+    def figures(scored: Scored) -> dict[str, Any]:
+        return {
+            "metrics": {n: scored.metrics[n] for n in SHOWN if n in scored.metrics},
+            "intervals": intervals(scored.predictions, seed),
+        }
+
+    results = {
+        "schema": SCHEMA,
+        **figures(model),
+        "examples": len(model.predictions),
+        "dataset": data.name,
+        "data_file": None if data.data_file is None else str(data.data_file),
+        "notes": data.notes,
+        "protocol": protocol.name,
+        "quirks": protocol.quirks(),
+        "split": data.split,
+        "limit": data.limit,
+        "truncated_prompts": sum(p.truncated > 0 for p in model.predictions),
+        "seed": seed,
+    }
+    if before is not None:
+        results["before"] = figures(before)
+        results["comparison"] = compared(before.predictions, model.predictions, seed)
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class BeforeAfter:
+    """One measurement, with the original beside it where there is one.
+
+    `evaluate` writes it as results.json, `compress --evaluate` into report.json.
+
+    Attributes:
+        before, after: metrics by name (`evaluation.predictions.metrics_of`); `before` may be None.
+        intervals_before, intervals_after: 95 % intervals by the metric's name, where known.
+        comparison: what `evaluation.statistics.compared` found, where known.
+    """
+
+    dataset: str
+    split: str
+    protocol: str
+    examples: int
+    seed: int | None
+    before: Mapping[str, float] | None
+    after: Mapping[str, float]
+    intervals_before: Mapping[str, list[float]]
+    intervals_after: Mapping[str, list[float]]
+    comparison: Mapping[str, Any] | None
+
+    @property
+    def where(self) -> str:
+        """Such as `fever, test part, protocol strict, 2,000 examples`."""
+        return (
+            f"{self.dataset}, {self.split} part, protocol {self.protocol}, "
+            f"{self.examples:,} examples"
+        )
+
+
+def of_results(results: Mapping[str, Any]) -> BeforeAfter:
+    """From the content of results.json."""
+    before = results.get("before") or {}
+    return BeforeAfter(
+        dataset=results["dataset"],
+        split=results["split"],
+        protocol=results["protocol"],
+        examples=results["examples"],
+        seed=results.get("seed"),
+        before=before.get("metrics"),
+        after=results["metrics"],
+        intervals_before=before.get("intervals", {}),
+        intervals_after=results.get("intervals", {}),
+        comparison=results.get("comparison"),
+    )
+
+
+def of_scores(evaluation: Mapping[str, Any]) -> BeforeAfter:
+    """From `evaluation` of report.json: scores without intervals."""
+    before, after = evaluation["before"], evaluation["after"]
+    return BeforeAfter(
+        dataset=after["dataset"],
+        split=after["split"],
+        protocol=after["protocol"],
+        examples=after["examples"],
+        seed=None,
+        before=before,
+        after=after,
+        intervals_before={},
+        intervals_after={},
+        comparison=None,
+    )

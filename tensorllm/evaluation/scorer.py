@@ -1,20 +1,22 @@
-"""Scoring by a model: the plan of batches, and the rows of each.
+"""Scoring by a model: the plan of batches, the predictions of each, and several batches at once.
 
-`tensorllm.evaluation.evaluate.score` is the whole evaluation as one function; the LightningModules
+`tensorllm.evaluation.evaluate.score` is the whole evaluation as one function; the LightningModule
 and the rank search use these parts.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 from typing import Protocol as Interface
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.data.example import Example
 from tensorllm.data.tokens import check_ids
 from tensorllm.errors import UserError
 from tensorllm.evaluation.batching import fill, halving
-from tensorllm.evaluation.causal import Batch, CausalScorer
+from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
 from tensorllm.evaluation.forward import Forward, ModelForward
 from tensorllm.evaluation.masked import (
@@ -24,12 +26,12 @@ from tensorllm.evaluation.masked import (
     MaskedScorer,
     context_of_masked,
 )
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
-from tensorllm.evaluation.row import Row
 from tensorllm.models.task import is_masked as fills_masks
 
 
-class Budget(NamedTuple):
+class BatchTokens(NamedTuple):
     """Columns x rows of one batch, padding included.
 
     Attributes:
@@ -42,19 +44,19 @@ class Budget(NamedTuple):
 
 
 # A CPU is fastest while a layer's activations fit its caches.
-CPU = Budget(read=1536, generate=4096)
-ACCELERATOR = Budget(read=65536, generate=65536)
+CPU = BatchTokens(read=1536, generate=4096)
+ACCELERATOR = BatchTokens(read=65536, generate=65536)
 
 
 class Scorer(Interface):
-    """What evaluates one kind of model."""
+    """What scores with one kind of model."""
 
     def plan(self, examples: Sequence[Example]) -> list[Any]:
         """Batches of examples; the same for every model with this tokenizer and context."""
         ...
 
-    def score(self, batch: Any) -> list[Row]:
-        """Rows of one batch, in the batch's order."""
+    def score(self, batch: Any) -> list[Prediction]:
+        """Predictions of one batch, in the batch's order."""
         ...
 
 
@@ -72,6 +74,7 @@ def make_scorer(
     batch_tokens: int | None = None,
     forward: Forward | MaskedForward | None = None,
     stop_early: bool = True,
+    device: torch.device | None = None,
 ) -> Scorer:
     """The scorer for this kind of model.
 
@@ -84,12 +87,13 @@ def make_scorer(
             what suits the device.
         forward: how the model is run, if not as it is.
         stop_early: stop a generation when its verdict is certain.
+        device: where the model will be when it scores; None: where it is.
     """
     if model.get_output_embeddings() is None:
         raise UserError(f"a {type(model).__name__} has no head that predicts tokens")
     context = context_of(model.config, tokenizer)
-    suited = CPU if model.device.type == "cpu" else ACCELERATOR
-    budget = Budget(batch_tokens, batch_tokens) if batch_tokens else suited
+    suited = CPU if (device or model.device).type == "cpu" else ACCELERATOR
+    budget = BatchTokens(batch_tokens, batch_tokens) if batch_tokens else suited
     if is_masked(model):
         run = forward if isinstance(forward, MaskedForward) else MaskedForward(model)
         return MaskedModelScorer(run, tokenizer, protocol, context, budget)
@@ -109,13 +113,15 @@ def make_scorer(
 class CausalModelScorer:
     """Plans and scores for a causal model."""
 
-    def __init__(self, scorer: CausalScorer, encoder: Encoder, budget: Budget, rows: int) -> None:
+    def __init__(
+        self, scorer: CausalScorer, encoder: Encoder, budget: BatchTokens, rows: int
+    ) -> None:
         self.scorer = scorer
         self.encoder = encoder
         self.budget = budget
         self.rows = rows
 
-    def plan(self, examples: Sequence[Example]) -> list[Batch]:
+    def plan(self, examples: Sequence[Example]) -> list[CausalBatch]:
         items = self.encoder(examples)
         check_ids([ids for e in items for ids in (e.prompt, *e.full)], self.rows, "the dataset")
         if self.scorer.protocol.single_token_choices:
@@ -140,13 +146,13 @@ class CausalModelScorer:
             generated = kind == (False, False)
             tokens = self.budget.generate if generated else self.budget.read
             batches += fill(of_kind, cost, tokens, together if generated else 1)
-        return [Batch(key, tuple(batch)) for key, batch in enumerate(batches)]
+        return [CausalBatch(key, tuple(batch)) for key, batch in enumerate(batches)]
 
-    def score(self, batch: Batch) -> list[Row]:
-        def part(items: Sequence[Encoded]) -> list[Row]:
+    def score(self, batch: CausalBatch) -> list[Prediction]:
+        def part(items: Sequence[Encoded]) -> list[Prediction]:
             # A part has another shape than the planned batch, so nothing may be kept under its key.
             whole = len(items) == len(batch.items)
-            return self.scorer(Batch(batch.key if whole else None, tuple(items)))
+            return self.scorer(CausalBatch(batch.key if whole else None, tuple(items)))
 
         return halving(part, batch.items)
 
@@ -160,7 +166,7 @@ class MaskedModelScorer:
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
         context: int,
-        budget: Budget,
+        budget: BatchTokens,
     ) -> None:
         model = forward.model
         self.encoder = MaskedEncoder(tokenizer, context_of_masked(model, context), protocol)
@@ -178,7 +184,7 @@ class MaskedModelScorer:
         check_ids([t.ids for item in items for t in item.texts], self.rows, "the dataset")
         return list(fill(items, cost, self.budget.read))
 
-    def score(self, batch: list[MaskedItem]) -> list[Row]:
+    def score(self, batch: list[MaskedItem]) -> list[Prediction]:
         return halving(self.scorer, batch)
 
 
@@ -204,3 +210,38 @@ def eos_of(model: PreTrainedModel) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+# The matrices of small models are too small to share between cores: torch's own threads then wait
+# for each other longer than they work. So each core takes a batch of its own.
+SMALL = 2**26  # parameters; with larger models one batch keeps all cores busy
+
+T = TypeVar("T")
+
+
+def workers_for(model: PreTrainedModel, device: torch.device | None = None) -> int:
+    """How many batches are scored at once; `device` as in `make_scorer`."""
+    # Autocast holds for the thread that switched it on, and for no other.
+    if (device or model.device).type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return 1
+    return torch.get_num_threads() if model.num_parameters() <= SMALL else 1
+
+
+def score_all(
+    scorer: Scorer, batches: Sequence[Any], workers: int
+) -> Generator[list[Prediction], None, None]:
+    """The predictions of each batch, in order; closed early, it drops the batches not yet begun."""
+    if workers == 1 or len(batches) < 2:
+        yield from map(scorer.score, batches)
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(scorer.score, batches)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive items, so many at a time."""
+    return [items[at : at + size] for at in range(0, len(items), size)]

@@ -3,14 +3,13 @@
 Shapes: N examples, C columns, R resamples.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.predictions import Prediction
 
 RESAMPLES = 2000
 LEAST_P = 2 / RESAMPLES  # of a bootstrap: so few resamples cannot tell a smaller one
@@ -39,7 +38,7 @@ def interval(samples: Numbers, level: float = 0.95) -> list[float]:
     return [float(v) for v in np.quantile(samples, [tail, 1 - tail])]
 
 
-def intervals(rows: Sequence[Row], seed: int) -> dict[str, list[float]]:
+def intervals(predictions: Sequence[Prediction], seed: int) -> dict[str, list[float]]:
     """95 % bootstrap intervals of accuracy (per cent), loss and perplexity (nats per token, 1)."""
     columns = [
         [
@@ -48,43 +47,41 @@ def intervals(rows: Sequence[Row], seed: int) -> dict[str, list[float]]:
             r.answer_tokens,
             0.0 if r.correct is None else 100.0 * r.correct,
         ]
-        for r in rows
+        for r in predictions
     ]
     means_RC = resampled_means(np.array(columns, np.float64), seed)
     found = {
         "loss": interval(means_RC[:, 0]),
         "perplexity": interval(np.exp(means_RC[:, 1] / means_RC[:, 2])),
     }
-    if rows[0].correct is not None:
+    if predictions[0].correct is not None:
         found["accuracy"] = interval(means_RC[:, 3])
     return found
 
 
-def mcnemar(mended: int, broken: int) -> float:
+def mcnemar(wrong_to_right: int, right_to_wrong: int) -> float:
     """Exact two-sided p-value that wrong-to-right and right-to-wrong are equally likely."""
-    n, few = mended + broken, min(mended, broken)
-    if n == 0:
-        return 1.0
-    log_terms = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
-        for i in range(few + 1)
-    ]
-    return min(1.0, 2 * math.fsum(map(math.exp, log_terms)))
+    from scipy.stats import binomtest  # takes half a second to import
+
+    changed = wrong_to_right + right_to_wrong
+    return float(binomtest(wrong_to_right, changed).pvalue) if changed else 1.0
 
 
-def compared(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str, Any]:
+def compared(
+    before: Sequence[Prediction], after: Sequence[Prediction], seed: int
+) -> dict[str, Any]:
     """Two runs over the same examples, in the same order: differences after - before, and their
     tests.
 
     Returns:
-        `mended` and `broken`: how many went from wrong to right and back; `mcnemar_p`: the exact
+        `wrong_to_right` and `right_to_wrong`: how many verdicts changed; `mcnemar_p`: the exact
         test of these; `accuracy` (points) and `loss` (nats per token): difference, 95 % paired
         bootstrap interval; `loss_p`: twice the smaller share of resamples on either side of zero,
         `LEAST_P` at least.
     """
     verdicts = [(b.correct, a.correct) for b, a in zip(before, after, strict=True)]
-    mended = sum(was is False and now is True for was, now in verdicts)
-    broken = sum(was is True and now is False for was, now in verdicts)
+    wrong_to_right = sum(was is False and now is True for was, now in verdicts)
+    right_to_wrong = sum(was is True and now is False for was, now in verdicts)
     differences = np.array(
         [
             [a.loss - b.loss, 100.0 * (bool(a.correct) - bool(b.correct))]
@@ -98,8 +95,8 @@ def compared(before: Sequence[Row], after: Sequence[Row], seed: int) -> dict[str
         "accuracy": {"difference": accuracy, "interval": interval(means_RC[:, 1])},
         "loss": {"difference": loss, "interval": interval(means_RC[:, 0])},
         "loss_p": min(1.0, max(2 * min(share), LEAST_P)),
-        "mended": mended,
-        "broken": broken,
-        "mcnemar_p": mcnemar(mended, broken),
+        "wrong_to_right": wrong_to_right,
+        "right_to_wrong": right_to_wrong,
+        "mcnemar_p": mcnemar(wrong_to_right, right_to_wrong),
         "examples": len(before),
     }

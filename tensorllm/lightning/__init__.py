@@ -1,21 +1,6 @@
-"""LightningModules that evaluate: causal and masked behaviour, a thin final class per
-architecture.
-"""
+"""Evaluation in Lightning: one module for all architectures, callbacks, the Trainer, loggers."""
 
-from tensorllm.lightning.architectures import (
-    GPTJReasoner,
-    LlamaReasoner,
-    RobertaReasoner,
-    reasoner_of,
-)
-from tensorllm.lightning.reasoner import CausalReasoner, MaskedReasoner, Reasoner
+from tensorllm.lightning.callbacks import PerBatch, PredictionJournal, ProgressReport
+from tensorllm.lightning.module import ReasoningModule
 
-__all__ = [
-    "CausalReasoner",
-    "GPTJReasoner",
-    "LlamaReasoner",
-    "MaskedReasoner",
-    "Reasoner",
-    "RobertaReasoner",
-    "reasoner_of",
-]
+__all__ = ["PerBatch", "PredictionJournal", "ProgressReport", "ReasoningModule"]

@@ -1,4 +1,4 @@
-"""The tables of `tensorllm reproduce`: ours beside the published numbers, or the plan."""
+"""The tables of `tensorllm reproduce`: what is measured beside what was published, or the plan."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -18,10 +18,10 @@ LEGEND = {
 
 
 def reproduction_tables(outcomes: Rows) -> RenderableType:
-    """A table per dataset: accuracy and loss, published, ours and the difference."""
+    """A table per dataset: accuracy and loss, published, measured and the difference."""
     parts: list[RenderableType] = []
     for dataset, rows in groupby(outcomes, key=lambda row: row["dataset"]):
-        columns = ("acc. %\npubl.", "\nours", "\n±", "loss\n  publ.", "\nours", "\n±")
+        columns = ("acc. %\npubl.", "\nmeas.", "\n±", "loss\n  publ.", "\nmeas.", "\n±")
         table = new_table(f"{dataset}\n", "layer\n", *columns, number_from=1)
         table.padding = (0, 0)
         for row in rows:
@@ -69,9 +69,9 @@ def _layer(row: Mapping[str, Any]) -> str:
 
 
 def _beside(row: Mapping[str, Any], name: str) -> tuple[str, str, str]:
-    published, ours = row["published"].get(name), (row["ours"] or {}).get(name)
+    published, measured = row["published"].get(name), (row["measured"] or {}).get(name)
     return (
         "-" if published is None else f"{published:.2f}",
-        "-" if ours is None else f"{ours:.2f}",
-        "-" if published is None or ours is None else f"{ours - published:+.2f}",
+        "-" if measured is None else f"{measured:.2f}",
+        "-" if published is None or measured is None else f"{measured - published:+.2f}",
     )

@@ -42,7 +42,10 @@ def comparison_tables(changes: Mapping[str, Any]) -> RenderableType:
         _side_by_side(metrics["before"], metrics["after"], comparison),
         _tests(metrics["after"], comparison),
     ]
-    for kind, title in (("mended", "wrong, now right"), ("broken", "right, now wrong")):
+    for kind, title in (
+        ("wrong_to_right", "wrong, now right"),
+        ("right_to_wrong", "right, now wrong"),
+    ):
         rows = changes[kind]
         if rows:
             table = new_table(f"{title} ({len(rows)})", "answer", "generated now", number_from=3)
@@ -87,10 +90,11 @@ def _tests(metrics: Mapping[str, float], comparison: Mapping[str, Any]) -> Text:
     loss = f"loss, paired bootstrap p {p_value(comparison['loss_p'], LEAST_P)}"
     if "accuracy" not in metrics:  # running text: nothing is right or wrong
         return Text(loss)
-    return Text(
-        f"wrong to right {comparison['mended']}, right to wrong {comparison['broken']} of "
-        f"{comparison['examples']}: McNemar p {p_value(comparison['mcnemar_p'])}; {loss}"
+    changed = (
+        f"wrong to right {comparison['wrong_to_right']}, "
+        f"right to wrong {comparison['right_to_wrong']} of {comparison['examples']}"
     )
+    return Text(f"{changed}: McNemar p {p_value(comparison['mcnemar_p'])}; {loss}")
 
 
 def _notes(results: Mapping[str, Any]) -> list[Text]:

@@ -12,11 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import Job
 from tensorllm.data.example import Example
-from tensorllm.evaluation.causal import Batch
-from tensorllm.evaluation.parallel import score_all, workers_for
+from tensorllm.evaluation.causal import CausalBatch
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import Protocol
-from tensorllm.evaluation.row import Row
-from tensorllm.evaluation.scorer import is_masked, make_scorer
+from tensorllm.evaluation.scorer import is_masked, make_scorer, score_all, workers_for
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.bank import EXACT_BELOW, Bank, Edit, edited, nests
 from tensorllm.search.feasible import ratio_of
@@ -103,7 +102,7 @@ class Examiner:
         for size in sizes:
             batches = []
             for batch in self.scorer.plan(self.order[start : start + size]):
-                batches.append(batch._replace(key=key) if isinstance(batch, Batch) else batch)
+                batches.append(batch._replace(key=key) if isinstance(batch, CausalBatch) else batch)
                 key += 1
             stages.append(batches)
             start += size
@@ -145,14 +144,14 @@ class Examiner:
 
     def _rows(
         self, edits: Sequence[Edit], rival: Rival | None, level: float
-    ) -> tuple[list[Row], bool]:
+    ) -> tuple[list[Prediction], bool]:
         """Rows in the order of examination, and whether the trial was given up."""
         matrices = {matrix for edit in edits for matrix in edit.site.matrices}
         lowest = min((layer for layer, _ in matrices), default=None)
         ffn = any(layer == lowest and role in FFN for layer, role in matrices)
         race = Race(rival, len(self.order), level if self.sequential else 0.0) if rival else None
         place = {example.index: i for i, example in enumerate(self.order)}
-        rows: list[Row] = []
+        rows: list[Prediction] = []
         batches = [batch for stage in self.stages for batch in stage]
         with (
             edited(edits, self.roles, self.weights),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.predictions import Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,12 @@ class Found:
 
 
 def found_in(
-    rows: Sequence[Row], stopped: bool, ratio: float, saved: int, error: float, seconds: float
+    rows: Sequence[Prediction],
+    stopped: bool,
+    ratio: float,
+    saved: int,
+    error: float,
+    seconds: float,
 ) -> Found:
     """The figures of these rows; a loss that is not finite is an error."""
     asked = rows[0].correct is not None

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tensorllm.errors import UserError
-from tensorllm.evaluation.results import alone
+from tensorllm.io import locked
 from tensorllm.search import storage
 from tensorllm.search.space import Values
 from tensorllm.search.storage import Claims, open_storage, stable
@@ -93,7 +93,7 @@ class TrialQueue:
 
     def fill_grid(self, points: Sequence[Values]) -> None:
         """Queue those of the points that no trial has."""
-        with alone(self.folder / FILLING):
+        with locked(self.folder / FILLING):
             known = {_key(_values(trial)) for trial in self.trials()}
             for values in points:
                 if _key(values) not in known:
@@ -101,7 +101,7 @@ class TrialQueue:
 
     def fill(self, count: int) -> None:
         """Queue trials without values until there are `count`, infeasible ones not counted."""
-        with alone(self.folder / FILLING):
+        with locked(self.folder / FILLING):
             trials = self.trials()
             free = [t for t in trials if t.state == TrialState.PRUNED and REASON in t.user_attrs]
             there = len(trials) - min(len(free), 10 * count)  # a space may have nothing else

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorllm.evaluation.before_after import BeforeAfter
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.predictions import Prediction
+from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.theme import Canvas, Picture, colour
 
@@ -52,7 +52,7 @@ def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> Pictu
 
 
 def change_picture(
-    canvas: Canvas, before: Sequence[Row], after: Sequence[Row], prefix: str
+    canvas: Canvas, before: Sequence[Prediction], after: Sequence[Prediction], prefix: str
 ) -> Picture:
     """How much each example's loss moved."""
     moved = [new.loss - old.loss for old, new in zip(before, after, strict=True)]

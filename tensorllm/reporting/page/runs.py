@@ -9,8 +9,8 @@ from typing import Any
 from tensorllm.compression.card import REPORT
 from tensorllm.compression.details import DETAILS
 from tensorllm.errors import UserError
-from tensorllm.evaluation.results import BEFORE, RESULTS, read_results, read_rows
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.predictions import Prediction, read_predictions
+from tensorllm.evaluation.results import BEFORE, RESULTS, read_results
 
 TRIALS = "trials.parquet"
 Json = Mapping[str, Any]
@@ -31,8 +31,8 @@ class Evaluated:
 
     path: Path
     results: Json
-    rows: Sequence[Row] = ()
-    before: Sequence[Row] = ()
+    rows: Sequence[Prediction] = ()
+    before: Sequence[Prediction] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def read_run(path: Path) -> Run:
     if isinstance(found, Searched):
         return Searched(path, found.results, _trials(path / TRIALS))
     results, rows = read_results(path)
-    before = read_rows(path / BEFORE) if (path / BEFORE).is_file() else []
+    before = read_predictions(path / BEFORE) if (path / BEFORE).is_file() else []
     return Evaluated(path, results, rows, before)
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tensorllm.evaluation.before_after import BeforeAfter
-from tensorllm.evaluation.row import Row
+from tensorllm.evaluation.predictions import Prediction
+from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.evaluation.statistics import LEAST_P
 from tensorllm.metrics import SHOWN
 from tensorllm.reporting.bench import ROWS, in_units
@@ -61,7 +61,8 @@ def _tests(found: BeforeAfter) -> str:
     if "accuracy" not in found.after:  # running text: nothing is right or wrong
         return loss.capitalize()
     return (
-        f"{c['mended']:,} answers went from wrong to right and {c['broken']:,} from right to wrong "
+        f"{c['wrong_to_right']:,} answers went from wrong to right and "
+        f"{c['right_to_wrong']:,} from right to wrong "
         f"(McNemar's test, p {p_value(c['mcnemar_p'])}); {loss}"
     )
 
@@ -88,7 +89,7 @@ def changed_examples(run: Evaluated) -> dict[str, Any] | None:
     return {"groups": groups, "dataset": run.results["dataset"]}
 
 
-def _group(title: str, tone: str, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+def _group(title: str, tone: str, pairs: Sequence[tuple[Prediction, Prediction]]) -> dict[str, Any]:
     return {
         "title": title,
         "tone": tone,
@@ -97,7 +98,7 @@ def _group(title: str, tone: str, pairs: Sequence[tuple[Row, Row]]) -> dict[str,
     }
 
 
-def _example(before: Row, after: Row) -> dict[str, str]:
+def _example(before: Prediction, after: Prediction) -> dict[str, str]:
     prompt = after.prompt if len(after.prompt) <= TAIL else f"… {after.prompt[-TAIL:]}"
     return {
         "prompt": prompt.strip(),

@@ -5,7 +5,7 @@ from itertools import zip_longest
 from typing import Any
 
 from tensorllm.compression.report import RATIO_NAMES
-from tensorllm.evaluation.before_after import BeforeAfter
+from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN
 from tensorllm.reporting.page.drawing import model_drawing
 from tensorllm.reporting.page.figures import score_tile, smaller, times

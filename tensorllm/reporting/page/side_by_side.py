@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorllm.evaluation.before_after import BeforeAfter
+from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.figures import between, times
 from tensorllm.reporting.page.subjects import Subject

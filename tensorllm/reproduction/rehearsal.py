@@ -6,24 +6,22 @@ The tiny model has the real one's architecture and number of layers, and random 
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tensorllm.commands.cells import Cell, cells
-from tensorllm.commands.forecast import Forecast, measure_machine, model_of_sizes, real_model
-from tensorllm.commands.models import Loader, dtype_of
-from tensorllm.commands.places import data_file, hub_id, missing, weights_of
-from tensorllm.commands.reproduce import ReproduceRequest, reproduce_cells
 from tensorllm.data.base import DATASETS, VALIDATION
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.recipes import short_names
+from tensorllm.reproduction.forecast import Forecast, measure_machine, model_of_sizes, real_model
+from tensorllm.reproduction.inputs import data_file, weights_of
+from tensorllm.reproduction.published import Cell
 
 WIDTH, HEADS = 128, 2  # head_dim 64: GPT-J rotates that many channels unless told otherwise
 NAMES = ("Ada", "Ben", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
@@ -53,7 +51,7 @@ class Rehearsal:
     Attributes:
         examples: of its test part: counted in local data, otherwise as the papers have them.
         counted: they were counted.
-        seconds: at this machine's speed; see `tensorllm.commands.forecast` for what is assumed.
+        seconds: at this machine's speed; see `tensorllm.reproduction.forecast` for what is assumed.
         peak_bytes: of memory.
     """
 
@@ -78,7 +76,7 @@ class Rehearsal:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ReproductionPlan:
     """What a reproduction takes.
 
     Attributes:
@@ -104,61 +102,53 @@ class Plan:
         }
 
 
-def rehearse(request: ReproduceRequest) -> Plan:
-    """Run every cell on a tiny random model of the architecture; nothing of it is kept."""
-    wanted = cells(request.model, request.datasets)
-    facts = short_names()[request.model]
-    datasets = list(dict.fromkeys(cell.dataset for cell in wanted))
-    lacking = missing(request.model, datasets, request.weights, request.data)
-    _run_tiny(wanted, request, facts)
-    dtype = dtype_of(request.dtype) or getattr(torch, facts["dtype"])
-    counts = {name: _examples(request, name) for name in datasets}
-    model = real_model(facts)
-    out = _predicted(wanted, counts, model, dtype, request)
-    plain = _predicted(wanted, counts, model, torch.float32, request)
-    seconds, other = (sum(r.seconds for r in predicted) for predicted in (out, plain))
-    faster = other if other < seconds / 2 else None
-    return Plan(request.model, hub_id(request.model), out, lacking, faster)
+class Tiny(NamedTuple):
+    """What a rehearsal runs on: cells that fit the tiny model, its folder, its layers."""
+
+    cells: list[Cell]
+    folder: Path
+    layers: tuple[int, int]  # the first and the last
 
 
-def _predicted(
-    wanted: list[Cell],
-    counts: dict[str, tuple[int, bool]],
-    model: Any,
-    dtype: torch.dtype,
-    request: ReproduceRequest,
-) -> list[Rehearsal]:
-    machine = measure_machine(request.device, dtype)
-    forecast = Forecast(model, machine, dtype, accelerated=request.device != "cpu")
-    out = []
-    for cell in wanted:
-        examples, counted = counts[cell.dataset]
-        searched = request.searches(cell)
-        cost = forecast.cell(cell, examples, searched=searched)
-        out.append(Rehearsal(cell, searched, examples, counted, cost.seconds, cost.peak_bytes))
-    return out
-
-
-def _run_tiny(wanted: list[Cell], request: ReproduceRequest, facts: dict[str, Any]) -> None:
+@contextmanager
+def tiny_inputs(model: str, wanted: Sequence[Cell]) -> Iterator[Tiny]:
+    """A tiny random model of the architecture and rows of each dataset, for the block only."""
+    facts = short_names()[model]
     with tempfile.TemporaryDirectory() as scratch, _no_warnings():
         folder = Path(scratch)
         text = "".join(json.dumps(row) + "\n" for row in rows())
         for cell in wanted:
             (folder / f"{cell.dataset}.jsonl").write_text(text)
         save_tiny(facts, {cell.dataset for cell in wanted}, folder)
-        first_and_last = (0, facts["sizes"]["layers"] - 1)
-        layer = None if request.layer is None else 0
-        tiny = replace(
-            request,
-            weights=scratch,
-            data=folder,
-            out=folder / "out",
-            limit=None,
-            dtype=None,
-            layer=layer,
-            candidates=first_and_last,
-        )
-        reproduce_cells([_scaled(cell, facts["sizes"]) for cell in wanted], tiny)
+        scaled = [_scaled(cell, facts["sizes"]) for cell in wanted]
+        yield Tiny(scaled, folder, (0, facts["sizes"]["layers"] - 1))
+
+
+def predict(
+    wanted: Sequence[Cell],
+    counts: Mapping[str, tuple[int, bool]],
+    searched: Sequence[bool],
+    *,
+    dtype: torch.dtype,
+    device: str,
+) -> list[Rehearsal]:
+    """The cost of each cell on the real model.
+
+    Args:
+        counts: per dataset its test examples, and whether they were counted.
+        searched: whether the layer of each cell is searched.
+        dtype: of the weights.
+        device: what the real run uses.
+    """
+    model = real_model(short_names()[wanted[0].model])
+    machine = measure_machine(device, dtype)
+    forecast = Forecast(model, machine, dtype, accelerated=device != "cpu")
+    out = []
+    for cell, search in zip(wanted, searched, strict=True):
+        examples, counted = counts[cell.dataset]
+        cost = forecast.cell(cell, examples, searched=search)
+        out.append(Rehearsal(cell, search, examples, counted, cost.seconds, cost.peak_bytes))
+    return out
 
 
 def save_tiny(facts: dict[str, Any], datasets: set[str], folder: Path) -> None:
@@ -197,23 +187,24 @@ def _scaled(cell: Cell, sizes: dict[str, int]) -> Cell:
     return replace(cell, recipe=replace(cell.recipe, settings=settings))
 
 
-def _examples(request: ReproduceRequest, dataset: str) -> tuple[int, bool]:
+def count_examples(
+    model: str, dataset: str, weights: str | None, data: Path | None, limit: int | None
+) -> tuple[int, bool]:
     """How many test examples there are, and whether they were counted in local data."""
+    from transformers import AutoTokenizer
+
     load = DATASETS[dataset].workload
     assert load is not None, f"{dataset} says no workload"
     known = round(load.examples * (1 - VALIDATION))
     try:
-        data = make_dataset(
-            dataset, data_file=data_file(dataset, request.data), limit=request.limit
-        )
-        if data.data_file is not None:
-            if request.weights is not None:
-                folder = weights_of(request.model, request.weights).folder
-                data.connect(Loader(folder).tokenizer())
-            return len(data.examples), True
-    except UserError:  # what is missing is told beside
+        rows = make_dataset(dataset, data_file=data_file(dataset, data), limit=limit)
+        if rows.data_file is not None:
+            if weights is not None:
+                rows.connect(AutoTokenizer.from_pretrained(weights_of(model, weights).folder))
+            return len(rows.examples), True
+    except (UserError, OSError):  # what is missing is reported beside
         pass
-    return min(known, request.limit or known), False
+    return min(known, limit or known), False
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tensorllm.commands.cells import Cell
 from tensorllm.compression.cost import decomposition_seconds
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.data.base import DATASETS, VALIDATION
@@ -21,6 +20,7 @@ from tensorllm.evaluation.batching import LOGITS
 from tensorllm.evaluation.protocol import PAPER
 from tensorllm.evaluation.scorer import ACCELERATOR, CPU
 from tensorllm.models import RoleMatrices, architecture_of, parameters_of
+from tensorllm.reproduction.published import Cell
 
 BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers
 COPIES = 3  # of a batch's logits in float32, and of a stacked tensor while it is decomposed

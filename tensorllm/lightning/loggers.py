@@ -1,4 +1,7 @@
-"""Any of Lightning's loggers by name, and the metrics of compress, evaluate and search for it."""
+"""Any of Lightning's loggers by name, and the metrics that compress and search give it.
+
+An evaluation has a Trainer, which logs what the module logs.
+"""
 
 import inspect
 import math
@@ -43,13 +46,6 @@ class MetricLog:
         for when, scores in (report["evaluation"] or {}).items():
             self.metrics(f"compress/{when}", scores)
 
-    def evaluation(self, results: Mapping[str, Any]) -> None:
-        """The metrics of the model, and of the original where it was scored beside."""
-        self.metrics("evaluate", results["metrics"])
-        self.metrics("evaluate", {"seconds": results["seconds"]})
-        if "before" in results:
-            self.metrics("evaluate/before", results["before"]["metrics"])
-
     def trials(self, trials: "Sequence[FrozenTrial]") -> None:
         """What each trial that has ended since the last call found, its number as the step."""
         if self.logger is None:
@@ -79,10 +75,27 @@ NOWHERE = MetricLog()
 
 @contextmanager
 def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[MetricLog]:
-    """A log that is written out at the end, whatever happens before.
+    """A log for a command without a Trainer; it is written out at the end, whatever happens before.
+
+    Args: as of `make_logger`.
+    """
+    logger = make_logger(name, folder, command)
+    if logger is None:
+        yield NOWHERE
+        return
+    try:
+        yield MetricLog(logger)
+    except BaseException:
+        logger.finalize("failed")
+        raise
+    logger.finalize("success")
+
+
+def make_logger(name: str | None, folder: Path | None, command: str) -> Any:
+    """One of Lightning's loggers; None where none is asked for.
 
     Args:
-        name: tensorboard, csv, or another logger of Lightning; None: no log.
+        name: tensorboard, csv, wandb, ...
         folder: where those that write files put them; `logs` by default.
         command: what the run is called there.
 
@@ -92,24 +105,13 @@ def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[
     if name is None:
         if folder is not None:
             raise UserError("--log-dir goes with --logger: tensorboard, csv, ...")
-        yield NOWHERE
-        return
-    logger = _make(name, folder or FOLDER, command)
-    try:
-        yield MetricLog(logger)
-    except BaseException:
-        logger.finalize("failed")
-        raise
-    logger.finalize("success")
-
-
-def _make(name: str, folder: Path, command: str) -> Any:
+        return None
     from lightning.pytorch import loggers
 
     named = [kind for kind in loggers.__all__ if kind != "Logger"]  # the class of them all
     kinds = {kind.removesuffix("Logger").lower(): kind for kind in named}
     kind = getattr(loggers, kinds[one_of("--logger", name, sorted(kinds))])
-    given = {"save_dir": str(folder), "name": command}
+    given = {"save_dir": str(folder or FOLDER), "name": command}
     known = inspect.signature(kind).parameters
     try:
         return kind(**{key: value for key, value in given.items() if key in known})

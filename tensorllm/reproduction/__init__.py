@@ -1,0 +1,1 @@
+"""The published experiments: which they are, what they need, and a rehearsal of them."""
