@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GPTJConfig, GPTJModel
 
-from tensorllm.commands.measure import cache_bytes, interleaved, medians
 from tensorllm.compressors import Site
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.runtime import install
+from tensorllm.runtime.measure import cache_bytes, interleaved, medians
 from tensorllm.tensors.factors import Tucker, parameters
 from tensorllm.tensors.stacking import ATTENTION
 

@@ -9,11 +9,11 @@ import torch
 from attention_block import SITE, blocks, decode, prefill
 from torch import nn
 
-from tensorllm.commands.measure import interleaved, medians
 from tensorllm.compressors import Site
 from tensorllm.models import RoleMatrices
+from tensorllm.runtime import module_for
 from tensorllm.runtime.cost import MARGIN, Choice, Cost, dense_cost, factored_cost
-from tensorllm.runtime.linear import low_rank_linears
+from tensorllm.runtime.measure import interleaved, medians
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import Geometry
 
@@ -63,7 +63,7 @@ def low_rank(width: int, rank: int, repeats: int) -> dict[str, Any]:
     cost = dense_cost(site, geometry), factored_cost(site, factors, geometry)
     both = {
         "dense": nn.Linear(width, 4 * width, bias=False),
-        "factored": low_rank_linears(factors, rises=True),
+        "factored": module_for(site, factors).roles(site, factors, geometry)[0, "in"].module,
     }
     calls = [
         {name: lambda m=module, x=x: m(x) for name, module in both.items()}

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from results import Comparison, begin, parser, real, save
 
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.commands.allocate import energies
-from tensorllm.commands.models import Loader
 from tensorllm.compression.engine import compressed
 from tensorllm.compressors import PerLayer, SharedTucker4D
 from tensorllm.data.base import ReasoningDataModule

@@ -30,8 +30,8 @@ from results import Comparison, begin, parser, save
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tensorllm as tl
-from tensorllm.commands.export import export
 from tensorllm.compression.engine import compress_folder
+from tensorllm.compression.export import export
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.compression.task import FolderTask
 

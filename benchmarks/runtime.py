@@ -31,8 +31,8 @@ from transformers import GPTJForCausalLM
 
 import tensorllm as tl
 from tensorllm.commands.bench import BenchRequest, bench
-from tensorllm.commands.measure import measure
 from tensorllm.runtime.cost import MARGIN
+from tensorllm.runtime.measure import measure
 
 
 def whole(repeats: int, quick: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from attention_block import blocks, decode, prefill, weight_bytes_of
 from curves import Curve
 
-from tensorllm.commands.measure import cache_bytes
+from tensorllm.runtime.measure import cache_bytes
 
 WIDTH, HEADS, RANKS = 4096, 16, (304, 19, 2)
 SMALL, SMALL_HEADS, SMALL_RANKS = 64, 2, (8, 4, 2)

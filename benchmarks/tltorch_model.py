@@ -13,8 +13,8 @@ from attention_block import gptj
 from torch import nn
 from transformers import GPTJForCausalLM
 
-from tensorllm.commands.measure import measure
 from tensorllm.compression.publish import peak_resident_bytes
+from tensorllm.runtime.measure import measure
 
 IMPLEMENTATIONS = ("factorized", "reconstructed")
 PROMPT, NEW = 512, 32

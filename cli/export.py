@@ -48,8 +48,8 @@ def export(
         return
     format = format or "dense"
     with progress_bar() as progress:
-        from tensorllm.commands.export import export as run
-        from tensorllm.commands.models import dtype_of
+        from tensorllm.checkpoint.loader import dtype_of
+        from tensorllm.compression.export import export as run
 
         size = run(
             folder,
@@ -71,7 +71,7 @@ def _quantise(folder: Path, out: Path, how: str, *, overwrite: bool, as_json: bo
     from tensorllm_cli.show import print_json, print_result, progress_bar
 
     with progress_bar() as progress:
-        from tensorllm.commands.quantise import quantise_folder
+        from tensorllm.compression.export import quantise_folder
 
         sites = quantise_folder(folder, out, how, overwrite=overwrite, progress=progress)
     if as_json:

@@ -48,7 +48,7 @@ def reproduce(
 
       tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out reproduction/
     """
-    from tensorllm.commands.models import device_of
+    from tensorllm.checkpoint.loader import device_of
     from tensorllm.commands.reproduce import ReproduceRequest, rehearse
     from tensorllm.commands.reproduce import reproduce as run
     from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables

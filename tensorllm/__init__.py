@@ -13,9 +13,9 @@ from tensorllm.checkpoint.hook import watch
 if TYPE_CHECKING:
     from tensorllm.calibration.fit import fit, fit_folder
     from tensorllm.calibration.sequences import Calibration, read_calibration
-    from tensorllm.checkpoint.factored import load
-    from tensorllm.commands.runtime import factorize
+    from tensorllm.checkpoint.loading import load
     from tensorllm.compression.engine import compress, compressed
+    from tensorllm.compression.factorize import factorize
     from tensorllm.compression.save import save
     from tensorllm.compressors import (
         COMPRESSORS,
@@ -47,10 +47,10 @@ _HOME = {
     "compress": "tensorllm.compression.engine",
     "compressed": "tensorllm.compression.engine",
     "evaluate_model": "tensorllm.evaluation.evaluate",
-    "factorize": "tensorllm.commands.runtime",
+    "factorize": "tensorllm.compression.factorize",
     "fit": "tensorllm.calibration.fit",
     "fit_folder": "tensorllm.calibration.fit",
-    "load": "tensorllm.checkpoint.factored",
+    "load": "tensorllm.checkpoint.loading",
     "read_calibration": "tensorllm.calibration.sequences",
     "save": "tensorllm.compression.save",
 }

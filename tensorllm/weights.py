@@ -4,8 +4,9 @@ The one way in which factors become dense weights again; `runtime.install` is th
 become modules. Shapes: I inner width, D model width of a role matrix.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from tensorllm.compressors.base import Site
 from tensorllm.models.access import RoleMatrices
 from tensorllm.tensors.factors import Factors
+
+T = TypeVar("T")
 
 
 def stacked(site: Site, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> Tensor:
@@ -83,3 +86,24 @@ def edited(
             for site, matrices_ID in edits:
                 write_matrices(site, matrices_ID, roles, weights)
         yield
+
+
+def sharing(
+    items: Iterable[T], names_of: Callable[[T], set[str]]
+) -> list[tuple[set[str], list[T]]]:
+    """What must be handled together because it touches the same parameter, as fused ones are.
+
+    Args:
+        names_of: the parameters that an item touches.
+
+    Returns:
+        Groups of items, each with all its names, such that no name belongs to two groups.
+    """
+    groups: list[tuple[set[str], list[T]]] = []
+    for item in items:
+        names, together = names_of(item), [item]
+        for group in [g for g in groups if g[0] & names]:
+            groups.remove(group)
+            names, together = names | group[0], group[1] + together
+        groups.append((names, together))
+    return groups

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensorllm.calibration import Calibration, fit, read_calibration
 from tensorllm.calibration.statistics import frozen, measure_loss, module_of
-from tensorllm.checkpoint.factored import load
+from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress, compress_folder
 from tensorllm.compression.save import save
 from tensorllm.compression.task import FolderTask

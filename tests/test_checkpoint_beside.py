@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tiny_models import tiny_model
 
 from tensorllm.checkpoint.beside import small_files
-from tensorllm.commands.export import export
 from tensorllm.compression.engine import compress_folder
+from tensorllm.compression.export import export
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.laser import LaserSVD
 

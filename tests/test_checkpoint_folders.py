@@ -27,12 +27,10 @@ from transformers import GenerationConfig, PreTrainedModel
 import tensorllm as tl
 from tensorllm.checkpoint.convert import main as convert
 from tensorllm.checkpoint.factored import dense_tensors
-from tensorllm.checkpoint.target import exclusive
-from tensorllm.checkpoint.writer import ShardWriter
-from tensorllm.commands.export import export
-from tensorllm.commands.models import Loader
-from tensorllm.commands.quantise import quantise_folder
+from tensorllm.checkpoint.loader import Loader
+from tensorllm.checkpoint.writer import ShardWriter, exclusive
 from tensorllm.compression.engine import compress_folder
+from tensorllm.compression.export import export, quantise_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.errors import Incomplete
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.commands.evaluate import EvaluateRequest, evaluate
-from tensorllm.commands.models import Loader
-from tensorllm.commands.places import data_identity
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.errors import UserError
+from tensorllm.reproduction.inputs import data_identity
 
 ROW = '{"prompt": "a", "answer": "b"}\n'
 

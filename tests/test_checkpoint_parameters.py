@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tensorllm as tl
 from tensorllm.calibration.layers import InMemory, OnDisk
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.commands.models import Loader
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint

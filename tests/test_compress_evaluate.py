@@ -9,8 +9,8 @@ from typing import Any
 import eval_world as world
 import pytest
 
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.commands.compress import CompressRequest, run
-from tensorllm.commands.models import Loader
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import dataset_scorer, evaluate_model
 from tensorllm.reporting.tables import result_tables

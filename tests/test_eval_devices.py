@@ -247,7 +247,7 @@ class DiesOn(PerBatch):
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_run_with_a_clear_error(folder: Path, questions_file: Path):
-    from tensorllm.commands.models import Loader
+    from tensorllm.checkpoint.loader import Loader
 
     loader = Loader(folder)
     module = ReasoningModule(loader, loader.tokenizer())
@@ -260,7 +260,7 @@ def test_a_dead_worker_ends_the_run_with_a_clear_error(folder: Path, questions_f
 @pytest.mark.slow
 def test_two_processes_go_on_from_a_killed_run(folder: Path, questions_file: Path, tmp_path: Path):
     """Every example once, whichever process scored it and in whichever run."""
-    from tensorllm.commands.models import Loader
+    from tensorllm.checkpoint.loader import Loader
 
     loader = Loader(folder)
     data = Questions(questions_file, split="all")

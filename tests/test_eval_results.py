@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from test_metrics import rows as random_rows
 
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.commands.compress import CompressRequest, run
 from tensorllm.commands.evaluate import EvaluateRequest, evaluate
-from tensorllm.commands.models import Loader
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.results import ResultsFolder, compare, read_results

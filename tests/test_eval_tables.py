@@ -100,13 +100,13 @@ def outcome(**changed: Any) -> dict[str, Any]:
         "layers": [27],
         "layers_origin": "searched",
         "published": {"accuracy": 100.0, "loss": 10.99},
-        "ours": {"accuracy": 0.0, "loss": 12.0},
+        "measured": {"accuracy": 0.0, "loss": 12.0},
         **changed,
     }
 
 
-def test_ours_beside_published():
-    rows = [outcome(), outcome(cell="original", layers=None, layers_origin="", ours=None)]
+def test_measured_beside_published():
+    rows = [outcome(), outcome(cell="original", layers=None, layers_origin="", measured=None)]
     text = shown(reproduction_tables(rows))
     line = next(line for line in text.splitlines() if "per-matrix" in line)
     assert line.split() == [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from tensorllm.commands.models import Loader, device_of
+from tensorllm.checkpoint.loader import Loader, device_of
 from tensorllm.errors import UserError
 
 

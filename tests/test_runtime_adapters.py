@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import tensorllm as tl
-from tensorllm.commands.runtime import factorize
+from tensorllm.compression.factorize import factorize
 
 peft = pytest.importorskip("peft")
 

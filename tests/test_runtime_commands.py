@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import tensorllm as tl
+from tensorllm.checkpoint.loader import Loader
+from tensorllm.checkpoint.loading import choices_of
 from tensorllm.commands.bench import BenchRequest, bench
 from tensorllm.commands.compress import CompressRequest, run
 from tensorllm.commands.evaluate import EvaluateRequest, evaluate
-from tensorllm.commands.export import export
 from tensorllm.commands.generate import GenerateRequest, generate
-from tensorllm.commands.measure import interleaved, weight_bytes
-from tensorllm.commands.models import Loader
-from tensorllm.commands.runtime import load_factored
+from tensorllm.compression.export import export
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.runtime.attention import FactoredAttention
+from tensorllm.runtime.measure import interleaved, weight_bytes
 from tensorllm_cli import bench as bench_command
 from tensorllm_cli import export as export_command
 from tensorllm_cli import generate as generate_command
@@ -160,15 +160,16 @@ def test_auto_loads_a_folder_partly_dense(tmp_path: Path):
     dense = tiny_model("llama", intermediate_size=16_384)
     tl.compress(dense, tl.Hybrid(ranks=(32, 8, 6), rho=0.2, matrices=("in",)))
     tl.save(dense, tmp_path / "out")
-    model, choices = load_factored(tmp_path / "out", "auto")
+    model = tl.load(tmp_path / "out", policy="auto")
+    choices = choices_of(model)
     assert {choice.site for choice in choices if choice.factored} == {"layers.0.in", "layers.1.in"}
     assert not any(isinstance(m, FactoredAttention) for m in model.modules())
     ids = torch.arange(3, 14)[None]
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="policy must be"):
-        load_factored(tmp_path / "out", "never")  # type: ignore[arg-type]
+        tl.load(tmp_path / "out", policy="never")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="is not factored"):
-        load_factored(tmp_path)
+        tl.load(tmp_path, policy="always")
 
 
 def test_generate_and_bench_take_auto_for_a_device(story_folder: Path):
@@ -198,6 +199,6 @@ def test_a_measurement_that_was_killed_is_told(story_folder: Path, monkeypatch):
 
 def test_warming_up_is_over_before_the_first_turn(monkeypatch):
     order: list[str] = []
-    monkeypatch.setattr("tensorllm.commands.measure._wait", lambda: order.append("wait"))
+    monkeypatch.setattr("tensorllm.runtime.measure._wait", lambda: order.append("wait"))
     interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 1)
     assert order == ["a", "b", "wait", "a", "wait", "b", "wait"]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
-from tensorllm.commands.export import export
+from tensorllm.compression.export import export
 
 lm_eval = pytest.importorskip("lm_eval")
 TASKS = Path(tl.__file__).parent / "evaluation" / "lm_eval"

@@ -10,12 +10,11 @@ from tiny_models import TINY, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import tensorllm as tl
-from tensorllm.commands.runtime import factorize
 from tensorllm.compression.engine import compression_of
+from tensorllm.compression.factorize import factorize
 from tensorllm.errors import UserError
-from tensorllm.runtime.attention import FactoredAttention
-from tensorllm.runtime.heads import HeadsSite
-from tensorllm.runtime.plain import attend
+from tensorllm.runtime.attention import FactoredAttention, attend
+from tensorllm.runtime.tucker import HeadsSite
 
 CAUSAL = [name for name, row in TINY.items() if row.task == "causal"]
 # Ranks of the latent width below, and at, that of a head; the stack factor thin and square.

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
-from tensorllm.commands.runtime import factorize
+from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.runtime.pivoted import PivotedPart, PivotedSite
+from tensorllm.models.spec import FALLING
+from tensorllm.runtime.low_rank import PivotedSite
+from tensorllm.runtime.sites import RoleLinear
 
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -71,10 +73,10 @@ def test_the_latent_is_made_once_for_all_readers(monkeypatch: pytest.MonkeyPatch
         made += w.data_ptr() in bases
         return linear(x, w, *rest)
 
-    monkeypatch.setattr("tensorllm.runtime.pivoted.F.linear", counted)
+    monkeypatch.setattr("tensorllm.runtime.low_rank.F.linear", counted)
     assert torch.equal(model(IDS).logits, want)
-    rising = [m for m in model.modules() if isinstance(m, PivotedPart) and m.rises]
-    assert made == sum(part.index == 0 for part in rising) < len(rising)
+    inputs = [m for m in model.modules() if isinstance(m, RoleLinear) and m.role not in FALLING]
+    assert made == sum(part.index == 0 for part in inputs) < len(inputs)
     assert all(site._held is None for site in sites(model))  # no activation is kept
 
 

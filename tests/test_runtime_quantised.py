@@ -16,16 +16,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import tensorllm as tl
-from tensorllm.checkpoint.factored import load
+from tensorllm.checkpoint.loading import choices_of, load
 from tensorllm.checkpoint.writer import ShardWriter
-from tensorllm.commands.measure import weight_bytes
-from tensorllm.commands.quantise import quantise_folder
-from tensorllm.commands.runtime import load_factored
+from tensorllm.compression.export import quantise_folder
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention
+from tensorllm.runtime.measure import weight_bytes
 from tensorllm.tensors.factors import CP, LowRank, Tucker
 from tensorllm.tensors.pivoted import PivotedLowRank
-from tensorllm.tensors.quantised import Quantised, narrow, plain, quantise, widen
+from tensorllm.tensors.quantised import Quantised, narrow, quantise, widen
 from tensorllm_cli import export as export_command
 
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -66,8 +65,8 @@ def test_what_is_too_small_to_gain_stays_as_it_is():
 
 def test_plain_factors_are_plain_already():
     factors = LowRank(random(40, 30), random(30, 40))
-    assert plain(factors) is factors
-    assert type(plain(quantise(factors, "int8"))) is LowRank
+    assert factors.plain() is factors
+    assert type(quantise(factors, "int8").plain()) is LowRank
 
 
 def test_torchao_is_asked_for_and_kept_quiet(monkeypatch: pytest.MonkeyPatch):
@@ -140,8 +139,8 @@ def test_a_quantised_folder_opens_runs_and_saves_itself(how: str, folder: Path, 
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(IDS).logits, got)
-    some, choices = load_factored(tmp_path / "small", "auto")  # these are too small to gain
-    assert not all(choice.factored for choice in choices)
+    some = load(tmp_path / "small", policy="auto")  # these are too small to gain
+    assert not all(choice.factored for choice in choices_of(some))
     assert (some(IDS).logits - want).abs().max() <= 1e-5 * want.abs().max()
 
 
@@ -183,7 +182,7 @@ def test_a_killed_quantisation_goes_on_and_leaves_nothing_twice(
 ):
     quantise_folder(folder, tmp_path / "want", "int8")
     small = partial(ShardWriter, shard_bytes=2**12)
-    monkeypatch.setattr("tensorllm.commands.quantise.ShardWriter", small)
+    monkeypatch.setattr("tensorllm.compression.export.ShardWriter", small)
 
     def dies(writer: ShardWriter) -> None:
         writer.flush()

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import tensorllm as tl
-from tensorllm.checkpoint import skeleton
-from tensorllm.commands.runtime import factorize
+from tensorllm.checkpoint import saving
+from tensorllm.compression.factorize import factorize
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention
 
@@ -78,7 +78,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     def stopped(path: Path) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(skeleton, "sha256", stopped)
+    monkeypatch.setattr(saving, "sha256", stopped)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path / "out")
     same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), dense)

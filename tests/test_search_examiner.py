@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.source import resolve
-from tensorllm.commands.models import Loader
 from tensorllm.compression.engine import compress
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset

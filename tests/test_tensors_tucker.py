@@ -19,9 +19,10 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors import factors as factors_module
 from tensorllm.tensors import tucker as tucker_module
 from tensorllm.tensors.factors import LowRank, Tucker, cast
-from tensorllm.tensors.tucker import relative_error, slice_errors, spectra, truncate, tucker
+from tensorllm.tensors.tucker import relative_error, spectra, truncate, tucker
 from tensorllm.tensors.unfold import in_memory_order
 
 F64 = torch.float64
@@ -258,12 +259,16 @@ def test_no_costly_product_is_made_twice(
     w = random_tensor((12, 5, 8, 2))
     calls: list[object] = []
 
-    def watched(name: str) -> Callable[..., Any]:
-        called = getattr(tucker_module, name)
+    def watched(module: Any, name: str) -> Callable[..., Any]:
+        called = getattr(module, name)
         return lambda x, *rest: calls.append((name, x.numel())) or called(x, *rest)
 
-    for name in ("project", "eigh"):
-        monkeypatch.setattr(tucker_module, name, watched(name))
+    for module, name in (
+        (tucker_module, "project"),
+        (tucker_module, "eigh"),
+        (factors_module, "project"),
+    ):
+        monkeypatch.setattr(module, name, watched(module, name))
     tucker(w, {0: 4, 1: 2, 2: 3}, sweeps=sweeps, tol=0)
     assert calls.count(("project", w.numel())) == large
     assert sum(name == "eigh" for name, _ in calls) == turns
@@ -377,7 +382,7 @@ def test_errors_of_slices(dtype: torch.dtype) -> None:
     w = random_tensor((12, 8, 4, 3), 0.5).to(dtype)
     for ranks in ({0: 5, 1: 3, 2: 2}, {0: 5, 1: 3}, {2: 2}, {0: 2}):
         t = tucker(w, ranks)
-        found = slice_errors(w, t, (0, 1))
+        found = t.slice_errors(w, (0, 1))
         assert found is not None
         lost = w.double() - naive_dense(t)
         for got, want in zip(found, (lost, w.double()), strict=True):
@@ -391,7 +396,7 @@ def test_errors_of_slices_that_would_cancel() -> None:
 
     def short_of(shares: list[float]) -> tuple[Tensor, Tensor] | None:
         scale = 1 - torch.tensor(shares, dtype=F64)
-        return slice_errors(w, Tucker(w * scale, {}), (0, 1))
+        return Tucker(w * scale, {}).slice_errors(w, (0, 1))
 
     assert short_of([0.5, 0.09]) is None
     assert short_of([0.09, 0.5]) is None

@@ -12,7 +12,7 @@ from tiny_models import TINY, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModel
 
-from tensorllm.commands.models import Loader
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.errors import UserError
 
 Weights = dict[str, Tensor]

@@ -35,7 +35,7 @@ from tensorllm.compressors.base import (
 from tensorllm.compressors.budget import Budget, share_out
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
-from tensorllm.tensors.factors import FACTORS, Factors
+from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.shared_input import reading_together
 
 Curves = dict[Site, ErrorCurve]
@@ -375,5 +375,5 @@ def _tensor_and_statistics(context: Context, site: Site) -> tuple[Tensor, list[A
 
 
 def _named(site: Site, factors: Factors) -> dict[str, Tensor]:
-    kind = FACTORS.name_of(type(factors))
+    kind = factors.kind
     return {f"{site.name}/{kind}/{name}": t for name, t in factors.tensors().items()}

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.reader import PICKLES
-from tensorllm.checkpoint.target import check_target, exclusive
-from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.errors import Incomplete, UserError, first_line
 
 

@@ -1,20 +1,20 @@
-"""Factored checkpoints: cores and factors instead of the matrices that they stand for."""
+"""The factored format: cores and factors in the place of the matrices that they stand for."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensorllm.checkpoint.grouping import sharing
-from tensorllm.checkpoint.loading import load_state, load_whole
-from tensorllm.checkpoint.manifest import Manifest, StoredSite, check_files, read_manifest
+from tensorllm.checkpoint.manifest import Manifest, StoredSite, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
-from tensorllm.tensors.factors import FACTORS, Factors
+from tensorllm.tensors.factors import Factors
+from tensorllm.weights import sharing, write_dense
 
 STEM = "factored"
 METHOD = "tensorllm"
@@ -39,8 +39,8 @@ def store_site(site: Site, factors: Factors) -> tuple[StoredSite, dict[str, Tens
     """How a site is stored: its manifest entry and its tensors under their names in the file."""
     tensors = {f"factors.{site.name}.{short}": t for short, t in factors.tensors().items()}
     names = dict(zip(factors.tensors(), tensors, strict=True))
-    kind = FACTORS.name_of(type(factors))
-    return StoredSite(site.name, site.layers, site.roles, site.stacking, kind, names), tensors
+    entry = StoredSite(site.name, site.layers, site.roles, site.stacking, factors.kind, names)
+    return entry, tensors
 
 
 def mark_config(config: Mapping[str, Any], weights: str) -> dict[str, Any]:
@@ -77,80 +77,110 @@ def write_readme(folder: Path) -> None:
 def rest_of(
     roles: RoleMatrices, weights: Mapping[str, Tensor], replaced: Iterable[tuple[int, str]]
 ) -> dict[str, Tensor]:
-    """Matrices that share a fused parameter with replaced ones but are left alone themselves."""
+    """Matrices that share a fused parameter with replaced ones but stay dense: `layer.role` -> it.
+
+    Args:
+        replaced: (layer, role) of the matrices that factors stand for.
+    """
+    return {
+        f"{layer}.{role}": roles.read(weights, layer, role).clone()
+        for layer, role in beside(roles, replaced)
+    }
+
+
+def beside(roles: RoleMatrices, replaced: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """(layer, role) of the matrices that share a parameter with replaced ones, and are not."""
     replaced = set(replaced)
-    out = {}
-    for layer, role in sorted(replaced):
-        for other in roles.architecture.stored(role).roles:
-            if (layer, other) not in replaced:
-                out[f"{layer}.{other}"] = roles.read(weights, layer, other).clone()
-    return out
+    others = {
+        (layer, other)
+        for layer, role in replaced
+        for other in roles.architecture.stored(role).roles
+    }
+    return sorted(others - replaced)
+
+
+class FactoredFolder:
+    """What a factored folder holds, read tensor by tensor.
+
+    Raises:
+        UserError: the folder lacks a tensor that its manifest names.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        found = manifest or read_manifest(folder)
+        assert found is not None, "only made of a factored folder"
+        self.manifest = found
+        self.stored = Checkpoint(folder, stem=STEM)
+        self.roles = RoleMatrices(
+            self.stored.config, set(self.stored.entries) | set(found.replaced)
+        )
+        self.special = {t for site in found.sites for t in site.tensors.values()}
+        self.special |= set(found.rest.values())
+        missing = self.special - set(self.stored.entries)
+        if missing:
+            first = sorted(missing)[0]
+            raise UserError(f"{folder} lacks the tensor {first}, which its manifest names")
+
+    def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters that no factors stand for, as they are stored."""
+        for name in self.stored.entries:
+            if name not in self.special:
+                yield from self.stored.read([name]).items()
+
+    def dense_groups(self) -> Iterator[tuple[list[StoredSite], dict[str, Tensor]]]:
+        """Sites that touch the same parameters, and these parameters rebuilt, group by group."""
+        touched = {
+            site.name: {self.roles.name(*matrix) for matrix in site.site.matrices}
+            for site in self.manifest.sites
+        }
+        for _, group in sharing(self.manifest.sites, lambda site: touched[site.name]):
+            yield group, self._rebuild(group)
+
+    def subset(self, wanted: set[str]) -> Manifest:
+        """The manifest of a model in which only the sites named run in their factors."""
+        sites = [site for site in self.manifest.sites if site.name in wanted]
+        matrices = [matrix for site in sites for matrix in site.site.matrices]
+        names = {self.roles.name(*matrix) for matrix in matrices}
+        return replace(
+            self.manifest,
+            sites=sites,
+            replaced={n: facts for n, facts in self.manifest.replaced.items() if n in names},
+            rest={f"{n}.{role}": f"rest.{n}.{role}" for n, role in beside(self.roles, matrices)},
+        )
+
+    def partly_dense(self, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that `subset` of the same sites names, and all other parameters dense."""
+        yield from self.plain_tensors()
+        for group, weights in self.dense_groups():
+            kept = [site for site in group if site.name in wanted]
+            matrices = [matrix for site in kept for matrix in site.site.matrices]
+            for key, w_ID in rest_of(self.roles, weights, matrices).items():
+                yield f"rest.{key}", w_ID
+            replaced = {self.roles.name(*matrix) for matrix in matrices}
+            yield from ((name, w) for name, w in weights.items() if name not in replaced)
+            for site in kept:
+                yield from self.stored.read(site.tensors.values()).items()
+
+    def _rebuild(self, group: list[StoredSite]) -> dict[str, Tensor]:
+        stored, manifest, roles = self.stored, self.manifest, self.roles
+        matrices = [matrix for site in group for matrix in site.site.matrices]
+        weights = {
+            name: torch.empty(facts["shape"], dtype=getattr(torch, facts["dtype"]))
+            for name in sorted({roles.name(*matrix) for matrix in matrices})
+            for facts in [manifest.replaced[name]]
+        }
+        for site in group:
+            write_dense(site.site, site.factors(stored.read(site.tensors.values())), roles, weights)
+        for key, tensor in manifest.rest.items():
+            number, role = key.split(".")
+            if roles.name(int(number), role) in weights:
+                roles.write(weights, int(number), role, stored.read([tensor])[tensor])
+        return weights
 
 
 def dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the model that a factored folder stands for, rebuilt one by one."""
-    manifest = read_manifest(folder)
-    assert manifest is not None, "only called on a factored folder"
-    stored = Checkpoint(folder, stem=STEM)
-    roles = RoleMatrices(stored.config, set(stored.entries) | set(manifest.replaced))
-    special = {t for site in manifest.sites for t in site.tensors.values()}
-    special |= set(manifest.rest.values())
-    missing = special - set(stored.entries)
-    if missing:
-        raise UserError(f"{folder} lacks the tensor {sorted(missing)[0]}, which its manifest names")
-    for name in stored.entries:
-        if name not in special:
-            yield from stored.read([name]).items()
-    touched = {
-        site.name: {roles.name(*matrix) for matrix in site.site.matrices} for site in manifest.sites
-    }
-    for _, group in sharing(manifest.sites, lambda site: touched[site.name]):
-        yield from _rebuild(group, manifest, stored, roles).items()
-
-
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, verify: bool = False) -> Any:
-    """The transformers model of a folder that tensorllm wrote, dense in memory.
-
-    Args:
-        dtype: of the weights in memory; None: as they are stored.
-        verify: compare the files' checksums with the manifest's; sizes are looked at always.
-
-    Raises:
-        UserError: the folder is not ours, from a newer version, or its files have changed.
-    """
-    import transformers
-
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder} has no tensorllm.json; load it with transformers")
-    check_files(folder, manifest, verify=verify)
-    if manifest.format == "dense":
-        return load_whole(folder, Checkpoint(folder).config, dtype, language=False)
-    config = unmark_config(Checkpoint(folder, stem=STEM).config)
-    state = dict(dense_tensors(folder))
-    model = load_state(state, config, dtype, folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
-
-
-def _rebuild(
-    sites: list[StoredSite], manifest: Manifest, stored: Checkpoint, roles: RoleMatrices
-) -> dict[str, Tensor]:
-    matrices = [matrix for site in sites for matrix in site.site.matrices]
-    weights = {
-        name: torch.empty(facts["shape"], dtype=getattr(torch, facts["dtype"]))
-        for name in sorted({roles.name(*matrix) for matrix in matrices})
-        for facts in [manifest.replaced[name]]
-    }
-    for site in sites:
-        factors = site.factors(stored.read(site.tensors.values()))
-        unstacked = site.site.unstack(factors.dense(), roles.geometry)
-        for (layer, role), w_ID in zip(site.site.matrices, unstacked, strict=True):
-            roles.write(weights, layer, role, w_ID)
-    for key, tensor in manifest.rest.items():
-        number, role = key.split(".")
-        if roles.name(int(number), role) in weights:
-            roles.write(weights, int(number), role, stored.read([tensor])[tensor])
-    return weights
+    factored = FactoredFolder(folder)
+    yield from factored.plain_tensors()
+    for _, weights in factored.dense_groups():
+        yield from weights.items()

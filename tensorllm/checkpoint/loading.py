@@ -1,92 +1,195 @@
-"""The one way from a folder to a transformers model: what is not whole is refused."""
+"""Loading what tensorllm wrote: dense, in its factors, or partly so; one function, `load`.
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+transformers does the work. A factored folder opens by `from_pretrained` itself, which replaces
+modules through `install_skeleton` before it reads weights and calls `finish` behind that.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
-from tensorllm.checkpoint.fitting import findings_of, judge
+from tensorllm.checkpoint.factored import METHOD, STEM, FactoredFolder, dense_tensors, unmark_config
+from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
+from tensorllm.checkpoint.reader import Checkpoint, read_header
+from tensorllm.checkpoint.saving import record
+from tensorllm.checkpoint.whole import load_state, load_whole
 from tensorllm.errors import UserError
-from tensorllm.models.task import language_model_class, saved_class
+from tensorllm.models import RoleMatrices
+from tensorllm.registry import one_of
+from tensorllm.runtime import Placement, SiteModule, install
+from tensorllm.runtime.attention import Bias
+from tensorllm.runtime.cost import Choice, choose
+from tensorllm.runtime.install import FactoredLinear
 
-ADAPTER = "adapter_config.json"
+How = Literal["always", "auto", "dense"]
+CHOICES = "tensorllm_choices"  # where a model keeps how each of its sites runs
+# Row numbers and quantised values, which no dtype of the model applies to.
+INTEGERS = {"I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 
 
-def load_whole(
-    folder: Path, config: Any, dtype: torch.dtype | None = None, *, language: bool = True
+def load(
+    folder: str | Path,
+    *,
+    policy: How = "dense",
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
 ) -> Any:
-    """The model of a folder in evaluation mode, every weight read from there.
+    """The transformers model of a folder that tensorllm wrote.
 
     Args:
-        folder: an ordinary checkpoint, or a factored one.
-        config: its config.
+        policy: `dense`: as the dense model that the factors stand for; `always`: in its factors
+            wherever a module runs them; `auto`: in those that the cost model says are smaller and
+            faster. `choices_of` says how each site of the model runs.
         dtype: of the weights in memory; None: as they are stored.
-        language: with the head that predicts tokens, whatever class the folder was saved from;
-            False: as it was saved.
+        verify: compare the files' checksums with the manifest's; sizes are looked at always.
 
     Raises:
-        UserError: a parameter is missing, unexpected, or of another shape.
+        UserError: the folder is not ours, from a newer version, or its files have changed; it is
+            not factored, where its factors are asked for.
     """
-    refuse_adapter(folder)
-    kind = language_model_class(config) if language else saved_class(config)
-    return _made(kind, folder, folder, dtype=dtype or "auto")
-
-
-def load_state(state: dict[str, Any], config: Any, dtype: torch.dtype | None, folder: Path) -> Any:
-    """The model of tensors that are in memory; `folder` is what messages name."""
-    kind = saved_class(config)
-    return _made(kind, None, folder, config=config, state_dict=state, dtype=dtype or config.dtype)
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Refuse a folder whose weights are not all: transformers would apply the adapter beside them.
-
-    Compressed without it, the model would be another one than is scored.
-    """
-    if (folder / ADAPTER).is_file():
+    folder = Path(folder)
+    one_of("policy", policy, get_args(How))
+    manifest = read_manifest(folder)
+    if policy != "dense" and (manifest is None or manifest.format != "factored"):
         raise UserError(
-            f"{folder} holds an adapter beside a model ({ADAPTER}): merge it into the weights "
-            "(peft: merge_and_unload, then save_pretrained), or move it away"
+            f"{folder} is not factored; write one with tensorllm compress --format factored"
         )
-
-
-@contextmanager
-def silenced(name: str = "transformers.modeling_utils") -> Iterator[None]:
-    """Keep transformers' own table of names back: `judge` says it in a line."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def without_bar() -> Iterator[None]:
-    """Let transformers show no progress of what takes no time."""
-    from transformers.utils import logging as library
-
-    shown = library.is_progress_bar_enabled()
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            library.enable_progress_bar()
-
-
-def _made(kind: Any, source: Path | None, folder: Path, **given: Any) -> Any:
-    with silenced():
-        model, info = kind.from_pretrained(
-            source,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told by `judge`, with both shapes
-            use_safetensors=True,
-            **given,
-        )
-    judge(model, findings_of(info), folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no {MANIFEST}; load it with transformers")
+    check_files(folder, manifest, verify=verify)
+    if manifest.format == "dense":
+        return load_whole(folder, Checkpoint(folder).config, dtype, language=False)
+    choices = [] if policy == "dense" else _choices(folder, manifest, policy)
+    wanted = {choice.site for choice in choices if choice.factored}
+    if wanted and len(wanted) == len(choices):
+        model = load_whole(folder, Checkpoint(folder, stem=STEM).config, dtype, language=False)
+    else:
+        model = _from_state(folder, manifest, wanted, dtype)
+    setattr(model, CHOICES, choices)
     return model.eval()
+
+
+def choices_of(model: Any) -> list[Choice]:
+    """How each site of a model from `load` runs, and why; nothing where it was loaded dense."""
+    return list(getattr(model, CHOICES, []))
+
+
+def _choices(folder: Path, manifest: Manifest, policy: Any) -> list[Choice]:
+    """How each site is to run; its shapes say it, no weight is read."""
+    factored = FactoredFolder(folder, manifest)
+    entries = factored.stored.entries
+    choices = []
+    for site in manifest.sites:
+        empty = {
+            name: torch.empty(entries[name].shape, device="meta") for name in site.tensors.values()
+        }
+        factors = site.factors(empty).plain()
+        choices.append(choose(site.site, factors, factored.roles.geometry, policy))
+    return choices
+
+
+def _from_state(
+    folder: Path, manifest: Manifest, wanted: set[str], dtype: torch.dtype | None
+) -> Any:
+    """The model with the sites `wanted` in their factors and all others dense."""
+    import transformers
+
+    config = unmark_config(Checkpoint(folder, stem=STEM).config)
+    if wanted:
+        config.quantization_config = {
+            "quant_method": METHOD,
+            "weights": "",
+            "folder": str(folder),
+            "sites": sorted(wanted),
+        }
+        state = dict(FactoredFolder(folder, manifest).partly_dense(wanted))
+    else:
+        state = dict(dense_tensors(folder))
+    model = load_state(state, config, dtype, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def install_skeleton(
+    model: Any, folder: Path, files: Sequence[Path], sites: Sequence[str] | None = None
+) -> tuple[Manifest, list[Placement]]:
+    """Give a model on the meta device the factored modules of a folder, empty.
+
+    Args:
+        files: of weights, in the folder.
+        sites: names of those that run in their factors; None: all.
+
+    Returns:
+        The manifest of the model, and where the stored tensors go.
+
+    Raises:
+        UserError: the folder's files are not what its manifest says, or cannot run factored.
+    """
+    _fetch_manifest(model, folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no {MANIFEST}, so its factors cannot be placed")
+    if sites is None:
+        check_files(folder, manifest, verify=False)
+    else:
+        manifest = FactoredFolder(folder, manifest).subset(set(sites))
+    stored = {name: info for file in files for name, info in read_header(file).items()}
+    roles = RoleMatrices(model.config, [name for name, _ in model.named_parameters()])
+    found = []
+    for entry in manifest.sites:
+        missing = [name for name in entry.tensors.values() if name not in stored]
+        if missing:
+            raise UserError(f"{folder} lacks the tensor {missing[0]}, which its manifest names")
+        roles.check_layers(entry.layers)
+        empty = {name: _empty(stored[name], model.dtype) for name in entry.tensors.values()}
+        factors = entry.factors(empty)
+        want, got = entry.site.shape(roles.geometry), tuple(factors.dense().shape)
+        if got != want:
+            raise UserError(f"{folder}: {entry.name} has factors of {got}, the config says {want}")
+        found.append((entry.site, factors))
+    placements = install(model, found)
+    _nothing_to_initialise(model)
+    return manifest, placements
+
+
+def finish(model: Any, manifest: Manifest, placements: list[Placement]) -> None:
+    """What is left to do once a factored model has its weights."""
+    for module in model.modules():
+        if isinstance(module, SiteModule):
+            module.finish()
+    record(model, manifest, placements)
+
+
+def _nothing_to_initialise(model: Any) -> None:
+    """Keep transformers from initialising weights that are gone through the modules above them."""
+    ours = [name for name, m in model.named_modules() if isinstance(m, FactoredLinear | Bias)]
+    for path in ours:
+        while "." in path:
+            path = path.rpartition(".")[0]
+            module = model.get_submodule(path)
+            if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                module._is_hf_initialized = True
+
+
+def _empty(info: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    kind = INTEGERS.get(info["dtype"], dtype)
+    return torch.empty(info["shape"], dtype=kind, device="meta")
+
+
+def _fetch_manifest(model: Any, folder: Path) -> None:
+    """Bring the manifest beside weights that transformers fetched from a hub without it."""
+    if (folder / MANIFEST).is_file() or folder.parent.name != "snapshots":
+        return
+    from transformers.utils.hub import cached_file
+
+    cached_file(  # of the commit and in the cache of the weights, whichever were asked for
+        model.config.name_or_path,
+        MANIFEST,
+        revision=folder.name,
+        cache_dir=folder.parents[2],
+        _raise_exceptions_for_missing_entries=False,
+    )

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.checksums import sha256s
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
-from tensorllm.tensors import quantised  # noqa: F401  its kinds are registered by this
-from tensorllm.tensors.factors import FACTORS, Factors
+from tensorllm.io import sha256s
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.quantised import kind_named
 
 MANIFEST = "tensorllm.json"
 VERSION = 1
@@ -34,7 +34,7 @@ class StoredSite:
     def factors(self, stored: Mapping[str, Any]) -> Factors:
         """The factors, from the tensors of the folder."""
         named = {short: stored[full] for short, full in self.tensors.items()}
-        return FACTORS[self.kind].from_tensors(named)
+        return kind_named(self.kind).from_tensors(named)
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Manifest:
         format: `dense` (an ordinary checkpoint) or `factored`.
         source: model, revision and folder that were compressed.
         replaced: stored parameter -> shape and dtype, of those that factors stand for.
-        rest: `layer.role` -> tensor, of matrices left alone in a fused, replaced parameter.
+        rest: `layer.role` -> tensor, of matrices that stay dense in a fused, replaced parameter.
         files: file -> bytes and SHA-256.
     """
 

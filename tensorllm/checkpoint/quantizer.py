@@ -6,6 +6,7 @@ model that comes out is an ordinary one: it can be cast, moved, trained and save
 Imported by `hook` while transformers itself is being imported, so all else is imported later.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,28 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD = "tensorllm"  # that of tensorllm.checkpoint.factored, which is not imported here
+METHOD, STEM = "tensorllm", "factored"  # of checkpoint.factored, which is not imported here
 
 
 @register_quantization_config(METHOD)
 class FactoredConfig(QuantizationConfigMixin):
-    """What config.json says: which file, or index of files, holds the factors."""
+    """What config.json says: which file, or index of files, holds the factors.
 
-    def __init__(self, weights: str, quant_method: str = METHOD, **kwargs: Any) -> None:
+    Args:
+        folder, sites: while `load` makes a model that is partly dense: where it reads from, and
+            the names of the sites that run in their factors.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        quant_method: str = METHOD,
+        folder: str | None = None,
+        sites: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.quant_method: Any = quant_method  # a string, as for all methods of other packages
-        self.weights = weights
+        self.weights, self.folder, self.sites = weights, folder, sites
 
 
 @register_quantizer(METHOD)
@@ -34,25 +47,32 @@ class FactoredHfQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         # The first call after the config is read and before files are looked for.
         own: Any = self.quantization_config
-        config.transformers_weights = own.weights
+        if own.weights:
+            config.transformers_weights = own.weights
         return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from tensorllm.checkpoint.skeleton import install_skeleton
+        from tensorllm.checkpoint.loading import install_skeleton
 
-        assert checkpoint_files, "transformers has found the files by now"
-        manifest, self._placements = install_skeleton(model, [Path(f) for f in checkpoint_files])
-        self._manifest = manifest
+        own: Any = self.quantization_config
+        if own.folder is None:
+            assert checkpoint_files, "transformers has found the files by now"
+            files = [Path(file) for file in checkpoint_files]
+            folder = files[0].parent
+        else:
+            folder = Path(own.folder)
+            files = sorted(folder.glob(f"{STEM}*.safetensors"))
+        self._manifest, self._placements = install_skeleton(model, folder, files, own.sites)
 
     def get_weight_conversions(self) -> list[Any]:
-        from tensorllm.checkpoint.skeleton import conversions
+        from tensorllm.checkpoint.saving import conversions
 
         return conversions(self._manifest, self._placements)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from tensorllm.checkpoint.skeleton import finish
+        from tensorllm.checkpoint.loading import finish
 
         self.remove_quantization_config(model)  # else it could not be cast, or trained
         finish(model, self._manifest, self._placements)

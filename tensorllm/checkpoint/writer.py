@@ -7,20 +7,53 @@ again, a killed run skips what the journal has.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tensorllm.checkpoint.checksums import sha256
 from tensorllm.checkpoint.reader import index_name
-from tensorllm.checkpoint.target import check_target
-from tensorllm.errors import Incomplete, UserError
+from tensorllm.errors import UserError
+from tensorllm.io import (
+    locked,
+    no_space,
+    remove_temporary,
+    sha256,
+    sync,
+    write_tensors,
+    write_text,
+)
 
 JOURNAL = "journal.json"
 SHARD_BYTES = 2**29
+
+
+def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse an output folder that exists, is a file, is the input, or cannot be written."""
+    if source is not None and target.resolve() == source.resolve():
+        raise UserError(f"the output folder {target} is the input folder; give another --out")
+    inside = [p for p in (Path.cwd(), source) if p and p.resolve().is_relative_to(target.resolve())]
+    if inside:
+        raise UserError(f"the output folder {target} holds {inside[0]}; give another --out")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"the output {target} exists and is not a folder")
+    if target.exists() and not overwrite:
+        raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
+    parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write to {parent}: not a writable folder")
+
+
+@contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Refuse a second run that would write the same folder at the same time."""
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    refusal = f"another run is writing {target}; give another --out"
+    with locked(target.parent / f".{target.name}.lock", refusal=refusal):
+        yield
 
 
 class ShardWriter:
@@ -85,7 +118,10 @@ class ShardWriter:
         shard: dict[str, Any] = {"units": list(self._units.items()), "names": list(self._buffer)}
         if self._buffer:
             path = self.folder / f"{self.stem}-{len(self._journal['shards']) + 1:05d}.safetensors"
-            self._save(path)
+            try:
+                write_tensors(path, self._buffer)
+            except OSError as error:
+                raise no_space(self.folder, error) from error
             shard |= {"file": path.name, "bytes": path.stat().st_size}
         self._entering = self._beside.submit(self._enter, shard)
         self._buffer, self._units = {}, {}
@@ -104,7 +140,7 @@ class ShardWriter:
             try:
                 entering.result()
             except OSError as error:
-                raise _no_space(self.folder, error) from error
+                raise no_space(self.folder, error) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder, whole or not at all."""
@@ -112,12 +148,10 @@ class ShardWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the folder, whole or not at all."""
-        path = self.folder / name
         try:
-            path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)
+            write_text(self.folder / name, text)
         except OSError as error:
-            raise _no_space(self.folder, error) from error
+            raise no_space(self.folder, error) from error
 
     def copy(self, source: Path, name: Path | None = None) -> None:
         """Copy a small file, such as the tokenizer's, as it is.
@@ -130,7 +164,7 @@ class ShardWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         except OSError as error:
-            raise _no_space(self.folder, error) from error
+            raise no_space(self.folder, error) from error
 
     def name_files(self) -> str:
         """Give the shards their final names, and an index where there are several.
@@ -161,9 +195,9 @@ class ShardWriter:
     def finish(self) -> None:
         """Let the complete folder appear under its name."""
         for path in self.folder.iterdir():
-            _sync(path)
+            sync(path)
         (self.folder / JOURNAL).unlink(missing_ok=True)
-        _sync(self.folder)
+        sync(self.folder)
         old = self.target.parent / f".{self.target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if self.target.exists():
@@ -173,7 +207,7 @@ class ShardWriter:
             shutil.rmtree(old)
         else:
             self.folder.replace(self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
     def rest(self) -> None:
         """Return once nothing is being written any more, whatever became of it."""
@@ -184,26 +218,12 @@ class ShardWriter:
         self.rest()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _save(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        temporary = path.with_suffix(".tmp")
-        try:
-            save_file(self._buffer, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o666 & ~_umask())  # safetensors lets nobody else read
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise _no_space(self.folder, error) from error
-
     def _open_journal(self, fingerprint: dict[str, Any]) -> dict[str, Any]:
         path = self.folder / JOURNAL
         try:
             journal: dict[str, Any] = json.loads(path.read_text())
             if journal["fingerprint"] == fingerprint:
-                for half in self.folder.glob(".tmp*"):  # safetensors was killed in the middle
-                    half.unlink()
+                remove_temporary(self.folder)
                 return journal
         except (OSError, ValueError, KeyError):
             pass  # no journal, or one that a crash left unreadable: begin again
@@ -213,26 +233,3 @@ class ShardWriter:
         except OSError as error:
             raise UserError(f"cannot write to {self.target.parent}: {error.strerror}") from None
         return {"fingerprint": fingerprint, "shards": []}
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _no_space(folder: Path, error: Exception) -> Incomplete:
-    free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
-    return Incomplete(
-        f"writing to {folder} failed: {error} ({free:.0f} MiB free). Make room and run the same "
-        "command again: it goes on from the last finished file"
-    )

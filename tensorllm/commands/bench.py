@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tensorllm.checkpoint.factored import load
+from tensorllm.checkpoint.loader import device_of, dtype_of
+from tensorllm.checkpoint.loading import How, choices_of, load
 from tensorllm.checkpoint.manifest import read_manifest
-from tensorllm.commands.measure import Measured, measure
-from tensorllm.commands.models import device_of, dtype_of
 from tensorllm.commands.plugins import load_plugins
-from tensorllm.commands.runtime import load_factored
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Choice, Policy
+from tensorllm.runtime.measure import Measured, measure
 
 KINDS = ("dense", "factored")
 PROMPT, NEW = 512, 32  # tokens, where the model takes as many
@@ -100,8 +99,8 @@ def bench(request: BenchRequest) -> Bench:
     if manifest is None or manifest.format != "factored":
         raise UserError(f"{request.model} is not factored; there is nothing to compare")
     request = replace(request, device=device_of(request.device))
-    dense, _ = _load(request, "dense")
-    factored, choices = _load(request, "factored")
+    dense, factored = _load(request, "dense"), _load(request, request.policy)
+    choices = choices_of(factored)
     prompt, new = _lengths(
         request, getattr(dense.config.get_text_config(), "max_position_embeddings", None)
     )
@@ -135,14 +134,9 @@ def _lengths(request: BenchRequest, limit: int | None) -> tuple[int, int]:
     return prompt, new
 
 
-def _load(request: BenchRequest, kind: str) -> tuple[Any, list[Choice]]:
-    dtype = dtype_of(request.dtype)
-    choices: list[Choice] = []
-    if kind == "dense":
-        model = load(request.model, dtype=dtype)
-    else:
-        model, choices = load_factored(request.model, request.policy, dtype)
-    return model.to(request.device).eval(), choices
+def _load(request: BenchRequest, how: How) -> Any:
+    model = load(request.model, policy=how, dtype=dtype_of(request.dtype))
+    return model.to(request.device).eval()
 
 
 def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
@@ -166,7 +160,7 @@ def _main(
 ) -> None:
     load_plugins(plugins)
     request = BenchRequest(model=Path(model), policy=policy, dtype=dtype or None)
-    made, _ = _load(request, kind)
+    made = _load(request, policy if kind == "factored" else "dense")
     measure({kind: made}, int(prompt), int(new), 1)
     sys.stdout.write(f"{peak_resident_bytes()}\n")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from tensorllm.calibration.overlap import refuse_evaluated
 from tensorllm.calibration.sequences import Calibration, read_calibration
+from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.source import Source, check_name, resolve
-from tensorllm.checkpoint.target import check_target
-from tensorllm.commands.models import Loader, device_of, dtype_of
+from tensorllm.checkpoint.writer import check_target
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.card import rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run

@@ -15,10 +15,10 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.checkpoint.manifest import Manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
-from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.environment import environment

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from tensorllm.checkpoint.manifest import check_files
+from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
+from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.source import resolve
-from tensorllm.commands.models import Loader, device_of, dtype_of
-from tensorllm.commands.runtime import load_factored
 from tensorllm.data.tokens import check_ids, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.forward import PAD, left_padded
@@ -60,8 +59,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     tokenizer: Any = loader.tokenizer()
     manifest = loader.manifest()
     if manifest is not None and manifest.format == "factored":
-        check_files(folder, manifest, verify=request.verify)
-        model, _ = load_factored(folder, request.policy, loader.dtype)
+        model = load(folder, policy=request.policy, dtype=loader.dtype, verify=request.verify)
     else:
         model = loader()
     if is_masked(model):

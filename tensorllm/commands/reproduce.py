@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.commands import search_ranks
-from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.search import SearchRequest
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names

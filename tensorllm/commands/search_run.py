@@ -11,8 +11,8 @@ import torch
 from optuna.trial import FrozenTrial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.checkpoint.source import resolve
-from tensorllm.commands.models import Loader, dtype_of
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.commands.search import SearchRequest
 from tensorllm.compression.engine import compress

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from tensorllm.compression.card_text import body
+from tensorllm.evaluation.before_after import BeforeAfter, of_scores
 from tensorllm.evaluation.results import BeforeAfter, of_scores
+from tensorllm.io import write_text
 from tensorllm.recipes import short_names
 
 CARD = "README.md"
@@ -64,11 +66,7 @@ def rewrite_card(folder: Path, measured: Sequence[BeforeAfter] = ()) -> None:
     report, config = (json.loads((folder / name).read_text()) for name in (REPORT, "config.json"))
     path = folder / CARD
     previous = path.read_text(encoding="utf-8") if path.is_file() else ""
-    temporary = folder / f"{CARD}.tmp"
-    temporary.write_text(
-        card(report, config=config, previous=previous, measured=measured), encoding="utf-8"
-    )
-    temporary.replace(path)
+    write_text(path, card(report, config=config, previous=previous, measured=measured))
 
 
 def hub_id(model: str) -> str | None:

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from tensorllm.compression.citations import bibtex
+from tensorllm.compression.descriptions import done_in_words
 from tensorllm.compression.report import RATIO_NAMES
-from tensorllm.compression.wording import done_in_words
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tensorllm.compressors import Site
-from tensorllm.tensors.factors import Factors, LowRank, Tucker, wide
+from tensorllm.tensors.factors import Factors, wide
 from tensorllm.tensors.stacking import ATTENTION, Geometry
-from tensorllm.tensors.tucker import relative_error, slice_errors, spectra
+from tensorllm.tensors.tucker import relative_error, spectra
 from tensorllm.tensors.unfold import energy
 
 DETAILS = "details.json"
@@ -67,12 +67,11 @@ def norms_of_heads(
         w_ID: the role matrices it was stacked from, in the order of `site.matrices`.
         factors: as they are stored.
     """
-    if isinstance(factors, Tucker) and site.stacking == "heads":
-        found = slice_errors(w, factors, (0, 1))
-        if found is not None:
-            one = replace(geometry, D=1, K=1)  # where a head is one number
-            errors, norms = (site.unstack(x_MG[None, None], one) for x_MG in found)
-            return [(e.flatten(), n.flatten()) for e, n in zip(errors, norms, strict=True)]
+    found = factors.slice_errors(w, (0, 1)) if site.stacking == "heads" else None
+    if found is not None:
+        one = replace(geometry, D=1, K=1)  # where a head is one number
+        errors, norms = (site.unstack(x_MG[None, None], one) for x_MG in found)
+        return [(e.flatten(), n.flatten()) for e, n in zip(errors, norms, strict=True)]
     lost_ID = site.unstack(factors.dense() - w, geometry)
     return [
         (_by_head(role, left_ID, geometry), _by_head(role, old_ID, geometry))
@@ -105,9 +104,11 @@ def _spectra(w: Tensor, factors: Factors) -> list[dict[str, Any]]:
     norm = math.sqrt(energy(w)) or 1.0
     whole = math.inf if w.is_cuda else WHOLE
     out = []
-    for mode, rank in _cuts(w, factors).items():
+    for mode, rank in factors.cuts(w.shape).items():
         cost = w.numel() * min(w.shape[mode], w.numel() // w.shape[mode])
-        values = spectra(w, (mode,))[mode] if cost <= whole else _kept(mode, factors)
+        values = spectra(w, (mode,))[mode] if cost <= whole else factors.spectrum(mode)
+        if values is None:
+            continue
         at = _picked(len(values))
         out.append(
             {
@@ -118,27 +119,7 @@ def _spectra(w: Tensor, factors: Factors) -> list[dict[str, Any]]:
                 "values": [_rounded(float(values[n]) / norm) for n in at],
             }
         )
-    return [spectrum for spectrum in out if spectrum["values"]]
-
-
-def _cuts(w: Tensor, factors: Factors) -> dict[int, int | None]:
-    """The modes that have a spectrum of interest, each with its rank where there is one."""
-    if isinstance(factors, Tucker):
-        return {mode: u.shape[1] for mode, u in factors.factors.items()}
-    if w.ndim == 2:
-        return {0: factors.ranks[0] if len(factors.ranks) == 1 else None}
-    return dict.fromkeys(range(w.ndim))
-
-
-def _kept(mode: int, factors: Factors) -> Tensor:
-    """Singular values that the factors themselves have."""
-    if isinstance(factors, Tucker):
-        return spectra(wide(factors.core), (mode,))[mode]
-    if isinstance(factors, LowRank):
-        u_RR = torch.linalg.qr(wide(factors.u_IR)).R
-        v_RR = torch.linalg.qr(wide(factors.v_RO).mT).R
-        return torch.linalg.svdvals(u_RR @ v_RR.mT)
-    return torch.zeros(0)
+    return out
 
 
 def _picked(count: int) -> list[int]:

@@ -18,10 +18,9 @@ from torch import nn
 from tensorllm.calibration.fit import Fitted, fit, fit_folder, store_for
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.factored import STEM
-from tensorllm.checkpoint.loading import load_whole
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.checkpoint.target import check_target, exclusive
-from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.checkpoint.whole import load_whole
+from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.budget import sized
 from tensorllm.compression.jobs import CompressedSite, run_job
 from tensorllm.compression.plan import Plan, plan

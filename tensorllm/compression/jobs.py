@@ -16,7 +16,7 @@ from tensorllm.compressors import Compressor, Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.runtime.cost import choose
-from tensorllm.tensors.factors import FACTORS, Factors, cast, parameters
+from tensorllm.tensors.factors import Factors, cast, parameters
 from tensorllm.tensors.unfold import all_finite
 
 
@@ -58,7 +58,7 @@ def run_job(
         roles=site.roles,
         stacking=site.stacking,
         shape=tuple(w.shape),
-        kind=FACTORS.name_of(type(factors)),
+        kind=factors.kind,
         ranks=factors.ranks,
         parameters_before=w.numel(),
         parameters_after=parameters(factors),

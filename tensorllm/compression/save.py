@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tensorllm.checkpoint.target import check_target
+from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.engine import Compression, compress_folder, compression_of
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask, Format

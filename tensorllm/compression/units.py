@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tensorllm.checkpoint.factored import rest_of, store_site
-from tensorllm.checkpoint.grouping import sharing
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compression.jobs import run_job
@@ -19,7 +18,7 @@ from tensorllm.compressors import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import all_finite
-from tensorllm.weights import write_dense
+from tensorllm.weights import sharing, write_dense
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorllm.checkpoint.checksums import sha256s
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.data.base import DATASETS
@@ -14,6 +13,7 @@ from tensorllm.data.catalog import Questions  # noqa: F401  registers all datase
 from tensorllm.data.repository import HubSource, files_of_split
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
+from tensorllm.io import sha256s
 from tensorllm.recipes import short_names
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")

@@ -1,5 +1,7 @@
 """Running factored: modules that hold factors instead of the matrices that they stand for."""
 
-from tensorllm.runtime.swap import Placement, install
+from tensorllm.runtime import low_rank, tucker  # noqa: F401  they register their modules
+from tensorllm.runtime.install import Placement, install
+from tensorllm.runtime.sites import Cost, Held, SiteModule, module_for, runs
 
-__all__ = ["Placement", "install"]
+__all__ = ["Cost", "Held", "Placement", "SiteModule", "install", "module_for", "runs"]

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorllm.runtime.adapters import AttentionAdapter, rotary_function
 from tensorllm.runtime.cache import append
-from tensorllm.runtime.heads import HeadsSite
-from tensorllm.runtime.plain import attend, causal_mask
-from tensorllm.runtime.wiring import Wiring, rotary_function
+from tensorllm.runtime.tucker import HeadsSite
 from tensorllm.tensors.stacking import Geometry
 
 
@@ -53,17 +52,19 @@ class FactoredAttention:
     is_causal: bool
     training: bool
 
-    def prepare(self, config: Any, wiring: Wiring, geometry: Geometry, site: HeadsSite) -> None:
+    def prepare(
+        self, config: Any, adapter: AttentionAdapter, geometry: Geometry, site: HeadsSite
+    ) -> None:
         """Set what `forward` reads, beside what the dense module has already."""
         self.factors = site
-        self.wiring, self.geometry = wiring, geometry
+        self.adapter, self.geometry = adapter, geometry
         self.rotary_function = rotary_function(type(self).dense_class)  # type: ignore[attr-defined]
         self.num_key_value_groups = geometry.groups
-        self.rotated = wiring.width(config, geometry.K)
+        self.rotated = adapter.width(config, geometry.K)
         self.norm_modules = (
-            wiring.norms if wiring.norms and hasattr(self, wiring.norms[0]) else None
+            adapter.norms if adapter.norms and hasattr(self, adapter.norms[0]) else None
         )
-        softcap = getattr(self, wiring.softcap, None) if wiring.softcap else None
+        softcap = getattr(self, adapter.softcap, None) if adapter.softcap else None
         self.softcap = softcap
         self.biases: list[tuple[str, Bias]] = []
         self.output: LatentOutput | None = None
@@ -93,8 +94,8 @@ class FactoredAttention:
         y = y_BTHR.flatten(-2)
         if self.output is not None:
             y = self.output(y)
-        if self.wiring.output_dropout:
-            y = getattr(self, self.wiring.output_dropout)(y)
+        if self.adapter.output_dropout:
+            y = getattr(self, self.adapter.output_dropout)(y)
         return y, weights
 
     def _project(
@@ -131,10 +132,10 @@ class FactoredAttention:
             q, k = (
                 getattr(self, name)(t) for name, t in zip(self.norm_modules, (q, k), strict=True)
             )
-        if self.wiring.rotate is None:
+        if self.adapter.rotate is None:
             return q, k
         J = self.rotated
-        q_BHTJ, k_BGTJ = self.wiring.rotate(
+        q_BHTJ, k_BGTJ = self.adapter.rotate(
             self, q[..., :J], k[..., :J], position_embeddings, position_ids
         )
         if q.shape[-1] == J:
@@ -169,9 +170,9 @@ class FactoredAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Latent outputs (B, T, H, R), by the attention implementation that the model is set to."""
         name = self.config._attn_implementation
-        drop = getattr(self, self.wiring.dropout) if self.training else 0.0
+        drop = getattr(self, self.adapter.dropout) if self.training else 0.0
         dropout = drop.p if isinstance(drop, nn.Dropout) else drop
-        scale = self.wiring.scale(self)
+        scale = self.adapter.scale(self)
         wide, narrow = k_BGNE.shape[-1], v_BGNR.shape[-1]
         one_by_one = q_BHTE.shape[2] == 1 and wide != narrow
         plain = name == "sdpa" and (want_weights or one_by_one)  # other kernels' masks are not ours
@@ -207,11 +208,57 @@ def _factored_class(dense: type[nn.Module]) -> type[nn.Module]:
 
 
 def become_factored(
-    module: Any, config: Any, wiring: Wiring, geometry: Geometry, site: HeadsSite
+    module: Any, config: Any, adapter: AttentionAdapter, geometry: Geometry, site: HeadsSite
 ) -> None:
     """Turn a dense attention module into a factored one, in place.
 
     All that is not a weight stays: norms, dropouts, tables, its number, and its place in the model.
     """
     module.__class__ = _factored_class(cast(Any, type(module)))
-    module.prepare(config, wiring, geometry, site)
+    module.prepare(config, adapter, geometry, site)
+
+
+def attend(
+    q_BHTE: Tensor,
+    k_BGNE: Tensor,
+    v_BGNR: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention: outputs (B, T, H, R) and probabilities (B, H, T, N).
+
+    Keys and values are not repeated for the heads of a group: those are rows of one product.
+
+    Args:
+        mask: added to the scores, or true where attended; broadcasts to (B, H, T, N).
+    """
+    batch, heads, tokens, _ = q_BHTE.shape
+    groups = k_BGNE.shape[1]
+    q_BGgTE = (q_BHTE * scale).reshape(batch, groups, -1, q_BHTE.shape[-1])
+    single = q_BGgTE.shape[2] == 1  # a CPU is up to four times faster at it the other way round
+    scores = (k_BGNE @ q_BGgTE.mT).mT if single else q_BGgTE @ k_BGNE.mT
+    scores = scores.reshape(batch, heads, tokens, -1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v_BGNR.dtype)
+    dropped = F.dropout(weights, dropout) if dropout else weights
+    y_BHTR = (dropped.view(batch, groups, -1, dropped.shape[-1]) @ v_BGNR).view(
+        batch, heads, tokens, -1
+    )
+    return y_BHTR.transpose(1, 2), weights
+
+
+def causal_mask(q_BHTE: Tensor, k_BGNE: Tensor) -> Tensor | None:
+    """True (T, N) where attended: what sdpa itself makes of a mask that the model left out."""
+    queries, keys = q_BHTE.shape[2], k_BGNE.shape[2]
+    if queries == 1:
+        return None
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=q_BHTE.device)
+    return seen.tril(keys - queries)

@@ -1,41 +1,128 @@
 """What a decomposition leaves: small objects that stand for a large tensor.
 
-Every kind has the same four members (`Factors`), so that whatever counts, saves or rebuilds weights
-never asks which kind it holds.
+A kind of factors derives from `Factors` and is registered with `FACTORS`; whatever counts, saves,
+rebuilds, runs or reports weights works on these members and never asks which kind it holds.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from tensorllm.registry import Registry
+from tensorllm.tensors.eigen import all_singular_values
 from tensorllm.tensors.unfold import exact_float32, project
 
+Picture = Literal["core", "product"]
+CANCELS = 0.01  # a smaller share of the energy is computed from the difference itself
 
-class Factors(Protocol):
-    """A factorised tensor."""
 
+class Factors(ABC):
+    """A factorised tensor.
+
+    Attributes:
+        nouns: what reports call the factors of one site and of several, such as `a product` and
+            `products`; None: the kind's name and "factors".
+        picture: how reports draw the factors: a `core` with a factor for each mode, a `product` of
+            two matrices; None: not at all.
+    """
+
+    nouns: ClassVar[tuple[str, str] | None] = None
+    picture: ClassVar[Picture | None] = None
+
+    @abstractmethod
     def dense(self) -> Tensor:
         """The tensor that the factors stand for, computed and returned in float32 or wider."""
-        ...
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name; `from_tensors` takes it back."""
-        ...
+        """What is stored and counted, by name; `from_tensors` takes it back."""
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self: ...
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The factors of what `tensors` gave."""
 
     @property
+    @abstractmethod
     def ranks(self) -> tuple[int, ...]:
         """The ranks, in the order of the modes that are decomposed."""
-        ...
+
+    @property
+    def kind(self) -> str:
+        """The name under which the kind is registered."""
+        return FACTORS.name_of(type(self))
+
+    # What reports show. The defaults hold for any kind.
+
+    @classmethod
+    def describe(cls, kind: str, ranks: Sequence[tuple[int, ...]], several: bool) -> str:
+        """In words, such as `products of rank 8 to 32`.
+
+        Args:
+            kind: the kind's name.
+            ranks: those that occur, ascending.
+            several: whether the factors of more than one site are meant.
+        """
+        one, more = cls.nouns or (f"{kind.replace('-', ' ')} factors",) * 2
+        unit = "ranks" if len(ranks[0]) > 1 else "rank"
+        texts = [str(r if len(r) > 1 else r[0]) for r in ranks]
+        values = texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
+        return f"{more if several else one} of {unit} {values}"
+
+    def cuts(self, shape: Sequence[int]) -> dict[int, int | None]:
+        """Modes of the tensor whose singular values are of interest, each with its rank.
+
+        Rank None: the mode is not cut by one. By default the singular values of a matrix, cut at
+        the rank where there is one only, and those of every mode of a larger tensor.
+        """
+        if len(shape) == 2:
+            return {0: self.ranks[0] if len(self.ranks) == 1 else None}
+        return dict.fromkeys(range(len(shape)))
+
+    def spectrum(self, mode: int) -> Tensor | None:
+        """Singular values of the mode's unfolding of `dense()`, without it; None: not available."""
+        del mode
+        return None
+
+    def residual_share(self, w: Tensor, total: float) -> float | None:
+        """||w - dense||² / ||w||², without the dense tensor.
+
+        Args:
+            total: ||w||², above 0.
+
+        Returns:
+            None where there is no such way, or where the difference is lost to cancellation.
+        """
+        del w, total
+        return None
+
+    def slice_errors(self, w: Tensor, modes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Norms of w - dense, and of w, for every index of the modes that are not in `modes`.
+
+        Returns:
+            None where `residual_share` would be None.
+        """
+        del w, modes
+        return None
+
+    # Factors that are held in few bits override these.
+
+    def plain(self) -> "Factors":
+        """The same factors in floating point; `self` where they are that already."""
+        return self
+
+    def narrow_parts(self, name: str) -> dict[str, Tensor]:
+        """What is stored in place of the tensor `name` of `plain()`; empty: that tensor itself."""
+        del name
+        return {}
 
 
-FACTORS: Registry[type[Factors]] = Registry("factor kind")
+# Of the group of compressors: one file may hold a strategy and its kind of factors.
+FACTORS: Registry[type[Factors]] = Registry("factor kind", group="tensorllm.compressors")
 
 
 def parameters(factors: Factors) -> int:
@@ -64,7 +151,7 @@ def wide_dtype(t: Tensor) -> torch.dtype:
 
 @FACTORS.register("tucker")
 @dataclass(frozen=True, eq=False)
-class Tucker:
+class Tucker(Factors):
     """A partial Tucker decomposition: core ×_n U_n over the modes that have a factor.
 
     Source: Kolda and Bader, "Tensor decompositions and applications", SIAM Review 2009, section 4.
@@ -73,6 +160,9 @@ class Tucker:
         core: the core; mode n has size rank n where there is a factor, else the tensor's size.
         factors: mode -> matrix (size of the mode, rank) with orthonormal columns.
     """
+
+    nouns = ("a shared Tucker tensor", "shared Tucker tensors")
+    picture = "core"
 
     core: Tensor
     factors: dict[int, Tensor]
@@ -98,11 +188,46 @@ class Tucker:
     def ranks(self) -> tuple[int, ...]:
         return tuple(u.shape[1] for _, u in sorted(self.factors.items()))
 
+    def cuts(self, shape: Sequence[int]) -> dict[int, int | None]:
+        del shape
+        return {mode: u.shape[1] for mode, u in self.factors.items()}
+
+    def spectrum(self, mode: int) -> Tensor | None:
+        return all_singular_values(wide(self.core), mode)
+
+    def residual_share(self, w: Tensor, total: float) -> float | None:
+        """(||w||² - 2 <w, dense> + ||dense||²) / ||w||².
+
+        It holds for any factors, rounded ones too; only a difference near 0 is lost.
+        """
+        factors = {mode: wide(u) for mode, u in self.factors.items()}
+        core = wide(self.core).double()
+        own = project_all(core, {n: u.double().mT @ u.double() for n, u in factors.items()})
+        cross = float((project_all(w, factors).double() * core).sum())
+        share = (total - 2 * cross + float((own * core).sum())) / total
+        return share if share > CANCELS else None
+
+    def slice_errors(self, w: Tensor, modes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        factors = {mode: wide(u) for mode, u in self.factors.items()}
+        inside = {n: u for n, u in factors.items() if n in modes}
+        outside = {n: u.double().mT for n, u in factors.items() if n not in modes}
+        own = project_all(wide(self.core).double(), outside)
+        twice = project_all(own, {n: u.double().mT @ u.double() for n, u in inside.items()})
+        cross = project_all(w, inside).double()
+        norms = torch.linalg.vector_norm(w, dim=tuple(modes), dtype=wide_dtype(w)).double()
+        left = norms.square() + ((twice - 2 * cross) * own).sum(tuple(modes))
+        if bool((left < CANCELS * norms.square()).any()):
+            return None
+        return left.sqrt(), norms
+
 
 @FACTORS.register("low-rank")
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Factors):
     """A matrix as `u_IR @ v_RO`; the singular values are shared evenly between the two."""
+
+    nouns = ("a product", "products")
+    picture = "product"
 
     u_IR: Tensor
     v_RO: Tensor
@@ -122,10 +247,15 @@ class LowRank:
     def ranks(self) -> tuple[int, ...]:
         return (self.u_IR.shape[1],)
 
+    def spectrum(self, mode: int) -> Tensor | None:
+        u_RR = torch.linalg.qr(wide(self.u_IR)).R
+        v_RR = torch.linalg.qr(wide(self.v_RO).mT).R
+        return torch.linalg.svdvals(u_RR @ v_RR.mT)
+
 
 @FACTORS.register("cp")
 @dataclass(frozen=True, eq=False)
-class CP:
+class CP(Factors):
     """A sum of R rank-one tensors: a (size, R) matrix for each of two or more modes, R weights."""
 
     weights_R: Tensor
@@ -154,3 +284,10 @@ class CP:
 def growth(shape: Sequence[int]) -> float:
     """Order of products with (N, R) factors: ascending to grow, descending to shrink."""
     return 1 / shape[1] - 1 / shape[0]
+
+
+def project_all(w: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
+    """`w` projected on every factor, in the order with the fewest multiply-adds."""
+    for mode in sorted(factors, key=lambda n: growth(factors[n].shape), reverse=True):
+        w = project(w, factors[mode], mode)
+    return w

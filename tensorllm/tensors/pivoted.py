@@ -13,13 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tensorllm.tensors.factors import FACTORS, wide, wide_dtype
+from tensorllm.tensors.factors import FACTORS, Factors, wide, wide_dtype
 from tensorllm.tensors.unfold import exact_float32
 
 
 @FACTORS.register("pivoted-low-rank")
 @dataclass(frozen=True, eq=False)
-class PivotedLowRank:
+class PivotedLowRank(Factors):
     """R rows of a matrix, and every other row as a combination of them.
 
     Attributes:

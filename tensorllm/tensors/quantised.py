@@ -8,6 +8,7 @@ Shapes: N the size of the first mode, Y its groups, ... the other modes.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, Self
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker
-from tensorllm.tensors.pivoted import PivotedLowRank
+from tensorllm.tensors.factors import FACTORS, Factors
 
 GROUP = 64
 SMALLEST = 1024  # tensors with fewer numbers stay as they are: there is nothing to gain
@@ -25,7 +25,7 @@ PARTS = ("values", "scales", "rest")
 
 
 @dataclass(frozen=True, eq=False)
-class Quantised:
+class Quantised(Factors):
     """Factors of another kind, `inner`: a tensor `t` is stored as `t_values` and `t_scales`.
 
     Four bits are held two rows to a byte; the last of an odd number of rows is `t_rest`.
@@ -33,21 +33,24 @@ class Quantised:
 
     stored: dict[str, Tensor]
     inner: ClassVar[type[Factors]]
+    how: ClassVar[str]
+
+    @property
+    def kind(self) -> str:
+        return f"{self.how}-{FACTORS.name_of(self.inner)}"
 
     def plain(self) -> Factors:
-        """The factors in floating point again."""
         found = {}
         for name in self.stored:
             short, _, part = name.rpartition("_")
             if part == "values":
-                found[short] = widen(*self.parts(short).values())
+                found[short] = widen(*self.narrow_parts(short).values())
             elif part not in PARTS:
                 found[name] = self.stored[name]
         return self.inner.from_tensors(found)
 
-    def parts(self, short: str) -> dict[str, Tensor]:
-        """What is stored for one tensor of the factors; nothing where it is not quantised."""
-        names = (f"{short}_{part}" for part in PARTS)
+    def narrow_parts(self, name: str) -> dict[str, Tensor]:
+        names = (f"{name}_{part}" for part in PARTS)
         return {name: self.stored[name] for name in names if name in self.stored}
 
     def dense(self) -> Tensor:
@@ -65,25 +68,47 @@ class Quantised:
         return self.plain().ranks
 
 
-def quantise(factors: Factors, how: str) -> Factors:
-    """The same factors in `int8` or `int4`.
+@cache  # one class per kind, so that types can be compared
+def quantised_kind(inner: type[Factors], how: str) -> type[Quantised]:
+    """The class of factors of the kind `inner` in `int8` or `int4`."""
+    name = f"{how.capitalize()}{inner.__name__}"
+    return type(name, (Quantised,), {"inner": inner, "how": how})
+
+
+def kind_named(name: str) -> type[Factors]:
+    """The class of a kind that is stored as `name`: a registered one, or its quantised form.
 
     Raises:
-        UserError: another `how`, factors that are quantised already, or of a kind not known here.
+        UserError: no such kind; it may be a plugin's that was not imported.
+    """
+    how, _, inner = name.partition("-")
+    if how in BITS and name not in FACTORS:
+        return quantised_kind(FACTORS[inner], how)
+    return FACTORS[name]
+
+
+def quantise(factors: Factors, how: str) -> Factors:
+    """The same factors in `int8` or `int4`, of any kind.
+
+    Raises:
+        UserError: another `how`, factors that are quantised already, or a kind whose tensors have
+            names that the narrow form needs.
     """
     if how not in BITS:
         raise UserError(f"--quantize must be one of {', '.join(BITS)}, got {how!r}")
-    name = FACTORS.name_of(type(factors))
-    if f"{how}-{name}" not in FACTORS:
-        raise UserError(f"factors of kind {name!r} cannot be quantised")
+    tensors = factors.tensors()
+    wrong = [name for name in tensors if name.rpartition("_")[2] in PARTS]
+    if factors.plain() is not factors or wrong:
+        why = f": its tensor is named {wrong[0]!r}" if factors.plain() is factors else ""
+        raise UserError(f"factors of kind {factors.kind!r} cannot be quantised{why}")
     stored: dict[str, Tensor] = {}
-    for short, t in factors.tensors().items():
+    for short, t in tensors.items():
         if t.is_floating_point() and t.ndim > 1 and t.numel() >= SMALLEST:
             parts = narrow(t, BITS[how])
             stored |= {f"{short}_{p}": x for p, x in zip(PARTS, parts, strict=False)}
         else:
             stored[short] = t
-    return FACTORS[f"{how}-{name}"].from_tensors(stored)
+    return quantised_kind(type(factors), how).from_tensors(stored)
 
 
 def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
@@ -129,14 +154,3 @@ def widen(values: Tensor, scales: Tensor, rest: Tensor | None = None) -> Tensor:
     if whole == len(values):
         return head.flatten(0, 1)
     return torch.cat([head.flatten(0, 1), values[whole:] * scales[-1]])
-
-
-def plain(factors: Factors) -> Factors:
-    """Factors in floating point, whether or not they are quantised."""
-    return factors.plain() if isinstance(factors, Quantised) else factors
-
-
-for _kind in (Tucker, LowRank, CP, PivotedLowRank):
-    for _how in BITS:
-        _class = type(f"{_how.capitalize()}{_kind.__name__}", (Quantised,), {"inner": _kind})
-        FACTORS.register(f"{_how}-{FACTORS.name_of(_kind)}")(_class)

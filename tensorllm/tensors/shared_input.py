@@ -41,9 +41,14 @@ def _check(roles: tuple[str, ...], given: Sequence[str], geometry: Geometry) -> 
         raise UserError(f"{rows_stacking(roles)} stacks the roles {roles}, got {tuple(given)}")
 
 
-for _readers in READERS:
-    for _size in range(2, len(_readers) + 1):
-        for _roles in combinations(_readers, _size):
-            STACKINGS.register(rows_stacking(_roles))(
-                Stacking(_stack, partial(_unstack, _roles), partial(_check, _roles))
-            )
+_GROUPS = [
+    roles
+    for readers in READERS
+    for size in range(2, len(readers) + 1)
+    for roles in combinations(readers, size)
+]
+ROWS_STACKINGS = tuple(map(rows_stacking, _GROUPS))
+for _roles in _GROUPS:
+    STACKINGS.register(rows_stacking(_roles))(
+        Stacking(_stack, partial(_unstack, _roles), partial(_check, _roles))
+    )

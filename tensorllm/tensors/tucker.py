@@ -7,20 +7,19 @@ the best rank-1 and rank-(R1,...,RN) approximation of higher-order tensors", SIA
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import all_singular_values, eigh, leading_vectors, require_finite
-from tensorllm.tensors.factors import Factors, Tucker, growth, wide, wide_dtype
+from tensorllm.tensors.factors import Factors, Tucker, project_all, wide, wide_dtype
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import energy, exact_float32, gram, project, residual_energy
 
 Method = Callable[[Tensor, Mapping[int, int], int | None, float], Tucker]
 SWEEPS = 1  # on a decaying spectrum the first gains 3e-4 of the error, those after it 5e-5
-CANCELS = 0.01  # a smaller share of the energy is computed from the difference itself
 TENSORLY_SWEEPS = 100  # its own default
 
 
@@ -104,24 +103,17 @@ def _hooi(
     for sweep in range(sweeps):
         done = project(w, factors[smallest], smallest) if sweep else first
         for i, mode in enumerate(others):
-            x = _project_all(done, {n: factors[n] for n in others[i + 1 :]})
+            x = project_all(done, {n: factors[n] for n in others[i + 1 :]})
             factors[mode] = _leading(x, mode, factors[mode].shape[1])
             if i + 1 < len(others):
                 done = project(done, factors[mode], mode)
-        x = _project_all(w, {n: factors[n] for n in others})
+        x = project_all(w, {n: factors[n] for n in others})
         factors[smallest] = _leading(x, smallest, factors[smallest].shape[1])
         core, before = project(x, factors[smallest], smallest), error
         error = _error_of(total, core)
         if before - error < tol:
             break
     return core
-
-
-def _project_all(w: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
-    """`w` projected on every factor, in the order with the fewest multiply-adds."""
-    for mode in sorted(factors, key=lambda n: growth(factors[n].shape), reverse=True):
-        w = project(w, factors[mode], mode)
-    return w
 
 
 def _error_of(total: float, core: Tensor) -> float:
@@ -199,40 +191,8 @@ def relative_error(w: Tensor, factors: Factors) -> float:
     total = energy(w)
     if not math.isfinite(total):
         require_finite(w)
-    if isinstance(factors, Tucker) and total:
-        share = _residual_share(w, factors, total)
-        if share > CANCELS:
-            return math.sqrt(share)
+    share = factors.residual_share(w, total) if total else None
+    if share is not None:
+        return math.sqrt(share)
     left = residual_energy(w, factors.dense())
     return math.sqrt(left / total) if total else float(left > 0)
-
-
-def slice_errors(w: Tensor, t: Tucker, modes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-    """Norms of w - dense, and of w, for every index of the modes that are not in `modes`.
-
-    Without the dense tensor, so that it costs two thin products; None where a difference would be
-    lost to cancellation.
-    """
-    factors = {mode: wide(u) for mode, u in t.factors.items()}
-    inside = {n: u for n, u in factors.items() if n in modes}
-    outside = {n: u.double().mT for n, u in factors.items() if n not in modes}
-    own = _project_all(wide(t.core).double(), outside)
-    twice = _project_all(own, {n: u.double().mT @ u.double() for n, u in inside.items()})
-    cross = _project_all(w, inside).double()
-    norms = torch.linalg.vector_norm(w, dim=tuple(modes), dtype=wide_dtype(w)).double()
-    left = norms.square() + ((twice - 2 * cross) * own).sum(tuple(modes))
-    if bool((left < CANCELS * norms.square()).any()):
-        return None
-    return left.sqrt(), norms
-
-
-def _residual_share(w: Tensor, t: Tucker, total: float) -> float:
-    """(||w||² - 2 <w, dense> + ||dense||²) / ||w||², without the dense tensor.
-
-    It holds for any factors, rounded ones too; only a difference near 0 is lost to cancellation.
-    """
-    factors = {mode: wide(u) for mode, u in t.factors.items()}
-    core = wide(t.core).double()
-    own = _project_all(core, {n: u.double().mT @ u.double() for n, u in factors.items()})
-    cross = float((_project_all(w, factors).double() * core).sum())
-    return (total - 2 * cross + float((own * core).sum())) / total

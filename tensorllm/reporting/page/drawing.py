@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from tensorllm.compression.descriptions import picture_of
 from tensorllm.reporting.page.figures import times
 from tensorllm.tensors.stacking import ATTENTION
 
@@ -74,9 +75,10 @@ def factor_drawing(site: Json) -> Markup | None:
     """A decomposition as boxes in proportion (areas are: sides are square roots of sizes)."""
     shape, ranks = site["shape"], site["ranks"]
     by_head = site["stacking"].endswith(("head", "heads"))  # the last mode counts heads, undivided
-    if site["kind"] == "tucker" and by_head and len(ranks) == len(shape) - 1:
+    picture = picture_of(site["kind"])
+    if picture == "core" and by_head and len(ranks) == len(shape) - 1:
         return _tucker(shape, ranks)
-    if site["kind"] == "low-rank" and len(shape) == 2:
+    if picture == "product" and len(shape) == 2:
         return _low_rank(shape, ranks[0])
     return None
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import hypot, prod
 from typing import Any
 
-from tensorllm.compression.wording import numbers
+from tensorllm.compression.descriptions import numbers
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, Picture, colour, shades
 from tensorllm.tensors.stacking import ATTENTION

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tensorllm.compression.wording import numbers
+from tensorllm.compression.descriptions import numbers
 from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.figures import between, score_tile, short_name, smaller, times
 from tensorllm.reporting.page.plots_search import search_pictures

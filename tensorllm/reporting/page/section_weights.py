@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tensorllm.compression.descriptions import picture_of
 from tensorllm.compression.report import RATIO_NAMES
 from tensorllm.reporting.page.drawing import factor_drawing
 from tensorllm.reporting.page.figures import duration, times
@@ -33,7 +34,7 @@ def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
 
 def _factor_rows(site: Json) -> list[tuple[str, str]]:
     shape, ranks = site["shape"], site["ranks"]
-    if site["kind"] == "low-rank":
+    if picture_of(site["kind"]) == "product":
         return [
             ("W", f"{shape[0]} × {shape[1]}"),
             ("U", f"{shape[0]} × {ranks[0]}"),

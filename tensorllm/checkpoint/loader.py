@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tensorllm.checkpoint.config import read_config
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.identity import files_identity
-from tensorllm.checkpoint.loading import load_whole
+from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.manifest import Manifest, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.commands.runtime import load_to_run
+from tensorllm.checkpoint.whole import load_whole
 from tensorllm.errors import UserError
 from tensorllm.models.task import is_masked
 from tensorllm.registry import one_of
@@ -61,7 +61,7 @@ class Loader:
             Checkpoint(self.folder).check_readable()  # says more of what is wrong
         try:
             if factored:
-                made: nn.Module = load_to_run(self.folder, self.dtype)
+                made: nn.Module = load(self.folder, policy="always", dtype=self.dtype)
             else:
                 made = load_whole(self.folder, config, self.dtype, language=self.language)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -1,14 +1,20 @@
-"""What a compression did, in plain words, from the sites of its report."""
+"""What a compression did, in plain words, from the sites of its report.
+
+A report is shown without the plugin whose kinds of factors it names, too.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from tensorllm.errors import UserError
+from tensorllm.tensors.factors import Factors, Picture
+from tensorllm.tensors.quantised import kind_named
 from tensorllm.tensors.stacking import ATTENTION
 
 Sites = Sequence[Mapping[str, Any]]
 Group = tuple[tuple[tuple[str, ...], str], Sites]  # roles and kind of factors, and their sites
-MOST = 3  # groups of matrices that are told one by one
+MOST = 3  # groups of matrices that are listed one by one
 
 
 def done_in_words(sites: Sites) -> str:
@@ -66,15 +72,19 @@ def _matrices(roles: tuple[str, ...]) -> str:
 def _factors(kind: str, sites: Sites) -> str:
     ranks = sorted({tuple(site["ranks"]) for site in sites})
     several = len({tuple(site["layers"]) for site in sites}) > 1
-    if kind == "tucker":
-        name = "shared Tucker tensors" if several else "a shared Tucker tensor"
-        return f"{name} of ranks {_range([str(tuple(r)) for r in ranks])}"
-    if kind == "low-rank":
-        name = "products" if several else "a product"
-        return f"{name} of rank {_range([str(r[0]) for r in ranks])}"
-    name = kind.replace("-", " ")
-    return f"{name} factors of rank {_range([', '.join(map(str, r)) for r in ranks])}"
+    known = _known(kind)
+    of = Factors.describe if known is None else known.describe
+    return of(kind, ranks, several)
 
 
-def _range(texts: list[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
+def picture_of(kind: str) -> Picture | None:
+    """How factors of the kind are drawn; None: they are not."""
+    known = _known(kind)
+    return None if known is None else known.picture
+
+
+def _known(kind: str) -> type[Factors] | None:
+    try:
+        return kind_named(kind)
+    except UserError:
+        return None

@@ -42,7 +42,7 @@ def _rope_width(config: Any, head_dim: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wiring:
+class AttentionAdapter:
     """One architecture's attention beside its matrices.
 
     Attributes:
@@ -65,24 +65,26 @@ class Wiring:
     latent: Callable[[Any], bool] = lambda config: True
 
 
-WIRINGS: Registry[Wiring] = Registry("attention wiring", group="tensorllm.wirings")
+ADAPTERS: Registry[AttentionAdapter] = Registry(
+    "attention adapter", group="tensorllm.attention_adapters"
+)
 
-_ROTARY = Wiring()
+_ROTARY = AttentionAdapter()
 for _name in ("llama", "mistral", "qwen2", "phi3", "gpt_neox"):
-    WIRINGS.register(_name)(_ROTARY)
+    ADAPTERS.register(_name)(_ROTARY)
 for _name in ("qwen3", "gemma3_text"):
-    WIRINGS.register(_name)(replace(_ROTARY, norms=("q_norm", "k_norm")))
-WIRINGS.register("gemma2")(replace(_ROTARY, softcap="attn_logit_softcapping"))
-WIRINGS.register("phi")(replace(_ROTARY, norms=("q_layernorm", "k_layernorm")))
-WIRINGS.register("falcon")(
+    ADAPTERS.register(_name)(replace(_ROTARY, norms=("q_norm", "k_norm")))
+ADAPTERS.register("gemma2")(replace(_ROTARY, softcap="attn_logit_softcapping"))
+ADAPTERS.register("phi")(replace(_ROTARY, norms=("q_layernorm", "k_layernorm")))
+ADAPTERS.register("falcon")(
     replace(
         _ROTARY,
         scale=lambda module: module.inv_norm_factor,
         latent=lambda config: not config.alibi,
     )
 )
-WIRINGS.register("gptj")(
-    Wiring(
+ADAPTERS.register("gptj")(
+    AttentionAdapter(
         rotate=rotate_pairs,
         width=lambda config, head_dim: config.rotary_dim or head_dim,
         scale=lambda module: 1 / module.scale_attn,
@@ -91,10 +93,10 @@ WIRINGS.register("gptj")(
     )
 )
 
-_PLAIN = Wiring(rotate=None, width=lambda config, head_dim: 0, dropout="dropout")
+_PLAIN = AttentionAdapter(rotate=None, width=lambda config, head_dim: 0, dropout="dropout")
 for _name in ("opt", "bert", "roberta", "distilbert"):
-    WIRINGS.register(_name)(_PLAIN)
-WIRINGS.register("gpt2")(replace(_PLAIN, dropout="attn_dropout", output_dropout="resid_dropout"))
+    ADAPTERS.register(_name)(_PLAIN)
+ADAPTERS.register("gpt2")(replace(_PLAIN, dropout="attn_dropout", output_dropout="resid_dropout"))
 
 
 def rotary_function(dense: type[nn.Module]) -> Any:

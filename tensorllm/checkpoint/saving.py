@@ -1,0 +1,133 @@
+"""Saving a model that runs in its factors as a factored folder, through `save_pretrained`."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MethodType
+from typing import Any
+
+from tensorllm.checkpoint.factored import STEM, mark_config, write_readme
+from tensorllm.checkpoint.manifest import MANIFEST, Manifest
+from tensorllm.checkpoint.reader import index_name
+from tensorllm.errors import UserError
+from tensorllm.io import sha256, write_json
+from tensorllm.runtime import Placement
+
+
+def record(model: Any, manifest: Manifest, placements: list[Placement]) -> None:
+    """Let a factored model know how it is stored, so that it saves itself as a factored folder."""
+    model._weight_conversions = conversions(manifest, placements)
+    model.tensorllm_manifest = manifest
+    model.save_pretrained = MethodType(save_factored, model)
+
+
+def save_factored(model: Any, save_directory: str | Path, **kwargs: Any) -> None:
+    """`save_pretrained` of a factored model: its factors as they are now, in our format.
+
+    Args:
+        save_directory: made where it does not exist; files of the same names are replaced.
+        kwargs: as `PreTrainedModel.save_pretrained` has them.
+
+    Raises:
+        UserError: an argument that does not apply.
+    """
+    wrong = {"push_to_hub", "variant", "distributed_checkpoint"} & {
+        k for k, v in kwargs.items() if v
+    }
+    if wrong:
+        raise UserError(
+            f"a factored model is saved without {', '.join(sorted(wrong))}; to upload it, call "
+            "model.push_to_hub(repo_id)"
+        )
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # transformers names, ties, orders and shards; its file names must not be ours (see mark_config)
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as made:
+        type(model).save_pretrained(model, made, **kwargs)
+        _make_ours(Path(made), model)
+        for old in folder.glob(f"{STEM}*.safetensors*"):  # only now: the new ones are complete
+            old.unlink()
+        for path in Path(made).iterdir():
+            path.replace(folder / path.name)
+    write_readme(folder)
+
+
+def _make_ours(made: Path, model: Any) -> None:
+    """Turn the folder that transformers wrote into a factored one."""
+    weights = _rename_weights(made)
+    files = {path.name: _facts(path) for path in sorted(made.glob(f"{STEM}*.safetensors"))}
+    dtype = str(model.dtype).removeprefix("torch.")
+    replaced = {
+        name: {**facts, "dtype": dtype} for name, facts in model.tensorllm_manifest.replaced.items()
+    }
+    manifest = replace(model.tensorllm_manifest, files=files, replaced=replaced)
+    write_json(made / MANIFEST, manifest.to_json())
+    config = json.loads((made / "config.json").read_text())
+    write_json(made / "config.json", mark_config(config, weights))
+
+
+def _rename_weights(made: Path) -> str:
+    """Give weight files the name of factors; returns what names them all."""
+    for path in made.glob("model*.safetensors"):
+        path.replace(made / path.name.replace("model", STEM, 1))
+    index = made / index_name("model")
+    if not index.is_file():
+        return f"{STEM}.safetensors"
+    values = json.loads(index.read_text())
+    values["weight_map"] = {
+        name: file.replace("model", STEM, 1) for name, file in values["weight_map"].items()
+    }
+    write_json(made / index_name(STEM), values)
+    index.unlink()
+    return index_name(STEM)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def conversions(manifest: Manifest, placements: Iterable[Placement]) -> list[Any]:
+    """How transformers gets from stored tensors to parameters: names, and the order of modes."""
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+    class Reorder(ConversionOps):
+        """Permutes a tensor's modes."""
+
+        def __init__(self, order: tuple[int, ...]) -> None:
+            self.order = order
+
+        def convert(
+            self,
+            input_dict: dict[str, Any],
+            source_patterns: list[str],
+            target_patterns: list[str],
+            **kwargs: Any,
+        ) -> Any:
+            (found,) = input_dict.values()
+            tensor = found[0] if isinstance(found, list) else found
+            return {target_patterns[0]: tensor.permute(self.order).contiguous()}
+
+        @property
+        def reverse_op(self) -> "Reorder":
+            return Reorder(tuple(sorted(range(len(self.order)), key=lambda n: self.order[n])))
+
+    out: list[Any] = []
+    for name, place in _stored_names(manifest, placements):
+        source = f"^{name}"  # a pattern, which ends at the end of a name by itself
+        if place.order is None:
+            out.append(WeightRenaming(source, place.parameter))
+        else:
+            out.append(WeightConverter(source, place.parameter, [Reorder(place.order)]))
+    return out
+
+
+def _stored_names(
+    manifest: Manifest, placements: Iterable[Placement]
+) -> Iterator[tuple[str, Placement]]:
+    """Each placement with the name of its tensor in the folder."""
+    sites = {site.name: site for site in manifest.sites}
+    for place in placements:
+        stored = sites[place.site].tensors if place.site else manifest.rest
+        yield stored[place.tensor], place

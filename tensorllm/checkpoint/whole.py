@@ -1,0 +1,92 @@
+"""The one way from a folder to a transformers model: what is not whole is refused."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorllm.checkpoint.fitting import findings_of, judge
+from tensorllm.errors import UserError
+from tensorllm.models.task import language_model_class, saved_class
+
+ADAPTER = "adapter_config.json"
+
+
+def load_whole(
+    folder: Path, config: Any, dtype: torch.dtype | None = None, *, language: bool = True
+) -> Any:
+    """The model of a folder in evaluation mode, every weight read from there.
+
+    Args:
+        folder: an ordinary checkpoint, or a factored one.
+        config: its config.
+        dtype: of the weights in memory; None: as they are stored.
+        language: with the head that predicts tokens, whatever class the folder was saved from;
+            False: as it was saved.
+
+    Raises:
+        UserError: a parameter is missing, unexpected, or of another shape.
+    """
+    refuse_adapter(folder)
+    kind = language_model_class(config) if language else saved_class(config)
+    return _made(kind, folder, folder, dtype=dtype or "auto")
+
+
+def load_state(state: dict[str, Any], config: Any, dtype: torch.dtype | None, folder: Path) -> Any:
+    """The model of tensors that are in memory; `folder` is what messages name."""
+    kind = saved_class(config)
+    return _made(kind, None, folder, config=config, state_dict=state, dtype=dtype or config.dtype)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder whose weights are not all: transformers would apply the adapter beside them.
+
+    Compressed without it, the model would be another one than is scored.
+    """
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} holds an adapter beside a model ({ADAPTER}): merge it into the weights "
+            "(peft: merge_and_unload, then save_pretrained), or move it away"
+        )
+
+
+@contextmanager
+def silenced(name: str = "transformers.modeling_utils") -> Iterator[None]:
+    """Keep transformers' own table of names back: `judge` says it in a line."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Let transformers show no progress of what takes no time."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()
+
+
+def _made(kind: Any, source: Path | None, folder: Path, **given: Any) -> Any:
+    with silenced():
+        model, info = kind.from_pretrained(
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by `judge`, with both shapes
+            use_safetensors=True,
+            **given,
+        )
+    judge(model, findings_of(info), folder)
+    return model.eval()

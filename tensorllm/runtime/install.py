@@ -1,0 +1,233 @@
+"""Putting factored modules in the place of dense ones, in memory or on the meta device."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tensorllm.compressors.base import Site
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
+from tensorllm.models.spec import Stored
+from tensorllm.runtime.adapters import ADAPTERS
+from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
+from tensorllm.runtime.sites import Held, Order, SiteModule, dense_linear, module_for
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.quantised import widen
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a stored tensor went.
+
+    Attributes:
+        site: the site's name; empty for a matrix that stays dense in a replaced parameter.
+        tensor: the tensor's short name in the factors; `layer.role` for a matrix that stays dense.
+        parameter: the model's parameter that holds it now.
+        order: the stored dimensions in the order in which they are held; None: as stored.
+    """
+
+    site: str
+    tensor: str
+    parameter: str
+    order: Order = None
+
+
+def install(
+    model: nn.Module, sites: Sequence[tuple[Site, Factors]], *, latent: bool = True
+) -> list[Placement]:
+    """Replace the modules of the sites' matrices by factored ones, in place.
+
+    The one way in which factors become modules.
+
+    Args:
+        model: dense, of a known architecture; with its weights, or on the meta device.
+        sites: what is replaced, each with its factors, in the dtype and on the device to run in;
+            factors in few bits stay so, and are widened for each use.
+        latent: run the attention in its latents where it can be.
+
+    Raises:
+        UserError: a site's factors cannot run as they are, such as the authors' layout.
+    """
+    plain = [(site, factors.plain()) for site, factors in sites]
+    modules = [module_for(*each) for each in plain]
+    for (site, factors), module in zip(plain, modules, strict=True):
+        if module is None:
+            raise UserError(
+                f"{site.name} holds {factors.kind!r} factors stacked as {site.stacking!r}, which "
+                "cannot run factored; write it dense (tensorllm export --format dense), or "
+                "compress with layout 'paper'"
+            )
+    installation = _Installation(model, latent)
+    for (site, factors), module in zip(plain, modules, strict=True):
+        assert module is not None, "refused above"
+        installation.add(site, factors, module)
+    placed = installation.finish()
+    return _hold_narrow(model, placed, {site.name: factors for site, factors in sites})
+
+
+class _Installation:
+    """One installation: the model's matrices, and what has been placed."""
+
+    def __init__(self, model: nn.Module, latent: bool) -> None:
+        self.model: Any = model
+        self.roles = RoleMatrices(model.config, [name for name, _ in model.named_parameters()])
+        self.placed: list[Placement] = []
+        config: Any = self.model.config
+        known = config.model_type in ADAPTERS
+        self.adapter = ADAPTERS[config.model_type] if known else None
+        self.latent = latent and self.adapter is not None and self.adapter.latent(config)
+        self.parts: dict[str, dict[str, tuple[Site, Held]]] = defaultdict(dict)
+        self.where: dict[str, tuple[int, Stored]] = {}
+
+    def add(self, site: Site, factors: Factors, module: type[SiteModule]) -> None:
+        """Take a site in: its attention now, linears once all their roles are known."""
+        if self.latent and module.latent_attention:
+            self._attention(site, factors, module)
+            return
+        for (layer, role), held in module.roles(site, factors, self.roles.geometry).items():
+            name = self.roles.name(layer, role)
+            self.parts[name][role] = (site, held)
+            self.where[name] = (layer, self.roles.architecture.stored(role))
+
+    def finish(self) -> list[Placement]:
+        for name, by_role in self.parts.items():
+            self._linear(name, *self.where[name], by_role)
+        return self.placed
+
+    def _linear(
+        self, name: str, layer: int, stored: Stored, by_role: dict[str, tuple[Site, Held]]
+    ) -> None:
+        path = name.removesuffix(".weight")
+        dense = self.model.get_submodule(path)
+        weights = {name: dense.weight.data}
+        modules: dict[str, nn.Module] = {}
+        for role in stored.roles:
+            below = f"{path}.parts.role_{role}"
+            if role in by_role:
+                site, held = by_role[role]
+                modules[role] = held.module
+                for short, (inner, order) in held.tensors.items():
+                    self.placed.append(Placement(site.name, short, f"{below}.{inner}", order))
+            else:
+                w_ID = self.roles.read(weights, layer, role).clone()
+                modules[role] = dense_linear(w_ID, role)
+                self.placed.append(Placement("", f"{layer}.{role}", f"{below}.weight"))
+        geo = self.roles.geometry
+        grouped = {"grouped": geo.G, "head_dim": geo.K} if stored.grouped else {}
+        linear = FactoredLinear(modules, _bias_of(dense), **grouped)
+        self._replace(path, linear)
+
+    def _attention(self, site: Site, factors: Factors, kind: type[SiteModule]) -> None:
+        (layer,) = site.layers
+        latents: Any = kind(factors, site, self.roles.geometry)
+        latents.finish()
+        block = self.roles.name(layer, "q").removesuffix(".weight").rpartition(".")[0]
+        module: Any = self.model.get_submodule(block)
+        assert self.adapter is not None, "asked only where there is one"
+        become_factored(module, self.model.config, self.adapter, self.roles.geometry, latents)
+        for stored in self.roles.architecture.attention:
+            path = self.roles.name(layer, stored.roles[0]).removesuffix(".weight")
+            bias = _bias_of(self.model.get_submodule(path))
+            if stored.roles == ("o",):
+                output = LatentOutput(bias, latents, self.roles.geometry.G)
+                self._replace(path, output)
+                if path.startswith(f"{block}."):
+                    module.__dict__["output"] = output  # registered under its own name already
+            else:
+                left = Bias(bias)
+                self._replace(path, left)
+                layout = "grouped" if stored.grouped else stored.roles
+                module.biases.append((layout, left))
+        for short in factors.tensors():
+            inner, order = kind.names.get(short, (short, None))
+            self.placed.append(Placement(site.name, short, f"{block}.factors.{inner}", order))
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module.train(self.model.training))
+
+
+class FactoredLinear(nn.Module):
+    """Stands for one `nn.Linear` (or `Conv1D`): the parts side by side, and the bias.
+
+    Args:
+        parts: role -> module from the layer's input to that role's output, in the stored order.
+        bias: of all the roles, in the stored order.
+        grouped: how many KV heads the outputs are interleaved by; 0 where they follow role by role.
+        head_dim: the width of one head, where grouped.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        bias: Tensor | None,
+        *,
+        grouped: int = 0,
+        head_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({f"role_{role}": part for role, part in parts.items()})
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.grouped, self.head_dim = grouped, head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [part(x) for part in self.parts.values()]
+        if self.grouped:  # each group's queries, its key, its value
+            split = [out.view(*x.shape[:-1], self.grouped, -1, self.head_dim) for out in outs]
+            y = torch.cat(split, dim=-2).flatten(-3)
+        else:
+            y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+class Widen(nn.Module):
+    """From what is stored in few bits to the parameter, its modes in the order it is held in."""
+
+    def __init__(self, stored: tuple[Tensor, ...], order: Order) -> None:
+        super().__init__()
+        self._stored: tuple[Tensor, ...] | None = stored
+        self.order = order
+
+    def forward(self, *stored: Tensor) -> Tensor:
+        t = widen(*stored)
+        return t if self.order is None else t.permute(self.order)
+
+    def right_inverse(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """What is held from now on; asked for once, on registration."""
+        assert self._stored is not None, "a quantised parameter is not written to"
+        stored, self._stored = self._stored, None
+        return stored
+
+
+def _hold_narrow(
+    model: Any, placements: Sequence[Placement], factors: Mapping[str, Factors]
+) -> list[Placement]:
+    """Put what is stored in few bits in the place of the parameters that it stands for.
+
+    By torch's parametrizations: what reads the parameter reads the widened one. That saves memory,
+    not time.
+    """
+    out = []
+    for place in placements:
+        parts = factors[place.site].narrow_parts(place.tensor) if place.site in factors else {}
+        if not parts:
+            out.append(place)
+            continue
+        path, _, name = place.parameter.rpartition(".")
+        module = model.get_submodule(path)
+        getattr(module, name).requires_grad_(False)
+        narrow = Widen(tuple(parts.values()), place.order)
+        parametrize.register_parametrization(module, name, narrow, unsafe=True)
+        held = f"{path}.parametrizations.{name}.original"
+        out += [Placement(place.site, n, f"{held}{i}") for i, n in enumerate(parts)]
+    return out
+
+
+def _bias_of(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.data
