@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from tensorllm.compression.card_text import body
-from tensorllm.evaluation.before_after import BeforeAfter, of_scores
 from tensorllm.evaluation.results import BeforeAfter, of_scores
 from tensorllm.io import write_text
 from tensorllm.recipes import short_names

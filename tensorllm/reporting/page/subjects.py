@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorllm.compression.descriptions import done_in_words
-from tensorllm.compression.wording import done_in_words
-from tensorllm.evaluation.before_after import BeforeAfter, of_results, of_scores
 from tensorllm.evaluation.results import BeforeAfter, of_results, of_scores
 from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.figures import short_name, smaller
