@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.engine import compress
 from tensorllm.compressors.base import Compressor
@@ -88,8 +89,6 @@ class ReasoningModule(LightningModule):
             dtype: of the weights, such as bf16; None: as they are stored.
             options: as of the class.
         """
-        from tensorllm.checkpoint.loader import Loader, dtype_of
-
         loader = Loader(resolve(str(model)).folder, dtype_of(dtype))
         return cls(loader, loader.tokenizer(), **options)
 
