@@ -35,9 +35,8 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
 
-
-# Of the mean variance. Inputs that come out of compressed matrices lie in a subspace; beyond it there
-# is rounding only, which the fit would otherwise blow up.
+# Of the mean variance. Inputs that come out of compressed matrices lie in a subspace; beyond it
+# there is rounding only, which the fit would otherwise blow up.
 RIDGE = 1e-6
 
 
