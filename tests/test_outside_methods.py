@@ -103,10 +103,11 @@ print("went through every command")
 """
 SEARCH = """
 # a search finds ranks for it
-asked = ["search-ranks", "--model", model, "--mode", mode, "--layers", "1,2", "--limit", 40]
-found = json.loads(tensorllm(*asked, *given, "--trials", 3, "--json"))
+asked = ["search-ranks", "--model", model, "--mode", mode, "--layers", "1,2", "--limit", 40,
+         "--dataset", "demo"]
+found = json.loads(tensorllm(*asked, *given[:2], "--trials", 3, "--json"))
 assert found["trials"]["examined"] == 3, found["trials"]
-assert {row["params"]["rank"] for row in found["top"]} <= {2, 8, 24}
+assert found["winner"]["rank"] in (2, 8, 24), found["winner"]
 assert found["winner"]["mode"] == mode
 """
 
@@ -121,12 +122,12 @@ def test_a_method_in_one_file_goes_through_every_command(mode: str, tmp_path: Pa
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-methods\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(INFO)
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"{q.prompt} {q.answer}" for q in questions()[:1500]) + "\n")
+    text.write_text("\n".join(q.prompt for q in questions()[:1500]) + "\n")
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            EVERY_COMMAND.replace("SEARCH\n", ""),
+            EVERY_COMMAND.replace("SEARCH\n", SEARCH),
             mode,
             str(MODEL_DIR),
             str(text),
