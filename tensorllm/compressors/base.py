@@ -76,12 +76,14 @@ class MatrixStatistics:
 
     Attributes:
         input_covariance_XX: E[x xᵀ] of what the matrix reads, X its input width.
+        input_mean_abs_X: E|x|, per input.
         gradient_covariance_YY: E[g gᵀ] of the gradient at its output; None unless it was asked for.
         reads_rows: whether the inputs run along the rows I (output projections, `o` and `out`) and
             not along the columns D.
     """
 
     input_covariance_XX: Tensor
+    input_mean_abs_X: Tensor
     gradient_covariance_YY: Tensor | None
     reads_rows: bool
 
@@ -152,6 +154,11 @@ class LayerContext(Protocol):
     def put(self, site: Site, factors: Factors) -> None:
         """Let factors, rounded as they are stored, take the place of the compressed layer's
         matrices."""
+        ...
+
+    def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let norms and biases, by their names below the layer, take the place of the compressed
+        layer's."""
         ...
 
     def output_error(self, roles: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
