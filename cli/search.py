@@ -59,6 +59,10 @@ def search_ranks(
     sampler: Annotated[
         str | None, typer.Option(help="grid, tpe or nsga2 (default: by the space's size).")
     ] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(help="gradient: try what one backward pass predicts to be best."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order, the sampler and the bootstrap.")] = 0,
     stop_level: Annotated[
         float,
@@ -149,6 +153,7 @@ def search_ranks(
             seed=seed,
             calibration=calibration,
             force_best=force_best,
+            guide=guide,
             time_limit=options.seconds("--time-limit", time_limit),
             study=study,
             storage=storage,

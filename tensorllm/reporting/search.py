@@ -23,6 +23,8 @@ def search_tables(results: Mapping[str, Any]) -> RenderableType:
         parts.insert(2, _steps(results["steps"]))
     if results["selection"] is not None:
         parts.append(_selection(results["selection"]))
+    if results.get("guide"):
+        parts.append(_guide(results["guide"]))
     if results.get("guards"):
         parts.append(_guards(results["guards"]))
     if results.get("verdict"):
@@ -111,6 +113,17 @@ def _scores(results: Mapping[str, Any]) -> RenderableType:
                 values = (shown.exact(found[part][metric]) for part in ("validation", "test"))
                 table.add_row(f"{who}: {shown.title}", *values)
     return table
+
+
+def _guide(guide: Mapping[str, Any]) -> str:
+    """How well the gradient has ranked the trials."""
+    known = [
+        f"{guide[f'spearman_{name}']:+.2f} with {name}"
+        for name in ("loss", "accuracy")
+        if guide[f"spearman_{name}"] is not None
+    ]
+    text = f"guide: {guide['points']} points ranked by the gradient of {guide['examples']} examples"
+    return f"{text}; Spearman among the trials {', '.join(known) or 'not known'}"
 
 
 def _guards(guards: Mapping[str, Any]) -> RenderableType:

@@ -16,6 +16,7 @@ from tensorllm.io import replacing, write_text
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.composition import Step, composed, selection, whole
 from tensorllm.search.decompositions import applied
+from tensorllm.search.guide import agreement
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
 from tensorllm.search.selection import front, half_width, ranked
@@ -87,6 +88,9 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         "comparison": final["comparison"],
         "guards": final["guards"],
         "verdict": verdict(final["comparison"], luck, final["guards"], goal),
+        "guide": None
+        if run.guide is None
+        else agreement(run.guide, first.trials, lambda t: run.space.point(t.params).key),
         "late": run.late and queue.waiting() > 0,
         "top": [_row(t, f) for t, f in order[:10]],
         "front": [
