@@ -59,6 +59,10 @@ def search_ranks(
     sampler: Annotated[
         str | None, typer.Option(help="grid, tpe or nsga2 (default: by the space's size).")
     ] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(help="gradient: try what one backward pass predicts to be best."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order, the sampler and the bootstrap.")] = 0,
     stop_level: Annotated[
         float,
@@ -68,6 +72,9 @@ def search_ranks(
     time_limit: Annotated[
         str | None, typer.Option(help="Begin no trial after 90s, 10m or 2h; the study goes on.")
     ] = None,
+    force_best: Annotated[
+        bool, typer.Option("--force-best", help="Keep the winner though it is not found better.")
+    ] = False,
     study: Annotated[
         Path | None, typer.Option(help="Folder of the study; an interrupted one goes on.")
     ] = None,
@@ -145,6 +152,8 @@ def search_ranks(
             trials=trials,
             seed=seed,
             calibration=calibration,
+            force_best=force_best,
+            guide=guide,
             time_limit=options.seconds("--time-limit", time_limit),
             study=study,
             storage=storage,
@@ -163,5 +172,7 @@ def search_ranks(
 
     print_result(search_tables(result.results))
     typer.echo(result.recipe)  # as it is: rich would break its lines
-    if study is not None:
+    if not result.keeps:
+        print_result("the original stays the best: this recipe is not kept (--force-best keeps it)")
+    elif study is not None:
         print_result(f"written to {study}: tensorllm compress --config {study / 'best.yaml'}")

@@ -204,7 +204,7 @@ def test_a_composition_is_told_edit_by_edit_and_the_gain_with_its_luck():
     assert ["1", "3", "laser:", "rho", "0.01;", "matrices", "in", "62.50", "0.8312"] in rows
     assert ["2", "0,1", "shared-tucker:", "ranks", "64,16,4", "71.25", "0.7644"] in rows
     text = " ".join(" ".join(lines).split())
-    assert "12 given up early (the best one with probability at most 0.001), 2 failed" in text
+    assert "12 pruned early (the best one with probability at most 0.001), 2 failed" in text
     assert "gain on validation +42.9 points, of which selection alone is worth 1.3" in text
     assert "(95 % of resamples -0.4 to 3.1)" in text
     assert "no trial beats these in both" in text

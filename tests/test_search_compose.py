@@ -31,6 +31,7 @@ WANTED = SearchRequest(
     rho=(0.02,),
     limit=150,
     compose=3,
+    force_best=True,
     rules=Rules(level=None),
     cache_bytes=2**25,
 )

@@ -14,7 +14,7 @@ SCORES = ("accuracy, %", "loss")
 def search_tables(results: Mapping[str, Any]) -> RenderableType:
     """The top trials, validation and test of winner and original, and how sure the gain is."""
     parts: list[RenderableType] = [_sentence(results), _trials(results["top"]), _scores(results)]
-    if results["several_objectives"]:
+    if results.get("several_objectives"):
         parts[1:2] = [
             "accuracy against ratio: no trial beats these in both",
             _trials(results["front"]),
@@ -23,6 +23,12 @@ def search_tables(results: Mapping[str, Any]) -> RenderableType:
         parts.insert(2, _steps(results["steps"]))
     if results["selection"] is not None:
         parts.append(_selection(results["selection"]))
+    if results.get("guide"):
+        parts.append(_guide(results["guide"]))
+    if results.get("guards"):
+        parts.append(_guards(results["guards"]))
+    if results.get("verdict"):
+        parts.append(f"verdict: {results['verdict']['sentence']}")
     ratio = results["winner"]["validation"]["ratio"]
     if ratio < 1:
         parts.append(
@@ -38,6 +44,17 @@ def _sentence(results: Mapping[str, Any]) -> str:
     pruned = f", {n['pruned']} pruned early" if n["pruned"] else ""
     error = f" (the best one with probability at most {level:g})" if n["pruned"] else ""
     other = [f"{n[name]} {name}" for name in ("infeasible", "failed") if n[name]]
+    too_large = results.get("too_large", {"points": 0})
+    if too_large["points"]:
+        least = too_large["min_ratio"]
+        other.append(
+            f"{too_large['points']} points left out, which hold more numbers than the matrices "
+            "(--min-ratio 0 tries them)"
+            if least == 1
+            else f"{too_large['points']} points left out with a ratio below {least:g}"
+        )
+    if results.get("late"):
+        other.append("ended by --time-limit (the same command goes on)")
     return (
         f"{n['examined']} trials of {results['model']} on {results['validation_examples']} "
         f"validation examples of {results['dataset']}, protocol {results['protocol']}"
@@ -95,6 +112,28 @@ def _scores(results: Mapping[str, Any]) -> RenderableType:
             if found["test"].get(metric) is not None:
                 values = (shown.exact(found[part][metric]) for part in ("validation", "test"))
                 table.add_row(f"{who}: {shown.title}", *values)
+    return table
+
+
+def _guide(guide: Mapping[str, Any]) -> str:
+    """How well the gradient has ranked the trials."""
+    known = [
+        f"{guide[f'spearman_{name}']:+.2f} with {name}"
+        for name in ("loss", "accuracy")
+        if guide[f"spearman_{name}"] is not None
+    ]
+    text = f"guide: {guide['points']} points ranked by the gradient of {guide['examples']} examples"
+    return f"{text}; Spearman among the trials {', '.join(known) or 'not known'}"
+
+
+def _guards(guards: Mapping[str, Any]) -> RenderableType:
+    """What accuracy alone hides: recall by label, and how often each label is predicted."""
+    labels = list(guards["original"]["shares"])
+    table = new_table("on test", "balanced, %", *(f"says {x}, %" for x in labels), number_from=1)
+    for who in ("original", "winner"):
+        shares = (f"{100 * guards[who]['shares'][label]:.1f}" for label in labels)
+        table.add_row(who, f"{guards[who]['balanced_accuracy']:.1f}", *shares)
+    table.caption = f"always the commonest answer: {guards['majority']:.1f} %"
     return table
 
 

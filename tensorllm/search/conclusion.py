@@ -10,26 +10,38 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.environment import environment
 from tensorllm.evaluation.evaluate import evaluate_model
+from tensorllm.evaluation.predictions import Prediction
+from tensorllm.evaluation.statistics import compared
 from tensorllm.io import replacing, write_text
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.composition import Step, composed, selection, whole
 from tensorllm.search.decompositions import applied
+from tensorllm.search.guide import agreement
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
 from tensorllm.search.selection import front, half_width, ranked
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult
+from tensorllm.search.verdict import guards_of, verdict
 
 RECIPE, TRIALS, RESULTS = "best.yaml", "trials.parquet", "results.json"
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a search found; `results` is what `results.json` holds."""
+    """What a search found.
+
+    Attributes:
+        results: what `results.json` holds.
+        recipe: the winner, for `tensorllm compress --config`.
+        keeps: whether the winner is worth a recipe of its own: it was found better, a size or
+            several objectives were asked for, or `force_best`.
+    """
 
     results: dict[str, Any]
     recipe: str
+    keeps: bool
 
     def to_json(self) -> dict[str, Any]:
         return {**self.results, "recipe": self.recipe}
@@ -46,6 +58,7 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
     final = _final(run, queue, point)
     goal = run.request.rules.goal
     order = ranked(first.trials, goal)
+    luck = selection(steps, run.request.seed)
     results = {
         "model": run.source.name,
         "dataset": run.validation.name,
@@ -71,7 +84,14 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
             for step in steps
         ],
         "test_looks": final["looks"],
-        "selection": selection(steps, run.request.seed),
+        "selection": luck,
+        "comparison": final["comparison"],
+        "guards": final["guards"],
+        "verdict": verdict(final["comparison"], luck, final["guards"], goal),
+        "guide": None
+        if run.guide is None
+        else agreement(run.guide, first.trials, lambda t: run.space.point(t.params).key),
+        "late": run.late and queue.waiting() > 0,
         "top": [_row(t, f) for t, f in order[:10]],
         "front": [
             _row(t, f)
@@ -80,7 +100,10 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         "cache": _cache(run),
         "environment": environment(),
     }
-    return SearchResult(results, recipe_text(run, point, results))
+    sized = goal.several or (run.request.rules.min_ratio or 0) > 1
+    better = results["verdict"]["found"] == "better"
+    keeps = better or sized or run.request.force_best
+    return SearchResult(results, recipe_text(run, point, results), keeps)
 
 
 def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
@@ -96,23 +119,26 @@ def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
         "origin": "searched",
         "source": f"tensorllm search-ranks, best of {results['trials']['examined']} trials on "
         f"{results['validation_examples']} validation examples; {figure} on the test part "
-        f"{before[figure]:.4g} before, {after[figure]:.4g} after",
+        f"{before[figure]:.4g} before, {after[figure]:.4g} after; "
+        f"verdict: {results['verdict']['found']}",
     }
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 
 
 def _final(run: Study, queue: TrialQueue, point: Point) -> dict[str, Any]:
-    """Test scores of winner and original: taken once, unless another winner comes."""
+    """Test scores of winner and original: measured once, unless another winner comes."""
     attrs = queue.study.user_attrs
     known = attrs.get("final")
-    if known is not None and known["point"] == point.key:
+    if known is not None and known["point"] == point.key and "comparison" in known:
         return dict(known)
     test = run.test
     weights = run.examiner.weights
     edit = run.final_edit(point)
-    original = known["original"] if known else _score(run, test)
+    original, before_rows = _score(run, test)
     with applied(edit, run.roles, weights):
-        winner = _score(run, test)
+        winner, after_rows = _score(run, test)
+    comparison = compared(before_rows, after_rows, run.request.seed)
+    comparison["asked"] = before_rows[0].correct is not None
     looks = (known["looks"] if known else 0) + 1
     before, after = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
     final = {
@@ -120,14 +146,18 @@ def _final(run: Study, queue: TrialQueue, point: Point) -> dict[str, Any]:
         "original": original,
         "winner": winner,
         "looks": looks,
+        "comparison": comparison,
+        "guards": guards_of(before_rows, after_rows) if comparison["asked"] else None,
         "ratio": before / after,
     }
     queue.study.set_user_attr("final", final)
     return final
 
 
-def _score(run: Study, data: Any) -> dict[str, Any]:
-    return evaluate_model(run.model, run.tokenizer, data, run.protocol)
+def _score(run: Study, data: Any) -> tuple[dict[str, Any], list[Prediction]]:
+    rows: list[Prediction] = []
+    metrics = evaluate_model(run.model, run.tokenizer, data, run.protocol, on_batch=rows.extend)
+    return metrics, sorted(rows, key=lambda row: row.index)
 
 
 def _counts(trials: Sequence[FrozenTrial]) -> dict[str, int]:
@@ -164,10 +194,13 @@ def _cache(run: Study) -> dict[str, Any]:
 
 
 def write_files(folder: Path, run: Study, point: Point, found: SearchResult) -> None:
-    """`best.yaml`, `results.json` and, where matplotlib is, the plots."""
+    """`results.json`, where matplotlib is the plots, and `best.yaml` where that is kept."""
     import pyarrow.parquet as pq
 
-    write_text(folder / RECIPE, found.recipe)
+    if found.keeps:
+        write_text(folder / RECIPE, found.recipe)
+    else:  # of an earlier run, which had another winner
+        (folder / RECIPE).unlink(missing_ok=True)
     write_text(folder / RESULTS, json.dumps(found.results, indent=2) + "\n")
     done = run.decomposed(point)
     rows = pq.read_table(folder / TRIALS).to_pylist()

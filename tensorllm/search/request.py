@@ -16,6 +16,8 @@ from tensorllm.recipes import short_names
 from tensorllm.registry import one_of
 from tensorllm.search.worker import SAMPLERS, Rules
 
+GUIDES = ("gradient",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
@@ -30,6 +32,8 @@ class SearchRequest:
         trials: how many; None: the whole grid, or 100 of another sampler.
         sampler: `grid`, `tpe` or `nsga2`; None: a grid if it has at most 100 points.
         calibration: text for a mode that is fitted to one; `sequences` of it are drawn by `seed`.
+        guide: `gradient`: points in the order of the loss that one backward pass predicts for
+            them, a twentieth of the grid by default; None: no guide.
         time_limit: seconds after which no trial is begun; None: none.
         force_best: write `best.yaml` though the winner was not found to be better.
         study: folder of the study; None: a temporary one.
@@ -67,6 +71,7 @@ class SearchRequest:
     calibration: Path | None = None
     sequences: int = 128
     allow_overlap: bool = False
+    guide: str | None = None
     time_limit: float | None = None
     force_best: bool = False
     study: Path | None = None
@@ -83,6 +88,12 @@ class SearchRequest:
             raise UserError(f"--trials must be at least 1, got {self.trials}")
         if self.sampler is not None:
             one_of("--sampler", self.sampler, SAMPLERS)
+        if self.guide is not None:
+            one_of("--guide", self.guide, GUIDES)
+            if self.sampler not in (None, "grid"):
+                raise UserError(f"--guide orders a grid: give no --sampler {self.sampler}")
+            if self.compose > 1:
+                raise UserError("--guide goes with one edit: give no --compose")
         if self.compose < 1:
             raise UserError(f"--compose must be at least 1, got {self.compose}")
         if self.compose > 1 and self.rules.goal.several:

@@ -30,6 +30,7 @@ from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import ModelEdit, SiteEdit, edit_of_fit
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.fingerprints import examples_fingerprint, model_fingerprint
+from tensorllm.search.guide import Guided, guided, trials_for
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.request import SearchRequest
@@ -119,6 +120,10 @@ class Study:
     @cached_property
     def points(self) -> list[dict[str, Any]]:
         """The grid's points that meet the ratio, later layers first, otherwise in random order."""
+        if self.guide is not None:
+            change = self.guide.change
+            best = sorted(self.feasible, key=lambda values: change[self.space.point(values).key])
+            return best[: self.request.trials or trials_for(len(best))]
         points = list(self.feasible)
         random.Random(self.request.seed).shuffle(points)
         trials = self.request.trials
@@ -127,7 +132,16 @@ class Study:
         return sorted(points, key=lambda values: -int(values[LAYER]))
 
     @cached_property
+    def guide(self) -> Guided | None:
+        """The predicted change of the loss at every point of the grid; None: not asked for."""
+        if self.request.guide is None:
+            return None
+        return guided(self.examiner, [self.space.point(values) for values in self.feasible])
+
+    @cached_property
     def grid(self) -> bool:
+        if self.request.guide is not None:
+            return True
         if self.request.sampler is not None:
             return self.request.sampler == "grid"
         return len(self.feasible) <= (self.request.trials or GRID)
@@ -180,6 +194,8 @@ class Study:
 
     def _corners(self) -> Sequence[Values]:
         """Points that between them have every layer, matrix and largest rank."""
+        if self.request.guide is not None:
+            return self.feasible
         if self.grid:
             return self.points
         choices = self.space.choices
@@ -253,6 +269,7 @@ class Study:
             "max_error": rules.max_error,
             "min_ratio": rules.least_ratio,
             "grid": self.grid,
+            "guide": self.request.guide,
             "seed": self.request.seed,
         }
 

@@ -1,0 +1,146 @@
+"""Which points are worth a trial, from one backward pass: the predicted change of the loss.
+
+To first order, other matrices change the loss by the inner product of its gradient with their
+difference. For the rank-k truncation of W = sum of s_i u_i v_i^T that is the sum over i > k of
+-s_i g_i, where g_i = u_i^T G v_i; so every strategy is predicted in its own factors. Source:
+Compress to Impress, arXiv 2510.20800, which ranks matrices so.
+
+Shapes: B sequences, T tokens, I and D of a role matrix.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tensorllm.errors import UserError
+from tensorllm.evaluation.causal import CausalBatch
+from tensorllm.search.examiner import Examiner
+from tensorllm.search.selection import finished
+from tensorllm.search.space import Matrices, Point
+
+EXAMPLES = 100
+LEAST = 8  # examples; a gradient of fewer says nothing
+SHARE = 20  # a guided search makes this many times fewer trials than its grid has points
+
+
+class Guided(NamedTuple):
+    """Predicted change of the loss (nats) by a point's key, and the examples it rests on."""
+
+    change: dict[str, float]
+    examples: int
+
+
+def guided(examiner: Examiner, points: Sequence[Point]) -> Guided:
+    """The predicted change of every point.
+
+    Raises:
+        UserError: a masked model, running text, too few examples, a strategy that is fitted to a
+            text, or a gradient that is not finite.
+    """
+    if examiner.calibration is not None:
+        raise UserError("--guide predicts strategies that see weights only: give no --calibration")
+    matrices = frozenset(
+        matrix for p in points for job in examiner.jobs(p) for matrix in job.site.matrices
+    )
+    gradient, examples = loss_gradient(examiner, matrices)
+    change: dict[str, float] = {}
+    for point in points:
+        total = 0.0
+        for site in examiner.decompositions.edit(examiner.jobs(point)).sites:
+            for matrix, new_ID in zip(site.site.matrices, site.matrices, strict=True):
+                old_ID = examiner.roles.read(examiner.weights, *matrix)
+                total += float((gradient[matrix] * (new_ID.float() - old_ID.float())).sum())
+        change[point.key] = total
+    return Guided(change, examples)
+
+
+def loss_gradient(
+    examiner: Examiner, matrices: Matrices, count: int = EXAMPLES
+) -> tuple[dict[tuple[int, str], Tensor], int]:
+    """The gradient (I, D), float32, of the mean loss of the first `count` validation examples in
+    the order of examination.
+
+    The loss of a question with choices is the cross-entropy of the right one among them: what
+    changes all alike changes no answer. That of others is in nats per token of the answer.
+    """
+    items = [item for item in _items(examiner) if not item.example.tokens][:count]
+    if len(items) < LEAST:
+        raise UserError(f"--guide needs {LEAST} questions with answers or more, got {len(items)}")
+    names = {examiner.roles.name(*matrix) for matrix in matrices}
+    parameters = {
+        name: p
+        for name, p in examiner.model.named_parameters(remove_duplicate=False)
+        if name in names
+    }
+    wanted = {name: p.requires_grad for name, p in parameters.items()}
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            for item in items:
+                loss = _loss(examiner, item) / len(items)
+                found = torch.autograd.grad(loss, list(parameters.values()))
+                for name, part in zip(parameters, found, strict=True):
+                    sums[name] += part.float()
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(wanted[name])
+    if not all(bool(g.isfinite().all()) for g in sums.values()):
+        raise UserError("--guide: the gradient of the loss is not finite; try --dtype float32")
+    return {matrix: examiner.roles.read(sums, *matrix) for matrix in matrices}, len(items)
+
+
+def _items(examiner: Examiner) -> list[Any]:
+    """The encoded examples in the order of examination."""
+    batches = [batch for stage in examiner.stages for batch in stage]
+    if not all(isinstance(batch, CausalBatch) for batch in batches):
+        raise UserError("--guide is for causal models; this one predicts masked tokens")
+    place = {example.index: n for n, example in enumerate(examiner.order)}
+    items = [item for batch in batches for item in batch.items]
+    return sorted(items, key=lambda item: place[item.example.index])
+
+
+def _loss(examiner: Examiner, item: Any) -> Tensor:
+    """The loss of one example, with a graph."""
+    start = item.shared if item.example.choices else item.start
+    longest = max(map(len, item.full))
+    ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in item.full])
+    ids_BT = ids_BT.to(examiner.model.device)
+    output = examiner.model(input_ids=ids_BT, use_cache=False)  # padded on the right: causal
+    log_p = output.logits[:, start - 1 : -1].float().log_softmax(-1)
+    picked_BT = log_p.gather(-1, ids_BT[:, start:, None])[..., 0]
+    sums = [row[: len(ids) - start].sum() for row, ids in zip(picked_BT, item.full, strict=True)]
+    if item.example.choices:
+        gold = item.example.choices.index(item.example.answer)
+        return -torch.stack(sums).log_softmax(0)[gold]
+    return -sums[0] / (len(item.full[0]) - start)
+
+
+def trials_for(points: int) -> int:
+    """How many trials a guided search makes of so many points, unless it is told."""
+    return min(points, max(10, math.ceil(points / SHARE)))
+
+
+def agreement(guide: Guided, trials: Sequence[Any], key_of: Any) -> dict[str, Any]:
+    """How the predicted changes rank the trials examined in full: Spearman's correlation with
+    their loss and with their accuracy (a good guide: near 1 and near -1).
+
+    None where fewer than three trials were, or all have one value.
+    """
+    from scipy.stats import spearmanr
+
+    found = [(guide.change[key_of(trial)], result) for trial, result in finished(trials)]
+    out: dict[str, Any] = {"examples": guide.examples, "points": len(guide.change)}
+    for name in ("loss", "accuracy"):
+        pairs = [(change, getattr(r, name)) for change, r in found]
+        values = [pair for pair in pairs if pair[1] is not None]
+        varied = len({v for _, v in values}) > 1 and len({c for c, _ in values}) > 1
+        rho = (
+            spearmanr(*zip(*values, strict=True)).statistic if len(values) > 2 and varied else None
+        )
+        out[f"spearman_{name}"] = None if rho is None else float(rho)
+    return out

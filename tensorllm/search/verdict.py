@@ -1,0 +1,171 @@
+"""Whether the winner is better than the original, and what else could explain its gain.
+
+Shapes: N test examples, L labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorllm.evaluation.predictions import Prediction
+from tensorllm.search.objectives import Objective
+
+Finding = Literal["better", "no better", "not known"]
+LEVEL = 0.05  # of the paired test on the test part
+MOST_LABELS = 20
+SHARE = 0.5  # of a gain that a shifted label prior must explain to be named as its cause
+STEPS = 500
+
+
+def verdict(
+    comparison: Mapping[str, Any],
+    selection: Mapping[str, Any] | None,
+    guards: Mapping[str, Any] | None,
+    goal: Objective,
+) -> dict[str, Any]:
+    """What the search found.
+
+    Better: the test part improves, the paired test (McNemar's for accuracy, the bootstrap for
+    loss) has p <= `LEVEL`, and the gain on validation is more than selection alone is worth. No
+    better: the test part does not improve. Otherwise it is not known.
+
+    Args:
+        comparison: `evaluation.statistics.compared` of original and winner on the test part.
+        selection: `selection_gain`, where it is known.
+
+    Returns:
+        `found`, the `sentence` that says so, and `shifted_prior`: whether the gain comes from a
+        label prior that has shifted.
+    """
+    by_loss = goal.prune_by == "loss" or not comparison["asked"]
+    metric = "loss" if by_loss else "accuracy"
+    change = comparison[metric]["difference"] * (-1 if by_loss else 1)
+    p = comparison["loss_p"] if by_loss else comparison["mcnemar_p"]
+    real = selection is None or by_loss or selection["gain_without"] > 0
+    found: Finding = "not known"
+    if change <= 0:
+        found = "no better"
+    elif p <= LEVEL and real:
+        found = "better"
+    why = _why(comparison, metric, p)
+    if found == "not known" and not real:
+        why += "; on validation selection alone is worth its gain"
+    shifted = guards is not None and change > 0 and bool(guards["shifted_prior"])
+    if shifted:
+        assert guards is not None
+        why += (
+            "; the gain comes from a shifted label prior: the original with the winner's shares of "
+            f"labels has {guards['prior_alone']:.1f} %"
+        )
+    sentence = f"{found}: {why}"
+    return {"found": found, "sentence": sentence, "shifted_prior": shifted, "p": p}
+
+
+def _why(comparison: Mapping[str, Any], metric: str, p: float) -> str:
+    low, high = comparison[metric]["interval"]
+    unit, digits = (" nats", 4) if metric == "loss" else (" points", 1)
+    text = (
+        f"on {comparison['examples']:,} test examples {metric} changes by "
+        f"{comparison[metric]['difference']:+.{digits}f}{unit} (95 % interval {low:+.{digits}f} to "
+        f"{high:+.{digits}f}"
+    )
+    if metric == "accuracy":
+        text += (
+            f"; {comparison['wrong_to_right']} wrong→right, "
+            f"{comparison['right_to_wrong']} right→wrong"
+        )
+    return text + f"; p = {p:.2g})"
+
+
+def guards_of(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any] | None:
+    """What accuracy alone hides, for questions that share a few labels.
+
+    Returns:
+        `majority`: the accuracy of always saying the commonest label, per cent. Of `original` and
+        `winner`: `balanced_accuracy` (the mean over labels of their recall, per cent) and the
+        `shares` of predicted labels. `prior_alone`: accuracy of the original's choices when each
+        label gets a bonus such that it predicts labels as often as the winner does; None where the
+        choices of the questions differ. `shifted_prior`: whether that explains half of the gain or
+        more, or balanced accuracy does not improve. None: the answers are not a few labels.
+    """
+    labels = sorted({row.answer for row in before})
+    if not 2 <= len(labels) <= MOST_LABELS or any(
+        not row.choice_log_probabilities for row in before
+    ):
+        return None
+    scores = {"original": _by_label(before, labels), "winner": _by_label(after, labels)}
+    accuracy = {n: _accuracy(r) for n, r in (("original", before), ("winner", after))}
+    gain = accuracy["winner"] - accuracy["original"]
+    prior = _prior_alone(before, after, labels)
+    explained = prior is not None and gain > 0 and prior - accuracy["original"] >= SHARE * gain
+    balanced = scores["winner"]["balanced_accuracy"] - scores["original"]["balanced_accuracy"]
+    counts = [sum(row.answer == label for row in before) for label in labels]
+    return {
+        "majority": 100 * max(counts) / len(before),
+        **scores,
+        "prior_alone": prior,
+        "shifted_prior": gain > 0 and (explained or (prior is not None and balanced <= 0)),
+    }
+
+
+def _accuracy(rows: Sequence[Prediction]) -> float:
+    return 100 * sum(bool(row.correct) for row in rows) / len(rows)
+
+
+def _by_label(rows: Sequence[Prediction], labels: Sequence[str]) -> dict[str, Any]:
+    recalls = [_accuracy([row for row in rows if row.answer == label]) for label in labels]
+    chosen = [row.generation for row in rows]
+    shares = {label: chosen.count(label) / len(chosen) for label in labels}
+    return {"balanced_accuracy": sum(recalls) / len(recalls), "shares": shares}
+
+
+def _prior_alone(
+    before: Sequence[Prediction], after: Sequence[Prediction], labels: Sequence[str]
+) -> float | None:
+    """Accuracy of the original with a bonus per label, such that labels are as frequent as the
+    winner predicts them."""
+    width = {len(row.choice_log_probabilities) for row in before}
+    if width != {len(labels)}:
+        return None
+    order = _label_order(before, labels)
+    if order is None:
+        return None
+    scores_NL = np.array([row.choice_log_probabilities for row in before], np.float64)
+    target_L = np.array([sum(row.generation == label for row in after) for label in order], float)
+    bonus_L = _matching_bonus(scores_NL, target_L / len(after))
+    chosen_N = (scores_NL + bonus_L).argmax(1)
+    gold_N = np.array([order.index(row.answer) for row in before])
+    return float(100 * (chosen_N == gold_N).mean())
+
+
+def _label_order(rows: Sequence[Prediction], labels: Sequence[str]) -> list[str] | None:
+    """The label of each choice, where all questions have the same choices in the same order."""
+    order: list[str | None] = [None] * len(labels)
+    for row in rows:
+        best = int(np.argmax(row.choice_log_probabilities))
+        if order[best] not in (None, row.generation):
+            return None
+        order[best] = row.generation
+    left = [label for label in labels if label not in order]
+    if order.count(None) > 1 or len(left) != order.count(None):
+        return None
+    return [label if label is not None else left[0] for label in order]
+
+
+def _matching_bonus(
+    scores_NL: NDArray[np.float64], target_L: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The bonus per label after which labels are predicted in the target's shares, nearly."""
+    bonus_L = np.zeros(scores_NL.shape[1])
+    step = float(scores_NL.std()) or 1.0
+    best, nearest = bonus_L, np.inf
+    for n in range(STEPS):
+        chosen_N = (scores_NL + bonus_L).argmax(1)
+        share_L = np.bincount(chosen_N, minlength=len(bonus_L)) / len(chosen_N)
+        distance = float(np.abs(share_L - target_L).sum())
+        if distance < nearest:
+            best, nearest = bonus_L.copy(), distance
+        bonus_L = bonus_L + step / (1 + n / 20) * (target_L - share_L)
+    return best
