@@ -17,21 +17,29 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from results import Comparison, begin, parser, real, save
 
 from tensorllm.checkpoint.loader import Loader
-from tensorllm.commands.allocate import energies
 from tensorllm.compression.engine import compressed
+from tensorllm.compression.plan import plan_jobs
+from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import PerLayer, SharedTucker4D
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.search.energy import Allocation, by_energy_at, by_noise_edge, by_ratio, edits_of
-from tensorllm.search.sites import Ranks, SiteEnergy
+from tensorllm.tensors.allocation import allocate
+from tensorllm.tensors.energy import Energy, tucker_energy, tucker_stored
+from tensorllm.tensors.ranks import marchenko_pastur_edge, ranks_for_energy
+from tensorllm.weights import stacked
+
+Ranks = tuple[int, ...]
 
 RATIOS = (1.2, 1.5, 2.0)
 MODEL, STORIES = "models/tinystories-656K", "data/tinystories_1000.json"
@@ -57,15 +65,105 @@ class Subject:
         return out if accuracy is None else {"accuracy": float(accuracy), **out}
 
 
-def candidates(sites: Sequence[SiteEnergy], ratio: float, quick: bool) -> Iterator[Ranks]:
+@dataclass(frozen=True)
+class Layer:
+    """One layer's attention, and its energy."""
+
+    number: int
+    energy: Energy
+
+    def edit(self, ranks: Ranks) -> dict[str, Any]:
+        """As `PerLayer` takes it."""
+        return {"layers": [self.number], "mode": "shared-tucker", "ranks": list(ranks)}
+
+
+Chosen = Sequence[Ranks | None]  # of each layer; None: as it is
+
+
+def energies(folder: Path, layers: Sequence[int] | None) -> list[Layer]:
+    """Read layer by layer from the folder's files."""
+    checkpoint, roles = open_checkpoint(folder)
+    wanted = range(roles.layers) if layers is None else layers
+    out = []
+    for job in plan_jobs(SharedTucker4D(ranks=(1, 1, 1)), roles, wanted):
+        weights = checkpoint.read({roles.name(*matrix) for matrix in job.site.matrices})
+        w = stacked(job.site, roles, weights)
+        out.append(Layer(job.site.layers[0], tucker_energy(w, (0, 1, 2))))
+    return out
+
+
+def stored(layers: Sequence[Layer], chosen: Chosen) -> int:
+    return sum(
+        layer.energy.numbers
+        if ranks is None
+        else int(tucker_stored(layer.energy.shape, torch.tensor([ranks])))
+        for layer, ranks in zip(layers, chosen, strict=True)
+    )
+
+
+def numbers(layers: Sequence[Layer]) -> int:
+    return sum(layer.energy.numbers for layer in layers)
+
+
+def equal_energy(layers: Sequence[Layer], ratio: float) -> Chosen:
+    """The largest share of energy, the same in every mode and layer, that fits; by bisection."""
+    low, high = 1e-12, 1.0
+    for _ in range(40):
+        share = (low + high) / 2
+        fits = numbers(layers) / stored(layers, by_share(layers, share)) >= ratio
+        low, high = (share, high) if fits else (low, share)
+    return by_share(layers, low)
+
+
+def by_share(layers: Sequence[Layer], share: float) -> Chosen:
+    return [tuple(ranks_for_energy(layer.energy.spectra, share).values()) for layer in layers]
+
+
+def noise_edge(layers: Sequence[Layer]) -> Chosen:
+    """The singular values that independent noise would not have.
+
+    The noise's deviation is that for which the median singular value of an unfolding is the median
+    of the Marchenko-Pastur law; see Gavish and Donoho, "The optimal hard threshold for singular
+    values is 4/sqrt(3)", IEEE Trans. Inf. Theory 2014, section III.E.
+    """
+    return [tuple(above_edge(layer.energy)) for layer in layers]
+
+
+def above_edge(energy: Energy) -> Iterator[int]:
+    for axis, values in energy.spectra.items():
+        rows, columns = energy.shape[axis], energy.numbers // energy.shape[axis]
+        small, large = sorted((rows, columns))
+        sigma = float(values.median()) / math.sqrt(large * median(small / large))
+        yield max(1, int((values > marchenko_pastur_edge((rows, columns), sigma)).sum()))
+
+
+def median(aspect: float, points: int = 20_001) -> float:
+    """The median of the Marchenko-Pastur law of squared singular values, by the trapezoid rule."""
+    low, high = (1 - math.sqrt(aspect)) ** 2, (1 + math.sqrt(aspect)) ** 2
+    x = np.linspace(low, high, points)[1:-1]
+    below = np.cumsum(np.sqrt((high - x) * (x - low)) / x)
+    return float(x[int(np.searchsorted(below, below[-1] / 2))])
+
+
+def marginal_error(layers: Sequence[Layer], ratio: float) -> Chosen:
+    """What `compress --target-ratio` chooses."""
+    found = [layer.energy.curve(partial(tucker_stored, layer.energy.shape)) for layer in layers]
+    budget = math.floor(numbers(layers) / ratio)
+    choices = allocate([[[curve]] for curve, _ in found], budget)
+    picked = [s[c.ranks[0] - 1].tolist() for (_, s), c in zip(found, choices, strict=True)]
+    return [tuple(ranks) if any(ranks) else None for ranks in picked]
+
+
+def candidates(layers: Sequence[Layer], ratio: float, quick: bool) -> Iterator[Ranks]:
     """Equal ranks of all layers that just fit the size."""
-    width, head, matrices = sites[0].energy.shape
-    budget = sites[0].numbers / ratio
+    energy = layers[0].energy
+    width, head, matrices = energy.energy.shape
+    budget = energy.numbers / ratio
     heads = sorted({max(1, round(share * head / 8)) for share in range(2, 9)})
     for r2, r3 in itertools.product(heads[-2:] if quick else heads, range(1, matrices + 1)):
         ranks_NC = torch.tensor([(r1, r2, r3) for r1 in range(1, width + 1)])
-        fits = (sites[0].stored(ranks_NC) <= budget) & (
-            ranks_NC[:, 0] <= r2 * r3 * sites[0].shape[3]
+        fits = (tucker_stored(energy.shape, ranks_NC) <= budget) & (
+            ranks_NC[:, 0] <= r2 * r3 * energy.shape[3]
         )
         if bool(fits.any()):
             r1, *_ = ranks_NC[fits][-1].tolist()
@@ -73,40 +171,32 @@ def candidates(sites: Sequence[SiteEnergy], ratio: float, quick: bool) -> Iterat
 
 
 def searched(
-    subject: Subject, sites: Sequence[SiteEnergy], ratio: float, quick: bool
-) -> tuple[list[dict[str, Any]], int]:
+    subject: Subject, layers: Sequence[Layer], ratio: float, quick: bool
+) -> tuple[Chosen, int]:
     """The best of the candidates on validation, and how many there were."""
     tried = []
-    for ranks in candidates(sites, ratio, quick):
-        edits = [site.edit(ranks) for site in sites]
-        found = subject.score("val", edits)
-        tried.append((-found.get("accuracy", 0.0), found["loss"], ranks, edits))
-    return min(tried, key=lambda one: one[:3])[3], len(tried)
+    for ranks in candidates(layers, ratio, quick):
+        found = subject.score("val", [layer.edit(ranks) for layer in layers])
+        tried.append((-found.get("accuracy", 0.0), found["loss"], ranks))
+    return [min(tried)[2]] * len(layers), len(tried)
 
 
 def compare(
     subject: Subject, layers: Sequence[int] | None, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A row per ratio and rule."""
-    sites = energies(subject.folder, SharedTucker4D(ranks=(1, 1, 1)), layers)
+    found = energies(subject.folder, layers)
     scope = "attention of all layers" if layers is None else f"attention of layer {layers[0]}"
     rows = []
 
-    def add(rule: str, ratio: float | None, edits: Sequence[dict[str, Any]], **more: Any) -> None:
-        stored = sum(
-            int(site.stored(torch.tensor([edit["ranks"]])))
-            for site in sites
-            for edit in edits
-            if edit["layers"] == list(site.job.site.layers)
-        )
-        left = sum(
-            s.numbers for s in sites if not any(s.job.site.layers[0] in e["layers"] for e in edits)
-        )
+    def add(rule: str, ratio: float | None, chosen: Chosen, **more: Any) -> None:
+        pairs = zip(found, chosen, strict=True)
+        edits = [layer.edit(ranks) for layer, ranks in pairs if ranks is not None]
         row = {
             "scope": scope,
             "ratio": ratio,
             "rule": rule,
-            "reached": sum(site.numbers for site in sites) / (stored + left),
+            "reached": numbers(found) / stored(found, chosen),
             "ranks": [edit["ranks"] for edit in edits],
             **more,
             **subject.score("test", edits),
@@ -114,15 +204,12 @@ def compare(
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
-    def by_rule(rule: str, ratio: float | None, found: Allocation) -> None:
-        add(rule, ratio, edits_of(sites, found), error=found.error)
-
-    add("original", None, [])
-    by_rule("noise edge", None, by_noise_edge(sites))
+    add("original", None, [None] * len(found))
+    add("noise edge", None, noise_edge(found))
     for ratio in RATIOS[-1:] if args.quick else RATIOS:
-        by_rule("equal energy", ratio, by_energy_at(sites, ratio)[1])
-        by_rule("marginal error", ratio, by_ratio(sites, ratio))
-        best, tried = searched(subject, sites, ratio, args.quick)
+        add("equal energy", ratio, equal_energy(found, ratio))
+        add("marginal error", ratio, marginal_error(found, ratio))
+        best, tried = searched(subject, found, ratio, args.quick)
         add("searched", ratio, best, tried=tried)
     return rows
 

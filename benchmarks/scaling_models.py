@@ -20,13 +20,13 @@ from transformers import (
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
-from tensorllm.commands.search import SearchRequest
-from tensorllm.commands.search_ranks import run
-from tensorllm.commands.search_run import SearchRun
+from tensorllm.commands.search import run
 from tensorllm.compression.engine import compressed as edited
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import make_dataset, score
+from tensorllm.search.request import SearchRequest
+from tensorllm.search.study import Study
 
 
 def gptj(width: int, layers: int) -> Any:
@@ -103,7 +103,7 @@ def search(quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
 
         def work(trials: int) -> Callable[[], Any]:
-            made = SearchRun(request(trials, folder))
+            made = Study(request(trials, folder))
             queue = made.queue(made.request.study or Path(folder))
             made.fill(queue)
             return lambda: made.work(queue)

@@ -33,13 +33,13 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.examiner import Examiner
-from tensorllm.search.found import Found, unpack
-from tensorllm.search.kept import Budget
+from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
 from tensorllm.search.stopping import Rival
-from tensorllm.search.worker import merit
+from tensorllm.search.trial import TrialResult, unpack
 
 TRIALS, LAYERS = 48, (8, 9, 10, 11)
 FEVER, TOKENIZER = "data/fever_paper_dev.jsonl", "models/tinystories-656K"
@@ -84,7 +84,7 @@ class Given(NamedTuple):
         return Examiner(
             self.model, self.tokenizer, self.data.examples, PROTOCOLS["strict"],
             max_new_tokens=self.data.max_new_tokens, points=self.points, seed=self.seed,
-            budget=Budget(default_budget(self.model.device)),
+            budget=CacheBudget(default_budget(self.model.device)),
         )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def timed_naive(
 
 
 def timed_batched(
-    given: Given, known: list[Found], trials: int
+    given: Given, known: list[TrialResult], trials: int
 ) -> tuple[float, list[tuple[float, float]]]:
     """Seconds for all trials, from a sample, and how far accuracies and losses are from `known`."""
     differences = []
@@ -147,15 +147,15 @@ def sample(items: list[Any], count: int) -> list[Any]:
     return [items[n * len(items) // count] for n in range(count)]
 
 
-def verdicts_of(examiner: Examiner, found: Found) -> list[bool]:
+def verdicts_of(examiner: Examiner, found: TrialResult) -> list[bool]:
     """In the order of the dataset, not of the examination."""
     pairs = zip(examiner.order, unpack(found.correct, found.seen), strict=True)
     return [verdict for _, verdict in sorted((e.index, verdict) for e, verdict in pairs)]
 
 
-def in_turn(examiner: Examiner, points: list[Point]) -> list[Found]:
+def in_turn(examiner: Examiner, points: list[Point]) -> list[TrialResult]:
     """Every point against the best one before it, given up when it has lost."""
-    found: list[Found] = []
+    found: list[TrialResult] = []
     for point in points:
         best = best_of(found)
         rival = None
@@ -165,10 +165,10 @@ def in_turn(examiner: Examiner, points: list[Point]) -> list[Found]:
     return found
 
 
-def best_of(found: list[Found]) -> int | None:
+def best_of(found: list[TrialResult]) -> int | None:
     """The place of the best one of those examined in full."""
     full = [i for i, f in enumerate(found) if not f.stopped]
-    return min(full, key=lambda i: merit(found[i], "accuracy"), default=None)
+    return min(full, key=lambda i: OBJECTIVES["accuracy"].order(found[i]), default=None)
 
 
 def measure(given: Given, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:

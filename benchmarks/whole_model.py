@@ -1,4 +1,4 @@
-"""Whole models at equal size: ours beside SVD, SharedTucker4D, ASVD and SVD-LLM.
+"""Whole models at equal size: ours beside SVD, SharedTucker4D, ASVD, SVD-LLM and AA-SVD.
 
     python benchmarks/whole_model.py
     python benchmarks/whole_model.py --models demo --seeds 5 6 --add
@@ -12,16 +12,14 @@ Times and memory are measured apart: whole_model_cost.py.
 import argparse
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import asvd, rank_at, svd, svd_llm, tucker_ranks
 from closed_gap import summary
-from inputs import Matrix, input_moments, mean_abs
 from results import RESULTS, Comparison, begin, parser, save
 from torch import nn
 from whole_model_texts import demo, stories
@@ -29,15 +27,25 @@ from whole_model_texts import demo, stories
 from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.fit import measure_for
 from tensorllm.compression.engine import compress
-from tensorllm.compressors import ActivationHybrid, ActivationTucker, SharedTucker4D
+from tensorllm.compressors import (
+    ActivationHybrid,
+    ActivationTucker,
+    Hybrid,
+    PlainSVD,
+    SharedTucker4D,
+)
+from tensorllm.compressors.settings import make_compressor
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.tensors.pivoted import pivoted_parameters
+from tensorllm.tensors.ranks import tucker_parameters
+from tensorllm.tensors.stacking import ATTENTION, FFN
+from tensorllm.tensors.tucker import relative_error, tucker
 
 SCOPES: dict[str, type[ActivationTucker]] = {
     "attention": ActivationTucker,
     "whole model": ActivationHybrid,
 }
+ROLES = {"attention": ATTENTION, "whole model": ATTENTION + FFN}
 MODELS = ("tinystories", "demo")
 RATIOS = (1.2, 1.5, 2.0, 3.0)
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -72,10 +80,6 @@ class Bench:
         order = torch.randperm(len(told), generator=draws)[: self.drawn].tolist()
         return Calibration(tuple(tuple(told[i]) for i in order), source="benchmark", seed=seed)
 
-    def matrices(self, scope: str) -> list[Matrix]:
-        clusters = SCOPES[scope](target_ratio=2).clusters(self.roles.geometry)
-        return [(i, role) for i in range(self.roles.layers) for c in clusters for role in c]
-
     @torch.no_grad()
     def loss(self, model: nn.Module) -> dict[str, float]:
         """Nats per predicted token on each text."""
@@ -97,37 +101,20 @@ class Bench:
             out[name] = total / tokens
         return out
 
-    def map(self, weights: dict[str, torch.Tensor], layer: int, role: str) -> torch.Tensor:
-        """The matrix from inputs to outputs (Y, X)."""
-        w_ID = self.roles.read(weights, layer, role)
-        return w_ID.mT if role in ("o", "out") else w_ID
-
-    def put(
-        self, weights: dict[str, torch.Tensor], layer: int, role: str, w_YX: torch.Tensor
-    ) -> None:
-        self.roles.write(weights, layer, role, w_YX.mT if role in ("o", "out") else w_YX)
-
     def add(self, scope: str, ratio: float, method: str, seed: int | None, **more: Any) -> None:
         row = {"scope": scope, "ratio": ratio, "method": method, "seed": seed, **more}
         self.rows.append(row)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
-    def per_matrix(
-        self, scope: str, ratio: float, method: str, seed: int | None, of: Callable[..., Any]
+    def baseline(
+        self, scope: str, ratio: float, method: str, seed: int | None, text: Calibration | None
     ) -> None:
-        """Score the model whose matrices are replaced by `of(w, matrix, rank)`."""
+        """A mode of the field at the same share of every matrix."""
+        roles = [role for role in ROLES[scope] if role in self.roles.geometry.roles]
+        wanted = make_compressor(method, {"kept": 1 / ratio, "matrices": roles})
         model = copy.deepcopy(self.dense)
-        weights, stored = parameters_of(model), 0
-        for layer, role in self.matrices(scope):
-            w_YX = self.map(weights, layer, role)
-            shape = (w_YX.shape[0], w_YX.shape[1])
-            rank = rank_at(shape, ratio)
-            if method.endswith("pivoted"):
-                rank = _pivoted_rank(shape, ratio)
-                stored += pivoted_parameters(shape, rank)
-            else:
-                stored += rank * sum(shape)
-            self.put(weights, layer, role, of(w_YX, (layer, role), rank))
+        report = compress(model, wanted, calibration=text)
+        stored = sum(site.parameters_after for site in report.sites)
         self.add(scope, ratio, method, seed, parameters=stored, **self.loss(model))
 
     def shared_tucker(self, scope: str, ratio: float) -> None:
@@ -136,55 +123,61 @@ class Bench:
         site = SharedTucker4D(ranks=(1, 1, 1)).jobs(self.roles.spec, (0,))[0].site
         weights = parameters_of(self.dense)
         first = [self.roles.read(weights, *matrix) for matrix in site.matrices]
-        ranks = tucker_ranks(site.stack(first, self.roles.geometry), ratio)
-        report = compress(model, SharedTucker4D(ranks=ranks))
+        attention = SharedTucker4D(
+            ranks=tucker_ranks(site.stack(first, self.roles.geometry), ratio)
+        )
+        ffn = [r for r in self.roles.geometry.roles if r in FFN and r in ROLES[scope]]
+        wanted: Any = attention
+        if ffn:
+            wanted = Hybrid(attention=attention, ffn=PlainSVD(kept=1 / ratio, matrices=tuple(ffn)))
+        report = compress(model, wanted)
         stored = sum(site.parameters_after for site in report.sites)
-        for layer, role in self.matrices(scope):
-            if role in ("in", "gate", "out"):
-                w_YX = self.map(parameters_of(model), layer, role)
-                rank = rank_at((w_YX.shape[0], w_YX.shape[1]), ratio)
-                stored += rank * sum(w_YX.shape)
-                self.put(parameters_of(model), layer, role, svd(w_YX, rank))
         self.add(scope, ratio, "shared-tucker", None, parameters=stored, **self.loss(model))
 
     def ours(self, scope: str, ratio: float, seed: int, text: Calibration, **more: Any) -> None:
-        moments = more.pop("moments")
+        covariances = more.pop("covariances")
         model = copy.deepcopy(self.dense)
         wanted = SCOPES[scope](target_ratio=ratio, **self.settings, **more)
-        report = compress(model, fit(wanted, model, text, moments=moments))
+        report = compress(model, fit(wanted, model, text, covariances=covariances))
         stored = sum(site.parameters_after for site in report.sites)
         name = " ".join(["ours", *(f"{key}={value}" for key, value in more.items())])
         self.add(scope, ratio, name, seed, parameters=stored, **self.loss(model))
 
 
-def _pivoted_rank(shape: tuple[int, int], ratio: float) -> int:
-    budget = shape[0] * shape[1] / ratio
-    fits = [r for r in range(1, min(shape) + 1) if pivoted_parameters(shape, r) <= budget]
-    return fits[-1]
+def tucker_ranks(w_DKMG: torch.Tensor, ratio: float) -> tuple[int, int, int]:
+    """Of all ranks on a grid that meet the ratio, those with the least error on this layer."""
+    sizes, found = tuple(w_DKMG.shape), []
+    for r2 in sorted({sizes[1] * eighths // 8 for eighths in range(4, 9)}):
+        for r3 in range(2, sizes[2] + 1):
+            stored = [
+                tucker_parameters(sizes, {0: r, 1: r2, 2: r3}) for r in range(1, sizes[0] + 1)
+            ]
+            r1 = sum(numbers <= w_DKMG.numel() / ratio for numbers in stored)
+            if r1:
+                error = relative_error(w_DKMG, tucker(w_DKMG, {0: r1, 1: r2, 2: r3}))
+                found.append((error, (r1, r2, r3)))
+    return min(found)[1]
 
 
 def run_seed(bench: Bench, seed: int) -> None:
     """All methods that look at text, on one draw of it; variants of ours on the first."""
     text = bench.calibration(seed)
-    at = (bench.dense, bench.roles, bench.matrices("whole model"))
-    seen, scales = input_moments(*at, text), mean_abs(*at, text)
-    felt = measure_for(ActivationHybrid(target_ratio=2), bench.dense, text)
+    known = measure_for(ActivationHybrid(target_ratio=2), bench.dense, text)
     for scope in SCOPES:
         for ratio in bench.ratios:
-            bench.per_matrix(scope, ratio, "asvd", seed, lambda w, m, r: asvd(w, scales[m], r))
-            for method in ("svd-llm", "svd-llm pivoted"):
-                bench.per_matrix(scope, ratio, method, seed, lambda w, m, r: svd_llm(w, seen[m], r))
-            bench.ours(scope, ratio, seed, text, moments=felt)
+            for method in ("asvd", "svd-llm", "svd-llm-sequential", "aa-svd"):
+                bench.baseline(scope, ratio, method, seed, text)
+            bench.ours(scope, ratio, seed, text, covariances=known)
     for settings in bench.variants if seed == 0 else ():
-        known = None if "weighting" in settings else felt
-        bench.ours("whole model", bench.ratios[-1], seed, text, moments=known, **settings)
+        given = None if "weighting" in settings else known
+        bench.ours("whole model", bench.ratios[-1], seed, text, covariances=given, **settings)
 
 
 def run_without_text(bench: Bench) -> None:
     """The methods that need no calibration."""
     for scope in SCOPES:
         for ratio in bench.ratios:
-            bench.per_matrix(scope, ratio, "svd", None, lambda w, m, r: svd(w, r))
+            bench.baseline(scope, ratio, "svd", None, None)
             bench.shared_tucker(scope, ratio)
 
 

@@ -7,7 +7,7 @@ seen and felt (ours) or seen (SVD-LLM) on the calibration text, for all layers; 
 follows up to a model with other weights. Memory is the peak of the process's resident bytes from
 then on, above what it held with the model and the text loaded: moments, activations, gradients and
 the second model. Streamed, ours holds one layer at a time and does measuring and fitting in one.
-SVD-LLM is baselines.py's: one pass forward, a Cholesky factor and an SVD per matrix.
+SVD-LLM is the mode `svd-llm`: one pass forward, a Cholesky factor and an SVD per matrix.
 """
 
 import argparse
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import rank_at, svd_llm
-from inputs import Matrix, input_moments
 from results import Comparison, begin, parser, save
 from whole_model import MODELS, Bench
 
@@ -32,8 +30,7 @@ from tensorllm.calibration import Calibration, fit, fit_folder
 from tensorllm.calibration.fit import measure_for
 from tensorllm.compression.engine import compress
 from tensorllm.compression.publish import peak_resident_bytes
-from tensorllm.compressors import ActivationHybrid
-from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.compressors import SVDLLM, ActivationHybrid
 
 METHODS = ("svd-llm", "ours", "ours, streamed")
 
@@ -59,29 +56,14 @@ class Meter:
 
 
 def peer(model: Any, text: Calibration, meter: Meter) -> None:
-    """SVD-LLM on every matrix."""
-    roles = RoleMatrices(model.config, parameters_of(model))
-    matrices: list[Matrix] = [
-        (layer, role) for layer in range(roles.layers) for role in roles.geometry.roles
-    ]
-    seen = meter.step("measuring", lambda: input_moments(model, roles, matrices, text))
-
-    def decompose() -> None:
-        weights = parameters_of(copy.deepcopy(model))
-        for layer, role in matrices:
-            w_ID = roles.read(weights, layer, role)
-            transposed = role in ("o", "out")
-            w_YX = w_ID.mT if transposed else w_ID
-            found = svd_llm(w_YX, seen[layer, role], rank_at((w_YX.shape[0], w_YX.shape[1]), 2))
-            roles.write(weights, layer, role, found.mT if transposed else found)
-
-    meter.step("fitting", decompose)
+    """SVD-LLM on every matrix: measured and decomposed layer by layer."""
+    meter.step("fitting", lambda: fit(SVDLLM(kept=0.5), model, text))
 
 
 def ours(wanted: ActivationHybrid, model: Any, text: Calibration, meter: Meter) -> None:
-    moments = meter.step("measuring", lambda: measure_for(wanted, model, text))
+    known = meter.step("measuring", lambda: measure_for(wanted, model, text))
     smaller = copy.deepcopy(model)
-    meter.step("fitting", lambda: compress(smaller, fit(wanted, model, text, moments=moments)))
+    meter.step("fitting", lambda: compress(smaller, fit(wanted, model, text, covariances=known)))
 
 
 def child(args: argparse.Namespace) -> None:

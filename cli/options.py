@@ -67,3 +67,48 @@ def shares(option: str, text: str) -> tuple[float, ...]:
     if not values or not all(0 < value <= 1 for value in values):
         raise UserError(f"{option} takes shares in (0, 1] such as 0.5,0.9; got {text!r}")
     return values
+
+
+def values(option: str, text: str | None) -> tuple[int | float | str, ...] | None:
+    """`64,96`, `0.1,0.5` or `in,in+out`: whole numbers, numbers or names."""
+    if text is None:
+        return None
+    found = tuple(_value(part.strip()) for part in text.split(","))
+    if "" in found:
+        raise UserError(f"{option} takes values such as 64,96; got {text!r}")
+    return found
+
+
+def named_values(option: str, items: list[str] | None) -> dict[str, tuple[int | float | str, ...]]:
+    """`NAME=V1,V2` items: values by name."""
+    out: dict[str, tuple[int | float | str, ...]] = {}
+    for item in items or []:
+        name, _, text = item.partition("=")
+        found = values(option, text) if name and text else None
+        if found is None:
+            raise UserError(f"{option} takes NAME=V1,V2,... such as rank=4,8; got {item!r}")
+        out[name.strip()] = found
+    return out
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def seconds(option: str, text: str | None) -> float | None:
+    """`90s`, `10m`, `2h`, or a number of seconds."""
+    if text is None:
+        return None
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        found = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        found = 0
+    if not 0 < found < float("inf"):
+        raise UserError(f"{option} takes a time such as 90s, 10m or 2h; got {text!r}")
+    return found

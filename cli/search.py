@@ -16,10 +16,10 @@ def search_ranks(
         typer.Option(help="`tensorllm list datasets`, or a YAML file (default: the model's)."),
     ] = None,
     mode: Annotated[
-        str, typer.Option(help="shared-tucker, per-matrix-tucker, laser or hybrid.")
+        str, typer.Option(help="Any that says what may be varied: `tensorllm list compressors`.")
     ] = "shared-tucker",
     objective: Annotated[
-        str, typer.Option(help="accuracy, loss, or pareto (accuracy against ratio).")
+        str, typer.Option(help="accuracy, loss, pareto (accuracy against ratio), or a plugin's.")
     ] = "accuracy",
     layers: Annotated[
         str | None, typer.Option(help="Candidates such as 8-27 (default: all).")
@@ -38,12 +38,20 @@ def search_ranks(
     matrices: Annotated[
         str | None, typer.Option(help="Sets of matrices LASER edits, such as in,out,in+out.")
     ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="Values of any dimension of the mode: NAME=V1,V2 (repeatable)."),
+    ] = None,
     layout: Annotated[str | None, shared.LAYOUT] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file, for modes that are fitted to text.")
+    ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Largest relative error of a decomposition.")
     ] = None,
     min_ratio: Annotated[
-        float | None, typer.Option(help="Least ratio of the decomposed matrices' parameters.")
+        float | None,
+        typer.Option(help="Least ratio of the matrices' parameters (default: 1; 0: any)."),
     ] = None,
     trials: Annotated[
         int | None, typer.Option(help="How many (default: a grid of up to 100, else 100).")
@@ -54,9 +62,12 @@ def search_ranks(
     seed: Annotated[int, typer.Option(help="Of the order, the sampler and the bootstrap.")] = 0,
     stop_level: Annotated[
         float,
-        typer.Option(help="Chance of giving the best trial up early; 0: only when it has lost."),
+        typer.Option(help="Chance of pruning the best trial early; 0: only when it has lost."),
     ] = 0.001,
     full: Annotated[bool, typer.Option("--full", help="Examine every trial to its end.")] = False,
+    time_limit: Annotated[
+        str | None, typer.Option(help="Begin no trial after 90s, 10m or 2h; the study goes on.")
+    ] = None,
     study: Annotated[
         Path | None, typer.Option(help="Folder of the study; an interrupted one goes on.")
     ] = None,
@@ -82,7 +93,7 @@ def search_ranks(
     log_dir: Annotated[Path | None, shared.LOG_DIR] = None,
     json: Annotated[bool, shared.JSON] = False,
 ) -> None:
-    """Find the layer and the ranks that make a model best; chosen on validation, told on test.
+    """Find the layer and the ranks that make a model best; chosen on validation, reported on test.
 
     Examples:
 
@@ -98,10 +109,10 @@ def search_ranks(
         INTERRUPT.keeps(study, "--study")
     else:
         INTERRUPT.leaves = lambda: "run the same command again: the database has what is finished"
-    with progress_bar("loading") as progress:
-        from tensorllm.commands.search import SearchRequest
-        from tensorllm.commands.search_ranks import run
+    with progress_bar("loading", every=30) as progress:
+        from tensorllm.commands.search import run
         from tensorllm.lightning.loggers import metric_log
+        from tensorllm.search.request import SearchRequest
         from tensorllm.search.worker import Rules
 
         request = SearchRequest(
@@ -114,17 +125,18 @@ def search_ranks(
             limit=limit,
             dtype=dtype,
             layers=options.layers(layers),
-            r1=options.ranks(r1),
-            r2=options.ranks(r2),
-            r3=options.ranks(r3),
-            rho=None if rho is None else options.shares("--rho", rho),
+            r1=options.values("--r1", r1),
+            r2=options.values("--r2", r2),
+            r3=options.values("--r3", r3),
+            rho=options.values("--rho", rho),
             matrices=options.names(matrices),
+            vary=options.named_values("--vary", vary),
             tied=tied,
             together=together,
             compose=compose,
             layout=layout,
             rules=Rules(
-                objective=objective,  # type: ignore[arg-type]  # checked there
+                objective=objective,
                 level=None if full else stop_level,
                 max_error=max_error,
                 min_ratio=min_ratio,
@@ -132,6 +144,8 @@ def search_ranks(
             sampler=sampler,
             trials=trials,
             seed=seed,
+            calibration=calibration,
+            time_limit=options.seconds("--time-limit", time_limit),
             study=study,
             storage=storage,
             workers=workers,

@@ -27,15 +27,19 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(begin: str = "reading") -> Iterator[Update]:
-    """A bar with the time left on standard error; nothing where that is not a terminal.
+def progress_bar(begin: str = "reading", every: float | None = None) -> Iterator[Update]:
+    """A bar with the time left on standard error; where that is not a terminal, lines or nothing.
 
     Args:
         begin: what is being done until the first update says more.
+        every: seconds between two lines where there is no terminal; None: no lines.
     """
     console = Console(stderr=True)
-    if is_quiet() or not console.is_terminal:
+    if is_quiet() or (every is None and not console.is_terminal):
         yield lambda done, total, what: None
+        return
+    if every is not None and not console.is_terminal:
+        yield lines(every)
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
@@ -56,6 +60,21 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
             bar.update(task, completed=done, description=what)
 
         yield update
+
+
+def lines(every: float, clock: Callable[[], float] = time.monotonic) -> Update:
+    """Progress as lines on standard error, for logs: one now and then, none of what is short."""
+    timer, last = Timer(clock), clock()
+
+    def update(done: int, total: int, what: str) -> None:
+        nonlocal last
+        timer.told(done, total)
+        if clock() - last >= every:
+            last = clock()
+            sys.stderr.write(f"{done} of {total}, {what}, {timer}\n")
+            sys.stderr.flush()
+
+    return update
 
 
 class Timer:

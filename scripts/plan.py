@@ -14,12 +14,12 @@ from benchmark_tables import Lookup, amount, figure, table
 from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, scaling
 from scaling_tensors import ranks_at  # plan_machines says where that lies
 
-from tensorllm.calibration.groups import input_width, output_width
-from tensorllm.calibration.sizes import candidates
 from tensorllm.checkpoint.writer import SHARD_BYTES
-from tensorllm.compression.plan import BASE_BYTES, WORKING_COPIES
+from tensorllm.compression.dry_run import BASE_BYTES, WORKING_COPIES
 from tensorllm.compressors import ActivationHybrid, Site
+from tensorllm.compressors.calibrated.activation import groupings
 from tensorllm.tensors.ranks import tucker_parameters
+from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 
 # Llama-3.1-405B, as its config.json has it; weights in bfloat16
@@ -37,9 +37,9 @@ QUESTIONS, PROMPT, VALIDATION = 10_000, 100, 0.2  # asked, tokens of each, share
 TRIALS, EDITED = 100, 16  # of a search over so many last layers
 COPIES = 3  # of its largest moment that a fit holds while it decomposes
 
-CLUSTERS = ActivationHybrid(target_ratio=2).clusters(GEOMETRY)
-INPUTS = [input_width(GEOMETRY, cluster[0]) for cluster in CLUSTERS]
-OUTPUTS = [sum(output_width(GEOMETRY, role) for role in cluster) for cluster in CLUSTERS]
+CLUSTERS = reading_together([role for role in GEOMETRY.roles if role in ActivationHybrid.roles])
+INPUTS = [GEOMETRY.inputs(cluster[0]) for cluster in CLUSTERS]
+OUTPUTS = [sum(map(GEOMETRY.outputs, cluster)) for cluster in CLUSTERS]
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _decompositions() -> tuple[float, list[int]]:
     """Of one layer's candidates, then of the chosen factors: float64 products, eigenproblems."""
     products, orders = 0.0, list[int]()
     for cluster, x in zip(CLUSTERS, INPUTS, strict=True):
-        for group in [*candidates(cluster, True), cluster]:
-            m = sum(output_width(GEOMETRY, role) for role in group)
+        for group in [*dict.fromkeys(g for way in groupings(cluster, True) for g in way), cluster]:
+            m = sum(map(GEOMETRY.outputs, group))
             wide, small = max(m, x), min(m, x)
             products += wide**2 * small + wide * small**2
             orders += [small, small]  # a root, and the components

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SharedTucker4D,
         Trawl,
     )
+    from tensorllm.compressors.budget import Budget
     from tensorllm.errors import UserError
     from tensorllm.evaluation.evaluate import evaluate_model
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ActivationHybrid": "tensorllm.compressors",
     "ActivationTucker": "tensorllm.compressors",
+    "Budget": "tensorllm.compressors.budget",
     "COMPRESSORS": "tensorllm.compressors",
     "Calibration": "tensorllm.calibration.sequences",
     "Compressor": "tensorllm.compressors",
@@ -59,6 +61,7 @@ __all__ = [
     "COMPRESSORS",
     "ActivationHybrid",
     "ActivationTucker",
+    "Budget",
     "Calibration",
     "Compressor",
     "Hybrid",

@@ -3,6 +3,7 @@ is here already.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -53,13 +54,33 @@ def local_copy(
         from huggingface_hub.constants import HF_HUB_CACHE
 
         root = Path(HF_HUB_CACHE)
-    cached = f"{kind}s--{repo.replace('/', '--')}"
-    for place in _named(root, cached), _named(root / "hub", cached):
-        if place is not None and (snapshot := _snapshot(place, revision)) is not None:
+    for cache in (root, root / "hub"):
+        if (snapshot := _cached(cache, repo, kind, revision)) is not None:
             return snapshot
     owner, _, name = repo.rpartition("/")
     under = _named(root, owner) if owner else None
     return (_named(under, name) if under else None) or _named(root, name)
+
+
+def _cached(cache: Path, repo: str, kind: str, revision: str | None) -> Path | None:
+    """A repository's snapshot in a cache of the hub: the revision, `main`, or the newest."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    place = _named(cache, repo_folder_name(repo_id=repo, repo_type=kind))
+    if place is None:
+        return None
+    spelt = place.name.removeprefix(f"{kind}s--").replace("--", "/")  # as it was fetched
+    for wanted in (revision, "main"):
+        with suppress(LocalEntryNotFoundError):
+            return Path(
+                snapshot_download(
+                    spelt, repo_type=kind, revision=wanted, cache_dir=cache, local_files_only=True
+                )
+            )
+    newest = sorted(_folders(place / "snapshots"), key=lambda path: path.stat().st_mtime)
+    return newest[-1] if newest else None
 
 
 def _named(folder: Path, name: str) -> Path | None:
@@ -71,14 +92,3 @@ def _named(folder: Path, name: str) -> Path | None:
 def _folders(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
         yield from sorted(path for path in folder.iterdir() if path.is_dir())
-
-
-def _snapshot(place: Path, revision: str | None) -> Path | None:
-    """One of a cached repository's snapshots: the revision, `main`, or the newest."""
-    for wanted in (revision, "main"):
-        note = place / "refs" / (wanted or "main")
-        commit = note.read_text().strip() if note.is_file() else wanted
-        if commit and (place / "snapshots" / commit).is_dir():
-            return place / "snapshots" / commit
-    newest = sorted(_folders(place / "snapshots"), key=lambda path: path.stat().st_mtime)
-    return newest[-1] if newest else None

@@ -74,11 +74,12 @@ def test_the_users_own_cache_is_looked_into_first(
 
 def test_a_revision_goes_before_main_and_main_before_others(copy: Path, tmp_path: Path):
     root = tmp_path / "root"
-    for revision, ref in (("old", "v0"), ("new", "main"), ("other", "v2")):
+    other = "0" * 39 + "3"  # a commit
+    for revision, ref in (("old", "v0"), ("new", "main"), (other, "v2")):
         cached(root, copy, revision, ref)
     assert local_copy(REPO, "dataset", root).name == "new"
     assert local_copy(REPO, "dataset", root, "v0").name == "old"
-    assert local_copy(REPO, "dataset", root, "other").name == "other"
+    assert local_copy(REPO, "dataset", root, other).name == other
     assert local_copy(REPO, "model", root) is None
     assert local_copy("gpt2", "model", tmp_path / "nowhere") is None
 

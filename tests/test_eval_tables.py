@@ -167,7 +167,7 @@ def found_by_a_search(ratio: float) -> dict[str, Any]:
         "dataset": "demo",
         "protocol": "strict",
         "objective": "accuracy",
-        "trials": dict.fromkeys(("examined", "given_up", "infeasible", "failed"), 0),
+        "trials": dict.fromkeys(("examined", "pruned", "infeasible", "failed"), 0),
         "stop_level": 0.001,
         "validation_examples": 100,
         "top": [],
@@ -195,7 +195,7 @@ def test_a_composition_is_told_edit_by_edit_and_the_gain_with_its_luck():
     ]
     scores = [{"accuracy": 62.5, "loss": 0.8312}, {"accuracy": 71.25, "loss": 0.7644}]
     results["steps"] = [{**e, "validation": s} for e, s in zip(edits, scores, strict=True)]
-    results["trials"] = {"examined": 40, "given_up": 12, "infeasible": 0, "failed": 2}
+    results["trials"] = {"examined": 40, "pruned": 12, "infeasible": 0, "failed": 2}
     results["selection"] = {"gain": 42.92, "optimism": 1.26, "interval": [-0.4, 3.1]}
     results |= {"objective": "pareto", "front": []}
     lines = shown(search_tables(results)).splitlines()

@@ -6,7 +6,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tensorllm.data.demo import MODEL_DIR
 from tensorllm_cli.app import main
 
 SMALL = ["--model", "demo", "--mode", "laser", "--rho", "0.01,0.1", "--limit", "120"]
@@ -62,23 +61,24 @@ def test_a_user_s_mistake_is_one_line(tmp_path, capfd):
     assert "0..3, got 7" in capfd.readouterr().err
 
 
-def test_energy_needs_no_data(tmp_path, capfd):
-    ratio = ["--objective", "energy", "--min-ratio", 3, "--study", tmp_path]
-    command("search-ranks", "--model", MODEL_DIR, *ratio, "--json")
-    found = json.loads(capfd.readouterr().out)
-    assert found["rules"]["marginal error"]["ratio"] >= 3
-    command("compress", "--config", tmp_path / "best.yaml", "--json")
-    report = json.loads(capfd.readouterr().out)
-    assert report["ratios"]["matrices_compressed"] >= 3
-    wanted = found["rules"]["marginal error"]["ranks"]
-    assert [site["ranks"] for site in report["sites"]] == wanted
-    command(
-        "search-ranks", "--model", MODEL_DIR, "--objective", "energy", "--min-ratio", 1e9, code=2
-    )
-    assert "best reachable" in capfd.readouterr().err
+def test_dimensions_of_the_mode_are_named_where_one_does_not_exist(capfd):
+    command("search-ranks", "--model", "demo", "--mode", "laser", "--vary", "R9=1", code=2)
+    assert "mode 'laser' has no R9; it has rho, matrices" in capfd.readouterr().err
+    command("search-ranks", "--model", "demo", "--mode", "laser", "--vary", "rho", code=2)
+    assert "--vary takes NAME=V1,V2" in capfd.readouterr().err
+    command("search-ranks", "--model", "demo", "--mode", "laser", "--rho", "1.5", code=2)
+    assert "rho must be in (0, 1], got 1.5" in capfd.readouterr().err
+    command("search-ranks", "--model", "demo", "--mode", "trawl", code=2)
+    assert "mode 'trawl' has nothing to search" in capfd.readouterr().err
 
 
-def test_energy_imports_plugins(capfd):
-    arguments = ["--objective", "energy", "--plugin", "no_such_module"]
-    command("search-ranks", "--model", MODEL_DIR, *arguments, code=2)
-    assert "cannot import the plugin 'no_such_module'" in capfd.readouterr().err
+def test_energy_is_no_objective_of_a_search(capfd):
+    command("search-ranks", "--model", "demo", "--objective", "energy", code=2)
+    assert "must be one of accuracy, loss, pareto" in capfd.readouterr().err
+
+
+def test_a_time_limit_before_the_first_trial_is_one_line(tmp_path, capfd):
+    command("search-ranks", *SMALL, "--study", tmp_path, "--time-limit", "0.01s", code=1)
+    assert "--time-limit ended before the first of 16 trials" in capfd.readouterr().err
+    command("search-ranks", *SMALL, "--time-limit", "soon", code=2)
+    assert "90s, 10m or 2h; got 'soon'" in capfd.readouterr().err

@@ -10,16 +10,17 @@ import yaml
 
 from tensorllm.commands.compress import CompressRequest
 from tensorllm.commands.compress import run as run_compress
-from tensorllm.commands.search import SearchRequest
-from tensorllm.commands.search_compose import Step
-from tensorllm.commands.search_ranks import run
-from tensorllm.commands.search_run import SearchRun
+from tensorllm.commands.search import run
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import PerLayer
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model
-from tensorllm.search.found import Found
+from tensorllm.search.composition import Step
+from tensorllm.search.objectives import OBJECTIVES
+from tensorllm.search.request import SearchRequest
 from tensorllm.search.space import Point
+from tensorllm.search.study import Study
+from tensorllm.search.trial import TrialResult
 from tensorllm.search.worker import Rules
 
 # Every layer's two FFN matrices at one rank: eight points, then the seven that are left, ...
@@ -43,7 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_all(study: Path) -> dict[str, Any]:
     """The search where every edit counts as a gain, so that there are as many as asked for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "gains", lambda self, objective: True)
+        patch.setattr(Step, "gains", lambda self, goal: True)
         return run(replace(WANTED, study=study)).results
 
 
@@ -53,11 +54,11 @@ def found(study: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def search() -> SearchRun:
-    return SearchRun(WANTED)
+def search() -> Study:
+    return Study(WANTED)
 
 
-def naive(search: SearchRun, edits: list[dict[str, Any]]) -> dict[str, Any]:
+def naive(search: Study, edits: list[dict[str, Any]]) -> dict[str, Any]:
     """Scores of a fresh model with these edits, on the validation part."""
     model = search.loader()
     if edits:
@@ -82,15 +83,15 @@ def edit(step: dict[str, Any]) -> dict[str, Any]:
 def test_an_edit_is_kept_where_validation_gets_better(
     after: tuple[float, float], objective: str, gains: bool
 ) -> None:
-    before = Found(50.0, 1.0, 100, False, 1.0, 0, 0.0, "", 0.0)
+    before = TrialResult(50.0, 1.0, 100, False, 1.0, 0, 0.0, "", 0.0)
     found = replace(before, accuracy=after[0], loss=after[1])
     step = Step(Point("laser", (0,), {"rank": 1}), found, before, [], 0)
-    assert step.gains(objective) is gains
+    assert step.gains(OBJECTIVES[objective]) is gains
 
 
 @pytest.mark.slow
 def test_each_step_is_the_best_there_is_on_top_of_those_before(
-    found: dict[str, Any], search: SearchRun
+    found: dict[str, Any], search: Study
 ) -> None:
     points = [search.space.point(values).recipe() for values in search.space.grid]
     base: list[dict[str, Any]] = []

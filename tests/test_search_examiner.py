@@ -10,12 +10,12 @@ from tensorllm.compression.plan import plan_jobs
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.search.bank import Bank, edited
-from tensorllm.search.examiner import LEAST, Examiner, TooFar, shuffled
-from tensorllm.search.found import pack, unpack
-from tensorllm.search.kept import Budget
+from tensorllm.search.activation_cache import CacheBudget
+from tensorllm.search.decompositions import Decompositions, applied
+from tensorllm.search.examiner import LEAST, Examiner, Infeasible, shuffled
 from tensorllm.search.space import make_space
 from tensorllm.search.stopping import Rival
+from tensorllm.search.trial import pack, unpack
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,8 @@ def data(loader):
 
 def points_of(model, mode, **options):
     roles = RoleMatrices(model.config, parameters_of(model))
-    space = make_space(roles, mode, **options)
+    layers = options.pop("layers")
+    space = make_space(roles, mode, layers=layers, values=options)
     return [space.point(values) for values in space.grid]
 
 
@@ -44,17 +45,17 @@ def examiner_of(loader, data, points, **options):
         PROTOCOLS["strict"],
         max_new_tokens=data.max_new_tokens,
         points=points,
-        **{"budget": Budget(2**26), **options},
+        **{"budget": CacheBudget(2**26), **options},
     )
 
 
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        ("shared-tucker", {"ranks": {"R1": [64, 96], "R2": [24, 32], "R3": [2, 4]}}),
-        ("laser", {"rhos": [0.01, 0.5], "matrices": ["in", "in+out"]}),
-        ("hybrid", {"ranks": {"R1": [64], "R2": [24], "R3": [4]}, "rhos": [0.01, 0.3]}),
-        ("per-matrix-tucker", {"ranks": {"R1": [32], "R2": [8, 16]}}),
+        ("shared-tucker", {"R1": [64, 96], "R2": [24, 32], "R3": [2, 4]}),
+        ("laser", {"rho": [0.01, 0.5], "matrices": ["in", "in+out"]}),
+        ("hybrid", {"R1": [64], "R2": [24], "R3": [4], "rho": [0.01, 0.3]}),
+        ("per-matrix-tucker", {"R1": [32], "R2": [8, 16]}),
     ],
 )
 def test_trials_find_what_the_naive_way_finds(loader, data, mode, options):
@@ -74,26 +75,29 @@ def test_trials_find_what_the_naive_way_finds(loader, data, mode, options):
     for name, w in examiner.weights.items():
         assert torch.equal(w, before[name])
     sites = {job.site for p in points for job in plan_jobs(p.compressor, examiner.roles, p.layers)}
-    assert examiner.bank.decompositions <= len(sites)
+    assert examiner.decompositions.made <= len(sites)
 
 
-def test_large_tensors_lose_little_by_being_decomposed_once(loader):
+def test_large_tensors_lose_little_by_being_decomposed_once(loader, monkeypatch):
     model = loader()
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
-    points = points_of(model, "shared-tucker", layers=[1], ranks={"R1": [16, 32], "R2": [4, 8]})
+    points = points_of(model, "shared-tucker", layers=[1], R1=[16, 32], R2=[4, 8])
     jobs = [job for p in points for job in plan_jobs(p.compressor, roles, p.layers)]
-    bank = Bank(roles, weights, jobs, exact_below=0)
-    exact = Bank(roles, weights, jobs)
+    exact = Decompositions(roles, weights, jobs)
+    monkeypatch.setattr("tensorllm.compressors.tucker.EXACT_BELOW", 0)
+    large = Decompositions(roles, weights, jobs)
     for job in jobs:
-        errors = [b.edits([job])[0].relative_error for b in (bank, exact)]
+        errors = [made.edit([job]).sites[0].relative_error for made in (large, exact)]
         assert errors[0] <= 1.01 * errors[1]
-    assert bank.decompositions == exact.decompositions == 1
+    assert large.made == exact.made == 1
 
 
 def test_the_cache_changes_no_verdict_and_skips_layers(loader, data):
-    points = points_of(loader(), "laser", rhos=[0.01], layers=[2, 3], matrices=["in", "out"])
-    kept, plain = (examiner_of(loader, data, points, budget=Budget(size)) for size in (2**26, 0))
+    points = points_of(loader(), "laser", rho=[0.01], layers=[2, 3], matrices=["in", "out"])
+    kept, plain = (
+        examiner_of(loader, data, points, budget=CacheBudget(size)) for size in (2**26, 0)
+    )
     for point in points + points:
         one, other = kept(point), plain(point)
         assert one.correct == other.correct
@@ -103,21 +107,21 @@ def test_the_cache_changes_no_verdict_and_skips_layers(loader, data):
     assert kept.prefix.computed < plain.prefix.computed
 
 
-def test_a_loser_is_given_up_and_a_winner_is_not(loader, data):
-    points = points_of(loader(), "laser", rhos=[0.01], layers=[0, 3], matrices=["in"])
+def test_a_loser_is_pruned_and_a_winner_is_not(loader, data):
+    points = points_of(loader(), "laser", rho=[0.01], layers=[0, 3], matrices=["in"])
     examiner = examiner_of(loader, data, points)
     original = examiner(None)
     always_right = Rival((True,) * len(data.examples), 0.0)
     never_right = Rival((False,) * len(data.examples), 99.0)
-    given_up = examiner(None, always_right)
-    assert given_up.stopped
-    assert LEAST <= given_up.seen < len(data.examples)
+    pruned = examiner(None, always_right)
+    assert pruned.stopped
+    assert LEAST <= pruned.seen < len(data.examples)
     assert examiner(None, never_right, level=0.5).correct == original.correct
 
 
 def test_errors_beyond_the_limit_cost_no_evaluation(loader, data):
-    points = points_of(loader(), "laser", rhos=[0.01], layers=[0], matrices=["in"])
-    with pytest.raises(TooFar, match="relative error 0"):
+    points = points_of(loader(), "laser", rho=[0.01], layers=[0], matrices=["in"])
+    with pytest.raises(Infeasible, match="relative error 0"):
         examiner_of(loader, data, points)(points[0], max_error=0.1)
 
 
@@ -126,13 +130,13 @@ def test_weights_are_restored_when_a_trial_fails(loader):
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
     before = {name: w.clone() for name, w in weights.items()}
-    point = points_of(model, "laser", rhos=[0.01], layers=[0])[0]
+    point = points_of(model, "laser", rho=[0.01], layers=[0])[0]
     jobs = plan_jobs(point.compressor, roles, point.layers)
-    edits = Bank(roles, weights, jobs).edits(jobs)
+    edit = Decompositions(roles, weights, jobs).edit(jobs)
     seen = []
 
     def fail():
-        with edited(edits, roles, weights):
+        with applied(edit, roles, weights):
             seen.extend(name for name, w in weights.items() if not torch.equal(w, before[name]))
             raise RuntimeError("out of memory")
 

@@ -13,12 +13,13 @@ import pytest
 from optuna.trial import TrialState
 from postgres import Server, binaries, running
 
-from tensorllm.commands.search import SearchRequest
-from tensorllm.commands.search_run import SearchRun
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.search import storage
+from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import RESULT, TrialQueue
+from tensorllm.search.request import SearchRequest
 from tensorllm.search.selection import ranked
+from tensorllm.search.study import Study
 
 SMALL = SearchRequest(
     model="demo", dataset="demo", mode="laser", rho=(0.01, 0.05, 0.2), limit=40, cache_bytes=2**24
@@ -38,9 +39,9 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def small() -> SearchRun:
+def small() -> Study:
     """One model and its data for all studies of this module."""
-    search = SearchRun(SMALL)
+    search = Study(SMALL)
     _ = search.examiner
     return search
 
@@ -51,9 +52,9 @@ def quick_hearts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "HEARTBEAT", 1)
 
 
-def stored(small: SearchRun, url: str, folder: Path) -> SearchRun:
+def stored(small: Study, url: str, folder: Path) -> Study:
     """The same search with its trials in the database, under the folder's name."""
-    search = SearchRun(replace(SMALL, storage=url, study=folder))
+    search = Study(replace(SMALL, storage=url, study=folder))
     search.__dict__.update(
         {name: small.__dict__[name] for name in ("model", "tokenizer", "validation", "examiner")}
     )
@@ -70,18 +71,18 @@ def closed_afterwards() -> Iterator[None]:
         QUEUES.pop().close()
 
 
-def opened(search: SearchRun, folder: Path) -> TrialQueue:
+def opened(search: Study, folder: Path) -> TrialQueue:
     QUEUES.append(queue := search.queue(folder))
     search.fill(queue)
     return queue
 
 
-def _body(search: SearchRun, folder: Path) -> None:
+def _body(search: Study, folder: Path) -> None:
     search.work(opened(search, folder))
     os._exit(0)
 
 
-def finish(search: SearchRun, folder: Path) -> TrialQueue:
+def finish(search: Study, folder: Path) -> TrialQueue:
     """Work until nothing is left, waiting for the dead to be taken for dead."""
     queue = opened(search, folder)
     while queue.waiting() or queue.running():
@@ -91,7 +92,7 @@ def finish(search: SearchRun, folder: Path) -> TrialQueue:
     return queue
 
 
-def results(search: SearchRun, queue: TrialQueue) -> dict[str, str]:
+def results(search: Study, queue: TrialQueue) -> dict[str, str]:
     """Point -> verdicts; each point must be there once, and finished."""
     trials = queue.trials()
     assert {t.state for t in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
@@ -104,15 +105,13 @@ def results(search: SearchRun, queue: TrialQueue) -> dict[str, str]:
     }
 
 
-def winner(search: SearchRun, queue: TrialQueue) -> str:
-    return search.space.point(ranked(queue.trials(), "accuracy")[0][0].params).key
+def winner(search: Study, queue: TrialQueue) -> str:
+    return search.space.point(ranked(queue.trials(), OBJECTIVES["accuracy"])[0][0].params).key
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_hearts")
-def test_three_workers_killed_and_continued(
-    small: SearchRun, server: Server, tmp_path: Path
-) -> None:
+def test_three_workers_killed_and_continued(small: Study, server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     small.work(queue := opened(small, tmp_path / "file"))
     undisturbed, best = results(small, queue), winner(small, queue)
@@ -138,7 +137,7 @@ def test_three_workers_killed_and_continued(
 
 @pytest.mark.usefixtures("quick_hearts")
 def test_a_server_that_goes_away_is_one_line_and_the_study_goes_on(
-    small: SearchRun, server: Server, tmp_path: Path
+    small: Study, server: Server, tmp_path: Path
 ) -> None:
     folder = tmp_path / "away"
     search = stored(small, server.url, folder)
@@ -155,7 +154,7 @@ def test_a_server_that_goes_away_is_one_line_and_the_study_goes_on(
     assert len(results(search, finish(search, folder))) >= 1
 
 
-def test_passwords_are_not_shown_and_nonsense_is_refused(small: SearchRun, tmp_path: Path) -> None:
+def test_passwords_are_not_shown_and_nonsense_is_refused(small: Study, tmp_path: Path) -> None:
     nobody = "postgresql://me:secret@127.0.0.1:1/db"
     with pytest.raises(Incomplete, match="cannot reach the storage") as end:
         stored(small, nobody, tmp_path).queue(tmp_path)

@@ -9,14 +9,14 @@ from tiny_models import TINY, tiny_model
 
 from tensorllm.evaluation.forward import ModelForward, left_padded
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.search.kept import Budget, Kept, Store, mapped
+from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, mapped
 from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
 
 CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
 MASKED = [name for name in TINY if TINY[name].task == "masked"]
 PARALLEL = ("gptj", "gpt_neox", "phi", "falcon")  # one input for attention and FFN
 CPU = torch.device("cpu")
-LARGE = Budget(2**20)
+LARGE = CacheBudget(2**20)
 
 
 def three_layers(name):
@@ -149,7 +149,7 @@ ONE = 4 * 4 * 32 * 4  # rows, tokens, width, bytes
 def test_the_byte_budgets_are_respected(tmp_path, memory, disk):
     model, roles, _ = three_layers("llama")
     batches = [left_padded([[5, 9, 11, 4 + i]] * 4, CPU) for i in range(6)]
-    prefix = Prefix(model, roles, Budget(memory * ONE, disk * ONE, tmp_path))
+    prefix = Prefix(model, roles, CacheBudget(memory * ONE, disk * ONE, tmp_path))
     plain = ModelForward(model)
     for lowest in (1, 2, 1, 1):
         with prefix.editing(lowest, ffn=True):
@@ -198,7 +198,7 @@ def test_one_pass_of_the_original_serves_every_candidate(name):
 @torch.no_grad()
 def test_what_is_kept_to_spare_gives_way():
     model, roles, _ = three_layers("llama")
-    prefix = Prefix(model, roles, Budget(3 * ONE), candidates={1, 2})
+    prefix = Prefix(model, roles, CacheBudget(3 * ONE), candidates={1, 2})
     forward = PrefixForward(model, prefix)
     batches = [left_padded([[5, 9, 11, 4 + i]] * 4, CPU) for i in range(3)]
     with prefix.editing(2, ffn=True):
@@ -213,8 +213,8 @@ def test_what_is_kept_to_spare_gives_way():
 
 
 def test_what_can_never_be_kept_drives_nothing_else_out():
-    store = Store(Budget(memory=ONE))
-    small, large = (Kept(torch.zeros(n * ONE // 4), tupled=False) for n in (1, 2))
+    store = ActivationCache(CacheBudget(memory=ONE))
+    small, large = (LayerInput(torch.zeros(n * ONE // 4), tupled=False) for n in (1, 2))
     store.admit(0, 1, small)
     store.admit(0, 2, large)
     assert store.nearest(0, 3, grown=False)[0] == 1
@@ -239,8 +239,8 @@ def test_a_full_disk_only_costs_time(tmp_path, monkeypatch):
     def full(t, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tensorllm.search.kept.mapped", full)
-    store = Store(Budget(disk=9 * ONE, folder=tmp_path))
-    store.admit(0, 1, Kept(torch.zeros(ONE // 4), tupled=False))
+    monkeypatch.setattr("tensorllm.search.activation_cache.mapped", full)
+    store = ActivationCache(CacheBudget(disk=9 * ONE, folder=tmp_path))
+    store.admit(0, 1, LayerInput(torch.zeros(ONE // 4), tupled=False))
     assert store.nearest(0, 1, grown=False) == (0, None)
     assert store.bytes == {"memory": 0, "disk": 0}

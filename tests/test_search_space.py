@@ -11,8 +11,7 @@ from tensorllm.compression.engine import compress
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.search.feasible import feasible, ratio_of
-from tensorllm.search.space import make_space
+from tensorllm.search.space import feasible, make_space, ratio_of
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def roles():
 
 
 def test_grid_holds_every_choice_that_can_be_reached_and_no_other(roles):
-    space = make_space(roles, "shared-tucker", ranks={"R1": [4, 16, 32], "R2": [1, 4, 8]})
+    space = make_space(roles, "shared-tucker", values={"R1": [4, 16, 32], "R2": [1, 4, 8]})
     g = roles.geometry
     want = [
         (layer, *ranks)
@@ -44,7 +43,7 @@ def test_ranks_beyond_reach_are_never_in_the_spectrum(seed):
 
 
 def test_tied_family_is_heads_times_r2(roles):
-    space = make_space(roles, "shared-tucker", tied=True)
+    space = make_space(roles, "shared-tucker", left_out=["R1"])
     ranks = [space.point(values).settings["ranks"] for values in space.grid]
     assert ranks
     assert all(r1 == roles.geometry.H * r2 for r1, r2, _ in ranks)
@@ -83,21 +82,21 @@ def test_neighbouring_layers_are_edited_together(roles):
 
 BAD = {
     "unknown mode": ({"mode": "lasser"}, "laser"),
-    "mode that is not searched": ({"mode": "trawl"}, "must be one of"),
+    "mode that is not searched": ({"mode": "trawl"}, "nothing to search; .*laser"),
     "no layer left": ({"mode": "laser", "layers": []}, "no layer is left"),
     "layer out of range": ({"mode": "laser", "layers": [7]}, r"0\.\.1, got 7"),
-    "rank beyond the mode": ({"mode": "shared-tucker", "ranks": {"R2": [99]}}, r"1\.\.8, got 99"),
-    "rank of another mode": ({"mode": "laser", "ranks": {"R2": [2]}}, "no R2"),
-    "rho above one": ({"mode": "laser", "rhos": [1.5]}, "rho must be in"),
-    "unknown matrix": ({"mode": "laser", "matrices": ["gate"]}, "got 'gate'"),
-    "attention matrix in a hybrid": ({"mode": "hybrid", "matrices": ["q"]}, "got 'q'"),
+    "rank beyond the mode": ({"mode": "shared-tucker", "values": {"R2": [99]}}, r"1\.\.8, got 99"),
+    "rank of another mode": ({"mode": "laser", "values": {"R2": [2]}}, "no R2"),
+    "rho above one": ({"mode": "laser", "values": {"rho": [1.5]}}, "rho must be in"),
+    "unknown matrix": ({"mode": "laser", "values": {"matrices": ["gate"]}}, "got 'gate'"),
+    "attention matrix in a hybrid": ({"mode": "hybrid", "values": {"matrices": ["q"]}}, "got 'q'"),
     "R1 of the tied family": (
-        {"mode": "shared-tucker", "tied": True, "ranks": {"R1": [4]}},
+        {"mode": "shared-tucker", "left_out": ["R1"], "values": {"R1": [4]}},
         "give no R1",
     ),
-    "tied laser": ({"mode": "laser", "tied": True}, "no R1"),
+    "tied laser": ({"mode": "laser", "left_out": ["R1"]}, "no R1"),
     "nothing reachable": (
-        {"mode": "shared-tucker", "ranks": {"R1": [32], "R2": [1], "R3": [1]}},
+        {"mode": "shared-tucker", "values": {"R1": [32], "R2": [1], "R3": [1]}},
         "can be reached",
     ),
     "more layers than there are": ({"mode": "laser", "together": 3}, "1 to 2"),

@@ -14,14 +14,14 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from tensorllm.commands.search import SearchRequest
-from tensorllm.commands.search_files import _whole
-from tensorllm.commands.search_ranks import run
-from tensorllm.commands.search_run import SearchRun
+from tensorllm.commands.search import run
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import RESULT, TrialQueue
+from tensorllm.search.request import SearchRequest
 from tensorllm.search.selection import ranked
 from tensorllm.search.storage import JOURNAL, Claims, FileLock
+from tensorllm.search.study import Study
 from tensorllm.search.worker import Rules
 
 SMALL = SearchRequest(
@@ -38,25 +38,25 @@ POINTS = 4 * 3 * 2  # layers, rhos, matrices
 @pytest.fixture(scope="module")
 def small():
     """One model and its data for all studies of this module."""
-    search = SearchRun(SMALL)
+    search = Study(SMALL)
     _ = search.examiner
     return search
 
 
-def opened(search: SearchRun, folder: Path) -> TrialQueue:
+def opened(search: Study, folder: Path) -> TrialQueue:
     queue = search.queue(folder)
     search.fill(queue)
     return queue
 
 
-def outcome(search: SearchRun, folder: Path) -> tuple[dict[str, tuple], str]:
+def outcome(search: Study, folder: Path) -> tuple[dict[str, tuple], str]:
     """Per point how often it was finished and its verdicts (if it came to its end); the winner."""
     queue = search.queue(folder)
     found: dict[str, list] = {}
     for trial in queue.trials():
         assert trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
         found.setdefault(search.space.point(trial.params).key, []).append(trial.user_attrs[RESULT])
-    winner = ranked(queue.trials(), "accuracy")[0][0]
+    winner = ranked(queue.trials(), OBJECTIVES["accuracy"])[0][0]
     whole = {
         key: (len(rs), rs[0]["correct"] if not rs[0]["stopped"] else "")
         for key, rs in found.items()
@@ -71,7 +71,7 @@ def undisturbed(small, tmp_path_factory):
     return outcome(small, folder)
 
 
-def _body(search: SearchRun, folder: Path) -> None:
+def _body(search: Study, folder: Path) -> None:
     search.work(opened(search, folder))
     os._exit(0)
 
@@ -111,7 +111,7 @@ def test_a_torn_last_line_is_cut_and_no_trial_lost(small, tmp_path):
     with (tmp_path / JOURNAL).open("ab") as journal:
         journal.write(b'{"op_code": 6, "trial_i')
     small.work(opened(small, tmp_path))
-    assert len(ranked(queue.trials(), "accuracy")) <= POINTS == len(queue.trials())
+    assert len(ranked(queue.trials(), OBJECTIVES["accuracy"])) <= POINTS == len(queue.trials())
     for line in (tmp_path / JOURNAL).read_bytes().splitlines():
         json.loads(line)
 
@@ -141,7 +141,7 @@ def test_a_damaged_file_is_kept_aside(small, tmp_path):
 def test_another_search_is_refused_and_told_what_differs(small, tmp_path, change, named):
     small.queue(tmp_path)
     with pytest.raises(UserError, match=named):
-        SearchRun(replace(SMALL, **change)).queue(tmp_path)
+        Study(replace(SMALL, **change)).queue(tmp_path)
 
 
 def out_of_memory(rows):
@@ -164,9 +164,9 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(
 ):
     examine = type(small.examiner)._rows
 
-    def broken(self, edits, rival, level):
-        rows, stopped = examine(self, edits, rival, level)
-        return (break_(rows) if edits[0].site.layers == (2,) else rows), stopped
+    def broken(self, edit, rival, level):
+        rows, stopped = examine(self, edit, rival, level)
+        return (break_(rows) if edit.sites and edit.sites[0].site.layers == (2,) else rows), stopped
 
     monkeypatch.setattr(type(small.examiner), "_rows", broken)
     queue = opened(small, tmp_path)
@@ -182,7 +182,7 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(
     assert (tmp_path / JOURNAL).read_bytes() == before
 
 
-def _work_until_full(search: SearchRun, folder: Path, room: int, told) -> None:
+def _work_until_full(search: Study, folder: Path, room: int, told) -> None:
     size = (folder / JOURNAL).stat().st_size + room
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:
@@ -218,7 +218,7 @@ def test_samplers_make_exactly_the_trials_asked_for(small, tmp_path, objective, 
     request = replace(
         SMALL, sampler=sampler, trials=14, rules=Rules(objective=objective, min_ratio=2.0)
     )
-    search = SearchRun(request)
+    search = Study(request)
     search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
     queue = opened(search, tmp_path)
     search.work(queue)
@@ -231,7 +231,7 @@ def test_samplers_make_exactly_the_trials_asked_for(small, tmp_path, objective, 
 
 def test_a_database_serves_as_storage_and_lost_trials_are_queued_again(small, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    search = SearchRun(replace(SMALL, storage=url, rho=(0.01,)))
+    search = Study(replace(SMALL, storage=url, rho=(0.01,)))
     search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
     queue = opened(search, tmp_path)
     trial = queue.take()
@@ -306,14 +306,3 @@ def test_running_text_is_cut_to_the_model_s_context(tmp_path):
     asked = replace(SMALL, dataset="text", data_file=text, limit=2, layers=(3,), rho=(0.05,))
     found = run(replace(asked, rules=Rules(objective="loss"), matrices=("in",)))
     assert found.results["winner"]["test"]["examples"] == 2
-
-
-def test_files_of_a_study_are_written_apart_by_each_process(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(os, "getpid", lambda: len(seen))
-    for text in ("one", "two"):
-        with _whole(tmp_path / "best.yaml") as temporary:
-            seen.append(temporary)
-            temporary.write_text(text)
-    assert seen[0] != seen[1]
-    assert [path.name for path in tmp_path.iterdir()] == ["best.yaml"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorllm.metrics import Accuracy, AnswerLoss, Perplexity, TokenF1, TopK, answer_metrics
+from tensorllm.metrics import METRICS, Percentage, add_answers, answer_metrics
 from tensorllm.tensors import allocation, frontier
 from tensorllm.tensors.allocation import Choice, Curve, allocate, error_of
 from tensorllm.tensors.frontier import Front, front_of, merge, union
@@ -145,33 +145,53 @@ def test_small_budgets_are_spent_as_well_as_brute_force_does(seed: int):
 
 def test_what_is_not_known_does_not_count():
     nan = math.nan
-    accuracy, f1, top = Accuracy(), TokenF1(), TopK(5)
-    accuracy.update(torch.tensor([1.0, nan, 0.0, 0.0]))
-    f1.update(torch.tensor([0.5, nan]))
-    top.update(torch.tensor([5.0, nan, 6.0, nan, 1.0, 2.0]))
-    assert [float(m.compute()) for m in (accuracy, f1, top)] == pytest.approx([100 / 3, 50, 75])
-    assert [float(m.count) for m in (accuracy, f1, top)] == [3, 1, 4]
-    loss, perplexity = AnswerLoss(), Perplexity()
-    for metric in (loss, perplexity):
-        metric.update(torch.tensor([-2.0, nan, -9.0]), torch.tensor([1.0, 5.0, 3.0]))
-    assert float(loss.compute()) == pytest.approx((2 + 3) / 2)
-    assert float(perplexity.compute()) == pytest.approx(math.exp(11 / 4))
+    columns = {
+        "correct": [1.0, nan, 0.0, 0.0, nan, nan],
+        "token_f1": [0.5, nan, nan, nan, nan, nan],
+        "rank": [5.0, nan, 6.0, nan, 1.0, 2.0],
+        "log_probability": [-2.0, nan, -9.0, nan, nan, nan],
+        "answer_tokens": [1.0, 5.0, 3.0, 1.0, 1.0, 1.0],
+    }
+    metrics = answer_metrics()
+    add_answers(metrics, {name: torch.tensor(values) for name, values in columns.items()})
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found == pytest.approx(
+        {
+            "accuracy": 100 / 3,
+            "token_f1": 50,
+            "top_1": 25,
+            "top_5": 75,
+            "top_10": 100,
+            "loss": (2 + 3) / 2,
+            "perplexity": math.exp(11 / 4),
+        }
+    )
+    counts = {name: float(metric.count) for name, metric in metrics.items()}
+    assert counts == {
+        "accuracy": 3, "token_f1": 1, "top_1": 4, "top_5": 4, "top_10": 4, "loss": 2,
+        "perplexity": 4,
+    }  # fmt: skip
 
 
 def test_nothing_counted_is_no_number():
-    for metric in (Accuracy(), TokenF1(), TopK(1)):
-        metric.update(torch.tensor([math.nan]))
-        assert torch.isnan(metric.compute())
+    metrics = answer_metrics()
+    nothing = torch.tensor([math.nan])
+    add_answers(
+        metrics,
+        dict.fromkeys(("correct", "token_f1", "rank", "log_probability"), nothing)
+        | {"answer_tokens": torch.ones(1)},
+    )
+    assert all(value.isnan() for value in metrics.compute().values())
 
 
 def test_devices_add_their_states_and_options_reach_every_metric():
     metrics = answer_metrics(dist_sync_on_step=True)
     names = {"accuracy", "loss", "perplexity", "top_1", "top_5", "top_10", "token_f1"}
-    assert set(metrics) == names
+    assert set(metrics) == set(METRICS) == names
     for metric in metrics.values():
         assert metric.dist_sync_on_step
         assert metric._reductions.keys() == {"total", "count"}
-    one, other = Accuracy(), Accuracy()
+    one, other = Percentage(), Percentage()
     one.update(torch.tensor([1.0, 1.0, 0.0]))
     other.update(torch.tensor([0.0]))
     one.merge_state(other)  # by the reductions that synchronising uses

@@ -118,6 +118,7 @@ class Context:
         return [
             MatrixStatistics(
                 self.input_covariance(role),
+                self.covariances.sizes[self._key(role)],
                 self.gradient_covariance((role,)) if measured else None,
                 role in OUTPUT_PROJECTIONS,
             )
@@ -146,6 +147,11 @@ class Context:
 
     def put(self, site: Site, factors: Factors) -> None:
         self.compressed.put(site, factors)
+
+    def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        weights = self.compressed.weights
+        for name, w in parameters.items():
+            weights[f"{self.compressed.path}.{name}"].copy_(w)
 
     def output_error(self, roles: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
         module = self.compressed

@@ -28,11 +28,13 @@ class Covariances:
 
     Attributes:
         inputs: E[x xᵀ] of that input.
+        sizes: E|x|, per number of that input.
         gradients: E[g gᵀ] over the joint outputs of its roles; empty where only inputs were
             measured.
     """
 
     inputs: dict[Key, Tensor]
+    sizes: dict[Key, Tensor]
     gradients: dict[Key, Tensor]
 
 
@@ -226,13 +228,17 @@ class CovarianceHooks:
             g_NY = torch.cat([self._gradients.pop((key[0], role)) for role in key[1]], dim=1)
             self._sums.add(("gradient", *key), g_NY.mT @ g_NY)
 
-    def means(self) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
-        """E[x xᵀ] and E[g gᵀ] of every key."""
-        inputs, gradients = (
+    def means(self) -> tuple[dict[Key, Tensor], dict[Key, Tensor], dict[Key, Tensor]]:
+        """E[x xᵀ], E|x| and E[g gᵀ] of every key."""
+        inputs, sizes, gradients = (
             {key: self._sums.sums[what, *key].div_(self._tokens) for key in keys}
-            for what, keys in (("input", self.keys), ("gradient", self.keys * self.gradients))
+            for what, keys in (
+                ("input", self.keys),
+                ("size", self.keys),
+                ("gradient", self.keys * self.gradients),
+            )
         )
-        return inputs, gradients
+        return inputs, sizes, gradients
 
     def _hooks(self, key: Key) -> Iterator[Any]:
         layer, cluster = key
@@ -246,6 +252,7 @@ class CovarianceHooks:
                     f"the input of {name} has NaN or Inf in calibration batch {self._number}"
                 )
             self._sums.add(("input", *key), x_NX.mT @ x_NX)
+            self._sums.add(("size", *key), x_NX.abs().sum(0))
 
         first = module_of(self.model, self.roles, layer, cluster[0])
         yield first.register_forward_hook(see_input)

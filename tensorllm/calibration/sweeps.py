@@ -190,6 +190,7 @@ class Sweeps:
         found = self._measured.values()
         return Covariances(
             {key: m for each in found for key, m in each.inputs.items()},
+            {key: m for each in found for key, m in each.sizes.items()},
             {key: m for each in found for key, m in each.gradients.items()},
         )
 

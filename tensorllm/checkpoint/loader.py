@@ -17,6 +17,7 @@ from tensorllm.checkpoint.identity import files_identity
 from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.manifest import Manifest, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.checkpoint.source import Source
 from tensorllm.checkpoint.whole import load_whole
 from tensorllm.errors import UserError
 from tensorllm.models.task import is_masked
@@ -87,6 +88,18 @@ class Loader:
     def manifest(self) -> Manifest | None:
         """What tensorllm wrote about the folder, or None."""
         return read_manifest(self.folder)
+
+    def made_from(self, source: Source) -> bool:
+        """Whether tensorllm made the folder from this model, whatever either is called."""
+        manifest = self.manifest()
+        if manifest is None:
+            return False
+        known = manifest.source.get("identity")
+        if known is not None:
+            return bool(known == Checkpoint(source.folder).identity)
+        # Saved from memory: the original's weights were not there any more, only its name.
+        named = str(manifest.source.get("model"))
+        return named == source.name or Path(named).resolve().name == source.folder.resolve().name
 
     def fingerprint(self) -> str:
         """Changes when weights, config or tokenizer do, and not with the place of the folder."""

@@ -2,7 +2,6 @@
 Lightning's Trainer into a folder of results.
 """
 
-import gc
 import hashlib
 import json
 import sys
@@ -13,31 +12,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
-
 from tensorllm.checkpoint.loader import Loader, dtype_of
-from tensorllm.checkpoint.manifest import Manifest
-from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.environment import environment
-from tensorllm.errors import Incomplete, UserError
+from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.evaluation.predictions import Prediction, metrics_of
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.results import (
     BEFORE,
     PREDICTIONS,
     ResultsFolder,
-    Scored,
     check_free,
     results_of,
 )
 from tensorllm.evaluation.scorer import context_of
-from tensorllm.lightning import PredictionJournal, ProgressReport, ReasoningModule
 from tensorllm.lightning.loggers import make_logger
-from tensorllm.lightning.trainer import Devices, check_options, is_first, run
+from tensorllm.lightning.trainer import Devices, check_options, is_first, score_model
 from tensorllm.progress import Progress, quiet
 
 PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metrics
@@ -116,7 +109,18 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         folder = ResultsFolder(target, fingerprint, overwrite=request.overwrite)
         started = time.perf_counter()
         scored = {
-            name: _score(request, data, name, loader, folder.journal(name), logger, progress)
+            name: score_model(
+                loader,
+                data,
+                folder.journal(name),
+                devices=request.devices,
+                options=request.trainer,
+                logger=logger,
+                progress=progress,
+                prefix=PREFIX[name],
+                protocol=protocol,
+                batch_tokens=request.batch_tokens,
+            )
             for name, loader in loaders.items()
         }
         if not is_first():
@@ -159,64 +163,12 @@ def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
     manifest = compressed.manifest()
     if manifest is None:
         raise UserError(f"--compressed: {request.compressed} has no tensorllm.json")
-    if not _belongs(manifest, source):
+    if not compressed.made_from(source):
         raise UserError(
             f"{request.compressed} was made from {manifest.source.get('model')!r}, not from "
             f"{source.name!r}: give the model it belongs to"
         )
     return {"before": original, "model": compressed}
-
-
-def _belongs(manifest: Manifest, source: Source) -> bool:
-    """Whether a compressed folder was made from this model, whatever either is called."""
-    known = manifest.source.get("identity")
-    if known is not None:
-        return bool(known == Checkpoint(source.folder).identity)
-    # Saved from memory: the original's weights were not there any more, only its name.
-    named = str(manifest.source.get("model"))
-    return named == source.name or Path(named).resolve().name == source.folder.resolve().name
-
-
-def _score(
-    request: EvaluateRequest,
-    data: ReasoningDataModule,
-    name: str,
-    loader: Loader,
-    folder: Path,
-    logger: Any,
-    progress: Progress,
-) -> Scored:
-    """One model by the Trainer; what an earlier, interrupted run scored counts."""
-    journal = PredictionJournal(folder)
-    kept = journal.predictions()
-    metrics = None
-    if any(e.index not in kept for e in data.examples):
-        gc.collect()  # the model before this one: Trainers and models are cycles
-        module = ReasoningModule(
-            loader,
-            data.tokenizer or loader.tokenizer(),
-            protocol=request.protocol,
-            batch_tokens=request.batch_tokens,
-            prefix=PREFIX[name],
-        )
-        callbacks: list[Callback] = [journal]
-        if not request.devices.several:
-            callbacks.append(ProgressReport(progress, f"scoring {loader.folder.name}"))
-        trainer = request.devices.trainer(
-            request.trainer, logger=logger or False, callbacks=callbacks
-        )
-        metrics = run(trainer, module, data)
-        kept = journal.predictions()
-    missing = [e.index for e in data.examples if e.index not in kept]
-    if missing:
-        raise Incomplete(
-            f"{len(missing)} of {len(data.examples)} examples were not scored, the first of them "
-            f"number {missing[0]}; run the same command again to go on"
-        )
-    predictions = [kept[e.index] for e in data.examples]
-    if metrics is None:  # a run that was interrupted after the last batch
-        return Scored(predictions, metrics_of(predictions))
-    return Scored(predictions, {k.removeprefix(PREFIX[name]): v for k, v in metrics.items()})
 
 
 def _made_with(request: EvaluateRequest, source: Source, loader: Loader) -> dict[str, Any]:

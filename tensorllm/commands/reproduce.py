@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from tensorllm.checkpoint.loader import Loader, dtype_of
-from tensorllm.commands import search_ranks
-from tensorllm.commands.search import SearchRequest
+from tensorllm.commands import search
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names
 from tensorllm.reproduction.inputs import (
@@ -36,6 +35,8 @@ from tensorllm.reproduction.rehearsal import (
     predict,
     tiny_inputs,
 )
+from tensorllm.search.request import SearchRequest
+from tensorllm.search.worker import Rules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +178,7 @@ def _search_cell(cell: Cell, folder: Path, request: ReproduceRequest) -> dict[st
     Everything else is the recipe's. The study stays in the output folder: a search that was killed
     goes on from its finished trials.
     """
-    found = search_ranks.run(_search_of(cell, folder, request)).results
+    found = search.run(_search_of(cell, folder, request)).results
     winner = dict(found["winner"])
     test, validation, layers = (winner.pop(name) for name in ("test", "validation", "layers"))
     facts = {"settings": winner, "layers": layers, "validation": validation}
@@ -198,6 +199,7 @@ def _search_of(cell: Cell, folder: Path, request: ReproduceRequest) -> SearchReq
         dtype=request.dtype,
         layers=request.candidates,
         fixed=fixed,
+        rules=Rules(min_ratio=0),  # a published rank may be large
         sampler="grid",
         study=request.path(cell).with_suffix(""),
         device=request.device,

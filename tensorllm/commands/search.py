@@ -1,94 +1,189 @@
-"""What is asked of `tensorllm search-ranks`."""
+"""`tensorllm search-ranks`: one process or several, then the winner on the test part."""
 
-import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from tensorllm.compressors.per_layer import Edit
-from tensorllm.data.base import ReasoningDataModule, Split
-from tensorllm.errors import UserError
-from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.recipes import short_names
-from tensorllm.registry import one_of
-from tensorllm.search.worker import SAMPLERS, Rules
+import torch
+from optuna.trial import FrozenTrial
+
+from tensorllm.commands.plugins import load_plugins
+from tensorllm.errors import Incomplete, UserError
+from tensorllm.progress import Progress, quiet
+from tensorllm.search.composition import Step, best_of, composed, on_top
+from tensorllm.search.conclusion import SearchResult, conclude, write_files, write_trials
+from tensorllm.search.queue import TrialQueue
+from tensorllm.search.request import SearchRequest
+from tensorllm.search.selection import half_width, ranked
+from tensorllm.search.storage import storage_errors
+from tensorllm.search.study import Study
+
+log = logging.getLogger(__name__)
+
+WAIT = 1.0  # seconds between looks at what other processes are doing
+FEW = 100  # validation examples; fewer cannot tell ten points apart
+
+OnTrials = Callable[[Sequence[FrozenTrial]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchRequest:
-    """What the user asked for; None where the model's sizes or a default decide.
+def run(
+    request: SearchRequest, progress: Progress = quiet, on_trials: OnTrials | None = None
+) -> SearchResult:
+    """Search, and score the winner on the test part.
 
-    Attributes:
-        fixed: other fields of the compressor, for every trial.
-        compose: how many edits at most are put on top of one another, the best one first.
-        base: edits (of `PerLayer`) that the model has before the search begins.
-        trials: how many; None: the whole grid, or 100 of another sampler.
-        sampler: `grid`, `tpe` or `nsga2`; None: a grid if it has at most 100 points.
-        study: folder of the study; None: a temporary one.
-        storage: URL of a database for many machines.
-        cache_bytes: for activations below the edited layer; None: a quarter of the free memory.
-        disk_cache_bytes: for those that this memory does not hold, in files of the study's folder.
-        device: such as `cuda:1`; None: the first GPU if there is one.
+    Args:
+        progress: called with (trials done, trials in all, the best so far).
+        on_trials: called with all trials, again and again while the (first) search goes on.
+
+    Raises:
+        UserError: the request does not fit the model, the data or the study.
+        Incomplete: the study cannot be written, or no trial came to its end.
     """
-
-    model: str
-    dataset: str | None = None
-    mode: str = "shared-tucker"
-    revision: str | None = None
-    data_file: Path | None = None
-    protocol: str = "strict"
-    limit: int | None = None
-    dtype: str | None = None
-    layers: tuple[int, ...] | None = None
-    r1: tuple[int, ...] | None = None
-    r2: tuple[int, ...] | None = None
-    r3: tuple[int, ...] | None = None
-    rho: tuple[float, ...] | None = None
-    matrices: tuple[str, ...] | None = None
-    tied: bool = False
-    together: int = 1
-    compose: int = 1
-    base: tuple[Edit, ...] = ()
-    layout: str | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    rules: Rules = field(default_factory=Rules)
-    sampler: str | None = None
-    trials: int | None = None
-    seed: int = 0
-    study: Path | None = None
-    storage: str | None = None
-    workers: int = 1
-    cache_bytes: int | None = None
-    disk_cache_bytes: int = 0
-    batch_tokens: int | None = None
-    device: str | None = None
-    plugins: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if self.trials is not None and self.trials < 1:
-            raise UserError(f"--trials must be at least 1, got {self.trials}")
-        if self.sampler is not None:
-            one_of("--sampler", self.sampler, SAMPLERS)
-        if self.compose < 1:
-            raise UserError(f"--compose must be at least 1, got {self.compose}")
-        if self.compose > 1 and self.rules.objective == "pareto":
-            raise UserError("--compose needs one best trial: --objective accuracy or loss")
-        for size in (self.cache_bytes, self.disk_cache_bytes):
-            if size is not None and size < 0:
-                raise UserError(f"the cache must have 0 bytes or more, got {size}")
-
-    def data(self, split: Split) -> ReasoningDataModule:
-        """The dataset's validation or test part."""
-        name = self.dataset or short_names().get(self.model, {}).get("default_dataset")
-        if name is None:
-            raise UserError("give --dataset: see `tensorllm list datasets`")
-        return make_dataset(name, data_file=self.data_file, split=split, limit=self.limit)
+    check_workers(request.workers)
+    load_plugins(request.plugins)
+    with ExitStack() as stack:
+        folder = request.folder(stack)
+        study = Study(request)
+        _warn(study)
+        queue = stack.enter_context(closing(study.queue(folder)))
+        with storage_errors("searching"):
+            _explore(study, queue, folder, progress, on_trials)
+            steps = [best_of(study, queue)]
+            while len(steps) < request.compose and (step := _next(study, folder, steps, progress)):
+                steps.append(step)
+            result = conclude(study, queue, steps)
+            if request.study is not None:
+                write_trials(folder, study, steps[0].trials)
+                write_files(folder, study, composed(steps), result)
+        return result
 
 
-def folder_of(request: SearchRequest, stack: ExitStack) -> Path:
-    """The study's folder: the given one, or a temporary one that goes with `stack`."""
-    if request.study is not None:
-        return request.study
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorllm-search-")))
+def _explore(
+    study: Study,
+    queue: TrialQueue,
+    folder: Path,
+    progress: Progress,
+    on_trials: OnTrials | None = None,
+) -> None:
+    """Examine every trial of a study, with as many workers as were asked for."""
+    study.fill(queue)
+    study.original(queue)
+
+    def report(study: Study, queue: TrialQueue) -> None:
+        trials = queue.trials()
+        if on_trials is not None:
+            on_trials(trials)
+        done = sum(t.state.is_finished() for t in trials)
+        goal = study.request.rules.goal
+        best = ranked(trials, goal)[:1]
+        what = f"best {goal.show(best[0][1])}" if best else "no result yet"
+        progress(done, len(trials), what)
+
+    if study.request.workers > 1:
+        _workers(study, folder, lambda: report(study, queue))
+    while True:  # until all have ended, those of other machines and dead workers included
+        study.work(queue, report)
+        if study.late:
+            return
+        study.fill(queue)  # infeasible trials made room, or a worker died between two steps
+        if queue.waiting():
+            continue
+        if not queue.running():
+            return
+        report(study, queue)
+        time.sleep(WAIT)
+
+
+def _next(study: Study, folder: Path, steps: Sequence[Step], progress: Progress) -> Step | None:
+    """The best edit on top of these; None where nothing is left to edit, or nothing gains."""
+    wanted = on_top(study.request, folder, steps)
+    above = Study(wanted, study.deadline)
+    if study.late or not above.points:
+        return None
+
+    def report(done: int, total: int, what: str) -> None:
+        progress(done, total, f"edit {len(steps) + 1}: {what}")
+
+    assert wanted.study is not None
+    with closing(above.queue(wanted.study)) as queue:
+        _explore(above, queue, wanted.study, report)
+        step = best_of(above, queue)
+    write_trials(wanted.study, above, step.trials)
+    return step if step.gains(wanted.rules.goal) else None
+
+
+def check_workers(workers: int) -> None:
+    """Refuse more workers than there are devices for them."""
+    gpus = torch.cuda.device_count()
+    places = gpus or torch.multiprocessing.cpu_count()
+    if not 1 <= workers <= places:
+        what = f"GPU{'s' * (gpus > 1)}" if gpus else "cores"
+        raise UserError(
+            f"--workers must be 1..{places}, as this machine has {places} {what}; got {workers}"
+        )
+
+
+def _workers(study: Study, folder: Path, report: Callable[[], None]) -> None:
+    """Start the workers and wait for them; what a dead one leaves is done afterwards."""
+    context = torch.multiprocessing.get_context("spawn")
+    request, deadline = replace(study.request, study=folder), study.deadline
+    processes = [
+        context.Process(target=_work, args=(request, n, study.request.study, deadline), daemon=True)
+        for n in range(request.workers)
+    ]
+    with _interrupts_ignored():
+        for process in processes:
+            process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            report()
+            time.sleep(WAIT)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if len(failed) == len(processes):
+        raise Incomplete(f"all workers ended with exit codes {failed}; their errors are above")
+    if failed:
+        log.warning("%d of %d workers died; going on without", len(failed), len(processes))
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started meanwhile do not hear Ctrl-C: this one does, and ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _work(request: SearchRequest, number: int, folder: Path | None, deadline: float | None) -> None:
+    """The body of a worker process."""
+    assert request.study is not None
+    load_plugins(request.plugins)
+    device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // request.workers))
+    study = Study(replace(request, device=device, study=folder), deadline)
+    with closing(study.queue(request.study, worker=number)) as queue:
+        study.work(queue)
+
+
+def _warn(study: Study) -> None:
+    count = len(study.validation.examples)
+    if count < FEW:
+        log.warning(
+            "%d validation examples: an accuracy is known to ±%.0f points only",
+            count,
+            half_width(count),
+        )

@@ -25,6 +25,14 @@ PAPERS = {
   year      = {2025},
   url       = {https://arxiv.org/abs/2403.07378}
 }""",
+    "https://arxiv.org/abs/2312.05821": """@misc{yuan2023asvd,
+  title  = {{ASVD}: Activation-aware Singular Value Decomposition for Compressing Large Language
+            Models},
+  author = {Yuan, Zhihang and Shang, Yuzhang and Song, Yue and Wu, Qiang and Yan, Yan and Sun,
+            Guangyu},
+  year   = {2023},
+  url    = {https://arxiv.org/abs/2312.05821}
+}""",
     "https://arxiv.org/abs/2406.17261": """@misc{luo2024trawl,
   title  = {{TRAWL}: Tensor Reduced and Approximated Weights for Large Language Models},
   author = {Luo, Yiran and Patel, Het and Fu, Yu and Ahn, Dawon and Chen, Jia and Dong, Yue

@@ -10,15 +10,22 @@ from tensorllm.compressors.base import (
     MatrixStatistics,
     Site,
 )
+from tensorllm.compressors.calibrated.aa_svd import AASVD
 from tensorllm.compressors.calibrated.activation import ActivationHybrid, ActivationTucker
+from tensorllm.compressors.calibrated.asvd import ASVD
+from tensorllm.compressors.calibrated.svd_llm import SVDLLM, SVDLLMSequential
 from tensorllm.compressors.hybrid import Hybrid
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.per_layer import PerLayer
+from tensorllm.compressors.svd import PlainSVD
 from tensorllm.compressors.trawl import Trawl
 from tensorllm.compressors.tucker import PerMatrixTucker3D, SharedTucker4D
 
 __all__ = [
+    "AASVD",
+    "ASVD",
     "COMPRESSORS",
+    "SVDLLM",
     "ActivationHybrid",
     "ActivationTucker",
     "Composite",
@@ -31,6 +38,8 @@ __all__ = [
     "MatrixStatistics",
     "PerLayer",
     "PerMatrixTucker3D",
+    "PlainSVD",
+    "SVDLLMSequential",
     "SharedTucker4D",
     "Site",
     "Trawl",

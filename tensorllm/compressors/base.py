@@ -76,12 +76,14 @@ class MatrixStatistics:
 
     Attributes:
         input_covariance_XX: E[x xᵀ] of what the matrix reads, X its input width.
+        input_mean_abs_X: E|x|, per input.
         gradient_covariance_YY: E[g gᵀ] of the gradient at its output; None unless it was asked for.
         reads_rows: whether the inputs run along the rows I (output projections, `o` and `out`) and
             not along the columns D.
     """
 
     input_covariance_XX: Tensor
+    input_mean_abs_X: Tensor
     gradient_covariance_YY: Tensor | None
     reads_rows: bool
 
@@ -154,6 +156,11 @@ class LayerContext(Protocol):
         matrices."""
         ...
 
+    def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let norms and biases, by their names below the layer, take the place of the compressed
+        layer's."""
+        ...
+
     def output_error(self, roles: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
         """How far the compressed layer's output is from the original's.
 
@@ -188,14 +195,17 @@ class Dimension:
     """One thing that `search-ranks` may vary.
 
     Attributes:
-        values: what is tried where the user names no values, ascending.
-        allowed: smallest and largest value; None where only `values` are allowed (or, of names that
-            are joined by `+`, any set of them).
-        log: whether a sampler draws between the bounds on a logarithmic scale.
+        values: what is tried where the user names no values, ascending: all whole numbers, all
+            floats, or all names.
+        allowed: smallest and largest number that a user may name (on a logarithmic scale 0 itself
+            is not one); None: only those of `values`.
+        names: what a user's sets of names, joined by `+`, may hold; empty: only `values`.
+        log: whether a sampler draws numbers between the bounds on a logarithmic scale.
     """
 
     values: tuple[Value, ...]
     allowed: tuple[float, float] | None = None
+    names: tuple[str, ...] = ()
     log: bool = True
 
 
@@ -271,17 +281,22 @@ class Compressor(ABC):
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
         """What `search-ranks` may vary, by name; nothing: the strategy cannot be searched.
 
+        `layer` is no name for a dimension: the search varies the layers of every strategy.
+
         Args:
-            settings: other fields, which stay as they are.
+            settings: other fields, which stay as they are: no dimension may set one of them.
         """
         del spec, settings
         return {}
 
     @classmethod
     def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
-        """The settings that a point of the search space stands for; None: it cannot be reached.
+        """The settings that a point of the search space stands for; None: no weights have them.
 
         By default each dimension is the setting of its name.
+
+        Args:
+            point: a value of each dimension; of those that the search leaves out (`--tied`) none.
         """
         del spec
         return dict(point)

@@ -1,10 +1,10 @@
 """The hybrid: one strategy for the attention and another for the FFN."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from tensorllm.compressors.base import COMPRESSORS, Composite, Compressor, Job
+from tensorllm.compressors.base import COMPRESSORS, Composite, Compressor, Dimension, Job, Value
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.tucker import Layout, SharedTucker4D
 from tensorllm.errors import UserError
@@ -50,6 +50,26 @@ class Hybrid(Composite):
         )
         fields = {"rho": self.rho, "rank": self.rank, "matrices": self.matrices}
         return attention, _own(LaserSVD, self.ffn, fields)
+
+    @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        """That of SharedTucker4D and, over FFN matrices, of LaserSVD, unless others are given."""
+        out = {} if "attention" in settings else SharedTucker4D.search_space(spec, settings)
+        if "ffn" not in settings:
+            out |= LaserSVD.search_space(spec, settings)
+        if "matrices" in out:
+            ffn = tuple(role for role in spec.roles if role in FFN)
+            if not ffn:
+                raise UserError("this architecture has no FFN matrices: search shared-tucker")
+            out["matrices"] = replace(out["matrices"], values=ffn, names=ffn)
+        return out
+
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
+        ffn = {name: value for name, value in point.items() if name in ("rho", "matrices")}
+        attention = {name: value for name, value in point.items() if name not in ffn}
+        parts = SharedTucker4D.settings_at(spec, attention), LaserSVD.settings_at(spec, ffn)
+        return None if None in parts else dict(parts[0] or {}) | dict(parts[1] or {})
 
     @classmethod
     def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,28 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 
 from tensorllm.compressors.base import (
     COMPRESSORS,
+    Dimension,
     ErrorCurve,
     Job,
     Leaf,
     MatrixStatistics,
     Site,
     Size,
+    Value,
 )
 from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import matrix_energy
-from tensorllm.tensors.factors import LowRank
+from tensorllm.tensors.factors import Factors, LowRank
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
 from tensorllm.tensors.stacking import ATTENTION, FFN
 from tensorllm.tensors.svd import METHODS, truncated_svd
+
+RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 @COMPRESSORS.register("laser", aliases=("laser-svd",))
@@ -74,6 +78,26 @@ class LaserSVD(Leaf):
         ]
 
     @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        """`rho`, and `matrices`: each FFN matrix alone, or each one where there is no FFN."""
+        out = {}
+        if not {"rho", "rank"} & settings.keys():
+            out["rho"] = Dimension(RHOS, (0, 1))
+        if "matrices" not in settings:
+            ffn = tuple(role for role in spec.roles if role in FFN)
+            out["matrices"] = Dimension(ffn or spec.roles, names=spec.roles)
+        return out
+
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
+        out: dict[str, Any] = {}
+        if "rho" in point:
+            out["rho"] = float(f"{point['rho']:.6g}")  # samplers give all sixteen digits
+        if "matrices" in point:
+            out["matrices"] = str(point["matrices"]).split("+")
+        return out
+
+    @classmethod
     def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"rank": 1, "matrices": spec.roles} | dict(settings)
 
@@ -98,6 +122,18 @@ class LaserSVD(Leaf):
 
     def at_size(self, site: Site, size: Size) -> "LaserSVD":
         return replace(self, rho=None, rank=size[0], matrices=site.roles)
+
+    def covering(self, others: Sequence[Leaf], shape: tuple[int, ...]) -> "LaserSVD | None":
+        """The largest rank: the leading columns of an exact SVD are those of every smaller one."""
+        same = [self, *(leaf for leaf in others if isinstance(leaf, LaserSVD))]
+        if len(same) <= len(others) or any(leaf.method != "exact" for leaf in same):
+            return None
+        return replace(self, rho=None, rank=max(leaf._rank(shape) for leaf in same))
+
+    def sliced(self, covering: Factors, shape: tuple[int, ...]) -> LowRank:
+        """The leading columns."""
+        largest, rank = cast(LowRank, covering), self._rank(shape)
+        return LowRank(largest.u_IR[:, :rank], largest.v_RO[:rank])
 
     def _rank(self, shape: tuple[int, ...]) -> int:
         if self.rank is not None:

@@ -3,28 +3,31 @@
 Shapes: D model width, K head width, M = 2g+2 matrices per group, G groups (= heads where g = 1).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, cast
 
 from torch import Tensor
 
 from tensorllm.compressors.base import (
     COMPRESSORS,
+    Dimension,
     ErrorCurve,
     Job,
     Leaf,
     MatrixStatistics,
     Site,
     Size,
+    Value,
 )
 from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import tucker_energy, tucker_stored
-from tensorllm.tensors.factors import Tucker
+from tensorllm.tensors.factors import Factors, Tucker
 from tensorllm.tensors.ranks import (
     check_ranks,
     ranks_for_energy,
@@ -32,12 +35,19 @@ from tensorllm.tensors.ranks import (
     tucker_parameters,
 )
 from tensorllm.tensors.stacking import ATTENTION
-from tensorllm.tensors.tucker import spectra, tucker
+from tensorllm.tensors.tucker import spectra, truncate, tucker
 
 Layout = Literal["paper", "official"]
 Solver = Literal["sthosvd", "tensorly"]
 LAYOUTS = ("paper", "official")
 SOLVERS = ("sthosvd", "tensorly")
+
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the width and of the head width: ranks to try
+# A search decomposes a tensor of at most so many numbers (64 MiB in float32) at full ranks: the
+# core that a trial then decomposes is as good as the weights. Of larger ones it keeps MARGIN times
+# the largest ranks, as the best subspaces of smaller ranks are not quite nested.
+EXACT_BELOW = 2**24
+MARGIN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,37 @@ class TuckerSettings(Leaf):
             object.__setattr__(self, "ranks", tuple(self.ranks))
 
     @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        """R1 (of D) and R2 (of K): shares of their mode; R3 (of the matrices): all of them."""
+        if {"ranks", "energy", "error"} & settings.keys():
+            return {}
+        geo = spec.geometry(0)
+        shares = {
+            f"R{n}": Dimension(tuple(sorted({max(1, round(s * size)) for s in SHARES})), (1, size))
+            for n, size in ((1, geo.D), (2, geo.K))
+        }
+        matrices = 2 * geo.groups + 2
+        every = {"R3": Dimension(tuple(range(1, matrices + 1)), (1, matrices))}
+        return shares | every if len(cls.modes) > 2 else shares
+
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
+        """The ranks; R1 = G * R2 where the point says none, as in the authors' published ranks.
+
+        None: R1 is larger than D, or a rank than the product of the others and the groups G: a
+        mode's unfolding has no higher rank, and it would be stored for nothing.
+        """
+        if "R2" not in point:
+            return {}
+        geo = spec.geometry(0)
+        given = {"R1": geo.G * int(point["R2"])} | {name: int(rank) for name, rank in point.items()}
+        ranks = [given[f"R{mode + 1}"] for mode in cls.modes]
+        numbers = math.prod(ranks) * geo.G
+        if ranks[0] > geo.D or any(rank * rank > numbers for rank in ranks):
+            return None
+        return {"ranks": ranks}
+
+    @classmethod
     def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"ranks": (1,) * len(cls.modes)} | dict(settings)
 
@@ -110,6 +151,27 @@ class TuckerSettings(Leaf):
 
     def at_size(self, site: Site, size: Size) -> "TuckerSettings":
         return replace(self, ranks=size, energy=None, error=None)
+
+    def covering(self, others: Sequence[Leaf], shape: tuple[int, ...]) -> Self | None:
+        """All principal axes of a tensor of at most `EXACT_BELOW` numbers, so that the core that is
+        decomposed for smaller ranks is as good as the weights; `MARGIN` times the largest ranks of
+        a larger one."""
+        ranks = [leaf.ranks for leaf in (self, *others) if isinstance(leaf, TuckerSettings)]
+        if len(ranks) <= len(others) or None in ranks:
+            return None
+        scale = float("inf") if math.prod(shape) <= EXACT_BELOW else MARGIN
+        largest = [max(of_mode) for of_mode in zip(*cast("list[Size]", ranks), strict=True)]
+        sizes = [shape[mode] for mode in self.modes]
+        return replace(
+            self, ranks=tuple(int(min(n, scale * r)) for n, r in zip(sizes, largest, strict=True))
+        )
+
+    def sliced(self, covering: Factors, shape: tuple[int, ...]) -> Tucker:
+        """The small core decomposed anew."""
+        largest = cast(Tucker, covering)
+        ranks = dict(zip(self.modes, self.ranks or (), strict=True))
+        same = all(largest.factors[mode].shape[1] == rank for mode, rank in ranks.items())
+        return largest if same else truncate(largest, ranks, refine=True)
 
     def _wanted_ranks(self, w: Tensor) -> tuple[int, ...]:
         """The smallest ranks that keep the wanted energy, mode by mode."""

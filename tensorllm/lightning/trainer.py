@@ -1,5 +1,6 @@
 """Lightning's Trainer for an evaluation, on one device or several, and how its failures end."""
 
+import gc
 import inspect
 import logging
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import Incomplete, UserError, first_line
+from tensorllm.evaluation.predictions import metrics_of
+from tensorllm.evaluation.results import Scored
+from tensorllm.lightning.callbacks import PredictionJournal, ProgressReport
+from tensorllm.lightning.module import ReasoningModule
+from tensorllm.progress import Progress
 from tensorllm.registry import did_you_mean
 
 AGAIN = "run the same command again: it goes on from the last finished batch"
@@ -175,6 +183,55 @@ def run(
         finally:  # Lightning calls no teardown after an error
             data.teardown("")
     return dict(logged[0]) if logged else None
+
+
+def score_model(
+    loader: Loader,
+    data: ReasoningDataModule,
+    folder: Path,
+    *,
+    devices: Devices,
+    options: Mapping[str, Any],
+    logger: Any,
+    progress: Progress,
+    prefix: str = "",
+    **settings: Any,
+) -> Scored:
+    """Score a model by the Trainer; what an earlier, interrupted run kept in `folder` counts.
+
+    Args:
+        options: further ones of the Trainer.
+        logger: of Lightning, or None.
+        progress: called after each batch where there is one process; several have the Trainer's
+            bar.
+        prefix: of the names of logged metrics.
+        settings: further ones of `ReasoningModule`.
+
+    Raises:
+        Incomplete: not all examples were scored.
+    """
+    kept = PredictionJournal(folder).predictions()
+    metrics = None
+    if any(e.index not in kept for e in data.examples):
+        gc.collect()  # the model before this one: Trainers and models are cycles
+        tokenizer = data.tokenizer or loader.tokenizer()
+        module = ReasoningModule(loader, tokenizer, prefix=prefix, **settings)
+        callbacks: list[Callback] = [PredictionJournal(folder)]
+        if not devices.several:
+            callbacks.append(ProgressReport(progress, f"scoring {loader.folder.name}"))
+        trainer = devices.trainer(options, logger=logger or False, callbacks=callbacks)
+        metrics = run(trainer, module, data)
+        kept = PredictionJournal(folder).predictions()
+    missing = [e.index for e in data.examples if e.index not in kept]
+    if missing:
+        raise Incomplete(
+            f"{len(missing)} of {len(data.examples)} examples were not scored, the first of them "
+            f"number {missing[0]}; run the same command again to go on"
+        )
+    predictions = [kept[e.index] for e in data.examples]
+    if metrics is None:  # the earlier run was interrupted after its last batch
+        return Scored(predictions, metrics_of(predictions))
+    return Scored(predictions, {k.removeprefix(prefix): v for k, v in metrics.items()})
 
 
 def is_first() -> bool:

@@ -14,7 +14,7 @@ SCORES = ("accuracy, %", "loss")
 def search_tables(results: Mapping[str, Any]) -> RenderableType:
     """The top trials, validation and test of winner and original, and how sure the gain is."""
     parts: list[RenderableType] = [_sentence(results), _trials(results["top"]), _scores(results)]
-    if results["objective"] == "pareto":
+    if results["several_objectives"]:
         parts[1:2] = [
             "accuracy against ratio: no trial beats these in both",
             _trials(results["front"]),
@@ -35,13 +35,13 @@ def search_tables(results: Mapping[str, Any]) -> RenderableType:
 def _sentence(results: Mapping[str, Any]) -> str:
     n = results["trials"]
     level = results["stop_level"]
-    given_up = f", {n['given_up']} given up early" if n["given_up"] else ""
-    error = f" (the best one with probability at most {level:g})" if n["given_up"] else ""
+    pruned = f", {n['pruned']} pruned early" if n["pruned"] else ""
+    error = f" (the best one with probability at most {level:g})" if n["pruned"] else ""
     other = [f"{n[name]} {name}" for name in ("infeasible", "failed") if n[name]]
     return (
         f"{n['examined']} trials of {results['model']} on {results['validation_examples']} "
         f"validation examples of {results['dataset']}, protocol {results['protocol']}"
-        f"{given_up}{error}{''.join(f', {text}' for text in other)}"
+        f"{pruned}{error}{''.join(f', {text}' for text in other)}"
     )
 
 

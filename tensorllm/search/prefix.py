@@ -23,26 +23,21 @@ from transformers import PreTrainedModel
 from tensorllm.evaluation.forward import ModelForward, Padded
 from tensorllm.evaluation.masked import MaskedForward
 from tensorllm.models import RoleMatrices
-from tensorllm.search.kept import Budget, Kept, Same, Store
+from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, Remembered
 
 T = TypeVar("T")
 
 
 def layer_modules(model: nn.Module, roles: RoleMatrices) -> list[nn.Module]:
     """The layers, found where the architecture's row says."""
-    stored = roles.architecture.attention[0]
-    ending = f".{stored.path}.weight"
-    return [
-        model.get_submodule(roles.name(i, stored.roles[0]).removesuffix(ending))
-        for i in range(roles.layers)
-    ]
+    return [model.get_submodule(roles.layer_path(i)) for i in range(roles.layers)]
 
 
 def ffn_modules(layers: list[nn.Module], roles: RoleMatrices) -> list[nn.Module | None]:
     """The module of each layer that is its whole FFN, if it is one."""
     parents = {stored.path.rpartition(".")[0] for stored in roles.architecture.ffn}
-    path = parents.pop()
-    return [layer.get_submodule(path) if path and not parents else None for layer in layers]
+    path = parents.pop() if len(parents) == 1 else ""  # an architecture may have no FFN
+    return [layer.get_submodule(path) if path else None for layer in layers]
 
 
 @dataclass(slots=True)
@@ -58,10 +53,10 @@ class _Pass:
     """
 
     skip: int
-    kept: Kept | None
+    kept: LayerInput | None
     noted: dict[int, Tensor | None]
     tupled: bool = False
-    ffns: dict[int, Same] = field(default_factory=dict)
+    ffns: dict[int, Remembered] = field(default_factory=dict)
 
 
 class Prefix:
@@ -79,12 +74,12 @@ class Prefix:
         self,
         model: PreTrainedModel,
         roles: RoleMatrices,
-        budget: Budget,
+        budget: CacheBudget,
         candidates: Collection[int] = (),
     ) -> None:
         self.layers = layer_modules(model, roles)
         self.ffns = ffn_modules(self.layers, roles)
-        self.store = Store(budget)
+        self.store = ActivationCache(budget)
         self.device = model.device
         self.candidates = frozenset(candidates) - {0}
         self.lowest = 0
@@ -143,7 +138,7 @@ class Prefix:
         self._admit(key, call, cache if grow else None)
         return wanted, cache
 
-    def _unknown(self, at: int, kept: Kept | None) -> dict[int, Tensor | None]:
+    def _unknown(self, at: int, kept: LayerInput | None) -> dict[int, Tensor | None]:
         """Layers whose input this pass computes and nobody keeps, though it may be of use."""
         wanted = {layer for layer in self.candidates if layer <= self.lowest} | {self.lowest}
         wanted = {layer for layer in wanted if at <= layer < len(self.layers)}
@@ -155,7 +150,7 @@ class Prefix:
             hidden_BTD = call.noted[layer]
             assert hidden_BTD is not None
             below = [copy.copy(entry) for entry in cache.layers[:layer]] if cache else ()
-            new = Kept(hidden_BTD, call.tupled, call.ffns.get(layer), below)
+            new = LayerInput(hidden_BTD, call.tupled, call.ffns.get(layer), below)
             self.store.admit(key, layer, new, spare=layer != self.lowest)
 
     def _layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,7 +183,7 @@ class Prefix:
                 self.store.forget_ffn()
             output = forward(*args)
             if index in call.noted and isinstance(output, Tensor):
-                call.ffns[index] = Same(args[0], output.clone())
+                call.ffns[index] = Remembered(args[0], output.clone())
             return output
 
         return run

@@ -99,14 +99,18 @@ class TrialQueue:
                 if _key(values) not in known:
                     self.study.enqueue_trial(dict(values))
 
-    def fill(self, count: int) -> None:
-        """Queue trials without values until there are `count`, infeasible ones not counted."""
+    def fill(self, count: int, first: Sequence[Values] = ()) -> None:
+        """Queue trials without values until there are `count`, infeasible ones not counted.
+
+        Args:
+            first: some of the values of the first trials.
+        """
         with locked(self.folder / FILLING):
             trials = self.trials()
             free = [t for t in trials if t.state == TrialState.PRUNED and REASON in t.user_attrs]
             there = len(trials) - min(len(free), 10 * count)  # a space may have nothing else
-            for _ in range(count - there):
-                self.study.enqueue_trial({})
+            for number in range(len(trials), len(trials) + count - there):
+                self.study.enqueue_trial(dict(first[number]) if number < len(first) else {})
 
     def take(self) -> optuna.Trial | None:
         """The next trial of the queue, or one that a dead worker left; None where there is none."""

@@ -7,38 +7,52 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
-from tensorllm.search.found import Found, unpack
-from tensorllm.search.worker import finished, merit
+from tensorllm.search.objectives import Objective
+from tensorllm.search.queue import RESULT
+from tensorllm.search.trial import TrialResult, unpack
 
 RESAMPLES = 1000
 
 
-def ranked(trials: Sequence[FrozenTrial], objective: str) -> list[tuple[FrozenTrial, Found]]:
-    """The trials that were examined in full, the best first; ties by loss, size, then number."""
-    key = "accuracy" if objective == "pareto" else objective
-    return sorted(finished(trials), key=lambda pair: (*merit(pair[1], key), _values(pair[0])))
+Finished = list[tuple[FrozenTrial, TrialResult]]
 
 
-def front(trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, Found]]:
-    """Trials that no other one beats in both accuracy and ratio, the most accurate first."""
-    best, out = 0.0, []
-    for trial, found in ranked(trials, "accuracy"):
-        if found.ratio > best:
-            best = found.ratio
-            out.append((trial, found))
+def finished(trials: Sequence[FrozenTrial]) -> Finished:
+    """The trials that were examined in full, with their results."""
+    full = [t for t in trials if t.state == TrialState.COMPLETE and RESULT in t.user_attrs]
+    pairs = [(t, TrialResult(**t.user_attrs[RESULT])) for t in full]
+    return [(t, result) for t, result in pairs if not result.stopped]
+
+
+def ranked(trials: Sequence[FrozenTrial], goal: Objective) -> Finished:
+    """The trials that were examined in full, the best first; ties by loss, size, then values."""
+    return sorted(finished(trials), key=lambda pair: (*goal.order(pair[1]), _values(pair[0])))
+
+
+def front(trials: Sequence[FrozenTrial], goal: Objective) -> Finished:
+    """Trials that no other one beats in all values of the objective, the best of the first value
+    first."""
+    best: list[tuple[float, ...]] = []
+    out: Finished = []
+    signs = [1 if direction == "maximize" else -1 for direction in goal.directions]
+    for trial, result in ranked(trials, goal):
+        values = tuple(s * v for s, v in zip(signs, goal.values(result), strict=True))
+        if not any(all(b >= v for b, v in zip(other, values, strict=True)) for other in best):
+            best.append(values)
+            out.append((trial, result))
     return out
 
 
 def selection_gain(
-    trials: Sequence[FrozenTrial], original: Found, seed: int, resamples: int = RESAMPLES
+    trials: Sequence[FrozenTrial], original: TrialResult, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, Any] | None:
     """How far selection flatters the winner's accuracy, by the bootstrap over validation examples.
 
     Per resample the trial with the best accuracy on the drawn examples is chosen as in the search;
-    its accuracy there minus that on the examples not drawn is the optimism. Trials that were given
-    up are left out: they lost on the way.
+    its accuracy there minus that on the examples not drawn is the optimism. Pruned trials are
+    left out: they lost on the way.
 
     Returns:
         `optimism` (points), its 95 % `interval`, `gain` over the original on validation (points),

@@ -1,24 +1,26 @@
-"""What is searched: layers and the ranks of a mode, as a list of choices per dimension.
-
-Shapes: D model width, K head width, M = 2g+2 matrices per group, G groups (= heads where g = 1).
-"""
+"""What is searched: layers and the dimensions that a strategy names; which points are feasible."""
 
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from tensorllm.compression.plan import plan_jobs
-from tensorllm.compressors import COMPRESSORS, Compressor
+from tensorllm.compressors import COMPRESSORS, Compressor, Job
+from tensorllm.compressors.base import Dimension, Value
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
-from tensorllm.search.choices import Value, choices_of
+from tensorllm.models.spec import ModelSpec
+from tensorllm.registry import did_you_mean
 
-Values = Mapping[str, Value]  # one choice of every dimension
+Values = Mapping[str, Value]  # a value of every dimension
+Matrices = frozenset[tuple[int, str]]  # (layer, role)
+
+LAYER = "layer"  # the dimension that every strategy has
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,69 +53,57 @@ class Point:
 
 @dataclass(frozen=True)
 class Space:
-    """The choices of each dimension, and how they make a point.
+    """The values of each dimension, and how they make a point.
 
     Attributes:
         mode: the compressor's name.
-        choices: dimension -> its values, ascending: `layer` (the first edited one), `R1`, `R2`,
-            `R3`, `rho`, `matrices`.
+        spec: the model's sizes.
+        choices: dimension -> its values, ascending: `layer` (the first edited one) and what the
+            strategy names.
+        log: dimensions that a sampler draws from on a logarithmic scale.
+        given: dimensions whose values the user named: no others are tried.
         together: how many neighbouring layers are edited at once, with the same settings.
-        tied: R1 is R2 times the heads, as in the authors' published ranks.
+        left_out: dimensions that the strategy derives from others (R1 of the tied family).
         fixed: other fields of the compressor.
-        heads: G, the last mode of the tensor.
-        width: D, what R1 may be at most.
     """
 
     mode: str
+    spec: ModelSpec
     choices: Mapping[str, tuple[Value, ...]]
+    log: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
     together: int = 1
-    tied: bool = False
+    left_out: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    heads: int = 1
-    width: int = 1
+
+    def settings(self, values: Values) -> dict[str, Any] | None:
+        """The compressor's fields; None: no weights have what these values ask for."""
+        own = {name: value for name, value in values.items() if name != LAYER}
+        found = COMPRESSORS[self.mode].settings_at(self.spec, own)
+        return None if found is None else {**self.fixed, **found}
 
     def point(self, values: Values) -> Point:
         """The compression that these values stand for."""
-        first = int(values["layer"])
-        settings = dict(self.fixed)
-        if "R2" in values:
-            settings["ranks"] = self._ranks(values)
-        if "rho" in values:
-            settings["rho"] = float(f"{values['rho']:.6g}")  # samplers give all sixteen digits
-        if "matrices" in values:
-            settings["matrices"] = str(values["matrices"]).split("+")
+        settings, first = self.settings(values), int(values[LAYER])
+        assert settings is not None, f"{values} cannot be reached"
         return Point(self.mode, tuple(range(first, first + self.together)), settings)
-
-    def _ranks(self, values: Values) -> list[int]:
-        r1 = self.heads * int(values["R2"]) if self.tied else int(values["R1"])
-        return [r1, int(values["R2"]), *([int(values["R3"])] if "R3" in values else [])]
-
-    def allows(self, values: Values) -> bool:
-        """Whether the ranks can be reached: each is at most the product of the others.
-
-        A mode's unfolding has no higher rank; (R1 > R2 R3 G) would be stored for nothing.
-        """
-        if "R2" not in values:
-            return True
-        ranks = self._ranks(values)
-        cells = math.prod(ranks) * self.heads
-        return ranks[0] <= self.width and all(rank * rank <= cells for rank in ranks)
 
     @cached_property
     def grid(self) -> list[dict[str, Value]]:
-        """Every combination of the choices that can be reached."""
+        """Every combination of the values that can be reached."""
         names = list(self.choices)
         product = itertools.product(*self.choices.values())
         everything = (dict(zip(names, values, strict=True)) for values in product)
-        return [values for values in everything if self.allows(values)]
+        return [values for values in everything if self.settings(values) is not None]
 
     def describe(self) -> dict[str, Any]:
         """As plain JSON values: what must not change between two runs of one study."""
         return {
             "mode": self.mode,
             "choices": {name: list(values) for name, values in self.choices.items()},
+            "given": sorted(self.given),
             "together": self.together,
-            "tied": self.tied,
+            "left_out": list(self.left_out),
             "fixed": dict(self.fixed),
         }
 
@@ -123,41 +113,179 @@ def make_space(
     mode: str,
     *,
     layers: Sequence[int] | None = None,
-    ranks: Mapping[str, Sequence[int]] | None = None,
-    rhos: Sequence[float] | None = None,
-    matrices: Sequence[str] | None = None,
+    values: Mapping[str, Sequence[Value] | None] | None = None,
     together: int = 1,
-    tied: bool = False,
+    left_out: Sequence[str] = (),
     fixed: Mapping[str, Any] | None = None,
 ) -> Space:
-    """The space of a model and mode; what is not given is chosen from the model's sizes.
+    """The space of a model and mode; what is not given is chosen by the strategy.
 
     Args:
-        roles: of the model.
-        mode: `shared-tucker`, `per-matrix-tucker`, `laser` or `hybrid`.
         layers: the candidates; all by default.
-        ranks: of any of R1, R2, R3 the values to try.
-        rhos: shares of the rank that LASER keeps.
-        matrices: the sets of matrices to try, each as `in` or `in+out`.
+        values: of any dimension of the strategy the values to try.
         together: how many neighbouring layers are edited at once.
-        tied: R1 = heads * R2.
+        left_out: dimensions that the strategy derives from the others: R1 = heads * R2.
         fixed: other fields of the compressor, such as `layout`.
 
     Raises:
-        UserError: nothing is left to search, or a value is out of range.
+        UserError: nothing is left to search, no such dimension, or a value out of range.
     """
-    name = COMPRESSORS.name_of(COMPRESSORS[mode])
-    given = {**(ranks or {}), "rho": rhos, "matrices": matrices}
-    choices = choices_of(roles, name, given, layers=layers, together=together, tied=tied)
-    geometry = roles.geometry
-    space = Space(
-        name, choices, together, tied, dict(fixed or {}), heads=geometry.G, width=geometry.D
-    )
-    if not space.grid:
+    kind, fixed = COMPRESSORS[mode], dict(fixed or {})
+    name = COMPRESSORS.name_of(kind)
+    there = kind.search_space(roles.spec, fixed)
+    if not there:
         raise UserError(
-            f"no combination of the ranks can be reached: {space.describe()['choices']}; a rank is "
-            f"at most the product of the others and the {geometry.G} heads, R1 at most {geometry.D}"
+            f"mode {name!r} has nothing to search; {searchable(roles.spec)} have (a strategy says "
+            "what may be varied in search_space)"
         )
-    for values in (space.grid[0], space.grid[-1]):
-        plan_jobs(space.point(values).compressor, roles, space.point(values).layers)
+    given = {dimension: list(v) for dimension, v in (values or {}).items() if v}
+    for dimension in (*given, *left_out):
+        if dimension not in there:
+            hint = did_you_mean(dimension, list(there))
+            raise UserError(f"mode {name!r} has no {dimension}; it has {', '.join(there)}.{hint}")
+        if dimension in given and dimension in left_out:
+            raise UserError(f"{dimension} follows from the others (--tied): give no {dimension}")
+    choices: dict[str, tuple[Value, ...]] = {LAYER: _layers(roles, layers, together)}
+    for dimension, what in there.items():
+        if dimension not in left_out:
+            wanted = given.get(dimension)
+            choices[dimension] = (
+                what.values if wanted is None else _checked(dimension, what, wanted)
+            )
+    space = Space(
+        name, roles.spec, choices,
+        log=frozenset(dimension for dimension, what in there.items() if what.log),
+        given=frozenset(given), together=together, left_out=tuple(left_out), fixed=fixed,
+    )  # fmt: skip
+    if not space.grid:
+        shown = {key: list(v) for key, v in choices.items() if key != LAYER}
+        raise UserError(f"no combination of these values can be reached by {name}: {shown}")
+    for at in (space.grid[0], space.grid[-1]):
+        plan_jobs(space.point(at).compressor, roles, space.point(at).layers)
     return space
+
+
+def searchable(spec: ModelSpec) -> str:
+    """The modes that say what may be varied."""
+    names = []
+    for name in COMPRESSORS:
+        try:
+            found = COMPRESSORS[name].search_space(spec, {})
+        except UserError:  # not for this architecture
+            continue
+        if found:
+            names.append(name)
+    return ", ".join(names)
+
+
+def _layers(roles: RoleMatrices, layers: Sequence[int] | None, together: int) -> tuple[Value, ...]:
+    """The first layers of all runs of `together` neighbours among the candidates."""
+    if not 1 <= together <= roles.layers:
+        raise UserError(f"layers edited together must be 1 to {roles.layers}, got {together}")
+    if layers is not None and not layers:
+        raise UserError(f"no layer is left to search; the model has layers 0..{roles.layers - 1}")
+    known = sorted(roles.check_layers(range(roles.layers) if layers is None else layers))
+    first = [i for i in known if all(i + n in known for n in range(together))]
+    if not first:
+        raise UserError(f"no {together} neighbouring layers are among {known}")
+    return tuple(first)
+
+
+def _checked(name: str, what: Dimension, given: Sequence[Value]) -> tuple[Value, ...]:
+    """The user's values of a dimension, each once; numbers ascending, names in their order."""
+    if isinstance(what.values[0], str):
+        _check_names(name, what, map(str, given))
+        return tuple(dict.fromkeys(map(str, given)))
+    whole = isinstance(what.values[0], int)
+    for value in given:
+        _check_number(name, what, value, whole)
+    return tuple(sorted({int(value) if whole else float(value) for value in given}))
+
+
+def _check_names(name: str, what: Dimension, given: Iterable[str]) -> None:
+    known, how = list(what.names or map(str, what.values)), "some" if what.names else "one"
+    for part in (part for v in given for part in (v.split("+") if what.names else [v])):
+        if part not in known:
+            hint = did_you_mean(part, known)
+            raise UserError(f"{name} must be {how} of {', '.join(known)}, got {part!r}.{hint}")
+
+
+def _check_number(name: str, what: Dimension, value: Value, whole: bool) -> None:
+    if isinstance(value, str) or (whole and value != int(value)):
+        raise UserError(f"{name} takes {'whole ' if whole else ''}numbers, got {value!r}")
+    if what.allowed is None:
+        if value not in what.values:
+            shown = ", ".join(f"{v:g}" for v in what.values)
+            raise UserError(f"{name} must be one of {shown}, got {value:g}")
+        return
+    low, high = what.allowed
+    if not low <= value <= high or (what.log and value <= 0):
+        opens = "(" if what.log and low == 0 else "["
+        shown = f"{low}..{high}" if whole else f"{opens}{low:g}, {high:g}]"
+        raise UserError(f"{name} must be in {shown}, got {value:g}")
+
+
+def ratio_of(jobs: Sequence[Job], roles: RoleMatrices) -> float | None:
+    """Numbers in the matrices that are decomposed, over the numbers stored for them.
+
+    None: only the decompositions can tell.
+    """
+    before = after = 0
+    for job in jobs:
+        shape = job.site.shape(roles.spec.geometry(job.site.layers[0]))
+        stored = job.compressor.stored_parameters(shape)
+        if stored is None:
+            return None
+        before += math.prod(shape)
+        after += stored
+    return before / after
+
+
+def collides(jobs: Sequence[Job], excluded: Collection[tuple[int, str]]) -> bool:
+    """Whether a matrix of these jobs is among those."""
+    return any(matrix in excluded for job in jobs for matrix in job.site.matrices)
+
+
+def feasible(
+    space: Space, roles: RoleMatrices, min_ratio: float, excluded: Matrices = frozenset()
+) -> list[dict[str, Value]]:
+    """The grid's combinations that meet `min_ratio` and touch none of the `excluded` matrices.
+
+    Raises:
+        UserError: no combination has the ratio; names the best. (All excluded is an empty list.)
+    """
+    free = space.grid if not excluded else list(_free(space, roles, excluded))
+    if not min_ratio or not free:
+        return free
+    known = list(_with_ratios(free, space, roles))
+    kept = [values for values, ratio in known if ratio is None or ratio >= min_ratio]
+    if not kept:
+        best = max(ratio for _, ratio in known if ratio is not None)
+        raise UserError(
+            f"no choice of settings has a ratio of {min_ratio:g}; the best reachable is {best:.4g}"
+        )
+    return kept
+
+
+def _free(space: Space, roles: RoleMatrices, excluded: Matrices) -> Iterator[dict[str, Value]]:
+    names = [name for name, values in space.choices.items() if isinstance(values[0], str)]
+    known: dict[tuple[Value, ...], bool] = {}  # numbers (ranks) do not change which matrices
+    for values in space.grid:
+        same = (values[LAYER], *(values[name] for name in names))
+        if same not in known:
+            point = space.point(values)
+            known[same] = collides(plan_jobs(point.compressor, roles, point.layers), excluded)
+        if not known[same]:
+            yield values
+
+
+def _with_ratios(
+    points: Sequence[dict[str, Value]], space: Space, roles: RoleMatrices
+) -> Iterator[tuple[dict[str, Value], float | None]]:
+    known: dict[str, float | None] = {}  # all layers have the same sizes
+    for values in points:
+        point = space.point(values)
+        same = json.dumps(point.settings)
+        if same not in known:
+            known[same] = ratio_of(plan_jobs(point.compressor, roles, point.layers), roles)
+        yield values, known[same]

@@ -1,4 +1,4 @@
-"""When a trial is given up: it has lost, for certain or with an error level that is stated.
+"""When a trial is pruned: it has lost, for certain or with an error level that is stated.
 
 The validation examples are examined in a random order, so those seen so far are a sample without
 replacement. Two rules, both against one trial that was examined in full, the rival:
@@ -9,7 +9,7 @@ replacement. Two rules, both against one trial that was examined in full, the ri
   variables by betting", JRSS B 2024, section 5 (sampling without replacement).
 
 If the hypothesis is true, the martingale ever exceeds 1 / level with probability at most `level`
-(Ville's inequality). So the trial that is best on all validation examples is given up with
+(Ville's inequality). So the trial that is best on all validation examples is pruned with
 probability at most `level`, however many trials there are: only its own test, against the one
 rival it met, can be wrong about it.
 """
@@ -39,7 +39,7 @@ class Race:
     Args:
         rival: the trial to beat.
         total: validation examples.
-        level: probability with which a trial that would win is given up; 0: only when certain.
+        level: probability with which a trial that would win is pruned; 0: only when certain.
     """
 
     rival: Rival
@@ -53,7 +53,7 @@ class Race:
     _log_wealth: float = 0.0
 
     def lost(self, correct: Sequence[bool | None], losses: Sequence[float]) -> bool:
-        """Take the next examples; whether the trial can be given up now."""
+        """Take the next examples; whether the trial can be pruned now."""
         found = False
         for verdict, loss in zip(correct, losses, strict=True):
             found = self._next(bool(verdict), loss) or found

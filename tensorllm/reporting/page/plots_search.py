@@ -16,7 +16,7 @@ def search_pictures(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], prefix: str = ""
 ) -> list[Picture]:
     """The plots of a study; none where no trial was examined in full."""
-    # Sums over fewer examples than all are no fair figures: trials given up are left out.
+    # Sums over fewer examples than all are no fair figures: pruned trials are left out.
     full = [r for r in rows if r["state"] == "complete" and not r["stopped"]]
     measure = "loss" if results["objective"] == "loss" else "accuracy"
     if len({r["accuracy"] for r in full}) < 2:  # all alike, or running text: it tells nothing
@@ -24,16 +24,25 @@ def search_pictures(
     full = [r for r in full if r[measure] is not None]
     if not full:
         return []
+    across = _across(results["space"]["choices"])
     return [
-        _layers_and_ranks(canvas, full, measure, f"{prefix}heatmap"),
+        _layers_and_values(canvas, full, across, measure, f"{prefix}heatmap"),
         _front(canvas, full, results, measure, f"{prefix}pareto"),
         _history(canvas, full, results, measure, f"{prefix}history"),
     ]
 
 
-def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: str) -> Picture:
-    """The best of every layer and first rank; many ranks are put together in ranges."""
-    across = next(n for n in ("R1", "R2", "rho") if rows[0].get(n) is not None)
+def _across(choices: Mapping[str, Sequence[Any]]) -> str:
+    """The dimension to draw beside the layers: the first one of numbers, or else of names."""
+    own = [name for name in choices if name != "layer"]
+    numbers = [name for name in own if not isinstance(choices[name][0], str)]
+    return (numbers or own)[0]
+
+
+def _layers_and_values(
+    canvas: Canvas, rows: Sequence[Row], across: str, measure: str, name: str
+) -> Picture:
+    """The best of every layer and value; many values are put together in ranges."""
     layers = sorted({r["layer"] for r in rows})
     bins = _bins(sorted({r[across] for r in rows}))
     pick: Callable[..., float | None] = min if measure == "loss" else max
@@ -53,13 +62,15 @@ def _layers_and_ranks(canvas: Canvas, rows: Sequence[Row], measure: str, name: s
         names=("first edited layer", across if len(bins[0]) == 1 else f"{across}, from"),
         title=f"Best {measure} by layer and {across}",
         caption=f"On validation, from {{low:.3g}} (faint) to {{high:.3g}} {SHOWN[measure].unit} "
-        "(strong). Empty: not examined, or given up early.",
+        "(strong). Empty: not examined, or pruned early.",
         number=".0f" if measure == "accuracy" else ".2f",
     )
 
 
-def _short(values: Sequence[float]) -> list[str]:
+def _short(values: Sequence[Any]) -> list[str]:
     """Numbers in as few digits as tell them apart, two at least: a sampled one may have 16."""
+    if isinstance(values[0], str):
+        return list(values)
     for digits in range(2, 17):
         texts = [f"{int(v)}" if v == int(v) else f"{v:.{digits}g}" for v in values]
         if len(set(texts)) == len(set(values)):
@@ -67,7 +78,7 @@ def _short(values: Sequence[float]) -> list[str]:
     return texts
 
 
-def _bins(values: Sequence[float]) -> list[list[float]]:
+def _bins(values: Sequence[Any]) -> list[list[Any]]:
     """The values one by one, or in `COLUMNS` groups of neighbours."""
     if len(values) <= COLUMNS:
         return [[v] for v in values]

@@ -51,7 +51,7 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
             {
                 "label": "trials",
                 "value": f"{counts['examined']:,}",
-                "note": f"{counts['given_up']} given up early",
+                "note": f"{counts['pruned']} pruned early",
                 "tone": "",
             },
         ],

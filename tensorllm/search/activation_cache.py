@@ -17,7 +17,7 @@ from torch import Tensor
 Change = Callable[[Tensor], Tensor]
 
 
-class Same(NamedTuple):
+class Remembered(NamedTuple):
     """What a module was given, and what it made of it: need not be made again of the same."""
 
     input_BTD: Tensor
@@ -25,7 +25,7 @@ class Same(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class LayerInput:
     """One batch below one layer.
 
     Attributes:
@@ -37,23 +37,23 @@ class Kept:
 
     hidden_BTD: Tensor
     tupled: bool
-    ffn: Same | None = None
+    ffn: Remembered | None = None
     below: Sequence[Any] = field(default=())
 
     @property
     def bytes(self) -> int:
         return sum(t.nbytes for t in (self.hidden_BTD, *(self.ffn or ()))) + cached(self.below)
 
-    def on(self, device: torch.device) -> "Kept":
+    def on(self, device: torch.device) -> "LayerInput":
         """The same where the model is; itself where it is there already."""
         same = self.hidden_BTD.device == device
         return self if same else self.each(lambda t: t.to(device))
 
-    def each(self, change: Change) -> "Kept":
+    def each(self, change: Change) -> "LayerInput":
         """The same with all tensors changed."""
-        ffn = Same(*map(change, self.ffn)) if self.ffn else None
+        ffn = Remembered(*map(change, self.ffn)) if self.ffn else None
         below = [_changed(layer, change) for layer in self.below]
-        return Kept(change(self.hidden_BTD), self.tupled, ffn, below)
+        return LayerInput(change(self.hidden_BTD), self.tupled, ffn, below)
 
 
 def cached(layers: Sequence[Any]) -> int:
@@ -81,7 +81,7 @@ def mapped(t: Tensor, folder: Path) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class CacheBudget:
     """Bytes that may be kept.
 
     Attributes:
@@ -99,20 +99,20 @@ class Budget:
         return self.memory + self.disk
 
 
-NOTHING = Budget()
+NO_CACHE = CacheBudget()
 
 
-class Store:
-    """Kept batches by layer; those of several layers share one cache."""
+class ActivationCache:
+    """LayerInput batches by layer; those of several layers share one cache."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: CacheBudget) -> None:
         self.budget = budget
         self.bytes = {"memory": 0, "disk": 0}
-        self._kept: dict[int, dict[Hashable, tuple[Kept, str]]] = {}
+        self._kept: dict[int, dict[Hashable, tuple[LayerInput, str]]] = {}
         self._below: dict[Hashable, list[tuple[Any, str]]] = {}  # from the first layer on
         self._lock = threading.Lock()
 
-    def nearest(self, key: Hashable, layer: int, grown: bool) -> tuple[int, Kept | None]:
+    def nearest(self, key: Hashable, layer: int, grown: bool) -> tuple[int, LayerInput | None]:
         """The highest layer up to `layer` below which this batch is known, with its cache if so
         wanted.
         """
@@ -124,7 +124,7 @@ class Store:
                     return at, replace(found[0], below=below[:at])
         return 0, None
 
-    def admit(self, key: Hashable, layer: int, new: Kept, *, spare: bool = False) -> None:
+    def admit(self, key: Hashable, layer: int, new: LayerInput, *, spare: bool = False) -> None:
         """Keep it where the budget allows, at the expense of other layers' unless it is `spare`."""
         with self._lock:
             mine = self._kept.setdefault(layer, {})
@@ -154,7 +154,7 @@ class Store:
                     self.bytes[place] -= kept.bytes - of_layer[key][0].bytes
 
     def _place(
-        self, key: Hashable, layer: int, new: Kept, spare: bool
+        self, key: Hashable, layer: int, new: LayerInput, spare: bool
     ) -> tuple[str | None, Sequence[Any]]:
         """Where there is room, and which entries of the cache are not kept yet."""
         while True:
@@ -179,5 +179,5 @@ class Store:
                 self.bytes[place] -= cached([entry])
             del entries[highest:]
 
-    def _forget(self, kept: Kept, place: str) -> None:
+    def _forget(self, kept: LayerInput, place: str) -> None:
         self.bytes[place] -= kept.bytes

@@ -1,23 +1,27 @@
-"""The end of a search: the winner's score on the test part."""
+"""The end of a search: the winner's scores on the test part, and what is written of it."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tensorllm.commands.search_compose import Step, composed, selection, whole
-from tensorllm.commands.search_run import SearchRun
-from tensorllm.compression.jobs import decomposed
-from tensorllm.compression.plan import plan_jobs
 from tensorllm.environment import environment
 from tensorllm.evaluation.evaluate import evaluate_model
-from tensorllm.search.bank import Edit, edited
-from tensorllm.search.feasible import ratio_of
-from tensorllm.search.found import Found
+from tensorllm.io import replacing, write_text
+from tensorllm.reporting.search_plots import save_plots
+from tensorllm.search.composition import Step, composed, selection, whole
+from tensorllm.search.decompositions import applied
+from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
 from tensorllm.search.selection import front, half_width, ranked
 from tensorllm.search.space import Point
+from tensorllm.search.study import Study
+from tensorllm.search.trial import TrialResult
+
+RECIPE, TRIALS, RESULTS = "best.yaml", "trials.parquet", "results.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class SearchResult:
         return {**self.results, "recipe": self.recipe}
 
 
-def conclude(run: SearchRun, queue: TrialQueue, steps: Sequence[Step]) -> SearchResult:
+def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResult:
     """Score what was chosen on validation, and the original, on the test part.
 
     Args:
@@ -39,17 +43,19 @@ def conclude(run: SearchRun, queue: TrialQueue, steps: Sequence[Step]) -> Search
         steps: each on top of those before it.
     """
     first, point = steps[0], composed(steps)
-    ratio = ratio_of(plan_jobs(point.compressor, run.roles, point.layers), run.roles)
     final = _final(run, queue, point)
-    order = ranked(first.trials, run.request.rules.objective)
+    goal = run.request.rules.goal
+    order = ranked(first.trials, goal)
     results = {
         "model": run.source.name,
         "dataset": run.validation.name,
         "protocol": run.protocol.name,
         "objective": run.request.rules.objective,
+        "several_objectives": goal.several,
         "sampler": run.sampler,
         "space": run.space.describe(),
         "trials": _counts([trial for step in steps for trial in step.trials]),
+        "too_large": {"points": run.too_large, "min_ratio": run.request.rules.least_ratio},
         "stop_level": run.request.rules.level,
         "validation_examples": len(run.validation.examples),
         "half_width": half_width(len(run.validation.examples)),
@@ -57,24 +63,27 @@ def conclude(run: SearchRun, queue: TrialQueue, steps: Sequence[Step]) -> Search
         "winner": {
             "trial": first.number if len(steps) == 1 else None,
             **point.recipe(),
-            "validation": _plain(whole(steps, ratio)),
+            "validation": _plain(whole(steps, final["ratio"])),
             "test": final["winner"],
         },
         "steps": [
-            {"trial": step.number, **step.point.recipe(), "validation": _plain(step.found)}
+            {"trial": step.number, **step.point.recipe(), "validation": _plain(step.result)}
             for step in steps
         ],
         "test_looks": final["looks"],
         "selection": selection(steps, run.request.seed),
         "top": [_row(t, f) for t, f in order[:10]],
-        "front": [_row(t, f) for t, f in front(first.trials)],
+        "front": [
+            _row(t, f)
+            for t, f in front(first.trials, goal if goal.several else OBJECTIVES["pareto"])
+        ],
         "cache": _cache(run),
         "environment": environment(),
     }
     return SearchResult(results, recipe_text(run, point, results))
 
 
-def recipe_text(run: SearchRun, point: Point, results: dict[str, Any]) -> str:
+def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
     """The winner as YAML that `tensorllm compress --config` takes."""
     import yaml
 
@@ -92,7 +101,7 @@ def recipe_text(run: SearchRun, point: Point, results: dict[str, Any]) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 
 
-def _final(run: SearchRun, queue: TrialQueue, point: Point) -> dict[str, Any]:
+def _final(run: Study, queue: TrialQueue, point: Point) -> dict[str, Any]:
     """Test scores of winner and original: taken once, unless another winner comes."""
     attrs = queue.study.user_attrs
     known = attrs.get("final")
@@ -100,18 +109,24 @@ def _final(run: SearchRun, queue: TrialQueue, point: Point) -> dict[str, Any]:
         return dict(known)
     test = run.test
     weights = run.examiner.weights
-    done = decomposed(point.compressor, run.roles, weights, point.layers)  # as `compress` does
-    edits = [Edit(d.site, d.site.unstack(d.factors.dense(), run.roles.geometry), 0.0) for d in done]
+    edit = run.final_edit(point)
     original = known["original"] if known else _score(run, test)
-    with edited(edits, run.roles, weights):
+    with applied(edit, run.roles, weights):
         winner = _score(run, test)
     looks = (known["looks"] if known else 0) + 1
-    final = {"point": point.key, "original": original, "winner": winner, "looks": looks}
+    before, after = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
+    final = {
+        "point": point.key,
+        "original": original,
+        "winner": winner,
+        "looks": looks,
+        "ratio": before / after,
+    }
     queue.study.set_user_attr("final", final)
     return final
 
 
-def _score(run: SearchRun, data: Any) -> dict[str, Any]:
+def _score(run: Study, data: Any) -> dict[str, Any]:
     return evaluate_model(run.model, run.tokenizer, data, run.protocol)
 
 
@@ -120,22 +135,22 @@ def _counts(trials: Sequence[FrozenTrial]) -> dict[str, int]:
     return {
         "all": len(trials),
         "examined": len(results),
-        "given_up": sum(r["stopped"] for r in results),
+        "pruned": sum(r["stopped"] for r in results),
         "infeasible": sum(t.state == TrialState.PRUNED and REASON in t.user_attrs for t in trials),
         "failed": sum(t.state == TrialState.FAIL for t in trials),
         "examples_scored": sum(r["seen"] for r in results),
     }
 
 
-def _row(trial: FrozenTrial, found: Found) -> dict[str, Any]:
+def _row(trial: FrozenTrial, found: TrialResult) -> dict[str, Any]:
     return {"trial": trial.number, "params": trial.params, **_plain(found)}
 
 
-def _plain(found: Found) -> dict[str, Any]:
+def _plain(found: TrialResult) -> dict[str, Any]:
     return {name: value for name, value in found.to_json().items() if name != "correct"}
 
 
-def _cache(run: SearchRun) -> dict[str, Any]:
+def _cache(run: Study) -> dict[str, Any]:
     prefix = run.examiner.prefix
     budget, held = prefix.store.budget, prefix.store.bytes
     return {
@@ -146,3 +161,42 @@ def _cache(run: SearchRun) -> dict[str, Any]:
         "layers_computed": prefix.computed,
         "layers_skipped": prefix.skipped,
     }
+
+
+def write_files(folder: Path, run: Study, point: Point, found: SearchResult) -> None:
+    """`best.yaml`, `results.json` and, where matplotlib is, the plots."""
+    import pyarrow.parquet as pq
+
+    write_text(folder / RECIPE, found.recipe)
+    write_text(folder / RESULTS, json.dumps(found.results, indent=2) + "\n")
+    done = run.decomposed(point)
+    rows = pq.read_table(folder / TRIALS).to_pylist()
+    sites = [asdict(site.report) for site in done]
+    details = {site.site.name: site.details for site in done}
+    save_plots(folder, rows, found.results, sites, details)
+
+
+def write_trials(folder: Path, run: Study, trials: Sequence[FrozenTrial]) -> None:
+    """All trials of a search as a table, one a row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for trial in trials:
+        result = trial.user_attrs.get(RESULT, {})
+        known = trial.params.keys() >= run.space.choices.keys()
+        reached = known and run.space.settings(trial.params) is not None
+        rows.append(
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                **{name: trial.params.get(name) for name in run.space.choices},
+                "point": run.space.point(trial.params).key if reached else None,
+                **{name: result.get(name) for name in TrialResult.__dataclass_fields__},
+                "reason": trial.user_attrs.get(REASON),
+                "started": trial.datetime_start,
+                "finished": trial.datetime_complete,
+            }
+        )
+    with replacing(folder / TRIALS) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)

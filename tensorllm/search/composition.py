@@ -11,14 +11,14 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from tensorllm.commands.search import SearchRequest
-from tensorllm.commands.search_run import SearchRun
 from tensorllm.errors import Incomplete
-from tensorllm.search.found import Found
+from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import REASON, TrialQueue
+from tensorllm.search.request import SearchRequest
 from tensorllm.search.selection import ranked, selection_gain
 from tensorllm.search.space import Point
-from tensorllm.search.worker import merit
+from tensorllm.search.study import Study
+from tensorllm.search.trial import TrialResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +31,34 @@ class Step:
     """
 
     point: Point
-    found: Found
-    original: Found
+    result: TrialResult
+    original: TrialResult
     trials: list[FrozenTrial]
     number: int
 
-    def gains(self, objective: str) -> bool:
+    def gains(self, goal: Objective) -> bool:
         """Whether the edit makes validation better than it was without."""
-        return bool(merit(self.found, objective)[0] < merit(self.original, objective)[0])
+        return bool(goal.order(self.result)[0] < goal.order(self.original)[0])
 
 
-def best_of(run: SearchRun, queue: TrialQueue) -> Step:
+def best_of(run: Study, queue: TrialQueue) -> Step:
     """What a finished search leaves.
 
     Raises:
         Incomplete: no trial was examined in full.
     """
     trials = queue.trials()
-    order = ranked(trials, run.request.rules.objective)
+    order = ranked(trials, run.request.rules.goal)
     if not order:
+        if run.late:
+            raise Incomplete(
+                f"--time-limit ended before the first of {len(trials)} trials was examined in full;"
+                " run the same command again with more time: the study goes on"
+            )
         raise Incomplete(f"no trial could be examined in full: {_reasons(trials)}")
-    winner, found = order[0]
+    winner, result = order[0]
     point = run.space.point(winner.params)
-    return Step(point, found, run.original(queue), trials, winner.number)
+    return Step(point, result, run.original(queue), trials, winner.number)
 
 
 def on_top(request: SearchRequest, folder: Path, steps: Sequence[Step]) -> SearchRequest:
@@ -73,12 +78,12 @@ def composed(steps: Sequence[Step]) -> Point:
     return Point("per-layer", tuple(layers), {"edits": [step.point.recipe() for step in steps]})
 
 
-def whole(steps: Sequence[Step], ratio: float) -> Found:
-    """What was found for all edits together: the last step's scores, and sums of sizes."""
-    saved = sum(step.found.parameters_saved for step in steps)
-    error = max(step.found.relative_error for step in steps)
-    seconds = sum(step.found.seconds for step in steps)
-    found = steps[-1].found
+def whole(steps: Sequence[Step], ratio: float) -> TrialResult:
+    """The result of all edits together: the last step's scores, and sums of sizes."""
+    saved = sum(step.result.parameters_saved for step in steps)
+    error = max(step.result.relative_error for step in steps)
+    seconds = sum(step.result.seconds for step in steps)
+    found = steps[-1].result
     return replace(
         found, ratio=ratio, parameters_saved=saved, relative_error=error, seconds=seconds
     )

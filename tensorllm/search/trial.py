@@ -1,4 +1,4 @@
-"""What a trial gave: its figures and its verdicts."""
+"""The result of a trial: its figures and its verdicts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,14 +8,14 @@ from tensorllm.evaluation.predictions import Prediction
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a trial gave.
+class TrialResult:
+    """The figures of one compression, or of the original, on the validation examples.
 
     Attributes:
         accuracy: per cent of the examples seen; None for running text.
         loss: nats per token, mean over the examples seen.
         seen: examples examined.
-        stopped: given up before the last example, as a loser.
+        stopped: pruned before the last example, as it had lost.
         ratio: numbers in the decomposed matrices over numbers stored for them.
         parameters_saved: numbers that the model has fewer.
         relative_error: the largest of the sites'.
@@ -37,20 +37,20 @@ class Found:
         return asdict(self)
 
 
-def found_in(
+def result_of(
     rows: Sequence[Prediction],
     stopped: bool,
     ratio: float,
     saved: int,
     error: float,
     seconds: float,
-) -> Found:
+) -> TrialResult:
     """The figures of these rows; a loss that is not finite is an error."""
     asked = rows[0].correct is not None
     loss = sum(row.loss for row in rows) / len(rows)
     if loss != loss or loss in (float("inf"), float("-inf")):
         raise FloatingPointError(f"the model's loss is {loss}")
-    return Found(
+    return TrialResult(
         accuracy=100 * sum(bool(row.correct) for row in rows) / len(rows) if asked else None,
         loss=loss,
         seen=len(rows),

@@ -1,0 +1,123 @@
+"""SVD-LLM: truncation-aware whitening, and its update on the compressed model's inputs.
+
+Shapes: Y outputs, X inputs, R rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tensorllm.compressors.base import (
+    COMPRESSORS,
+    Dimension,
+    Job,
+    LayerContext,
+    LayerFit,
+    LayerResult,
+    MatrixStatistics,
+    Needs,
+    Site,
+    Value,
+)
+from tensorllm.compressors.matrix import (
+    KeptSettings,
+    MatrixSVD,
+    Root,
+    kept_settings,
+    kept_space,
+    low_rank,
+    map_of,
+    truncated,
+)
+from tensorllm.models.spec import ModelSpec
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
+
+
+@COMPRESSORS.register("svd-llm")
+@dataclass(frozen=True, kw_only=True)
+class SVDLLM(MatrixSVD):
+    """Each matrix truncated where its inputs are white: the best of its rank on its own outputs.
+
+    Source: SVD-LLM, arXiv 2403.07378, section 3.1 (Theorem 3.2).
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
+    needs: ClassVar[Needs] = "activations"
+
+    def root(self, w_YX: Tensor, statistics: MatrixStatistics | None) -> Root:
+        assert statistics is not None, "measured, as `needs` says"
+        return whitening(statistics.input_covariance_XX.to(w_YX))
+
+
+@COMPRESSORS.register("svd-llm-sequential")
+@dataclass(frozen=True, kw_only=True)
+class SVDLLMSequential(KeptSettings, LayerFit):
+    """`svd-llm`, then the left factor refitted to the inputs that the compressed model gives.
+
+    Source: SVD-LLM, arXiv 2403.07378, section 3.2 (sequential low-rank parameter update).
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
+
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
+        return [Job(site, self) for site in self.sites(spec, sorted(layers))]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.check_shape(shape)
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        return self.rank_of(shape) * sum(shape)
+
+    def passes(self, sites: Sequence[Site]) -> int:
+        return len(sites)
+
+    def fit_layer(self, context: LayerContext) -> LayerResult:
+        out: dict[Site, Factors] = {}
+        for site in in_order(context.sites):
+            (role,) = site.roles
+            w_ID = context.weight(role)
+            w_YX = map_of(w_ID, role)
+            root = whitening(context.input_covariance(role).to(w_YX))
+            _, v_RX = truncated(w_YX, root, self.rank_of(w_ID.shape))
+            _, seen_XX = context.shifted_covariances(role)
+            right_XR = seen_XX.to(w_YX) @ v_RX.mT
+            u_YR = torch.linalg.lstsq(v_RX @ right_XR, (w_YX @ right_XR).mT).solution.mT
+            out[site] = low_rank(u_YR, v_RX, transposed=role in OUTPUT_PROJECTIONS, like=w_ID)
+            context.put(site, out[site])
+        return LayerResult(out)
+
+    @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        return kept_space(spec, settings)
+
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
+        return kept_settings(point)
+
+
+def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
+    """The Cholesky factor of a covariance; where that is not positive definite, its diagonal is
+    raised until it is, as in the authors' code.
+
+    Args:
+        ridge: of the mean variance, what is added to the diagonal in any case.
+    """
+    shift = ridge * float(covariance_XX.diagonal().mean())
+    eye_XX = torch.eye(len(covariance_XX)).to(covariance_XX)
+    while True:
+        root_XX, failed = torch.linalg.cholesky_ex(covariance_XX + shift * eye_XX)
+        if not failed:
+            inverse = torch.linalg.solve_triangular(root_XX, eye_XX, upper=False)
+            return Root(root_XX, inverse)
+        mean = float(covariance_XX.diagonal().mean()) or 1.0
+        shift = max(2 * shift, 1e-8 * mean)
+
+
+def in_order(sites: Mapping[Site, Any]) -> list[Site]:
+    """Sites of single roles in the order in which a layer runs."""
+    order = ("q", "k", "v", "o", "gate", "in", "out")
+    return sorted(sites, key=lambda site: order.index(site.roles[0]))

@@ -1,0 +1,210 @@
+"""Single matrices by truncated SVDs, perhaps with weighted inputs: what such strategies share.
+
+A matrix is treated as its map W (Y outputs, X inputs): role matrices of output projections are
+stored transposed. With a root S of the weights of its inputs, W S is truncated and S taken out
+again, so that errors along inputs that matter are the smallest.
+Shapes: Y outputs, X inputs, R rank, N sizes of a curve, I and D of a role matrix.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from tensorllm.compressors.base import (
+    Dimension,
+    ErrorCurve,
+    Job,
+    Leaf,
+    MatrixStatistics,
+    Site,
+    Size,
+    Value,
+)
+from tensorllm.compressors.checks import check_roles
+from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
+from tensorllm.tensors.factors import LowRank
+from tensorllm.tensors.stacking import ATTENTION, FFN, OUTPUT_PROJECTIONS
+
+KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
+
+
+class Root(NamedTuple):
+    """A root S of the weights of a map's inputs, and its inverse.
+
+    Attributes:
+        root_XX, inverse_XX: matrices, or vectors (X) where S is diagonal.
+    """
+
+    root_XX: Tensor
+    inverse_XX: Tensor
+
+    def scale(self, w_YX: Tensor) -> Tensor:
+        """W S."""
+        return w_YX * self.root_XX if self.root_XX.ndim == 1 else w_YX @ self.root_XX
+
+    def unscale(self, v_RX: Tensor) -> Tensor:
+        """V S^-1."""
+        return v_RX * self.inverse_XX if self.inverse_XX.ndim == 1 else v_RX @ self.inverse_XX
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptSettings:
+    """How much of each matrix is kept, the same share of all.
+
+    Attributes:
+        kept: numbers that the factors store over those of the matrix, in (0, 1).
+        rank: the rank itself, instead of kept.
+        matrices: which of in, gate, out, q, k, v, o; by default all that a layer has.
+    """
+
+    kept: float | None = None
+    rank: int | None = None
+    matrices: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kept is None) == (self.rank is None):
+            raise UserError(f"give one of kept and rank, got kept={self.kept}, rank={self.rank}")
+        if self.kept is not None and not 0 < self.kept < 1:
+            raise UserError(f"kept must be in (0, 1), got {self.kept}")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"rank must be 1 or more, got {self.rank}")
+        if self.matrices is not None:
+            object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
+
+    def rank_of(self, shape: Sequence[int]) -> int:
+        """The rank of a matrix of this shape."""
+        if self.rank is not None:
+            return self.rank
+        assert self.kept is not None
+        return max(1, int(self.kept * shape[0] * shape[1] / sum(shape)))
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse a rank that no matrix of this shape has."""
+        if self.rank is not None and self.rank > min(shape):
+            raise UserError(f"rank must be in 1..{min(shape)}, got {self.rank}")
+
+    def sites(self, spec: ModelSpec, layers: Sequence[int]) -> list[Site]:
+        """Every matrix alone, of layers that have it."""
+        missing = [role for role in self.matrices or () if role not in spec.roles]
+        if missing:
+            raise UserError(
+                f"matrix {missing[0]!r} does not exist in this architecture; "
+                f"it has {', '.join(spec.roles)}"
+            )
+        return [
+            Site((layer,), (role,), "matrix")
+            for layer in layers
+            for role in self.matrices or spec.roles
+            if role in spec.geometry(layer).roles
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixSVD(KeptSettings, Leaf):
+    """A truncated SVD of each matrix, its inputs weighted by a root that a subclass says."""
+
+    @abstractmethod
+    def root(self, w_YX: Tensor, statistics: MatrixStatistics | None) -> Root:
+        """The root of the inputs' weights, float64."""
+
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
+        return [Job(site, self) for site in self.sites(spec, layers)]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.check_shape(shape)
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        return self.rank_of(shape) * sum(shape)
+
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> LowRank:
+        w_YX, transposed = as_map(w, statistics)
+        root = self.root(w_YX, statistics[0] if statistics else None)
+        u_YR, v_RX = truncated(w_YX, root, self.rank_of(w.shape))
+        return low_rank(u_YR, v_RX, transposed=transposed, like=w)
+
+    def curve(
+        self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+    ) -> ErrorCurve:
+        """Squared error of the weighted map at every rank, relative to its size."""
+        w_YX, _ = as_map(w, statistics)
+        root = self.root(w_YX, statistics[0] if statistics else None)
+        squares = torch.linalg.svdvals(root.scale(w_YX)).square().cpu()
+        ranks = torch.arange(1, len(squares) + 1)
+        cost = ranks * sum(w.shape)
+        smaller = cost < w.numel()
+        error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w.numel() / squares.sum()
+        cost_N = torch.cat((cost[smaller], torch.tensor([w.numel()])))
+        error_N = torch.cat((error[smaller], error.new_zeros(1)))
+        sizes = torch.cat((ranks[smaller], ranks.new_zeros(1)))
+        return ErrorCurve(cost_N, error_N, sizes[:, None])
+
+    def at_size(self, site: Site, size: Size) -> Self:
+        return replace(self, kept=None, rank=size[0], matrices=site.roles)
+
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"rank": 1} | dict(settings)
+
+    @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        return kept_space(spec, settings)
+
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
+        return kept_settings(point)
+
+
+def kept_space(spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+    """What a search may vary of `KeptSettings`."""
+    out = {"kept": Dimension(KEPT, (0.0, 1.0), log=False)}
+    if "matrices" not in settings:
+        out["matrices"] = Dimension(spec.roles)
+    return out
+
+
+def kept_settings(point: Mapping[str, Value]) -> dict[str, Any]:
+    """The settings of a point of `kept_space`; several matrices are joined by `+`."""
+    out: dict[str, Any] = {"kept": float(f"{point['kept']:.6g}")}
+    if "matrices" in point:
+        out["matrices"] = tuple(str(point["matrices"]).split("+"))
+    return out
+
+
+def as_map(
+    w_ID: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+) -> tuple[Tensor, bool]:
+    """The map (Y, X) of a role matrix, float64, and whether it is the matrix's transpose."""
+    transposed = bool(statistics and statistics[0].reads_rows)
+    w_ID = w_ID.double()
+    return (w_ID.mT if transposed else w_ID), transposed
+
+
+def map_of(w_ID: Tensor, role: str) -> Tensor:
+    """The same for a role."""
+    return w_ID.double().mT if role in OUTPUT_PROJECTIONS else w_ID.double()
+
+
+def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (Y, R) and (R, X) of the best map of this rank between weighted inputs."""
+    u, s, v = torch.linalg.svd(root.scale(w_YX), full_matrices=False)
+    s_R = s[:rank].sqrt()
+    return u[:, :rank] * s_R, root.unscale(s_R[:, None] * v[:rank])
+
+
+def low_rank(u_YR: Tensor, v_RX: Tensor, *, transposed: bool, like: Tensor) -> LowRank:
+    """The factors of the role matrix, in float32 or wider, with its singular values in both.
+
+    What a root leaves is badly scaled where inputs hardly vary: rounding and training would suffer.
+    """
+    q_YR, left_RR = torch.linalg.qr(u_YR)
+    q_XR, right_RR = torch.linalg.qr(v_RX.mT)
+    u, s, v = torch.linalg.svd(left_RR @ right_RR.mT)
+    u_YR, v_RX = q_YR @ (u * s.sqrt()), (s.sqrt()[:, None] * v) @ q_XR.mT
+    left, right = (v_RX.mT, u_YR.mT) if transposed else (u_YR, v_RX)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return LowRank(left.to(dtype).contiguous(), right.to(dtype).contiguous())

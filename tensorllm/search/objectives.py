@@ -1,0 +1,78 @@
+"""What a search makes best. A plugin registers one more with `OBJECTIVES`, or by an entry point of
+the group `tensorllm.objectives`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tensorllm.registry import Registry
+from tensorllm.search.trial import TrialResult
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is best, and how it is shown.
+
+    Attributes:
+        directions: of each value.
+        values: of a trial's result, one per direction. The first one ranks the trials; of several,
+            those that no other trial beats in all are listed too.
+        show: the first value as progress and messages have it.
+        prune_by: what a trial may be pruned by before its last example: `verdicts` (it is certain
+            or very likely to have fewer right answers than the best), `loss` (certain to have a
+            higher one), or None: every trial is examined in full.
+        comparable: whether a trial may be pruned because of another one, from the other's result
+            and the trial's own ratio.
+    """
+
+    directions: tuple[Direction, ...]
+    values: Callable[[TrialResult], tuple[float, ...]]
+    show: Callable[[TrialResult], str]
+    prune_by: Literal["verdicts", "loss"] | None = None
+    comparable: Callable[[TrialResult, float], bool] = lambda other, ratio: True
+
+    @property
+    def several(self) -> bool:
+        """Whether there is no one best trial."""
+        return len(self.directions) > 1
+
+    def order(self, result: TrialResult) -> tuple[Any, ...]:
+        """Smaller is better: the first value, ties by loss, then by the numbers saved."""
+        value, direction = self.values(result)[0], self.directions[0]
+        return (-value if direction == "maximize" else value, result.loss, -result.parameters_saved)
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective", group="tensorllm.objectives")
+
+
+def _accuracy(result: TrialResult) -> str:
+    return f"{result.loss:.4f}" if result.accuracy is None else f"{result.accuracy:.2f} %"
+
+
+OBJECTIVES.register("accuracy")(
+    Objective(
+        directions=("maximize",),
+        values=lambda r: (r.accuracy or 0.0,),
+        show=_accuracy,
+        prune_by="verdicts",
+    )
+)
+OBJECTIVES.register("loss")(
+    Objective(
+        directions=("minimize",),
+        values=lambda r: (r.loss,),
+        show=lambda r: f"{r.loss:.4f}",
+        prune_by="loss",
+    )
+)
+OBJECTIVES.register("pareto")(  # accuracy against size
+    Objective(
+        directions=("maximize", "maximize"),
+        values=lambda r: (r.accuracy or 0.0, r.ratio),
+        show=_accuracy,
+        prune_by="verdicts",
+        comparable=lambda other, ratio: other.ratio >= ratio,
+    )
+)

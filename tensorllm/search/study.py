@@ -1,0 +1,321 @@
+"""A search as one process sees it: its model, data, space and trials."""
+
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tensorllm.calibration.fit import Fitted
+from tensorllm.calibration.overlap import refuse_evaluated
+from tensorllm.calibration.sequences import Calibration, read_calibration
+from tensorllm.checkpoint.loader import Loader, dtype_of
+from tensorllm.checkpoint.source import resolve
+from tensorllm.compression.engine import compress
+from tensorllm.compression.jobs import CompressedSite, decomposed
+from tensorllm.compression.plan import plan_jobs
+from tensorllm.compressors import COMPRESSORS, Compressor
+from tensorllm.compressors.per_layer import PerLayer
+from tensorllm.data.base import ReasoningDataModule, Split
+from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
+from tensorllm.evaluation.scorer import context_of, is_masked
+from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.search.activation_cache import CacheBudget
+from tensorllm.search.decompositions import ModelEdit, SiteEdit, edit_of_fit
+from tensorllm.search.examiner import Examiner
+from tensorllm.search.fingerprints import examples_fingerprint, model_fingerprint
+from tensorllm.search.prefix import default_budget
+from tensorllm.search.queue import TrialQueue
+from tensorllm.search.request import SearchRequest
+from tensorllm.search.space import LAYER, Matrices, Point, Space, Values, feasible, make_space
+from tensorllm.search.storage import storage_errors
+from tensorllm.search.trial import TrialResult
+from tensorllm.search.worker import Worker, make_sampler
+from tensorllm.weights import dense_matrices
+
+GRID = 100  # points up to which a space is searched whole
+TRIALS = 100
+
+LENGTH = 512  # tokens of a calibration sequence, at most
+
+OnTrial = Callable[["Study", TrialQueue], None]
+
+
+class Study:
+    """A search under way in this process: model, data and space, each made once.
+
+    Plugins are imported already.
+
+    Args:
+        deadline: `time.time()` after which no trial is begun; None: by the request.
+    """
+
+    def __init__(self, request: SearchRequest, deadline: float | None = None) -> None:
+        if deadline is None and request.time_limit is not None:
+            deadline = time.time() + request.time_limit
+        self.deadline = deadline
+        _ = COMPRESSORS[request.mode]  # an unknown one is refused before the model is loaded
+        self.request = request
+        self.source = resolve(request.model, request.revision)
+        self.loader = Loader(self.source.folder, dtype_of(request.dtype))
+        self.protocol: Protocol = PROTOCOLS[request.protocol]
+        _ = self.points  # a ratio that cannot be met is refused now
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        device = self.request.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        model = self.loader().to(device)
+        if self.request.base:
+            compress(model, PerLayer(edits=self.request.base))
+        return model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.loader.tokenizer()
+
+    @cached_property
+    def roles(self) -> RoleMatrices:
+        return RoleMatrices(self.model.config, parameters_of(self.model))
+
+    @cached_property
+    def space(self) -> Space:
+        r = self.request
+        return make_space(
+            self.roles,
+            r.mode,
+            layers=r.layers,
+            values=r.values,
+            together=r.together,
+            left_out=("R1",) if r.tied else (),
+            fixed={**r.fixed, **({"layout": r.layout} if r.layout else {})},
+        )
+
+    @cached_property
+    def excluded(self) -> Matrices:
+        """Matrices that are edited already."""
+        if not self.request.base:
+            return frozenset()
+        base = PerLayer(edits=self.request.base)
+        jobs = plan_jobs(base, self.roles, range(self.roles.layers))
+        return frozenset(matrix for job in jobs for matrix in job.site.matrices)
+
+    @cached_property
+    def feasible(self) -> list[dict[str, Any]]:
+        """The grid's points that meet the ratio."""
+        return feasible(self.space, self.roles, self.request.rules.least_ratio, self.excluded)
+
+    @property
+    def too_large(self) -> int:
+        """Points of the grid that are left out because they are larger than asked."""
+        anywhere = 0 if self.excluded else len(self.space.grid)
+        return max(0, anywhere - len(self.feasible))
+
+    @cached_property
+    def points(self) -> list[dict[str, Any]]:
+        """The grid's points that meet the ratio, later layers first, otherwise in random order."""
+        points = list(self.feasible)
+        random.Random(self.request.seed).shuffle(points)
+        trials = self.request.trials
+        if self.grid and trials is not None:
+            points = points[:trials]
+        return sorted(points, key=lambda values: -int(values[LAYER]))
+
+    @cached_property
+    def grid(self) -> bool:
+        if self.request.sampler is not None:
+            return self.request.sampler == "grid"
+        return len(self.feasible) <= (self.request.trials or GRID)
+
+    @property
+    def sampler(self) -> str:
+        several = self.request.rules.goal.several
+        return self.request.sampler or ("grid" if self.grid else "nsga2" if several else "tpe")
+
+    @property
+    def trials(self) -> int:
+        return len(self.points) if self.grid else self.request.trials or TRIALS
+
+    @cached_property
+    def validation(self) -> ReasoningDataModule:
+        return self._connected("val")
+
+    @cached_property
+    def test(self) -> ReasoningDataModule:
+        return self._connected("test")
+
+    def _connected(self, split: Split) -> ReasoningDataModule:
+        data = self.request.data(split)
+        context = context_of(self.model.config, self.tokenizer)
+        data.connect(self.tokenizer, masked=is_masked(self.model), context=context)
+        return data
+
+    @cached_property
+    def cache_budget(self) -> CacheBudget:
+        """What this worker may keep: its share."""
+        given, workers = self.request.cache_bytes, max(1, self.request.workers)
+        memory = default_budget(self.model.device) if given is None else given
+        folder = self.request.study or Path(tempfile.gettempdir())
+        return CacheBudget(memory // workers, self.request.disk_cache_bytes // workers, folder)
+
+    @cached_property
+    def examiner(self) -> Examiner:
+        return Examiner(
+            self.model,
+            self.tokenizer,
+            self.validation.examples,
+            self.protocol,
+            max_new_tokens=self.validation.max_new_tokens,
+            points=[self.space.point(values) for values in self._corners()],
+            seed=self.request.seed,
+            calibration=self.calibration,
+            budget=self.cache_budget,
+            batch_tokens=self.request.batch_tokens,
+        )
+
+    def _corners(self) -> Sequence[Values]:
+        """Points that between them have every layer, matrix and largest rank."""
+        if self.grid:
+            return self.points
+        choices = self.space.choices
+        top = {name: values[-1] for name, values in choices.items()}
+        varied = {n: v for n, v in choices.items() if n == LAYER or isinstance(v[0], str)}
+        corners = [
+            {**top, **dict(zip(varied, values, strict=True))}
+            for values in itertools.product(*varied.values())
+        ]
+        reached = [values for values in corners if self.space.settings(values) is not None]
+        return reached or self.feasible
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The text for a strategy that is fitted to one; it must not be what is scored."""
+        request = self.request
+        if request.calibration is None:
+            return None
+        context = getattr(self.model.config, "max_position_embeddings", None) or LENGTH
+        text = read_calibration(
+            request.calibration,
+            self.tokenizer,
+            sequences=request.sequences,
+            length=min(LENGTH, context),
+            seed=request.seed,
+        )
+        if not request.allow_overlap:
+            refuse_evaluated(text, self.tokenizer, request.dataset_name, request.data_file)
+        return text
+
+    def strategy(self, point: Point) -> Compressor | Fitted:
+        """The point's strategy, fitted to the text where it needs one."""
+        if self.calibration is None:
+            return point.compressor
+        return self.examiner.fitted(point)
+
+    def decomposed(self, point: Point) -> list[CompressedSite]:
+        """What `compress` makes of a point: nothing is a slice of a larger decomposition."""
+        return decomposed(
+            self.strategy(point), self.roles, self.examiner.weights, list(point.layers)
+        )
+
+    def final_edit(self, point: Point) -> ModelEdit:
+        """What `compress` writes into the model."""
+        strategy, roles = self.strategy(point), self.roles
+        if isinstance(strategy, Fitted):
+            return edit_of_fit(strategy, roles, self.examiner.weights)
+        sites = [
+            SiteEdit(
+                done.site,
+                dense_matrices(done.site, done.factors, roles),
+                done.report.relative_error,
+                done.report.parameters_before,
+                done.report.parameters_after,
+            )
+            for done in self.decomposed(point)
+        ]
+        return ModelEdit(sites, {})
+
+    def identity(self) -> dict[str, Any]:
+        """What another run of the same study must have in common with this one."""
+        rules = self.request.rules
+        text = {} if self.calibration is None else {"calibration": self.calibration.sha256}
+        return {
+            **text,
+            "model": f"{self.model.config.model_type} {model_fingerprint(self.model)}",
+            "dataset": f"{self.validation.name} {examples_fingerprint(self.validation.examples)}",
+            "protocol": self.protocol.name,
+            "space": self.space.describe(),
+            "objective": rules.objective,
+            "max_error": rules.max_error,
+            "min_ratio": rules.least_ratio,
+            "grid": self.grid,
+            "seed": self.request.seed,
+        }
+
+    def queue(self, folder: Path, worker: int = 0) -> TrialQueue:
+        """The study, opened and checked."""
+        with storage_errors("opening the study"):
+            name = self.request.study.name if self.request.study else "search"
+            queue = TrialQueue(
+                folder,
+                self.request.storage,
+                name,
+                self.request.rules.goal.directions,
+                make_sampler(self.sampler, self.request.seed + worker, self.request.workers),
+            )
+            queue.identify(self.identity())
+            return queue
+
+    def fill(self, queue: TrialQueue) -> None:
+        """Queue what is missing."""
+        with storage_errors("queueing trials"):
+            if self.grid:
+                queue.fill_grid(self.points)
+            else:
+                queue.fill(self.trials, self.spread())
+
+    def spread(self) -> list[dict[str, Any]]:
+        """What the sampler's first trials begin with: layers evenly spread, and in turn the names
+        of other dimensions, so that it does not dig into one layer before it has seen the others.
+        """
+        layers = self.space.choices[LAYER]
+        count = min(len(layers), max(1, self.trials // 2))
+        chosen = [layers[(2 * n + 1) * len(layers) // (2 * count)] for n in range(count)]
+        random.Random(self.request.seed).shuffle(chosen)
+        named = {n: v for n, v in self.space.choices.items() if isinstance(v[0], str)}
+        return [
+            {LAYER: layer, **{name: values[n % len(values)] for name, values in named.items()}}
+            for n, layer in enumerate(chosen)
+        ]
+
+    def work(self, queue: TrialQueue, on_trial: OnTrial | None = None) -> None:
+        """Examine trials until none is left."""
+        worker = Worker(
+            queue,
+            self.space,
+            self.examiner,
+            self.request.rules,
+            grid=self.grid,
+            excluded=self.excluded,
+            deadline=self.deadline,
+        )
+        with storage_errors("searching"):
+            worker.run(None if on_trial is None else lambda q: on_trial(self, q))
+
+    @property
+    def late(self) -> bool:
+        """Whether the time limit is over."""
+        return self.deadline is not None and time.time() >= self.deadline
+
+    def original(self, queue: TrialQueue) -> TrialResult:
+        """The unedited model on the validation part; measured once per study."""
+        known = queue.study.user_attrs.get("original")
+        if known is not None:
+            return TrialResult(**known)
+        result = self.examiner(None)
+        queue.study.set_user_attr("original", result.to_json())
+        return result

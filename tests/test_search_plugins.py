@@ -1,0 +1,133 @@
+"""Methods and objectives from outside go through a search, with nothing registered elsewhere."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from tensorllm.commands.search import run
+from tensorllm.compressors.base import COMPRESSORS, Dimension, Job, Leaf, Site
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.search.activation_cache import CacheBudget
+from tensorllm.search.objectives import OBJECTIVES, Objective
+from tensorllm.search.prefix import Prefix
+from tensorllm.search.request import SearchRequest
+from tensorllm.search.space import make_space
+from tensorllm.search.worker import Rules
+from tensorllm.tensors.factors import LowRank
+
+SMALL = SearchRequest(model="demo", dataset="demo", limit=60, layers=(2, 3), cache_bytes=2**24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyCut(Leaf):
+    """The key matrix at a rank; it says what may be varied."""
+
+    rank: int
+    scale: float = 1.0
+
+    source = "https://example.org"
+
+    def jobs(self, spec, layers):
+        return [Job(Site((layer,), ("k",), "matrix"), self) for layer in layers]
+
+    def decompose(self, w, statistics=None):
+        assert (statistics is not None) == (self.needs != "weights")
+        u, s, v = torch.linalg.svd(w.float(), full_matrices=False)
+        n = self.rank
+        return LowRank(u[:, :n] * s[:n] * self.scale, v[:n])
+
+    @classmethod
+    def search_space(cls, spec, settings):
+        return {"rank": Dimension((2, 8, 32), (1, 64)), "scale": Dimension((0.5, 1.0))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyCutSeen(KeyCut):
+    """The same, for a strategy that sees a text."""
+
+    needs = "activations"
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    names = {"key-cut": KeyCut, "key-cut-seen": KeyCutSeen}
+    for name, kind in names.items():
+        COMPRESSORS.register(name)(kind)
+    yield
+    for name in names:
+        del COMPRESSORS._entries[name]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_method_from_outside_is_searched(tmp_path: Path) -> None:
+    found = run(replace(SMALL, mode="key-cut", study=tmp_path)).results
+    assert found["trials"]["examined"] == 2 * 3 * 2
+    assert found["space"]["choices"]["rank"] == [2, 8, 32]
+    assert found["winner"]["rank"] in (2, 8, 32)
+    rank, width = found["winner"]["rank"], 128
+    assert found["winner"]["validation"]["ratio"] == pytest.approx(width**2 / (2 * width * rank))
+    assert json.loads((tmp_path / "results.json").read_text())["winner"] == found["winner"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_values_of_any_dimension_may_be_given() -> None:
+    model = tiny_model("gptj")
+    roles = RoleMatrices(model.config, parameters_of(model))
+    space = make_space(roles, "key-cut", values={"rank": [4, 3]})
+    assert space.choices["rank"] == (3, 4)
+    with pytest.raises(UserError, match=r"rank must be in 1\.\.64, got 65"):
+        make_space(roles, "key-cut", values={"rank": [65]})
+    with pytest.raises(UserError, match=r"scale must be one of 0\.5, 1, got 0\.7"):
+        make_space(roles, "key-cut", values={"scale": [0.7]})
+    with pytest.raises(UserError, match=r"rank takes whole numbers, got 2\.5"):
+        make_space(roles, "key-cut", values={"rank": [2.5]})
+    with pytest.raises(UserError, match=r"no rnk; it has rank, scale\. Did you mean 'rank'"):
+        make_space(roles, "key-cut", values={"rnk": [2]})
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_method_that_sees_a_text_is_searched_with_one(tmp_path: Path) -> None:
+    wanted = replace(SMALL, mode="key-cut-seen", vary={"rank": (8,), "scale": (1.0,)})
+    with pytest.raises(UserError, match="is fitted to text: give --calibration"):
+        run(wanted)
+    text = tmp_path / "words.txt"
+    text.write_text("\n".join(f"Nobody knows what {n} sings ." for n in range(400)))
+    found = run(replace(wanted, calibration=text, sequences=64)).results
+    plain = run(replace(SMALL, mode="key-cut", vary=wanted.vary)).results
+    for part in ("validation", "test"):
+        assert found["winner"][part]["loss"] == pytest.approx(plain["winner"][part]["loss"], 1e-4)
+
+
+def test_an_objective_from_outside_chooses_the_winner() -> None:
+    def worst(result):
+        return (result.loss,)
+
+    OBJECTIVES.register("worst-loss")(
+        Objective(directions=("maximize",), values=worst, show=lambda r: f"{r.loss:.2f}")
+    )
+    try:
+        asked = replace(SMALL, mode="laser", rho=(0.01, 0.3))
+        chosen = [
+            run(replace(asked, rules=Rules(objective=name, level=None))).results["winner"]
+            for name in ("worst-loss", "loss")
+        ]
+        assert chosen[0]["validation"]["loss"] > chosen[1]["validation"]["loss"]
+    finally:
+        del OBJECTIVES._entries["worst-loss"]
+    with pytest.raises(UserError, match="must be one of accuracy, loss, pareto"):
+        Rules(objective="worst-loss")
+
+
+@torch.no_grad()
+def test_a_model_without_ffn_rows_can_be_searched() -> None:
+    model = tiny_model("llama")
+    roles = RoleMatrices(model.config, parameters_of(model))
+    roles.architecture = replace(roles.architecture, ffn=())
+    prefix = Prefix(model, roles, CacheBudget(2**20))
+    assert prefix.ffns == [None, None]
