@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tensorllm.commands.search import run
+from tensorllm.data.example import Example
 from tensorllm.errors import UserError
+from tensorllm.evaluation.encoding import Encoded
 from tensorllm.search.decompositions import ModelEdit, SiteEdit, applied
 from tensorllm.search.guide import _items, _loss, guided, loss_gradient
 from tensorllm.search.request import SearchRequest
@@ -45,6 +47,27 @@ def test_the_gradient_is_that_of_the_loss(study: Study) -> None:
     assert losses[0] - losses[1] == pytest.approx(predicted, rel=0.05)
     assert torch.equal(examiner.roles.read(examiner.weights, *matrix), w_ID)
     assert not any(p.grad is not None for p in examiner.model.parameters())
+
+
+@pytest.mark.parametrize("dataset", ["choices", "answers"])
+def test_the_loss_is_the_naive_one(study: Study, dataset: str) -> None:
+    """One whole sequence at a time, nothing padded and nothing shared."""
+    model, item = study.examiner.model, _items(study.examiner)[0]
+    prompt = item.prompt
+    if dataset == "choices":
+        example = Example("", "b", choices=("a", "b", "c"))
+        answers: tuple[list[int], ...] = ([5], [7], [5, 9, 2])
+    else:
+        example, answers = Example("", "a"), ([5, 9, 2],)
+    item = Encoded(example, prompt, tuple(prompt + a for a in answers), len(prompt), len(prompt), 0)
+    with torch.no_grad():
+        sums = []
+        for ids in item.full:
+            log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            sums.append(sum(log_p[t - 1, ids[t]] for t in range(item.start, len(ids))))
+        got = float(_loss(study.examiner, item))
+    want = torch.logsumexp(torch.stack(sums), 0) - sums[1] if example.choices else -sums[0] / 3
+    assert got == pytest.approx(float(want), rel=1e-5)
 
 
 def test_a_truncation_is_predicted_by_its_dropped_singular_components(study: Study) -> None:

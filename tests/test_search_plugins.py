@@ -14,6 +14,7 @@ from tensorllm.compressors.base import COMPRESSORS, Dimension, Job, Leaf, Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
+from tensorllm.search.composition import Step
 from tensorllm.search.objectives import OBJECTIVES, Objective
 from tensorllm.search.prefix import Prefix
 from tensorllm.search.request import SearchRequest
@@ -100,6 +101,22 @@ def test_a_method_that_sees_a_text_is_searched_with_one(tmp_path: Path) -> None:
     text.write_text("\n".join(f"Nobody knows what {n} sings ." for n in range(400)))
     found = run(replace(wanted, calibration=text, sequences=64)).results
     plain = run(replace(SMALL, mode="key-cut", vary=wanted.vary)).results
+    for part in ("validation", "test"):
+        assert found["winner"][part]["loss"] == pytest.approx(plain["winner"][part]["loss"], 1e-4)
+
+
+@pytest.mark.usefixtures("registered")
+def test_edits_that_see_a_text_are_put_on_top_of_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Step, "gains", lambda self, goal: True)
+    text = tmp_path / "words.txt"
+    text.write_text("\n".join(f"Nobody knows what {n} sings ." for n in range(400)))
+    wanted = replace(SMALL, vary={"rank": (8,), "scale": (1.0,)}, compose=2)
+    found = run(replace(wanted, mode="key-cut-seen", calibration=text, sequences=64)).results
+    plain = run(replace(wanted, mode="key-cut")).results
+    assert [step["layers"] for step in found["steps"]] == [s["layers"] for s in plain["steps"]]
+    assert len(found["steps"]) == 2
     for part in ("validation", "test"):
         assert found["winner"][part]["loss"] == pytest.approx(plain["winner"][part]["loss"], 1e-4)
 

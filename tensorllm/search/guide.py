@@ -8,6 +8,7 @@ Compress to Impress, arXiv 2510.20800, which ranks matrices so.
 Shapes: B sequences, T tokens, I and D of a role matrix.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -105,19 +106,35 @@ def _items(examiner: Examiner) -> list[Any]:
 
 
 def _loss(examiner: Examiner, item: Any) -> Tensor:
-    """The loss of one example, with a graph."""
+    """The loss of one example, with a graph.
+
+    Answers that differ in their last token only are read at once, and nothing predicts from it.
+    """
     start = item.shared if item.example.choices else item.start
-    longest = max(map(len, item.full))
-    ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in item.full])
-    ids_BT = ids_BT.to(examiner.model.device)
-    output = examiner.model(input_ids=ids_BT, use_cache=False)  # padded on the right: causal
-    log_p = output.logits[:, start - 1 : -1].float().log_softmax(-1)
-    picked_BT = log_p.gather(-1, ids_BT[:, start:, None])[..., 0]
-    sums = [row[: len(ids) - start].sum() for row, ids in zip(picked_BT, item.full, strict=True)]
+    inputs = list(dict.fromkeys(tuple(ids[:-1]) for ids in item.full))
+    longest = max(map(len, inputs))
+    ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in inputs])
+    logits_BTV = _logits(examiner.model, ids_BT.to(examiner.model.device), start - 1)
+    log_p = logits_BTV.float().log_softmax(-1)  # padded on the right: causal
+    sums = []
+    for ids in item.full:
+        answer = torch.tensor(ids[start:], device=log_p.device)
+        of_tokens = log_p[inputs.index(tuple(ids[:-1])), : len(answer)]
+        sums.append(of_tokens.gather(-1, answer[:, None]).sum())
     if item.example.choices:
         gold = item.example.choices.index(item.example.answer)
         return -torch.stack(sums).log_softmax(0)[gold]
     return -sums[0] / (len(item.full[0]) - start)
+
+
+def _logits(model: Any, ids_BT: Tensor, first: int) -> Tensor:
+    """Of the positions from `first` on; the head of a large vocabulary is a fifth of the work."""
+    keep = ids_BT.shape[1] - first
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits: Tensor = model(input_ids=ids_BT, use_cache=False, logits_to_keep=keep).logits
+    else:
+        logits = model(input_ids=ids_BT, use_cache=False).logits[:, first:]
+    return logits
 
 
 def trials_for(points: int) -> int:

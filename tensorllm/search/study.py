@@ -73,7 +73,8 @@ class Study:
         device = self.request.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
         model = self.loader().to(device)
         if self.request.base:
-            compress(model, PerLayer(edits=self.request.base))
+            base = PerLayer(edits=self.request.base)
+            compress(model, base, calibration=self.calibration_of(model))
         return model
 
     @cached_property
@@ -211,10 +212,14 @@ class Study:
     @cached_property
     def calibration(self) -> Calibration | None:
         """The text for a strategy that is fitted to one; it must not be what is scored."""
+        return self.calibration_of(self.model)
+
+    def calibration_of(self, model: PreTrainedModel) -> Calibration | None:
+        """The same for a model that may still be without the edits of `base`."""
         request = self.request
         if request.calibration is None:
             return None
-        context = getattr(self.model.config, "max_position_embeddings", None) or LENGTH
+        context = getattr(model.config, "max_position_embeddings", None) or LENGTH
         text = read_calibration(
             request.calibration,
             self.tokenizer,
