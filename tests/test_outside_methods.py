@@ -124,7 +124,9 @@ def test_a_method_in_one_file_goes_through_every_command(mode: str, tmp_path: Pa
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-methods\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(INFO)
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(q.prompt for q in questions()[:1500]) + "\n")
+    text.write_text(
+        "\n".join(" ".join(reversed(q.prompt.split())) for q in questions()[:1500]) + "\n"
+    )
     done = subprocess.run(
         [
             sys.executable,

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +21,11 @@ from transformers import (
 )
 
 import tensorllm as tl
-from tensorllm.checkpoint import saving
+from tensorllm.checkpoint import loading, saving
 from tensorllm.compression.factorize import factorize
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention
+from tensorllm.runtime.cost import choose
 
 HYBRID = tl.Hybrid(ranks=(20, 3, 2), rho=0.4, matrices=("in", "out"))
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -294,3 +296,29 @@ def test_save_pretrained_refuses_what_it_cannot(tmp_path: Path):
     assert len(list((tmp_path / "many").glob("factored-*.safetensors"))) > 1
     shutil.rmtree(tmp_path / "out")
     same(AutoModelForCausalLM.from_pretrained(tmp_path / "many"), model, tol=0)
+
+
+@torch.no_grad()
+def test_a_model_loads_partly_dense_and_saves_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where q, k and v are one parameter, one of them in factors and the others dense."""
+    dense = saved("phi3", tmp_path / "out", tl.LaserSVD(rho=0.4, matrices=("q", "v", "in")))
+    wanted = {"layers.0.q", "layers.1.in"}
+
+    def chosen(site: Any, factors: Any, geometry: Any, policy: str) -> Any:
+        choice = choose(site, factors, geometry, "always")
+        return replace(choice, factored=site.name in wanted)
+
+    monkeypatch.setattr(loading, "choose", chosen)
+    model = loading.load(tmp_path / "out", policy="auto")
+    assert {c.site for c in loading.choices_of(model) if c.factored} == wanted
+    assert {site.name for site in model.tensorllm_manifest.sites} == wanted
+    factored = [n for n, m in model.named_modules() if type(m).__name__ == "FactoredLinear"]
+    assert factored == ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj"]
+    same(model, dense)
+    model.save_pretrained(tmp_path / "again")
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model, tol=0)
+    same(tl.load(tmp_path / "again"), dense)
+    with pytest.raises(UserError, match="policy must be one of always, auto, dense"):
+        tl.load(tmp_path / "out", policy="fast")

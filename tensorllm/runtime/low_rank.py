@@ -3,6 +3,8 @@
 Shapes: I rows of all roles, D model width, R rank, X = I - R rows that are mixed.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs
 from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.tensors.stacking import ATTENTION, Geometry
 
 
 @runs(LowRank, "matrix")
@@ -59,9 +61,10 @@ class PivotedSite(SiteModule):
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
         self.from_inner = site.roles[0] in FALLING
+        self.in_attention = site.roles[0] in ATTENTION
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
-        self._held: tuple[Tensor, tuple[Tensor, ...], int] | None = None
+        self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
@@ -88,14 +91,30 @@ class PivotedSite(SiteModule):
         self._held = None if held[2] == 1 else (held[0], held[1], held[2] - 1)
         return held[1][index]
 
-    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., I) of each role."""
-        z = F.linear(x, self.basis_RD)
-        y = torch.cat([z, F.linear(z, self.mix_XR)], dim=-1).index_select(-1, self.order_I)
-        return y.split(self.sizes, dim=-1)
+    def _outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """(..., I) of each role.
+
+        Made transposed, a row for each output: on a CPU rows are put in order up to a hundred
+        times faster than columns. What goes into elementwise functions are views of it; attention
+        kernels want each token's numbers side by side.
+        """
+        lead = x.shape[:-1]
+        if x.numel() == x.shape[-1]:  # one token, decoded: all that is started counts
+            z = F.linear(x, self.basis_RD)
+            y_I = torch.cat([z, F.linear(z, self.mix_XR)], dim=-1).view(-1)
+            return y_I.index_select(0, self.order_I).view(*lead, -1).split(self.sizes, dim=-1)
+        z_RN = F.linear(x.flatten(0, -2), self.basis_RD).mT
+        y_IN = torch.cat([z_RN, self.mix_XR @ z_RN]).index_select(0, self.order_I)
+        if self.in_attention:
+            return y_IN.mT.contiguous().view(*lead, -1).split(self.sizes, dim=-1)
+        return [y.mT.view(*lead, -1) for y in y_IN.split(self.sizes)]
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
         rank = len(self.basis_RD)
-        x_NI = x.index_select(-1, self.order_I).flatten(0, -2)
-        z_NR = torch.addmm(x_NI[:, :rank], x_NI[:, rank:], self.mix_XR)
-        return (z_NR @ self.basis_RD).view(*x.shape[:-1], -1)
+        if x.numel() == x.shape[-1]:
+            x_NI = x.reshape(-1).index_select(0, self.order_I)[None]
+            z_NR = torch.addmm(x_NI[:, :rank], x_NI[:, rank:], self.mix_XR)
+            return (z_NR @ self.basis_RD).view(*x.shape[:-1], -1)
+        x_IN = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I)
+        z_RN = torch.addmm(x_IN[:rank], self.mix_XR.mT, x_IN[rank:])
+        return (z_RN.mT @ self.basis_RD).view(*x.shape[:-1], -1)

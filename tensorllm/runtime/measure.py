@@ -52,16 +52,28 @@ class Measured:
         return asdict(self)
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Turn]]:
-    """Each call in turns with the others, so that what else the machine does hits all alike."""
-    for call in calls.values():
-        call()
+def interleaved(
+    calls: Mapping[str, Callable[..., Any]],
+    repeats: int,
+    before: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, list[Turn]]:
+    """Each call in turns with the others, so that what else the machine does hits all alike.
+
+    Args:
+        before: by the same names, what makes the argument of each call, outside its time.
+    """
+    given = {name: () if before is None else (before[name],) for name in calls}
+    for name, call in calls.items():
+        call(*(make() for make in given[name]))
     _wait()
     out: dict[str, list[Turn]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            arguments = [make() for make in given[name]]
+            if arguments:
+                _wait()
             waited, started = waited_for_cores(), time.perf_counter()
-            call()
+            call(*arguments)
             _wait()
             seconds = time.perf_counter() - started
             out[name].append(Turn(seconds, waited_for_cores() - waited))
@@ -113,9 +125,12 @@ def measure(
     caches = dict.fromkeys(models)
     if decodes:
         decode = medians(
-            interleaved({n: _decode(m, ids, prompt) for n, m in models.items()}, repeats)
+            interleaved(
+                {name: _decode(model, ids, prompt) for name, model in models.items()},
+                repeats,
+                {name: _read(model, whole) for name, model in models.items()},
+            )
         )
-        decode = {name: max(seconds - prefill[name], 1e-9) for name, seconds in decode.items()}
         caches = {n: m(whole, use_cache=True).past_key_values for n, m in models.items()}
     return {
         name: Measured(
@@ -150,9 +165,13 @@ def _prefill(model: Any, ids: Tensor) -> Callable[[], Any]:
     return lambda: model(ids, **last)
 
 
-def _decode(model: Any, ids: Tensor, prompt: int) -> Callable[[], Any]:
-    def run() -> None:
-        cache = model(ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
+def _read(model: Any, ids: Tensor) -> Callable[[], Any]:
+    """The cache behind a prompt, which decoding begins with."""
+    return lambda: model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _decode(model: Any, ids: Tensor, prompt: int) -> Callable[[Any], None]:
+    def run(cache: Any) -> None:
         for i in range(prompt, ids.shape[1]):
             model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
 
