@@ -107,17 +107,28 @@ def _items(examiner: Examiner) -> list[Any]:
 def _loss(examiner: Examiner, item: Any) -> Tensor:
     """The loss of one example, with a graph."""
     start = item.shared if item.example.choices else item.start
-    longest = max(map(len, item.full))
-    ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in item.full])
-    ids_BT = ids_BT.to(examiner.model.device)
-    output = examiner.model(input_ids=ids_BT, use_cache=False)  # padded on the right: causal
-    log_p = output.logits[:, start - 1 : -1].float().log_softmax(-1)
-    picked_BT = log_p.gather(-1, ids_BT[:, start:, None])[..., 0]
-    sums = [row[: len(ids) - start].sum() for row, ids in zip(picked_BT, item.full, strict=True)]
+    if all(len(ids) == start + 1 for ids in item.full):  # one reading of the prompt tells all
+        last_V = _log_p(examiner, [item.full[0][:start]])[0, -1]
+        sums = [last_V[ids[start]] for ids in item.full]
+    else:
+        longest = max(map(len, item.full))  # padded on the right, which no token before it sees
+        rows = [[*ids, *[ids[-1]] * (longest - len(ids))] for ids in item.full]
+        log_p_BTV = _log_p(examiner, rows)[:, start - 1 : -1]
+        sums = [
+            of_row[range(len(ids) - start), list(ids[start:])].sum()
+            for of_row, ids in zip(log_p_BTV, item.full, strict=True)
+        ]
     if item.example.choices:
         gold = item.example.choices.index(item.example.answer)
         return -torch.stack(sums).log_softmax(0)[gold]
     return -sums[0] / (len(item.full[0]) - start)
+
+
+def _log_p(examiner: Examiner, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities (B, T, V) of the next token."""
+    ids_BT = torch.tensor([list(row) for row in rows], device=examiner.model.device)
+    logits_BTV: Tensor = examiner.model(input_ids=ids_BT, use_cache=False).logits
+    return logits_BTV.float().log_softmax(-1)
 
 
 def trials_for(points: int) -> int:
