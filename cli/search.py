@@ -46,6 +46,9 @@ def search_ranks(
     calibration: Annotated[
         Path | None, typer.Option(help="Text file, for modes that are fitted to text.")
     ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Let the calibration text hold rows scored.")
+    ] = False,
     max_error: Annotated[
         float | None, typer.Option(help="Largest relative error of a decomposition.")
     ] = None,
@@ -152,6 +155,7 @@ def search_ranks(
             trials=trials,
             seed=seed,
             calibration=calibration,
+            allow_overlap=allow_overlap,
             force_best=force_best,
             guide=guide,
             time_limit=options.seconds("--time-limit", time_limit),

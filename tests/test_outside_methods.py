@@ -105,6 +105,8 @@ SEARCH = """
 # a search finds ranks for it
 asked = ["search-ranks", "--model", model, "--mode", mode, "--layers", "1,2", "--limit", 40,
          "--dataset", "demo"]
+if needs_text:  # questions of the demo, too
+    asked += ["--allow-overlap"]
 found = json.loads(tensorllm(*asked, *given[:2], "--trials", 3, "--json"))
 assert found["trials"]["examined"] == 3, found["trials"]
 assert found["winner"]["rank"] in (2, 8, 24), found["winner"]

@@ -119,8 +119,8 @@ def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
         "origin": "searched",
         "source": f"tensorllm search-ranks, best of {results['trials']['examined']} trials on "
         f"{results['validation_examples']} validation examples; {figure} on the test part "
-        f"{before[figure]:.4g} before, {after[figure]:.4g} after; "
-        f"verdict: {results['verdict']['found']}",
+        f"{before[figure]:.4g} before, {after[figure]:.4g} after "
+        f"({results['verdict']['found']})",
     }
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 

@@ -76,7 +76,7 @@ def _why(comparison: Mapping[str, Any], metric: str, p: float) -> str:
             f"; {comparison['wrong_to_right']} wrong→right, "
             f"{comparison['right_to_wrong']} right→wrong"
         )
-    return text + f"; p = {p:.2g})"
+    return text + ("; p < 0.0001)" if p < 1e-4 else f"; p = {p:.2g})")
 
 
 def guards_of(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any] | None:
