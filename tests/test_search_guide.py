@@ -10,7 +10,7 @@ from tensorllm.data.example import Example
 from tensorllm.errors import UserError
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.search.decompositions import ModelEdit, SiteEdit, applied
-from tensorllm.search.guide import _items, _loss, guided, loss_gradient
+from tensorllm.search.guide import _items, _loss, guided, in_order, loss_gradient
 from tensorllm.search.request import SearchRequest
 from tensorllm.search.study import Study
 
@@ -90,11 +90,19 @@ def test_a_guided_search_tries_the_best_predicted_first_and_says_how_well_it_ran
     study = Study(wanted)
     assert study.guide is not None
     change = [study.guide.change[study.space.point(values).key] for values in study.points]
-    assert change == sorted(study.guide.change.values())[:5]
+    assert change == sorted(change)
+    assert change[0] == min(study.guide.change.values())
     found = run(wanted).results
     assert found["trials"]["all"] == 5
     assert found["guide"]["points"] == len(study.feasible)
     assert found["winner"]["layers"] == [3]
+
+
+def test_what_is_alike_is_tried_last() -> None:
+    changes = [-1.0, -0.99, -0.9, -0.99, 0.0, 0.5, -0.2]
+    layers = [0, 0, 0, 1, 1, 0, 2]
+    assert in_order(changes, layers) == [0, 3, 2, 6, 4, 5, 1]
+    assert in_order([], []) == []
 
 
 def test_what_cannot_be_guided_is_refused() -> None:

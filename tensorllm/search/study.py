@@ -30,7 +30,7 @@ from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import ModelEdit, SiteEdit, edit_of_fit
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.fingerprints import examples_fingerprint, model_fingerprint
-from tensorllm.search.guide import Guided, guided, trials_for
+from tensorllm.search.guide import Guided, guided, in_order, trials_for
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.request import SearchRequest
@@ -122,9 +122,10 @@ class Study:
     def points(self) -> list[dict[str, Any]]:
         """The grid's points that meet the ratio, later layers first, otherwise in random order."""
         if self.guide is not None:
-            change = self.guide.change
-            best = sorted(self.feasible, key=lambda values: change[self.space.point(values).key])
-            return best[: self.request.trials or trials_for(len(best))]
+            changes = [self.guide.change[self.space.point(v).key] for v in self.feasible]
+            order = in_order(changes, [int(values[LAYER]) for values in self.feasible])
+            count = self.request.trials or trials_for(len(order))
+            return [self.feasible[n] for n in order[:count]]
         points = list(self.feasible)
         random.Random(self.request.seed).shuffle(points)
         trials = self.request.trials
