@@ -120,11 +120,13 @@ def search_ranks(
     else:
         INTERRUPT.leaves = lambda: "run the same command again: the database has what is finished"
     with progress_bar("loading", every=30) as progress:
+        from tensorllm.commands.plugins import load_plugins
         from tensorllm.commands.search import run
         from tensorllm.lightning.loggers import metric_log
         from tensorllm.search.request import SearchRequest
         from tensorllm.search.worker import Rules
 
+        load_plugins(plugin or ())  # they may bring the objective that is checked here
         request = SearchRequest(
             model=model,
             dataset=dataset,

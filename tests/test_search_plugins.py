@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import piped
 from tiny_models import tiny_model
 
 from tensorllm.commands.search import run
@@ -142,6 +143,21 @@ def test_an_objective_from_outside_chooses_the_winner() -> None:
 
 
 @torch.no_grad()
+def test_an_objective_may_come_with_a_plugin_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "steady.py").write_text(
+        "from tensorllm.search.objectives import OBJECTIVES\n"
+        'OBJECTIVES.register("steady")(OBJECTIVES["loss"])\n'
+    )
+    asked = ["search-ranks", "--model", "demo", "--mode", "laser", "--layers", "3", "--trials", 1]
+    asked += ["--limit", 20, "--json", "--objective", "steady"]
+    found = piped(*asked, "--plugin", "steady", PYTHONPATH=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["objective"] == "steady"
+    refused = piped(*asked)
+    assert refused.returncode == 2
+    assert "steady" in refused.stderr
+
+
 def test_a_model_without_ffn_rows_can_be_searched() -> None:
     model = tiny_model("llama")
     roles = RoleMatrices(model.config, parameters_of(model))
