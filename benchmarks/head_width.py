@@ -3,7 +3,7 @@
     python benchmarks/head_width.py --shared SHARED
 
 Q, K and V of every layer as heads of (K, X), and the errors of its outputs on text, which
-is what SVD-LLM makes small: the factors are fitted to W A½, A the second moment of the inputs.
+is what SVD-LLM makes small: the factors are fitted to W A½, A the covariance of the inputs.
 Ours: rank-r factors in pivoted form. Peer: one (K, P) factor for all heads of the matrix, one
 (R, X) factor of the inputs, and a core (P, R) for every head (Tucker over two modes, refined), with
 the numbers that a choice of basis frees taken off as well: P² and R². Of all P below K the best
@@ -16,11 +16,12 @@ import argparse
 from typing import Any
 
 import torch
-from inputs import input_moments
 from results import Comparison, begin, parser, save
 from torch import Tensor
 from whole_model import MODELS, Bench
 
+from tensorllm.calibration.fit import measure_for
+from tensorllm.compressors import SVDLLM
 from tensorllm.models import parameters_of
 from tensorllm.tensors.pivoted import pivoted_parameters
 from tensorllm.tensors.shared_input import READERS
@@ -58,13 +59,14 @@ def _stored(k: int, h: int, x: int, p: int, r: int) -> int:
 def run_model(name: str, args: argparse.Namespace) -> None:
     """Every matrix at every ratio; one comparison per role and ratio, the mean over layers."""
     bench = Bench(name, args.shared, args.quick)
-    matrices = [each for each in bench.matrices("attention") if each[1] in READERS[0]]
-    seen = input_moments(bench.dense, bench.roles, matrices, bench.calibration(0))
+    matrices = [(layer, role) for layer in range(bench.roles.layers) for role in READERS[0]]
+    attention = SVDLLM(rank=1, matrices=READERS[0])
+    seen = measure_for(attention, bench.dense, bench.calibration(0)).inputs
     weights, width = parameters_of(bench.dense), bench.roles.geometry.K
     rows: list[dict[str, Any]] = []
     for layer, role in matrices:
         w_ID = bench.roles.read(weights, layer, role).double()
-        weighted_ID = w_ID @ Metric(seen[layer, role]).roots[0]
+        weighted_ID = w_ID @ Metric(seen[layer, READERS[0]]).roots[0]
         w_KHX = weighted_ID.reshape(-1, width, w_ID.shape[1]).transpose(0, 1)
         for ratio in bench.ratios:
             ours, (peer, p) = (f(w_KHX, w_ID.numel() / ratio) for f in (plain, with_head_factor))

@@ -98,16 +98,13 @@ def measured(name: str, method: str, args: argparse.Namespace) -> dict[str, dict
 
 
 def compared(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, Comparison]:
-    """Each step of ours beside SVD-LLM's, and the whole way beside its."""
+    """Measuring and fitting of ours beside SVD-LLM's, which does both in one."""
     theirs, mine, streamed = (found[method] for method in METHODS)
     out = {}
     for what, field, unit in (("time", "seconds", "s"), ("memory", "bytes", "bytes")):
-        pairs = {
-            step: (mine[step][field], theirs[step][field]) for step in ("measuring", "fitting")
-        }
-        values = zip(*pairs.values(), strict=True)
-        a, b = (sum(each) if unit == "s" else max(each) for each in values)
-        pairs |= {"both": (a, b), "both, streamed": (streamed["streamed"][field], b)}
+        steps = [mine[step][field] for step in ("measuring", "fitting")]
+        whole, peer = sum(steps) if unit == "s" else max(steps), theirs["fitting"][field]
+        pairs = {"both": (whole, peer), "both, streamed": (streamed["streamed"][field], peer)}
         for step, (a, b) in pairs.items():
             out[f"{what} of {step}"] = Comparison(ours=a, unit=unit, peer=b, peer_name="SVD-LLM")
     return out

@@ -135,9 +135,10 @@ def told(error: BaseException) -> tuple[str, int]:
         return "given up", 1
     if not isinstance(error, Exception):
         raise error
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        extra = EXTRAS[error.name]
-        return f"this needs {error.name}: pip install 'tensorllm[{extra}]'", 2
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            return f"this needs {package}: pip install 'tensorllm[{EXTRAS[package]}]'", 2
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"this should not happen: {what}; with --verbose the traceback is printed", 1
 

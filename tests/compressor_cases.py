@@ -84,6 +84,15 @@ def svd_reference(found: Matrices, geo: Geometry) -> Matrices:
     return out
 
 
+def kept_reference(found: Matrices, geo: Geometry) -> Matrices:
+    out = {}
+    for slot, w in found.items():
+        u, s, v = np.linalg.svd(w, full_matrices=False)
+        r = int(0.4 * w.size / sum(w.shape))
+        out[slot] = (u[:, :r] * s[:r]) @ v[:r]
+    return out
+
+
 def hybrid_reference(found: Matrices, geo: Geometry) -> Matrices:
     attention = {slot: w for slot, w in found.items() if slot[1] in ATTENTION}
     ffn = {slot: w for slot, w in found.items() if slot[1] not in ATTENTION}
@@ -141,6 +150,12 @@ CASES = {
         lambda geo: tl.LaserSVD(rho=1.0, matrices=geo.roles),
         lambda geo: tl.LaserSVD(rho=0.25, matrices=geo.roles),
         svd_reference,
+    ),
+    "svd": Case(
+        "svd",
+        None,  # its share is below one; a full rank of every shape is laser's
+        lambda geo: tl.COMPRESSORS["svd"](kept=0.4, matrices=geo.roles),
+        kept_reference,
     ),
     "hybrid": Case(
         "hybrid",

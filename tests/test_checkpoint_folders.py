@@ -343,7 +343,7 @@ def fill_the_disk(folder: Path, target: Path, told: Any) -> None:
 def processes() -> Iterator[Any]:
     """Children of a server that has imported what they need."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "tensorllm.compression.folder"])
+    context.set_forkserver_preload(["torch", "transformers", "tensorllm.compression.engine"])
     return context
 
 

@@ -402,7 +402,10 @@ def test_a_recipe_that_is_not_there(tmp_path: Path, refused: Refused) -> None:
     refused(("compress", "--config", tmp_path), "Is a directory")
     refused(("compress", "--config", ""), "Is a directory")
     refused(("export", tmp_path), "'OUT': The folder to make")
-    refused(("search-ranks", "--model", "demo", "--mode", "laser", "--rho", "2"), "--rho takes")
+    refused(
+        ("search-ranks", "--model", "demo", "--mode", "laser", "--rho", "2"),
+        "rho must be in (0, 1]",
+    )
 
 
 def test_unpublished_layers_have_to_be_given(refused: Refused) -> None:

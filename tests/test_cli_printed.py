@@ -54,7 +54,7 @@ def test_speed(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -
     assert "a prompt of 24 tokens, 4 decoded behind it; medians of 2 turns" in text
     for word in ("prefill", "decode", "tokens/s", "cached values", "MiB", "peak memory"):
         assert word in text
-    assert "factored (as told): layers.1.qkvo, layers.3.in" in text
+    assert "factored (by --policy always): layers.1.qkvo, layers.3.in" in text
     assert "1.13x" in text  # of the weights: the whole model's ratio
 
 
@@ -94,9 +94,8 @@ def test_spectra_and_ranks_by_energy(capsys: Capture, monkeypatch: pytest.Monkey
     text = printed(capsys, monkeypatch, "inspect", "--model", "demo", "--layers", "1")
     assert "attention tensors of 128×32×4×4" in text
     assert "90 % energy" in text
-    by_energy = ("search-ranks", "--model", "demo", "--mode", "shared-tucker", "--layers", "0,1")
-    text = printed(capsys, monkeypatch, *by_energy, "--objective", "energy")
-    assert "from its weights alone" in text
+    sized = ("compress", "--model", "demo", "--mode", "shared-tucker", "--target-ratio", "2")
+    text = printed(capsys, monkeypatch, *sized, "--dry-run")
     assert "layers.1.qkvo" in text
     assert "ratio" in text
 

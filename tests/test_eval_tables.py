@@ -197,7 +197,7 @@ def test_a_composition_is_told_edit_by_edit_and_the_gain_with_its_luck():
     results["steps"] = [{**e, "validation": s} for e, s in zip(edits, scores, strict=True)]
     results["trials"] = {"examined": 40, "pruned": 12, "infeasible": 0, "failed": 2}
     results["selection"] = {"gain": 42.92, "optimism": 1.26, "interval": [-0.4, 3.1]}
-    results |= {"objective": "pareto", "front": []}
+    results |= {"objective": "pareto", "several_objectives": True, "front": []}
     lines = shown(search_tables(results)).splitlines()
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines]
