@@ -1,4 +1,4 @@
-"""What a model is, told by its content: the same under every path and on every machine."""
+"""What a model is, by its content: the same under every path and on every machine."""
 
 import hashlib
 import json

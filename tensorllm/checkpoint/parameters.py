@@ -1,4 +1,4 @@
-"""Which of the stored tensors are the model's parameters, told without reading one of them.
+"""Which of the stored tensors are the model's parameters, found without reading one of them.
 
 Files hold more than that: causal masks, the head of another task, a tied matrix under both of its
 names. Sizes, dtype and the search for NaN are over parameters, each once.

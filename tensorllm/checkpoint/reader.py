@@ -99,7 +99,7 @@ class Checkpoint:
         return weights
 
     def check_readable(self) -> None:
-        """Refuse what weights cannot be stored as, told from names: integers may be masks."""
+        """Refuse what weights cannot be stored as, by their names: integers may be masks."""
         named = {n: e for n, e in self.entries.items() if not BUFFERS.search(n)}
         endings = (".weight", ".bias")
         check_dtypes(

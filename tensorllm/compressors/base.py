@@ -274,7 +274,7 @@ class Compressor(ABC):
 
     @property
     def budget(self) -> Budget | None:
-        """The target size among the strategy's own settings; None: it is told its sizes."""
+        """The target size among the strategy's own settings; None: its sizes are given."""
         return None
 
     @classmethod

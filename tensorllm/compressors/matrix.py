@@ -18,6 +18,7 @@ from tensorllm.compressors.base import (
     Dimension,
     ErrorCurve,
     Job,
+    LayerFit,
     Leaf,
     MatrixStatistics,
     Site,
@@ -149,6 +150,28 @@ class MatrixSVD(KeptSettings, Leaf):
     @classmethod
     def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"rank": 1} | dict(settings)
+
+    @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        return kept_space(spec, settings)
+
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
+        return kept_settings(point)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixFit(KeptSettings, LayerFit):
+    """What strategies share that fit each matrix of a layer alone, one after the other."""
+
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
+        return [Job(site, self) for site in self.sites(spec, sorted(layers))]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.check_shape(shape)
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        return self.rank_of(shape) * sum(shape)
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:

@@ -156,7 +156,7 @@ def in_order(changes: Sequence[float], layers: Sequence[int]) -> list[int]:
 
 
 def trials_for(points: int) -> int:
-    """How many trials a guided search makes of so many points, unless it is told."""
+    """How many trials a guided search makes of so many points by default."""
     return min(points, max(10, math.ceil(points / SHARE)))
 
 

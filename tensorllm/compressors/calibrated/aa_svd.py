@@ -5,33 +5,26 @@ Shapes: Y outputs, X inputs, R rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tensorllm.compressors.base import (
     COMPRESSORS,
-    Dimension,
-    Job,
     LayerContext,
-    LayerFit,
     LayerResult,
     Site,
-    Value,
 )
 from tensorllm.compressors.calibrated.svd_llm import in_order, whitening
 from tensorllm.compressors.matrix import (
-    KeptSettings,
+    MatrixFit,
     Root,
-    kept_settings,
-    kept_space,
     low_rank,
     map_of,
     truncated,
 )
 from tensorllm.errors import UserError
-from tensorllm.models.spec import ModelSpec
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
 
@@ -42,7 +35,7 @@ RIDGE = 1e-6
 
 @COMPRESSORS.register("aa-svd")
 @dataclass(frozen=True, kw_only=True)
-class AASVD(KeptSettings, LayerFit):
+class AASVD(MatrixFit):
     """Each matrix fitted so that its outputs on the compressed model's inputs are the original's.
 
     Source: AA-SVD, arXiv 2604.02119: the anchored fit min |W X - W' X'|, then all factors, biases
@@ -65,15 +58,6 @@ class AASVD(KeptSettings, LayerFit):
             raise UserError(f"refine_epochs must be 0 or more, got {self.refine_epochs}")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate must be above 0, got {self.learning_rate}")
-
-    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        return [Job(site, self) for site in self.sites(spec, sorted(layers))]
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        self.check_shape(shape)
-
-    def stored_parameters(self, shape: tuple[int, ...]) -> int:
-        return self.rank_of(shape) * sum(shape)
 
     def passes(self, sites: Sequence[Site]) -> int:
         return len(sites) + self.refine_epochs
@@ -112,14 +96,6 @@ class AASVD(KeptSettings, LayerFit):
         changed = {name: w.detach().to(kept[name]) for name, w in others.items()}
         context.put_parameters(changed)
         return LayerResult(out, changed)
-
-    @classmethod
-    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        return kept_space(spec, settings)
-
-    @classmethod
-    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
-        return kept_settings(point)
 
 
 def leaf(t: Tensor) -> Tensor:

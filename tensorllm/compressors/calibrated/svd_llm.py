@@ -12,27 +12,20 @@ from torch import Tensor
 
 from tensorllm.compressors.base import (
     COMPRESSORS,
-    Dimension,
-    Job,
     LayerContext,
-    LayerFit,
     LayerResult,
     MatrixStatistics,
     Needs,
     Site,
-    Value,
 )
 from tensorllm.compressors.matrix import (
-    KeptSettings,
+    MatrixFit,
     MatrixSVD,
     Root,
-    kept_settings,
-    kept_space,
     low_rank,
     map_of,
     truncated,
 )
-from tensorllm.models.spec import ModelSpec
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
 
@@ -55,22 +48,13 @@ class SVDLLM(MatrixSVD):
 
 @COMPRESSORS.register("svd-llm-sequential")
 @dataclass(frozen=True, kw_only=True)
-class SVDLLMSequential(KeptSettings, LayerFit):
+class SVDLLMSequential(MatrixFit):
     """`svd-llm`, then the left factor refitted to the inputs that the compressed model gives.
 
     Source: SVD-LLM, arXiv 2403.07378, section 3.2 (sequential low-rank parameter update).
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
-
-    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        return [Job(site, self) for site in self.sites(spec, sorted(layers))]
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        self.check_shape(shape)
-
-    def stored_parameters(self, shape: tuple[int, ...]) -> int:
-        return self.rank_of(shape) * sum(shape)
 
     def passes(self, sites: Sequence[Site]) -> int:
         return len(sites)
@@ -89,14 +73,6 @@ class SVDLLMSequential(KeptSettings, LayerFit):
             out[site] = low_rank(u_YR, v_RX, transposed=role in OUTPUT_PROJECTIONS, like=w_ID)
             context.put(site, out[site])
         return LayerResult(out)
-
-    @classmethod
-    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        return kept_space(spec, settings)
-
-    @classmethod
-    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
-        return kept_settings(point)
 
 
 def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
