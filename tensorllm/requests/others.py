@@ -56,10 +56,16 @@ class GenerateRequest:
 class ExportRequest:
     """A factored folder, and how it is to be written anew."""
 
-    folder: Annotated[Path, Option("A factored folder.", argument=True)]
+    folder: Annotated[
+        Path, Option("A factored folder; for narrow also a dense one.", argument=True)
+    ]
     out: Annotated[Path, Option("The folder to make.", metavar="OUT", argument=True)]
     format: Annotated[
-        str | None, Option("dense (the default): an ordinary checkpoint.", metavar="NAME")
+        str | None,
+        Option(
+            "dense (the default): an ordinary checkpoint; narrow: one whose FFN is less wide.",
+            metavar="NAME",
+        ),
     ] = None
     quantize: Annotated[
         str | None, Option("Stay factored, with factors in int8 or int4.", metavar="NAME")
