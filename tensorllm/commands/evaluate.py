@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.loader import Loader, dtype_of
+from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.base import ReasoningDataModule
@@ -67,7 +67,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         limit=request.limit,
     )
     source = resolve(request.model, request.revision)
-    loaders = _loaders(request, source)
+    loaders = _loaders(request, devices, source)
     loader = loaders["model"]
     tokenizer = loader.tokenizer()
     data.connect(tokenizer, masked=loader.masked, context=context_of(loader.config(), tokenizer))
@@ -123,8 +123,11 @@ def _check(request: EvaluateRequest) -> Devices:
     return devices
 
 
-def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
+def _loaders(request: EvaluateRequest, devices: Devices, source: Source) -> dict[str, Loader]:
     dtype = dtype_of(request.dtype)
+    if dtype is None and devices.precision is None:
+        stored = Loader(source.folder).config().dtype
+        dtype = computing_dtype(stored, devices.kind)
     original = Loader(source.folder, dtype, verify=request.verify)
     if request.compressed is None:
         return {"model": original}
@@ -158,7 +161,8 @@ def _made_with(
         "revision": source.revision,
         "compressed": None if request.compressed is None else str(request.compressed),
         "compressor": compressor,
-        "dtype": request.dtype or str(loader.config().dtype).removeprefix("torch."),
+        "dtype": str(loader.dtype or loader.config().dtype).removeprefix("torch."),
+        "stored_dtype": str(loader.config().dtype).removeprefix("torch."),
         "devices": asdict(devices),
         "trainer": {name: str(value) for name, value in request.trainer.items()},
         **environment(),

@@ -39,6 +39,9 @@ class GenerateRequest:
         tuple[str, ...],
         Option("What to go on from; may be repeated.", flag="--prompt", repeated=True),
     ]
+    chat: Annotated[
+        bool, Option("The prompts are messages of a user: put the model's chat template around.")
+    ] = False
     max_new_tokens: Annotated[int, Option("Tokens to write at most.")] = 64
     temperature: Annotated[float, Option("0: always the likeliest token.")] = 0.0
     top_p: Annotated[float, Option("Share of probability to sample from.")] = 1.0
