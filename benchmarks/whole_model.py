@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from closed_gap import summary
-from results import RESULTS, Comparison, begin, parser, save
+from support.closed_gap import summary
+from support.results import RESULTS, Comparison, begin, parser, save
+from support.whole_model_texts import demo, stories
 from torch import nn
-from whole_model_texts import demo, stories
 
 from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.fit import measure_for
