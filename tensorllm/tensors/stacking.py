@@ -15,6 +15,7 @@ from tensorllm.errors import UserError
 from tensorllm.registry import Registry
 
 ATTENTION = ("q", "k", "v", "o")
+MLA = ("q_a", "q_b", "kv_a", "kv_b")  # multi-head latent attention, beside q or without, and o
 FFN = ("in", "gate", "out")
 OUTPUT_PROJECTIONS = ("o", "out")  # lead back to the model width; the others are input projections
 
