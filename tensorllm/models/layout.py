@@ -169,10 +169,13 @@ def _verified(whole: Skeleton, config: Any, propose: Candidates) -> _Verdicts:
     for number, block in enumerate(whole.blocks):
         kinds.setdefault(tuple(map(_signature, propose(block, config))), number)
     tiny = _tiny(config, max(2, 1 + max(kinds.values())))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of tiny products, threads only wait for one another
     try:
-        model = instance(tiny, "cpu", text_only=True)
-        blocks = list(model.get_submodule(layers_path(model, tiny)))
-        return _tried(model, blocks, tiny, propose)
+        with torch.device("cpu"):  # it may be asked for while a model is made on the meta device
+            model = instance(tiny, "cpu", text_only=True)
+            blocks = list(model.get_submodule(layers_path(model, tiny)))
+            return _tried(model, blocks, tiny, propose)
     except UserError:
         raise
     except Exception as error:
@@ -180,6 +183,8 @@ def _verified(whole: Skeleton, config: Any, propose: Candidates) -> _Verdicts:
             f"a {config.model_type!r} model has no row, and what its structure suggests could not "
             f"be verified on a tiny model: {type(error).__name__}: {first_line(error)}. {HOW}"
         ) from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _tiny(config: Any, layers: int) -> Any:
@@ -240,7 +245,8 @@ def _first_that_holds(
 
 
 def _call(model: Any) -> Any:
-    return model(input_ids=TOKENS, use_cache=False)
+    vocabulary = len(model.get_input_embeddings().weight)
+    return model(input_ids=torch.tensor([TOKENS]) % vocabulary, use_cache=False)
 
 
 def _check_order(call: Callable[[], Any], blocks: Sequence[nn.Module], config: Any) -> None:

@@ -6,6 +6,7 @@ config, so that no rule of ours can contradict it.
 
 import copy
 import functools
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from torch import nn
 
 from tensorllm.errors import UserError, first_line
 from tensorllm.models.task import base_class, language_model_class, text_class, text_config_of
+
+# Of a config: they say nothing of the modules.
+NOTES = ("quantization_config", "dtype", "_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ class Keyed:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+        values = json.loads(config.to_json_string(use_diff=False))
+        kept = {name: value for name, value in values.items() if name not in NOTES}
+        self.key = f"{type(config).__name__} {json.dumps(kept, sort_keys=True)}"
 
     def __hash__(self) -> int:
         return hash(self.key)

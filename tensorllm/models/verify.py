@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tensorllm.models.families import Match, geometry_of
 from tensorllm.models.spec import part_of
 from tensorllm.models.task import text_config_of
-from tensorllm.tensors.stacking import MLA, Geometry
+from tensorllm.tensors.stacking import MLA, OUTPUT_PROJECTIONS, Geometry
 
-TOKENS = torch.tensor([[7, 41, 19, 78, 5, 63]])
+TOKENS = (7, 41, 19, 78, 5, 63)
 AT = 3  # the position that is changed; before it nothing may move in a causal model
 NOTICED = 0.01  # a part moves where it moves by this share of the most moved one
 EXACT = 1e-3  # of a relative difference that is rounding
@@ -62,12 +62,12 @@ class Probe:
     modules: Mapping[str, nn.Module]
 
     def run(self, until: str, edits: Mapping[str, Edit] | None = None) -> dict[str, Any]:
-        """path -> (input, output) of the layer's modules, up to and with the input of `until`."""
+        """path -> (input, output) of the layer's modules, up to and with `until`."""
         seen: dict[str, Any] = {}
         handles: list[Any] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[until] = (_flat(args[0]), None)
+            seen[until] = (_flat(args[0]), _flat(module.forward(args[0])))
             raise _Reached
 
         def note(path: str) -> Any:
@@ -124,7 +124,7 @@ class _Attention:
         self.heads = heads or 1
 
     def check(self) -> None:
-        for role, _ in self.match.shapes[:-1]:
+        for role, _ in self.match.shapes:
             check_rows(self.probe, self.match, self.geo, role, self.base)
         if self.latent:
             self._check_latent()
@@ -224,8 +224,9 @@ def check_ffn(probe: Probe, match: Match) -> None:
     base = probe.run(path)
     before_NF = base[path][0]
     bent = {}
-    for role in (role for role in shapes if role != "out"):
+    for role in shapes:
         check_rows(probe, match, geo, role, base)
+    for role in (role for role in shapes if role != "out"):
         bent[role] = _bent_channels(probe, match, geo, role, base, before_NF)
     if "gate" in bent and not bent["in"] < bent["gate"] / 2:
         raise Mismatch("what is called 'in' goes through the activation, or 'gate' does not")
@@ -286,9 +287,13 @@ def check_rows(
     stored = next(one for one in match.stored if role in one.roles)
     module: Any = probe.modules[stored.path]
     seen_in, seen_out = base[stored.path]
-    features = role_rows(stored, geo, role, seen_out.shape[1])
     w_IC = part_of(stored, module.weight.data, role, geo).reshape(geo.shape(role))
-    want = seen_in @ w_IC.mT
+    features: Any = slice(None)
+    if role in OUTPUT_PROJECTIONS:
+        want = seen_in @ w_IC
+    else:
+        features = role_rows(stored, geo, role, seen_out.shape[1])
+        want = seen_in @ w_IC.mT
     bias = getattr(module, "bias", None)
     if bias is not None:
         want = want + bias.data[features]
