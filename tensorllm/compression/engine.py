@@ -112,6 +112,7 @@ def compress(
         totals=Totals(parameters, parameters - saved_parameters(sites)),
         seconds=time.perf_counter() - started,
         environment=environment(),
+        structure=roles.layout.describe(),
         passed_over=planned.passed_over,
     )
     setattr(model, ATTRIBUTE, Compression(planned, done))

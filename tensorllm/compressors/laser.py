@@ -24,7 +24,7 @@ from tensorllm.registry import one_of
 from tensorllm.tensors.energy import matrix_energy
 from tensorllm.tensors.factors import Factors, LowRank
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
-from tensorllm.tensors.stacking import ATTENTION, FFN
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN
 from tensorllm.tensors.svd import METHODS, truncated_svd
 
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -62,7 +62,7 @@ class LaserSVD(Leaf):
             raise UserError(f"rank must be 1 or more, got {self.rank}")
         one_of("method", self.method, tuple(METHODS))
         check_seed(self.seed)
-        object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
+        object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION_ROLES))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         missing = [role for role in self.matrices if role not in spec.roles]

@@ -29,7 +29,7 @@ from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.factors import LowRank
-from tensorllm.tensors.stacking import ATTENTION, FFN, OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, OUTPUT_PROJECTIONS
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -75,7 +75,7 @@ class KeptSettings:
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
         if self.matrices is not None:
-            object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
+            object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION_ROLES))
 
     def rank_of(self, shape: Sequence[int]) -> int:
         """The rank of a matrix of this shape."""

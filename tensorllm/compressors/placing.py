@@ -10,6 +10,7 @@ from tensorllm.compressors.base import Compressor, Job
 from tensorllm.errors import UserError
 from tensorllm.models.access import RoleMatrices
 from tensorllm.models.spec import ModelSpec
+from tensorllm.tensors.stacking import MLA, Geometry
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,23 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
         raise UserError(
             f"layer {layer} has no matrix {', '.join(missing)}"
             f" (it has {', '.join(spec.geometry(layer).roles) or 'none'}); {where} all of them"
+            f"{_latent(spec.geometry(layer))}"
         )
     gone = set(lacking) - {layer for job in jobs for layer in job.site.layers}
     for job in jobs:
         _check_alike(job, spec)
     return Placed(jobs, tuple(n for n in wanted if n not in gone), lacking)
+
+
+def _latent(geometry: Geometry) -> str:
+    """Why heads cannot be stacked where keys and values are made from a latent."""
+    if not set(MLA) & set(geometry.roles):
+        return ""
+    return (
+        ". Its attention is latent (MLA): keys and values of all heads are products of kv_a and "
+        "kv_b, low-rank already, and there are no matrices k and v over the model width to stack "
+        "with q and o; svd, laser and the modes fitted to text work on each of its matrices"
+    )
 
 
 def _lacking(

@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from tensorllm.compression.descriptions import picture_of
 from tensorllm.reporting.page.figures import times
-from tensorllm.tensors.stacking import ATTENTION, FFN
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN
 
 Json = Mapping[str, Any]
 CELL, GAP, RIGHT = 26, 4, 84
@@ -25,7 +25,7 @@ def model_drawing(report: Json) -> Markup:
         for role in site["roles"]
     }
     there = report["layer_roles"]
-    roles = [role for role in (*ATTENTION, *FFN) if any(role in layer for layer in there)]
+    roles = [role for role in (*ATTENTION_ROLES, *FFN) if any(role in layer for layer in there)]
     layers = len(there)
     row = max(5.0, min(34.0, HEIGHT / layers))
     start = 52 + 9 * len(str(layers - 1))  # room for "layer 27"
@@ -178,7 +178,7 @@ def _sub(number: int) -> str:
 def _captions(places: Mapping[str, float]) -> list[Markup]:
     """The names of attention and FFN over their columns, where the model has them."""
     out = []
-    for caption, group in (("attention", ATTENTION), ("FFN", FFN)):
+    for caption, group in (("attention", ATTENTION_ROLES), ("FFN", FFN)):
         at = [places[role] for role in group if role in places]
         if at:
             out.append(_text((at[0] + at[-1] + CELL) / 2, 12, caption, "caps", "middle"))
