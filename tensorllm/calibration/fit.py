@@ -158,7 +158,6 @@ def fit_folder(
             "gradients of the loss (weighting=loss) run the whole model backwards and cannot be "
             "streamed; weighting=outputs needs one layer at a time"
         )
-    found.keeps_covariances = False  # measured again rather than held for all layers
     return _fitted(found, found.run(target), budget, calibration.facts())
 
 

@@ -109,7 +109,10 @@ class States:
 
     def __iter__(self) -> Iterator[Tensor]:
         for number in range(self.count):
-            yield self.store.load(f"{self.name}-{number}")["hidden"].to(self.device)
+            yield self[number]
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.store.load(f"{self.name}-{number}")["hidden"].to(self.device)
 
     def drop(self) -> None:
         for number in range(self.count):
@@ -119,15 +122,25 @@ class States:
 class Counted:
     """States that report, before each batch that is read of them, how many were read so far."""
 
-    def __init__(self, states: Iterable[Tensor], report: Callable[[int], None]) -> None:
+    def __init__(self, states: "States", report: Callable[[int], None]) -> None:
         self.states, self.report, self.read = states, report, 0
         report(0)
 
     def __iter__(self) -> Iterator[Tensor]:
         for hidden in self.states:
             yield hidden
-            self.read += 1
-            self.report(self.read)
+            self._count()
+
+    def __getitem__(self, number: int) -> Tensor:
+        self._count()
+        return self.states[number]
+
+    def _count(self) -> None:
+        self.read += 1
+        self.report(self.read)
+
+
+Hidden = States | Counted  # hidden states before a layer, to be read in order or one by one
 
 
 class Sweep:

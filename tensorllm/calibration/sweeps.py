@@ -5,22 +5,18 @@ A strategy is asked layer by layer, by the contract of `compressors.base` only.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from tensorllm.calibration.context import Context, LayerModule
+from tensorllm.calibration.context import Context, LayerModule, Original
 from tensorllm.calibration.layers import Layers, LayerSource
+from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Calibration
-from tensorllm.calibration.statistics import (
-    Covariances,
-    Key,
-    measure_inputs,
-    measure_loss,
-    measure_outputs,
-)
-from tensorllm.calibration.store import Counted, States, Store, Sweep
+from tensorllm.calibration.statistics import Covariances, Key, Measurement, Wanted, measure_loss
+from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep
 from tensorllm.compressors.base import (
     Compressor,
     ErrorCurve,
@@ -49,7 +45,6 @@ class Sweeps:
 
     Attributes:
         known: covariances that need not be measured.
-        keeps_covariances: those of all layers are held from the first sweep to the second.
         numbers: in the matrices that are compressed.
     """
 
@@ -62,12 +57,12 @@ class Sweeps:
         *,
         store: Store | None = None,
         progress: Progress = quiet,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.compressor, self.source, self.progress = compressor, source, progress
         self.store = store or Store()
+        self.ranks = ranks
         self.known: Covariances | None = None
-        self.keeps_covariances = True
-        self._measured: dict[int, Covariances] = {}
         self._layers: Layers | None = None
         self.roles = roles = source.roles
         chosen = roles.check_layers(range(roles.layers) if layers is None else layers)
@@ -182,17 +177,25 @@ class Sweeps:
                 self.roles,
                 self.keys,
                 self.batches,
+                self.wanted,
                 seed=self.seed,
                 spill=spill,
                 progress=self.progress,
+                ranks=self.ranks,
             )
         self.curves()
-        found = self._measured.values()
-        return Covariances(
-            {key: m for each in found for key, m in each.inputs.items()},
-            {key: m for each in found for key, m in each.sizes.items()},
-            {key: m for each in found for key, m in each.gradients.items()},
-        )
+        out = Covariances()
+        for layer in self.layers:
+            out |= self._kept(layer)
+        return out
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which covariances the strategies need."""
+        strategies = [job.compressor for job in self.jobs if job.compressor.needs != "weights"]
+        width = [isinstance(one, LayerFit) and one.at_width for one in strategies]
+        gradients = any(one.needs == "gradients" for one in strategies)
+        return Wanted(matrices=not all(width), width=any(width), gradients=gradients)
 
     def curves(self) -> Curves:
         """What every candidate's sizes cost, from one sweep over the original's layers."""
@@ -200,15 +203,22 @@ class Sweeps:
         candidates = {job.site for ways in self._ways() for way in ways for job in way}
         sweep = Sweep(self.store, "errors", ("measured",), layers.start, layers.layers)
         for layer, (kept,), after in sweep:
-            before = self.counted(kept, layer, layers.layers, 2, "measuring layers")
+            before = self.counted(kept, layer, layers.layers, 1, "measuring layers")
             found: dict[str, Tensor] = {}
             with self.source.block(layer) as block:
-                if layer in self.layers:
-                    here = [site for site in candidates if site.layers == (layer,)]
-                    for site, curve in self._curves_of(layer, block, before, here).items():
-                        found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
-                if self.known is None:
+                covariances = self.known
+                if covariances is None and layer in self.layers:
+                    run = self._measurement(layer, block, before)
+                    after(run)
+                    covariances = run.covariances
+                    self._keep(layer, covariances)
+                elif covariances is None:
                     after(layers.run(layer, block, before))
+                if layer in self.layers:
+                    assert covariances is not None
+                    here = [site for site in candidates if site.layers == (layer,)]
+                    for site, curve in self._curves_of(layer, block, covariances, here).items():
+                        found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
             sweep.done(found)
         return {
             site: ErrorCurve(**self.store.part(f"errors-{site.layers[0]}", f"{site.name}/"))
@@ -216,11 +226,11 @@ class Sweeps:
         }
 
     def _curves_of(
-        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], sites: Sequence[Site]
+        self, layer: int, block: nn.Module, covariances: Covariances, sites: Sequence[Site]
     ) -> Curves:
         own = LayerModule(self.roles, layer, block)
-        covariances = self.covariances(layer, block, hidden)
-        context = self._context(own, own, covariances, (hidden, hidden), (), {})
+        nothing = States(self.store, "", 0, self.all_layers.start[0].device)
+        context = self._context(own, own, lambda: covariances, (nothing, nothing), {})
         out: Curves = {}
         for strategy, mine in self._strategies(layer, sites):
             if isinstance(strategy, LayerFit):
@@ -228,11 +238,9 @@ class Sweeps:
             else:
                 for site in mine:
                     out[site] = strategy.curve(site, *_tensor_and_statistics(context, site))
-        return out
+        return {site: ErrorCurve(*(t.cpu() for t in curve)) for site, curve in out.items()}
 
-    def counted(
-        self, states: Iterable[Tensor], layer: int, layers: int, passes: int, what: str
-    ) -> Counted:
+    def counted(self, states: States, layer: int, layers: int, passes: int, what: str) -> Counted:
         """The states before one layer; each batch that is read of them counts as progress."""
         steps = passes * len(self.batches)
 
@@ -241,25 +249,36 @@ class Sweeps:
 
         return Counted(states, report)
 
+    def _measurement(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Measurement:
+        keys = [key for key in self.keys if key[0] == layer]
+        return Measurement(
+            self.all_layers, layer, block, keys, hidden, self.wanted,
+            seed=self.seed, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _keep(self, layer: int, covariances: Covariances) -> None:
+        """For the second sweep: narrower than they were summed."""
+        self.store.save(f"covariances-{layer}", covariances.kept().tensors())
+
+    def _kept(self, layer: int) -> Covariances:
+        device = self.all_layers.start[0].device
+        return Covariances.from_tensors(self.store.load(f"covariances-{layer}"), device)
+
     def covariances(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Covariances:
         """Those of the layer's own keys at least, on the original's hidden states before it."""
         if self.known is not None:
             return self.known
-        if layer in self._measured:
-            return self._measured[layer]
-        keys = [key for key in self.keys if key[0] == layer]
-        if self.gradient_of == "outputs":
-            found = measure_outputs(self.all_layers, layer, block, keys, hidden, seed=self.seed)
-        else:
-            found = measure_inputs(self.all_layers, layer, block, keys, hidden)
-        if self.keeps_covariances:
-            self._measured[layer] = found
-        return found
+        if self.store.has(f"covariances-{layer}"):
+            return self._kept(layer)
+        return self._measurement(layer, block, hidden).covariances
 
-    def factors(self, sizes: Mapping[Site, Size | None]) -> list[Site]:
+    def factors(self, sizes: Mapping[Site, Size | None], *, last: bool = True) -> list[Site]:
         """Layer after layer the factors of these sites, into the store.
 
         A `LayerFit` sees the inputs that the compressed layers below give.
+
+        Args:
+            last: whether covariances are dropped layer by layer; other sizes may want them.
         """
         layers = self.all_layers
         fits = any(isinstance(job.compressor, LayerFit) for job in self.jobs)
@@ -276,12 +295,22 @@ class Sweeps:
             with self.source.block(layer) as block:
                 own = LayerModule(self.roles, layer, block)
                 smaller = LayerModule(self.roles, layer, copy.deepcopy(block)) if fits else own
-                found = self._fit_layer(own, smaller, (original, counted), sites)
-                runs = [layers.run(layer, own.block, original)]
+                context = self._context(
+                    own,
+                    smaller,
+                    partial(self.covariances, layer, block, original),
+                    (original, counted),
+                    sites,
+                )
+                found = self._fit_layer(context)
+                runs = [context.run.outputs()]
                 if fits:
-                    runs.append(layers.run(layer, smaller.block, counted))
+                    runs.append(context.outputs())
                 after(*runs)
+                context.run.drop()
             sweep.done(found)
+            if last:
+                self.store.drop(f"covariances-{layer}")
         return [
             site for site in sizes if self.store.holds(f"factors-{site.layers[0]}", f"{site.name}/")
         ]
@@ -295,69 +324,39 @@ class Sweeps:
                     held |= _named(site, now)
             self.store.save(f"factors-{layer}", held)
 
-    def _fit_layer(
-        self,
-        own: LayerModule,
-        smaller: LayerModule,
-        before: tuple[Iterable[Tensor], Iterable[Tensor]],
-        sites: Mapping[Site, Size | None],
-    ) -> dict[str, Tensor]:
+    def _fit_layer(self, context: Context) -> dict[str, Tensor]:
         """The tensors of one layer's factors, by the names under which they are stored."""
         out: dict[str, Tensor] = {}
-        if not sites:
-            return out
-        layers = self.all_layers
-        covariances = self.covariances(own.number, own.block, before[0])
-        targets = Targets(
-            States(self.store, "target", len(self.batches), layers.start[0].device),
-            lambda: layers.run(own.number, own.block, before[0]),
-        )
-        for strategy, mine in self._strategies(own.number, list(sites)):
-            sized = {site: sites[site] for site in mine}
-            context = self._context(own, smaller, covariances, before, targets, sized)
+        sites = context.sites
+        for strategy, mine in self._strategies(context.layer, list(sites)):
+            context.sites = {site: sites[site] for site in mine}
             if isinstance(strategy, LayerFit):
                 result = strategy.fit_layer(context)
                 found = dict(result.factors)
                 out |= {f"parameters/{name}": t for name, t in result.parameters.items()}
             else:
                 found = {}
-                for site, size in sized.items():
+                for site, size in context.sites.items():
                     leaf = strategy if size is None else strategy.at_size(site, size)
                     found[site] = leaf.decompose(*_tensor_and_statistics(context, site))
-                    if smaller is not own:
+                    if context.compressed is not context.original:
                         context.put(site, found[site])
             for site, factors in found.items():
                 out |= _named(site, factors)
-        targets.drop()
         return out
 
     def _context(
         self,
         own: LayerModule,
         smaller: LayerModule,
-        covariances: Covariances,
-        before: tuple[Iterable[Tensor], Iterable[Tensor]],
-        targets: Iterable[Tensor],
+        measure: Callable[[], Covariances],
+        before: tuple[Hidden, Hidden],
         sites: Mapping[Site, Size | None],
     ) -> Context:
         keys = [key for key in self.keys if key[0] == own.number]
-        return Context(self.all_layers, own, smaller, covariances, keys, before, targets, sites)
-
-
-class Targets:
-    """Hidden states after the original's layer: computed when first asked for, and then kept."""
-
-    def __init__(self, states: States, compute: Callable[[], Iterator[Tensor]]) -> None:
-        self.states, self.compute, self._there = states, compute, False
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if not self._there:
-            self.states.keep(self.compute())
-            self._there = True
-        return iter(self.states)
-
-    def drop(self) -> None:
-        self.states.drop()
+        taps = {roles[0]: own.tap(roles) for _, roles in keys}
+        run = Original(self.all_layers, own, before[0], self.store, taps)
+        return Context(self.all_layers, own, smaller, measure, keys, before, run, sites, self.ranks)
 
 
 def _check_jobs(jobs: Sequence[Job]) -> None:
