@@ -101,7 +101,7 @@ class Calibration:
                 f"at least {width}, and ten times as many to be fitted well"
             )
 
-    def batches(self, tokens: int = 4096) -> list[Batch]:
+    def batches(self, tokens: int = 1024) -> list[Batch]:
         """Sequences of similar length together, at most about `tokens` padded positions each."""
         out: list[Batch] = []
         group: list[tuple[int, ...]] = []

@@ -22,8 +22,9 @@ from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
 
-GRADIENT_SHARE = 0.25  # of the tokens at least, and as many for each number of the model's width:
-GRADIENT_TOKENS = 16
+# For each number of the model's width, how many tokens sizes are chosen by, and gradients taken on;
+# at least half of the text, and of that half. Fits are on all of it.
+MEASURED_TOKENS, GRADIENT_TOKENS = 32, 16
 Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
 
 
@@ -66,16 +67,17 @@ class Covariances:
     def _parts(self) -> tuple[dict[Key, Tensor], ...]:
         return self.inputs, self.sizes, self.gradients, self.carried
 
-    def kept(self) -> "Covariances":
-        """In float32, to be held while other layers are measured."""
-        return Covariances(*({k: t.float() for k, t in part.items()} for part in self._parts))
+    def tensors(self, *, inputs: bool = True) -> dict[str, Tensor]:
+        """By names for a store: in float32, of symmetric matrices one half.
 
-    def tensors(self) -> dict[str, Tensor]:
-        """By names for a store."""
+        Args:
+            inputs: whether those of the original's own inputs are among them.
+        """
         return {
-            f"{what}/{key[0]}/{'-'.join(key[1])}": t
+            f"{what}/{key[0]}/{'-'.join(key[1])}": _packed(t)
             for what, part in zip(PARTS, self._parts, strict=True)
             for key, t in part.items()
+            if inputs or what == "gradients" or (what == "carried" and not _writes(key[1]))
         }
 
     @classmethod
@@ -83,8 +85,25 @@ class Covariances:
         out = cls()
         for name, t in tensors.items():
             what, layer, roles = name.split("/")
-            getattr(out, what)[int(layer), tuple(roles.split("-"))] = t.to(device)
+            whole = t if what == "sizes" else _unpacked(t)
+            getattr(out, what)[int(layer), tuple(roles.split("-"))] = whole.to(device)
         return out
+
+
+def _packed(t: Tensor) -> Tensor:
+    """The upper half of a symmetric matrix, row after row; a vector as it is."""
+    if t.ndim == 1:
+        return t.float()
+    return torch.cat([row[number:] for number, row in enumerate(t.float())])
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    size = math.isqrt(2 * len(packed))
+    out_NN = packed.new_empty(size, size)
+    for number, row in enumerate(packed.split(list(range(size, 0, -1)))):
+        out_NN[number, number:] = row
+        out_NN[number:, number] = row
+    return out_NN
 
 
 PARTS = ("inputs", "sizes", "gradients", "carried")
@@ -135,8 +154,8 @@ class Measurement:
     the product of the output with random vectors (seeded), one per token with a size of one over
     the output's. So the weight of an error is the squared change of the layer's output relative to
     its size, as the norm before the next layer sees it: how Q and K meet in the scores, V and O in
-    the sum and the FFN's matrices in each other is all in it. They are taken on as many batches as
-    such an estimate needs (`GRADIENT_SHARE`).
+    the sum and the FFN's matrices in each other is all in it. They are taken on a sample of
+    the batches.
 
     Args:
         hidden: states (B, T, D) before the layer, one per batch.
@@ -178,7 +197,8 @@ class Measurement:
         """
         draws = torch.Generator().manual_seed(self.seed)
         batches = self.layers.batches
-        felt = sampled(batches, self.layers.source.roles.geometry.D) & self.wanted.gradients
+        width = self.layers.source.roles.geometry.D
+        felt = sampled(batches, width, GRADIENT_TOKENS) & self.wanted.gradients
         both = zip(self.layers.calls[self.layer], self.hidden, strict=True)
         with self.hooks:
             for number, (call, hidden_BTD) in enumerate(both):
@@ -199,16 +219,13 @@ class Measurement:
         self._found = self.hooks.covariances()
 
 
-def sampled(batches: Sequence[Batch], width: int) -> Tensor:
-    """Which batches gradients are taken on, as booleans: evenly spread, the first one in any case.
-
-    A gradient is one random vector's; a covariance of N numbers squared is known well enough after
-    `GRADIENT_TOKENS` N tokens of them.
-    """
+def sampled(batches: Sequence[Batch], width: int, each: int) -> Tensor:
+    """Which batches are a sample of the text, as booleans: every other one, or more of them where
+    the half has fewer than `each` tokens for each number of a width."""
     tokens = sum(int(batch.mask_BT.sum()) for batch in batches)
-    share = min(1.0, max(GRADIENT_SHARE, GRADIENT_TOKENS * width / max(tokens, 1)))
-    steps = (torch.arange(len(batches)) * share).ceil()
-    return torch.diff(steps, append=torch.tensor([math.ceil(len(batches) * share)])) > 0
+    share = min(1.0, max(0.5, each * width / max(tokens, 1)))
+    steps = (torch.arange(len(batches) + 1) * share).ceil()
+    return torch.diff(steps) > 0
 
 
 @contextmanager

@@ -15,7 +15,15 @@ from tensorllm.calibration.context import Context, LayerModule, Original
 from tensorllm.calibration.layers import Layers, LayerSource
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Calibration
-from tensorllm.calibration.statistics import Covariances, Key, Measurement, Wanted, measure_loss
+from tensorllm.calibration.statistics import (
+    MEASURED_TOKENS,
+    Covariances,
+    Key,
+    Measurement,
+    Wanted,
+    measure_loss,
+    sampled,
+)
 from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep
 from tensorllm.compressors.base import (
     Compressor,
@@ -34,6 +42,7 @@ from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.shared_input import reading_together
 
+BATCH = 1024  # tokens at least, and one for each number of the model's width
 Curves = dict[Site, ErrorCurve]
 
 
@@ -63,6 +72,7 @@ class Sweeps:
         self.store = store or Store()
         self.ranks = ranks
         self.known: Covariances | None = None
+        self.keeps_inputs = False  # beyond what the strategy asks for
         self._layers: Layers | None = None
         self.roles = roles = source.roles
         chosen = roles.check_layers(range(roles.layers) if layers is None else layers)
@@ -84,7 +94,7 @@ class Sweeps:
         config: Any = source.model.config
         context = getattr(config, "max_position_embeddings", None)
         calibration.check(config.vocab_size, max(widths.values()), context)
-        self.batches = calibration.batches()
+        self.batches = calibration.batches(max(BATCH, roles.spec.geometry(0).D))
 
     @property
     def gradient_of(self) -> GradientOf | None:
@@ -169,6 +179,23 @@ class Sweeps:
             self._layers = Layers(self.source, self.batches, self.layers[-1] + 1)
         return self._layers
 
+    @property
+    def measured_layers(self) -> Layers:
+        """The same on the part of the text that sizes are chosen by."""
+        if self.wanted.matrices or self.known is not None:
+            return self.all_layers  # what is measured is what is fitted
+        width = self.roles.spec.geometry(0).D
+        some = [
+            b
+            for b, yes in zip(
+                self.batches, sampled(self.batches, width, MEASURED_TOKENS), strict=True
+            )
+            if yes
+        ]
+        if len(some) == len(self.batches):
+            return self.all_layers
+        return Layers(self.source, some, self.layers[-1] + 1)
+
     def measured(self, model: nn.Module, spill: Path | None = None) -> Covariances:
         """The covariances of all layers at once, of a model that is in memory."""
         if self.gradient_of == "loss":
@@ -183,6 +210,7 @@ class Sweeps:
                 progress=self.progress,
                 ranks=self.ranks,
             )
+        self.keeps_inputs = True
         self.curves()
         out = Covariances()
         for layer in self.layers:
@@ -199,7 +227,7 @@ class Sweeps:
 
     def curves(self) -> Curves:
         """What every candidate's sizes cost, from one sweep over the original's layers."""
-        layers = self.all_layers
+        layers = self.measured_layers
         candidates = {job.site for ways in self._ways() for way in ways for job in way}
         sweep = Sweep(self.store, "errors", ("measured",), layers.start, layers.layers)
         for layer, (kept,), after in sweep:
@@ -208,7 +236,7 @@ class Sweeps:
             with self.source.block(layer) as block:
                 covariances = self.known
                 if covariances is None and layer in self.layers:
-                    run = self._measurement(layer, block, before)
+                    run = self._measurement(layers, layer, block, before)
                     after(run)
                     covariances = run.covariances
                     self._keep(layer, covariances)
@@ -249,16 +277,21 @@ class Sweeps:
 
         return Counted(states, report)
 
-    def _measurement(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Measurement:
+    def _measurement(
+        self, layers: Layers, layer: int, block: nn.Module, hidden: Iterable[Tensor]
+    ) -> Measurement:
         keys = [key for key in self.keys if key[0] == layer]
         return Measurement(
-            self.all_layers, layer, block, keys, hidden, self.wanted,
-            seed=self.seed, ranks=self.ranks,
-        )  # fmt: skip
+            layers, layer, block, keys, hidden, self.wanted, seed=self.seed, ranks=self.ranks
+        )
 
     def _keep(self, layer: int, covariances: Covariances) -> None:
-        """For the second sweep: narrower than they were summed."""
-        self.store.save(f"covariances-{layer}", covariances.kept().tensors())
+        """For the second sweep, what its fits ask for."""
+        inputs = self.keeps_inputs or any(
+            not isinstance(job.compressor, LayerFit) or job.compressor.keeps_inputs
+            for job in self._jobs(layer)
+        )
+        self.store.save(f"covariances-{layer}", covariances.tensors(inputs=inputs))
 
     def _kept(self, layer: int) -> Covariances:
         device = self.all_layers.start[0].device
@@ -270,7 +303,7 @@ class Sweeps:
             return self.known
         if self.store.has(f"covariances-{layer}"):
             return self._kept(layer)
-        return self._measurement(layer, block, hidden).covariances
+        return self._measurement(self.all_layers, layer, block, hidden).covariances
 
     def factors(self, sizes: Mapping[Site, Size | None], *, last: bool = True) -> list[Site]:
         """Layer after layer the factors of these sites, into the store.

@@ -415,6 +415,11 @@ class LayerFit(Compressor):
     needs: ClassVar[Needs] = "activations"
     at_width: ClassVar[bool] = False
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether `fit_layer` asks for covariances of the original's own inputs."""
+        return True
+
     @abstractmethod
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """The factors of one layer's sites, `put` into the compressed layer too.

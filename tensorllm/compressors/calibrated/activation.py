@@ -54,6 +54,7 @@ class ActivationTucker(LayerFit):
         correction: whether layers are fitted on the inputs that the compressed model gives them.
         refit_epochs: with correction, passes over the text in which all factors of a layer move
             together towards the original's output of the layer; only this layer runs.
+        refit_norms: whether norms and biases of the layer move with them.
         distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
         seed: of the random vectors or labels that the gradients are sampled with.
@@ -66,6 +67,7 @@ class ActivationTucker(LayerFit):
     sharing: bool = True
     correction: bool = True
     refit_epochs: int = 4
+    refit_norms: bool = False
     distill_steps: int = 0
     ridge: float = 1e-2
     seed: int = 0
@@ -90,6 +92,10 @@ class ActivationTucker(LayerFit):
     @property
     def gradient_of(self) -> GradientOf:
         return self.weighting
+
+    @property
+    def keeps_inputs(self) -> bool:
+        return not self.correction
 
     @property
     def budget(self) -> Budget:
@@ -153,7 +159,7 @@ class ActivationTucker(LayerFit):
             for site in sites:
                 context.put(site, pivoted(*fitted[site], site.roles))
         if self.correction and self.refit_epochs:
-            return refit(context, fitted, metrics, self.refit_epochs)
+            return refit(context, fitted, metrics, self.refit_epochs, norms=self.refit_norms)
         return LayerResult({site: pivoted(*map_, site.roles) for site, map_ in fitted.items()})
 
 
@@ -199,13 +205,13 @@ class _AtWidth:
     @classmethod
     def of(cls, context: LayerContext, key: Group, ridge: float | None) -> "_AtWidth":
         """With a ridge on the compressed model's inputs; without one on the original's."""
-        width_DD = context.width_covariance(key)
-        writes = key[0] in OUTPUT_PROJECTIONS
         if ridge is None:
-            return cls(Metric(width_DD), context.carried_covariance(key), None)
+            metric = Metric(context.width_covariance(key))
+            return cls(metric, context.carried_covariance(key), None)
         cross_DD, seen_DD = context.shifted_at_width(key)
-        correction_DD = regression(cross_DD, seen_DD, ridge)
-        return cls(Metric(width_DD if writes else seen_DD), seen_DD, correction_DD)
+        writes = key[0] in OUTPUT_PROJECTIONS
+        metric = Metric(context.width_covariance(key) if writes else seen_DD)
+        return cls(metric, seen_DD, regression(cross_DD, seen_DD, ridge))
 
     def fit(self, context: LayerContext, roles: Group, rank: int) -> Map:
         """The map of this rank that errs least, its large products in the dtype of the weights."""
