@@ -15,11 +15,11 @@ from tensorllm.compressors.base import (
     MatrixStatistics,
     Site,
     Size,
-    Value,
 )
 from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import matrix_energy
 from tensorllm.tensors.factors import Factors, LowRank

@@ -23,11 +23,11 @@ from tensorllm.compressors.base import (
     MatrixStatistics,
     Site,
     Size,
-    Value,
 )
 from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import ATTENTION, FFN, OUTPUT_PROJECTIONS
 
