@@ -123,7 +123,7 @@ def compared(found: dict[str, Any], memory: float | None) -> dict[str, Compariso
 
 def widths(args: argparse.Namespace) -> None:
     """How time grows with the width, tokens fixed."""
-    sizes, tokens = ((64, 128), 256) if args.quick else ((512, 1024, 2048, 4096), 4096)
+    sizes, tokens = ((64, 128), 512) if args.quick else ((512, 1024, 2048, 4096), 4096)
     rows = {width: measured(str(width), tokens, 0, args) for width in sizes}
     curves = {
         name: power_law([[width, row[key]] for width, row in rows.items()])

@@ -5,7 +5,7 @@ at a time; both are the same work on a `LayerSource` and a `Store`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.calibration.layers import InMemory, OnDisk
+from tensorllm.calibration.ranks import all_ranks
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.smallest import STEPS, next_token_loss, smallest, with_factors
 from tensorllm.calibration.statistics import Covariances, frozen
@@ -20,8 +21,8 @@ from tensorllm.calibration.store import Store
 from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors.base import Compressor, Site
-from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.settings import settings_of
+from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
@@ -98,8 +99,9 @@ def fit(
     """
     with frozen(model):
         work = Sweeps(
-            compressor, InMemory(model), calibration, layers, store=store, progress=progress
-        )
+            compressor, InMemory(model), calibration, layers,
+            store=store, progress=progress, ranks=all_ranks(),
+        )  # fmt: skip
         work.known = covariances
         if covariances is None and work.gradient_of == "loss":
             work.known = work.measured(model, spill)
@@ -115,6 +117,52 @@ def fit(
             before = {site: made.factors(site) for site in sites}
             work.keep(distill(model, work.roles, before, calibration, steps, progress))
         return _fitted(work, sites, budget, calibration.facts())
+
+
+def fit_sizes(
+    compressor: Compressor,
+    model: nn.Module,
+    calibration: Calibration,
+    targets: Sequence[Budget],
+    layers: Sequence[int] | None = None,
+    *,
+    progress: Progress = quiet,
+) -> list[Fitted]:
+    """The strategy fitted at several sizes from one measurement.
+
+    Args:
+        compressor: with a target of its own, which is replaced, or with none.
+        targets: ratios or parameters.
+
+    Raises:
+        UserError: as `fit`, for any of the targets before the first is fitted; a limit of the loss,
+            which tries sizes itself.
+    """
+    if any(target.max_loss_increase is not None for target in targets):
+        raise UserError("max_loss_increase searches for one size; give ratios or parameters")
+    own = [_aimed_at(compressor, target) for target in targets]
+    with frozen(model):
+        work = Sweeps(own[0], InMemory(model), calibration, layers, progress=progress)
+        work.several = True
+        if work.gradient_of == "loss":
+            work.known = work.measured(model)
+        sizes = work.sizes(targets)
+        out = []
+        for strategy, target, chosen in zip(own, targets, sizes, strict=True):
+            work.store = Store()
+            found = _fitted(work, work.factors(chosen), target, calibration.facts())
+            given = None if strategy.budget is not None else target
+            out.append(replace(found, compressor=strategy, budget=given))
+    return out
+
+
+def _aimed_at(compressor: Compressor, target: Budget) -> Compressor:
+    """The strategy with this target, where it has one among its own settings."""
+    if compressor.budget is None:
+        return compressor
+    mode, settings = settings_of(compressor)
+    rest = {name: value for name, value in settings.items() if name not in TARGETS}
+    return make_compressor(mode, rest | target.settings)
 
 
 def measure_for(compressor: Compressor, model: nn.Module, calibration: Calibration) -> Covariances:
@@ -151,8 +199,12 @@ def fit_folder(
     if target is not None and target.max_loss_increase is not None:
         raise UserError("max_loss_increase tries many sizes and cannot be streamed; give a target")
     source = OnDisk(folder, dtype, device)
-    store = store_for(work, compressor, folder, calibration, layers, source.dtype, budget)
-    found = Sweeps(compressor, source, calibration, layers, store=store, progress=progress)
+    ranks = all_ranks()
+    mine = work if ranks.size == 1 else work / f"rank-{ranks.rank}-of-{ranks.size}"
+    store = store_for(mine, compressor, folder, calibration, layers, source.dtype, budget)
+    found = Sweeps(
+        compressor, source, calibration, layers, store=store, progress=progress, ranks=ranks
+    )
     if found.gradient_of == "loss":
         raise UserError(
             "gradients of the loss (weighting=loss) run the whole model backwards and cannot be "
@@ -174,6 +226,7 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
     assert limit is not None, "asked only for a limit of the loss"
     if work.roles.architecture.task != "causal":
         raise UserError("max_loss_increase needs a model that predicts the next token")
+    work.several = True
     curves = work.curves()
     before = next_token_loss(model, work.batches)
     progress, tried = work.progress, -1

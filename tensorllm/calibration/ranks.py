@@ -1,5 +1,8 @@
 """A fit in several processes, by torch.distributed: each has some of the sequences."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,10 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+
+    def rows(self, x: Tensor) -> Tensor:
+        """This process's rows of a batch: every `size`-th."""
+        return x[self.rank :: self.size]
 
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the processes.
@@ -44,3 +51,16 @@ def all_ranks() -> Ranks:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ALONE
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that `torchrun` started, for as long as the context lasts; else this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    torch.distributed.init_process_group()  # gloo for a processor, NCCL for a GPU
+    try:
+        yield all_ranks()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -177,7 +177,7 @@ class Measurement:
         model, roles = layers.source.model, layers.source.roles
         self.hooks = CovarianceHooks(model, roles, keys, wanted, ranks=ranks)
         self.wanted, self.ranks = wanted, ranks
-        self.seed = seed + 7919 * layer + 104729 * ranks.rank
+        self.seed = seed + 7919 * layer
         self._found: Covariances | None = None
 
     @property
@@ -210,7 +210,8 @@ class Measurement:
                 with torch.enable_grad():
                     found_BTD = call.run(self.block, hidden_BTD.detach().requires_grad_())
                     out_BTD = found_BTD.float()
-                random_BTD = torch.randn(out_BTD.shape, generator=draws).to(out_BTD)
+                whole = (batches[number].rows, *out_BTD.shape[1:])  # the same in any process
+                random_BTD = self.ranks.rows(torch.randn(whole, generator=draws)).to(out_BTD)
                 size_BT1 = out_BTD.detach().norm(dim=-1, keepdim=True).clamp(min=1e-20)
                 random_BTD *= batches[number].mask_BT.to(out_BTD.device)[..., None] / size_BT1
                 out_BTD.backward(random_BTD)
@@ -222,7 +223,7 @@ class Measurement:
 def sampled(batches: Sequence[Batch], width: int, each: int) -> Tensor:
     """Which batches are a sample of the text, as booleans: every other one, or more of them where
     the half has fewer than `each` tokens for each number of a width."""
-    tokens = sum(int(batch.mask_BT.sum()) for batch in batches)
+    tokens = sum(batch.count for batch in batches)
     share = min(1.0, max(0.5, each * width / max(tokens, 1)))
     steps = (torch.arange(len(batches) + 1) * share).ceil()
     return torch.diff(steps) > 0
@@ -339,7 +340,8 @@ class CovarianceHooks:
 
     def covariances(self) -> Covariances:
         """The means over all tokens, of all processes."""
-        counts = torch.tensor([self._tokens, self._felt], dtype=torch.float64)
+        device = next(iter(self._sums.sums.values())).device
+        counts = torch.tensor([self._tokens, self._felt], dtype=torch.float64, device=device)
         self.ranks.sum(counts)
         out = Covariances()
         for (what, *key), total in self._sums.sums.items():

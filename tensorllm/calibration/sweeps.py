@@ -55,6 +55,8 @@ class Sweeps:
     Attributes:
         known: covariances that need not be measured.
         numbers: in the matrices that are compressed.
+        store: of factors and hidden states; may be replaced between fits of several sizes.
+        measures: of covariances.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Sweeps:
     ) -> None:
         self.compressor, self.source, self.progress = compressor, source, progress
         self.store = store or Store()
+        self.measures = self.store
         self.ranks = ranks
         self.known: Covariances | None = None
+        self.several = False  # whether covariances are kept for a fit of other sizes
         self.keeps_inputs = False  # beyond what the strategy asks for
         self._layers: Layers | None = None
         self.roles = roles = source.roles
@@ -87,14 +91,18 @@ class Sweeps:
             )
         ]
         geometry = roles.spec.geometry
-        widths = {(n, r): geometry(n).inputs(r) for n, together in self.keys for r in together}
         self.numbers = sum(
             geometry(n).inner(r) * geometry(n).D for n, together in self.keys for r in together
         )
         config: Any = source.model.config
         context = getattr(config, "max_position_embeddings", None)
-        calibration.check(config.vocab_size, max(widths.values()), context)
-        self.batches = calibration.batches(max(BATCH, roles.spec.geometry(0).D))
+        width = max(
+            geometry(n).inputs(r) if self.wanted.matrices else geometry(n).D
+            for n, together in self.keys
+            for r in together
+        )
+        calibration.check(config.vocab_size, width, context)
+        self.batches = calibration.batches(max(BATCH, geometry(0).D), ranks)
 
     @property
     def gradient_of(self) -> GradientOf | None:
@@ -114,18 +122,24 @@ class Sweeps:
     def run(self, budget: Budget | None) -> list[Site]:
         """Measured, shared out and fitted: the sites that have factors in the store now.
 
+        Args:
+            budget: None where the strategy gives its sizes itself.
+
         Raises:
             UserError: an unreachable target; where that can be known, before anything is measured.
         """
         if budget is None:
-            sizes: dict[Site, Size | None] = {job.site: None for job in self.jobs}
-            return self.factors(sizes)
+            return self.factors({job.site: None for job in self.jobs})
+        return self.factors(self.sizes([budget])[0])
+
+    def sizes(self, budgets: Sequence[Budget]) -> list[dict[Site, Size | None]]:
+        """The sites and sizes that each budget chooses, from one measurement."""
         total, least = self.source.parameters, self._least_known()
-        budget.numbers(self.numbers, total, least)
+        for budget in budgets:
+            budget.numbers(self.numbers, total, least)
         curves = self.curves()
-        return self.factors(
-            self.sized(curves, budget.numbers(self.numbers, total, self.least(curves)))
-        )
+        least = self.least(curves)
+        return [self.sized(curves, b.numbers(self.numbers, total, least)) for b in budgets]
 
     def _least_known(self) -> int | None:
         strategies = {id(job.compressor): job.compressor for job in self.jobs}.values()
@@ -291,27 +305,24 @@ class Sweeps:
             not isinstance(job.compressor, LayerFit) or job.compressor.keeps_inputs
             for job in self._jobs(layer)
         )
-        self.store.save(f"covariances-{layer}", covariances.tensors(inputs=inputs))
+        self.measures.save(f"covariances-{layer}", covariances.tensors(inputs=inputs))
 
     def _kept(self, layer: int) -> Covariances:
         device = self.all_layers.start[0].device
-        return Covariances.from_tensors(self.store.load(f"covariances-{layer}"), device)
+        return Covariances.from_tensors(self.measures.load(f"covariances-{layer}"), device)
 
     def covariances(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Covariances:
         """Those of the layer's own keys at least, on the original's hidden states before it."""
         if self.known is not None:
             return self.known
-        if self.store.has(f"covariances-{layer}"):
+        if self.measures.has(f"covariances-{layer}"):
             return self._kept(layer)
         return self._measurement(self.all_layers, layer, block, hidden).covariances
 
-    def factors(self, sizes: Mapping[Site, Size | None], *, last: bool = True) -> list[Site]:
+    def factors(self, sizes: Mapping[Site, Size | None]) -> list[Site]:
         """Layer after layer the factors of these sites, into the store.
 
         A `LayerFit` sees the inputs that the compressed layers below give.
-
-        Args:
-            last: whether covariances are dropped layer by layer; other sizes may want them.
         """
         layers = self.all_layers
         fits = any(isinstance(job.compressor, LayerFit) for job in self.jobs)
@@ -342,8 +353,8 @@ class Sweeps:
                 after(*runs)
                 context.run.drop()
             sweep.done(found)
-            if last:
-                self.store.drop(f"covariances-{layer}")
+            if not self.several:
+                self.measures.drop(f"covariances-{layer}")
         return [
             site for site in sizes if self.store.holds(f"factors-{site.layers[0]}", f"{site.name}/")
         ]
