@@ -12,7 +12,8 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from tensorllm.calibration import Calibration, fit, read_calibration
-from tensorllm.calibration.statistics import Wanted, frozen, measure_loss, module_of
+from tensorllm.calibration.covariances import Wanted
+from tensorllm.calibration.statistics import frozen, measure_loss, module_of
 from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress, compress_folder
 from tensorllm.compression.save import save

@@ -26,7 +26,7 @@ from tiny_models import tiny_model
 from tensorllm.calibration import fit
 from tensorllm.calibration.ranks import joined
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.errors import UserError
+from tensorllm.errors import Incomplete
 import tensorllm.calibration.context as context
 
 dies = {dies!r}
@@ -41,9 +41,24 @@ try:
         found = fit(ActivationHybrid(target_ratio=2, refit_epochs=1), tiny_model("llama"), text())
         dense = {{site.name: found.factors(site).dense() for site in found.sites}}
         torch.save(dense, {out!r} + os.environ["RANK"])
-except UserError as error:
+except Incomplete as error:
     print(error, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(1)
+"""
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_activation_fit import text
+import tensorllm.commands.compress as command
+from tensorllm.requests.compress import CompressRequest
+from tensorllm_cli.app import main
+
+command._text = lambda *a: text()
+sys.argv = ["tensorllm", "compress", *sys.argv[1:], "--target-ratio", "2", "--calibration", "x"]
+main()
 """
 
 
@@ -86,7 +101,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     _, said = first.communicate(timeout=120)
     second.communicate(timeout=120)
     assert second.returncode == 9
-    assert first.returncode == 2
+    assert first.returncode == 1
     assert said.strip().splitlines()[-1].startswith("process 0 of 2 ends, as another one has ended")
     assert not list(tmp_path.iterdir())
 
@@ -101,3 +116,35 @@ def test_every_process_has_a_row_of_every_batch():
     assert whole == sum(batch.count for batch in parts[0]) == text().tokens
     with pytest.raises(UserError, match="3 processes need as many calibration sequences, got 2"):
         Calibration(((5, 6), (7, 8))).batches(64, Ranks(0, 3))
+
+
+def test_the_command_runs_under_torchrun(tmp_path):
+    """Two processes fit, one writes; the folder is the one that a single process writes."""
+    from tensorllm.checkpoint.loading import load
+
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--mode", "activation-hybrid"]
+    code = SCRIPT.format(tests=str(Path(__file__).parent))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for size in (1, 2):
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        out = tmp_path / f"out{size}"
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, *options, "--out", str(out)],
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        said = [process.communicate(timeout=120) for process in running]
+        assert [process.returncode for process in running] == [0] * size, said
+        assert [bool(printed) for printed, _ in said] == [True, False][:size]
+        assert not list(tmp_path.glob(".*.fit"))
+    one, two = (load(tmp_path / f"out{size}").state_dict() for size in (1, 2))
+    for name, w in one.items():
+        assert torch.allclose(two[name], w, atol=1e-3 * float(w.abs().max()))

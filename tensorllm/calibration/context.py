@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tensorllm.calibration.covariances import Covariances, Key
 from tensorllm.calibration.layers import Layers, Remembered, Tap
 from tensorllm.calibration.ranks import ALONE, Ranks
-from tensorllm.calibration.statistics import Covariances, Key
 from tensorllm.calibration.store import Hidden, Store
 from tensorllm.compressors.base import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorllm.calibration.covariances import Covariances
 from tensorllm.calibration.layers import InMemory, OnDisk
 from tensorllm.calibration.ranks import all_ranks
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.smallest import STEPS, next_token_loss, smallest, with_factors
-from tensorllm.calibration.statistics import Covariances, frozen
+from tensorllm.calibration.statistics import frozen
 from tensorllm.calibration.store import Store
 from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.checkpoint.reader import Checkpoint
@@ -103,7 +104,7 @@ def fit(
             store=store, progress=progress, ranks=all_ranks(),
         )  # fmt: skip
         work.known = covariances
-        if covariances is None and work.gradient_of == "loss":
+        if covariances is None and work.planned.gradient_of == "loss":
             work.known = work.measured(model, spill)
         target = budget or compressor.budget
         if target is not None and target.max_loss_increase is not None:
@@ -115,7 +116,7 @@ def fit(
 
             made = _fitted(work, sites, budget, {})
             before = {site: made.factors(site) for site in sites}
-            work.keep(distill(model, work.roles, before, calibration, steps, progress))
+            work.keep(distill(model, work.source.roles, before, calibration, steps, progress))
         return _fitted(work, sites, budget, calibration.facts())
 
 
@@ -144,7 +145,7 @@ def fit_sizes(
     with frozen(model):
         work = Sweeps(own[0], InMemory(model), calibration, layers, progress=progress)
         work.several = True
-        if work.gradient_of == "loss":
+        if work.planned.gradient_of == "loss":
             work.known = work.measured(model)
         sizes = work.sizes(targets)
         out = []
@@ -200,12 +201,11 @@ def fit_folder(
         raise UserError("max_loss_increase tries many sizes and cannot be streamed; give a target")
     source = OnDisk(folder, dtype, device)
     ranks = all_ranks()
-    mine = work if ranks.size == 1 else work / f"rank-{ranks.rank}-of-{ranks.size}"
-    store = store_for(mine, compressor, folder, calibration, layers, source.dtype, budget)
+    store = store_for(work, compressor, folder, calibration, layers, source.dtype, budget)
     found = Sweeps(
         compressor, source, calibration, layers, store=store, progress=progress, ranks=ranks
     )
-    if found.gradient_of == "loss":
+    if found.planned.gradient_of == "loss":
         raise UserError(
             "gradients of the loss (weighting=loss) run the whole model backwards and cannot be "
             "streamed; weighting=outputs needs one layer at a time"
@@ -216,7 +216,7 @@ def fit_folder(
 def _fitted(
     work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
 ) -> Fitted:
-    layers = tuple(work.layers)
+    layers = tuple(work.planned.layers)
     return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store)
 
 
@@ -224,7 +224,7 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
     """The smallest fit whose loss on the calibration text is within the limit."""
     limit = target.max_loss_increase
     assert limit is not None, "asked only for a limit of the loss"
-    if work.roles.architecture.task != "causal":
+    if work.source.roles.architecture.task != "causal":
         raise UserError("max_loss_increase needs a model that predicts the next token")
     work.several = True
     curves = work.curves()
@@ -238,12 +238,16 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
     def attempt(numbers: int) -> tuple[tuple[list[Site], Store], float]:
         nonlocal tried
         tried, work.progress, work.store = tried + 1, report, Store()
-        sites = work.factors(work.sized(curves, numbers))
+        sites = work.factors(work.planned.sized(curves, numbers))
         found = _fitted(work, sites, target, {})
-        smaller = with_factors(model, work.roles, {site: found.factors(site) for site in sites})
+        smaller = with_factors(
+            model, work.source.roles, {site: found.factors(site) for site in sites}
+        )
         return (sites, work.store), next_token_loss(smaller, work.batches) - before
 
-    (sites, work.store), lost = smallest(work.least(curves), work.numbers, limit, attempt)
+    (sites, work.store), lost = smallest(
+        work.planned.least(curves), work.planned.numbers, limit, attempt
+    )
     facts = calibration.facts() | {"loss": before, "loss_increase": lost}
     given = None if work.compressor.budget is not None else target
     return _fitted(work, sites, given, facts)
@@ -260,8 +264,12 @@ def store_for(
 ) -> Store:
     """A store in the folder `work` that an interrupted fit of the checkpoint goes on from.
 
-    What is there of another checkpoint, strategy, text, version or dtype is thrown away.
+    Each of several processes has a folder of its own in it. What is there of another checkpoint,
+    strategy, text, version or dtype is thrown away.
     """
+    ranks = all_ranks()
+    if ranks.size > 1:
+        work /= f"rank-{ranks.rank}-of-{ranks.size}"
     fingerprint = {
         **Checkpoint(folder).fingerprint(),
         "compressor": list(settings_of(compressor)),

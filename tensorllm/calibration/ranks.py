@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorllm.errors import UserError
+from tensorllm.errors import Incomplete
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Ranks:
         """Replace each tensor by its sum over the processes.
 
         Raises:
-            UserError: another process has ended.
+            Incomplete: another process has ended; what is finished is kept.
         """
         if self.size == 1:
             return
@@ -37,7 +37,7 @@ class Ranks:
             try:
                 torch.distributed.all_reduce(t)
             except RuntimeError as error:
-                raise UserError(
+                raise Incomplete(
                     f"process {self.rank} of {self.size} ends, as another one has ended; the same "
                     "command goes on from the layers that are finished"
                 ) from error

@@ -4,109 +4,25 @@ Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of
 output, V words.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from tensorllm.calibration.covariances import Covariances, Key, Wanted, writes
 from tensorllm.calibration.layers import Layers, without_bias
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Batch
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
 
 # For each number of the model's width, how many tokens sizes are chosen by, and gradients taken on;
 # at least half of the text, and of that half. Fits are on all of it.
 MEASURED_TOKENS, GRADIENT_TOKENS = 32, 16
-Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which covariances a fit needs.
-
-    Attributes:
-        matrices: those of each matrix's own inputs (and outputs' gradients), however wide.
-        width: those at the model's width, which say the same of all roles that read one input.
-        gradients: those of gradients too.
-    """
-
-    matrices: bool
-    width: bool
-    gradients: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Covariances:
-    """Per layer and set of roles that read the same input. What was not wanted is not there.
-
-    Attributes:
-        inputs: E[x xᵀ] of that input.
-        sizes: E|x|, per number of that input.
-        gradients: E[g gᵀ] over the joint outputs of its roles.
-        carried: at the model's width, of input projections E[h hᵀ] of all roles' h = Wᵀ g, one role
-            after the other (roles D, roles D); of output projections E[y yᵀ] of y = W x (D, D).
-    """
-
-    inputs: dict[Key, Tensor] = field(default_factory=dict)
-    sizes: dict[Key, Tensor] = field(default_factory=dict)
-    gradients: dict[Key, Tensor] = field(default_factory=dict)
-    carried: dict[Key, Tensor] = field(default_factory=dict)
-
-    def __or__(self, other: "Covariances") -> "Covariances":
-        return Covariances(*(a | b for a, b in zip(self._parts, other._parts, strict=True)))
-
-    @property
-    def _parts(self) -> tuple[dict[Key, Tensor], ...]:
-        return self.inputs, self.sizes, self.gradients, self.carried
-
-    def tensors(self, *, inputs: bool = True) -> dict[str, Tensor]:
-        """By names for a store: in float32, of symmetric matrices one half.
-
-        Args:
-            inputs: whether those of the original's own inputs are among them.
-        """
-        return {
-            f"{what}/{key[0]}/{'-'.join(key[1])}": _packed(t)
-            for what, part in zip(PARTS, self._parts, strict=True)
-            for key, t in part.items()
-            if inputs or what == "gradients" or (what == "carried" and not _writes(key[1]))
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Covariances":
-        out = cls()
-        for name, t in tensors.items():
-            what, layer, roles = name.split("/")
-            whole = t if what == "sizes" else _unpacked(t)
-            getattr(out, what)[int(layer), tuple(roles.split("-"))] = whole.to(device)
-        return out
-
-
-def _packed(t: Tensor) -> Tensor:
-    """The upper half of a symmetric matrix, row after row; a vector as it is."""
-    if t.ndim == 1:
-        return t.float()
-    return torch.cat([row[number:] for number, row in enumerate(t.float())])
-
-
-def _unpacked(packed: Tensor) -> Tensor:
-    size = math.isqrt(2 * len(packed))
-    out_NN = packed.new_empty(size, size)
-    for number, row in enumerate(packed.split(list(range(size, 0, -1)))):
-        out_NN[number, number:] = row
-        out_NN[number:, number] = row
-    return out_NN
-
-
-PARTS = ("inputs", "sizes", "gradients", "carried")
 
 
 def measure_loss(
@@ -331,9 +247,9 @@ class CovarianceHooks:
         """Count the gradients that the backward pass of this batch left."""
         for layer, together in self.keys:
             parts = [self._gradients.pop((layer, role)) for role in together]
-            if self.wanted.matrices or _writes(together):
+            if self.wanted.matrices or writes(together):
                 self._add("gradients", (layer, together), torch.cat(parts, dim=1))
-            if self.wanted.width and not _writes(together):
+            if self.wanted.width and not writes(together):
                 weights = [self._matrix(layer, role) for role in together]
                 h_NY = torch.cat([g @ w for g, w in zip(parts, weights, strict=True)], dim=1)
                 self._add("carried", (layer, together), h_NY)
@@ -346,7 +262,7 @@ class CovarianceHooks:
         out = Covariances()
         for (what, *key), total in self._sums.sums.items():
             self.ranks.sum(total)
-            of_gradients = what == "gradients" or (what == "carried" and not _writes(key[1]))
+            of_gradients = what == "gradients" or (what == "carried" and not writes(key[1]))
             getattr(out, what)[tuple(key)] = total.div_(float(counts[int(of_gradients)]))
         return out
 
@@ -362,7 +278,7 @@ class CovarianceHooks:
     def _hooks(self, key: Key) -> Iterator[Any]:
         layer, together = key
         first = module_of(self.model, self.roles, layer, together[0])
-        carries = self.wanted.width and _writes(together)
+        carries = self.wanted.width and writes(together)
 
         def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._batch is not None
@@ -374,7 +290,7 @@ class CovarianceHooks:
                 )
             if self.wanted.matrices:
                 self._sums.add(("sizes", *key), x_NX.abs().sum(0))
-            if self.wanted.matrices or not _writes(together):
+            if self.wanted.matrices or not writes(together):
                 self._add("inputs", key, x_NX)
             if carries:
                 self._add("carried", key, self._batch.tokens(without_bias(module, output)).float())
@@ -396,10 +312,6 @@ class CovarianceHooks:
                 output.register_hook(keep)
 
         return see_output
-
-
-def _writes(roles: Sequence[str]) -> bool:
-    return roles[0] in OUTPUT_PROJECTIONS
 
 
 class _Sums:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.io import no_space, write_tensors
 
 FINGERPRINT = "fit.json"
+BACKWARDS = 3  # passes forward that a step of training costs, for which single states are read
 
 
 class Store:
@@ -53,14 +55,18 @@ class Store:
         return name in self._held if self.folder is None else self.path(name).is_file()
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name.
+
+        Raises:
+            Incomplete: the disk is full; layers that are finished are kept for the next run.
+        """
         if self.folder is None:
             self._held[name] = dict(tensors)
             return
-        from safetensors.torch import save_file
-
-        temporary = self.path(name).with_suffix(".tmp")
-        save_file({key: t.contiguous() for key, t in tensors.items()}, temporary)
-        temporary.replace(self.path(name))
+        try:
+            write_tensors(self.path(name), tensors)
+        except OSError as error:
+            raise no_space(self.folder, error, "layer") from error
 
     def load(self, name: str, prefix: str = "") -> dict[str, Tensor]:
         """The tensors saved under `name` whose own names begin with `prefix`."""
@@ -132,11 +138,11 @@ class Counted:
             self._count()
 
     def __getitem__(self, number: int) -> Tensor:
-        self._count()
+        self._count(BACKWARDS)
         return self.states[number]
 
-    def _count(self) -> None:
-        self.read += 1
+    def _count(self, passes: int = 1) -> None:
+        self.read += passes
         self.report(self.read)
 
 

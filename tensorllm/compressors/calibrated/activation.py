@@ -141,9 +141,9 @@ class ActivationTucker(LayerFit):
         return out
 
     def passes(self, sites: Sequence[Site]) -> int:
-        return len(reading_together([r for site in sites for r in site.roles])) + (
-            PASSES_OF_AN_EPOCH * self.refit_epochs
-        )
+        runs = len(reading_together([r for site in sites for r in site.roles]))
+        refits = self.correction and self.refit_epochs > 0
+        return runs + (2 + PASSES_OF_AN_EPOCH * self.refit_epochs if refits else 0)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """Each set of roles in the order in which they run, then all together."""
