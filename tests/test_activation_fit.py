@@ -126,8 +126,8 @@ def test_spilled_moments_are_the_same(tmp_path):
     model, keys = tiny_model("gptj"), [(0, ("q", "k", "v")), (1, ("in",))]
     roles = RoleMatrices(model.config, parameters_of(model))
     with frozen(model):
-        held = measure_loss(model, roles, keys, text().batches())
-        spilled = measure_loss(model, roles, keys, text().batches(), spill=tmp_path)
+        held = measure_loss(model, roles, keys, text().batches(), BOTH)
+        spilled = measure_loss(model, roles, keys, text().batches(), BOTH, spill=tmp_path)
     assert any(tmp_path.iterdir())
     assert all(torch.equal(held.carried[key], spilled.carried[key]) for key in keys)
 

@@ -30,7 +30,7 @@ def measure_loss(
     roles: RoleMatrices,
     keys: Sequence[Key],
     batches: Sequence[Batch],
-    wanted: Wanted = Wanted(matrices=False, width=True, gradients=True),
+    wanted: Wanted,
     *,
     seed: int = 0,
     spill: Path | None = None,
