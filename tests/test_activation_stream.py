@@ -30,12 +30,12 @@ def test_a_streamed_fit_is_the_fit_in_memory(name, tmp_path):
     # eager attention both, as rounding differs: a fresh config knows nothing of the tiny model's
     model = tiny_model(name)
     model.set_attn_implementation(source.model.config._attn_implementation)
-    wanted = ActivationHybrid(target_ratio=2, refit_steps=2)  # more of them amplify rounding
+    wanted = ActivationHybrid(target_ratio=2, refit_epochs=1)  # more of them amplify rounding
     held = dense(fit(wanted, model, text()))
     streamed = dense(fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work"))
     assert held.keys() == streamed.keys()
     for site, w in held.items():
-        assert torch.allclose(streamed[site], w, atol=1e-4 * float(w.abs().max())), site
+        assert torch.allclose(streamed[site], w, atol=1e-3 * float(w.abs().max())), site
 
 
 def test_layers_hold_their_weights_only_while_they_are_needed(tmp_path):
