@@ -273,7 +273,7 @@ class Context:
 
     def put(self, site: Site, factors: Factors) -> None:
         self.compressed.put(site, factors)
-        if set(site.roles) & set(ATTENTION):
+        if set(site.roles) & set(ATTENTION_ROLES):
             self._attention.forget()
         for key in list(self._shifted):
             if not set(site.roles) <= set(key[0][1]):
