@@ -10,7 +10,6 @@ from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
 from tensorllm.compression.engine import compress, compress_folder, help_to_fit
@@ -27,7 +26,7 @@ from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
-from tensorllm.registry import one_of
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
 # Settings of which one excludes the others: giving one drops the recipe's.
