@@ -11,7 +11,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
-NEEDS_DATA = {"energy", "evaluate", "quantised"}  # real rows and a trained model
+NEEDS_DATA = {"energy", "evaluate", "quantised", "whole_model_real"}  # real rows and a trained model
 
 
 @pytest.fixture(autouse=True)

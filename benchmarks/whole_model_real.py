@@ -1,0 +1,185 @@
+"""A real model at equal size: ours beside the field's methods, calibrated on two kinds of text.
+
+    python benchmarks/whole_model_real.py --model smollm2/ --calibrated own
+
+The model is a folder; the recorded one is SmolLM2-135M-Instruct, de-quantised from four bits. All
+matrices of attention and FFN are compressed, `kept` of their numbers stored. Calibrated on the
+first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other); scored, in
+nats per token, on blocks of its last 40 % and on stories. Each text that is calibrated on is a part
+of docs/results/whole_model_real.json, written anew after every method.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.results import Comparison, begin, parser, real, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tensorllm.calibration import Calibration
+from tensorllm.calibration.fit import fit_sizes, next_token_loss
+from tensorllm.compression.engine import compress
+from tensorllm.compressors import ActivationHybrid
+from tensorllm.compressors.budget import Budget
+from tensorllm.compressors.settings import make_compressor
+from tensorllm.data.demo import MODEL_DIR
+
+KEPT = (0.8, 0.6, 0.4)
+LENGTH, SCORED, OWN = (
+    512,
+    24,
+    0.6,
+)  # tokens of a sequence, blocks that are scored, share of the text
+BASELINES: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "asvd": {},
+    "svd-llm": {},
+    "svd-llm-sequential": {},
+    "aa-svd": {},
+    "modegpt": {},
+}
+OURS: dict[str, dict[str, Any]] = {"ours, no refit": {"refit_epochs": 0}, "ours": {}}
+HALF = 0.5  # of the gap between the best other method and the dense model: what ours is to close
+
+
+class Bench:
+    """The model, what it is calibrated and scored on, and the losses so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        folder = MODEL_DIR if args.quick else args.model
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.args = args
+        self.length = min(LENGTH, self.model.config.max_position_embeddings)
+        wikitext = self.blocks(real(args, "data/wikitext2_test.raw").read_text())
+        rows: list[str] = json.loads(real(args, "data/tinystories_1000.json").read_text())
+        first = int(OWN * len(wikitext))
+        count = 2 if args.quick else SCORED
+        step = max(1, (len(wikitext) - first) // count)
+        self.scored = {
+            "wikitext": wikitext[first::step][:count],
+            "stories": self.blocks("\n\n".join(rows[:96]))[:count],
+        }
+        other = self.blocks("\n\n".join(self.other(rows[200:])))
+        self.told = {"own": wikitext[:first], "other": other}[args.calibrated]
+        self.losses: dict[str, dict[str, Any]] = {}
+
+    def blocks(self, text: str) -> list[list[int]]:
+        """Sequences of one length; what is left over is dropped."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = [min(token, self.model.config.vocab_size - 1) for token in ids]
+        return [ids[i : i + self.length] for i in range(0, len(ids) - self.length, self.length)]
+
+    def other(self, stories: list[str]) -> list[str]:
+        """Stories, claims and questions in turn."""
+        read = {
+            "fever_paper_dev": "claim",
+            "hotpot_dev": "question",
+        }
+        texts = [stories]
+        for name, field in read.items():
+            lines = real(self.args, f"data/{name}.jsonl").read_text().splitlines()[:3000]
+            texts.append([str(json.loads(line)[field]) for line in lines])
+        return [text for together in zip(*texts, strict=False) for text in together]
+
+    def calibration(self) -> Calibration:
+        draws = torch.Generator().manual_seed(self.args.seed)
+        order = torch.randperm(len(self.told), generator=draws)[: self.args.sequences].tolist()
+        told = tuple(tuple(self.told[i]) for i in order)
+        return Calibration(told, source=self.args.calibrated, seed=self.args.seed)
+
+    def loss(self, model: Any) -> dict[str, float]:
+        return {
+            name: next_token_loss(model, Calibration(tuple(map(tuple, some))).batches())
+            for name, some in self.scored.items()
+        }
+
+    def add(self, name: str, kept: float | None, seconds: float, stored: int, model: Any) -> None:
+        row = {"method": name, "kept": kept, "seconds": seconds, "parameters": stored}
+        row |= self.loss(model)
+        self.losses[f"{name} at {kept}"] = row
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
+def stored_of(report: Any) -> int:
+    return sum(site.parameters_after for site in report.sites)
+
+
+def run(args: argparse.Namespace) -> None:
+    bench = Bench(args)
+    text = bench.calibration()
+    dense = bench.loss(bench.model)
+    print({"dense": dense, "tokens": sum(map(len, text.sequences))}, flush=True)
+    kept = KEPT[:1] if args.quick else KEPT
+    for name in args.methods:
+        if name in BASELINES:
+            for share in kept:
+                one = make_compressor(name, {"kept": share} | BASELINES[name])
+                model = copy.deepcopy(bench.model)
+                started = time.perf_counter()
+                given = None if one.needs == "weights" else text
+                report = compress(model, one, calibration=given)
+                bench.add(name, share, time.perf_counter() - started, stored_of(report), model)
+                save_all(bench, dense, args)
+            continue
+        one = ActivationHybrid(target_ratio=2.0, **OURS[name])
+        targets = [Budget(target_ratio=1 / share) for share in kept]
+        started = time.perf_counter()
+        fits = fit_sizes(one, bench.model, text, targets)
+        seconds = (time.perf_counter() - started) / len(kept)
+        for share, fitted in zip(kept, fits, strict=True):
+            model = copy.deepcopy(bench.model)
+            report = compress(model, fitted)
+            bench.add(name, share, seconds, stored_of(report), model)
+            save_all(bench, dense, args)
+
+
+def save_all(bench: Bench, dense: dict[str, float], args: argparse.Namespace) -> None:
+    save(
+        "whole_model_real",
+        args.calibrated,
+        closed(bench.losses, dense),
+        args,
+        model=args.model.name,
+        dense=dense,
+        rows=list(bench.losses.values()),
+    )
+
+
+def closed(losses: dict[str, dict[str, Any]], dense: dict[str, float]) -> dict[str, Comparison]:
+    """What ours closes of the gap between the best other method and the dense model."""
+    out = {}
+    for kept in dict.fromkeys(row["kept"] for row in losses.values()):
+        own = [row for row in losses.values() if row["kept"] == kept and "ours" in row["method"]]
+        others = [r for r in losses.values() if r["kept"] == kept and "ours" not in r["method"]]
+        for text in dense:
+            if own and others:
+                best, rest = (min(row[text] for row in rows) for rows in (own, others))
+                share = 100 * (rest - best) / (rest - dense[text])
+                name = f"kept {kept:g}, {text}"
+                out[name] = Comparison(ours=share, unit="% of the gap", wanted=100 * HALF)
+    return out
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--model", type=Path, default=Path("smollm2"), help="folder of the model")
+    options.add_argument("--calibrated", choices=("own", "other"), default="own")
+    options.add_argument("--sequences", type=int, default=64, help="of 512 tokens")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--methods", nargs="+", default=[*BASELINES, *OURS])
+    args = options.parse_args()
+    begin(args)
+    if args.quick:
+        args.sequences, args.methods = 32, ["svd", "svd-llm", "ours"]
+    elif not args.model.is_dir():
+        options.error(f"--model must be a folder, got {args.model}")
+    run(args)
+
+
+if __name__ == "__main__":
+    main()
