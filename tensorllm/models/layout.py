@@ -172,7 +172,10 @@ def _verified(whole: Skeleton, config: Any, propose: Candidates) -> _Verdicts:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of tiny products, threads only wait for one another
     try:
-        with torch.device("cpu"):  # it may be asked for while a model is made on the meta device
+        # It may be asked for while a model is made on the meta device; the caller's random numbers
+        # are left alone.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             model = instance(tiny, "cpu", text_only=True)
             blocks = list(model.get_submodule(layers_path(model, tiny)))
             return _tried(model, blocks, tiny, propose)
