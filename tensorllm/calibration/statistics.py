@@ -6,36 +6,23 @@ output, V words.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from tensorllm.calibration.layers import Layers
+from tensorllm.calibration.covariances import Covariances, Key, Wanted, writes
+from tensorllm.calibration.layers import Layers, without_bias
+from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Batch
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
 
-Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
-
-
-@dataclass(frozen=True, slots=True)
-class Covariances:
-    """Per layer and set of roles that read the same input, float64.
-
-    Attributes:
-        inputs: E[x xᵀ] of that input.
-        sizes: E|x|, per number of that input.
-        gradients: E[g gᵀ] over the joint outputs of its roles; empty where only inputs were
-            measured.
-    """
-
-    inputs: dict[Key, Tensor]
-    sizes: dict[Key, Tensor]
-    gradients: dict[Key, Tensor]
+# For each number of the model's width, how many tokens sizes are chosen by, and gradients taken on;
+# at least half of the text, and of that half. Fits are on all of it.
+MEASURED_TOKENS, GRADIENT_TOKENS = 32, 16
 
 
 def measure_loss(
@@ -43,10 +30,12 @@ def measure_loss(
     roles: RoleMatrices,
     keys: Sequence[Key],
     batches: Sequence[Batch],
+    wanted: Wanted,
     *,
     seed: int = 0,
     spill: Path | None = None,
     progress: Progress = quiet,
+    ranks: Ranks = ALONE,
 ) -> Covariances:
     """Gradients of the loss: one pass forward and backward through the whole model.
 
@@ -60,9 +49,10 @@ def measure_loss(
         UserError: activations that are not finite; names the module and the batch.
     """
     runner: Any = model
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed + 104729 * ranks.rank)
     device = next(model.parameters()).device
-    with CovarianceHooks(model, roles, keys, spill) as hooks, _embeddings_need_gradients(model):
+    hooks = CovarianceHooks(model, roles, keys, wanted, spill, ranks=ranks)
+    with hooks, _embeddings_need_gradients(model):
         for number, batch in enumerate(batches):
             progress(number, len(batches), "measuring")
             hooks.begin(number, batch)
@@ -70,62 +60,89 @@ def measure_loss(
             out = runner(input_ids=batch.ids_BT.to(device), attention_mask=mask)
             _sampled_loss(out, batch, draws).backward()
             hooks.add_gradients()
-        return Covariances(*hooks.means())
+        return hooks.covariances()
 
 
-def measure_outputs(
-    layers: Layers,
-    layer: int,
-    block: nn.Module,
-    keys: Sequence[Key],
-    hidden: Iterable[Tensor],
-    *,
-    seed: int = 0,
-) -> Covariances:
-    """Gradients of the layer's own output: forward and backward through this one layer.
+class Measurement:
+    """One layer run on the calibration text, its hidden states given on while it is measured.
 
-    The gradient is that of the product of the layer's output with random vectors (seeded), one per
-    token with a size of one over the output's. So the weight of an error is the squared change of
-    the layer's output relative to its size, as the norm before the next layer sees it: how Q and K
-    meet in the scores, V and O in the sum and the FFN's matrices in each other is all in it.
+    Gradients are those of the layer's own output, forward and backward through this one layer: of
+    the product of the output with random vectors (seeded), one per token with a size of one over
+    the output's. So the weight of an error is the squared change of the layer's output relative to
+    its size, as the norm before the next layer sees it: how Q and K meet in the scores, V and O in
+    the sum and the FFN's matrices in each other is all in it. They are taken on a sample of
+    the batches.
 
     Args:
         hidden: states (B, T, D) before the layer, one per batch.
-
-    Raises:
-        UserError: activations that are not finite; names the module and the batch.
     """
-    draws = torch.Generator().manual_seed(seed + 7919 * layer)
-    both = zip(layers.calls[layer], hidden, strict=True)
-    with CovarianceHooks(layers.source.model, layers.source.roles, keys) as hooks:
-        for number, (call, hidden_BTD) in enumerate(both):
-            batch = layers.batches[number]
-            hooks.begin(number, batch)
-            with torch.enable_grad():
-                out_BTD = call.run(block, hidden_BTD.detach().requires_grad_()).float()
-            random_BTD = torch.randn(out_BTD.shape, generator=draws).to(out_BTD)
-            size_BT1 = out_BTD.detach().norm(dim=-1, keepdim=True).clamp(min=1e-20)
-            random_BTD *= batch.mask_BT.to(out_BTD.device)[..., None] / size_BT1
-            out_BTD.backward(random_BTD)
-            hooks.add_gradients()
-        return Covariances(*hooks.means())
+
+    def __init__(
+        self,
+        layers: Layers,
+        layer: int,
+        block: nn.Module,
+        keys: Sequence[Key],
+        hidden: Iterable[Tensor],
+        wanted: Wanted,
+        *,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.layers, self.layer, self.block, self.hidden = layers, layer, block, hidden
+        model, roles = layers.source.model, layers.source.roles
+        self.hooks = CovarianceHooks(model, roles, keys, wanted, ranks=ranks)
+        self.wanted, self.ranks = wanted, ranks
+        self.seed = seed + 7919 * layer
+        self._found: Covariances | None = None
+
+    @property
+    def covariances(self) -> Covariances:
+        """Of all batches, which are run now where nobody has asked for their hidden states."""
+        if self._found is None:
+            for _ in self:
+                pass
+        assert self._found is not None
+        return self._found
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The hidden states (B, T, D) after the layer, batch by batch.
+
+        Raises:
+            UserError: activations that are not finite; names the module and the batch.
+        """
+        draws = torch.Generator().manual_seed(self.seed)
+        batches = self.layers.batches
+        width = self.layers.source.roles.spec.geometry(self.layer).D
+        felt = sampled(batches, width, GRADIENT_TOKENS) & self.wanted.gradients
+        both = zip(self.layers.calls[self.layer], self.hidden, strict=True)
+        with self.hooks:
+            for number, (call, hidden_BTD) in enumerate(both):
+                self.hooks.begin(number, batches[number], gradients=bool(felt[number]))
+                if not felt[number]:
+                    with torch.no_grad():
+                        yield call.run(self.block, hidden_BTD)
+                    continue
+                with torch.enable_grad():
+                    found_BTD = call.run(self.block, hidden_BTD.detach().requires_grad_())
+                    out_BTD = found_BTD.float()
+                whole = (batches[number].rows, *out_BTD.shape[1:])  # the same in any process
+                random_BTD = self.ranks.rows(torch.randn(whole, generator=draws)).to(out_BTD)
+                size_BT1 = out_BTD.detach().norm(dim=-1, keepdim=True).clamp(min=1e-20)
+                random_BTD *= batches[number].mask_BT.to(out_BTD.device)[..., None] / size_BT1
+                out_BTD.backward(random_BTD)
+                self.hooks.add_gradients()
+                yield found_BTD.detach()
+        self._found = self.hooks.covariances()
 
 
-@torch.no_grad()
-def measure_inputs(
-    layers: Layers, layer: int, block: nn.Module, keys: Sequence[Key], hidden: Iterable[Tensor]
-) -> Covariances:
-    """Covariances of inputs alone: one pass forward through this one layer.
-
-    Args and errors: as `measure_outputs`.
-    """
-    both = zip(layers.calls[layer], hidden, strict=True)
-    model, roles = layers.source.model, layers.source.roles
-    with CovarianceHooks(model, roles, keys, gradients=False) as hooks:
-        for number, (call, hidden_BTD) in enumerate(both):
-            hooks.begin(number, layers.batches[number])
-            call.run(block, hidden_BTD)
-        return Covariances(*hooks.means())
+def sampled(batches: Sequence[Batch], width: int, each: int) -> Tensor:
+    """Which batches are a sample of the text, as booleans: every other one, or more of them where
+    the half has fewer than `each` tokens for each number of a width."""
+    tokens = sum(batch.count for batch in batches)
+    share = min(1.0, max(0.5, each * width / max(tokens, 1)))
+    steps = (torch.arange(len(batches) + 1) * share).ceil()
+    return torch.diff(steps) > 0
 
 
 @contextmanager
@@ -185,12 +202,11 @@ def output_features(roles: RoleMatrices, layer: int, role: str) -> Tensor | slic
 
 
 class CovarianceHooks:
-    """Within its context, covariances (float64) of all batches that run.
+    """Within its context, covariances of all batches that run: float32 products, float64 sums.
 
     Args:
         keys: layers, and roles of each that read the same input.
         spill: a folder in which the sums live as files instead of in memory.
-        gradients: whether those of output gradients are measured too.
     """
 
     def __init__(
@@ -198,15 +214,17 @@ class CovarianceHooks:
         model: nn.Module,
         roles: RoleMatrices,
         keys: Sequence[Key],
+        wanted: Wanted,
         spill: Path | None = None,
         *,
-        gradients: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.roles, self.keys = model, roles, list(keys)
-        self.gradients = gradients
+        self.wanted, self.ranks = wanted, ranks
         self._sums = _Sums(spill)
-        self._tokens, self._number = 0, 0
+        self._tokens, self._felt, self._number = 0, 0, 0
         self._batch: Batch | None = None
+        self._with_gradients = False
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._handles: list[Any] = []
 
@@ -218,46 +236,68 @@ class CovarianceHooks:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, number: int, batch: Batch) -> None:
-        """Say which batch runs next."""
+    def begin(self, number: int, batch: Batch, *, gradients: bool = True) -> None:
+        """Say which batch runs next, and whether it will run backwards too."""
         self._number, self._batch = number, batch
-        self._tokens += int(batch.mask_BT.sum())
+        self._with_gradients = gradients and self.wanted.gradients
+        tokens = int(batch.mask_BT.sum())
+        self._tokens += tokens
+        self._felt += tokens * self._with_gradients
 
     def add_gradients(self) -> None:
         """Count the gradients that the backward pass of this batch left."""
-        for key in self.keys:
-            g_NY = torch.cat([self._gradients.pop((key[0], role)) for role in key[1]], dim=1)
-            self._sums.add(("gradient", *key), g_NY.mT @ g_NY)
+        for layer, together in self.keys:
+            parts = [self._gradients.pop((layer, role)) for role in together]
+            if self.wanted.matrices or writes(together):
+                self._add("gradients", (layer, together), torch.cat(parts, dim=1))
+            if self.wanted.width and not writes(together):
+                weights = [self._matrix(layer, role) for role in together]
+                h_NY = torch.cat([g @ w for g, w in zip(parts, weights, strict=True)], dim=1)
+                self._add("carried", (layer, together), h_NY)
 
-    def means(self) -> tuple[dict[Key, Tensor], dict[Key, Tensor], dict[Key, Tensor]]:
-        """E[x xᵀ], E|x| and E[g gᵀ] of every key."""
-        inputs, sizes, gradients = (
-            {key: self._sums.sums[what, *key].div_(self._tokens) for key in keys}
-            for what, keys in (
-                ("input", self.keys),
-                ("size", self.keys),
-                ("gradient", self.keys * self.gradients),
-            )
-        )
-        return inputs, sizes, gradients
+    def covariances(self) -> Covariances:
+        """The means over all tokens, of all processes."""
+        device = next(iter(self._sums.sums.values())).device
+        counts = torch.tensor([self._tokens, self._felt], dtype=torch.float64, device=device)
+        self.ranks.sum(counts)
+        out = Covariances()
+        for (what, *key), total in self._sums.sums.items():
+            self.ranks.sum(total)
+            of_gradients = what == "gradients" or (what == "carried" and not writes(key[1]))
+            getattr(out, what)[tuple(key)] = total.div_(float(counts[int(of_gradients)]))
+        return out
+
+    def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
+        self._sums.add((what, *key), x_NX.mT @ x_NX)
+
+    def _matrix(self, layer: int, role: str) -> Tensor:
+        name = self.roles.name(layer, role)
+        module, _, last = name.rpartition(".")
+        weight = getattr(self.model.get_submodule(module), last)
+        return self.roles.read({name: weight.detach()}, layer, role).float()
 
     def _hooks(self, key: Key) -> Iterator[Any]:
-        layer, cluster = key
+        layer, together = key
+        first = module_of(self.model, self.roles, layer, together[0])
+        carries = self.wanted.width and writes(together)
 
-        def see_input(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._batch is not None
-            x_NX = self._batch.tokens(args[0].detach()).double()
+            x_NX = self._batch.tokens(args[0].detach()).float()
             if not torch.isfinite(x_NX).all():
-                name = self.roles.name(layer, cluster[0]).removesuffix(".weight")
+                name = self.roles.name(layer, together[0]).removesuffix(".weight")
                 raise UserError(
                     f"the input of {name} has NaN or Inf in calibration batch {self._number}"
                 )
-            self._sums.add(("input", *key), x_NX.mT @ x_NX)
-            self._sums.add(("size", *key), x_NX.abs().sum(0))
+            if self.wanted.matrices:
+                self._sums.add(("sizes", *key), x_NX.abs().sum(0))
+            if self.wanted.matrices or not writes(together):
+                self._add("inputs", key, x_NX)
+            if carries:
+                self._add("carried", key, self._batch.tokens(without_bias(module, output)).float())
 
-        first = module_of(self.model, self.roles, layer, cluster[0])
-        yield first.register_forward_hook(see_input)
-        for role in cluster * self.gradients:
+        yield first.register_forward_hook(see)
+        for role in together * self.wanted.gradients:
             module = module_of(self.model, self.roles, layer, role)
             yield module.register_forward_hook(self._output_hook(layer, role))
 
@@ -269,13 +309,14 @@ class CovarianceHooks:
             self._gradients[layer, role] = self._batch.tokens(gradient)[:, features].float()
 
         def see_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(keep)
+            if self._with_gradients:
+                output.register_hook(keep)
 
         return see_output
 
 
 class _Sums:
-    """Sums in float64, in memory or in files."""
+    """Sums in float64 where their products are made, or in files."""
 
     def __init__(self, spill: Path | None) -> None:
         self.spill = spill
@@ -285,12 +326,13 @@ class _Sums:
 
     def add(self, key: tuple[Any, ...], product: Tensor) -> None:
         if key not in self.sums:
-            self.sums[key] = self._zeros(product.shape)
-        self.sums[key].add_(product.to(self.sums[key].device, torch.float64))
+            self.sums[key] = self._zeros(product)
+        self.sums[key].add_(product.to(self.sums[key].device))
 
-    def _zeros(self, shape: torch.Size) -> Tensor:
+    def _zeros(self, product: Tensor) -> Tensor:
+        shape = product.shape
         if self.spill is None:
-            return torch.zeros(shape, dtype=torch.float64)
+            return torch.zeros(shape, dtype=torch.float64, device=product.device)
         path = self.spill / f"covariance-{len(self.sums)}.bin"
         file = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=torch.float64)
         return file.zero_().view(shape)

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from tensorllm.calibration.overlap import refuse_evaluated
+from tensorllm.calibration.ranks import joined
 from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.source import Source, check_name, resolve
@@ -12,7 +13,7 @@ from tensorllm.checkpoint.writer import check_target
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
-from tensorllm.compression.engine import compress, compress_folder
+from tensorllm.compression.engine import compress, compress_folder, help_to_fit
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FORMATS, FolderTask
@@ -34,8 +35,10 @@ EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
 LENGTH = 512  # tokens of a calibration sequence, at most
 
 
-def run(request: CompressRequest, progress: Progress = quiet) -> CompressionReport | DryRun:
+def run(request: CompressRequest, progress: Progress = quiet) -> CompressionReport | DryRun | None:
     """Do what was asked, and score the model before and after where that is wanted.
+
+    Started by `torchrun`, all processes fit and the first one does the rest; None in the others.
 
     Raises:
         UserError: the request contradicts itself, the recipe, the model or the folder.
@@ -44,8 +47,15 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
     load_plugins(request.plugins)
     recipe = recipe_of(request)
     request = completed(request, recipe)
-    with metric_log(request.logger, request.log_dir, "compress") as log:
+    with joined() as ranks, metric_log(request.logger, request.log_dir, "compress") as log:
         task, source, dataset = _task(request, recipe)
+        if ranks.size > 1 and (task.calibration is None or task.target is None):
+            raise UserError(
+                "several processes (torchrun) are for --calibration FILE and --out FOLDER"
+            )
+        if ranks.rank and not request.dry_run:
+            help_to_fit(task)
+            return None
         if request.dry_run:
             return dry_run(task)
         score = None
