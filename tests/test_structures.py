@@ -152,7 +152,7 @@ def test_memory_folder_and_factors_agree(name: str, tmp_path: Path) -> None:
         factored = load(tmp_path / f"{mode}-small", policy="always")
         torch.testing.assert_close(logits(factored), want, rtol=1e-3, atol=1e-3)
         if not KINDS[name].masked:
-            text = factored.generate(IDS, max_new_tokens=2, do_sample=False)
+            text = factored.generate(IDS, max_new_tokens=2, min_new_tokens=2, do_sample=False)
             assert text.shape == (1, IDS.shape[1] + 2)
 
 
