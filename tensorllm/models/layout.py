@@ -78,6 +78,13 @@ class Layout:
         """Why layers lack roles, each reason once."""
         return tuple(dict.fromkeys(why for layer in self.layers for why in layer.lacks))
 
+    @property
+    def plain(self) -> bool:
+        """Whether layers are known to hand on hidden states alone, and to treat the positions of
+        their matrices' outputs one by one: rows are; of a structure nobody knows what else its
+        layers share (keys, convolutions, several streams)."""
+        return self.by == "row"
+
     def describe(self) -> str:
         """One line for reports: what was found by structure; nothing where a row says it all."""
         if self.by == "row":
