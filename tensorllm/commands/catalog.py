@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorllm.commands.plugins import load_plugins
-from tensorllm.registry import one_of
+from tensorllm.registry import load_plugins, one_of
 
 if TYPE_CHECKING:
     from tensorllm.recipes import Recipe

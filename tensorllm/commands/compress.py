@@ -1,7 +1,6 @@
 """`tensorllm compress`: from a request to a compressed model and its report."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 from tensorllm.calibration.overlap import refuse_evaluated
@@ -10,7 +9,6 @@ from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
 from tensorllm.compression.engine import compress, compress_folder, help_to_fit
@@ -26,12 +24,10 @@ from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
-from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
-from tensorllm.registry import one_of
+from tensorllm.recipes import Recipe, completed, recipe_of, short_names
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
-# Settings of which one excludes the others: giving one drops the recipe's.
-EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
 LENGTH = 512  # tokens of a calibration sequence, at most
 
 
@@ -70,15 +66,6 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
     return report
 
 
-def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:
-    """The request with what its recipe says of the run, where it says nothing itself."""
-    own = {field.name: field.default for field in fields(request)}
-    return replace(
-        request,
-        **{k: v for k, v in recipe.run.items() if getattr(request, k) == own[k]},
-    )
-
-
 def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source, str | None]:
     """What is to be made, of which model, and the dataset that it is scored on.
 
@@ -114,36 +101,6 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
         revision=source.revision,
     )
     return task, source, dataset
-
-
-def recipe_of(request: CompressRequest) -> Recipe:
-    """Recipe file or shipped recipe with the request's own settings put on top."""
-    given, base = request.given, None
-    if request.config is not None:
-        base = read_recipe(request.config)
-        if request.mode is not None and request.mode != base.mode:
-            raise UserError(
-                f"--mode {request.mode} contradicts {base.name}, which says {base.mode}"
-            )
-    model = request.model or (base.model if base else None)
-    if model is None:
-        raise UserError("give --model: a short name, a local folder or a hub id (or --config FILE)")
-    if base is None:
-        if request.mode is None:
-            raise UserError("give --mode: see `tensorllm list compressors` (or --config FILE)")
-        if not any(target in given for target in TARGETS):  # these are for whole models
-            base = default_recipe(model, request.mode, request.dataset)
-    if base is None:
-        base = Recipe("command line", model, request.mode or "", None, {})
-    kept = {key: value for key, value in base.settings.items() if not _excluded(key, given)}
-    wanted = request.layers or base.layers
-    layers = wanted if isinstance(wanted, tuple) else None
-    if wanted is None and base.notes:
-        raise UserError(
-            f"the layer of {base.name} was never published; give --layers, or find the best with "
-            "`tensorllm search-ranks`"
-        )
-    return replace(base, model=model, layers=layers, settings=kept | given)
 
 
 def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
@@ -229,9 +186,3 @@ def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> Com
         write_json(task.folder / REPORT, report.to_json())
         rewrite_card(task.folder)
     return report
-
-
-def _excluded(key: str, given: Mapping[str, Any]) -> bool:
-    return key not in given and any(
-        key in group and any(name in given for name in group) for group in EXCLUSIVE
-    )
