@@ -148,6 +148,17 @@ def _mutate(attention: dict[str, Any] | None = None, **fields: Any) -> Callable[
     return mutate
 
 
+def _swapped(row: Architecture, one: str, other: str) -> Architecture:
+    names = {one: other, other: one}
+    return replace(
+        row,
+        attention=tuple(
+            replace(stored, roles=tuple(names.get(role, role) for role in stored.roles))
+            for stored in row.attention
+        ),
+    )
+
+
 WRONG_ROWS = {  # plausible slips in a row, each of which still fits the stored shapes
     "gpt_neox, not grouped": ("gpt_neox", _mutate({"grouped": False})),
     "falcon, not grouped": ("falcon-grouped", _mutate({"grouped": False})),
@@ -155,6 +166,8 @@ WRONG_ROWS = {  # plausible slips in a row, each of which still fits the stored 
     "phi3, grouped": ("phi3", _mutate({"grouped": True})),
     "phi3, values before keys": ("phi3", _mutate({"roles": ("q", "v", "k")})),
     "gptj, query for key": ("gptj", _mutate({"path": "attn.k_proj"})),
+    "gptj, queries and keys swapped": ("gptj", lambda row: _swapped(row, "q", "k")),
+    "gptj, keys and values swapped": ("gptj", lambda row: _swapped(row, "k", "v")),
     "phi3, in before gate": (
         "phi3",
         _mutate(

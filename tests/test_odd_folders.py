@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.engine import compress, compress_folder
+from tensorllm.compression.save import save
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
@@ -122,7 +123,7 @@ def test_mixed_dtypes_stay_as_they_are(tmp_path: Path) -> None:
     assert {n: w.dtype for n, w in after.items()} == {n: w.dtype for n, w in half.items()}
 
 
-@pytest.mark.parametrize("model_type", ["xlm-roberta", "electra", "modernbert", "nomic_bert"])
+@pytest.mark.parametrize("model_type", ["xlm-roberta", "electra", "modernbert", "camembert"])
 def test_a_sentence_embedder_keeps_its_pooling(model_type: str, tmp_path: Path) -> None:
     """A base model without a head, in the folder of a sentence-transformers pipeline."""
     torch.manual_seed(0)
@@ -144,3 +145,21 @@ def test_a_sentence_embedder_keeps_its_pooling(model_type: str, tmp_path: Path) 
         torch.testing.assert_close(after, model(input_ids=IDS).last_hidden_state)
     assert not torch.equal(before, after)
     assert type(Loader(out, language=False)()) is type(model)
+
+
+def test_matrices_that_files_store_joined_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Nomic's files hold q, k and v fused, its model in transformers does not."""
+    torch.manual_seed(0)
+    config = shrunk(AutoConfig.for_model("nomic_bert"), 2)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    refused(tmp_path / "model", "q_proj.weight joined.*save_original_format=False")
+    model.save_pretrained(tmp_path / "own", save_original_format=False)
+    opened = AutoModelForMaskedLM.from_pretrained(compressed(tmp_path / "own", tmp_path / "o"))
+    compress(model, TUCKER)
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+        torch.testing.assert_close(opened(input_ids=IDS).logits, want)
+        save(model, tmp_path / "saved", format="dense")
+        again = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
+        torch.testing.assert_close(again(input_ids=IDS).logits, want)

@@ -16,6 +16,7 @@ from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress, compress_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.settings import make_compressor
+from tensorllm.evaluation.forward import _last_matrices
 from tensorllm.models import RoleMatrices, layout_of, parameters_of
 from tensorllm.models.shrink import shrunk
 
@@ -152,7 +153,7 @@ def test_memory_folder_and_factors_agree(name: str, tmp_path: Path) -> None:
         factored = load(tmp_path / f"{mode}-small", policy="always")
         torch.testing.assert_close(logits(factored), want, rtol=1e-3, atol=1e-3)
         if not KINDS[name].masked:
-            text = factored.generate(IDS, max_new_tokens=2, do_sample=False)
+            text = factored.generate(IDS, max_new_tokens=2, min_new_tokens=2, do_sample=False)
             assert text.shape == (1, IDS.shape[1] + 2)
 
 
@@ -187,3 +188,9 @@ def test_an_output_gate_stays_as_it_is() -> None:
     after = parameters_of(model)[name].view(geo.H, 2, geo.K, geo.D)
     assert torch.equal(after[:, 1], before[:, 1])
     assert not torch.equal(after[:, 0], before[:, 0])
+
+
+def test_shortcuts_of_scoring_are_for_rows_alone() -> None:
+    """Of a structure nobody knows that positions and layers can be left out."""
+    assert not list(_last_matrices(untouched("cohere")))
+    assert not roles_of(untouched("cohere")).layout.plain

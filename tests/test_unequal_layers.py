@@ -64,7 +64,7 @@ def test_the_half_of_a_hybrid_that_is_there_is_compressed(roles: RoleMatrices) -
 def test_a_named_layer_without_the_matrices_is_refused(
     roles: RoleMatrices, mode: str, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError, match=r"layer 1 has no matrix .*q.*layers 0, 2 have"):
+    with pytest.raises(UserError, match=r"layer 1 has no matrix .*q.*of layers, 0, 2 have"):
         jobs(mode, roles, [0, 1], **settings)
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
@@ -97,7 +98,10 @@ def test_only_the_text_models_matrices_change(
     text = torch.tensor([[7, 41, 19, 78]])
     for folder in (source, tmp_path / "out"):
         model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        assert model.generate(text, max_new_tokens=2, do_sample=False).shape == (1, 6)
+        assert model.generate(text, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (
+            1,
+            6,
+        )
 
 
 def with_image(model: Any) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def test_an_image_and_a_text_are_answered_before_and_after(
     for folder in (source, target):
         model = AutoModelForImageTextToText.from_pretrained(folder).eval()
         given = with_image(model)
-        made = model.generate(**given, max_new_tokens=2, do_sample=False)
+        made = model.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False)
         assert made.shape[1] == given["input_ids"].shape[1] + 2
         with torch.no_grad():
             logits.append(model(**given).logits)
@@ -213,3 +217,28 @@ def test_a_wrapper_without_a_text_config_is_refused(folder_of: Any, tmp_path: Pa
     with pytest.raises(UserError, match="text_config"):
         compressed(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+def test_a_fit_to_text_in_memory_and_layer_by_layer_is_the_same(
+    folder_of: Any, model_type: str, tmp_path: Path
+) -> None:
+    """Only the text model runs; what the wrapper hands its layers is understood."""
+    drawn = torch.randint(3, 80, (16, 16), generator=torch.Generator().manual_seed(3)).tolist()
+    text = Calibration(tuple(map(tuple, drawn)))
+    mode = make_compressor("activation-tucker", {"target_ratio": 1.6})
+    weights = []
+    for stream in (False, True):
+        target = tmp_path / f"stream-{stream}"
+        compress_folder(
+            FolderTask(
+                source=folder_of(model_type),
+                target=target,
+                compressor=mode,
+                calibration=text,
+                stream=stream,
+            )
+        )
+        weights.append(load_file(target / "model.safetensors"))
+    for name, w in weights[0].items():
+        torch.testing.assert_close(weights[1][name], w, rtol=1e-3, atol=1e-4)

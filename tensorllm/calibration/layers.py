@@ -19,7 +19,7 @@ from tensorllm.calibration.sequences import Batch
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.models.naming import stored_names
-from tensorllm.models.task import saved_class
+from tensorllm.models.task import saved_class, text_config_of
 
 
 class LayerSource(Protocol):
@@ -282,7 +282,7 @@ class Layers:
         seen: list[tuple[Tensor, Call]] = []
         for block in blocks:
             block.forward = _passing_on(seen, in_tuple, last=block is blocks[-1])
-        extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        extra = {"use_cache": False} if hasattr(text_config_of(model.config), "use_cache") else {}
         mask = batch.mask_BT.to(self._device).long()
         try:
             with torch.no_grad():

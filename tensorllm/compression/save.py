@@ -1,5 +1,6 @@
 """Saving a model that was compressed in memory."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.engine import Compression, compress_folder, compression_of
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask, Format
+from tensorllm.compression.units import open_checkpoint
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.access import StoredOtherwise
 from tensorllm.weights import dense_matrices
 
 
@@ -48,6 +51,11 @@ def save(
     # transformers knows how its modules are named and tied on disk, so it writes them first
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".saving-") as folder:
         model.save_pretrained(folder)
+        try:
+            open_checkpoint(Path(folder))
+        except StoredOtherwise:  # fused in files and not in the model, say
+            shutil.rmtree(folder)
+            model.save_pretrained(folder, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         task = FolderTask(

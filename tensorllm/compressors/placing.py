@@ -49,7 +49,7 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
     if lacking and (layers is not None or not jobs):
         layer, missing = next(iter(lacking.items()))
         there = spec.having(missing)
-        where = f"layers {', '.join(map(str, there))} have" if there else "no layer has"
+        where = f"of layers, {', '.join(map(str, there))} have" if there else "no layer has"
         raise UserError(
             f"layer {layer} has no matrix {', '.join(missing)}"
             f" (it has {', '.join(spec.geometry(layer).roles) or 'none'}); {where} all of them"

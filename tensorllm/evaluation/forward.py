@@ -249,6 +249,8 @@ def _last_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         roles = RoleMatrices(model.config, parameters_of(model))
     except UserError:
         return
+    if not roles.layout.plain:
+        return
     # Only what is there: a layer may have no FFN, or one of another kind.
     for stored in roles.stored_in(roles.layers - 1):
         role = stored.roles[0]  # a module that holds several roles has one input

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tensorllm.errors import UserError
 from tensorllm.models.layout import layout_of
-from tensorllm.models.naming import stored_names
+from tensorllm.models.naming import joined_names, stored_names
 from tensorllm.models.skeleton import skeleton
 from tensorllm.models.spec import ModelSpec, Stored, Task, part_of
 from tensorllm.models.task import text_config_of
@@ -20,6 +20,10 @@ from tensorllm.models.task import text_config_of
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, tied ones under each name; writing to them edits the model."""
     return {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+class StoredOtherwise(UserError):
+    """Files hold a matrix in another shape than the model does."""
 
 
 class RoleMatrices:
@@ -144,6 +148,12 @@ class RoleMatrices:
                 return
         self._renamed = stored_names(whole, names)
         if wanted[0] not in self._renamed:
+            if joined_names(whole, names, wanted[0]):
+                raise StoredOtherwise(
+                    f"these files store {wanted[0]} joined with others or cut, as transformers "
+                    "converts it while it loads. Store it as the model holds it, once, in Python: "
+                    "model.save_pretrained(NEW_FOLDER, save_original_format=False)"
+                )
             raise UserError(
                 f"the weights do not look like a {config.model_type!r} model: no tensor is "
                 f"{wanted[0]}, by its name or by one that transformers renames to it"

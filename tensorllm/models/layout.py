@@ -78,6 +78,13 @@ class Layout:
         """Why layers lack roles, each reason once."""
         return tuple(dict.fromkeys(why for layer in self.layers for why in layer.lacks))
 
+    @property
+    def plain(self) -> bool:
+        """Whether layers are known to hand on hidden states alone, and to treat the positions of
+        their matrices' outputs one by one: rows are; of a structure nobody knows what else its
+        layers share (keys, convolutions, several streams)."""
+        return self.by == "row"
+
     def describe(self) -> str:
         """One line for reports: what was found by structure; nothing where a row says it all."""
         if self.by == "row":
@@ -172,7 +179,10 @@ def _verified(whole: Skeleton, config: Any, propose: Candidates) -> _Verdicts:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of tiny products, threads only wait for one another
     try:
-        with torch.device("cpu"):  # it may be asked for while a model is made on the meta device
+        # It may be asked for while a model is made on the meta device; the caller's random numbers
+        # are left alone.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             model = instance(tiny, "cpu", text_only=True)
             blocks = list(model.get_submodule(layers_path(model, tiny)))
             return _tried(model, blocks, tiny, propose)

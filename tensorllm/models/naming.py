@@ -3,7 +3,7 @@
 transformers knows how, and reads all of them; its own renaming says here where a parameter lies.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -14,6 +14,20 @@ def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
         model: of a transformers class; its weights are not looked at.
         names: of stored tensors.
     """
+    there = model.state_dict()
+    renamed = _renamed(model, names)
+    return {known: name for name, known, plain in renamed if plain and known in there}
+
+
+def joined_names(model: Any, names: Iterable[str], parameter: str) -> list[str]:
+    """The stored tensors that transformers makes a parameter and others of, while it loads."""
+    owner = parameter.rpartition(".")[0].rpartition(".")[0]
+    renamed = _renamed(model, names)
+    return [name for name, known, plain in renamed if not plain and known.startswith(owner)]
+
+
+def _renamed(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(stored name, the model's name, whether it is that parameter as it is)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -24,11 +38,7 @@ def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    there = model.state_dict()
-    prefix = model.base_model_prefix
-    out: dict[str, str] = {}
+    there, prefix = model.state_dict(), model.base_model_prefix
     for name in names:
         known, converter = rename_source_key(name, renamings, converters, prefix, there)
-        if converter is None and known in there:
-            out[known] = name
-    return out
+        yield name, known, converter is None

@@ -84,6 +84,7 @@ class Prefix:
     ) -> None:
         self.layers = layer_modules(model, roles)
         self.ffns = ffn_modules(self.layers, roles)
+        self.plain = roles.layout.plain  # else every layer is run
         self.store = ActivationCache(budget)
         self.device = model.device
         self.candidates = frozenset(candidates) - {0}
@@ -103,7 +104,7 @@ class Prefix:
         self.lowest = len(self.layers) if lowest is None else lowest
         self._ffn_edited = ffn
         with ExitStack() as stack:
-            if self.lowest and self.store.budget.bytes:
+            if self.plain and self.lowest and self.store.budget.bytes:
                 for i, layer in enumerate(self.layers[: self.lowest + 1]):
                     stack.enter_context(patched(layer, self._layer(i, layer.forward)))
                     whole = self.ffns[i]
@@ -126,7 +127,7 @@ class Prefix:
         self, key: Hashable, forward: Callable[[], tuple[T, Any]], *, grow: bool
     ) -> tuple[T, Any]:
         """A pass of the batch `key`; `forward` gives what is wanted, and the cache if it grows."""
-        if key is None or not self.lowest or not self.store.budget.bytes:
+        if key is None or not (self.plain and self.lowest and self.store.budget.bytes):
             self.computed += len(self.layers)
             return forward()
         at, kept = self.store.nearest(key, self.lowest, grow)
