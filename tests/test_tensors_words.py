@@ -75,7 +75,11 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: STACKINGS["official-heads"].check(("q", "k", "v", "o"), GROUPED), OFFICIAL),
     (
         lambda: STACKINGS["matrices"].check(("q", "k"), GROUPED),
-        "matrices of unequal shapes cannot be stacked whole: rows {'q': 12, 'k': 6}, width 12",
+        "matrices of unequal shapes cannot be stacked whole: {'q': (12, 12), 'k': (6, 12)}",
+    ),
+    (
+        lambda: STACKINGS["head"].check(("gate",), GROUPED),
+        "heads of equal width over the model width can be stacked: 'gate' is (20, 12), not 1 heads of 3 over 12",
     ),
     (
         lambda: STACKINGS[rows_stacking(("q", "k"))].check(("k", "q"), PLAIN),
@@ -98,7 +102,7 @@ def test_a_refusal_says_what_is_wrong(call: Callable[[], Any], said: str) -> Non
 def test_good_stackings_are_not_refused() -> None:
     for name in ("heads", "official-heads", "matrices"):
         STACKINGS[name].check(("q", "k", "v", "o"), PLAIN)
-    STACKINGS["head"].check(("gate",), GROUPED)
+    STACKINGS["head"].check(("k",), GROUPED)
     STACKINGS[rows_stacking(("in", "gate"))].check(("in", "gate"), GROUPED)
 
 
