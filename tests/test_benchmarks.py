@@ -11,7 +11,8 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
-NEEDS_DATA = {"energy", "evaluate", "quantised", "whole_model_real"}  # real rows and a trained model
+# Real rows and a trained model.
+NEEDS_DATA = {"energy", "evaluate", "quantised", "whole_model_real"}
 
 
 @pytest.fixture(autouse=True)

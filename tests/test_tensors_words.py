@@ -79,7 +79,8 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: STACKINGS["head"].check(("gate",), GROUPED),
-        "heads of equal width over the model width can be stacked: 'gate' is (20, 12), not 1 heads of 3 over 12",
+        "heads of equal width over the model width can be stacked: "
+        "'gate' is (20, 12), not 1 heads of 3 over 12",
     ),
     (
         lambda: STACKINGS[rows_stacking(("q", "k"))].check(("k", "q"), PLAIN),
