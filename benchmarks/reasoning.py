@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from support.results import Comparison, begin, parser, save
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import ROOT, Comparison, begin, parser, save
+from support.results import ROOT, Comparison, begin, parser, save
 
 from tensorllm.calibration import Calibration, fit_folder
 from tensorllm.compression.engine import compress_folder

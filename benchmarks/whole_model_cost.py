@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from support.results import Comparison, begin, parser, save
 from whole_model import MODELS, Bench
 
 from tensorllm.calibration import Calibration, fit, fit_folder

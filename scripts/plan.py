@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark_tables import Lookup, amount, figure, table
 from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, scaling
-from scaling_tensors import ranks_at  # plan_machines says where that lies
+from support.scaling_tensors import ranks_at  # plan_machines says where that lies
 
 from tensorllm.checkpoint.writer import SHARD_BYTES
 from tensorllm.compression.dry_run import BASE_BYTES, WORKING_COPIES

@@ -20,6 +20,7 @@ from tensorllm.compressors.base import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
 from tensorllm.tensors.stacking import ATTENTION, OUTPUT_PROJECTIONS, Geometry
+from tensorllm.weights import dense_matrices
 
 SMALLEST = 1e-20  # of a token's output: its size is divided by
 
@@ -44,13 +45,13 @@ class LayerModule:
         """Let the factors, in the dtype they are stored in, take the place of the weights."""
         weights = self.weights
         dtype = weights[self.roles.name(self.number, site.roles[0])].dtype
-        parts = site.unstack(cast(factors, dtype).dense(), self.roles.geometry)
+        parts = dense_matrices(site, cast(factors, dtype), self.roles)
         for role, w_ID in zip(site.roles, parts, strict=True):
             self.roles.write(weights, self.number, role, w_ID)
 
     def below(self, role: str) -> str:
         """The path below the layer of the module that multiplies by a role's matrix."""
-        return self.roles.architecture.stored(role).path
+        return self.roles.stored(self.number, role).path
 
     def tap(self, roles: Sequence[str]) -> Tap:
         """Where roles that read one input meet the model's width."""
@@ -181,6 +182,10 @@ class Context:
 
     def weight(self, role: str) -> Tensor:
         return self.original.roles.read(self.original.weights, self.layer, role)
+
+    def has_bias(self, role: str) -> bool:
+        path = self.original.roles.stored(self.layer, role).path
+        return f"{self.original.path}.{path}.bias" in self.original.parameters
 
     def compressed_weight(self, role: str) -> Tensor:
         return self.compressed.roles.read(self.compressed.weights, self.layer, role)

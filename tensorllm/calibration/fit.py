@@ -4,8 +4,8 @@
 at a time; both are the same work on a `LayerSource` and a `Store`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Fitted:
         budget: the target that sizes were chosen for.
         calibration: what the text was; for reports.
         store: where factors are; they are read when their turn comes.
+        passed_over: layer -> the roles that it lacks.
     """
 
     compressor: Compressor
@@ -49,6 +50,7 @@ class Fitted:
     budget: Budget | None
     calibration: dict[str, Any]
     store: Store
+    passed_over: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def factors(self, site: Site) -> Factors:
         """The site's factors."""
@@ -216,15 +218,18 @@ def fit_folder(
 def _fitted(
     work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
 ) -> Fitted:
-    layers = tuple(work.planned.layers)
-    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store)
+    planned = work.planned
+    layers = tuple(planned.layers)
+    return Fitted(
+        work.compressor, layers, tuple(sites), budget, facts, work.store, planned.passed_over
+    )
 
 
 def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: Budget) -> Fitted:
     """The smallest fit whose loss on the calibration text is within the limit."""
     limit = target.max_loss_increase
     assert limit is not None, "asked only for a limit of the loss"
-    if work.source.roles.architecture.task != "causal":
+    if work.source.roles.task != "causal":
         raise UserError("max_loss_increase needs a model that predicts the next token")
     work.several = True
     curves = work.curves()

@@ -15,6 +15,7 @@ from tensorllm.compressors.base import (
     Ways,
 )
 from tensorllm.compressors.budget import share_out
+from tensorllm.compressors.placing import placed
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.shared_input import reading_together
@@ -30,14 +31,15 @@ class Planned:
         layers: those that have jobs.
         keys: sets of roles of each layer that read the same input.
         numbers: in the matrices that are compressed.
+        passed_over: layer -> the roles that a job wanted and the layer lacks.
     """
 
     def __init__(
         self, compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | None
     ) -> None:
         self.spec = roles.spec
-        chosen = roles.check_layers(range(roles.layers) if layers is None else layers)
-        self.jobs = compressor.jobs(roles.spec, chosen)
+        found = placed(compressor, roles, layers)
+        self.jobs, self.passed_over = found.jobs, found.passed_over
         _check_jobs(self.jobs)
         self.layers = sorted({job.site.layers[0] for job in self.jobs})
         self.keys: list[Key] = [
@@ -48,9 +50,7 @@ class Planned:
             )
         ]
         geometry = roles.spec.geometry
-        self.numbers = sum(
-            geometry(n).inner(r) * geometry(n).D for n, together in self.keys for r in together
-        )
+        self.numbers = sum(geometry(n).numel(r) for n, together in self.keys for r in together)
 
     @property
     def width(self) -> int:

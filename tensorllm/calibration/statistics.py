@@ -113,7 +113,7 @@ class Measurement:
         """
         draws = torch.Generator().manual_seed(self.seed)
         batches = self.layers.batches
-        width = self.layers.source.roles.geometry.D
+        width = self.layers.source.roles.spec.geometry(self.layer).D
         felt = sampled(batches, width, GRADIENT_TOKENS) & self.wanted.gradients
         both = zip(self.layers.calls[self.layer], self.hidden, strict=True)
         with self.hooks:
@@ -191,11 +191,12 @@ def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> n
 
 def output_features(roles: RoleMatrices, layer: int, role: str) -> Tensor | slice:
     """Which outputs of that module are the role's: all, or its part of a fused one."""
-    stored = roles.architecture.stored(role)
+    stored = roles.stored(layer, role)
     if len(stored.roles) == 1:
         return slice(None)
-    rows = sum(roles.geometry.inner(r) for r in stored.roles)
-    numbers = torch.arange(rows)[:, None].expand(rows, roles.geometry.D).contiguous()
+    geometry = roles.spec.geometry(layer)
+    rows, columns = sum(geometry.inner(r) for r in stored.roles), geometry.shape(role)[1]
+    numbers = torch.arange(rows)[:, None].expand(rows, columns).contiguous()
     whole = numbers.mT.contiguous() if stored.transposed else numbers
     return roles.read({roles.name(layer, role): whole}, layer, role)[:, 0]
 

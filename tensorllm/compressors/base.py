@@ -63,10 +63,7 @@ class Site:
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
         """The stacked tensor's shape; refuses what cannot be stacked."""
         STACKINGS[self.stacking].check(self.roles, geometry)
-        empty = [
-            torch.empty(geometry.inner(role), geometry.D, device="meta")
-            for _, role in self.matrices
-        ]
+        empty = [torch.empty(geometry.shape(role), device="meta") for _, role in self.matrices]
         return tuple(self.stack(empty, geometry).shape)
 
 
@@ -121,6 +118,10 @@ class LayerContext(Protocol):
 
     def weight(self, role: str) -> Tensor:
         """The original's role matrix (I, D)."""
+        ...
+
+    def has_bias(self, role: str) -> bool:
+        """Whether a bias is added to what the role's matrix gives."""
         ...
 
     def compressed_weight(self, role: str) -> Tensor:
