@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import fit as power_law
-from results import Comparison, begin, parser, save
+from support.curves import fit as power_law
+from support.results import Comparison, begin, parser, save
 from torch import nn
 
 from tensorllm.calibration import Calibration, fit

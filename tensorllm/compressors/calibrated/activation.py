@@ -54,7 +54,6 @@ class ActivationTucker(LayerFit):
         correction: whether layers are fitted on the inputs that the compressed model gives them.
         refit_epochs: with correction, passes over the text in which all factors of a layer move
             together towards the original's output of the layer; only this layer runs.
-        refit_norms: whether norms and biases of the layer move with them.
         distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
         seed: of the random vectors or labels that the gradients are sampled with.
@@ -67,7 +66,6 @@ class ActivationTucker(LayerFit):
     sharing: bool = True
     correction: bool = True
     refit_epochs: int = 4
-    refit_norms: bool = False
     distill_steps: int = 0
     ridge: float = 1e-2
     seed: int = 0
@@ -159,7 +157,7 @@ class ActivationTucker(LayerFit):
             for site in sites:
                 context.put(site, pivoted(*fitted[site], site.roles))
         if self.correction and self.refit_epochs:
-            return refit(context, fitted, metrics, self.refit_epochs, norms=self.refit_norms)
+            return refit(context, fitted, metrics, self.refit_epochs)
         return LayerResult({site: pivoted(*map_, site.roles) for site, map_ in fitted.items()})
 
 

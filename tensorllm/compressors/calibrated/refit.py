@@ -56,22 +56,17 @@ def refit(
     fitted: Mapping[Site, Map],
     metrics: Mapping[Site, Metric],
     epochs: int,
-    *,
-    norms: bool = False,
 ) -> LayerResult:
     """The factors after some epochs, put into the layer too; as they were if none is nearer.
 
     Args:
         context: the compressed layer, with the factors as they were fitted.
         metrics: at the model's width, of each site.
-        norms: whether norms and biases of the layer move too.
     """
     writes = {site: site.roles[0] in OUTPUT_PROJECTIONS for site in fitted}
     maps = {s: Balanced(map_, metrics[s], writes=writes[s]) for s, map_ in fitted.items()}
     before = context.output_error()
-    held = context.other_parameters() if norms else {}
-    others = {name: nn.Parameter(w.float().clone()) for name, w in held.items()}
-    parameters = [*(p for each in maps.values() for p in each.parameters()), *others.values()]
+    parameters = [p for each in maps.values() for p in each.parameters()]
     groups = [{"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())}
               for p in parameters]  # fmt: skip
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -85,8 +80,7 @@ def refit(
                 weights: dict[str, Tensor] = {}
                 for site, each in maps.items():
                     weights |= unstacked(each.factors(), site.roles, context.geometry)
-                rest = {name: w.to(held[name].dtype) for name, w in others.items()}
-                context.output_loss(batch, weights, rest).backward()
+                context.output_loss(batch, weights, {}).backward()
             context.add_up([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             schedule.step()
@@ -94,12 +88,8 @@ def refit(
     out = {s: pivoted(m.left_MR.detach(), m.right_RX.detach(), s.roles) for s, m in found.items()}
     for site, factors in out.items():
         context.put(site, factors)
-    changed = {name: w.detach().to(held[name].dtype) for name, w in others.items()}
-    held = {name: w.clone() for name, w in held.items()}
-    context.put_parameters(changed)
     if context.output_error() < before:
-        return LayerResult(out, changed)
-    context.put_parameters(held)
+        return LayerResult(out)
     out = {site: pivoted(*map_, site.roles) for site, map_ in fitted.items()}
     for site, factors in out.items():
         context.put(site, factors)
