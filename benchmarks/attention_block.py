@@ -46,7 +46,7 @@ def blocks(width: int, heads: int, ranks: tuple[int, int, int]) -> tuple[Any, An
     tucker = Tucker(core, factors)
     weights = parameters_of(dense)
     roles = RoleMatrices(config, weights)
-    matrices = SITE.unstack(tucker.dense(), roles.geometry)
+    matrices = SITE.unstack(tucker.dense(), roles.spec.geometry(0))
     for (layer, role), w in zip(SITE.matrices, matrices, strict=True):
         roles.write(weights, layer, role, w)
     factored = GPTJModel(config).eval()

@@ -41,7 +41,7 @@ def costs(repeats: int, widest: int = 4096) -> list[dict[str, Any]]:
     for width, heads, ranks in (site for site in ATTENTION_SITES if site[0] <= widest):
         dense, factored, tucker = blocks(width, heads, ranks)
         both = {"dense": dense, "factored": factored}
-        geometry = RoleMatrices(dense.config, ["h.0.attn.q_proj.weight"]).geometry
+        geometry = RoleMatrices(dense.config, ["h.0.attn.q_proj.weight"]).spec.geometry(0)
         calls = (
             {name: prefill(module, TOKENS) for name, module in both.items()},
             {name: decode(module, 64)[0] for name, module in both.items()},

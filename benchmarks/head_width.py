@@ -62,7 +62,7 @@ def run_model(name: str, args: argparse.Namespace) -> None:
     matrices = [(layer, role) for layer in range(bench.roles.layers) for role in READERS[0]]
     attention = SVDLLM(rank=1, matrices=READERS[0])
     seen = measure_for(attention, bench.dense, bench.calibration(0)).inputs
-    weights, width = parameters_of(bench.dense), bench.roles.geometry.K
+    weights, width = parameters_of(bench.dense), bench.roles.spec.geometry(0).K
     rows: list[dict[str, Any]] = []
     for layer, role in matrices:
         w_ID = bench.roles.read(weights, layer, role).double()

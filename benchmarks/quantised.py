@@ -96,7 +96,7 @@ class Bench:
                 exact, rounded = done.factors.dense(), factors.dense()
                 lost += float((rounded - exact).square().sum())
                 energy += float(exact.square().sum())
-                back = done.site.unstack(rounded, roles.geometry)
+                back = done.site.unstack(rounded, roles.spec.geometry(0))
                 for (layer, role), w_ID in zip(done.site.matrices, back, strict=True):
                     roles.write(weights, layer, role, w_ID)
             error = math.sqrt(lost / energy)

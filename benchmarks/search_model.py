@@ -45,7 +45,9 @@ def let_spectra_decay(model: GPTJForCausalLM) -> None:
     weights, stacking = parameters_of(model), STACKINGS["heads"]
     roles = RoleMatrices(model.config, weights)
     for layer in range(roles.layers):
-        w_DKMH = stacking.stack([roles.read(weights, layer, r) for r in ATTENTION], roles.geometry)
+        w_DKMH = stacking.stack(
+            [roles.read(weights, layer, r) for r in ATTENTION], roles.spec.geometry(0)
+        )
         near_DKMH = w_DKMH
         for mode, decay in enumerate(DECAY):
             size = w_DKMH.shape[mode]
@@ -60,7 +62,7 @@ def write_attention(
     roles: RoleMatrices, weights: dict[str, torch.Tensor], layer: int, w_DKMH: torch.Tensor
 ) -> None:
     """Put a stacked tensor back in place of a layer's Q, K, V and O."""
-    found = STACKINGS["heads"].unstack(w_DKMH, roles.geometry, len(ATTENTION))
+    found = STACKINGS["heads"].unstack(w_DKMH, roles.spec.geometry(0), len(ATTENTION))
     for role, w_ID in zip(ATTENTION, found, strict=True):
         roles.write(weights, layer, role, w_ID)
 

@@ -24,7 +24,9 @@ def naive_edit(model: GPTJForCausalLM, point: Point) -> None:
     stacking = STACKINGS["heads"]
     weights = parameters_of(model)
     for layer in point.layers:
-        w = stacking.stack([roles.read(weights, layer, r) for r in ATTENTION], roles.geometry)
+        w = stacking.stack(
+            [roles.read(weights, layer, r) for r in ATTENTION], roles.spec.geometry(0)
+        )
         with tensorly.backend_context("pytorch"):
             (core, factors), _ = partial_tucker(
                 w, rank=list(point.settings["ranks"]), modes=[0, 1, 2], init="svd", tol=1e-5

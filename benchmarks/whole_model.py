@@ -110,7 +110,7 @@ class Bench:
         self, scope: str, ratio: float, method: str, seed: int | None, text: Calibration | None
     ) -> None:
         """A mode of the field at the same share of every matrix."""
-        roles = [role for role in ROLES[scope] if role in self.roles.geometry.roles]
+        roles = [role for role in ROLES[scope] if role in self.roles.spec.geometry(0).roles]
         wanted = make_compressor(method, {"kept": 1 / ratio, "matrices": roles})
         model = copy.deepcopy(self.dense)
         report = compress(model, wanted, calibration=text)
@@ -124,9 +124,9 @@ class Bench:
         weights = parameters_of(self.dense)
         first = [self.roles.read(weights, *matrix) for matrix in site.matrices]
         attention = SharedTucker4D(
-            ranks=tucker_ranks(site.stack(first, self.roles.geometry), ratio)
+            ranks=tucker_ranks(site.stack(first, self.roles.spec.geometry(0)), ratio)
         )
-        ffn = [r for r in self.roles.geometry.roles if r in FFN and r in ROLES[scope]]
+        ffn = [r for r in self.roles.spec.geometry(0).roles if r in FFN and r in ROLES[scope]]
         wanted: Any = attention
         if ffn:
             wanted = Hybrid(attention=attention, ffn=PlainSVD(kept=1 / ratio, matrices=tuple(ffn)))

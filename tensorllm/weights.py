@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 def stacked(site: Site, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> Tensor:
     """The site's tensor, from the model's parameters by name."""
-    return site.stack([roles.read(weights, *m) for m in site.matrices], roles.geometry)
+    geometry = roles.spec.geometry(site.layers[0])
+    return site.stack([roles.read(weights, *m) for m in site.matrices], geometry)
 
 
 def dense_matrices(site: Site, factors: Factors, roles: RoleMatrices) -> list[Tensor]:
@@ -28,7 +29,7 @@ def dense_matrices(site: Site, factors: Factors, roles: RoleMatrices) -> list[Te
 
     They are in float32 or wider; `cast` the factors first where they are stored in a narrow dtype.
     """
-    return site.unstack(factors.dense(), roles.geometry)
+    return site.unstack(factors.dense(), roles.spec.geometry(site.layers[0]))
 
 
 def write_matrices(

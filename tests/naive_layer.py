@@ -49,7 +49,7 @@ class Layer:
         self.model, self.config = model, model.config
         self.weights = parameters_of(model)
         self.roles = RoleMatrices(model.config, self.weights)
-        self.geo = self.roles.geometry
+        self.geo = self.roles.spec.geometry(0)
 
     def module(self, role: str) -> Any:
         return self.model.get_submodule(self.roles.name(0, role).removesuffix(".weight"))
@@ -85,7 +85,7 @@ class Layer:
             self.model(
                 TOKENS,
                 attention_mask=torch.ones_like(TOKENS),
-                **(extra if self.roles.architecture.task == "causal" else {}),
+                **(extra if self.roles.task == "causal" else {}),
             )
         for hook in hooks:
             hook.remove()
@@ -116,7 +116,7 @@ def naive_heads(layer: Layer, x_TD: Tensor) -> list[Tensor]:
         q_TK, k_TK, v_TK = project("q", h), project("k", group), project("v", group)
         out_TK = torch.empty_like(q_TK)
         for t in range(len(x_TD)):
-            sees = t + 1 if layer.roles.architecture.task == "causal" else len(x_TD)
+            sees = t + 1 if layer.roles.task == "causal" else len(x_TD)
             scores = torch.stack([q_TK[t] @ k_TK[s] for s in range(sees)]) / math.sqrt(scale)
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)

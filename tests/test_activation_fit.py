@@ -93,7 +93,7 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
             g_ID = roles.read(grads, layer, role).double()
             g_MX = g_ID.mT if role in ("o", "out") else g_ID
             parts.append(torch.linalg.pinv(x_NX.mT) @ g_MX.mT)
-            assert parts[-1].shape == (5, roles.geometry.outputs(role))
+            assert parts[-1].shape == (5, roles.spec.geometry(0).outputs(role))
         g_NM = torch.cat(parts, dim=1)
         felt = moments.gradients[layer, group]
         assert torch.allclose(felt, g_NM.mT @ g_NM / 5, atol=1e-3 * float(felt.abs().max()))
@@ -137,7 +137,7 @@ def test_data_beat_no_data_and_correction_beats_none():
     blind = copy.deepcopy(model)
     roles, weights = RoleMatrices(model.config, parameters_of(blind)), parameters_of(blind)
     for layer in range(2):
-        for role in roles.geometry.roles:
+        for role in roles.spec.geometry(0).roles:
             w = roles.read(weights, layer, role).double()
             u, s, v = torch.linalg.svd(w, full_matrices=False)
             rank = int(w.numel() / 2.5 / sum(w.shape))

@@ -49,7 +49,7 @@ def rewrite(model: PreTrainedModel, weights: dict[str, Tensor], scale: float = 1
     """Read every role matrix of every layer and write it back, times `scale`."""
     roles = RoleMatrices(model.config, weights)
     for layer in range(roles.layers):
-        for role in roles.geometry.roles:
+        for role in roles.spec.geometry(0).roles:
             roles.write(weights, layer, role, scale * roles.read(weights, layer, role).clone())
 
 
@@ -60,7 +60,7 @@ def test_every_architecture_has_a_tiny_model() -> None:
 @every_row
 def test_tiny_model_and_row_agree(name: str) -> None:
     layer = untouched(name)
-    assert layer.roles.architecture.task == TINY[name].task
+    assert layer.roles.task == TINY[name].task
     layer.roles.check_shapes({n: tuple(w.shape) for n, w in layer.weights.items()})
     for role in layer.geo.roles:
         assert layer.read(role).shape == (layer.geo.inner(role), layer.geo.D)
@@ -189,7 +189,7 @@ def test_writing_rounds_to_the_stored_dtype() -> None:
     model = tiny_model("falcon-grouped").to(torch.bfloat16)
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
-    w_ID = torch.full((roles.geometry.inner("k"), roles.geometry.D), 1 / 3)
+    w_ID = torch.full((roles.spec.geometry(0).inner("k"), roles.spec.geometry(0).D), 1 / 3)
     roles.write(weights, 1, "k", w_ID)
     assert torch.equal(roles.read(weights, 1, "k"), w_ID.to(torch.bfloat16))
 

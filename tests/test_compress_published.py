@@ -69,7 +69,7 @@ def test_official_layout_is_the_authors_algorithm(name: str, shared: bool) -> No
     model = tiny_model(name, **UNGROUPED[name])
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
-    geo, ranks = roles.geometry, (10, 5, 3) if shared else (10, 5)
+    geo, ranks = roles.spec.geometry(0), (10, 5, 3) if shared else (10, 5)
     noise = np.random.default_rng(0)
     plain = {role: weights[roles.name(1, role)] for role in ATTENTION}
     random = {role: noise.standard_normal(w.shape) for role, w in plain.items()}

@@ -141,7 +141,7 @@ def whole(report: CompressionReport, matrices: int) -> float:
 def test_a_whole_model_meets_its_target(mode: str, ratio: float) -> None:
     report = run(CompressRequest(model=str(MODEL_DIR), mode=mode, settings={"target_ratio": ratio}))
     assert isinstance(report, CompressionReport)
-    geometry = RoleMatrices(*_demo()).geometry
+    geometry = RoleMatrices(*_demo()).spec.geometry(0)
     matrices = [m for job in _on_all(mode) for m in job.site.matrices]
     numbers = sum(geometry.inner(role) * geometry.D for _, role in matrices)
     assert ratio <= whole(report, numbers) < ratio * 1.02

@@ -52,11 +52,13 @@ def plant(model: PreTrainedModel, compressor: tl.Compressor, noise: float) -> li
     generator = torch.Generator().manual_seed(3)
     slots = []
     for job in compressor.jobs(roles.spec, (0, 1)):
-        shape = job.site.shape(roles.geometry)
+        shape = job.site.shape(roles.spec.geometry(0))
         random = torch.randn(shape, generator=generator, dtype=torch.float64)
         w = job.compressor.decompose(random).dense()
         w = 0.3 * (w / w.std() + noise * torch.randn(shape, generator=generator, dtype=w.dtype))
-        for slot, w_ID in zip(job.site.matrices, job.site.unstack(w, roles.geometry), strict=True):
+        for slot, w_ID in zip(
+            job.site.matrices, job.site.unstack(w, roles.spec.geometry(0)), strict=True
+        ):
             roles.write(weights, *slot, w_ID)
             slots.append(slot)
     return slots
@@ -66,7 +68,7 @@ def plant(model: PreTrainedModel, compressor: tl.Compressor, noise: float) -> li
 def test_full_rank_keeps_the_logits(case: str, name: str) -> None:
     model = tiny_model(name)
     before = copy.deepcopy(model)
-    geometry = roles_of(model)[0].geometry
+    geometry = roles_of(model)[0].spec.geometry(0)
     full = CASES[case].full
     assert full is not None
     report = tl.compress(model, full(geometry), layers=[0, 1])
@@ -78,7 +80,7 @@ def test_full_rank_keeps_the_logits(case: str, name: str) -> None:
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_weights_equal_the_reference_and_nothing_else_changes(case: str, name: str) -> None:
     model = tiny_model(name).double()
-    geometry = roles_of(model)[0].geometry
+    geometry = roles_of(model)[0].spec.geometry(0)
     compressor = CASES[case].cut(geometry)
     slots = plant(model, compressor, noise=0.02)
     original = copy.deepcopy(model)
@@ -104,7 +106,7 @@ def assert_only_changed(
     for name, w in weights.items():
         assert torch.equal(w, before[name]) or name in names, name
     for layer in range(roles.layers):
-        for role in roles.geometry.roles:
+        for role in roles.spec.geometry(0).roles:
             same = torch.equal(roles.read(weights, layer, role), roles.read(before, layer, role))
             assert same == ((layer, role) not in slots), (layer, role)
 
@@ -117,7 +119,7 @@ def assert_factors_are_the_weights(model: PreTrainedModel, report: Any) -> None:
     for done, site in zip(compression.sites, report.sites, strict=True):
         stored = sum(t.numel() for t in done.factors.tensors().values())
         assert site.parameters_after == stored
-        matrices = done.site.unstack(done.factors.dense(), roles.geometry)
+        matrices = done.site.unstack(done.factors.dense(), roles.spec.geometry(0))
         assert site.parameters_before == sum(w.numel() for w in matrices)
         for slot, w_ID in zip(done.site.matrices, matrices, strict=True):
             assert torch.equal(
@@ -129,7 +131,7 @@ def assert_factors_are_the_weights(model: PreTrainedModel, report: Any) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_half_precision(case: str, name: str) -> None:
     """bfloat16 in, bfloat16 out; computed in float32, so as good as rounding allows."""
-    compressor = CASES[case].cut(roles_of(tiny_model(name))[0].geometry)
+    compressor = CASES[case].cut(roles_of(tiny_model(name))[0].spec.geometry(0))
     wide = tiny_model(name)
     slots = plant(wide, compressor, noise=0.02)
     narrow = copy.deepcopy(wide).to(torch.bfloat16)
@@ -149,7 +151,7 @@ def test_a_job_that_fails_leaves_the_model_as_it_was(case: str, value: float) ->
     """The last matrix of the last layer is bad: everything before it could be decomposed."""
     model = tiny_model("gptj")
     roles, weights = roles_of(model)
-    compressor = CASES[case].cut(roles.geometry)
+    compressor = CASES[case].cut(roles.spec.geometry(0))
     last = compressor.jobs(roles.spec, (0, 1))[-1].site.matrices[-1]
     weights[roles.name(*last)][3, 4] = value
     before = copy.deepcopy(model.state_dict())
@@ -163,7 +165,7 @@ def test_a_job_that_fails_leaves_the_model_as_it_was(case: str, value: float) ->
 @pytest.mark.parametrize("case", CASES)
 def test_layers_that_are_not_chosen_stay(case: str) -> None:
     model = tiny_model("qwen3")
-    compressor = CASES[case].cut(roles_of(model)[0].geometry)
+    compressor = CASES[case].cut(roles_of(model)[0].spec.geometry(0))
     if getattr(compressor, "across_layers", False):
         compressor = tl.Trawl(method="tucker", ranks=(9, 8, 2), across_layers=True)
     original = copy.deepcopy(model)

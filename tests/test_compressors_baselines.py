@@ -133,7 +133,9 @@ def test_a_budget_is_shared_out_by_the_error_curves(strategy):
     given = None if strategy is PlainSVD else text()
     report = compress(model, strategy(rank=1), budget=Budget(target_ratio=1.5), calibration=given)
     compressed = sum(site.parameters_before - site.parameters_after for site in report.sites)
-    whole = sum(RoleMatrices(model.config, parameters_of(model)).geometry.inner(r) for r in ROLES)
+    whole = sum(
+        RoleMatrices(model.config, parameters_of(model)).spec.geometry(0).inner(r) for r in ROLES
+    )
     numbers = 2 * whole * model.config.hidden_size
     assert numbers / (numbers - compressed) == pytest.approx(1.5, rel=0.02)
 

@@ -22,7 +22,7 @@ def roles():
 
 def test_grid_holds_every_choice_that_can_be_reached_and_no_other(roles):
     space = make_space(roles, "shared-tucker", values={"R1": [4, 16, 32], "R2": [1, 4, 8]})
-    g = roles.geometry
+    g = roles.spec.geometry(0)
     want = [
         (layer, *ranks)
         for layer in range(roles.layers)
@@ -46,7 +46,7 @@ def test_tied_family_is_heads_times_r2(roles):
     space = make_space(roles, "shared-tucker", left_out=["R1"])
     ranks = [space.point(values).settings["ranks"] for values in space.grid]
     assert ranks
-    assert all(r1 == roles.geometry.H * r2 for r1, r2, _ in ranks)
+    assert all(r1 == roles.spec.geometry(0).H * r2 for r1, r2, _ in ranks)
 
 
 @pytest.mark.parametrize("mode", ["shared-tucker", "per-matrix-tucker", "laser", "hybrid"])

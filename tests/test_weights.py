@@ -37,7 +37,7 @@ def test_only_the_sites_matrix_is_written(name: str) -> None:
     model = tiny_model(name)
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
-    geo = roles.geometry
+    geo = roles.spec.geometry(0)
     factors = low_rank(geo.inner("v"), geo.D)
     changed = changes(model, lambda: write_dense(SITE, factors, roles, weights))
     want = factors.u_IR.double() @ factors.v_RO.double()
@@ -53,7 +53,7 @@ def test_an_edit_is_undone_bit_for_bit(name: str) -> None:
     model = tiny_model(name)
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
-    geo, ids = roles.geometry, torch.arange(7)[None]
+    geo, ids = roles.spec.geometry(0), torch.arange(7)[None]
     sites = [Site((1,), (role,), "matrix") for role in ("q", "v", "in")]
     edits = [
         (site, dense_matrices(site, low_rank(geo.inner(site.roles[0]), geo.D, seed), roles))
@@ -91,7 +91,7 @@ def test_weights_that_want_gradients_are_written_without() -> None:
     model = tiny_model("llama")
     weights = dict(model.named_parameters())
     roles = RoleMatrices(model.config, weights)
-    geo = roles.geometry
+    geo = roles.spec.geometry(0)
     new = dense_matrices(SITE, low_rank(geo.inner("v"), geo.D), roles)
     with edited([(SITE, new)], roles, weights):
         model(torch.arange(5)[None]).logits.sum().backward()

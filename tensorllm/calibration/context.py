@@ -17,6 +17,7 @@ from tensorllm.compressors.base import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
 from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
+from tensorllm.weights import dense_matrices
 
 SMALLEST = 1e-20  # of a token's output: its size is divided by
 
@@ -41,7 +42,7 @@ class LayerModule:
         """Let the factors, in the dtype they are stored in, take the place of the weights."""
         weights = self.weights
         dtype = weights[self.roles.name(self.number, site.roles[0])].dtype
-        parts = site.unstack(cast(factors, dtype).dense(), self.roles.geometry)
+        parts = dense_matrices(site, cast(factors, dtype), self.roles)
         for role, w_ID in zip(site.roles, parts, strict=True):
             self.roles.write(weights, self.number, role, w_ID)
 
@@ -132,7 +133,7 @@ class Context:
         return self._inputs(self.compressed, self.before[1], role)
 
     def _inputs(self, module: LayerModule, hidden: Iterable[Tensor], role: str) -> Iterator[Tensor]:
-        path = module.roles.architecture.stored(role).path
+        path = module.roles.stored(self.layer, role).path
         return self.layers.inputs(self.layer, module.block, hidden, path)
 
     def shifted_covariances(self, role: str) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from tensorllm.compressors.base import Site
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
+from tensorllm.weights import dense_matrices
 
 LEARNING_RATE = 1e-3
 TOKENS = 1024  # padded positions of a step
@@ -62,7 +63,7 @@ class Distiller(LightningModule):
         original = parameters_of(self._held[0])
         out: dict[str, Tensor] = {}
         for site, factors in self.factors().items():
-            parts = site.unstack(factors.dense(), self.roles.geometry)
+            parts = dense_matrices(site, factors, self.roles)
             for (layer, role), w_ID in zip(site.matrices, parts, strict=True):
                 name = self.roles.name(layer, role)
                 if name not in out:  # fused ones are written part by part

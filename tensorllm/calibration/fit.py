@@ -4,8 +4,8 @@
 at a time; both are the same work on a `LayerSource` and a `Store`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Fitted:
         budget: the target that sizes were chosen for.
         calibration: what the text was; for reports.
         store: where factors are; they are read when their turn comes.
+        passed_over: layer -> the roles that it lacks.
     """
 
     compressor: Compressor
@@ -47,6 +48,7 @@ class Fitted:
     budget: Budget | None
     calibration: dict[str, Any]
     store: Store
+    passed_over: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def factors(self, site: Site) -> Factors:
         """The site's factors."""
@@ -166,14 +168,16 @@ def _fitted(
     work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
 ) -> Fitted:
     layers = tuple(work.layers)
-    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store)
+    return Fitted(
+        work.compressor, layers, tuple(sites), budget, facts, work.store, work.passed_over
+    )
 
 
 def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: Budget) -> Fitted:
     """The smallest fit whose loss on the calibration text is within the limit."""
     limit = target.max_loss_increase
     assert limit is not None, "asked only for a limit of the loss"
-    if work.roles.architecture.task != "causal":
+    if work.roles.task != "causal":
         raise UserError("max_loss_increase needs a model that predicts the next token")
     curves = work.curves()
     before = next_token_loss(model, work.batches)

@@ -174,11 +174,12 @@ def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> n
 
 def output_features(roles: RoleMatrices, layer: int, role: str) -> Tensor | slice:
     """Which outputs of that module are the role's: all, or its part of a fused one."""
-    stored = roles.architecture.stored(role)
+    stored = roles.stored(layer, role)
     if len(stored.roles) == 1:
         return slice(None)
-    rows = sum(roles.geometry.inner(r) for r in stored.roles)
-    numbers = torch.arange(rows)[:, None].expand(rows, roles.geometry.D).contiguous()
+    geometry = roles.spec.geometry(layer)
+    rows, columns = sum(geometry.inner(r) for r in stored.roles), geometry.shape(role)[1]
+    numbers = torch.arange(rows)[:, None].expand(rows, columns).contiguous()
     whole = numbers.mT.contiguous() if stored.transposed else numbers
     return roles.read({roles.name(layer, role): whole}, layer, role)[:, 0]
 

@@ -33,6 +33,7 @@ from tensorllm.compressors.base import (
     Ways,
 )
 from tensorllm.compressors.budget import Budget, share_out
+from tensorllm.compressors.placing import placed
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
@@ -51,6 +52,7 @@ class Sweeps:
         known: covariances that need not be measured.
         keeps_covariances: those of all layers are held from the first sweep to the second.
         numbers: in the matrices that are compressed.
+        passed_over: layer -> the roles that a job wanted and the layer lacks.
     """
 
     def __init__(
@@ -70,8 +72,8 @@ class Sweeps:
         self._measured: dict[int, Covariances] = {}
         self._layers: Layers | None = None
         self.roles = roles = source.roles
-        chosen = roles.check_layers(range(roles.layers) if layers is None else layers)
-        self.jobs = compressor.jobs(roles.spec, chosen)
+        found = placed(compressor, roles, layers)
+        self.jobs, self.passed_over = found.jobs, found.passed_over
         _check_jobs(self.jobs)
         self.layers = sorted({job.site.layers[0] for job in self.jobs})
         self.keys: list[Key] = [
@@ -83,9 +85,7 @@ class Sweeps:
         ]
         geometry = roles.spec.geometry
         widths = {(n, r): geometry(n).inputs(r) for n, together in self.keys for r in together}
-        self.numbers = sum(
-            geometry(n).inner(r) * geometry(n).D for n, together in self.keys for r in together
-        )
+        self.numbers = sum(geometry(n).numel(r) for n, together in self.keys for r in together)
         config: Any = source.model.config
         context = getattr(config, "max_position_embeddings", None)
         calibration.check(config.vocab_size, max(widths.values()), context)

@@ -92,9 +92,7 @@ def beside(roles: RoleMatrices, replaced: Iterable[tuple[int, str]]) -> list[tup
     """(layer, role) of the matrices that share a parameter with replaced ones, and are not."""
     replaced = set(replaced)
     others = {
-        (layer, other)
-        for layer, role in replaced
-        for other in roles.architecture.stored(role).roles
+        (layer, other) for layer, role in replaced for other in roles.stored(layer, role).roles
     }
     return sorted(others - replaced)
 

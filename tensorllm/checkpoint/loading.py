@@ -80,14 +80,14 @@ def choices_of(model: Any) -> list[Choice]:
 def _choices(folder: Path, manifest: Manifest, policy: Any) -> list[Choice]:
     """How each site is to run; its shapes say it, no weight is read."""
     factored = FactoredFolder(folder, manifest)
-    entries = factored.stored.entries
+    entries, geometry = factored.stored.entries, factored.roles.spec.geometry
     choices = []
     for site in manifest.sites:
         empty = {
             name: torch.empty(entries[name].shape, device="meta") for name in site.tensors.values()
         }
         factors = site.factors(empty).plain()
-        choices.append(choose(site.site, factors, factored.roles.geometry, policy))
+        choices.append(choose(site.site, factors, geometry(site.layers[0]), policy))
     return choices
 
 
@@ -147,7 +147,8 @@ def install_skeleton(
         roles.check_layers(entry.layers)
         empty = {name: _empty(stored[name], model.dtype) for name in entry.tensors.values()}
         factors = entry.factors(empty)
-        want, got = entry.site.shape(roles.geometry), tuple(factors.dense().shape)
+        want = entry.site.shape(roles.spec.geometry(entry.layers[0]))
+        got = tuple(factors.dense().shape)
         if got != want:
             raise UserError(f"{folder}: {entry.name} has factors of {got}, the config says {want}")
         found.append((entry.site, factors))

@@ -204,7 +204,7 @@ def _in_memory(
     _, roles = open_checkpoint(task.source)  # refuses a broken one before transformers reads it
     strategy = task.compressor
     assert isinstance(strategy, Compressor), "the command line fits nothing beforehand"
-    plan_jobs(strategy, roles, range(roles.layers) if task.layers is None else task.layers)
+    plan_jobs(strategy, roles, task.layers)
     loader = Loader(task.source, task.dtype, task.device, language=score is not None)
     model = loader()
     tokenizer = loader.tokenizer() if score else None

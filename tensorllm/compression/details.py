@@ -80,8 +80,7 @@ def norms_of_heads(
 
 
 def _by_head(role: str, w_ID: Tensor, geometry: Geometry) -> Tensor:
-    heads = len(w_ID) // geometry.K if role in ATTENTION else 1
-    return torch.linalg.vector_norm(wide(w_ID).reshape(heads, -1), dim=1).double()
+    return torch.linalg.vector_norm(wide(w_ID).reshape(geometry.heads(role), -1), dim=1).double()
 
 
 def _matrix(layer: int, role: str, errors_H: Tensor, norms_H: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from tensorllm.compression.plan import plan
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint, units
 from tensorllm.compressors import Compressor, Job
+from tensorllm.compressors.placing import placed
 from tensorllm.models import RoleMatrices
 
 # Memory, fitted to one run: GPT-J's sizes in bfloat16 at (304, 19, 2) peaked at 1.69 GiB.
@@ -63,9 +64,8 @@ def dry_run(task: FolderTask) -> DryRun:
     checkpoint, roles = open_checkpoint(task.source)
     compressor, stored = task.compressor, None
     if task.calibration is not None:
-        layers = range(roles.layers) if task.layers is None else task.layers
         assert isinstance(compressor, Compressor), "a fit is made by the task"
-        jobs = compressor.jobs(roles.spec, roles.check_layers(layers))
+        jobs = placed(compressor, roles, task.layers).jobs
         stored = check_fit(task, jobs, checkpoint, roles)
     else:
         jobs = plan(prepared(task), roles, task.layers).jobs

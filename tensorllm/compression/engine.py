@@ -108,11 +108,11 @@ def compress(
         dtype=str(next(iter(weights.values())).dtype).removeprefix("torch."),
         format="dense",
         sites=sites,
-        geometry=roles.geometry,
-        model_layers=roles.layers,
+        spec=roles.spec,
         totals=Totals(parameters, parameters - saved_parameters(sites)),
         seconds=time.perf_counter() - started,
         environment=environment(),
+        passed_over=planned.passed_over,
     )
     setattr(model, ATTRIBUTE, Compression(planned, done))
     return report
@@ -280,7 +280,7 @@ def check_fit(
     target = task.budget or strategy.budget
     if target is None or target.max_loss_increase is not None:
         return None
-    before = sum(geometry(n).inner(role) * geometry(n).D for n, role in matrices)
+    before = sum(geometry(n).numel(role) for n, role in matrices)
     layers = sorted({layer for layer, _ in matrices})
     least = None
     if isinstance(strategy, LayerFit):

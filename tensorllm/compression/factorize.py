@@ -33,8 +33,11 @@ def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
         raise UserError("this model was not compressed; compress it first")
     if getattr(model, "tensorllm_manifest", None) is not None:
         raise UserError("this model runs in its factors already")
-    geometry = RoleMatrices(model.config, parameters_of(model)).geometry
-    choices = [choose(done.site, done.factors, geometry, policy) for done in compression.sites]
+    geometry = RoleMatrices(model.config, parameters_of(model)).spec.geometry
+    choices = [
+        choose(done.site, done.factors, geometry(done.site.layers[0]), policy)
+        for done in compression.sites
+    ]
     wanted = {choice.site for choice in choices if choice.factored}
     if policy == "always" and not wanted:
         raise UserError(

@@ -1,7 +1,7 @@
 """What a compression will do: which sites, and where the factors of each come from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tensorllm.calibration.fit import Fitted
 from tensorllm.compressors import COMPRESSORS, Compressor, Job, Leaf, Site
+from tensorllm.compressors.placing import Placed, placed
 from tensorllm.compressors.settings import settings_of
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
@@ -21,12 +22,14 @@ class Plan:
 
     Attributes:
         strategy: as it decomposes, or as it was fitted.
-        layers: those that were asked for.
+        layers: those that were asked for and have something that is compressed.
+        passed_over: layer -> the roles that it lacks.
     """
 
     strategy: Compressor | Fitted
     layers: tuple[int, ...]
     jobs: list[Job]
+    passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[Site]:
@@ -65,14 +68,18 @@ class Plan:
         return self.strategy.parameters(layer)[name]
 
 
-def plan_jobs(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int]) -> list[Job]:
+def plan_jobs(
+    compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | None
+) -> list[Job]:
     """The jobs of a compression; whatever does not fit the model is refused before any work."""
-    jobs = compressor.jobs(roles.spec, roles.check_layers(layers))
-    for job in jobs:
-        roles.check_layers(job.site.layers)
+    return _checked(placed(compressor, roles, layers), roles).jobs
+
+
+def _checked(found: Placed, roles: RoleMatrices) -> Placed:
+    for job in found.jobs:
         job.compressor.check(job.site.shape(roles.spec.geometry(job.site.layers[0])))
-    _refuse_overlap([job.site for job in jobs])
-    return jobs
+    _refuse_overlap([job.site for job in found.jobs])
+    return found
 
 
 def plan(strategy: Compressor | Fitted, roles: RoleMatrices, layers: Sequence[int] | None) -> Plan:
@@ -92,16 +99,15 @@ def plan(strategy: Compressor | Fitted, roles: RoleMatrices, layers: Sequence[in
                 f"this strategy was fitted to layers {sorted(strategy.layers)}, "
                 f"not {sorted(wanted)}"
             )
-        return Plan(strategy, tuple(wanted), [])
-    wanted = tuple(range(roles.layers)) if layers is None else tuple(layers)
-    jobs = plan_jobs(strategy, roles, wanted)
-    unfitted = [job.compressor for job in jobs if job.compressor.needs != "weights"]
+        return Plan(strategy, tuple(wanted), [], dict(strategy.passed_over))
+    found = _checked(placed(strategy, roles, layers), roles)
+    unfitted = [job.compressor for job in found.jobs if job.compressor.needs != "weights"]
     if unfitted:
         mode = COMPRESSORS.name_of(type(unfitted[0]))
         raise UserError(
             f"mode {mode!r} is fitted to text: give --calibration FILE (or calibration= in Python)"
         )
-    return Plan(strategy, wanted, jobs)
+    return Plan(strategy, found.layers, found.jobs, found.passed_over)
 
 
 def _refuse_overlap(sites: Sequence[Site]) -> None:

@@ -46,12 +46,12 @@ def publish(
         dtype=str(task.dtype or checkpoint.dtype).removeprefix("torch."),
         format=task.format,
         sites=sites,
-        geometry=roles.geometry,
-        model_layers=roles.layers,
+        spec=roles.spec,
         totals=Totals(parameters, parameters - saved_parameters(sites), checkpoint.bytes, size),
         seconds=time.perf_counter() - started,
         peak_resident_bytes=peak_resident_bytes(),
         environment=environment(),
+        passed_over=plan.passed_over,
     )
     _copy_small_files(task, writer, weights)
     made_from = checkpoint.identity if task.original else None

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tensorllm.tensors.stacking import ATTENTION, Geometry
+from tensorllm.models.spec import ModelSpec
+from tensorllm.tensors.stacking import ATTENTION
 
 RATIO_NAMES = {
     "matrices_compressed": "the compressed matrices",
@@ -69,29 +70,37 @@ class CompressionReport:
     dtype: str
     format: str
     sites: list[SiteReport]
-    geometry: Geometry
-    model_layers: int
+    spec: ModelSpec
     totals: Totals
     seconds: float
     peak_resident_bytes: int | None = None
     evaluation: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacks
 
     def layer_attention(self) -> dict[int, tuple[int, int]]:
         """Attention parameters before and after of each layer with an edited attention matrix."""
-        whole = sum(self.geometry.inner(role) for role in ATTENTION) * self.geometry.D
         after: dict[int, float] = {}
         for site in self.sites:
             if set(site.roles) <= set(ATTENTION):
                 saved = (site.parameters_before - site.parameters_after) / len(site.layers)
                 for layer in site.layers:
-                    after[layer] = after.get(layer, whole) - saved
-        return {layer: (whole, round(left)) for layer, left in sorted(after.items())}
+                    after[layer] = after.get(layer, self._attention(layer)) - saved
+        return {layer: (self._attention(layer), round(n)) for layer, n in sorted(after.items())}
+
+    def _attention(self, layer: int) -> int:
+        """Numbers in all attention matrices of a layer."""
+        geometry = self.spec.geometry(layer)
+        return sum(geometry.numel(role) for role in geometry.roles if role in ATTENTION)
+
+    def _untouched_attention(self) -> int:
+        """Numbers in the attention of the layers that have no edited attention matrix."""
+        edited = self.layer_attention()
+        return sum(self._attention(n) for n in range(self.spec.layers) if n not in edited)
 
     def ratios(self) -> dict[str, float]:
         """Each compression ratio by its name; those that do not apply are left out."""
         layers = self.layer_attention()
-        whole = sum(self.geometry.inner(role) for role in ATTENTION) * self.geometry.D
         out = {
             "matrices_compressed": _ratio(
                 sum(site.parameters_before for site in self.sites),
@@ -101,7 +110,7 @@ class CompressionReport:
         if layers:
             before = sum(pair[0] for pair in layers.values())
             after = sum(pair[1] for pair in layers.values())
-            untouched = whole * (self.model_layers - len(layers))
+            untouched = self._untouched_attention()
             out["attention_of_edited_layers"] = _ratio(before, after)
             out["all_attention"] = _ratio(before + untouched, after + untouched)
         totals = self.totals
@@ -113,6 +122,14 @@ class CompressionReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         out = asdict(self)
+        del out["spec"]
+        out["geometry"] = asdict(self.spec.geometry(self.sites[0].layers[0] if self.sites else 0))
+        out["model_layers"] = self.spec.layers
+        out["untouched_attention"] = self._untouched_attention()
+        out["layer_roles"] = [list(geometry.roles) for geometry in self.spec.geometries]
+        out["passed_over"] = [
+            {"layer": layer, "lacks": list(roles)} for layer, roles in self.passed_over.items()
+        ]
         for site, record in zip(self.sites, out["sites"], strict=True):
             record["compression_ratio"] = site.ratio
         out["layer_attention"] = [

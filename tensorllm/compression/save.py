@@ -12,6 +12,7 @@ from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask, Format
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.weights import dense_matrices
 
 
 def save(
@@ -69,7 +70,7 @@ def _refuse_changed(model: Any, compression: Compression) -> None:
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
     for done in compression.sites:
-        matrices = done.site.unstack(done.factors.dense(), roles.geometry)
+        matrices = dense_matrices(done.site, done.factors, roles)
         for slot, w_ID in zip(done.site.matrices, matrices, strict=True):
             now = roles.read(weights, *slot)
             if not torch.equal(now, w_ID.to(now)):

@@ -15,6 +15,7 @@ from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.ranks import ranks_for_energy, tucker_parameters
 from tensorllm.tensors.stacking import ATTENTION
 from tensorllm.tensors.tucker import spectra
+from tensorllm.weights import stacked
 
 MODES = {0: "width", 1: "head_dim", 2: "matrices"}
 
@@ -58,7 +59,7 @@ def attention_spectra(
         site = Site((layer,), ATTENTION, "heads")
         names = {roles.name(*matrix) for matrix in site.matrices}
         weights = checkpoint.read(sorted(names))
-        w = site.stack([roles.read(weights, *m) for m in site.matrices], roles.geometry)
+        w = stacked(site, roles, weights)
         out.append(_of_layer(layer, w, tuple(energies), speed))
     progress(len(wanted), len(wanted), "done")
     return out

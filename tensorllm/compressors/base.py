@@ -63,10 +63,7 @@ class Site:
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
         """The stacked tensor's shape; refuses what cannot be stacked."""
         STACKINGS[self.stacking].check(self.roles, geometry)
-        empty = [
-            torch.empty(geometry.inner(role), geometry.D, device="meta")
-            for _, role in self.matrices
-        ]
+        empty = [torch.empty(geometry.shape(role), device="meta") for _, role in self.matrices]
         return tuple(self.stack(empty, geometry).shape)
 
 

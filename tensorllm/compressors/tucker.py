@@ -96,7 +96,7 @@ class TuckerSettings(Leaf):
         """R1 (of D) and R2 (of K): shares of their mode; R3 (of the matrices): all of them."""
         if {"ranks", "energy", "error"} & settings.keys():
             return {}
-        geo = spec.geometry(0)
+        geo = spec.sample(ATTENTION)
         shares = {
             f"R{n}": Dimension(tuple(sorted({max(1, round(s * size)) for s in SHARES})), (1, size))
             for n, size in ((1, geo.D), (2, geo.K))
@@ -114,7 +114,7 @@ class TuckerSettings(Leaf):
         """
         if "R2" not in point:
             return {}
-        geo = spec.geometry(0)
+        geo = spec.sample(ATTENTION)
         given = {"R1": geo.G * int(point["R2"])} | {name: int(rank) for name, rank in point.items()}
         ranks = [given[f"R{mode + 1}"] for mode in cls.modes]
         numbers = math.prod(ranks) * geo.G

@@ -249,8 +249,8 @@ def _last_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         roles = RoleMatrices(model.config, parameters_of(model))
     except UserError:
         return
-    # Only what the row names: an architecture may have no FFN, or one of another kind.
-    for stored in roles.architecture:
+    # Only what is there: a layer may have no FFN, or one of another kind.
+    for stored in roles.stored_in(roles.layers - 1):
         role = stored.roles[0]  # a module that holds several roles has one input
         if role in {*PICKED, *FILLED}:
             name = roles.name(roles.layers - 1, role).removesuffix(".weight")

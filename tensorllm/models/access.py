@@ -1,6 +1,7 @@
 """The one reader and the one writer of role matrices, for every architecture.
 
-Shapes: I inner width, D model width, G key/value heads, g queries per group, K head width.
+Shapes: I rows of a role matrix, C its columns (mostly the model width D), G key/value heads,
+g queries per group, K head width.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorllm.errors import UserError
-from tensorllm.models.spec import ModelSpec, Stored, architecture_of
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.models.spec import ModelSpec, Stored, Task, architecture_of
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -19,7 +19,9 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class RoleMatrices:
-    """Role matrices `(I, D)` of any architecture, read from and written to named parameters.
+    """Role matrices `(I, C)` of any architecture, read from and written to named parameters.
+
+    Layers may differ: sizes, roles and where they are stored are asked for per layer.
 
     Args:
         config: the transformers config that the parameters belong to.
@@ -28,36 +30,55 @@ class RoleMatrices:
 
     def __init__(self, config: Any, names: Collection[str]) -> None:
         self.architecture = architecture_of(config)
-        self.geometry: Geometry = self.architecture.geometry(config)
         self.layers: int = config.num_hidden_layers
         if self.layers < 1:
             raise UserError(f"a model must have 1 layer or more, the config says {self.layers}")
-        self.spec = ModelSpec((self.geometry,) * self.layers)
+        self.spec = ModelSpec((self.architecture.geometry(config),) * self.layers)
         self._prefix = self._find_prefix(config.model_type, names)
+
+    @property
+    def task(self) -> Task:
+        """Whether the model predicts the next token or a masked one."""
+        return self.architecture.task
+
+    def stored_in(self, layer: int) -> tuple[Stored, ...]:
+        """The stored parameters that hold the layer's roles."""
+        return tuple(self.architecture)
+
+    def stored(self, layer: int, role: str) -> Stored:
+        """The stored parameter that holds the role.
+
+        Raises:
+            UserError: the layer has no such role.
+        """
+        for stored in self.stored_in(layer):
+            if role in stored.roles:
+                return stored
+        there = ", ".join(self.spec.geometry(layer).roles)
+        raise UserError(f"layer {layer} has no matrix {role!r}; it has {there or 'none'}")
 
     def name(self, layer: int, role: str) -> str:
         """Name of the parameter that holds the role."""
-        stored = self.architecture.stored(role)
-        block = self.architecture.block.format(i=layer)
-        return f"{self._prefix}{block}.{stored.path}.weight"
+        return f"{self.layer_path(layer)}.{self.stored(layer, role).path}.weight"
 
     def layer_path(self, layer: int) -> str:
         """Name of the layer's module in the model."""
         return f"{self._prefix}{self.architecture.block.format(i=layer)}"
 
     def read(self, weights: Mapping[str, Tensor], layer: int, role: str) -> Tensor:
-        """The role matrix `(I, D)`, in the stored dtype; a view where it can be one."""
-        return self._part(weights[self.name(layer, role)], role).reshape(-1, self.geometry.D)
+        """The role matrix `(I, C)`, in the stored dtype; a view where it can be one."""
+        part = self._part(weights[self.name(layer, role)], layer, role)
+        return part.reshape(self.spec.geometry(layer).shape(role))
 
-    def write(self, weights: Mapping[str, Tensor], layer: int, role: str, w_ID: Tensor) -> None:
-        """Overwrite the role matrix `(I, D)` in place, rounded to the stored dtype.
+    def write(self, weights: Mapping[str, Tensor], layer: int, role: str, w_IC: Tensor) -> None:
+        """Overwrite the role matrix `(I, C)` in place, rounded to the stored dtype.
 
-        Gradients flow from the parameter to `w_ID`, where that wants them.
+        Gradients flow from the parameter to `w_IC`, where that wants them.
         """
-        want = (self.geometry.inner(role), self.geometry.D)
-        assert w_ID.shape == want, f"{role} must be {want}, got {tuple(w_ID.shape)}"
-        part = self._part(weights[self.name(layer, role)], role)
-        part.copy_(w_ID.reshape(part.shape))
+        want = self.spec.geometry(layer).shape(role)
+        assert w_IC.shape == want, f"{role} must be {want}, got {tuple(w_IC.shape)}"
+        part = self._part(weights[self.name(layer, role)], layer, role)
+        part.copy_(w_IC.reshape(part.shape))
 
     def check_layers(self, layers: Collection[int]) -> tuple[int, ...]:
         """The layers as a tuple; out of range, repeated or missing ones are refused."""
@@ -71,9 +92,9 @@ class RoleMatrices:
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse stored shapes that contradict the config."""
         for layer in range(self.layers):
-            for stored in self.architecture:
+            for stored in self.stored_in(layer):
                 name = self.name(layer, stored.roles[0])
-                want = self._stored_shape(stored)
+                want = self._stored_shape(layer, stored)
                 if name not in shapes:
                     raise UserError(f"the weights have no {name}, which the config asks for")
                 if tuple(shapes[name]) != want:
@@ -81,20 +102,21 @@ class RoleMatrices:
                         f"{name} has shape {tuple(shapes[name])}, but the config says {want}"
                     )
 
-    def _stored_shape(self, stored: Stored) -> tuple[int, int]:
-        rows = sum(self.geometry.inner(role) for role in stored.roles)
-        return (self.geometry.D, rows) if stored.transposed else (rows, self.geometry.D)
+    def _stored_shape(self, layer: int, stored: Stored) -> tuple[int, int]:
+        geo = self.spec.geometry(layer)
+        rows, columns = sum(map(geo.inner, stored.roles)), geo.shape(stored.roles[0])[1]
+        return (columns, rows) if stored.transposed else (rows, columns)
 
-    def _part(self, weight: Tensor, role: str) -> Tensor:
-        """The view of a stored parameter that is the role's: (I, D) or (G, m, K, D)."""
-        stored, geo = self.architecture.stored(role), self.geometry
-        w_ID = weight.mT if stored.transposed else weight
+    def _part(self, weight: Tensor, layer: int, role: str) -> Tensor:
+        """The view of a stored parameter that is the role's: (I, C) or (G, m, K, C)."""
+        stored, geo = self.stored(layer, role), self.spec.geometry(layer)
+        w_IC = weight.mT if stored.transposed else weight
         if stored.grouped:
-            w_GmKD = w_ID.view(geo.G, geo.groups + 2, geo.K, geo.D)
+            w_GmKC = w_IC.view(geo.G, geo.groups + 2, geo.K, -1)
             first = {"q": 0, "k": geo.groups, "v": geo.groups + 1}[role]
-            return w_GmKD[:, first : first + (geo.groups if role == "q" else 1)]
+            return w_GmKC[:, first : first + (geo.groups if role == "q" else 1)]
         before = stored.roles[: stored.roles.index(role)]
-        return w_ID.narrow(0, sum(map(geo.inner, before)), geo.inner(role))
+        return w_IC.narrow(0, sum(map(geo.inner, before)), geo.inner(role))
 
     def _find_prefix(self, model_type: str, names: Collection[str]) -> str:
         """What stands before the base model's own names, such as `transformer.` or nothing."""

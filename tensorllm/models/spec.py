@@ -3,7 +3,7 @@
 Shapes: D model width, H query heads, G key/value heads, K head width, F FFN width, I inner width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,6 +110,26 @@ class ModelSpec:
     def roles(self) -> tuple[str, ...]:
         """Roles that some layer has, each once."""
         return tuple(dict.fromkeys(role for geo in self.geometries for role in geo.roles))
+
+    def having(self, roles: Sequence[str]) -> tuple[int, ...]:
+        """The layers that have all these roles."""
+        return tuple(
+            layer for layer, geo in enumerate(self.geometries) if set(roles) <= set(geo.roles)
+        )
+
+    def sample(self, roles: Sequence[str]) -> Geometry:
+        """The sizes of the first layer that has all these roles.
+
+        Raises:
+            UserError: no layer has.
+        """
+        found = self.having(roles)
+        if not found:
+            raise UserError(
+                f"no layer of this model has the matrices {', '.join(roles)}; "
+                f"it has {', '.join(self.roles) or 'none'}"
+            )
+        return self.geometries[found[0]]
 
 
 ARCHITECTURES: Registry[Architecture] = Registry(

@@ -79,13 +79,14 @@ class Forecast:
         self.width = dtype.itemsize
         self.parameters = sum(p.numel() for p in model.parameters())
         self.roles = RoleMatrices(model.config, parameters_of(model))
-        self.masked = self.roles.architecture.task == "masked"
+        self.masked = self.roles.task == "masked"
         self.vocabulary = model.config.get_text_config().vocab_size
         self.budget = ACCELERATOR if accelerated else CPU
-        geometry = self.roles.geometry
-        tables = 2 * self.vocabulary * geometry.D  # read in part: a row per token
+        spec = self.roles.spec
+        self.model_width = spec.geometry(0).D
+        tables = 2 * self.vocabulary * self.model_width  # read in part: a row per token
         self.in_layers = max(self.parameters - tables, 1)
-        self.cached = 2 * self.roles.layers * geometry.G * geometry.K * self.width
+        self.cached = 2 * self.width * sum(geo.G * geo.K for geo in spec.geometries)
 
     def cell(self, cell: Cell, examples: int, *, searched: bool) -> Cost:
         """The cost of one cell.
@@ -103,7 +104,7 @@ class Forecast:
             override = {} if cell.layout is None else {"layout": cell.layout}
             compressor = cell.recipe.compressor(**override)
             jobs = plan_jobs(compressor, self.roles, cell.recipe.layers or (0,))
-            shapes = [job.site.shape(self.roles.geometry) for job in jobs]
+            shapes = [job.site.shape(self.roles.spec.geometry(0)) for job in jobs]
             once = decomposition_seconds(shapes, self.machine.flops)
             seconds += once * (layers if searched else 1)
             working = COPIES * 4 * max(map(prod, shapes))
@@ -125,7 +126,7 @@ class Forecast:
         # The papers' loss reads padded batches once more; a masked model reads a text for it.
         passes = 2 if opened and (self.masked or PAPER.unmasked_padding) else 1
         per_token = 2.0 * self.in_layers
-        heads = 2.0 * self.vocabulary * self.roles.geometry.D * (load.answer_tokens + 1)
+        heads = 2.0 * self.vocabulary * self.model_width * (load.answer_tokens + 1)
         seconds = examples * passes * (per_token * length + heads) / self.machine.flops
         if self.masked or not opened:
             return seconds

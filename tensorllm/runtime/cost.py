@@ -41,7 +41,7 @@ class Choice:
 
 
 def dense_cost(site: Site, geometry: Geometry) -> Cost:
-    size = sum(geometry.inner(role) * geometry.D for _, role in site.matrices)
+    size = sum(geometry.numel(role) for _, role in site.matrices)
     if site.stacking == "heads":
         return attention_cost(geometry, size, geometry.K)
     return Cost(size, len(site.matrices), size)

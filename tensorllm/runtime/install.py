@@ -18,6 +18,7 @@ from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
 from tensorllm.runtime.sites import Held, Order, SiteModule, dense_linear, module_for
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.quantised import widen
+from tensorllm.tensors.stacking import ATTENTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,11 @@ class _Installation:
         if self.latent and module.latent_attention:
             self._attention(site, factors, module)
             return
-        for (layer, role), held in module.roles(site, factors, self.roles.geometry).items():
+        geometry = self.roles.spec.geometry(site.layers[0])
+        for (layer, role), held in module.roles(site, factors, geometry).items():
             name = self.roles.name(layer, role)
             self.parts[name][role] = (site, held)
-            self.where[name] = (layer, self.roles.architecture.stored(role))
+            self.where[name] = (layer, self.roles.stored(layer, role))
 
     def finish(self) -> list[Placement]:
         for name, by_role in self.parts.items():
@@ -117,24 +119,26 @@ class _Installation:
                 w_ID = self.roles.read(weights, layer, role).clone()
                 modules[role] = dense_linear(w_ID, role)
                 self.placed.append(Placement("", f"{layer}.{role}", f"{below}.weight"))
-        geo = self.roles.geometry
+        geo = self.roles.spec.geometry(layer)
         grouped = {"grouped": geo.G, "head_dim": geo.K} if stored.grouped else {}
         linear = FactoredLinear(modules, _bias_of(dense), **grouped)
         self._replace(path, linear)
 
     def _attention(self, site: Site, factors: Factors, kind: type[SiteModule]) -> None:
         (layer,) = site.layers
-        latents: Any = kind(factors, site, self.roles.geometry)
+        geometry = self.roles.spec.geometry(layer)
+        latents: Any = kind(factors, site, geometry)
         latents.finish()
         block = self.roles.name(layer, "q").removesuffix(".weight").rpartition(".")[0]
         module: Any = self.model.get_submodule(block)
         assert self.adapter is not None, "asked only where there is one"
-        become_factored(module, self.model.config, self.adapter, self.roles.geometry, latents)
-        for stored in self.roles.architecture.attention:
+        become_factored(module, self.model.config, self.adapter, geometry, latents)
+        here = self.roles.stored_in(layer)
+        for stored in (each for each in here if set(each.roles) <= set(ATTENTION)):
             path = self.roles.name(layer, stored.roles[0]).removesuffix(".weight")
             bias = _bias_of(self.model.get_submodule(path))
             if stored.roles == ("o",):
-                output = LatentOutput(bias, latents, self.roles.geometry.G)
+                output = LatentOutput(bias, latents, geometry.G)
                 self._replace(path, output)
                 if path.startswith(f"{block}."):
                     module.__dict__["output"] = output  # registered under its own name already

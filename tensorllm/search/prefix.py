@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, S cached and new tokens, D model width, V vocabulary.
 import copy
 import os
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from tensorllm.evaluation.forward import ModelForward, Padded
 from tensorllm.evaluation.masked import MaskedForward
-from tensorllm.models import RoleMatrices
+from tensorllm.models import RoleMatrices, Stored
 from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, Remembered
+from tensorllm.tensors.stacking import FFN
 
 T = TypeVar("T")
 
@@ -35,9 +36,13 @@ def layer_modules(model: nn.Module, roles: RoleMatrices) -> list[nn.Module]:
 
 def ffn_modules(layers: list[nn.Module], roles: RoleMatrices) -> list[nn.Module | None]:
     """The module of each layer that is its whole FFN, if it is one."""
-    parents = {stored.path.rpartition(".")[0] for stored in roles.architecture.ffn}
-    path = parents.pop() if len(parents) == 1 else ""  # an architecture may have no FFN
-    return [layer.get_submodule(path) if path else None for layer in layers]
+    return [_ffn_module(layer, roles.stored_in(number)) for number, layer in enumerate(layers)]
+
+
+def _ffn_module(layer: nn.Module, stored: Sequence[Stored]) -> nn.Module | None:
+    parents = {each.path.rpartition(".")[0] for each in stored if set(each.roles) <= set(FFN)}
+    path = parents.pop() if len(parents) == 1 else ""  # a layer may have no FFN
+    return layer.get_submodule(path) if path else None
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -160,9 +160,26 @@ def make_space(
     if not space.grid:
         shown = {key: list(v) for key, v in choices.items() if key != LAYER}
         raise UserError(f"no combination of these values can be reached by {name}: {shown}")
+    if layers is None and len(set(roles.spec.geometries)) > 1:
+        space = _where_it_can_be(space, roles)
     for at in (space.grid[0], space.grid[-1]):
         plan_jobs(space.point(at).compressor, roles, space.point(at).layers)
     return space
+
+
+def _where_it_can_be(space: Space, roles: RoleMatrices) -> Space:
+    """The space without the layers that lack what some of its settings decompose."""
+    every = space.choices[LAYER]
+    lacking = set()
+    for values in space.grid:
+        point = space.point(values)
+        for job in point.compressor.jobs(roles.spec, point.layers):
+            if any(role not in roles.spec.geometry(n).roles for n, role in job.site.matrices):
+                lacking.add(values[LAYER])
+    if len(lacking) == len(every):
+        raise UserError(f"no layer of this model has what {space.mode} decomposes")
+    left = tuple(layer for layer in every if layer not in lacking)
+    return replace(space, choices={**space.choices, LAYER: left})
 
 
 def searchable(spec: ModelSpec) -> str:

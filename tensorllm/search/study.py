@@ -104,7 +104,7 @@ class Study:
         if not self.request.base:
             return frozenset()
         base = PerLayer(edits=self.request.base)
-        jobs = plan_jobs(base, self.roles, range(self.roles.layers))
+        jobs = plan_jobs(base, self.roles, None)
         return frozenset(matrix for job in jobs for matrix in job.site.matrices)
 
     @cached_property

@@ -21,7 +21,13 @@ OUTPUT_PROJECTIONS = ("o", "out")  # lead back to the model width; the others ar
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes of one layer."""
+    """The sizes of one layer, and which roles it has.
+
+    Attributes:
+        shapes: (role, (rows, columns)) of every role matrix of the layer; None: attention and FFN
+            as most models have them, whose shapes follow from the sizes. A role that is not among
+            them is not there; H, G and K are 0 in a layer without attention, F without an FFN.
+    """
 
     D: int
     H: int
@@ -29,6 +35,7 @@ class Geometry:
     K: int
     F: int
     gated: bool
+    shapes: tuple[tuple[str, tuple[int, int]], ...] | None = None
 
     @property
     def groups(self) -> int:
@@ -37,21 +44,39 @@ class Geometry:
 
     @property
     def roles(self) -> tuple[str, ...]:
+        """The roles that the layer has."""
+        if self.shapes is not None:
+            return tuple(role for role, _ in self.shapes)
         return ATTENTION + (FFN if self.gated else ("in", "out"))
+
+    def shape(self, role: str) -> tuple[int, int]:
+        """Rows and columns of the role matrix."""
+        if self.shapes is not None:
+            return dict(self.shapes)[role]
+        if role in ("q", "o"):
+            return self.H * self.K, self.D
+        return (self.G * self.K if role in ("k", "v") else self.F), self.D
 
     def inner(self, role: str) -> int:
         """Rows of the role matrix."""
-        if role in ("q", "o"):
-            return self.H * self.K
-        return self.G * self.K if role in ("k", "v") else self.F
+        return self.shape(role)[0]
+
+    def heads(self, role: str) -> int:
+        """How many heads lie below one another in the rows of the role matrix; 1 where none do."""
+        return {"q": self.H, "k": self.G, "v": self.G, "o": self.H}.get(role, 1)
+
+    def numel(self, role: str) -> int:
+        """Numbers in the role matrix."""
+        rows, columns = self.shape(role)
+        return rows * columns
 
     def inputs(self, role: str) -> int:
         """Width of what the role's matrix reads."""
-        return self.inner(role) if role in OUTPUT_PROJECTIONS else self.D
+        return self.shape(role)[role not in OUTPUT_PROJECTIONS]
 
     def outputs(self, role: str) -> int:
         """Width of what it gives."""
-        return self.D if role in OUTPUT_PROJECTIONS else self.inner(role)
+        return self.shape(role)[role in OUTPUT_PROJECTIONS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +132,25 @@ def _no_check(roles: Sequence[str], geo: Geometry) -> None:
     """Any role, any geometry."""
 
 
+def _check_heads(roles: Sequence[str], geo: Geometry) -> None:
+    """Whole heads of one width, over the model width."""
+    for role in roles:
+        heads = geo.heads(role)
+        if geo.shape(role) != (heads * geo.K, geo.D):
+            raise UserError(
+                f"heads of equal width over the model width can be stacked: {role!r} is "
+                f"{geo.shape(role)}, not {heads} heads of {geo.K} over {geo.D}"
+            )
+
+
 def _check_all_four(roles: Sequence[str], geo: Geometry) -> None:
     if tuple(roles) != ATTENTION:
         raise UserError(f"stacking all heads needs the roles {ATTENTION}, got {tuple(roles)}")
+    _check_heads(roles, geo)
 
 
 def _check_official(roles: Sequence[str], geo: Geometry) -> None:
+    _check_heads(roles, geo)
     if geo.groups != 1 or geo.H * geo.K != geo.D:
         raise UserError(
             "layout 'official' is defined for square, ungrouped attention only (heads x head_dim = "
@@ -122,11 +160,9 @@ def _check_official(roles: Sequence[str], geo: Geometry) -> None:
 
 
 def _check_equal_shapes(roles: Sequence[str], geo: Geometry) -> None:
-    sizes = {role: geo.inner(role) for role in roles}
+    sizes = {role: geo.shape(role) for role in roles}
     if len(set(sizes.values())) > 1:
-        raise UserError(
-            f"matrices of unequal shapes cannot be stacked whole: rows {sizes}, width {geo.D}"
-        )
+        raise UserError(f"matrices of unequal shapes cannot be stacked whole: {sizes}")
 
 
 def _stack_matrices(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
@@ -137,7 +173,7 @@ STACKINGS.register("heads")(Stacking(_stack_heads, _unstack_heads, _check_all_fo
 STACKINGS.register("official-heads")(
     Stacking(_stack_official_heads, _unstack_official_heads, _check_official)
 )
-STACKINGS.register("head")(Stacking(_stack_head, _unstack_head, _no_check))
+STACKINGS.register("head")(Stacking(_stack_head, _unstack_head, _check_heads))
 STACKINGS.register("official-head")(
     Stacking(_stack_official_head, _unstack_official_head, _check_official)
 )

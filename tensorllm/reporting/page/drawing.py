@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from tensorllm.compression.descriptions import picture_of
 from tensorllm.reporting.page.figures import times
-from tensorllm.tensors.stacking import ATTENTION
+from tensorllm.tensors.stacking import ATTENTION, FFN
 
 Json = Mapping[str, Any]
 CELL, GAP, RIGHT = 26, 4, 84
@@ -24,8 +24,9 @@ def model_drawing(report: Json) -> Markup:
         for layer in site["layers"]
         for role in site["roles"]
     }
-    roles = [*ATTENTION, "in", *(["gate"] if report["geometry"]["gated"] else []), "out"]
-    layers = report["model_layers"]
+    there = report["layer_roles"]
+    roles = [role for role in (*ATTENTION, *FFN) if any(role in layer for layer in there)]
+    layers = len(there)
     row = max(5.0, min(34.0, HEIGHT / layers))
     start = 52 + 9 * len(str(layers - 1))  # room for "layer 27"
     places = {r: start + n * (CELL + GAP) + (14 if n >= 4 else 0) for n, r in enumerate(roles)}
@@ -33,14 +34,13 @@ def model_drawing(report: Json) -> Markup:
     head = 40
     edited = sorted({layer for layer, _ in left})
     out = [
-        _text((places["q"] + places["o"] + CELL) / 2, 12, "attention", "caps", "middle"),
-        _text((places["in"] + end) / 2, 12, "FFN", "caps", "middle"),
+        *_captions(places),
         *(_text(places[r] + CELL / 2, 30, r, "role", "middle") for r in roles),
     ]
     for layer in range(layers):
         y = head + (layers - 1 - layer) * row
         high = max(3.0, row - (3 if row > 8 else 1.5))
-        for role in roles:
+        for role in (role for role in roles if role in there[layer]):
             part = left.get((layer, role))
             what = f"layer {layer}, {role}"
             if part is None:
@@ -173,3 +173,13 @@ def _times(sizes: Sequence[int]) -> str:
 
 def _sub(number: int) -> str:
     return "₀₁₂₃₄"[number]
+
+
+def _captions(places: Mapping[str, float]) -> list[Markup]:
+    """The names of attention and FFN over their columns, where the model has them."""
+    out = []
+    for caption, group in (("attention", ATTENTION), ("FFN", FFN)):
+        at = [places[role] for role in group if role in places]
+        if at:
+            out.append(_text((at[0] + at[-1] + CELL) / 2, 12, caption, "caps", "middle"))
+    return out

@@ -88,7 +88,7 @@ def read_run(path: Path) -> Run:
 KEYS: dict[type[Run], set[str]] = {  # by what the kinds are known
     Searched: {"winner", "trials", "original"},
     Evaluated: {"metrics", "dataset", "protocol", "split", "examples", "model"},
-    Compressed: {"mode", "settings", "sites", "ratios", "totals", "geometry", "model_layers"},
+    Compressed: {"mode", "settings", "sites", "ratios", "totals", "layer_roles"},
     Benched: {"models", "ratios", "sites"},
 }
 

@@ -59,7 +59,7 @@ def ratios(report: Json, benched: Sequence[Benched]) -> list[dict[str, str]]:
     totals, sites, layers = report["totals"], report["sites"], report["layer_attention"]
     matrices = [sum(s[f"parameters_{when}"] for s in sites) for when in ("before", "after")]
     edited = [sum(layer[when] for layer in layers) for when in ("before", "after")]
-    rest = layers[0]["before"] * (report["model_layers"] - len(layers)) if layers else 0
+    rest = report["untouched_attention"] if layers else 0
     numbers = {
         "matrices_compressed": [count(n) for n in matrices],
         "attention_of_edited_layers": [count(n) for n in edited],

@@ -1,0 +1,106 @@
+"""Which jobs of a strategy a model has the matrices for: layers may lack some.
+
+A layer that was not named and lacks what a job decomposes is passed over; a named one is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorllm.compressors.base import Compressor, Job
+from tensorllm.errors import UserError
+from tensorllm.models.access import RoleMatrices
+from tensorllm.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The jobs of a strategy on one model.
+
+    Attributes:
+        layers: those that were asked for, without layers from which nothing is left.
+        passed_over: layer -> the roles that a job wanted and the layer lacks.
+    """
+
+    jobs: list[Job]
+    layers: tuple[int, ...]
+    passed_over: dict[int, tuple[str, ...]]
+
+
+def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | None) -> Placed:
+    """The jobs of a strategy for layers of a model.
+
+    Args:
+        layers: counted from 0; None: all, and those that lack what a job wants are passed over.
+
+    Raises:
+        UserError: a named layer lacks what a job wants, or no layer has it.
+    """
+    spec = roles.spec
+    wanted = roles.check_layers(range(roles.layers) if layers is None else layers)
+    jobs = compressor.jobs(spec, wanted)
+    lacking = _lacking(jobs, spec, roles)
+    if layers is not None:
+        lacking |= _empty(jobs, spec, wanted)
+    left = [layer for layer in wanted if layer not in lacking]
+    if lacking and left and any(len(job.site.layers) > 1 for job in jobs):
+        jobs = compressor.jobs(spec, left)
+    jobs = _whole(jobs, lacking)
+    if lacking and (layers is not None or not jobs):
+        layer, missing = next(iter(lacking.items()))
+        there = spec.having(missing)
+        where = f"layers {', '.join(map(str, there))} have" if there else "no layer has"
+        raise UserError(
+            f"layer {layer} has no matrix {', '.join(missing)}"
+            f" (it has {', '.join(spec.geometry(layer).roles) or 'none'}); {where} all of them"
+        )
+    gone = set(lacking) - {layer for job in jobs for layer in job.site.layers}
+    for job in jobs:
+        _check_alike(job, spec)
+    return Placed(jobs, tuple(n for n in wanted if n not in gone), lacking)
+
+
+def _lacking(
+    jobs: Sequence[Job], spec: ModelSpec, roles: RoleMatrices
+) -> dict[int, tuple[str, ...]]:
+    out: dict[int, list[str]] = {}
+    for job in jobs:
+        roles.check_layers(job.site.layers)
+        for layer, role in job.site.matrices:
+            if role not in spec.geometry(layer).roles:
+                out.setdefault(layer, []).append(role)
+    return {layer: tuple(dict.fromkeys(missing)) for layer, missing in sorted(out.items())}
+
+
+def _empty(
+    jobs: Sequence[Job], spec: ModelSpec, layers: Sequence[int]
+) -> dict[int, tuple[str, ...]]:
+    """Layers of which a strategy that takes what is there takes nothing, because they lack it."""
+    edited = {layer for job in jobs for layer in job.site.layers}
+    roles = {role for job in jobs for role in job.site.roles} or set(spec.roles)
+    return {
+        layer: tuple(sorted(roles))
+        for layer in layers
+        if layer not in edited and not roles & set(spec.geometry(layer).roles)
+    }
+
+
+def _whole(jobs: Sequence[Job], lacking: dict[int, tuple[str, ...]]) -> list[Job]:
+    """The jobs of whose matrices none is missing."""
+    return [
+        job
+        for job in jobs
+        if not any(role in lacking.get(layer, ()) for layer, role in job.site.matrices)
+    ]
+
+
+def _check_alike(job: Job, spec: ModelSpec) -> None:
+    """Layers that are decomposed as one tensor must have matrices of the same shapes."""
+    first, *others = job.site.layers
+    for layer in others:
+        for role in job.site.roles:
+            one, other = (spec.geometry(n).shape(role) for n in (first, layer))
+            if one != other:
+                raise UserError(
+                    f"layers {first} and {layer} cannot be decomposed as one tensor: {role!r} is "
+                    f"{one} in the one and {other} in the other"
+                )
