@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tensorllm.calibration.experts import Key
 from tensorllm.calibration.layers import Layers
-from tensorllm.calibration.statistics import Covariances, Key
+from tensorllm.calibration.statistics import Covariances
 from tensorllm.compressors.base import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 from tensorllm.weights import dense_matrices
 
 SMALLEST = 1e-20  # of a token's output: its size is divided by
@@ -115,13 +116,14 @@ class Context:
         return whole_YY[rows[:, None], rows]
 
     def statistics(self, site: Site) -> list[MatrixStatistics]:
-        measured = bool(self.covariances.gradients)
+        measured = self.covariances.gradients
         return [
             MatrixStatistics(
                 self.input_covariance(role),
                 self.covariances.sizes[self._key(role)],
-                self.gradient_covariance((role,)) if measured else None,
-                role in OUTPUT_PROJECTIONS,
+                self.gradient_covariance((role,)) if self._key(role) in measured else None,
+                is_output_projection(role),
+                self.covariances.tokens[self._key(role)],
             )
             for role in site.roles
         ]

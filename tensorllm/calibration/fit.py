@@ -116,7 +116,7 @@ def fit(
             made = _fitted(work, sites, budget, {})
             before = {site: made.factors(site) for site in sites}
             work.keep(distill(model, work.roles, before, calibration, steps, progress))
-        return _fitted(work, sites, budget, calibration.facts())
+        return _fitted(work, sites, budget, _facts(work, calibration))
 
 
 def measure_for(compressor: Compressor, model: nn.Module, calibration: Calibration) -> Covariances:
@@ -161,7 +161,14 @@ def fit_folder(
             "streamed; weighting=outputs needs one layer at a time"
         )
     found.keeps_covariances = False  # measured again rather than held for all layers
-    return _fitted(found, found.run(target), budget, calibration.facts())
+    sites = found.run(target)
+    return _fitted(found, sites, budget, _facts(found, calibration))
+
+
+def _facts(work: Sweeps, calibration: Calibration) -> dict[str, Any]:
+    """What reports say of the text, and of the experts that it did not reach."""
+    missed = {str(layer): sorted(experts) for layer, experts in sorted(work.unreached.items())}
+    return calibration.facts() | ({"experts_not_reached": missed} if missed else {})
 
 
 def _fitted(

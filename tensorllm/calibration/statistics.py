@@ -13,13 +13,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from tensorllm.calibration.experts import Key, is_of_experts, watch
 from tensorllm.calibration.layers import Layers
 from tensorllm.calibration.sequences import Batch
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
-
-Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +29,14 @@ class Covariances:
         inputs: E[x xᵀ] of that input.
         sizes: E|x|, per number of that input.
         gradients: E[g gᵀ] over the joint outputs of its roles; empty where only inputs were
-            measured.
+            measured, and for experts.
+        tokens: that were read; an expert's are those that are routed to it.
     """
 
     inputs: dict[Key, Tensor]
     sizes: dict[Key, Tensor]
     gradients: dict[Key, Tensor]
+    tokens: dict[Key, int]
 
 
 def measure_loss(
@@ -70,7 +71,7 @@ def measure_loss(
             out = runner(input_ids=batch.ids_BT.to(device), attention_mask=mask)
             _sampled_loss(out, batch, draws).backward()
             hooks.add_gradients()
-        return Covariances(*hooks.means())
+        return hooks.means()
 
 
 def measure_outputs(
@@ -108,7 +109,7 @@ def measure_outputs(
             random_BTD *= batch.mask_BT.to(out_BTD.device)[..., None] / size_BT1
             out_BTD.backward(random_BTD)
             hooks.add_gradients()
-        return Covariances(*hooks.means())
+        return hooks.means()
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def measure_inputs(
         for number, (call, hidden_BTD) in enumerate(both):
             hooks.begin(number, layers.batches[number])
             call.run(block, hidden_BTD)
-        return Covariances(*hooks.means())
+        return hooks.means()
 
 
 @contextmanager
@@ -205,13 +206,17 @@ class CovarianceHooks:
         self.model, self.roles, self.keys = model, roles, list(keys)
         self.gradients = gradients
         self._sums = _Sums(spill)
-        self._tokens, self._number = 0, 0
+        self._number = 0
+        self._tokens: dict[Key, int] = dict.fromkeys(self.keys, 0)
         self._batch: Batch | None = None
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        self._handles = [handle for key in self.keys for handle in self._hooks(key)]
+        routed = [key for key in self.keys if is_of_experts(self.roles, key)]
+        plain = [key for key in self.keys if key not in routed]
+        self._handles = [handle for key in plain for handle in self._hooks(key)]
+        self._handles += watch(self.model, self.roles, routed, self._mask, self._see)
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -221,39 +226,60 @@ class CovarianceHooks:
     def begin(self, number: int, batch: Batch) -> None:
         """Say which batch runs next."""
         self._number, self._batch = number, batch
-        self._tokens += int(batch.mask_BT.sum())
+
+    def _mask(self) -> Tensor:
+        assert self._batch is not None
+        return self._batch.mask_BT
 
     def add_gradients(self) -> None:
         """Count the gradients that the backward pass of this batch left."""
-        for key in self.keys:
+        for key in self._differentiated:
             g_NY = torch.cat([self._gradients.pop((key[0], role)) for role in key[1]], dim=1)
             self._sums.add(("gradient", *key), g_NY.mT @ g_NY)
 
-    def means(self) -> tuple[dict[Key, Tensor], dict[Key, Tensor], dict[Key, Tensor]]:
-        """E[x xᵀ], E|x| and E[g gᵀ] of every key."""
+    @property
+    def _differentiated(self) -> list[Key]:
+        """The keys whose gradients are measured: of experts only inputs are."""
+        return [k for k in self.keys if self.gradients and not is_of_experts(self.roles, k)]
+
+    def means(self) -> Covariances:
+        """E[x xᵀ], E|x| and E[g gᵀ] of every key; all 0 for an expert without a token."""
         inputs, sizes, gradients = (
-            {key: self._sums.sums[what, *key].div_(self._tokens) for key in keys}
+            {key: self._mean(what, key) for key in keys}
             for what, keys in (
                 ("input", self.keys),
                 ("size", self.keys),
-                ("gradient", self.keys * self.gradients),
+                ("gradient", self._differentiated),
             )
         )
-        return inputs, sizes, gradients
+        return Covariances(inputs, sizes, gradients, dict(self._tokens))
+
+    def _mean(self, what: str, key: Key) -> Tensor:
+        layer, roles = key
+        width = self.roles.spec.geometry(layer).inputs(roles[0])
+        if not self._tokens[key]:
+            return torch.zeros((width, width) if what == "input" else (width,), dtype=torch.float64)
+        return self._sums.sums[what, *key].div_(self._tokens[key])
+
+    def _see(self, key: Key, x_NX: Tensor) -> None:
+        """Count what the roles of a key read."""
+        x_NX = x_NX.double()
+        if not torch.isfinite(x_NX).all():
+            name = self.roles.name(key[0], key[1][0]).removesuffix(".weight")
+            raise UserError(
+                f"the input of {name} has NaN or Inf in calibration batch {self._number}"
+            )
+        if len(x_NX):
+            self._tokens[key] += len(x_NX)
+            self._sums.add(("input", *key), x_NX.mT @ x_NX)
+            self._sums.add(("size", *key), x_NX.abs().sum(0))
 
     def _hooks(self, key: Key) -> Iterator[Any]:
         layer, cluster = key
 
         def see_input(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._batch is not None
-            x_NX = self._batch.tokens(args[0].detach()).double()
-            if not torch.isfinite(x_NX).all():
-                name = self.roles.name(layer, cluster[0]).removesuffix(".weight")
-                raise UserError(
-                    f"the input of {name} has NaN or Inf in calibration batch {self._number}"
-                )
-            self._sums.add(("input", *key), x_NX.mT @ x_NX)
-            self._sums.add(("size", *key), x_NX.abs().sum(0))
+            self._see(key, self._batch.tokens(args[0].detach()))
 
         first = module_of(self.model, self.roles, layer, cluster[0])
         yield first.register_forward_hook(see_input)

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorllm.calibration.context import Context, LayerModule
+from tensorllm.calibration.experts import Key
 from tensorllm.calibration.layers import Layers, LayerSource
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.statistics import (
     Covariances,
-    Key,
     measure_inputs,
     measure_loss,
     measure_outputs,
@@ -50,6 +50,7 @@ class Sweeps:
 
     Attributes:
         known: covariances that need not be measured.
+        unreached: layer -> experts that the text, as far as it was measured, never reached.
         keeps_covariances: those of all layers are held from the first sweep to the second.
         numbers: in the matrices that are compressed.
         passed_over: layer -> the roles that a job wanted and the layer lacks.
@@ -70,6 +71,7 @@ class Sweeps:
         self.known: Covariances | None = None
         self.keeps_covariances = True
         self._measured: dict[int, Covariances] = {}
+        self.unreached: dict[int, list[int]] = {}
         self._layers: Layers | None = None
         self.roles = roles = source.roles
         found = placed(compressor, roles, layers)
@@ -192,6 +194,7 @@ class Sweeps:
             {key: m for each in found for key, m in each.inputs.items()},
             {key: m for each in found for key, m in each.sizes.items()},
             {key: m for each in found for key, m in each.gradients.items()},
+            {key: n for each in found for key, n in each.tokens.items()},
         )
 
     def curves(self) -> Curves:
@@ -252,9 +255,19 @@ class Sweeps:
             found = measure_outputs(self.all_layers, layer, block, keys, hidden, seed=self.seed)
         else:
             found = measure_inputs(self.all_layers, layer, block, keys, hidden)
+        self._note_unreached(found)
         if self.keeps_covariances:
             self._measured[layer] = found
         return found
+
+    def _note_unreached(self, found: Covariances) -> None:
+        """Remember the experts that no token of the text was routed to."""
+        for (layer, roles), tokens in found.tokens.items():
+            if not tokens:
+                experts = self.unreached.setdefault(layer, [])
+                number = int(roles[0].split(".")[1])
+                if number not in experts:
+                    experts.append(number)
 
     def factors(self, sizes: Mapping[Site, Size | None]) -> list[Site]:
         """Layer after layer the factors of these sites, into the store.

@@ -29,7 +29,7 @@ from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.tensors.factors import LowRank
-from tensorllm.tensors.stacking import ATTENTION, FFN, OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import MATRICES, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -75,7 +75,7 @@ class KeptSettings:
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
         if self.matrices is not None:
-            object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION))
+            object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
 
     def rank_of(self, shape: Sequence[int]) -> int:
         """The rank of a matrix of this shape."""
@@ -100,8 +100,8 @@ class KeptSettings:
         return [
             Site((layer,), (role,), "matrix")
             for layer in layers
-            for role in self.matrices or spec.roles
-            if role in spec.geometry(layer).roles
+            for name in self.matrices or spec.roles
+            for role in spec.geometry(layer).members(name)
         ]
 
 
@@ -209,7 +209,7 @@ def as_map(
 
 def map_of(w_ID: Tensor, role: str) -> Tensor:
     """The same for a role."""
-    return w_ID.double().mT if role in OUTPUT_PROJECTIONS else w_ID.double()
+    return w_ID.double().mT if is_output_projection(role) else w_ID.double()
 
 
 def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,16 @@ g queries per group, K head width.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from tensorllm.errors import UserError
+from tensorllm.models.experts import kept_in
+from tensorllm.models.mixture import mixtures, with_mixture
 from tensorllm.models.spec import ModelSpec, Stored, Task, architecture_of
+from tensorllm.tensors.stacking import is_output_projection
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -33,8 +37,21 @@ class RoleMatrices:
         self.layers: int = config.num_hidden_layers
         if self.layers < 1:
             raise UserError(f"a model must have 1 layer or more, the config says {self.layers}")
-        self.spec = ModelSpec((self.architecture.geometry(config),) * self.layers)
+        geometry = self.architecture.geometry(config)
         self._prefix = self._find_prefix(config.model_type, names)
+        self.mixtures = mixtures(config, self.architecture.block, self.layers, names)
+        self.spec = ModelSpec(
+            tuple(
+                replace(geometry, shapes=with_mixture(geometry, self.mixtures[layer]))
+                if layer in self.mixtures
+                else geometry
+                for layer in range(self.layers)
+            )
+        )
+        self._kept = {
+            layer: kept_in(found.experts, self.layer_path(layer), names)
+            for layer, found in self.mixtures.items()
+        }
 
     @property
     def task(self) -> Task:
@@ -43,6 +60,8 @@ class RoleMatrices:
 
     def stored_in(self, layer: int) -> tuple[Stored, ...]:
         """The stored parameters that hold the layer's roles."""
+        if layer in self.mixtures:
+            return self.architecture.attention + self.mixtures[layer].stored
         return tuple(self.architecture)
 
     def stored(self, layer: int, role: str) -> Stored:
@@ -59,7 +78,17 @@ class RoleMatrices:
 
     def name(self, layer: int, role: str) -> str:
         """Name of the parameter that holds the role."""
-        return f"{self.layer_path(layer)}.{self.stored(layer, role).path}.weight"
+        stored = self.stored(layer, role)
+        if stored.experts is None:
+            return f"{self.layer_path(layer)}.{stored.path}.weight"
+        kept, parameter = self._kept[layer], stored.path.rpartition(".")[2]
+        if kept.apart:
+            return kept.apart.get(role) or kept.missing(role)
+        return kept.fused.get(parameter, f"{self.layer_path(layer)}.{stored.path}")
+
+    def together(self, layer: int, role: str) -> set[str]:
+        """Names of the parameters that a model in memory holds as one, which has the role."""
+        return {self.name(layer, each) for each in self.stored(layer, role).roles}
 
     def layer_path(self, layer: int) -> str:
         """Name of the layer's module in the model."""
@@ -93,23 +122,36 @@ class RoleMatrices:
         """Refuse stored shapes that contradict the config."""
         for layer in range(self.layers):
             for stored in self.stored_in(layer):
-                name = self.name(layer, stored.roles[0])
-                want = self._stored_shape(layer, stored)
-                if name not in shapes:
-                    raise UserError(f"the weights have no {name}, which the config asks for")
-                if tuple(shapes[name]) != want:
-                    raise UserError(
-                        f"{name} has shape {tuple(shapes[name])}, but the config says {want}"
-                    )
+                apart = stored.experts is not None and self._kept[layer].apart
+                for role in stored.roles if apart else stored.roles[:1]:
+                    self._check_shape(layer, stored, role, shapes)
 
-    def _stored_shape(self, layer: int, stored: Stored) -> tuple[int, int]:
+    def _check_shape(
+        self, layer: int, stored: Stored, role: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        name, want = self.name(layer, role), self._stored_shape(layer, stored, role)
+        if name not in shapes:
+            raise UserError(f"the weights have no {name}, which the config asks for")
+        if tuple(shapes[name]) != want:
+            raise UserError(f"{name} has shape {tuple(shapes[name])}, but the config says {want}")
+
+    def _stored_shape(self, layer: int, stored: Stored, role: str) -> tuple[int, ...]:
         geo = self.spec.geometry(layer)
+        if stored.experts is not None:
+            if self._kept[layer].apart:
+                return geo.outputs(role), geo.inputs(role)
+            return stored.experts.parameter_shape(stored.path.rpartition(".")[2], geo.D)
         rows, columns = sum(map(geo.inner, stored.roles)), geo.shape(stored.roles[0])[1]
         return (columns, rows) if stored.transposed else (rows, columns)
 
     def _part(self, weight: Tensor, layer: int, role: str) -> Tensor:
         """The view of a stored parameter that is the role's: (I, C) or (G, m, K, C)."""
         stored, geo = self.stored(layer, role), self.spec.geometry(layer)
+        if stored.experts is not None:
+            _, expert, kind = role.split(".")
+            if self._kept[layer].apart:
+                return weight.mT if is_output_projection(role) else weight
+            return stored.experts.view(weight, kind)[int(expert)]
         w_IC = weight.mT if stored.transposed else weight
         if stored.grouped:
             w_GmKC = w_IC.view(geo.G, geo.groups + 2, geo.K, -1)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tensorllm.errors import UserError
+from tensorllm.models.experts import Experts
 from tensorllm.registry import Registry
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 Task = Literal["causal", "masked"]
-FALLING = OUTPUT_PROJECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +25,19 @@ class Stored:
         grouped: the fused heads are stored group by group, (G, g queries + key + value, K, D),
             and not role by role.
         conv1d: stored (in, out), as GPT-2's Conv1D, and not (out, in), as `nn.Linear`.
+        experts: of a parameter that holds matrices of all experts: how. Its path is its own name.
     """
 
     path: str
     roles: tuple[str, ...]
     grouped: bool = False
     conv1d: bool = False
+    experts: Experts | None = None
 
     @property
     def transposed(self) -> bool:
         """Whether the role matrix (I, D) is the transpose of what is stored."""
-        return self.conv1d != (self.roles[0] in FALLING)
+        return self.conv1d != (is_output_projection(self.roles[0]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,13 +110,15 @@ class ModelSpec:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles that some layer has, each once."""
-        return tuple(dict.fromkeys(role for geo in self.geometries for role in geo.roles))
+        """Roles that some layer has, each once; the same matrix of all experts is one name."""
+        return tuple(dict.fromkeys(role for geo in self.geometries for role in geo.families))
 
     def having(self, roles: Sequence[str]) -> tuple[int, ...]:
         """The layers that have all these roles."""
         return tuple(
-            layer for layer, geo in enumerate(self.geometries) if set(roles) <= set(geo.roles)
+            layer
+            for layer, geo in enumerate(self.geometries)
+            if set(roles) <= {*geo.roles, *geo.families}
         )
 
     def sample(self, roles: Sequence[str]) -> Geometry:

@@ -31,7 +31,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.pivoted import PivotedLowRank, pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
-from tensorllm.tensors.stacking import ATTENTION, FFN, OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric, left_out, regression, weighted_svd
 
 
@@ -126,7 +126,7 @@ class ActivationTucker(LayerFit):
             inputs = Metric(context.input_covariance(key[0]))
             for site in (site for site in sites if set(site.roles) <= set(key)):
                 w_MX, outputs = _map(context, site.roles), _outputs(context, site.roles)
-                if site.roles[0] in OUTPUT_PROJECTIONS:
+                if is_output_projection(site.roles[0]):
                     error_S = left_out(w_MX.mT, inputs, outputs)
                 else:
                     error_S = left_out(w_MX, outputs, inputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tensorllm.compressors.base import Site
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot
 from tensorllm.tensors.shared_input import rows_stacking
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 Group = tuple[str, ...]  # roles that read one input and share an input factor
 
@@ -29,12 +29,12 @@ def map_shape(geometry: Geometry, roles: Group) -> tuple[int, int]:
 def stacked(weights: Mapping[str, Tensor], roles: Group) -> Tensor:
     """Role matrices (I, D), or gradients by them, as maps stacked (M, X), float64."""
     parts = [weights[role].cpu().double() for role in roles]
-    return torch.cat([w.mT if roles[0] in OUTPUT_PROJECTIONS else w for w in parts])
+    return torch.cat([w.mT if is_output_projection(roles[0]) else w for w in parts])
 
 
 def pivoted(left_MR: Tensor, right_RX: Tensor, roles: Group) -> PivotedLowRank:
     """A map's factors as those of the site's tensor: o and out are stacked transposed."""
-    if roles[0] in OUTPUT_PROJECTIONS:
+    if is_output_projection(roles[0]):
         factors = pivot(right_RX.mT, left_MR.mT)
     else:
         factors = pivot(left_MR, right_RX)
