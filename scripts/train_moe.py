@@ -12,6 +12,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Recipe:
     batch: int = 16
     length: int = 128
     rate: float = 3e-3
+    balance: float = 0.02
     warm_up: int = 100
     threads: int = 1
 
@@ -51,7 +53,6 @@ def build_model(vocabulary: int) -> Qwen3MoeForCausalLM:
         moe_intermediate_size=64,
         intermediate_size=256,
         norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=1,
@@ -101,6 +102,19 @@ def held_out_loss(model: Any, ids_N: Tensor, length: int) -> float:
     return total / len(blocks_BT)
 
 
+def imbalance(logits_LNE: Sequence[Tensor], used: int) -> Tensor:
+    """1 where experts are in equal use, layer by layer; transformers' own sums over all layers.
+
+    Source: Fedus, Zoph and Shazeer, "Switch Transformers", JMLR 2022, section 2.2.
+    """
+    total = torch.zeros(())
+    for logits_NE in logits_LNE:
+        chosen_NK = logits_NE.topk(used).indices
+        share_E = chosen_NK.flatten().bincount(minlength=logits_NE.shape[1]) / chosen_NK.numel()
+        total = total + logits_NE.shape[1] * (share_E * logits_NE.softmax(-1).mean(0)).sum()
+    return total / len(logits_LNE)
+
+
 def train(recipe: Recipe, shared: Path) -> tuple[Qwen3MoeForCausalLM, dict[str, Any]]:
     """The trained model and what it reached."""
     torch.manual_seed(recipe.seed)
@@ -108,7 +122,6 @@ def train(recipe: Recipe, shared: Path) -> tuple[Qwen3MoeForCausalLM, dict[str, 
     told_N, held = text_of(shared)
     model = build_model(2048)
     model.set_experts_implementation("eager")  # the fastest of transformers' on one core
-    model.config.output_router_logits = True  # adds the loss that keeps experts in equal use
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=0.1)
     draws = torch.Generator().manual_seed(recipe.seed)
     started = time.monotonic()
@@ -119,19 +132,17 @@ def train(recipe: Recipe, shared: Path) -> tuple[Qwen3MoeForCausalLM, dict[str, 
             group["lr"] = recipe.rate * rate
         starts_B = torch.randint(len(told_N) - recipe.length, (recipe.batch,), generator=draws)
         ids_BT = torch.stack([told_N[i : i + recipe.length] for i in starts_B.tolist()])
-        loss = model(ids_BT, labels=ids_BT).loss
+        out = model(ids_BT, labels=ids_BT, output_router_logits=True)
+        loss = out.loss + recipe.balance * imbalance(out.router_logits, 2)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 250 == 249 or step + 1 == recipe.steps:
-            model.config.output_router_logits = False
             scores = {k: held_out_loss(model, ids_N, recipe.length) for k, ids_N in held.items()}
-            model.config.output_router_logits = True
             took = time.monotonic() - started
             shown = ", ".join(f"{kind} {nats:.3f}" for kind, nats in scores.items())
             print(f"step {step + 1}: {float(loss.detach()):.3f}; held out: {shown}; {took:.0f} s")
-    model.config.output_router_logits = False
     return model.eval(), {"held_out_loss": scores, "seconds": round(took, 1)}
 
 

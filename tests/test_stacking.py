@@ -76,7 +76,7 @@ def test_rows_of_matrices_lie_one_below_the_other(name: str, roles: tuple[str, .
 
 
 @every_row
-@pytest.mark.parametrize("kind", STACKINGS.names())
+@pytest.mark.parametrize("kind", ROLES)
 def test_unstack_undoes_stack(name: str, kind: str) -> None:
     layer, stacking, roles = layer_of(name), STACKINGS[kind], ROLES[kind]
     geo = layer.geo

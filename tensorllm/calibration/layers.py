@@ -72,9 +72,10 @@ class OnDisk:
             self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
         self.roles = RoleMatrices(self.checkpoint.config, parameters_of(self.model))
         self.parameters = self.checkpoint.parameters
-        stored = RoleMatrices(self.checkpoint.config, self.checkpoint.entries)
+        self.stored = RoleMatrices(self.checkpoint.config, self.checkpoint.entries)
         first = self.roles.name(0, "q")
-        self._prefix = stored.name(0, "q").removesuffix(first)
+        self._prefix = self.stored.name(0, "q").removesuffix(first)
+        self._renamed = renamed(self.model, self.checkpoint.entries)
         blocks = tuple(f"{self.roles.layer_path(n)}." for n in range(self.roles.layers))
         own = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
         self._load(self.model, "", own)
@@ -85,6 +86,7 @@ class OnDisk:
         block = self.model.get_submodule(path)
         empty = {name: p.data for name, p in block.named_parameters()}
         self._load(block, f"{path}.", empty)
+        self._load_experts(layer, block)
         try:
             yield block
         finally:
@@ -99,14 +101,48 @@ class OnDisk:
         module.load_state_dict(weights, strict=False, assign=True)
         module.requires_grad_(False)
 
+    def _load_experts(self, layer: int, block: nn.Module) -> None:
+        """Fused parameters, from files that hold each expert's matrices apart."""
+        if layer not in self.roles.mixtures:
+            return
+        experts = self.roles.mixtures[layer].experts
+        module: Any = block.get_submodule(experts.path)
+        for parameter in (experts.inputs, experts.outputs):
+            roles = experts.roles_of(parameter)
+            names = {self.stored.name(layer, role) for role in roles}
+            if len(names) == 1:
+                continue  # fused in the files, too
+            read = self.checkpoint.read(sorted(names))
+            empty: Tensor = getattr(module, parameter)
+            made = torch.empty(empty.shape, dtype=self.dtype, device=self.device)
+            fused = {self.roles.name(layer, role): made for role in roles}
+            for role in roles:
+                self.roles.write(fused, layer, role, self.stored.read(read, layer, role))
+            setattr(module, parameter, nn.Parameter(made, requires_grad=False))
+
     def _stored(self, name: str) -> str:
         """What the checkpoint calls a weight: of tied ones it may hold either."""
         if name not in self.checkpoint.entries:
+            if (known := self._renamed.get(name.removeprefix(self._prefix))) is not None:
+                return known
             tied = getattr(saved_class(self.checkpoint.config), "_tied_weights_keys", None)
             for other, own in (tied or {}).items():
                 if own == name and other in self.checkpoint.entries:
                     return str(other)
         return name
+
+
+def renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Parameters that files hold under other names, as transformers renames them: by name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    own = dict(model.state_dict())
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    pairs = {
+        rename_source_key(name, rules, [], model.base_model_prefix, own)[0]: name for name in stored
+    }
+    return {new: old for new, old in pairs.items() if new in own and new != old}
 
 
 class _NoWeights(TorchFunctionMode):
