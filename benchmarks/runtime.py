@@ -30,7 +30,8 @@ from tltorch_model import (
 from transformers import GPTJForCausalLM
 
 import tensorllm as tl
-from tensorllm.commands.bench import BenchRequest, bench
+from tensorllm.commands.bench import bench
+from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime.cost import MARGIN
 from tensorllm.runtime.measure import measure
 

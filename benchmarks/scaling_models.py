@@ -25,7 +25,7 @@ from tensorllm.compression.engine import compressed as edited
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import make_dataset, score
-from tensorllm.search.request import SearchRequest
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.study import Study
 
 

@@ -1,24 +1,12 @@
 """`tensorllm list`."""
 
-from typing import Annotated
-
-import typer
-
-from tensorllm_cli import names, shared
+from tensorllm.requests.others import ListRequest
+from tensorllm_cli.show import print_json, print_result, progress_bar
+from tensorllm_cli.signature import takes
 
 
-def list_(
-    kind: Annotated[
-        str,
-        typer.Argument(
-            metavar="KIND",
-            autocompletion=names.kinds,
-            help="compressors, architectures, models, datasets or recipes.",
-        ),
-    ],
-    plugin: Annotated[list[str] | None, shared.PLUGIN] = None,
-    json: Annotated[bool, shared.JSON] = False,
-) -> None:
+@takes(ListRequest)
+def list_(request: ListRequest, *, json: bool) -> None:
     """List what tensorllm knows, of one kind.
 
     Examples:
@@ -27,12 +15,10 @@ def list_(
 
       tensorllm list recipes --json
     """
-    from tensorllm_cli.show import print_json, print_result, progress_bar
-
     with progress_bar():
         from tensorllm.commands.catalog import catalog
 
-        rows = catalog(kind, plugin or ())
+        rows = catalog(request.kind, request.plugins)
     if json:
         print_json(rows)
         return

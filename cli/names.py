@@ -1,5 +1,7 @@
 """What a shell completes: names of models, modes, datasets and the like."""
 
+from collections.abc import Callable
+
 
 def models() -> list[str]:
     """The short names."""
@@ -49,6 +51,26 @@ def policies() -> list[str]:
     return ["auto", "always"]
 
 
+def layouts() -> list[str]:
+    """How heads are cut."""
+    return ["paper", "official"]
+
+
 def loggers() -> list[str]:
     """Those that need nothing or one small package."""
     return ["tensorboard", "csv"]
+
+
+# By the name of the field.
+COMPLETE: dict[str, Callable[[], list[str]]] = {
+    "model": models,
+    "mode": modes,
+    "dataset": datasets,
+    "protocol": protocols,
+    "dtype": dtypes,
+    "device": devices,
+    "policy": policies,
+    "logger": loggers,
+    "layout": layouts,
+    "kind": kinds,
+}

@@ -8,18 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.compressors import COMPRESSORS, Compressor
-from tensorllm.compressors.settings import fields_of, make_compressor, setting_problems
+from tensorllm.compressors.settings import (
+    checked,
+    fields_of,
+    make_compressor,
+    problem,
+    setting_problems,
+)
 from tensorllm.errors import UserError
+from tensorllm.options import option_fields
 from tensorllm.registry import did_you_mean
+from tensorllm.requests.compress import ONLY_TYPED, SETTINGS, CompressRequest
 
 # What a recipe says beside the compressor's own settings.
 NOTES = ("origin", "source", "published", "alternatives")
 KEYS = ("model", "dataset", "mode", "layers", *NOTES)
+# What it may say of the run: fields of the request that are no field of the mode.
+RUN = {
+    field.name: field.kind
+    for field in option_fields(CompressRequest)
+    if field.name not in (*KEYS, *SETTINGS, *ONLY_TYPED)
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One parsed recipe; `settings` are the compressor's fields."""
+    """One parsed recipe.
+
+    Attributes:
+        settings: the compressor's fields.
+        run: what it says of the run: fields of `CompressRequest` such as `calibration` and `out`.
+        notes: where it comes from.
+    """
 
     name: str
     model: str
@@ -28,6 +48,7 @@ class Recipe:
     settings: dict[str, Any]
     dataset: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
     def compressor(self, **override: Any) -> Compressor:
         """The strategy, with fields of the recipe replaced where given."""
@@ -65,7 +86,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
         problems = [str(error)]
     if problems:
         raise UserError(f"{name}: {'; '.join(problems)}")
-    settings = {key: value for key, value in values.items() if key not in KEYS}
+    of_run = _of_run(values)
+    settings = {k: v for k, v in values.items() if k not in KEYS and k not in of_run}
     layers = values.get("layers")
     recipe = Recipe(
         name=name,
@@ -75,6 +97,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
         settings=settings,
         dataset=values.get("dataset"),
         notes={key: values[key] for key in NOTES if key in values},
+        run={key: checked(RUN[key], values[key]) for key in of_run},
     )
     try:
         recipe.compressor()
@@ -98,21 +121,29 @@ def per_layer_recipe(edits: Sequence[Mapping[str, Any]], *, model: str, **notes:
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 
 
+def _of_run(values: dict[str, Any]) -> list[str]:
+    """Keys that say something of the run; a field of the mode that is called so comes first."""
+    own = fields_of(values["mode"])
+    return [key for key in values if key in RUN and key not in own]
+
+
 def _problems(values: dict[str, Any]) -> list[str]:
     out = [f"{key} is missing" for key in ("model", "mode") if not isinstance(values.get(key), str)]
     mode = values.get("mode")
     if isinstance(mode, str):
         try:
-            known = [*KEYS, *fields_of(mode)]
+            of_run = _of_run(values)
         except UserError as error:
             return [*out, str(error)]
+        known = [*KEYS, *fields_of(mode), *RUN]
         out += [
             f"unknown key {key!r}.{did_you_mean(str(key), known)}"
             for key in values
             if key not in known
         ]
-        settings = {key: v for key, v in values.items() if key in known and key not in KEYS}
-        out += setting_problems(mode, settings)
+        out += [found for key in of_run if (found := problem(key, values[key], RUN[key]))]
+        rest = {k: v for k, v in values.items() if k in known and k not in (*KEYS, *of_run)}
+        out += setting_problems(mode, rest)
     layers = values.get("layers")
     whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
     if layers is not None and not whole:

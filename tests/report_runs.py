@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tensorllm.commands.bench import BenchRequest, bench
+from tensorllm.commands.bench import bench
+from tensorllm.requests.others import BenchRequest
 from tensorllm_cli.app import main
 
 

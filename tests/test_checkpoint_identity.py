@@ -12,12 +12,13 @@ from tiny_models import tiny_model
 
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.evaluate import evaluate
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.errors import UserError
 from tensorllm.reproduction.inputs import data_identity
+from tensorllm.requests.evaluate import EvaluateRequest
 
 ROW = '{"prompt": "a", "answer": "b"}\n'
 

@@ -10,10 +10,11 @@ import eval_world as world
 import pytest
 
 from tensorllm.checkpoint.loader import Loader
-from tensorllm.commands.compress import CompressRequest, run
+from tensorllm.commands.compress import run
 from tensorllm.errors import UserError
-from tensorllm.evaluation.evaluate import dataset_scorer, evaluate_model
+from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.reporting.tables import result_tables
+from tensorllm.requests.compress import CompressRequest
 
 KEYS = {"accuracy", "loss", "perplexity", "token_f1", "top_1", "examples", "dataset", "protocol"}
 
@@ -47,8 +48,10 @@ def test_before_and_after_are_those_of_evaluate(
         out=out,
         format=form or "dense",
         evaluate="questions",
+        data_file=questions,
+        limit=20,
     )
-    report = run(request, evaluate=dataset_scorer(questions, 20))
+    report = run(request)
     scores = report.evaluation
     assert scores is not None
     assert KEYS <= scores["before"].keys() == scores["after"].keys()
@@ -75,8 +78,9 @@ def test_one_table_shows_both(model: Path, questions: Path):
         layers=(1,),
         settings={"rank": 2, "matrices": ["in"]},
         evaluate="questions",
+        data_file=questions,
     )
-    report = run(request, evaluate=dataset_scorer(questions))
+    report = run(request)
     assert report.evaluation is not None
     before, after = report.evaluation["before"], report.evaluation["after"]
     text = shown(result_tables(report))
@@ -100,8 +104,9 @@ def test_running_text_has_a_loss_and_no_accuracy(model: Path, tmp_path: Path):
         layers=(1,),
         settings={"rank": 2, "matrices": ["in"]},
         evaluate="text",
+        data_file=text,
     )
-    report = run(request, evaluate=dataset_scorer(text))
+    report = run(request)
     printed = shown(result_tables(report))
     assert "loss, nats per token" in printed
     assert "accuracy" not in printed
@@ -140,9 +145,11 @@ def test_both_models_are_scored_on_the_device_that_was_asked_for(
         settings={"rank": 2},
         out=tmp_path / "out",
         evaluate="questions",
+        data_file=questions,
+        limit=5,
         device="cpu:0",
     )
-    run(request, evaluate=dataset_scorer(questions, 5))
+    run(request)
     assert devices == ["cpu:0", "cpu:0"]
 
 
@@ -150,9 +157,9 @@ def test_a_dataset_of_ones_own_can_be_scored(model: Path, questions: Path, tmp_p
     described = tmp_path / "own.yaml"
     described.write_text(f"data_file: {questions.name}\n")
     asked = CompressRequest(
-        model=str(model), mode="laser", settings={"rank": 2}, evaluate=str(described)
+        model=str(model), mode="laser", rank=2, evaluate=str(described), limit=5
     )
-    assert run(asked, evaluate=dataset_scorer(limit=5)).evaluation["after"]["examples"] == 5
+    assert run(asked).evaluation["after"]["examples"] == 5
     described.write_text("data_fil: x\n")
     with pytest.raises(UserError, match="unknown key 'data_fil'"):
-        run(asked, evaluate=dataset_scorer(limit=5))
+        run(asked)

@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 
 import tensorllm as tl
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.commands.compress import CompressRequest, run
+from tensorllm.commands.compress import run
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compressors import COMPRESSORS, Job, PerLayer, Site
 from tensorllm.compressors.base import ErrorCurve
@@ -27,6 +27,7 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.recipes import parse_recipe, per_layer_recipe
+from tensorllm.requests.compress import CompressRequest
 from tensorllm.tensors.energy import Energy, matrix_energy, tucker_energy, tucker_stored
 from tensorllm.tensors.stacking import ATTENTION
 

@@ -7,9 +7,10 @@ from typing import Any
 import eval_world as world
 import pytest
 
-from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.evaluate import evaluate
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
+from tensorllm.requests.evaluate import EvaluateRequest
 
 GOOD = '{"input": "a", "target": "b"}\n'
 

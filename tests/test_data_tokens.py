@@ -11,11 +11,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from tensorllm.commands.generate import GenerateRequest, generate
+from tensorllm.commands.generate import generate
 from tensorllm.data.example import Example
 from tensorllm.data.tokens import check_ids, closing_tokens, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.scorer import make_scorer
+from tensorllm.requests.others import GenerateRequest
 
 WORDS = {"<s>": 0, "</s>": 1, "<x>": 2, "a": 3, "b": 4, "c": 5, "[UNK]": 6}
 

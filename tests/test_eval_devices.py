@@ -15,7 +15,7 @@ import pytest
 import yaml
 from lightning.pytorch import Callback, Trainer
 
-from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.evaluate import evaluate
 from tensorllm.compressors import SharedTucker4D
 from tensorllm.data.example import Example
 from tensorllm.data.questions import Questions
@@ -25,6 +25,7 @@ from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.results import read_results
 from tensorllm.lightning import PerBatch, PredictionJournal, ReasoningModule
 from tensorllm.lightning.trainer import Devices, run
+from tensorllm.requests.evaluate import EvaluateRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
 EXAMPLES = 101
@@ -192,7 +193,8 @@ def test_two_processes_equal_one(folder: Path, questions_file: Path, tmp_path: P
                 split="all",
                 out=out,
                 batch_tokens=300,
-                devices=Devices(accelerator="cpu", devices=devices),
+                accelerator="cpu",
+                devices=devices,
             )
         )
 
@@ -229,7 +231,8 @@ def test_processes_of_ddp_share_the_folder(folder: Path, questions_file: Path, t
                 model=str(folder),
                 dataset="questions",
                 data_file=questions_file,
-                devices=Devices(devices="2", strategy="ddp"),
+                devices="2",
+                strategy="ddp",
             )
         )
 
@@ -313,7 +316,7 @@ def test_options_of_the_trainer_and_own_callbacks_reach_it(folder: Path, questio
         dataset="questions",
         data_file=questions_file,
         batch_tokens=300,
-        devices=Devices(accelerator="cpu"),
+        accelerator="cpu",
     )
     seen = Asked()
     named = ["test_eval_devices.Asked", seen]

@@ -14,11 +14,12 @@ from pathlib import Path
 import eval_world as world
 import pytest
 
-from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.evaluate import evaluate
 from tensorllm.errors import Incomplete
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.results import read_results
 from tensorllm.reporting.scores import score_tables
+from tensorllm.requests.evaluate import EvaluateRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
 EXAMPLES = 60

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.evaluate import evaluate
 from tensorllm.evaluation.scorer import SMALL, score_all, workers_for
+from tensorllm.requests.evaluate import EvaluateRequest
 
 
 @pytest.fixture

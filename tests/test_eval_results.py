@@ -19,14 +19,16 @@ import pytest
 from test_metrics import rows as random_rows
 
 from tensorllm.checkpoint.loader import Loader
-from tensorllm.commands.compress import CompressRequest, run
-from tensorllm.commands.evaluate import EvaluateRequest, evaluate
+from tensorllm.commands.compress import run
+from tensorllm.commands.evaluate import evaluate
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.results import ResultsFolder, compare, read_results
 from tensorllm.evaluation.statistics import compared, intervals, mcnemar, resampled_means
 from tensorllm.io import Journal
 from tensorllm.lightning import PredictionJournal
+from tensorllm.requests.compress import CompressRequest
+from tensorllm.requests.evaluate import EvaluateRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec.*")
 

@@ -17,8 +17,13 @@ SECONDS = 2.0
 
 
 def python(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}  # of --verbose
     return subprocess.run(
-        [sys.executable, *options, "-c", script], capture_output=True, text=True, timeout=120
+        [sys.executable, *options, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
     )
 
 

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.commands import reproduce as reproduce_module
-from tensorllm.commands.reproduce import ReproduceRequest, rehearse, reproduce
+from tensorllm.commands.reproduce import rehearse, reproduce
 from tensorllm.compression.engine import compress, compressed, compression_of
 from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
@@ -24,6 +24,7 @@ from tensorllm.reproduction import published as published_module
 from tensorllm.reproduction.inputs import missing
 from tensorllm.reproduction.published import cells
 from tensorllm.reproduction.rehearsal import rows
+from tensorllm.requests.reproduce import ReproduceRequest
 
 RECIPE = """
 model: small

@@ -16,12 +16,15 @@ from typer.testing import CliRunner
 import tensorllm as tl
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.loading import choices_of
-from tensorllm.commands.bench import BenchRequest, bench
-from tensorllm.commands.compress import CompressRequest, run
-from tensorllm.commands.evaluate import EvaluateRequest, evaluate
-from tensorllm.commands.generate import GenerateRequest, generate
+from tensorllm.commands.bench import bench
+from tensorllm.commands.compress import run
+from tensorllm.commands.evaluate import evaluate
+from tensorllm.commands.generate import generate
 from tensorllm.compression.export import export
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.requests.compress import CompressRequest
+from tensorllm.requests.evaluate import EvaluateRequest
+from tensorllm.requests.others import BenchRequest, GenerateRequest
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.measure import interleaved, weight_bytes
 from tensorllm_cli import bench as bench_command

@@ -29,9 +29,12 @@ import torch
 import tensorllm as tl
 from transformers import AutoModelForCausalLM
 from tensorllm.checkpoint.loading import choices_of
-from tensorllm.commands.bench import BenchRequest, bench
-from tensorllm.commands.compress import CompressRequest, run
-from tensorllm.commands.generate import GenerateRequest, generate
+from tensorllm.commands.bench import bench
+from tensorllm.requests.others import BenchRequest
+from tensorllm.commands.compress import run
+from tensorllm.requests.compress import CompressRequest
+from tensorllm.commands.generate import generate
+from tensorllm.requests.others import GenerateRequest
 from tensorllm.compression.export import export, quantise_folder
 
 source = Path(sys.argv[1])

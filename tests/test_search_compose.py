@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import yaml
 
-from tensorllm.commands.compress import CompressRequest
 from tensorllm.commands.compress import run as run_compress
 from tensorllm.commands.search import run
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import PerLayer
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import evaluate_model
+from tensorllm.requests.compress import CompressRequest
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.composition import Step
 from tensorllm.search.objectives import OBJECTIVES
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult
-from tensorllm.search.worker import Rules
 
 # Every layer's two FFN matrices at one rank: eight points, then the seven that are left, ...
 WANTED = SearchRequest(
@@ -32,8 +31,8 @@ WANTED = SearchRequest(
     limit=150,
     compose=3,
     force_best=True,
-    rules=Rules(level=None),
-    cache_bytes=2**25,
+    full=True,
+    cache_gib=2**-5,
 )
 
 
@@ -139,4 +138,4 @@ def test_what_cannot_be_composed_is_refused() -> None:
     with pytest.raises(UserError, match="--compose must be at least 1, got 0"):
         replace(WANTED, compose=0)
     with pytest.raises(UserError, match="needs one best trial"):
-        replace(WANTED, rules=Rules(objective="pareto"))
+        Study(replace(WANTED, objective="pareto"))

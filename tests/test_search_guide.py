@@ -9,9 +9,9 @@ from tensorllm.commands.search import run
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError
 from tensorllm.evaluation.encoding import Encoded
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.decompositions import ModelEdit, SiteEdit, applied
 from tensorllm.search.guide import _items, _loss, guided, in_order, loss_gradient
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.study import Study
 
 SMALL = SearchRequest(
@@ -21,7 +21,7 @@ SMALL = SearchRequest(
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return Study(replace(SMALL, rules=replace(SMALL.rules, min_ratio=0)))
+    return Study(replace(SMALL, min_ratio=0))
 
 
 def mean_loss(study: Study) -> float:

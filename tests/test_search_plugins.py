@@ -14,16 +14,15 @@ from tensorllm.commands.search import run
 from tensorllm.compressors.base import COMPRESSORS, Dimension, Job, Leaf, Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.composition import Step
 from tensorllm.search.objectives import OBJECTIVES, Objective
 from tensorllm.search.prefix import Prefix
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.space import make_space
-from tensorllm.search.worker import Rules
 from tensorllm.tensors.factors import LowRank
 
-SMALL = SearchRequest(model="demo", dataset="demo", limit=60, layers=(2, 3), cache_bytes=2**24)
+SMALL = SearchRequest(model="demo", dataset="demo", limit=60, layers=(2, 3), cache_gib=2**-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +131,14 @@ def test_an_objective_from_outside_chooses_the_winner() -> None:
     try:
         asked = replace(SMALL, mode="laser", rho=(0.01, 0.3))
         chosen = [
-            run(replace(asked, rules=Rules(objective=name, level=None))).results["winner"]
+            run(replace(asked, objective=name, full=True)).results["winner"]
             for name in ("worst-loss", "loss")
         ]
         assert chosen[0]["validation"]["loss"] > chosen[1]["validation"]["loss"]
     finally:
         del OBJECTIVES._entries["worst-loss"]
     with pytest.raises(UserError, match="must be one of accuracy, loss, pareto"):
-        Rules(objective="worst-loss")
+        run(replace(SMALL, objective="worst-loss"))
 
 
 @torch.no_grad()

@@ -14,15 +14,15 @@ from optuna.trial import TrialState
 from postgres import Server, binaries, running
 
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search import storage
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import RESULT, TrialQueue
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.selection import ranked
 from tensorllm.search.study import Study
 
 SMALL = SearchRequest(
-    model="demo", dataset="demo", mode="laser", rho=(0.01, 0.05, 0.2), limit=40, cache_bytes=2**24
+    model="demo", dataset="demo", mode="laser", rho=(0.01, 0.05, 0.2), limit=40, cache_gib=2**-6
 )
 POINTS = 4 * 3 * 2  # layers, rhos, matrices
 KILLS = 10

@@ -16,13 +16,12 @@ from optuna.trial import TrialState
 
 from tensorllm.commands.search import run
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import RESULT, TrialQueue
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.selection import ranked
 from tensorllm.search.storage import JOURNAL, Claims, FileLock
 from tensorllm.search.study import Study
-from tensorllm.search.worker import Rules
 
 SMALL = SearchRequest(
     model="demo",
@@ -30,7 +29,7 @@ SMALL = SearchRequest(
     mode="laser",
     rho=(0.01, 0.05, 0.2),
     limit=40,
-    cache_bytes=2**24,
+    cache_gib=2**-6,
 )
 POINTS = 4 * 3 * 2  # layers, rhos, matrices
 
@@ -134,7 +133,7 @@ def test_a_damaged_file_is_kept_aside(small, tmp_path):
         ({"protocol": "paper"}, "protocol was 'strict' and is 'paper'"),
         ({"limit": 41}, "dataset was"),
         ({"rho": (0.01,)}, "space was"),
-        ({"rules": Rules(objective="loss")}, "directions|objective"),
+        ({"objective": "loss"}, "directions|objective"),
         ({"seed": 5}, "seed was 0 and is 5"),
     ],
 )
@@ -215,9 +214,7 @@ def test_a_full_disk_is_one_line_and_the_study_goes_on(small, undisturbed, tmp_p
 @pytest.mark.parametrize("objective", ["accuracy", "pareto"])
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_samplers_make_exactly_the_trials_asked_for(small, tmp_path, objective, sampler):
-    request = replace(
-        SMALL, sampler=sampler, trials=14, rules=Rules(objective=objective, min_ratio=2.0)
-    )
+    request = replace(SMALL, sampler=sampler, trials=14, objective=objective, min_ratio=2.0)
     search = Study(request)
     search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
     queue = opened(search, tmp_path)
@@ -278,7 +275,7 @@ def test_locks_end_with_their_process(tmp_path):
         ({"workers": 99}, r"--workers must be 1\.\."),
         ({"workers": 0}, r"--workers must be 1\.\."),
         ({"storage": "nosuch://host/db"}, "not usable"),
-        ({"rules": Rules(min_ratio=1e9)}, "best reachable is"),
+        ({"min_ratio": 1e9}, "best reachable is"),
         ({"layers": (9,)}, r"0\.\.3, got 9"),
         ({"dataset": "deno"}, "Did you mean 'demo'"),
     ],
@@ -289,11 +286,11 @@ def test_bad_requests_are_refused(wrong, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"objective": "acuracy"}, {"level": 1.0}, {"max_error": 0.0}, {"min_ratio": -1.0}]
+    "wrong", [{"sampler": "gird"}, {"stop_level": 1.0}, {"max_error": 0.0}, {"min_ratio": -1.0}]
 )
 def test_bad_rules_are_refused(wrong):
     with pytest.raises(UserError, match="must be"):
-        Rules(**wrong)
+        replace(SMALL, **wrong)
 
 
 def test_optuna_is_quiet():
@@ -304,5 +301,5 @@ def test_running_text_is_cut_to_the_model_s_context(tmp_path):
     text = tmp_path / "words.txt"
     text.write_text(" ".join(["Ada Moss plays banjo ."] * 60))  # blocks are longer than the demo's
     asked = replace(SMALL, dataset="text", data_file=text, limit=2, layers=(3,), rho=(0.05,))
-    found = run(replace(asked, rules=Rules(objective="loss"), matrices=("in",)))
+    found = run(replace(asked, objective="loss", matrices=("in",)))
     assert found.results["winner"]["test"]["examples"] == 2

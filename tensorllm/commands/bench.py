@@ -15,31 +15,12 @@ from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.registry import one_of
+from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime.cost import Choice, Policy
 from tensorllm.runtime.measure import Measured, measure
 
 KINDS = ("dense", "factored")
 PROMPT, NEW = 512, 32  # tokens, where the model takes as many
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchRequest:
-    """What is measured; the command line's options.
-
-    Attributes:
-        prompt_tokens: None: 512, or what the model's context leaves beside the new tokens.
-        new_tokens: None: 32, or a quarter of the model's context.
-    """
-
-    model: Path
-    prompt_tokens: int | None = None
-    new_tokens: int | None = None
-    repeats: int = 5
-    policy: Policy = "always"
-    dtype: str | None = None
-    device: str = "cpu"
-    peak: bool = True
-    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
 """`tensorllm compress`: from a request to a compressed model and its report."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from tensorllm.calibration.overlap import refuse_evaluated
@@ -12,7 +10,7 @@ from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.commands.plugins import load_plugins
-from tensorllm.compression.card import rewrite_card
+from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
 from tensorllm.compression.engine import compress, compress_folder
 from tensorllm.compression.plan import plan_jobs
@@ -23,65 +21,62 @@ from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
 from tensorllm.compressors.settings import fields_of, make_compressor
 from tensorllm.errors import UserError
+from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
+from tensorllm.io import write_json
+from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
 from tensorllm.registry import one_of
+from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
 # Settings of which one excludes the others: giving one drops the recipe's.
 EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
 LENGTH = 512  # tokens of a calibration sequence, at most
-Evaluate = Callable[[Any, Any, str], dict[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressRequest:
-    """What the user asked for; None where a recipe or a default decides.
+def run(request: CompressRequest, progress: Progress = quiet) -> CompressionReport | DryRun:
+    """Do what was asked, and score the model before and after where that is wanted.
 
-    Attributes:
-        settings: the compressor's fields that were given.
-        evaluate: dataset to score before and after.
-        calibration: text for the modes that use data; `sequences` of it are drawn by `seed`.
-        stream: calibrate on the model's layers one at a time, from disk.
-        data_file: rows of `evaluate`, where they do not come from the hub; `allow_overlap` lets
-            them be in the calibration text.
-        plugins: modules to import first; they register compressors of their own.
+    Raises:
+        UserError: the request contradicts itself, the recipe, the model or the folder.
+        Incomplete: the folder could not be finished; the same request goes on.
     """
-
-    model: str | None = None
-    revision: str | None = None
-    mode: str | None = None
-    config: Path | None = None
-    dataset: str | None = None
-    layers: tuple[int, ...] | None = None
-    all_layers: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    out: Path | None = None
-    format: str = "dense"
-    dtype: str | None = None
-    device: str = "auto"
-    overwrite: bool = False
-    dry_run: bool = False
-    evaluate: str | None = None
-    calibration: Path | None = None
-    sequences: int = 128
-    seed: int = 0
-    stream: bool = False
-    data_file: Path | None = None
-    allow_overlap: bool = False
-    plugins: Sequence[str] = ()
-
-
-def run(
-    request: CompressRequest,
-    progress: Progress = quiet,
-    evaluate: Evaluate | None = None,
-) -> CompressionReport | DryRun:
-    """Do what was asked; `evaluate(model, tokenizer, dataset)` scores a model where wanted."""
     load_plugins(request.plugins)
     recipe = recipe_of(request)
+    request = completed(request, recipe)
+    with metric_log(request.logger, request.log_dir, "compress") as log:
+        task, source, dataset = _task(request, recipe)
+        if request.dry_run:
+            return dry_run(task)
+        score = None
+        if dataset is not None:
+            scorer = dataset_scorer(request.data_file, request.limit, progress)
+            score = lambda model, tokenizer: scorer(model, tokenizer, dataset)  # noqa: E731
+        if request.out is None:
+            report = _in_memory(task, source, progress, score)
+        else:
+            report = _to_folder(task, progress, score)
+        log.compression(report.to_json())
+    return report
+
+
+def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:
+    """The request with what its recipe says of the run, where it says nothing itself."""
+    own = {field.name: field.default for field in fields(request)}
+    return replace(
+        request,
+        **{k: v for k, v in recipe.run.items() if getattr(request, k) == own[k]},
+    )
+
+
+def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source, str | None]:
+    """What is to be made, of which model, and the dataset that it is scored on.
+
+    All that can be refused without the model is refused before it is fetched.
+    """
     check_name(recipe.model)
     budget = budget_of(recipe.mode, recipe.settings)
-    one_of("--format", request.format, FORMATS)
+    format = one_of("--format", request.format or "dense", FORMATS)
     dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
@@ -89,39 +84,31 @@ def run(
         raise UserError("--stream is for --calibration FILE; without data, disk is streamed always")
     if request.stream and request.out is None:
         raise UserError("--stream needs --out FOLDER: what is fitted is kept beside it meanwhile")
-    if budget is None:  # refused before the model is fetched
+    if budget is None:
         make_compressor(recipe.mode, recipe.settings)
     source = resolve(recipe.model, request.revision)
     dataset = scored_on(request, recipe.model)
-    scored = request.evaluate is not None or evaluate is not None
-    score = None
-    if evaluate is not None and dataset is not None:
-        score = lambda model, tokenizer: evaluate(model, tokenizer, dataset)  # noqa: E731
     task = FolderTask(
         source=source.folder,
         target=request.out,
         compressor=compressor_of(recipe, budget, source),
         layers=recipe.layers,
         budget=budget,
-        calibration=_text(request, source, dtype, dataset if scored else None),
+        calibration=_text(request, source, dtype, dataset),
         stream=request.stream,
-        format="factored" if request.format == "factored" else "dense",
-        device=device_of(request.device),
+        format="factored" if format == "factored" else "dense",
+        device=device_of(request.device or "auto"),
         dtype=dtype,
         overwrite=request.overwrite,
         model=source.name,
         revision=source.revision,
     )
-    if request.dry_run:
-        return dry_run(task)
-    if request.out is None:
-        return _in_memory(task, source, progress, score)
-    return _to_folder(task, progress, score)
+    return task, source, dataset
 
 
 def recipe_of(request: CompressRequest) -> Recipe:
     """Recipe file or shipped recipe with the request's own settings put on top."""
-    base = None
+    given, base = request.given, None
     if request.config is not None:
         base = read_recipe(request.config)
         if request.mode is not None and request.mode != base.mode:
@@ -134,19 +121,19 @@ def recipe_of(request: CompressRequest) -> Recipe:
     if base is None:
         if request.mode is None:
             raise UserError("give --mode: see `tensorllm list compressors` (or --config FILE)")
-        if not any(target in request.settings for target in TARGETS):  # these are for whole models
+        if not any(target in given for target in TARGETS):  # these are for whole models
             base = default_recipe(model, request.mode, request.dataset)
     if base is None:
         base = Recipe("command line", model, request.mode or "", None, {})
-    given = dict(request.settings)
     kept = {key: value for key, value in base.settings.items() if not _excluded(key, given)}
-    layers = None if request.all_layers else request.layers or base.layers
-    if layers is None and base.notes and not request.all_layers:
+    wanted = request.layers or base.layers
+    layers = wanted if isinstance(wanted, tuple) else None
+    if wanted is None and base.notes:
         raise UserError(
             f"the layer of {base.name} was never published; give --layers, or find the best with "
             "`tensorllm search-ranks`"
         )
-    return Recipe(base.name, model, base.mode, layers, kept | given, base.dataset, base.notes)
+    return replace(base, model=model, layers=layers, settings=kept | given)
 
 
 def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
@@ -167,8 +154,6 @@ def compressor_of(recipe: Recipe, budget: Budget | None, source: Source) -> Comp
 def scored_on(request: CompressRequest, model: str) -> str | None:
     """The dataset that the result is scored on; refused before any work where it cannot be."""
     if request.evaluate is not None:
-        from tensorllm.evaluation.evaluate import make_dataset
-
         make_dataset(request.evaluate, data_file=request.data_file)
     return request.evaluate or short_names().get(model, {}).get("evaluate")
 
@@ -186,9 +171,9 @@ def _text(
     text = read_calibration(
         request.calibration,
         tokenizer,
-        sequences=request.sequences,
+        sequences=request.sequences or SEQUENCES,
         length=length,
-        seed=request.seed,
+        seed=request.seed or 0,
     )
     if dataset is not None and not request.allow_overlap:
         refuse_evaluated(text, tokenizer, dataset, request.data_file)
@@ -231,9 +216,7 @@ def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> Com
         before = score(original(), tokenizer)
         after = score(Loader(task.folder, device=task.device)(), tokenizer)
         report.evaluation = {"before": before, "after": after}
-        temporary = task.folder / "report.json.tmp"
-        temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        temporary.replace(task.folder / "report.json")
+        write_json(task.folder / REPORT, report.to_json())
         rewrite_card(task.folder)
     return report
 

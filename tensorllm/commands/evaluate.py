@@ -7,15 +7,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.commands.plugins import load_plugins
-from tensorllm.data.base import ReasoningDataModule, Split
+from tensorllm.data.base import ReasoningDataModule
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
@@ -32,42 +31,9 @@ from tensorllm.evaluation.scorer import context_of
 from tensorllm.lightning.loggers import make_logger
 from tensorllm.lightning.trainer import Devices, check_options, is_first, score_model
 from tensorllm.progress import Progress, quiet
+from tensorllm.requests.evaluate import EvaluateRequest
 
 PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metrics
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateRequest:
-    """What is asked for; the command line's options.
-
-    Attributes:
-        model: short name, hub id or folder.
-        compressed: a folder that tensorllm wrote from this model: scored beside the original.
-        verify: compare checksums of what tensorllm wrote.
-        out: folder of results; without one nothing is kept and nothing resumed.
-        trainer: further options of Lightning's Trainer; `callbacks` may be names of classes.
-        logger: a logger of Lightning, or its name such as csv; `log_dir` is where it writes.
-    """
-
-    model: str
-    dataset: str
-    data_file: Path | None = None
-    compressed: Path | None = None
-    revision: str | None = None
-    protocol: str = "strict"
-    split: Split = "test"
-    limit: int | None = None
-    out: Path | None = None
-    overwrite: bool = False
-    dtype: str | None = None
-    verify: bool = False
-    seed: int = 0
-    batch_tokens: int | None = None
-    devices: Devices = field(default_factory=Devices)
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    logger: Any = None
-    log_dir: Path | None = None
-    plugins: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +56,15 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         UserError: wrong input.
         Incomplete: the run stopped half-way; the same request goes on where it stopped.
     """
-    _check(request)
+    devices = _check(request)
     protocol = PROTOCOLS[request.protocol]
+    if request.model is None or request.dataset is None:
+        raise UserError("give a model and a dataset")
     data = make_dataset(
-        request.dataset, data_file=request.data_file, split=request.split, limit=request.limit
+        request.dataset,
+        data_file=request.data_file,
+        split=request.split,
+        limit=request.limit,
     )
     source = resolve(request.model, request.revision)
     loaders = _loaders(request, source)
@@ -113,7 +84,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
                 loader,
                 data,
                 folder.journal(name),
-                devices=request.devices,
+                devices=devices,
                 options=request.trainer,
                 logger=logger,
                 progress=progress,
@@ -127,7 +98,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
             sys.exit(0)
         model, before = scored["model"], scored.get("before")
         results = results_of(data, protocol, model, before, seed=request.seed)
-        results |= _made_with(request, source, loader)
+        results |= _made_with(request, devices, source, loader)
         results["seconds"] = time.perf_counter() - started
         if request.out is not None:
             files = {PREDICTIONS: model.predictions}
@@ -136,18 +107,20 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
     return Evaluation(results, model.predictions, None if before is None else before.predictions)
 
 
-def _check(request: EvaluateRequest) -> None:
-    """Refuse what needs no model to be refused."""
+def _check(request: EvaluateRequest) -> Devices:
+    """Refuse what needs no model to be refused; where it is to run."""
     load_plugins(request.plugins)
     check_options(request.trainer)
+    devices = Devices(**{field.name: getattr(request, field.name) for field in fields(Devices)})
     if request.batch_tokens is not None and request.batch_tokens < 1:
         raise UserError(f"--batch-tokens must be at least 1, got {request.batch_tokens}")
-    if request.out is None and request.devices.several and not request.devices.spawned:
+    if request.out is None and devices.several and not devices.spawned:
         raise UserError(
             "give --out: its folder is where the processes of --strategy put their predictions"
         )
     if request.out is not None:
         check_free(request.out, request.overwrite)
+    return devices
 
 
 def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
@@ -171,7 +144,9 @@ def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
     return {"before": original, "model": compressed}
 
 
-def _made_with(request: EvaluateRequest, source: Source, loader: Loader) -> dict[str, Any]:
+def _made_with(
+    request: EvaluateRequest, devices: Devices, source: Source, loader: Loader
+) -> dict[str, Any]:
     """What names the model and the machine in results.json."""
     manifest = loader.manifest()
     compressor = None
@@ -184,7 +159,7 @@ def _made_with(request: EvaluateRequest, source: Source, loader: Loader) -> dict
         "compressed": None if request.compressed is None else str(request.compressed),
         "compressor": compressor,
         "dtype": request.dtype or str(loader.config().dtype).removeprefix("torch."),
-        "devices": asdict(request.devices),
+        "devices": asdict(devices),
         "trainer": {name: str(value) for name, value in request.trainer.items()},
         **environment(),
     }
@@ -201,6 +176,6 @@ def _fingerprint(
         "examples": [asdict(e) for e in data.examples],
         "max_new_tokens": data.max_new_tokens,
         "models": {name: loader.fingerprint() for name, loader in loaders.items()},
-        "precision": request.devices.precision,
+        "precision": request.precision,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,6 +1,5 @@
 """`tensorllm generate`: text from any folder, a factored one in its factors."""
 
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -10,38 +9,15 @@ from transformers import StoppingCriteriaList
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.tokens import check_ids, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.forward import PAD, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
+from tensorllm.requests.others import GenerateRequest
 from tensorllm.runtime.cost import Policy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateRequest:
-    """What is asked for; the command line's options.
-
-    Attributes:
-        max_new_tokens: at most; fewer where the model's context ends before.
-        temperature: 0: always the likeliest token.
-        beams: of the beam search; 1: none.
-        verify: compare checksums of what tensorllm wrote.
-    """
-
-    model: str
-    prompts: tuple[str, ...]
-    revision: str | None = None
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    beams: int = 1
-    seed: int = 0
-    policy: Policy = "always"
-    dtype: str | None = None
-    device: str = "cpu"
-    verify: bool = False
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
@@ -53,6 +29,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     Raises:
         UserError: settings out of range, no tokenizer, or a model that writes no text.
     """
+    load_plugins(request.plugins)
     _check(request)
     folder = resolve(request.model, request.revision).folder
     loader = Loader(folder, dtype_of(request.dtype), verify=request.verify)

@@ -1,18 +1,14 @@
 """`tensorllm inspect`: the spectra of a model's weights."""
 
-from collections.abc import Sequence
-
 from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.spectra import LayerSpectra, attention_spectra
 from tensorllm.progress import Progress, quiet
+from tensorllm.requests.others import InspectRequest
 
 
-def inspect(
-    model: str,
-    layers: Sequence[int] | None = None,
-    energies: Sequence[float] = (0.5, 0.9, 0.99),
-    revision: str | None = None,
-    progress: Progress = quiet,
-) -> list[LayerSpectra]:
-    """Spectra of a model's attention, layer by layer, and the ranks that keep `energies`."""
-    return attention_spectra(resolve(model, revision).folder, layers, energies, progress)
+def inspect(request: InspectRequest, progress: Progress = quiet) -> list[LayerSpectra]:
+    """Spectra of a model's attention, layer by layer, and the ranks that keep `energy`."""
+    load_plugins(request.plugins)
+    folder = resolve(request.model, request.revision).folder
+    return attention_spectra(folder, request.layers, request.energy, progress)

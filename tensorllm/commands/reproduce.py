@@ -1,13 +1,13 @@
 """`tensorllm reproduce`: the published tables, measured beside published, cell by cell."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tensorllm.checkpoint.loader import Loader, dtype_of
+from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.commands import search
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names
@@ -35,61 +35,8 @@ from tensorllm.reproduction.rehearsal import (
     predict,
     tiny_inputs,
 )
-from tensorllm.search.request import SearchRequest
-from tensorllm.search.worker import Rules
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReproduceRequest:
-    """What is to be reproduced.
-
-    Attributes:
-        model: the short name whose published cells are run.
-        weights: local folder of its weights, instead of the hub.
-        layer: layer for the cells whose layer was never published, instead of a search.
-        candidates: layers among which it is searched; None: all.
-        data: folder with `<dataset>.jsonl` (or json, csv, parquet), or with copies of the hub's
-            repositories, instead of the hub.
-        out: folder that keeps a file per finished cell; these are not run again.
-    """
-
-    model: str
-    weights: str | None = None
-    datasets: Sequence[str] | None = None
-    data: Path | None = None
-    layer: int | None = None
-    candidates: tuple[int, ...] | None = None
-    limit: int | None = None
-    dtype: str | None = None
-    device: str = "cpu"
-    out: Path = Path("reproduction")
-
-    def searches(self, cell: Cell) -> bool:
-        """Whether the cell's layer has to be found."""
-        return cell.searched and self.layer is None
-
-    def origin(self, cell: Cell) -> str:
-        """Where the cell's layer comes from."""
-        if cell.recipe is None:
-            return ""
-        return "published" if not cell.searched else "searched" if self.searches(cell) else "given"
-
-    def path(self, cell: Cell) -> Path:
-        """Where the finished cell is kept."""
-        name = cell.name.replace(" (", "-").rstrip(")")
-        return self.out / cell.model / cell.dataset / f"{name}.json"
-
-    def file(self, cell: Cell) -> CellFile:
-        """The same with what another run must agree with."""
-        facts = {
-            "weights_identity": weights_identity(self.model, self.weights),
-            "data_identity": data_identity(cell.dataset, self.data),
-            "limit": self.limit,
-            "dtype": self.dtype,
-            "protocol": PROTOCOL,
-            "layer": self.layer if cell.searched else None,
-        }
-        return CellFile(self.path(cell), facts)
+from tensorllm.requests.reproduce import ReproduceRequest
+from tensorllm.requests.search import SearchRequest
 
 
 def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Outcome]:
@@ -98,6 +45,7 @@ def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Out
     Raises:
         UserError: weights or data are missing, or the folder holds another run's cells.
     """
+    request = replace(request, device=device_of(request.device))
     return _reproduce(cells(request.model, request.datasets), request, progress)
 
 
@@ -105,6 +53,7 @@ def rehearse(request: ReproduceRequest) -> ReproductionPlan:
     """Run every cell on a tiny random model of the architecture, of which nothing is kept, and
     predict what the real run takes.
     """
+    request = replace(request, device=device_of(request.device))
     wanted = cells(request.model, request.datasets)
     datasets = list(dict.fromkeys(cell.dataset for cell in wanted))
     lacking = missing(request.model, datasets, request.weights, request.data)
@@ -123,7 +72,7 @@ def rehearse(request: ReproduceRequest) -> ReproductionPlan:
     where = request.weights, request.data
     counts = {name: count_examples(request.model, name, *where, request.limit) for name in datasets}
     dtype = dtype_of(request.dtype) or getattr(torch, short_names()[request.model]["dtype"])
-    searched = [request.searches(cell) for cell in wanted]
+    searched = [_searches(cell, request) for cell in wanted]
     predicted, plain = (
         predict(wanted, counts, searched, dtype=kind, device=request.device)
         for kind in (dtype, torch.float32)
@@ -136,12 +85,12 @@ def rehearse(request: ReproduceRequest) -> ReproductionPlan:
 def _reproduce(
     wanted: Sequence[Cell], request: ReproduceRequest, progress: Progress
 ) -> list[Outcome]:
-    kept = [request.file(cell).read() for cell in wanted]
+    kept = [_file(cell, request).read() for cell in wanted]
     to_do = [cell for cell, metrics in zip(wanted, kept, strict=True) if metrics is None]
     new = _run(to_do, request, lambda done, what: progress(done, len(to_do), what)) if to_do else []
     following = iter(new)
     found = [next(following) if metrics is None else metrics for metrics in kept]
-    return [Outcome(c, m, request.origin(c)) for c, m in zip(wanted, found, strict=True)]
+    return [Outcome(c, m, _origin(c, request)) for c, m in zip(wanted, found, strict=True)]
 
 
 def _run(
@@ -154,11 +103,11 @@ def _run(
     model = tokenizer = None
     found: dict[int, dict[str, Any]] = {}
     # Searches load a model of their own: they come first, so that there is one at a time.
-    order = sorted(range(len(to_do)), key=lambda i: not request.searches(to_do[i]))
+    order = sorted(range(len(to_do)), key=lambda i: not _searches(to_do[i], request))
     for done, i in enumerate(order):
         cell = to_do[i]
         progress(done, f"{cell.dataset} {cell.name}")
-        if request.searches(cell):
+        if _searches(cell, request):
             found[i] = _search_cell(cell, folder, request)
         else:
             if model is None:
@@ -167,7 +116,7 @@ def _run(
             found[i] = score_cell(
                 cell, model, tokenizer, layer=request.layer, data_file=file, limit=request.limit
             )
-        request.file(cell).write(found[i])
+        _file(cell, request).write(found[i])
     progress(len(to_do), "done")
     return [found[i] for i in range(len(to_do))]
 
@@ -199,9 +148,42 @@ def _search_of(cell: Cell, folder: Path, request: ReproduceRequest) -> SearchReq
         dtype=request.dtype,
         layers=request.candidates,
         fixed=fixed,
-        rules=Rules(min_ratio=0),  # a published rank may be large
+        min_ratio=0,  # a published rank may be large
         sampler="grid",
-        study=request.path(cell).with_suffix(""),
+        study=_path(cell, request).with_suffix(""),
         device=request.device,
         **grid,
     )
+
+
+def _searches(cell: Cell, request: ReproduceRequest) -> bool:
+    """Whether the cell's layer has to be found."""
+    return cell.searched and request.layer is None
+
+
+def _origin(cell: Cell, request: ReproduceRequest) -> str:
+    """Where the cell's layer comes from."""
+    if cell.recipe is None:
+        return ""
+    if not cell.searched:
+        return "published"
+    return "searched" if _searches(cell, request) else "given"
+
+
+def _path(cell: Cell, request: ReproduceRequest) -> Path:
+    """Where the finished cell is kept."""
+    name = cell.name.replace(" (", "-").rstrip(")")
+    return request.out / cell.model / cell.dataset / f"{name}.json"
+
+
+def _file(cell: Cell, request: ReproduceRequest) -> CellFile:
+    """The same with what another run must agree with."""
+    facts = {
+        "weights_identity": weights_identity(request.model, request.weights),
+        "data_identity": data_identity(cell.dataset, request.data),
+        "limit": request.limit,
+        "dtype": request.dtype,
+        "protocol": PROTOCOL,
+        "layer": request.layer if cell.searched else None,
+    }
+    return CellFile(_path(cell, request), facts)

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +15,17 @@ from optuna.trial import FrozenTrial
 
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.composition import Step, best_of, composed, on_top
 from tensorllm.search.conclusion import SearchResult, conclude, write_files, write_trials
 from tensorllm.search.queue import TrialQueue
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.selection import half_width, ranked
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.study import Study
 
-log = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 WAIT = 1.0  # seconds between looks at what other processes are doing
 FEW = 100  # validation examples; fewer cannot tell ten points apart
@@ -31,14 +33,11 @@ FEW = 100  # validation examples; fewer cannot tell ten points apart
 OnTrials = Callable[[Sequence[FrozenTrial]], None]
 
 
-def run(
-    request: SearchRequest, progress: Progress = quiet, on_trials: OnTrials | None = None
-) -> SearchResult:
+def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
     """Search, and score the winner on the test part.
 
     Args:
         progress: called with (trials done, trials in all, the best so far).
-        on_trials: called with all trials, again and again while the (first) search goes on.
 
     Raises:
         UserError: the request does not fit the model, the data or the study.
@@ -47,20 +46,29 @@ def run(
     check_workers(request.workers)
     load_plugins(request.plugins)
     with ExitStack() as stack:
-        folder = request.folder(stack)
+        log = stack.enter_context(metric_log(request.logger, request.log_dir, "search"))
+        folder = _folder(request, stack)
         study = Study(request)
         _warn(study)
         queue = stack.enter_context(closing(study.queue(folder)))
         with storage_errors("searching"):
-            _explore(study, queue, folder, progress, on_trials)
+            _explore(study, queue, folder, progress, log.trials)
             steps = [best_of(study, queue)]
             while len(steps) < request.compose and (step := _next(study, folder, steps, progress)):
                 steps.append(step)
             result = conclude(study, queue, steps)
+            log.search(result.results)
             if request.study is not None:
                 write_trials(folder, study, steps[0].trials)
                 write_files(folder, study, composed(steps), result)
         return result
+
+
+def _folder(request: SearchRequest, stack: ExitStack) -> Path:
+    """The study's folder: the given one, or a temporary one that goes with `stack`."""
+    if request.study is not None:
+        return request.study
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorllm-search-")))
 
 
 def _explore(
@@ -79,7 +87,7 @@ def _explore(
         if on_trials is not None:
             on_trials(trials)
         done = sum(t.state.is_finished() for t in trials)
-        goal = study.request.rules.goal
+        goal = study.goal
         best = ranked(trials, goal)[:1]
         what = f"best {goal.show(best[0][1])}" if best else "no result yet"
         progress(done, len(trials), what)
@@ -114,7 +122,7 @@ def _next(study: Study, folder: Path, steps: Sequence[Step], progress: Progress)
         _explore(above, queue, wanted.study, report)
         step = best_of(above, queue)
     write_trials(wanted.study, above, step.trials)
-    return step if step.gains(wanted.rules.goal) else None
+    return step if step.gains(above.goal) else None
 
 
 def check_workers(workers: int) -> None:
@@ -151,7 +159,7 @@ def _workers(study: Study, folder: Path, report: Callable[[], None]) -> None:
     if len(failed) == len(processes):
         raise Incomplete(f"all workers ended with exit codes {failed}; their errors are above")
     if failed:
-        log.warning("%d of %d workers died; going on without", len(failed), len(processes))
+        LOG.warning("%d of %d workers died; going on without", len(failed), len(processes))
 
 
 @contextmanager
@@ -182,7 +190,7 @@ def _work(request: SearchRequest, number: int, folder: Path | None, deadline: fl
 def _warn(study: Study) -> None:
     count = len(study.validation.examples)
     if count < FEW:
-        log.warning(
+        LOG.warning(
             "%d validation examples: an accuracy is known to ±%.0f points only",
             count,
             half_width(count),

@@ -17,13 +17,13 @@ from torch import Tensor
 from tensorllm.compressors.budget import Budget
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.registry import Registry
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry, family
 
 Needs = Literal["weights", "activations", "gradients"]
 GradientOf = Literal["outputs", "loss"]
-Value = int | float | str  # of one dimension of a search
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,12 @@ from tensorllm.compressors.base import (
     Needs,
     Site,
     Size,
-    Value,
 )
 from tensorllm.compressors.checks import check_roles
 from tensorllm.compressors.matrix import KEPT
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.experts import (
     EXPERTS,
@@ -99,21 +99,27 @@ class ExpertTucker(Leaf):
         object.__setattr__(self, "matrices", check_roles(self.matrices, ROUTED))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        """Of each layer that has experts."""
-        sites = [site for layer in layers for site in self._sites(layer, spec.geometry(layer))]
-        if not sites:
+        """Of each layer; one without experts is passed over, or refused where it was named."""
+        if not any(spec.geometry(layer).experts for layer in layers):
             raise UserError(
-                "expert-tucker needs a mixture of experts: the layers asked for have none"
+                "expert-tucker decomposes the experts of a mixture, and "
+                + (
+                    "these layers have none"
+                    if "experts.out" in spec.roles
+                    else "this model has none"
+                )
             )
-        return [Job(site, self) for site in sites]
+        return [
+            Job(site, self) for layer in layers for site in self._sites(layer, spec.geometry(layer))
+        ]
 
     def _sites(self, layer: int, geometry: Geometry) -> list[Site]:
-        there = [kind for kind in self.matrices if geometry.members(kind)]
+        there = [kind for kind in self.matrices if geometry.members(kind) or not geometry.experts]
         apart = {"all": [there], "none": [[kind] for kind in there]}
         out = [kind for kind in there if kind.endswith("out")]
         groups = apart.get(self.stacked, [[kind for kind in there if kind not in out], out])
         return [
-            Site((layer,), tuple(r for kind in group for r in geometry.members(kind)), "experts")
+            Site((layer,), tuple(r for k in group for r in geometry.members(k) or (k,)), "experts")
             for group in groups
             if group
         ]

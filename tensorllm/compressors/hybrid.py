@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from tensorllm.compressors.base import COMPRESSORS, Composite, Compressor, Dimension, Job, Value
+from tensorllm.compressors.base import COMPRESSORS, Composite, Compressor, Dimension, Job
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.tucker import Layout, SharedTucker4D
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.tensors.stacking import FEED_FORWARD
 
 

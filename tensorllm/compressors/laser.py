@@ -15,11 +15,11 @@ from tensorllm.compressors.base import (
     MatrixStatistics,
     Site,
     Size,
-    Value,
 )
 from tensorllm.compressors.checks import check_roles, check_seed
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import matrix_energy
 from tensorllm.tensors.factors import Factors, LowRank
@@ -40,7 +40,7 @@ class LaserSVD(Leaf):
     Attributes:
         rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
         rank: r itself, instead of rho.
-        matrices: which of in, gate, out, q, k, v, o.
+        matrices: which of in, gate, out, q, k, v, o; in mixtures also shared.in, experts.in and so on.
         method: `exact`, `randomized` (oversampled), or `official` as in LASER's code.
         seed: of the randomised method.
     """

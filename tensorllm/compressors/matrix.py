@@ -23,13 +23,13 @@ from tensorllm.compressors.base import (
     MatrixStatistics,
     Site,
     Size,
-    Value,
 )
 from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.tensors.factors import LowRank
-from tensorllm.tensors.stacking import MATRICES, is_output_projection
+from tensorllm.tensors.stacking import MATRICES, ROUTED, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -60,7 +60,7 @@ class KeptSettings:
     Attributes:
         kept: numbers that the factors store over those of the matrix, in (0, 1).
         rank: the rank itself, instead of kept.
-        matrices: which of in, gate, out, q, k, v, o; by default all that a layer has.
+        matrices: which of in, gate, out, q, k, v, o, shared.in, experts.in and so on; by default all that a layer has.
     """
 
     kept: float | None = None
@@ -165,7 +165,16 @@ class MatrixFit(KeptSettings, LayerFit):
     """What strategies share that fit each matrix of a layer alone, one after the other."""
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        return [Job(site, self) for site in self.sites(spec, sorted(layers))]
+        """Of the matrices that every token passes: experts see others once layers are fitted."""
+        sites = self.sites(spec, sorted(layers))
+        routed = [site for site in sites if site.families[0] in ROUTED]
+        if routed and self.matrices is not None:
+            raise UserError(
+                f"{type(self).__name__} cannot be fitted to {routed[0].families[0]}: experts are "
+                "given other tokens once the layers below are compressed; use svd, svd-llm, "
+                "expert-tucker or activation-expert-tucker for them"
+            )
+        return [Job(site, self) for site in sites if site not in routed]
 
     def check(self, shape: tuple[int, ...]) -> None:
         self.check_shape(shape)

@@ -1,13 +1,34 @@
 """A compressor from plain values (YAML, JSON, command line) and back."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from pydantic import (
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUndefinedAnnotation,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor
 from tensorllm.errors import UserError
+from tensorllm.registry import did_you_mean
+
+WANTED = {  # pydantic's errors
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "is_instance_of": "a compressor: its mode and settings",
+    "dataclass_type": "a compressor: its mode and settings",
+}
 
 
 def settings_of(compressor: Compressor) -> tuple[str, dict[str, Any]]:
@@ -32,7 +53,7 @@ def make_compressor(mode: str, settings: Mapping[str, Any]) -> Compressor:
         raise UserError(f"mode {mode!r}: {'; '.join(problems)}. Settings: {known}")
     hints = _hints(kind)
     try:
-        return kind(**{name: _value(value, hints.get(name)) for name, value in settings.items()})
+        return kind(**{name: checked(hints.get(name, Any), v) for name, v in settings.items()})
     except TypeError as error:  # a field without a default is missing
         raise UserError(f"mode {mode!r}: {error}") from None
 
@@ -46,10 +67,8 @@ def setting_problems(mode: str, settings: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, Mapping) and "mode" in value:
             inner = {key: v for key, v in value.items() if key != "mode"}
             out += [f"{name}: {problem}" for problem in setting_problems(str(value["mode"]), inner)]
-        elif not _fits(_value(value, hints.get(name)), hints.get(name)):
-            words = [word for word in get_args(hints[name]) if isinstance(word, str)]
-            close = _suggest(str(value), words)
-            out.append(f"{name} must be {_describe(hints[name])}, got {value!r}{close}")
+        elif found := problem(name, value, hints.get(name, Any)):
+            out.append(found)
     return out
 
 
@@ -59,16 +78,59 @@ def fields_of(mode: str) -> list[str]:
     return [field.name for field in fields(kind) if field.init] if is_dataclass(kind) else []
 
 
-def _value(value: Any, hint: Any) -> Any:
-    """Lists become tuples, and a mapping with a mode becomes that compressor."""
+def problem(name: str, value: Any, hint: Any) -> str | None:
+    """What is wrong with a value of an annotated type; None where it is right."""
+    try:
+        checked(hint, value)
+    except ValidationError as error:
+        wanted = " or ".join(dict.fromkeys(_words(each) for each in error.errors()))
+        known = [word for word in get_args(hint) if isinstance(word, str)]
+        return f"{name} must be {wanted}, got {value!r}{_suggest(str(value), known)}"
+    return None
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    """Such as ` (did you mean 'paper'?)`."""
+    return did_you_mean(name, known).replace("Did", "(did").replace("?", "?)")
+
+
+def _words(error: ErrorDetails) -> str:
+    """What pydantic says that was wanted."""
+    if error["type"] == "literal_error":
+        words = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"one of {words}"
+    wanted = WANTED.get(error["type"], error["msg"].removeprefix("Input should be "))
+    return f"a list, each {wanted}" if any(type(key) is int for key in error["loc"]) else wanted
+
+
+def checked(hint: Any, value: Any) -> Any:
+    """A plain value (of YAML, JSON or the command line) as one of an annotated type.
+
+    Lists become tuples, text becomes a path or a number (YAML reads 1e-5 as text) where one is
+    wanted, a mapping with a mode becomes that compressor; nothing else is converted.
+
+    Raises:
+        ValidationError: it is of another type.
+    """
     if isinstance(value, Mapping) and "mode" in value:
         return make_compressor(str(value["mode"]), {k: v for k, v in value.items() if k != "mode"})
-    if isinstance(value, str) and float in (hint, *get_args(hint)):
-        try:
-            return float(value)  # YAML reads 1e-5 as text
-        except ValueError:
-            return value
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        value = tuple(value)
+    wanted = (hint, *get_args(hint))
+    if isinstance(value, str) and float in wanted:
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, str) and Path in wanted:
+        value = Path(value)
+    return _adapter(hint).validate_python(value, strict=True)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+        return TypeAdapter(Any)  # a plugin's own annotation, which nothing can check
 
 
 def _hints(kind: type[Compressor]) -> dict[str, Any]:
@@ -79,42 +141,8 @@ def _hints(kind: type[Compressor]) -> dict[str, Any]:
         return {}
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; an unknown kind of annotation fits everything."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(part, inner[0]) for part in value)
-    if hint is float:
-        return type(value) in (int, float)
-    if hint in (int, str, bool, NoneType):
-        return type(value) is hint
-    return isinstance(value, hint) if isinstance(hint, type) else True
-
-
-def _describe(hint: Any) -> str:
-    """An annotated type in words."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(_describe(one) for one in inner if one is not NoneType)
-    if origin is Literal:
-        return f"one of {', '.join(inner)}"
-    if origin is tuple:
-        return f"a list, each {_describe(inner[0])}"
-    words = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
-    return words.get(hint, "a compressor: its mode and settings")
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Compressor):
         mode, settings = settings_of(value)
         return {"mode": mode} | settings
     return list(value) if isinstance(value, tuple) else value
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

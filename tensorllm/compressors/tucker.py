@@ -20,11 +20,11 @@ from tensorllm.compressors.base import (
     MatrixStatistics,
     Site,
     Size,
-    Value,
 )
 from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import tucker_energy, tucker_stored
 from tensorllm.tensors.factors import Factors, Tucker

@@ -20,6 +20,8 @@ from tensorllm.runtime.sites import Cost, SiteModule, runs
 from tensorllm.tensors.factors import Factors, Tucker, parameters
 from tensorllm.tensors.stacking import Geometry
 
+USED = 2  # experts of a token, in predictions of time
+
 
 @runs(Tucker, "experts")
 class ExpertsSite(SiteModule):
@@ -46,11 +48,10 @@ class ExpertsSite(SiteModule):
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
-        """Of a token that two experts see: what they share, and two parts of the core."""
+        """Of a token that `USED` experts see: what all share, and as many parts of the core."""
         core = factors.tensors()["core"].numel()
-        shared = parameters(factors) - core
-        used = shared + 2 * core // max(1, geometry.experts)
-        return Cost(used, 6 * len(site.families), used)
+        used = parameters(factors) - core + USED * core // geometry.experts
+        return Cost(used, USED * len(site.families) + 2, used)
 
     def begin(self, x_ND: Tensor) -> Tensor:
         """(N, D) -> (N, R): once per token."""

@@ -12,9 +12,9 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from tensorllm.errors import Incomplete
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import REASON, TrialQueue
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.selection import ranked, selection_gain
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
@@ -48,7 +48,7 @@ def best_of(run: Study, queue: TrialQueue) -> Step:
         Incomplete: no trial was examined in full.
     """
     trials = queue.trials()
-    order = ranked(trials, run.request.rules.goal)
+    order = ranked(trials, run.goal)
     if not order:
         if run.late:
             raise Incomplete(

@@ -56,20 +56,20 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
     """
     first, point = steps[0], composed(steps)
     final = _final(run, queue, point)
-    goal = run.request.rules.goal
+    goal = run.goal
     order = ranked(first.trials, goal)
     luck = selection(steps, run.request.seed)
     results = {
         "model": run.source.name,
         "dataset": run.validation.name,
         "protocol": run.protocol.name,
-        "objective": run.request.rules.objective,
+        "objective": run.request.objective,
         "several_objectives": goal.several,
         "sampler": run.sampler,
         "space": run.space.describe(),
         "trials": _counts([trial for step in steps for trial in step.trials]),
-        "too_large": {"points": run.too_large, "min_ratio": run.request.rules.least_ratio},
-        "stop_level": run.request.rules.level,
+        "too_large": {"points": run.too_large, "min_ratio": run.request.least_ratio},
+        "stop_level": run.request.level,
         "validation_examples": len(run.validation.examples),
         "half_width": half_width(len(run.validation.examples)),
         "original": {"validation": _plain(first.original), "test": final["original"]},
@@ -100,7 +100,7 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         "cache": _cache(run),
         "environment": environment(),
     }
-    sized = goal.several or (run.request.rules.min_ratio or 0) > 1
+    sized = goal.several or (run.request.min_ratio or 0) > 1
     better = results["verdict"]["found"] == "better"
     keeps = better or sized or run.request.force_best
     return SearchResult(results, recipe_text(run, point, results), keeps)

@@ -10,11 +10,12 @@ from typing import Any
 
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor, Job
-from tensorllm.compressors.base import Dimension, Value
+from tensorllm.compressors.base import Dimension
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.models.spec import ModelSpec
+from tensorllm.options import Value
 from tensorllm.registry import did_you_mean
 
 Values = Mapping[str, Value]  # a value of every dimension

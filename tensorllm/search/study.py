@@ -23,17 +23,22 @@ from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.data.base import ReasoningDataModule, Split
+from tensorllm.errors import UserError
+from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.recipes import short_names
+from tensorllm.registry import one_of
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import ModelEdit, SiteEdit, edit_of_fit
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.fingerprints import examples_fingerprint, model_fingerprint
 from tensorllm.search.guide import Guided, guided, in_order, trials_for
+from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
-from tensorllm.search.request import SearchRequest
 from tensorllm.search.space import LAYER, Matrices, Point, Space, Values, feasible, make_space
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.trial import TrialResult
@@ -42,6 +47,7 @@ from tensorllm.weights import dense_matrices
 
 GRID = 100  # points up to which a space is searched whole
 TRIALS = 100
+GIB = 2**30
 
 LENGTH = 512  # tokens of a calibration sequence, at most
 
@@ -61,6 +67,10 @@ class Study:
         if deadline is None and request.time_limit is not None:
             deadline = time.time() + request.time_limit
         self.deadline = deadline
+        one_of("--objective", request.objective, OBJECTIVES.names())
+        self.goal = OBJECTIVES[request.objective]
+        if request.compose > 1 and self.goal.several:
+            raise UserError("--compose needs one best trial: --objective accuracy or loss")
         _ = COMPRESSORS[request.mode]  # an unknown one is refused before the model is loaded
         self.request = request
         self.source = resolve(request.model, request.revision)
@@ -92,7 +102,7 @@ class Study:
             self.roles,
             r.mode,
             layers=r.layers,
-            values=r.values,
+            values=r.varied,
             together=r.together,
             left_out=("R1",) if r.tied else (),
             fixed={**r.fixed, **({"layout": r.layout} if r.layout else {})},
@@ -110,7 +120,7 @@ class Study:
     @cached_property
     def feasible(self) -> list[dict[str, Any]]:
         """The grid's points that meet the ratio."""
-        return feasible(self.space, self.roles, self.request.rules.least_ratio, self.excluded)
+        return feasible(self.space, self.roles, self.request.least_ratio, self.excluded)
 
     @property
     def too_large(self) -> int:
@@ -150,12 +160,20 @@ class Study:
 
     @property
     def sampler(self) -> str:
-        several = self.request.rules.goal.several
+        several = self.goal.several
         return self.request.sampler or ("grid" if self.grid else "nsga2" if several else "tpe")
 
     @property
     def trials(self) -> int:
         return len(self.points) if self.grid else self.request.trials or TRIALS
+
+    @property
+    def dataset(self) -> str:
+        name = self.request.dataset
+        name = name or short_names().get(self.request.model, {}).get("default_dataset")
+        if name is None:
+            raise UserError("give --dataset: see `tensorllm list datasets`")
+        return str(name)
 
     @cached_property
     def validation(self) -> ReasoningDataModule:
@@ -166,7 +184,10 @@ class Study:
         return self._connected("test")
 
     def _connected(self, split: Split) -> ReasoningDataModule:
-        data = self.request.data(split)
+        request = self.request
+        data = make_dataset(
+            self.dataset, data_file=request.data_file, split=split, limit=request.limit
+        )
         context = context_of(self.model.config, self.tokenizer)
         data.connect(self.tokenizer, masked=is_masked(self.model), context=context)
         return data
@@ -174,10 +195,11 @@ class Study:
     @cached_property
     def cache_budget(self) -> CacheBudget:
         """What this worker may keep: its share."""
-        given, workers = self.request.cache_bytes, max(1, self.request.workers)
-        memory = default_budget(self.model.device) if given is None else given
+        given, workers = self.request.cache_gib, max(1, self.request.workers)
+        memory = default_budget(self.model.device) if given is None else int(given * GIB)
         folder = self.request.study or Path(tempfile.gettempdir())
-        return CacheBudget(memory // workers, self.request.disk_cache_bytes // workers, folder)
+        disk = int(self.request.disk_cache_gib * GIB)
+        return CacheBudget(memory // workers, disk // workers, folder)
 
     @cached_property
     def examiner(self) -> Examiner:
@@ -229,7 +251,7 @@ class Study:
             seed=request.seed,
         )
         if not request.allow_overlap:
-            refuse_evaluated(text, self.tokenizer, request.dataset_name, request.data_file)
+            refuse_evaluated(text, self.tokenizer, self.dataset, request.data_file)
         return text
 
     def strategy(self, point: Point) -> Compressor | Fitted:
@@ -263,7 +285,6 @@ class Study:
 
     def identity(self) -> dict[str, Any]:
         """What another run of the same study must have in common with this one."""
-        rules = self.request.rules
         text = {} if self.calibration is None else {"calibration": self.calibration.sha256}
         return {
             **text,
@@ -271,9 +292,9 @@ class Study:
             "dataset": f"{self.validation.name} {examples_fingerprint(self.validation.examples)}",
             "protocol": self.protocol.name,
             "space": self.space.describe(),
-            "objective": rules.objective,
-            "max_error": rules.max_error,
-            "min_ratio": rules.least_ratio,
+            "objective": self.request.objective,
+            "max_error": self.request.max_error,
+            "min_ratio": self.request.least_ratio,
             "grid": self.grid,
             "guide": self.request.guide,
             "seed": self.request.seed,
@@ -287,7 +308,7 @@ class Study:
                 folder,
                 self.request.storage,
                 name,
-                self.request.rules.goal.directions,
+                self.goal.directions,
                 make_sampler(self.sampler, self.request.seed + worker, self.request.workers),
             )
             queue.identify(self.identity())
@@ -321,7 +342,7 @@ class Study:
             queue,
             self.space,
             self.examiner,
-            self.request.rules,
+            self.request,
             grid=self.grid,
             excluded=self.excluded,
             deadline=self.deadline,

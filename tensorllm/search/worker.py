@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import optuna
 from optuna.trial import TrialState
 
-from tensorllm.compressors.base import Value
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.options import Value
 from tensorllm.registry import one_of
+from tensorllm.requests.search import SAMPLERS, SearchRequest
 from tensorllm.search.examiner import Examiner, Infeasible, too_large
-from tensorllm.search.objectives import OBJECTIVES, Objective
+from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.selection import finished
 from tensorllm.search.space import LAYER, Matrices, Point, Space, collides, ratio_of
@@ -19,44 +19,7 @@ from tensorllm.search.stopping import Rival
 from tensorllm.search.storage import stable
 from tensorllm.search.trial import TrialResult, unpack
 
-SAMPLERS = ("grid", "tpe", "nsga2")
-
 Report = Callable[[TrialQueue], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """How trials are judged.
-
-    Attributes:
-        objective: what is best: a name of `OBJECTIVES`.
-        level: probability with which the best trial may be pruned half-way; None: none ever is.
-        max_error: relative error allowed; None: any.
-        min_ratio: of the numbers in the decomposed matrices to those stored; None: 1, so that
-            nothing grows; 0: any.
-    """
-
-    objective: str = "accuracy"
-    level: float | None = 0.001
-    max_error: float | None = None
-    min_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        one_of("--objective", self.objective, OBJECTIVES.names())
-        if self.level is not None and not 0 <= self.level < 1:
-            raise UserError(f"--stop-level must be in [0, 1), got {self.level}")
-        if self.max_error is not None and self.max_error <= 0:
-            raise UserError(f"--max-error must be more than 0, got {self.max_error}")
-        if self.min_ratio is not None and self.min_ratio < 0:
-            raise UserError(f"--min-ratio must be 0 or more, got {self.min_ratio}")
-
-    @property
-    def goal(self) -> Objective:
-        return OBJECTIVES[self.objective]
-
-    @property
-    def least_ratio(self) -> float:
-        return 1.0 if self.min_ratio is None else self.min_ratio
 
 
 def make_sampler(name: str, seed: int, workers: int = 1) -> optuna.samplers.BaseSampler:
@@ -97,6 +60,7 @@ class Worker:
     """Takes trials from the queue and examines them.
 
     Args:
+        request: says what is best, and what is left out or pruned.
         grid: whether all values are queued.
         excluded: matrices that are not edited again.
         deadline: `time.time()` after which no trial is begun; None: none.
@@ -107,7 +71,7 @@ class Worker:
         queue: TrialQueue,
         space: Space,
         examiner: Examiner,
-        rules: Rules,
+        request: SearchRequest,
         *,
         grid: bool,
         excluded: Matrices = frozenset(),
@@ -116,7 +80,8 @@ class Worker:
         self.queue = queue
         self.space = space
         self.examiner = examiner
-        self.rules = rules
+        self.request = request
+        self.goal = OBJECTIVES[request.objective]
         self.grid = grid
         self.excluded = excluded
         self.deadline = deadline
@@ -142,10 +107,10 @@ class Worker:
         try:
             result = self._known(point) or self.examiner(
                 point,
-                None if self.rules.level is None else self._rival(point),
-                level=self.rules.level or 0.0,
-                max_error=self.rules.max_error,
-                min_ratio=self.rules.least_ratio,
+                None if self.request.level is None else self._rival(point),
+                level=self.request.level or 0.0,
+                max_error=self.request.max_error,
+                min_ratio=self.request.least_ratio,
             )
         except Infeasible as error:
             self.queue.finish(trial, TrialState.PRUNED, reason=str(error))
@@ -163,11 +128,11 @@ class Worker:
         jobs = self.examiner.jobs(self.space.point(values))
         if collides(jobs, self.excluded):
             return "a matrix is edited already"
-        ratio, least = ratio_of(jobs, self.examiner.roles), self.rules.least_ratio
+        ratio, least = ratio_of(jobs, self.examiner.roles), self.request.least_ratio
         return None if ratio is None or ratio >= least else too_large(ratio, least)
 
     def _finish(self, trial: optuna.Trial, result: TrialResult) -> None:
-        goal, found = self.rules.goal, result.to_json()
+        goal, found = self.goal, result.to_json()
         values = list(goal.values(result))
         if result.stopped and not goal.several:  # Optuna prunes trials of one value only
             self.queue.report(trial, values[0], result.seen)
@@ -186,7 +151,7 @@ class Worker:
 
     def _rival(self, point: Point) -> Rival | None:
         """The best trial so far of those that this one may be pruned for."""
-        goal = self.rules.goal
+        goal = self.goal
         if goal.prune_by is None:
             return None
         ratio = ratio_of(self.examiner.jobs(point), self.examiner.roles) or 1.0

@@ -1,0 +1,78 @@
+"""`tensorllm export`: a factored folder as an ordinary checkpoint or in few bits."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorllm.checkpoint.loader import dtype_of
+from tensorllm.commands.plugins import load_plugins
+from tensorllm.compression.export import Narrowed, export, quantise_folder
+from tensorllm.errors import UserError
+from tensorllm.progress import Progress, quiet
+from tensorllm.requests.others import ExportRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An ordinary checkpoint, and the bytes of its weight files."""
+
+    out: Path
+    format: str
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "format": self.format, "bytes": self.bytes}
+
+    def __str__(self) -> str:
+        return f"{self.out}: {self.bytes / 2**20:.1f} MiB of weights, {self.format}"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A factored folder whose factors have few bits, site by site."""
+
+    out: Path
+    how: str
+    sites: list[Narrowed]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "sites": [asdict(site) for site in self.sites]}
+
+    def __str__(self) -> str:
+        before = sum(site.bytes_before for site in self.sites) / 2**20
+        after = sum(site.bytes_after for site in self.sites) / 2**20
+        worst = max(site.relative_error for site in self.sites)
+        return (
+            f"{self.out}: factors {before:.2f} MiB before, {after:.2f} MiB as {self.how}; "
+            f"error of the weights up to {100 * worst:.2f} %"
+        )
+
+
+def run(request: ExportRequest, progress: Progress = quiet) -> Exported | Quantised:
+    """Write the folder that is asked for.
+
+    Raises:
+        UserError: not a factored folder, or options that exclude one another.
+    """
+    load_plugins(request.plugins)
+    if request.quantize is None:
+        format = request.format or "dense"
+        size = export(
+            request.folder,
+            request.out,
+            format=format,
+            dtype=dtype_of(request.dtype),
+            overwrite=request.overwrite,
+            progress=progress,
+        )
+        return Exported(request.out, format, size)
+    if request.format is not None or request.dtype is not None:
+        raise UserError("--quantize stays factored: give it without --format and --dtype")
+    sites = quantise_folder(
+        request.folder,
+        request.out,
+        request.quantize,
+        overwrite=request.overwrite,
+        progress=progress,
+    )
+    return Quantised(request.out, request.quantize, sites)

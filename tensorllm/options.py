@@ -1,0 +1,196 @@
+"""What the field of a request is on the command line, and how text that was typed is read.
+
+A field `rank: Annotated[int | None, Option("The rank itself.")] = None` of a request is the option
+`--rank`; `cli/` makes a command's signature from such fields.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from tensorllm.errors import UserError
+
+MOST_LAYERS = 100_000  # far more than any model has: a typing error must not fill the memory
+
+Value = int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field that the command line sets.
+
+    Attributes:
+        help: what the help page says of it.
+        flag: by default `--` and the field's name with dashes.
+        metavar: what stands for the value in the help.
+        parse: makes the field's value of (flag, the text); None: the field's type does.
+        repeated: may be given several times; `parse` gets all the texts.
+        argument: has no flag: its place says what it is.
+        least: of a whole number.
+    """
+
+    help: str
+    flag: str | None = None
+    metavar: str | None = None
+    parse: Callable[[str, Any], Any] | None = None
+    repeated: bool = False
+    argument: bool = False
+    least: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OptionField:
+    """A field of a request with its option."""
+
+    name: str
+    kind: Any
+    option: Option
+    required: bool
+    default: Any
+
+    @property
+    def flag(self) -> str:
+        return self.option.flag or flag_of(self.name)
+
+
+def option_fields(request: type) -> list[OptionField]:
+    """The fields of a request that are options, in the order of the help page."""
+    hints, out = get_type_hints(request, include_extras=True), []
+    for field in fields(request):
+        hint = hints[field.name]
+        found = [a for a in get_args(hint)[1:] if isinstance(a, Option)]
+        if get_origin(hint) is Annotated and found:
+            required = field.default is MISSING and field.default_factory is MISSING
+            out.append(
+                OptionField(field.name, get_args(hint)[0], found[0], required, field.default)
+            )
+    return out
+
+
+def at_least(request: Any, name: str, least: float) -> None:
+    """Refuse a field below its least value; None is not given."""
+    value = getattr(request, name)
+    if value is not None and value < least:
+        raise UserError(f"{flag_of(name)} must be at least {least}, got {value}")
+
+
+def above(request: Any, name: str, bound: float) -> None:
+    """Refuse a field that is not more than a bound; None is not given."""
+    value = getattr(request, name)
+    if value is not None and value <= bound:
+        raise UserError(f"{flag_of(name)} must be more than {bound}, got {value:g}")
+
+
+def flag_of(name: str) -> str:
+    """`time_limit` -> `--time-limit`."""
+    return f"--{name.replace('_', '-')}"
+
+
+# What is typed.
+
+
+def layers(flag: str, text: str) -> tuple[int, ...] | str:
+    """`27`, `0,1` or `8-27` as layer numbers; `all` stays as it is."""
+    if text == "all":
+        return text
+    out: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            start = int(first)
+            end = min(int(last), start + MOST_LAYERS) if dash else start
+            out += range(start, end + 1)
+        except ValueError:
+            raise UserError(
+                f"{flag} takes numbers such as 27, 0,1 or 8-27, or all; got {text!r}"
+            ) from None
+    if not out:
+        raise UserError(f"{flag} {text!r} names no layer")
+    return tuple(out)
+
+
+def candidates(flag: str, text: str) -> tuple[int, ...] | None:
+    """The same, where all is the default."""
+    found = layers(flag, text)
+    return found if isinstance(found, tuple) else None
+
+
+def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """`304,19,2` as numbers; how many there must be is the compressor's to say."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} takes whole numbers such as 304,19,2; got {text!r}") from None
+
+
+def names(flag: str, text: str) -> tuple[str, ...]:
+    """`q,k` as names."""
+    del flag
+    return tuple(part.strip() for part in text.split(","))
+
+
+def assignments(flag: str, items: list[str]) -> dict[str, Any]:
+    """`field=value` items, the values read as YAML."""
+    import yaml
+
+    out = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"{flag} takes field=value, got {item!r}")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{flag} {key}: {value!r} is not a YAML value") from None
+    return out
+
+
+def shares(flag: str, text: str) -> tuple[float, ...]:
+    """`0.5,0.9` as shares in (0, 1]."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < value <= 1 for value in found):
+        raise UserError(f"{flag} takes shares in (0, 1] such as 0.5,0.9; got {text!r}")
+    return found
+
+
+def values(flag: str, text: str) -> tuple[Value, ...]:
+    """`64,96`, `0.1,0.5` or `in,in+out`: whole numbers, numbers or names."""
+    found = tuple(_value(part.strip()) for part in text.split(","))
+    if "" in found:
+        raise UserError(f"{flag} takes values such as 64,96; got {text!r}")
+    return found
+
+
+def named_values(flag: str, items: list[str]) -> dict[str, tuple[Value, ...]]:
+    """`NAME=V1,V2` items: values by name."""
+    out = {}
+    for item in items:
+        name, _, text = item.partition("=")
+        if not name or not text:
+            raise UserError(f"{flag} takes NAME=V1,V2,... such as rank=4,8; got {item!r}")
+        out[name.strip()] = values(flag, text)
+    return out
+
+
+def _value(text: str) -> Value:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def seconds(flag: str, text: str) -> float:
+    """`90s`, `10m`, `2h`, or a number of seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        found = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        found = 0
+    if not 0 < found < float("inf"):
+        raise UserError(f"{flag} takes a time such as 90s, 10m or 2h; got {text!r}")
+    return found

@@ -1,0 +1,1 @@
+"""What each command may be asked: the fields of its request are its options, said once."""

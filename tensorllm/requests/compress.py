@@ -1,0 +1,110 @@
+"""What `tensorllm compress` may be asked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tensorllm import options
+from tensorllm.options import Option
+from tensorllm.requests import shared
+
+SETTINGS = (
+    *("ranks", "energy", "error", "rho", "rank", "matrices", "layout"),
+    *("target_ratio", "target_params", "max_loss_increase", "distill_steps"),
+)
+# Fields that only the command line says; a recipe may say all others.
+ONLY_TYPED = ("config", "settings", "plugins", "dry_run")
+SEQUENCES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressRequest:
+    """A model, what is to be done to it, and where the result goes.
+
+    A field that is None (or False) is said by the recipe, or else by a default. `ranks` to
+    `distill_steps` and what is in `settings` are fields of the mode (`given`).
+    """
+
+    model: Annotated[str | None, shared.MODEL] = None
+    mode: Annotated[str | None, shared.MODE] = None
+    config: Annotated[Path | None, Option("A recipe (YAML) instead of --mode.")] = None
+    dataset: Annotated[str | None, Option("Take the shipped recipe for this dataset.")] = None
+    layers: Annotated[
+        tuple[int, ...] | Literal["all"] | None,
+        Option("Such as 27, 0,1, 8-27 or all (default: recipe, else all).", parse=options.layers),
+    ] = None
+    ranks: Annotated[
+        tuple[int, ...] | None,
+        Option("Tucker ranks R1,R2,R3 of width, head_dim, matrices.", parse=options.whole_numbers),
+    ] = None
+    energy: Annotated[
+        float | None, Option("Instead of ranks: energy to keep per mode, in (0, 1].")
+    ] = None
+    error: Annotated[
+        float | None, Option("Instead of ranks: relative error allowed, in [0, 1).")
+    ] = None
+    rho: Annotated[float | None, Option("LASER: share of the full rank to keep, in (0, 1].")] = None
+    rank: Annotated[int | None, Option("LASER, TRAWL: the rank itself.")] = None
+    matrices: Annotated[
+        tuple[str, ...] | None,
+        Option("Which of q,k,v,o,in,gate,out, where the mode asks.", parse=options.names),
+    ] = None
+    layout: Annotated[str | None, shared.LAYOUT] = None
+    target_ratio: Annotated[
+        float | None, Option("Instead: how much smaller, over 1; spread over layers.")
+    ] = None
+    target_params: Annotated[
+        int | None, Option("Instead: parameters that the whole model may keep.")
+    ] = None
+    calibration: Annotated[Path | None, Option("Modes that use data: a text file to fit to.")] = (
+        None
+    )
+    max_loss_increase: Annotated[
+        float | None,
+        Option("With --calibration, instead: nats per token the loss may rise there."),
+    ] = None
+    distill_steps: Annotated[
+        int | None, Option("With --calibration: steps to train the factors afterwards.")
+    ] = None
+    stream: Annotated[bool, Option("Calibrate layer by layer from disk: too big for memory.")] = (
+        False
+    )
+    allow_overlap: Annotated[bool, Option("Let --evaluate score rows of the calibration text.")] = (
+        False
+    )
+    sequences: Annotated[
+        int | None, Option(f"Calibration sequences to draw (default: {SEQUENCES}).", least=1)
+    ] = None
+    seed: Annotated[int | None, Option("Of that draw (default: 0).")] = None
+    settings: Annotated[
+        Mapping[str, Any],
+        Option(
+            "Any other field of the mode: field=value.",
+            flag="--set",
+            parse=options.assignments,
+            repeated=True,
+        ),
+    ] = field(default_factory=dict)
+    out: Annotated[Path | None, Option("Folder to write the checkpoint to.")] = None
+    format: Annotated[
+        str | None,
+        Option("dense (loads anywhere; the default) or factored (small on disk)."),
+    ] = None
+    dtype: shared.DType = None
+    device: Annotated[str | None, shared.DEVICE] = None
+    overwrite: shared.Overwrite = False
+    evaluate: Annotated[str | None, Option("Score on this dataset before and after.")] = None
+    data_file: shared.DataFile = None
+    limit: shared.Limit = None
+    dry_run: Annotated[bool, Option("Print the plan and its cost; do nothing.")] = False
+    revision: shared.Revision = None
+    plugins: shared.Plugins = ()
+    logger: shared.Logger = None
+    log_dir: shared.LogDir = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields of the mode that were given."""
+        named = {name: getattr(self, name) for name in SETTINGS}
+        return {k: v for k, v in named.items() if v is not None} | dict(self.settings)

@@ -1,0 +1,122 @@
+"""What the smaller commands may be asked: inspect, generate, export, bench, report, list."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tensorllm import options
+from tensorllm.options import Option
+from tensorllm.requests import shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectRequest:
+    """A model whose spectra are shown, and the shares of energy for which ranks are shown."""
+
+    model: Annotated[str, shared.MODEL]
+    layers: Annotated[
+        tuple[int, ...] | None,
+        Option("Such as 27, 0,1 or 8-27 (default: all).", parse=options.candidates),
+    ] = None
+    energy: Annotated[
+        tuple[float, ...],
+        Option(
+            "Shares of the energy to find ranks for (default: 0.5,0.9,0.99).",
+            parse=options.shares,
+        ),
+    ] = (0.5, 0.9, 0.99)
+    revision: shared.Revision = None
+    plugins: shared.Plugins = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """A model and the prompts that it goes on from."""
+
+    model: Annotated[str, shared.MODEL]
+    prompts: Annotated[
+        tuple[str, ...],
+        Option("What to go on from; may be repeated.", flag="--prompt", repeated=True),
+    ]
+    max_new_tokens: Annotated[int, Option("Tokens to write at most.")] = 64
+    temperature: Annotated[float, Option("0: always the likeliest token.")] = 0.0
+    top_p: Annotated[float, Option("Share of probability to sample from.")] = 1.0
+    beams: Annotated[int, Option("Of the beam search.")] = 1
+    seed: Annotated[int, Option("Of the sampling.")] = 0
+    policy: shared.Policy = "always"
+    dtype: shared.DType = None
+    device: Annotated[str, shared.DEVICE] = "cpu"
+    revision: shared.Revision = None
+    plugins: shared.Plugins = ()
+    verify: shared.Verify = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """A factored folder, and how it is to be written anew."""
+
+    folder: Annotated[Path, Option("A factored folder.", argument=True)]
+    out: Annotated[Path, Option("The folder to make.", metavar="OUT", argument=True)]
+    format: Annotated[
+        str | None, Option("dense (the default): an ordinary checkpoint.", metavar="NAME")
+    ] = None
+    quantize: Annotated[
+        str | None, Option("Stay factored, with factors in int8 or int4.", metavar="NAME")
+    ] = None
+    dtype: shared.DType = None
+    overwrite: shared.Overwrite = False
+    plugins: shared.Plugins = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """A factored folder that is measured; `peak`: its memory too, each model in a process."""
+
+    model: Annotated[Path, Option("A factored folder.")]
+    prompt_tokens: Annotated[
+        int | None, Option("Of the prompt (default: 512, or what the model takes).")
+    ] = None
+    new_tokens: Annotated[
+        int | None, Option("Decoded behind it (default: 32, or what the model takes).")
+    ] = None
+    repeats: Annotated[int, Option("Turns; the median counts.")] = 5
+    policy: shared.Policy = "always"
+    dtype: shared.DType = None
+    device: Annotated[str, shared.DEVICE] = "cpu"
+    plugins: shared.Plugins = ()
+    peak: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRequest:
+    """Runs that are shown on one page."""
+
+    runs: Annotated[
+        Sequence[Path],
+        Option(
+            "Folders that compress, evaluate or search-ranks wrote; files of bench --json.",
+            metavar="RUN...",
+            repeated=True,
+            argument=True,
+        ),
+    ]
+    out: Annotated[Path, Option("The page to write.")] = Path("report.html")
+    card: Annotated[bool, Option("Put what was measured into the checkpoints' README.md too.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListRequest:
+    """What is to be listed."""
+
+    kind: Annotated[
+        str,
+        Option(
+            "compressors, architectures, models, datasets or recipes.",
+            metavar="KIND",
+            argument=True,
+        ),
+    ]
+    plugins: shared.Plugins = ()
