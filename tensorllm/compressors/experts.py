@@ -28,10 +28,8 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.experts import (
-    EXPERTS,
     FLOOR,
     INNER,
-    MATRICES,
     WIDTH,
     Roots,
     ranks_within,
@@ -46,7 +44,10 @@ from tensorllm.tensors.stacking import ROUTED, Geometry
 
 MODES = ("experts", "inner", "width", "matrices")
 STACKED = ("inputs", "all", "none")
-UNREACHED = 0.01  # of the mean expert's tokens: what an expert counts at least
+# Of the mean variance, what every direction of the inputs weighs more: a factor that all experts
+# share should not spend all on the few directions in which the text varies most.
+RIDGE = 1.0
+UNREACHED = 0.01  # of the mean expert, what one without a token weighs
 PRIOR = 1.0  # tokens, per number of the width, of the layer that an expert's own are mixed with
 
 
@@ -186,12 +187,13 @@ class ExpertTucker(Leaf):
 @COMPRESSORS.register("activation-expert-tucker")
 @dataclass(frozen=True, kw_only=True)
 class ActivationExpertTucker(ExpertTucker):
-    """`expert-tucker` where errors count as the text says, mode by mode.
+    """`expert-tucker` where errors count by what they do to the outputs on a text.
 
-    Inputs are whitened by the covariance of the tokens that are routed to experts, an expert counts
-    by how many it gets, and each expert's core is refitted to its own tokens. An expert that the
-    text never reaches keeps the core that all experts' inputs give it.
-    Source: TD-MoE (ICLR 2026), multilinear whitening; the refit is ours.
+    Of what an expert reads only tokens count that are routed to it. The width of gate and in is
+    whitened by the covariance of all experts' inputs; where every expert keeps its own core, cores
+    are refitted to each expert's own tokens, and the width of out is chosen by the covariance of
+    the outputs. An expert that the text never reaches is treated as the layer's average one.
+    Source: TD-MoE (ICLR 2026), its whitening of inputs; refit and outputs are ours.
     """
 
     needs: ClassVar[Needs] = "activations"
@@ -201,30 +203,22 @@ class ActivationExpertTucker(ExpertTucker):
         self.check(tuple(w.shape))
         roots = self._roots(w, statistics)
         ranks = self._chosen(w, roots)
-        alone = [mode for mode, rank in enumerate(ranks) if rank == w.shape[mode]]
-        if INNER in roots and {EXPERTS, INNER} <= set(alone):
+        cut = {mode for mode, rank in enumerate(ranks) if rank < w.shape[mode]}
+        if cut == {WIDTH} and all(one.reads_rows for one in statistics):
             own = {INNER: _own_roots(w, statistics)}
             return weighted_tucker(w, ranks, own, sweeps=self.sweeps)
         found = weighted_tucker(w, ranks, roots, sweeps=self.sweeps)
-        if WIDTH in roots and {EXPERTS, MATRICES} <= set(alone) and WIDTH not in alone:
+        if WIDTH in cut <= {WIDTH, INNER} and not any(one.reads_rows for one in statistics):
             return refitted(w, found, _own_weights(w, statistics))
         return found
 
     def _roots(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None) -> Roots:
         assert statistics is not None
-        sums: dict[int, Tensor] = {}
+        total_DD = torch.zeros(w.shape[WIDTH], w.shape[WIDTH], dtype=torch.float64)
         for one in statistics:
-            mode = INNER if one.reads_rows else WIDTH
-            sums[mode] = sums.get(mode, 0) + one.tokens * one.input_covariance_XX
-        shares_E = _tokens(w, statistics)
-        weights_E = (shares_E / shares_E.mean().clamp(min=1)).clamp(min=UNREACHED)
-        roots = {mode: root_of(total_NN.to(w.device)) for mode, total_NN in sums.items()}
-        return roots | {EXPERTS: weights_E.sqrt().diag().to(w.device)}
-
-
-def _tokens(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:
-    """(E,) tokens that each expert was given."""
-    return torch.tensor([one.tokens for one in statistics[: len(w)]], dtype=torch.float64)
+            if not one.reads_rows:
+                total_DD += one.tokens * one.input_covariance_XX
+        return {WIDTH: root_of(total_DD.to(w.device), ridge=RIDGE)} if total_DD.any() else {}
 
 
 def _own_roots(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:

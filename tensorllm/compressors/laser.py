@@ -40,7 +40,7 @@ class LaserSVD(Leaf):
     Attributes:
         rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
         rank: r itself, instead of rho.
-        matrices: which of in, gate, out, q, k, v, o; in mixtures also shared.in, experts.in and so on.
+        matrices: which of in, gate, out, q, k, v, o; in mixtures also shared.in, experts.in, ...
         method: `exact`, `randomized` (oversampled), or `official` as in LASER's code.
         seed: of the randomised method.
     """

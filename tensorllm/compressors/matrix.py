@@ -60,7 +60,8 @@ class KeptSettings:
     Attributes:
         kept: numbers that the factors store over those of the matrix, in (0, 1).
         rank: the rank itself, instead of kept.
-        matrices: which of in, gate, out, q, k, v, o, shared.in, experts.in and so on; by default all that a layer has.
+        matrices: which of in, gate, out, q, k, v, o, in mixtures shared.in, experts.in, ...; by
+            default all that a layer has.
     """
 
     kept: float | None = None

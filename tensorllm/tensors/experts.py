@@ -34,21 +34,20 @@ def stored_numbers(shape: Sequence[int], ranks: Sequence[int]) -> int:
     return math.prod(ranks) + sum(n * r for n, r in cut)
 
 
-def root_of(weights_NN: Tensor, mean: float | None = None, floor: float = FLOOR) -> Tensor:
+def root_of(weights_NN: Tensor, mean: float | None = None, ridge: float = FLOOR) -> Tensor:
     """The symmetric root (N, N) of weights over their mean eigenvalue, float64.
 
     Args:
         weights_NN: zero: nothing is known of the mode, and the root is the identity.
         mean: divide by this instead.
-        floor: of the mean eigenvalue, the least that a direction weighs.
+        ridge: of the mean eigenvalue, what is added to all.
     """
     weights_NN = weights_NN.double()
     own = float(weights_NN.diagonal().mean())
     if not own > 0:
         return torch.eye(len(weights_NN), dtype=torch.float64, device=weights_NN.device)
     values_N, v_NN = torch.linalg.eigh(weights_NN / own)
-    scale = own / (mean or own)
-    return (v_NN * (values_N.clamp(min=floor) * scale).sqrt()) @ v_NN.mT
+    return (v_NN * ((values_N.clamp(min=0) + ridge) * own / (mean or own)).sqrt()) @ v_NN.mT
 
 
 def weighted(w: Tensor, roots: Roots) -> Tensor:
