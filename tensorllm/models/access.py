@@ -82,7 +82,7 @@ class RoleMatrices:
         if stored.experts is None:
             return f"{self.layer_path(layer)}.{stored.path}.weight"
         kept, parameter = self._kept[layer], stored.path.rpartition(".")[2]
-        if kept.apart:
+        if kept.is_apart(role):
             return kept.apart.get(role) or kept.missing(role)
         return kept.fused.get(parameter, f"{self.layer_path(layer)}.{stored.path}")
 
@@ -122,8 +122,9 @@ class RoleMatrices:
         """Refuse stored shapes that contradict the config."""
         for layer in range(self.layers):
             for stored in self.stored_in(layer):
-                apart = stored.experts is not None and self._kept[layer].apart
-                for role in stored.roles if apart else stored.roles[:1]:
+                first = stored.roles[0]
+                apart = stored.experts is not None and self._kept[layer].is_apart(first)
+                for role in stored.roles if apart else (first,):
                     self._check_shape(layer, stored, role, shapes)
 
     def _check_shape(
@@ -138,7 +139,7 @@ class RoleMatrices:
     def _stored_shape(self, layer: int, stored: Stored, role: str) -> tuple[int, ...]:
         geo = self.spec.geometry(layer)
         if stored.experts is not None:
-            if self._kept[layer].apart:
+            if self._kept[layer].is_apart(role):
                 return geo.outputs(role), geo.inputs(role)
             return stored.experts.parameter_shape(stored.path.rpartition(".")[2], geo.D)
         rows, columns = sum(map(geo.inner, stored.roles)), geo.shape(stored.roles[0])[1]
@@ -149,7 +150,7 @@ class RoleMatrices:
         stored, geo = self.stored(layer, role), self.spec.geometry(layer)
         if stored.experts is not None:
             _, expert, kind = role.split(".")
-            if self._kept[layer].apart:
+            if self._kept[layer].is_apart(role):
                 return weight.mT if is_output_projection(role) else weight
             return stored.experts.view(weight, kind)[int(expert)]
         w_IC = weight.mT if stored.transposed else weight

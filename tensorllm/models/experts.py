@@ -148,12 +148,17 @@ class Kept:
     """Where the stored tensors of one layer hold its experts.
 
     Attributes:
-        fused: parameter -> stored name; empty where each matrix has its own.
+        fused: parameter -> stored name, of those that are stored as in the module.
         apart: role -> stored name of the expert's own matrix, (out, in) as in `nn.Linear`.
     """
 
     fused: Mapping[str, str]
     apart: Mapping[str, str]
+
+    def is_apart(self, role: str) -> bool:
+        """Whether the matrix, or that of another expert, has a name of its own."""
+        kind = role.split(".")[2]
+        return any(known.endswith(f".{kind}") for known in self.apart)
 
     def missing(self, role: str) -> str:
         """What a matrix that is not there would be called, after another expert's."""
@@ -177,7 +182,8 @@ def kept_in(experts: Experts, layer_path: str, names: Collection[str]) -> Kept:
         ]
         if known:
             fused[parameter] = below[known[0]]
-    return Kept(fused, {} if fused else dict(_apart(below)))
+    apart = {r: n for r, n in _apart(below) if experts.parameter(r.split(".")[2]) not in fused}
+    return Kept(fused, apart)
 
 
 def _apart(below: Mapping[str, str]) -> Iterator[tuple[str, str]]:
