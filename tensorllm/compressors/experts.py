@@ -101,15 +101,8 @@ class ExpertTucker(Leaf):
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         """Of each layer; one without experts is passed over, or refused where it was named."""
-        if not any(spec.geometry(layer).experts for layer in layers):
-            raise UserError(
-                "expert-tucker decomposes the experts of a mixture, and "
-                + (
-                    "these layers have none"
-                    if "experts.out" in spec.roles
-                    else "this model has none"
-                )
-            )
+        if "experts.out" not in spec.roles:
+            raise UserError("this mode decomposes the experts of a mixture; this model has none")
         return [
             Job(site, self) for layer in layers for site in self._sites(layer, spec.geometry(layer))
         ]
