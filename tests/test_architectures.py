@@ -18,15 +18,17 @@ from naive_layer import (
     assert_heads_are_the_modules,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import EXPERTS, TINY, tiny_model
+from tiny_models import EXPERTS, TINY, tiny_config, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensorllm.errors import UserError
 from tensorllm.models import (
     ARCHITECTURES,
     Architecture,
     RoleMatrices,
     Stored,
+    layout_of,
     parameters_of,
 )
 
@@ -172,11 +174,38 @@ def test_a_wrong_row_is_caught(slip: str) -> None:
     """The comparison with the real module is sharp enough to see these."""
     name, mutate = WRONG_ROWS[slip]
     layer = Layer(tiny_model(name))
-    layer.roles.architecture = mutate(layer.roles.architecture)
+    row = mutate(ARCHITECTURES[layer.config.model_type])
+    layer.roles.layout = layout_of(layer.config, row)
     layer.roles.check_shapes({n: tuple(w.shape) for n, w in layer.weights.items()})
     check = assert_ffn_is_the_modules if "gate" in slip else assert_heads_are_the_modules
     with pytest.raises(AssertionError, match="not close"):
         check(layer)
+
+
+@pytest.mark.parametrize("slip", WRONG_ROWS)
+def test_a_wrong_row_is_refused_where_it_is_used(slip: str) -> None:
+    """By the verification on a tiny model, which a row from outside goes through."""
+    name, mutate = WRONG_ROWS[slip]
+    row = replace(mutate(ARCHITECTURES[TINY[name].model_type]), tested=False)
+    with pytest.raises(UserError, match=r"row of .* is wrong: .*"):
+        layout_of(tiny_config(name), row)
+
+
+@every_row
+def test_what_the_rows_say_is_what_structure_finds(name: str) -> None:
+    config = tiny_config(name)
+    row = ARCHITECTURES[config.model_type]
+    by_row, verified = layout_of(config), layout_of(config, replace(row, tested=False))
+    assert verified.spec == by_row.spec
+    config.model_type = f"unknown_{config.model_type}"
+    found = layout_of(config)
+    assert found.by == "structure"
+    assert found.spec == by_row.spec
+    for layer, other in zip(found.layers, by_row.layers, strict=True):
+        assert layer.path == other.path
+        assert [(s.path, s.conv1d) for s in layer.stored] == [
+            (s.path, s.conv1d) for s in other.stored
+        ]
 
 
 def test_reading_is_a_view_where_it_can_be_one() -> None:

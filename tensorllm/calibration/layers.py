@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from tensorllm.calibration.sequences import Batch
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.naming import stored_names
 from tensorllm.models.task import saved_class
 
 
@@ -73,9 +74,7 @@ class OnDisk:
         self.roles = RoleMatrices(self.checkpoint.config, parameters_of(self.model))
         self.parameters = self.checkpoint.parameters
         self.stored = RoleMatrices(self.checkpoint.config, self.checkpoint.entries)
-        first = self.roles.name(0, "q")
-        self._prefix = self.stored.name(0, "q").removesuffix(first)
-        self._renamed = renamed(self.model, self.checkpoint.entries)
+        self._names = stored_names(self.model, self.checkpoint.entries)
         blocks = tuple(f"{self.roles.layer_path(n)}." for n in range(self.roles.layers))
         own = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
         self._load(self.model, "", own)
@@ -94,7 +93,7 @@ class OnDisk:
 
     def _load(self, module: nn.Module, path: str, names: Any) -> None:
         """Give the parameters `names` of a module their weights, where the checkpoint has them."""
-        stored = {name: self._stored(f"{self._prefix}{path}{name}") for name in names}
+        stored = {name: self._stored(f"{path}{name}") for name in names}
         known = {name: key for name, key in stored.items() if key in self.checkpoint.entries}
         read = self.checkpoint.read(known.values())
         weights = {n: read[key].to(self.device, self.dtype) for n, key in known.items()}
@@ -122,27 +121,12 @@ class OnDisk:
 
     def _stored(self, name: str) -> str:
         """What the checkpoint calls a weight: of tied ones it may hold either."""
-        if name not in self.checkpoint.entries:
-            if (known := self._renamed.get(name.removeprefix(self._prefix))) is not None:
-                return known
+        if name not in self._names:
             tied = getattr(saved_class(self.checkpoint.config), "_tied_weights_keys", None)
             for other, own in (tied or {}).items():
-                if own == name and other in self.checkpoint.entries:
+                if own.endswith(name) and other in self.checkpoint.entries:
                     return str(other)
-        return name
-
-
-def renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Parameters that files hold under other names, as transformers renames them: by name."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    own = dict(model.state_dict())
-    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
-    pairs = {
-        rename_source_key(name, rules, [], model.base_model_prefix, own)[0]: name for name in stored
-    }
-    return {new: old for new, old in pairs.items() if new in own and new != old}
+        return self._names.get(name, name)
 
 
 class _NoWeights(TorchFunctionMode):

@@ -35,6 +35,7 @@ from tensorllm.compressors.base import (
 from tensorllm.compressors.budget import Budget, share_out
 from tensorllm.compressors.placing import placed
 from tensorllm.errors import UserError
+from tensorllm.models.task import text_config_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.shared_input import reading_together
@@ -88,7 +89,7 @@ class Sweeps:
         geometry = roles.spec.geometry
         widths = {(n, r): geometry(n).inputs(r) for n, together in self.keys for r in together}
         self.numbers = sum(geometry(n).numel(r) for n, together in self.keys for r in together)
-        config: Any = source.model.config
+        config: Any = text_config_of(source.model.config)
         context = getattr(config, "max_position_embeddings", None)
         calibration.check(config.vocab_size, max(widths.values()), context)
         self.batches = calibration.batches()

@@ -51,6 +51,11 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"{path} is not JSON: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold names and values, got {type(values).__name__}")
+    if "text_config" in values and not isinstance(values["text_config"], dict):
+        raise UserError(
+            f"{path}: text_config must hold the sizes of the text model, got "
+            f"{values['text_config']!r}; its defaults would be another model"
+        )
     for part in (values, *(v for k, v in values.items() if k.endswith("_config"))):
         if isinstance(part, dict):
             check_sizes(path, part)

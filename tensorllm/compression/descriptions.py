@@ -10,7 +10,7 @@ from typing import Any
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import Factors, Picture
 from tensorllm.tensors.quantised import kind_named
-from tensorllm.tensors.stacking import ATTENTION, family
+from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, family
 
 Sites = Sequence[Mapping[str, Any]]
 Group = tuple[tuple[tuple[str, ...], str], Sites]  # roles and kind of factors, and their sites
@@ -66,9 +66,9 @@ def _matrices(roles: tuple[str, ...]) -> str:
     if set(roles) == set(ATTENTION):
         return "attention"
     if set(roles) > set(ATTENTION):
-        ffn = ", ".join(f"“{role}”" for role in roles if role not in ATTENTION)
+        ffn = ", ".join(f"“{role}”" for role in roles if role not in ATTENTION_ROLES)
         return f"attention and FFN matrices {ffn}"
-    part = "attention" if set(roles) <= set(ATTENTION) else "FFN"
+    part = "attention" if set(roles) <= set(ATTENTION_ROLES) else "FFN"
     many = "matrices" if len(roles) > 1 else "matrix"
     names = ", ".join(f"“{role}”" for role in roles)
     return f"{part} {many} {names}"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tensorllm.models.spec import ModelSpec
-from tensorllm.tensors.stacking import ATTENTION
+from tensorllm.tensors.stacking import ATTENTION_ROLES
 
 RATIO_NAMES = {
     "matrices_compressed": "the compressed matrices",
@@ -82,7 +82,7 @@ class CompressionReport:
         """Attention parameters before and after of each layer with an edited attention matrix."""
         after: dict[int, float] = {}
         for site in self.sites:
-            if set(site.roles) <= set(ATTENTION):
+            if set(site.roles) <= set(ATTENTION_ROLES):
                 saved = (site.parameters_before - site.parameters_after) / len(site.layers)
                 for layer in site.layers:
                     after[layer] = after.get(layer, self._attention(layer)) - saved
@@ -91,7 +91,7 @@ class CompressionReport:
     def _attention(self, layer: int) -> int:
         """Numbers in all attention matrices of a layer."""
         geometry = self.spec.geometry(layer)
-        return sum(geometry.numel(role) for role in geometry.roles if role in ATTENTION)
+        return sum(geometry.numel(role) for role in geometry.roles if role in ATTENTION_ROLES)
 
     def _untouched_attention(self) -> int:
         """Numbers in the attention of the layers that have no edited attention matrix."""

@@ -10,7 +10,7 @@ from tensorllm.compressors.base import Compressor, Job
 from tensorllm.errors import UserError
 from tensorllm.models.access import RoleMatrices
 from tensorllm.models.spec import ModelSpec
-from tensorllm.tensors.stacking import family
+from tensorllm.tensors.stacking import MLA, Geometry, family
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
         raise UserError(
             f"layer {layer} has no matrix {', '.join(missing)}"
             f" (it has {', '.join(spec.geometry(layer).families) or 'none'}); {where} all of them"
+            f"{_latent(spec.geometry(layer))}"
         )
     passed_over = {layer: _named(missing) for layer, missing in lacking.items()}
     gone = set(lacking) - {layer for job in jobs for layer in job.site.layers}
@@ -65,6 +66,17 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
 def _named(roles: Sequence[str]) -> tuple[str, ...]:
     """As a user names them: the same matrix of all experts once."""
     return tuple(dict.fromkeys(map(family, roles)))
+
+
+def _latent(geometry: Geometry) -> str:
+    """Why heads cannot be stacked where keys and values are made from a latent."""
+    if not set(MLA) & set(geometry.roles):
+        return ""
+    return (
+        ". Its attention is latent (MLA): keys and values of all heads are products of kv_a and "
+        "kv_b, low-rank already, and there are no matrices k and v over the model width to stack "
+        "with q and o; svd, laser and the modes fitted to text work on each of its matrices"
+    )
 
 
 def _lacking(

@@ -2,14 +2,16 @@
 
 import tensorllm.models.table  # noqa: F401  registers the rows
 from tensorllm.models.access import RoleMatrices, parameters_of
-from tensorllm.models.spec import ARCHITECTURES, Architecture, ModelSpec, Stored, architecture_of
+from tensorllm.models.layout import Layout, layout_of
+from tensorllm.models.spec import ARCHITECTURES, Architecture, ModelSpec, Stored
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Layout",
     "ModelSpec",
     "RoleMatrices",
     "Stored",
-    "architecture_of",
+    "layout_of",
     "parameters_of",
 ]

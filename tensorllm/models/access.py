@@ -5,15 +5,18 @@ g queries per group, K head width.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from tensorllm.errors import UserError
-from tensorllm.models.experts import kept_in
-from tensorllm.models.mixture import mixtures, with_mixture
-from tensorllm.models.spec import ModelSpec, Stored, Task, architecture_of
+from tensorllm.models.experts import Kept, kept_in
+from tensorllm.models.layout import layout_of
+from tensorllm.models.mixture import Mixture
+from tensorllm.models.naming import stored_names
+from tensorllm.models.skeleton import skeleton
+from tensorllm.models.spec import ModelSpec, Stored, Task, part_of
+from tensorllm.models.task import text_config_of
 from tensorllm.tensors.stacking import is_output_projection
 
 
@@ -33,21 +36,13 @@ class RoleMatrices:
     """
 
     def __init__(self, config: Any, names: Collection[str]) -> None:
-        self.architecture = architecture_of(config)
-        self.layers: int = config.num_hidden_layers
-        if self.layers < 1:
-            raise UserError(f"a model must have 1 layer or more, the config says {self.layers}")
-        geometry = self.architecture.geometry(config)
-        self._prefix = self._find_prefix(config.model_type, names)
-        self.mixtures = mixtures(config, self.architecture.block, self.layers, names)
-        self.spec = ModelSpec(
-            tuple(
-                replace(geometry, shapes=with_mixture(geometry, self.mixtures[layer]))
-                if layer in self.mixtures
-                else geometry
-                for layer in range(self.layers)
-            )
-        )
+        self.layout = layout_of(config)
+        self.spec: ModelSpec = self.layout.spec
+        self.layers = self.spec.layers
+        layers = enumerate(self.layout.layers)
+        self.mixtures: dict[int, Mixture] = {n: one.mixture for n, one in layers if one.mixture}
+        self._kept: dict[int, Kept] = {}  # known once the layers' names are
+        self._find_names(config, names)
         self._kept = {
             layer: kept_in(found.experts, self.layer_path(layer), names)
             for layer, found in self.mixtures.items()
@@ -56,13 +51,11 @@ class RoleMatrices:
     @property
     def task(self) -> Task:
         """Whether the model predicts the next token or a masked one."""
-        return self.architecture.task
+        return self.layout.task
 
     def stored_in(self, layer: int) -> tuple[Stored, ...]:
         """The stored parameters that hold the layer's roles."""
-        if layer in self.mixtures:
-            return self.architecture.attention + self.mixtures[layer].stored
-        return tuple(self.architecture)
+        return self.layout.layers[layer].stored
 
     def stored(self, layer: int, role: str) -> Stored:
         """The stored parameter that holds the role.
@@ -79,12 +72,18 @@ class RoleMatrices:
     def name(self, layer: int, role: str) -> str:
         """Name of the parameter that holds the role."""
         stored = self.stored(layer, role)
-        if stored.experts is None:
-            return f"{self.layer_path(layer)}.{stored.path}.weight"
-        kept, parameter = self._kept[layer], stored.path.rpartition(".")[2]
-        if kept.is_apart(role):
+        if stored.experts is not None:
+            return self._expert_name(layer, stored, role)
+        return self._named(f"{self.layout.layers[layer].path}.{stored.path}.weight")
+
+    def _expert_name(self, layer: int, stored: Stored, role: str) -> str:
+        own, parameter = f"{self.layout.layers[layer].path}.{stored.path}", stored.parameter
+        kept = self._kept.get(layer)
+        if kept is not None and kept.is_apart(role):
             return kept.apart.get(role) or kept.missing(role)
-        return kept.fused.get(parameter, f"{self.layer_path(layer)}.{stored.path}")
+        if kept is not None and parameter in kept.fused:
+            return kept.fused[parameter]
+        return self._named(own)
 
     def together(self, layer: int, role: str) -> set[str]:
         """Names of the parameters that a model in memory holds as one, which has the role."""
@@ -92,7 +91,12 @@ class RoleMatrices:
 
     def layer_path(self, layer: int) -> str:
         """Name of the layer's module in the model."""
-        return f"{self._prefix}{self.architecture.block.format(i=layer)}"
+        own = self.layout.layers[layer].path
+        stored = self.stored_in(layer)
+        if not stored:
+            return self._prefixed(own)
+        below = f".{stored[0].path}.weight"
+        return self._named(f"{own}{below}").removesuffix(below)
 
     def read(self, weights: Mapping[str, Tensor], layer: int, role: str) -> Tensor:
         """The role matrix `(I, C)`, in the stored dtype; a view where it can be one."""
@@ -141,34 +145,49 @@ class RoleMatrices:
         if stored.experts is not None:
             if self._kept[layer].is_apart(role):
                 return geo.outputs(role), geo.inputs(role)
-            return stored.experts.parameter_shape(stored.path.rpartition(".")[2], geo.D)
+            return stored.experts.parameter_shape(stored.parameter, geo.D)
         rows, columns = sum(map(geo.inner, stored.roles)), geo.shape(stored.roles[0])[1]
         return (columns, rows) if stored.transposed else (rows, columns)
 
     def _part(self, weight: Tensor, layer: int, role: str) -> Tensor:
-        """The view of a stored parameter that is the role's: (I, C) or (G, m, K, C)."""
-        stored, geo = self.stored(layer, role), self.spec.geometry(layer)
-        if stored.experts is not None:
-            _, expert, kind = role.split(".")
-            if self._kept[layer].is_apart(role):
-                return weight.mT if is_output_projection(role) else weight
-            return stored.experts.view(weight, kind)[int(expert)]
-        w_IC = weight.mT if stored.transposed else weight
-        if stored.grouped:
-            w_GmKC = w_IC.view(geo.G, geo.groups + 2, geo.K, -1)
-            first = {"q": 0, "k": geo.groups, "v": geo.groups + 1}[role]
-            return w_GmKC[:, first : first + (geo.groups if role == "q" else 1)]
-        before = stored.roles[: stored.roles.index(role)]
-        return w_IC.narrow(0, sum(map(geo.inner, before)), geo.inner(role))
+        """The view of a stored parameter that is the role's."""
+        stored = self.stored(layer, role)
+        if stored.experts is None:
+            return part_of(stored, weight, role, self.spec.geometry(layer))
+        if self._kept[layer].is_apart(role):
+            return weight.mT if is_output_projection(role) else weight
+        _, expert, kind = role.split(".")
+        return stored.experts.view(weight, kind)[int(expert)]
 
-    def _find_prefix(self, model_type: str, names: Collection[str]) -> str:
-        """What stands before the base model's own names, such as `transformer.` or nothing."""
-        first = self.architecture.attention[0].path
-        ending = f"{self.architecture.block.format(i=0)}.{first}.weight"
-        found = [n.removesuffix(ending) for n in names if n == ending or n.endswith("." + ending)]
-        if len(found) != 1:
+    def _named(self, parameter: str) -> str:
+        return self._renamed.get(parameter) or self._prefixed(parameter)
+
+    def _prefixed(self, name: str) -> str:
+        own, other = self._prefix
+        return f"{other}{name.removeprefix(own)}"
+
+    def _find_names(self, config: Any, names: Collection[str]) -> None:
+        """How these names call the model's parameters: `model.layers.0` may be `layers.0` in a base
+        model without its head, and anything that transformers renames in a file."""
+        self._prefix, self._renamed = ("", ""), dict[str, str]()
+        wanted = [self.name(n, s.roles[0]) for n in range(self.layers) for s in self.stored_in(n)]
+        if wanted[0] in names:
+            return
+        whole = skeleton(config).model
+        parts = self.layout.layers[0].path.split(".")
+        # of a wrapper only its own base model's prefix: other towers have layers of the same names
+        most = 1 if text_config_of(config) is not config else len(parts) - 1
+        for count in range(1, most + 1):
+            own = "".join(f"{part}." for part in parts[:count])
+            ending = wanted[0].removeprefix(own)
+            alike = [name for name in names if f".{name}".endswith(f".{ending}")]
+            found = [name.removesuffix(ending) for name in alike]
+            if len(found) == 1:
+                self._prefix = (own, found[0])
+                return
+        self._renamed = stored_names(whole, names)
+        if wanted[0] not in self._renamed:
             raise UserError(
-                f"the weights do not look like a {model_type!r} model: "
-                f"expected one parameter ...{ending}, found {len(found)}"
+                f"the weights do not look like a {config.model_type!r} model: no tensor is "
+                f"{wanted[0]}, by its name or by one that transformers renames to it"
             )
-        return found[0]

@@ -1,17 +1,12 @@
-"""Which layers of a model are mixtures of experts, found by structure on the meta device."""
+"""The feed-forward part of a layer of experts, found by structure on the meta device."""
 
-import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from tensorllm.models.experts import KINDS, Experts, experts_in
 from tensorllm.models.spec import Stored
-from tensorllm.tensors.stacking import Geometry, expert_role
+from tensorllm.tensors.stacking import FFN, Geometry, expert_role
 
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
 # What modules that every token passes beside the experts hold their matrices in, fused.
@@ -30,50 +25,6 @@ class Mixture:
     experts: Experts
     stored: tuple[Stored, ...]
     shapes: Shapes
-
-
-def mixtures(config: Any, block: str, layers: int, names: Collection[str]) -> dict[int, Mixture]:
-    """The layers that are mixtures of experts.
-
-    Args:
-        block: path of layer `{i}` below the base model.
-        names: of stored parameters; where none speaks of experts, nothing is looked for.
-    """
-    if not any("expert" in name or "sparse_moe" in name for name in names):
-        return {}
-    return dict(_found(json.dumps(config.to_dict(), sort_keys=True, default=str), config, block))
-
-
-class _Hashed:
-    """A config by what it says."""
-
-    def __init__(self, text: str, config: Any) -> None:
-        self.text, self.config = text, config
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashed) and other.text == self.text
-
-
-def _found(text: str, config: Any, block: str) -> Mapping[int, Mixture]:
-    return _of_config(_Hashed(text, config), block)
-
-
-@lru_cache(maxsize=8)
-def _of_config(hashed: _Hashed, block: str) -> Mapping[int, Mixture]:
-    from transformers import AutoModel
-
-    config = hashed.config
-    with torch.device("meta"):
-        model: Any = AutoModel.from_config(config)
-    out = {}
-    for layer in range(config.num_hidden_layers):
-        found = mixture_of(model.get_submodule(block.format(i=layer)), config.hidden_size)
-        if found is not None:
-            out[layer] = found
-    return out
 
 
 def mixture_of(block: nn.Module, width: int) -> Mixture | None:
@@ -110,7 +61,7 @@ def _shared(block: nn.Module, parent: str, width: int) -> tuple[tuple[Stored, ..
     return tuple(stored), tuple(shapes)
 
 
-def with_mixture(geometry: Geometry, found: Mixture) -> Shapes:
-    """The shapes of a layer whose FFN is a mixture."""
-    own = tuple((role, geometry.shape(role)) for role in geometry.roles if role in "qkvo")
-    return own + found.shapes
+def with_mixture(geometry: Geometry, found: Mixture) -> Geometry:
+    """The sizes of a layer whose FFN is a mixture."""
+    own = tuple((role, geometry.shape(role)) for role in geometry.roles if role not in FFN)
+    return replace(geometry, F=0, gated=False, shapes=own + found.shapes)

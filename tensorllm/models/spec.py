@@ -3,9 +3,11 @@
 Shapes: D model width, H query heads, G key/value heads, K head width, F FFN width, I inner width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.models.experts import Experts
@@ -26,6 +28,8 @@ class Stored:
             and not role by role.
         conv1d: stored (in, out), as GPT-2's Conv1D, and not (out, in), as `nn.Linear`.
         experts: of a parameter that holds matrices of all experts: how. Its path is its own name.
+        blocks: the fused roles are stored in so many blocks, each with a part of every role.
+        per_head: the fused roles are stored head by head, each with its part of every role.
     """
 
     path: str
@@ -33,6 +37,17 @@ class Stored:
     grouped: bool = False
     conv1d: bool = False
     experts: Experts | None = None
+    blocks: int = 1
+    per_head: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's own name."""
+        return "weight" if self.experts is None else self.path.rpartition(".")[2]
+
+    def count(self, geometry: Geometry) -> int:
+        """How many times the fused roles follow one another, each time a part of each."""
+        return geometry.G if self.grouped else geometry.H if self.per_head else self.blocks
 
     @property
     def transposed(self) -> bool:
@@ -40,59 +55,40 @@ class Stored:
         return self.conv1d != (is_output_projection(self.roles[0]))
 
 
+def part_of(stored: Stored, weight: Tensor, role: str, geometry: Geometry) -> Tensor:
+    """The view of a stored parameter that is the role's: (I, C), or (blocks, I / blocks, C)."""
+    w_IC = weight.mT if stored.transposed else weight
+    count = stored.count(geometry)
+    rows = len(w_IC) // count
+    sizes = {r: geometry.inner(r) // count for r in stored.roles if r in geometry.roles}
+    kept = rows - sum(sizes.values())  # of what is stored beside and is no role
+    start = sum(sizes.get(r, kept) for r in stored.roles[: stored.roles.index(role)])
+    if count == 1:
+        return w_IC.narrow(0, start, sizes.get(role, kept))
+    return w_IC.unflatten(0, (count, rows))[:, start : start + sizes.get(role, kept)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """One Hugging Face architecture.
+    """One Hugging Face architecture. Sizes are those of the model's own modules.
 
     Attributes:
         block: path of layer `{i}` below the base model.
-        attention: where q, k, v and o are stored.
-        ffn: where in, gate (if there is one) and out are stored.
+        attention: where q, k, v and o are stored; a layer without them has no attention roles.
+        ffn: where in, gate (if there is one) and out are stored; likewise.
         task: whether the model predicts the next token or a masked one.
-        ffn_width: the config's name for F; where it is None or not there, F is 4 D.
-        kv_heads: G from the config; by default `num_key_value_heads`, or H where there is none.
+        tested: compared with the real modules by the project's tests; other rows are verified on a
+            tiny model whenever they are used.
     """
 
     block: str
     attention: tuple[Stored, ...]
     ffn: tuple[Stored, ...]
     task: Task = "causal"
-    ffn_width: str = "intermediate_size"
-    kv_heads: Callable[[Any], int] = lambda config: (
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    )
+    tested: bool = False
 
     def __iter__(self) -> Iterator[Stored]:
         return iter(self.attention + self.ffn)
-
-    def stored(self, role: str) -> Stored:
-        """The stored parameter that holds `role`."""
-        for stored in self:
-            if role in stored.roles:
-                return stored
-        known = ", ".join(role for stored in self for role in stored.roles)
-        raise UserError(f"this architecture has no matrix {role!r}; it has {known}")
-
-    def geometry(self, config: Any) -> Geometry:
-        """The sizes of one layer, from the model's config; sizes that do not divide are refused."""
-        width, heads, groups = config.hidden_size, config.num_attention_heads, self.kv_heads(config)
-        head_dim = getattr(config, "head_dim", None)
-        if min(width, heads, groups) < 1:
-            raise UserError(
-                f"width, heads and KV heads must be 1 or more, got {width}, {heads} and {groups}"
-            )
-        if heads % groups:
-            raise UserError(f"heads must be a multiple of KV heads, got {heads} and {groups}")
-        if not head_dim and width % heads:
-            raise UserError(f"the model width must be a multiple of heads, got {width} and {heads}")
-        return Geometry(
-            D=width,
-            H=heads,
-            G=groups,
-            K=head_dim or width // heads,
-            F=getattr(config, self.ffn_width, None) or 4 * width,
-            gated=any("gate" in stored.roles for stored in self.ffn),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +135,3 @@ class ModelSpec:
 ARCHITECTURES: Registry[Architecture] = Registry(
     "architecture (model_type)", group="tensorllm.architectures"
 )
-
-
-def architecture_of(config: Any) -> Architecture:
-    """The row for a transformers config; an unknown `model_type` says how to add one."""
-    try:
-        return ARCHITECTURES[config.model_type]
-    except UserError as error:
-        raise UserError(
-            f"{error}. To add it, register one row: docs/add_an_architecture.md"
-        ) from None

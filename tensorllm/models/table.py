@@ -4,7 +4,6 @@ Paths are those of the transformers 5 modelling files (`models/<model_type>/mode
 """
 
 from dataclasses import replace
-from typing import Any
 
 from tensorllm.models.spec import ARCHITECTURES, Architecture, Stored
 
@@ -14,12 +13,6 @@ def _separate(**paths: str) -> tuple[Stored, ...]:
     return tuple(Stored(path, (role.rstrip("_"),)) for role, path in paths.items())
 
 
-def _falcon_kv_heads(config: Any) -> int:
-    if config.new_decoder_architecture:
-        return int(config.num_kv_heads)
-    return 1 if config.multi_query else int(config.num_attention_heads)
-
-
 _LLAMA_FFN = _separate(in_="mlp.up_proj", gate="mlp.gate_proj", out="mlp.down_proj")
 _LLAMA = Architecture(
     block="layers.{i}",
@@ -27,6 +20,7 @@ _LLAMA = Architecture(
         q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj"
     ),
     ffn=_LLAMA_FFN,
+    tested=True,
 )
 for _name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
     ARCHITECTURES.register(_name)(_LLAMA)
@@ -42,12 +36,12 @@ ARCHITECTURES.register("llama4_text")(
             gate="feed_forward.gate_proj",
             out="feed_forward.down_proj",
         ),
-        ffn_width="intermediate_size_mlp",
     )
 )
 
 _BERT = Architecture(
     block="encoder.layer.{i}",
+    tested=True,
     attention=_separate(
         q="attention.self.query",
         k="attention.self.key",
@@ -63,14 +57,15 @@ for _name in ("bert", "roberta"):
 ARCHITECTURES.register("gptj")(
     Architecture(
         block="h.{i}",
+        tested=True,
         attention=_separate(q="attn.q_proj", k="attn.k_proj", v="attn.v_proj", o="attn.out_proj"),
         ffn=_separate(in_="mlp.fc_in", out="mlp.fc_out"),
-        ffn_width="n_inner",
     )
 )
 ARCHITECTURES.register("gpt2")(
     Architecture(
         block="h.{i}",
+        tested=True,
         attention=(
             Stored("attn.c_attn", ("q", "k", "v"), conv1d=True),
             Stored("attn.c_proj", ("o",), conv1d=True),
@@ -79,12 +74,12 @@ ARCHITECTURES.register("gpt2")(
             Stored("mlp.c_fc", ("in",), conv1d=True),
             Stored("mlp.c_proj", ("out",), conv1d=True),
         ),
-        ffn_width="n_inner",
     )
 )
 ARCHITECTURES.register("gpt_neox")(
     Architecture(
         block="layers.{i}",
+        tested=True,
         attention=(
             Stored("attention.query_key_value", ("q", "k", "v"), grouped=True),
             Stored("attention.dense", ("o",)),
@@ -95,13 +90,12 @@ ARCHITECTURES.register("gpt_neox")(
 ARCHITECTURES.register("falcon")(
     Architecture(
         block="h.{i}",
+        tested=True,
         attention=(
             Stored("self_attention.query_key_value", ("q", "k", "v"), grouped=True),
             Stored("self_attention.dense", ("o",)),
         ),
         ffn=_separate(in_="mlp.dense_h_to_4h", out="mlp.dense_4h_to_h"),
-        ffn_width="ffn_hidden_size",
-        kv_heads=_falcon_kv_heads,
     )
 )
 ARCHITECTURES.register("phi")(
@@ -126,21 +120,21 @@ ARCHITECTURES.register("phi3")(
 ARCHITECTURES.register("opt")(
     Architecture(
         block="decoder.layers.{i}",
+        tested=True,
         attention=_separate(
             q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.out_proj"
         ),
         ffn=_separate(in_="fc1", out="fc2"),
-        ffn_width="ffn_dim",
     )
 )
 ARCHITECTURES.register("distilbert")(
     Architecture(
         block="transformer.layer.{i}",
+        tested=True,
         attention=_separate(
             q="attention.q_lin", k="attention.k_lin", v="attention.v_lin", o="attention.out_lin"
         ),
         ffn=_separate(in_="ffn.lin1", out="ffn.lin2"),
         task="masked",
-        ffn_width="hidden_dim",
     )
 )

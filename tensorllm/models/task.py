@@ -9,6 +9,8 @@ from typing import Any
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ARCHITECTURES, Task
 
+TEXT_PARTS = ("text_config", "decoder", "generator")  # what wrappers call the text model's config
+
 
 def task_of(config: Any) -> Task:
     """Whether a model of this config predicts the next token or a masked one.
@@ -19,9 +21,11 @@ def task_of(config: Any) -> Task:
     if config.model_type in ARCHITECTURES:
         return ARCHITECTURES[config.model_type].task
     causal, masked = _class_for("causal", config), _class_for("masked", config)
-    if masked is not None and (causal is None or masked.__name__ in (config.architectures or ())):
+    named = masked is not None and masked.__name__ in (config.architectures or ())
+    bare = not config.architectures and not getattr(config, "is_decoder", True)
+    if masked is not None and (causal is None or named or bare):
         return "masked"
-    if causal is not None:
+    if causal is not None or _wrapper_class(config) is not None:
         return "causal"
     raise UserError(
         f"a {config.model_type!r} model is neither a causal nor a masked language model"
@@ -41,6 +45,8 @@ def language_model_class(config: Any) -> Any:
     """
     task = task_of(config)
     kind = _class_for(task, config)
+    if task == "causal" and (kind is None or text_config_of(config) is not config):
+        kind = _wrapper_class(config) or kind
     if kind is None:
         raise UserError(f"transformers has no {task} language model for {config.model_type!r}")
     if task == "masked" and getattr(config, "is_decoder", False):
@@ -68,6 +74,28 @@ def base_class(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     return MODEL_MAPPING.get(type(config), None)
+
+
+def text_config_of(config: Any) -> Any:
+    """The config of the model that writes text: a wrapper's part, or the config itself."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError:  # several, of which none is said to be the one
+        return config
+    parts = [getattr(config, name, None) for name in (*type(config).sub_configs, *TEXT_PARTS)]
+    return text if any(part is text for part in parts) else config
+
+
+def text_class(config: Any) -> Any:
+    """The causal language model of a wrapper's text config; None where transformers has none."""
+    return _class_for("causal", config)
+
+
+def _wrapper_class(config: Any) -> Any:
+    """What reads images and writes text, around a text model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
 
 
 def _class_for(task: Task, config: Any) -> Any:

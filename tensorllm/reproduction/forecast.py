@@ -19,7 +19,8 @@ from tensorllm.data.base import DATASETS, VALIDATION
 from tensorllm.evaluation.batching import LOGITS
 from tensorllm.evaluation.protocol import PAPER
 from tensorllm.evaluation.scorer import ACCELERATOR, CPU
-from tensorllm.models import RoleMatrices, architecture_of, parameters_of
+from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.task import task_of
 from tensorllm.reproduction.published import Cell
 
 BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers
@@ -141,6 +142,10 @@ class Forecast:
         return cache + COPIES * 4 * LOGITS
 
 
+# Names that configs give the FFN width.
+FFN_WIDTHS = ("n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "intermediate_size")
+
+
 def real_model(facts: dict[str, Any]) -> Any:
     """The published model by its sizes, on the meta device: names and shapes, no numbers."""
     sizes = facts["sizes"]
@@ -177,8 +182,7 @@ def model_of_sizes(
         vocab_size=vocabulary,
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config},
     )
-    architecture = architecture_of(made)
-    setattr(made, architecture.ffn_width, ffn)
-    kind = AutoModelForMaskedLM if architecture.task == "masked" else AutoModelForCausalLM
+    setattr(made, next(name for name in FFN_WIDTHS if hasattr(made, name)), ffn)
+    kind = AutoModelForMaskedLM if task_of(made) == "masked" else AutoModelForCausalLM
     with torch.device(device):
         return kind.from_config(made).eval()

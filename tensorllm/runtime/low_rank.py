@@ -14,7 +14,7 @@ from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs
 from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
-from tensorllm.tensors.stacking import ATTENTION, Geometry, is_output_projection
+from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 
 
 @runs(LowRank, "matrix")
@@ -60,7 +60,7 @@ class PivotedSite(SiteModule):
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
         self.from_inner = is_output_projection(site.roles[0])
-        self.in_attention = site.roles[0] in ATTENTION
+        self.in_attention = site.roles[0] in ATTENTION_ROLES
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
         self._held: tuple[Tensor, Sequence[Tensor], int] | None = None

@@ -14,13 +14,14 @@ from torch import Tensor
 from tensorllm.errors import UserError
 from tensorllm.tensors.stacking import STACKINGS, Geometry, Stacking
 
-READERS = (("q", "k", "v"), ("in", "gate"))  # roles that read the same input
+READERS = (("q", "q_a", "k", "kv_a", "v"), ("in", "gate"))  # roles that read the same input
 
 
 def reading_together(roles: Sequence[str]) -> list[tuple[str, ...]]:
     """The roles in sets that read the same input, in the order in which a layer runs."""
     attention, ffn = (tuple(r for r in readers if r in roles) for readers in READERS)
-    found = [keys for keys in (attention, ("o",), ffn, ("out",)) if set(keys) & set(roles)]
+    order = (attention, ("q_b",), ("kv_b",), ("o",), ffn, ("out",))
+    found = [keys for keys in order if set(keys) & set(roles)]
     by_owner: dict[str, list[str]] = {}  # of shared and of routed experts
     for role in roles:
         owner, _, kind = role.rpartition(".")

@@ -15,11 +15,13 @@ from tensorllm.errors import UserError
 from tensorllm.registry import Registry
 
 ATTENTION = ("q", "k", "v", "o")
+MLA = ("q_a", "q_b", "kv_a", "kv_b")  # multi-head latent attention, beside q or without, and o
+ATTENTION_ROLES = ATTENTION + MLA
 FFN = ("in", "gate", "out")
 SHARED = tuple(f"shared.{kind}" for kind in FFN)  # of an expert that every token passes
 ROUTED = tuple(f"experts.{kind}" for kind in FFN)  # of all experts that tokens are routed to
 FEED_FORWARD = FFN + SHARED + ROUTED
-MATRICES = FEED_FORWARD + ATTENTION  # what a user may name
+MATRICES = FEED_FORWARD + ATTENTION_ROLES  # what a user may name
 OUTPUT_PROJECTIONS = ("o", "out")  # lead back to the model width; the others are input projections
 
 
@@ -97,7 +99,7 @@ class Geometry:
 
     def heads(self, role: str) -> int:
         """How many heads lie below one another in the rows of the role matrix; 1 where none do."""
-        return {"q": self.H, "k": self.G, "v": self.G, "o": self.H}.get(role, 1)
+        return {"q": self.H, "k": self.G, "v": self.G, "o": self.H}.get(role) or 1
 
     def numel(self, role: str) -> int:
         """Numbers in the role matrix."""

@@ -31,7 +31,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.pivoted import PivotedLowRank, pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
-from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry, is_output_projection
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric, left_out, regression, weighted_svd
 
 
@@ -72,7 +72,7 @@ class ActivationTucker(LayerFit):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
     needs: ClassVar[Needs] = "gradients"
-    roles: ClassVar[tuple[str, ...]] = ATTENTION
+    roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES
 
     def __post_init__(self) -> None:
         _ = self.budget  # refused now where there is none or more than one
@@ -170,7 +170,7 @@ class ActivationTucker(LayerFit):
 class ActivationHybrid(ActivationTucker):
     """Attention and FFN fitted to calibration text, out of one budget."""
 
-    roles: ClassVar[tuple[str, ...]] = ATTENTION + FFN
+    roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES + FFN
 
 
 def groupings(roles: Group, sharing: bool) -> list[list[Group]]:

@@ -8,12 +8,12 @@ from markupsafe import Markup, escape
 
 from tensorllm.compression.descriptions import picture_of
 from tensorllm.reporting.page.figures import times
-from tensorllm.tensors.stacking import ATTENTION, FFN, ROUTED, SHARED, family
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, ROUTED, SHARED, family
 
 Json = Mapping[str, Any]
 CELL, GAP, RIGHT = 26, 4, 84
 TALL = 240  # from here on the drawing stands beside the others, not in their row
-GROUPS = (("attention", ATTENTION), ("FFN", FFN), ("shared", SHARED), ("experts", ROUTED))
+GROUPS = (("attention", ATTENTION_ROLES), ("FFN", FFN), ("shared", SHARED), ("experts", ROUTED))
 HEIGHT = 520  # of all layers together, at most; then their rows get thinner
 
 
@@ -21,7 +21,7 @@ def model_drawing(report: Json) -> Markup:
     """Every layer with its matrices; of those that were edited the part that is left is filled."""
     left = _left(report)
     there = [list(dict.fromkeys(map(family, layer))) for layer in report["layer_roles"]]
-    known = (*ATTENTION, *FFN, *SHARED, *ROUTED)
+    known = (*ATTENTION_ROLES, *FFN, *SHARED, *ROUTED)
     roles = [role for role in known if any(role in layer for layer in there)]
     layers = len(there)
     row = max(5.0, min(34.0, HEIGHT / layers))

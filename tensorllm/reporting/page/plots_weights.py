@@ -7,7 +7,7 @@ from typing import Any
 from tensorllm.compression.descriptions import numbers
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, Picture, colour, shades
-from tensorllm.tensors.stacking import ATTENTION
+from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FFN
 
 Json = Mapping[str, Any]
 MODE_NAMES = ("model width", "head width", "stacked matrices", "heads")
@@ -67,7 +67,7 @@ def _spectra(
 
 
 def _title(site: Json, roles: str, mode: int | None) -> str:
-    part = "Attention" if set(roles) <= set(ATTENTION) else "FFN"
+    part = "Attention" if set(roles) <= set(ATTENTION_ROLES) else "FFN"
     if mode is None:
         return f"{part} matrix {'+'.join(site['roles'])} ({site['shape'][0]} × {site['shape'][1]})"
     matrix = "" if set(roles) == set(ATTENTION) else f" {'+'.join(site['roles'])}"
@@ -96,7 +96,7 @@ def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> 
         return []
     out = []
     layers = sorted({m["layer"] for m in matrices})
-    roles = [r for r in (*ATTENTION, "in", "gate", "out") if any(m["role"] == r for m in matrices)]
+    roles = [r for r in (*ATTENTION_ROLES, *FFN) if any(m["role"] == r for m in matrices)]
     errors = {(m["role"], m["layer"]): m["relative_error"] for m in matrices}
     if len(matrices) > 1:
         cells = [[errors.get((role, layer)) for layer in layers] for role in roles]

@@ -1,0 +1,98 @@
+"""Which model types of transformers are read, and how: a committed table, and what makes it.
+
+`tests/test_coverage.py` makes it anew and compares. Each type's default config is shrunk, so that
+all of them take a minute.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tensorllm.errors import UserError
+from tensorllm.models.layout import layout_of
+from tensorllm.models.shrink import shrunk
+from tensorllm.tensors.stacking import ATTENTION, FFN, MLA
+
+TASKS = ("causal", "masked", "image-text")
+LAYERS = 8  # of a shrunk model: enough for every kind of layer of a default config
+NOT = "not read"
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a model type is read.
+
+    Attributes:
+        how: `row`, `structure`, or `not read`.
+        what: which roles, or why none.
+    """
+
+    how: str
+    what: str
+
+
+@cache
+def table() -> dict[str, dict[str, Read]]:
+    """task -> model type -> how it is read, as committed."""
+    values = json.loads(_path().read_text(encoding="utf-8"))
+    return {task: {name: Read(*entry) for name, entry in values[task].items()} for task in TASKS}
+
+
+def made_with() -> str:
+    """The version of transformers that the table is of."""
+    return str(json.loads(_path().read_text(encoding="utf-8"))["transformers"])
+
+
+def counts() -> dict[str, tuple[int, int]]:
+    """task -> how many of its model types are read, and how many there are."""
+    return {
+        task: (sum(entry.how != NOT for entry in types.values()), len(types))
+        for task, types in table().items()
+    }
+
+
+def types_of(task: str) -> list[str]:
+    """The model types that transformers has for a task."""
+    from transformers.models.auto import modeling_auto as auto
+
+    names: dict[str, Any] = {
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "image-text": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    return list(names[task])
+
+
+def read(model_type: str, given: dict[str, Any]) -> Read:
+    """How a type is read, tried now.
+
+    Args:
+        given: fields of its config whose defaults make no model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(model_type, **given)
+        layout = layout_of(shrunk(config, LAYERS))
+    except UserError as error:
+        return Read(NOT, str(error).split(". To say where")[0][:200])
+    except Exception as error:  # a default config that transformers itself does not take
+        return Read(NOT, f"its default config makes no model: {type(error).__name__}")
+    roles = {role for geometry in layout.spec.geometries for role in geometry.roles}
+    parts = [
+        name
+        for name, group in (("attention", ATTENTION), ("latent attention", MLA), ("FFN", FFN))
+        if roles & set(group)
+    ]
+    if "latent attention" in parts:
+        parts.remove("attention")
+    all_layers = all(set(geometry.roles) == roles for geometry in layout.spec.geometries)
+    only = " only" if len(parts) == 1 else ""
+    where = "" if all_layers else ", in some layers"
+    return Read(layout.by, f"{' and '.join(parts)}{only}{where}")
+
+
+def _path() -> Path:
+    return Path(__file__).with_name("coverage.json")
