@@ -23,6 +23,7 @@ from tensorllm.tensors.unfold import project
 
 EXPERTS, INNER, WIDTH, MATRICES = range(4)  # the modes
 FLOOR = 1e-6  # of the mean eigenvalue: what a direction that was never seen counts
+EVERY = 2**21  # so many combinations of ranks are all tried; of more, in steps of 5 %
 # Mode -> symmetric root (N, N) of the weights of its errors; (E, F, F) on the inner mode: each
 # expert's own, where neither experts nor inner mode are compressed.
 Roots = Mapping[int, Tensor]
@@ -117,9 +118,13 @@ def size_curve(w: Tensor, roots: Roots, modes: Sequence[int]) -> SizedCurve:
     """
     w = weighted(w, roots)
     kept = tucker(w, {mode: w.shape[mode] for mode in modes}).core.square().double()
+    few = math.prod(w.shape[mode] for mode in modes) <= EVERY
     axes = []
     for mode, size in enumerate(w.shape):
-        axis = candidates(size) if mode in modes else torch.tensor([size])
+        if mode not in modes:
+            axis = torch.tensor([size])
+        else:
+            axis = torch.arange(1, size + 1) if few else candidates(size)
         kept = kept.cumsum(mode).index_select(mode, (axis - 1).to(kept.device))
         axes.append(axis)
     total = float(kept.flatten()[-1])
