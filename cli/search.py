@@ -24,7 +24,7 @@ def search_ranks(request: SearchRequest, *, json: bool) -> None:
         INTERRUPT.keeps(request.study, "--study")
     else:
         INTERRUPT.leaves = lambda: "run the same command again: the database has what is finished"
-    with progress_bar("loading", every=30) as progress:
+    with progress_bar("loading") as progress:
         from tensorllm.commands.search import run
 
         result = run(request, progress)

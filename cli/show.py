@@ -14,6 +14,8 @@ from rich.text import Text
 from tensorllm_cli.volume import is_quiet
 
 Update = Callable[[int, int, str], None]
+SECONDS = 30  # between two lines of progress in a log
+COUNTABLE = 10_000  # steps; of more (numbers read, say) a share tells more
 
 
 def print_result(value: RenderableType) -> None:
@@ -27,19 +29,18 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(begin: str = "reading", every: float | None = None) -> Iterator[Update]:
-    """A bar with the time left on standard error; where that is not a terminal, lines or nothing.
+def progress_bar(begin: str = "reading") -> Iterator[Update]:
+    """A bar with the time left on standard error; a line now and then where that is no terminal.
 
     Args:
         begin: what is being done until the first update says more.
-        every: seconds between two lines where there is no terminal; None: no lines.
     """
     console = Console(stderr=True)
-    if is_quiet() or (every is None and not console.is_terminal):
+    if is_quiet():
         yield lambda done, total, what: None
         return
-    if every is not None and not console.is_terminal:
-        yield lines(every)
+    if not console.is_terminal:
+        yield lines(SECONDS)
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
@@ -71,7 +72,8 @@ def lines(every: float, clock: Callable[[], float] = time.monotonic) -> Update:
         timer.told(done, total)
         if clock() - last >= every:
             last = clock()
-            sys.stderr.write(f"{done} of {total}, {what}, {timer}\n")
+            part = f"{done} of {total}" if total < COUNTABLE else f"{100 * done / total:.0f} %"
+            sys.stderr.write(f"{part}, {what}, {timer}\n")
             sys.stderr.flush()
 
     return update

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
+from tiny_models import tiny_model
 
+import tensorllm as tl
+from tensorllm.compressors import PlainSVD
 from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.figures import smaller
 from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
 from tensorllm.reporting.scores import comparison_tables, score_tables
 from tensorllm.reporting.search import _trials, search_tables
-from tensorllm.reporting.tables import duration
+from tensorllm.reporting.tables import duration, result_tables
 
 WIDEST = {"accuracy": 100.0, "loss": 12.3456, "perplexity": 98765.43} | dict.fromkeys(
     ("top_1", "top_5", "top_10", "token_f1"), 100.0
@@ -208,3 +211,17 @@ def test_a_composition_is_told_edit_by_edit_and_the_gain_with_its_luck():
     assert "gain on validation +42.9 points, of which selection alone is worth 1.3" in text
     assert "(95 % of resamples -0.4 to 3.1)" in text
     assert "no trial beats these in both" in text
+
+
+def test_many_sites_are_grouped_and_the_worst_shown():
+    model = tiny_model("llama", num_hidden_layers=8)
+    report = tl.compress(model, PlainSVD(rank=3))
+    assert len(report.sites) > 24
+    lines = shown(result_tables(report)).splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = [line for line in lines if line.split()[:2] == ["gate", "8"]]
+    errors = [s.relative_error for s in report.sites if s.name.endswith(".gate")]
+    assert f"{min(errors):.3f} to {max(errors):.3f}" in row
+    worst = max(report.sites, key=lambda s: s.relative_error)
+    assert sum(line.lstrip().startswith("layers.") for line in lines) == 5
+    assert any(worst.name in line for line in lines)

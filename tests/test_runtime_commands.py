@@ -1,6 +1,7 @@
 """generate, export and bench: from Python, and as commands."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -205,3 +206,17 @@ def test_warming_up_is_over_before_the_first_turn(monkeypatch):
     monkeypatch.setattr("tensorllm.runtime.measure._wait", lambda: order.append("wait"))
     interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 1)
     assert order == ["a", "b", "wait", "a", "wait", "b", "wait"]
+
+
+def test_a_chat_is_answered_through_the_template(story_folder: Path, tmp_path: Path):
+    folder = tmp_path / "chat"
+    shutil.copytree(story_folder, folder)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %} and then"
+    (folder / "chat_template.jinja").write_text(template)
+    asked = GenerateRequest(model=str(folder), prompts=("Once upon a time",), max_new_tokens=6)
+    (plain,) = generate(replace(asked, prompts=("Once upon a time and then",)))
+    (answer,) = generate(replace(asked, chat=True))
+    assert plain.endswith(answer.strip())
+    assert "Once upon" not in answer
+    with pytest.raises(UserError, match="has no chat template"):
+        generate(GenerateRequest(model=str(story_folder), prompts=("a",), chat=True))

@@ -97,6 +97,10 @@ class Context:
     def weight(self, role: str) -> Tensor:
         return self.original.roles.read(self.original.weights, self.layer, role)
 
+    def has_bias(self, role: str) -> bool:
+        path = self.original.roles.stored(self.layer, role).path
+        return f"{self.original.path}.{path}.bias" in self.original.parameters
+
     def compressed_weight(self, role: str) -> Tensor:
         return self.compressed.roles.read(self.compressed.weights, self.layer, role)
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+MUCH_FASTER = 1.5  # so that noise does not decide
 NOTES = ("report.json", "tensorllm.json", "details.json")  # of ours: they change no score
 
 
@@ -115,6 +118,28 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     return DTYPES[one_of("--dtype", name, list(DTYPES))]
+
+
+def computing_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """The dtype that a model is best scored in: as stored, but float32 on a CPU where it is faster.
+
+    CPUs without instructions for half precision emulate it, many times slower.
+    """
+    if device != "cpu" or stored not in (torch.bfloat16, torch.float16):
+        return stored
+    return stored if _seconds(stored) <= MUCH_FASTER * _seconds(torch.float32) else torch.float32
+
+
+@cache
+def _seconds(dtype: torch.dtype) -> float:
+    """Of a product of the size that a layer has, the best of a few, on this machine."""
+    x_ND, w_DD = torch.ones(128, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+    found = []
+    for _ in range(5):
+        started = time.perf_counter()
+        x_ND @ w_DD
+        found.append(time.perf_counter() - started)
+    return min(found)
 
 
 def device_of(name: str) -> str:

@@ -7,23 +7,26 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.loader import Loader, dtype_of
+from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.evaluation.predictions import Prediction
+from tensorllm.evaluation.predictions import Prediction, metrics_of
+from tensorllm.evaluation.prior import shared_choices, without_prior
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.results import (
     BEFORE,
     PREDICTIONS,
     ResultsFolder,
+    Scored,
     check_free,
     results_of,
 )
@@ -66,8 +69,9 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         split=request.split,
         limit=request.limit,
     )
+    choices = shared_choices(data.examples) if request.calibrate_prior else ()
     source = resolve(request.model, request.revision)
-    loaders = _loaders(request, source)
+    loaders = _loaders(request, devices, source)
     loader = loaders["model"]
     tokenizer = loader.tokenizer()
     data.connect(tokenizer, masked=loader.masked, context=context_of(loader.config(), tokenizer))
@@ -96,8 +100,11 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         }
         if not is_first():
             sys.exit(0)
+        if request.calibrate_prior:
+            scored = {name: _calibrated(found, choices) for name, found in scored.items()}
         model, before = scored["model"], scored.get("before")
         results = results_of(data, protocol, model, before, seed=request.seed)
+        results["calibrated_prior"] = request.calibrate_prior
         results |= _made_with(request, devices, source, loader)
         results["seconds"] = time.perf_counter() - started
         if request.out is not None:
@@ -105,6 +112,11 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
             files |= {} if before is None else {BEFORE: before.predictions}
             folder.finish(results, files)
     return Evaluation(results, model.predictions, None if before is None else before.predictions)
+
+
+def _calibrated(scored: Scored, choices: Sequence[str]) -> Scored:
+    rows = without_prior(scored.predictions, choices)
+    return Scored(rows, metrics_of(rows))
 
 
 def _check(request: EvaluateRequest) -> Devices:
@@ -123,8 +135,11 @@ def _check(request: EvaluateRequest) -> Devices:
     return devices
 
 
-def _loaders(request: EvaluateRequest, source: Source) -> dict[str, Loader]:
+def _loaders(request: EvaluateRequest, devices: Devices, source: Source) -> dict[str, Loader]:
     dtype = dtype_of(request.dtype)
+    if dtype is None and devices.precision is None:
+        stored = Loader(source.folder).config().dtype
+        dtype = computing_dtype(stored, devices.kind)
     original = Loader(source.folder, dtype, verify=request.verify)
     if request.compressed is None:
         return {"model": original}
@@ -158,7 +173,8 @@ def _made_with(
         "revision": source.revision,
         "compressed": None if request.compressed is None else str(request.compressed),
         "compressor": compressor,
-        "dtype": request.dtype or str(loader.config().dtype).removeprefix("torch."),
+        "dtype": str(loader.dtype or loader.config().dtype).removeprefix("torch."),
+        "stored_dtype": str(loader.config().dtype).removeprefix("torch."),
         "devices": asdict(devices),
         "trainer": {name: str(value) for name, value in request.trainer.items()},
         **environment(),

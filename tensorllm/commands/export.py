@@ -6,10 +6,14 @@ from typing import Any
 
 from tensorllm.checkpoint.loader import dtype_of
 from tensorllm.commands.plugins import load_plugins
-from tensorllm.compression.export import Narrowed, export, quantise_folder
+from tensorllm.compression.export import QuantisedSite, export, quantise_folder
+from tensorllm.compression.narrow import narrow
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
+from tensorllm.registry import one_of
 from tensorllm.requests.others import ExportRequest
+
+FORMATS = ("dense", "narrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,31 @@ class Exported:
 
 
 @dataclass(frozen=True, slots=True)
+class Narrowed:
+    """An ordinary checkpoint with a smaller FFN width, and the bytes of its weight files."""
+
+    out: Path
+    ffn_width_before: int
+    ffn_width: int
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out), "format": "narrow"}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}: {self.bytes / 2**20:.1f} MiB of weights, FFN width "
+            f"{self.ffn_width_before} → {self.ffn_width}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Quantised:
     """A factored folder whose factors have few bits, site by site."""
 
     out: Path
     how: str
-    sites: list[Narrowed]
+    sites: list[QuantisedSite]
 
     def to_json(self) -> dict[str, Any]:
         return {"out": str(self.out), "sites": [asdict(site) for site in self.sites]}
@@ -48,19 +71,27 @@ class Quantised:
         )
 
 
-def run(request: ExportRequest, progress: Progress = quiet) -> Exported | Quantised:
+def run(request: ExportRequest, progress: Progress = quiet) -> Exported | Narrowed | Quantised:
     """Write the folder that is asked for.
 
     Raises:
         UserError: not a factored folder, or options that exclude one another.
     """
     load_plugins(request.plugins)
+    format = one_of("--format", request.format or "dense", FORMATS)
+    if request.quantize is None and format == "narrow":
+        made = narrow(
+            request.folder,
+            request.out,
+            dtype=dtype_of(request.dtype),
+            overwrite=request.overwrite,
+            progress=progress,
+        )
+        return Narrowed(request.out, made.before, made.after, made.bytes)
     if request.quantize is None:
-        format = request.format or "dense"
         size = export(
             request.folder,
             request.out,
-            format=format,
             dtype=dtype_of(request.dtype),
             overwrite=request.overwrite,
             progress=progress,

@@ -1,16 +1,17 @@
 """`tensorllm generate`: text from any folder, a factored one in its factors."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
+from tensorllm.checkpoint.loader import Loader, computing_dtype, device_of, dtype_of
 from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.source import resolve
 from tensorllm.commands.plugins import load_plugins
-from tensorllm.data.tokens import check_ids, open_ended
+from tensorllm.data.tokens import as_messages, check_ids, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.forward import PAD, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
@@ -21,7 +22,8 @@ from tensorllm.runtime.cost import Policy
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
-    """The prompts and what the model writes behind them, one text per prompt.
+    """The prompts and what the model writes behind them, one text per prompt; its answers alone
+    where the prompts are messages of a chat.
 
     Args:
         progress: called with (tokens written, the most there may be, what is done).
@@ -32,7 +34,10 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     load_plugins(request.plugins)
     _check(request)
     folder = resolve(request.model, request.revision).folder
-    loader = Loader(folder, dtype_of(request.dtype), verify=request.verify)
+    loader = Loader(folder, verify=request.verify)
+    stored, device = loader.config().dtype or torch.float32, device_of(request.device)
+    dtype = dtype_of(request.dtype) or computing_dtype(stored, device)
+    loader = replace(loader, dtype=dtype)
     tokenizer: Any = loader.tokenizer()
     manifest = loader.manifest()
     if manifest is not None and manifest.format == "factored":
@@ -41,8 +46,11 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         model = loader()
     if is_masked(model):
         raise UserError(f"{request.model} fills masks and writes no text; evaluate it instead")
-    model = model.to(device_of(request.device)).eval()
-    prompts = open_ended(tokenizer, request.prompts)
+    model = model.to(device).eval()
+    if request.chat:
+        prompts = as_messages(tokenizer, request.prompts, request.model)
+    else:
+        prompts = open_ended(tokenizer, request.prompts)
     check_ids(prompts, embedding_rows(model), "a prompt")
     if not all(prompts):
         raise UserError("a prompt must be one token or more, got none")
@@ -70,7 +78,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     )
     eos = eos_of(model)
     texts = [
-        [*prompt, *_until_end(row[read:].tolist(), eos)]
+        [*([] if request.chat else prompt), *_until_end(row[read:].tolist(), eos)]
         for prompt, row in zip(prompts, out, strict=True)
     ]
     return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]

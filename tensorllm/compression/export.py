@@ -30,14 +30,11 @@ from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.quantised import BITS, quantise
 
-FORMATS = ("dense",)
-
 
 def export(
     source: Path,
     target: Path,
     *,
-    format: str = "dense",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress = quiet,
@@ -54,9 +51,8 @@ def export(
         Bytes of the weight files.
 
     Raises:
-        UserError: not a factored folder, a folder that has changed, or another format.
+        UserError: not a factored folder, or a folder that has changed.
     """
-    one_of("--format", format, FORMATS)
     check_target(target, overwrite=overwrite, source=source)
     manifest = read_manifest(source)
     if manifest is None or manifest.format != "factored":
@@ -128,7 +124,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Narrowed:
+class QuantisedSite:
     """What quantising did to one site.
 
     Attributes:
@@ -144,7 +140,7 @@ class Narrowed:
 
 def quantise_folder(
     source: Path, target: Path, how: str, *, overwrite: bool = False, progress: Progress = quiet
-) -> list[Narrowed]:
+) -> list[QuantisedSite]:
     """Write a factored folder whose factors are `int8` or `int4`; all else is copied.
 
     Raises:
@@ -184,11 +180,11 @@ def quantise_folder(
 
 def _write_weights(
     source: Path, manifest: Manifest, how: str, writer: ShardWriter, progress: Progress
-) -> tuple[list[StoredSite], list[Narrowed]]:
+) -> tuple[list[StoredSite], list[QuantisedSite]]:
     """Narrow factors of every site, and the other tensors as they are."""
     stored = Checkpoint(source, stem=STEM)
     sites: list[StoredSite] = []
-    found: list[Narrowed] = []
+    found: list[QuantisedSite] = []
     for done, entry in enumerate(manifest.sites):
         progress(done, len(manifest.sites), entry.name)
         factors = entry.factors(stored.read(entry.tensors.values()))
@@ -206,8 +202,8 @@ def _write_weights(
     return sites, found
 
 
-def _narrowed(name: str, factors: Factors, narrow: Factors) -> Narrowed:
+def _narrowed(name: str, factors: Factors, narrow: Factors) -> QuantisedSite:
     before, after = (sum(t.nbytes for t in f.tensors().values()) for f in (factors, narrow))
     want = factors.dense()
     error = float((narrow.dense() - want).norm() / want.norm())
-    return Narrowed(name, before, after, error)
+    return QuantisedSite(name, before, after, error)

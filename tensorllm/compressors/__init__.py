@@ -13,6 +13,7 @@ from tensorllm.compressors.base import (
 from tensorllm.compressors.calibrated.aa_svd import AASVD
 from tensorllm.compressors.calibrated.activation import ActivationHybrid, ActivationTucker
 from tensorllm.compressors.calibrated.asvd import ASVD
+from tensorllm.compressors.calibrated.modegpt import MoDeGPT
 from tensorllm.compressors.calibrated.svd_llm import SVDLLM, SVDLLMSequential
 from tensorllm.compressors.experts import ActivationExpertTucker, ExpertTucker
 from tensorllm.compressors.hybrid import Hybrid
@@ -39,6 +40,7 @@ __all__ = [
     "LayerFit",
     "Leaf",
     "MatrixStatistics",
+    "MoDeGPT",
     "PerLayer",
     "PerMatrixTucker3D",
     "PlainSVD",

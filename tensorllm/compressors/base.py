@@ -128,6 +128,10 @@ class LayerContext(Protocol):
         """The original's role matrix (I, D)."""
         ...
 
+    def has_bias(self, role: str) -> bool:
+        """Whether a bias is added to what the role's matrix gives."""
+        ...
+
     def compressed_weight(self, role: str) -> Tensor:
         """That of the compressed layer, as it is now."""
         ...

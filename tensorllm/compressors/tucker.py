@@ -59,8 +59,8 @@ class TuckerSettings(Leaf):
         energy: instead of ranks, the share of the squared norm to keep in each mode, in (0, 1].
         error: instead of ranks, an upper bound of the relative reconstruction error, in [0, 1).
         layout: which axis is cut into heads: `paper`, or `official` as the authors' code does.
-        sweeps: HOOI sweeps after the HOSVD, at most.
-        tol: the sweeps end when the relative error moves by less.
+        sweeps: HOOI sweeps after the HOSVD, at most; None: 12 (`tensorly`: 100).
+        tol: the sweeps end when the relative error moves by less; None: 2e-5 (`tensorly`: 1e-5).
         solver: our `sthosvd`, or `tensorly` (slow; the reference).
     """
 
@@ -68,8 +68,8 @@ class TuckerSettings(Leaf):
     energy: float | None = None
     error: float | None = None
     layout: Layout = "paper"
-    sweeps: int = 1
-    tol: float = 1e-5
+    sweeps: int | None = None
+    tol: float | None = None
     solver: Solver = "sthosvd"
 
     modes: ClassVar[tuple[int, ...]]
@@ -84,9 +84,9 @@ class TuckerSettings(Leaf):
             raise UserError(f"error must be in [0, 1), got {self.error}")
         one_of("layout", self.layout, LAYOUTS)
         one_of("solver", self.solver, SOLVERS)
-        if not isinstance(self.sweeps, int) or self.sweeps < 0:
+        if self.sweeps is not None and (not isinstance(self.sweeps, int) or self.sweeps < 0):
             raise UserError(f"sweeps must be 0 or more, got {self.sweeps}")
-        if not self.tol >= 0:
+        if self.tol is not None and not self.tol >= 0:
             raise UserError(f"tol must be 0 or more, got {self.tol}")
         if self.ranks is not None:
             object.__setattr__(self, "ranks", tuple(self.ranks))

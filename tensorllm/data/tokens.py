@@ -23,6 +23,27 @@ def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [_without(row, closing) for row in ids]
 
 
+def as_messages(tokenizer: Any, texts: Sequence[str], whose: str) -> list[list[int]]:
+    """Tokens of each text as a user's message, and of what begins the answer, by the chat template.
+
+    Args:
+        whose: what an error calls the model.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{whose} has no chat template: generate without --chat")
+    return [
+        list(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+        )
+        for text in texts
+    ]
+
+
 def closing_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts behind every text; tried, since no attribute says it for all."""
     bare = list(tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids)

@@ -55,6 +55,13 @@ class Devices:
     precision: str | None = None
 
     @property
+    def kind(self) -> str:
+        """What it runs on: `cpu`, or a kind of accelerator."""
+        if self.accelerator == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.accelerator
+
+    @property
     def several(self) -> bool:
         alone = self.devices == "1"
         if self.devices == "auto":  # the Trainer takes all GPUs, but one process on a CPU

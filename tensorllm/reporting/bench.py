@@ -16,6 +16,8 @@ ROWS = (  # what, field of the models, field of the ratios, unit
     ("peak memory", "peak_bytes", "peak", "bytes"),
 )
 
+FEW = 8  # sites that are named
+
 
 def in_units(value: float, unit: str) -> str:
     """Such as `2.39 MiB`, `2,106 tokens/s`, `17.3 tokens/s`."""
@@ -40,5 +42,12 @@ def bench_table(found: Mapping[str, Any]) -> RenderableType:
     for site in found["sites"]:
         how = "factored" if site["factored"] else "dense"
         counts.setdefault(f"{how} ({site['why']})", []).append(site["site"])
-    lines = [f"{how}: {', '.join(names)}" for how, names in counts.items()]
+    lines = [f"{how}: {_named(names)}" for how, names in counts.items()]
     return Group(turns, table, *lines)
+
+
+def _named(sites: list[str]) -> str:
+    """All of a few sites; of many, how many and the first."""
+    if len(sites) <= FEW:
+        return ", ".join(sites)
+    return f"{len(sites)} sites, {', '.join(sites[:3])}, ... (--json names all)"

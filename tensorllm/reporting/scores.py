@@ -63,6 +63,7 @@ def _headline(results: Mapping[str, Any]) -> Text:
     text.append(
         f" on {results['dataset']}, {results['split']}, protocol {results['protocol']}, "
         f"{results['examples']} examples, {results['dtype']}"
+        f"{', prior taken out' if results.get('calibrated_prior') else ''}"
     )
     return text
 

@@ -133,7 +133,13 @@ def _guards(guards: Mapping[str, Any]) -> RenderableType:
     for who in ("original", "winner"):
         shares = (f"{100 * guards[who]['shares'][label]:.1f}" for label in labels)
         table.add_row(who, f"{guards[who]['balanced_accuracy']:.1f}", *shares)
+    plain = guards.get("without_prior")
     table.caption = f"always the commonest answer: {guards['majority']:.1f} %"
+    if plain is not None:
+        table.caption += (
+            f"; each model's prior for the labels taken out: {plain['original']:.1f} % → "
+            f"{plain['winner']:.1f} %"
+        )
     return table
 
 

@@ -1,6 +1,6 @@
 """Rich tables that fit a terminal of 80 columns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorllm.compression.dry_run import DryRun
-from tensorllm.compression.report import RATIO_NAMES, CompressionReport
+from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport
 from tensorllm.metrics import MAIN, SHOWN
 
 WIDTH = 80  # columns of a terminal
+MANY, WORST = 24, 5  # sites that have a row each; of more, those that are shown
 
 
 def compression_tables(report: CompressionReport) -> RenderableType:
@@ -108,12 +109,43 @@ def _brief(value: Any) -> str:
     return f"{len(value)} of them" if long else str(value)
 
 
-def _sites(report: CompressionReport) -> Table:
+def _sites(report: CompressionReport) -> RenderableType:
+    """A row for every site; of many, one for those of the same matrices, and the worst ones."""
+    if len(report.sites) <= MANY:
+        return _every_site(report, report.sites)
+    groups: dict[str, list[SiteReport]] = {}
+    for site in report.sites:
+        groups.setdefault(site.name.rpartition(".")[2], []).append(site)
+    table = new_table("matrices", "sites", "ranks", "parameters", "CR", "error", number_from=1)
+    for name, sites in groups.items():
+        ranks = [min(s.ranks for s in sites), max(s.ranks for s in sites)]
+        shown = [",".join(map(str, r)) for r in ranks]
+        before, after = (
+            sum(getattr(s, f"parameters_{when}") for s in sites) for when in ("before", "after")
+        )
+        errors = sorted(s.relative_error for s in sites)
+        table.add_row(
+            name,
+            str(len(sites)),
+            shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}",
+            f"{count(before)} → {count(after)}",
+            f"{before / after:.2f}",
+            f"{errors[0]:.3f} to {errors[-1]:.3f}",
+        )
+    worst = sorted(report.sites, key=lambda site: -site.relative_error)[:WORST]
+    return Group(
+        table,
+        f"the {WORST} of {len(report.sites)} sites that lost most; report.json has all:",
+        _every_site(report, worst),
+    )
+
+
+def _every_site(report: CompressionReport, sites: Sequence[SiteReport]) -> Table:
     names = ["site", "shape", "ranks", "parameters", "CR", "error", "s"]
     if "calibration" in report.settings:  # the factors were fitted before, in another time
         names.remove("s")
     table = new_table(*names, number_from=3)
-    for site in report.sites:
+    for site in sites:
         cells = (
             site.name,
             _shape(site.shape),

@@ -27,6 +27,9 @@ class EvaluateRequest:
         Path | None, Option("What tensorllm made of the model: before and after.")
     ] = None
     protocol: shared.Protocol = "strict"
+    calibrate_prior: Annotated[
+        bool, Option("Choose after the model's mean score of each choice is taken out.")
+    ] = False
     split: Annotated[
         Literal["test", "val", "all"], Option("test, val (the first 20 %) or all.")
     ] = "test"

@@ -39,6 +39,9 @@ class GenerateRequest:
         tuple[str, ...],
         Option("What to go on from; may be repeated.", flag="--prompt", repeated=True),
     ]
+    chat: Annotated[
+        bool, Option("The prompts are messages of a user: put the model's chat template around.")
+    ] = False
     max_new_tokens: Annotated[int, Option("Tokens to write at most.")] = 64
     temperature: Annotated[float, Option("0: always the likeliest token.")] = 0.0
     top_p: Annotated[float, Option("Share of probability to sample from.")] = 1.0
@@ -56,10 +59,16 @@ class GenerateRequest:
 class ExportRequest:
     """A factored folder, and how it is to be written anew."""
 
-    folder: Annotated[Path, Option("A factored folder.", argument=True)]
+    folder: Annotated[
+        Path, Option("A factored folder; for narrow also a dense one.", argument=True)
+    ]
     out: Annotated[Path, Option("The folder to make.", metavar="OUT", argument=True)]
     format: Annotated[
-        str | None, Option("dense (the default): an ordinary checkpoint.", metavar="NAME")
+        str | None,
+        Option(
+            "dense (the default): an ordinary checkpoint; narrow: one whose FFN is less wide.",
+            metavar="NAME",
+        ),
     ] = None
     quantize: Annotated[
         str | None, Option("Stay factored, with factors in int8 or int4.", metavar="NAME")

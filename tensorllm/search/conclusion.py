@@ -63,6 +63,7 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         "model": run.source.name,
         "dataset": run.validation.name,
         "protocol": run.protocol.name,
+        "dtype": str(run.dtype).removeprefix("torch."),
         "objective": run.request.objective,
         "several_objectives": goal.several,
         "sampler": run.sampler,

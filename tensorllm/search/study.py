@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tensorllm.calibration.fit import Fitted
 from tensorllm.calibration.overlap import refuse_evaluated
 from tensorllm.calibration.sequences import Calibration, read_calibration
-from tensorllm.checkpoint.loader import Loader, dtype_of
+from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
 from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.engine import compress
 from tensorllm.compression.jobs import CompressedSite, decomposed
@@ -74,14 +74,20 @@ class Study:
         _ = COMPRESSORS[request.mode]  # an unknown one is refused before the model is loaded
         self.request = request
         self.source = resolve(request.model, request.revision)
-        self.loader = Loader(self.source.folder, dtype_of(request.dtype))
+        dtype = dtype_of(request.dtype)
+        stored = Loader(self.source.folder).config().dtype
+        self.dtype: torch.dtype = dtype or computing_dtype(stored, self.device)
+        self.loader = Loader(self.source.folder, self.dtype)
         self.protocol: Protocol = PROTOCOLS[request.protocol]
         _ = self.points  # a ratio that cannot be met is refused now
 
+    @property
+    def device(self) -> str:
+        return self.request.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+
     @cached_property
     def model(self) -> PreTrainedModel:
-        device = self.request.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        model = self.loader().to(device)
+        model = self.loader().to(self.device)
         if self.request.base:
             base = PerLayer(edits=self.request.base)
             compress(model, base, calibration=self.calibration_of(model))

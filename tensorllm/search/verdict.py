@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorllm.evaluation.predictions import Prediction
+from tensorllm.evaluation.prior import without_prior
 from tensorllm.search.objectives import Objective
 
 Finding = Literal["better", "no better", "not known"]
@@ -87,8 +88,9 @@ def guards_of(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict
         `winner`: `balanced_accuracy` (the mean over labels of their recall, per cent) and the
         `shares` of predicted labels. `prior_alone`: accuracy of the original's choices when each
         label gets a bonus such that it predicts labels as often as the winner does; None where the
-        choices of the questions differ. `shifted_prior`: whether that explains half of the gain or
-        more, or balanced accuracy does not improve. None: the answers are not a few labels.
+        choices of the questions differ. `without_prior`: accuracy of both when each model's prior
+        for the labels is taken out. `shifted_prior`: whether `prior_alone` explains half of the
+        gain or more, or balanced accuracy does not improve. None: the answers are not a few labels.
     """
     labels = sorted({row.answer for row in before})
     if not 2 <= len(labels) <= MOST_LABELS or any(
@@ -101,11 +103,19 @@ def guards_of(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict
     prior = _prior_alone(before, after, labels)
     explained = prior is not None and gain > 0 and prior - accuracy["original"] >= SHARE * gain
     balanced = scores["winner"]["balanced_accuracy"] - scores["original"]["balanced_accuracy"]
+    order = _label_order(before, labels)
+    plain = None
+    if order is not None and _label_order(after, labels) in (order, None):
+        plain = {
+            name: _accuracy(without_prior(rows, order))
+            for name, rows in (("original", before), ("winner", after))
+        }
     counts = [sum(row.answer == label for row in before) for label in labels]
     return {
         "majority": 100 * max(counts) / len(before),
         **scores,
         "prior_alone": prior,
+        "without_prior": plain,
         "shifted_prior": gain > 0 and (explained or (prior is not None and balanced <= 0)),
     }
 

@@ -18,9 +18,12 @@ from tensorllm.tensors.factors import Factors, Tucker, project_all, wide, wide_d
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import energy, exact_float32, gram, project, residual_energy
 
-Method = Callable[[Tensor, Mapping[int, int], int | None, float], Tucker]
-SWEEPS = 1  # on a decaying spectrum the first gains 3e-4 of the error, those after it 5e-5
-TENSORLY_SWEEPS = 100  # its own default
+Method = Callable[[Tensor, Mapping[int, int], int | None, float | None], Tucker]
+# One sweep is enough for most tensors (its gain is below TOL of the relative error, and later ones
+# gain less); where the width decays and nothing else does, up to a dozen are needed to come within
+# 2e-4 of where they end.
+SWEEPS, TOL = 12, 2e-5
+TENSORLY_SWEEPS, TENSORLY_TOL = 100, 1e-5  # its own default, and the authors' tolerance
 
 
 @exact_float32()
@@ -29,7 +32,7 @@ def tucker(
     ranks: Mapping[int, int],
     *,
     sweeps: int | None = None,
-    tol: float = 1e-5,
+    tol: float | None = None,
     method: str = "sthosvd",
 ) -> Tucker:
     """Decompose `w` over the modes in `ranks`.
@@ -41,8 +44,8 @@ def tucker(
         w: any float dtype and any strides; computed in float32, or float64 where it is that.
         ranks: mode -> rank, 1 to the size of the mode; other modes are left alone.
         sweeps: at most so many HOOI sweeps follow the initial truncation; None for the method's own
-            number, 1 or tensorly's 100.
-        tol: sweeps end once the relative error moves by less.
+            number, 12 or tensorly's 100.
+        tol: sweeps end once the relative error moves by less; None: 2e-5, or 1e-5 for tensorly.
         method: "sthosvd", or "tensorly" for its `partial_tucker`, the slow reference.
 
     Raises:
@@ -52,7 +55,7 @@ def tucker(
         raise UserError(f"the Tucker method must be one of {', '.join(METHODS)}, got {method!r}")
     if sweeps is not None and (not isinstance(sweeps, int) or sweeps < 0):
         raise UserError(f"sweeps must be an integer, 0 or more, got {sweeps!r}")
-    if not tol >= 0:
+    if tol is not None and not tol >= 0:
         raise UserError(f"tol must be a number, 0 or more, got {tol!r}")
     checked = {
         _mode(w, mode): check_rank(f"R{mode + 1}", r, w.shape[mode]) for mode, r in ranks.items()
@@ -66,7 +69,7 @@ def _mode(w: Tensor, mode: int) -> int:
     return mode
 
 
-def _sthosvd(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float) -> Tucker:
+def _sthosvd(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float | None) -> Tucker:
     by_size = sorted(ranks, key=lambda n: w.shape[n])
     cut = [n for n in by_size if ranks[n] < w.shape[n]]  # a full-rank factor is a mere rotation
     if not cut:
@@ -80,7 +83,7 @@ def _sthosvd(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float
         first = core if mode == cut[0] else first
     sweeps = SWEEPS if sweeps is None else sweeps
     if sweeps and len(cut) > 1:
-        core = _hooi(w, first, factors, core, sweeps, tol)
+        core = _hooi(w, first, factors, core, sweeps, TOL if tol is None else tol)
         return _ordered(core, factors, by_size, diagonal=cut[0])
     return _ordered(core, factors, by_size, diagonal=cut[-1])
 
@@ -138,13 +141,14 @@ def _ordered(
     return Tucker(core, dict(sorted(turned.items())))
 
 
-def _tensorly(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float) -> Tucker:
+def _tensorly(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float | None) -> Tucker:
     import tensorly  # half a second that only this method needs
     from tensorly.decomposition import partial_tucker
 
     require_finite(w)
     modes = sorted(ranks)
     limit = TENSORLY_SWEEPS if sweeps is None else max(1, sweeps)
+    tol = TENSORLY_TOL if tol is None else tol
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         (core, factors), _ = partial_tucker(
             wide(w), [ranks[n] for n in modes], modes, n_iter_max=limit, init="svd", tol=tol

@@ -1,0 +1,43 @@
+"""Matrices of which some rows are kept, as modules. Shapes: D model width, I rows, R kept ones."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorllm.compressors.base import Site
+from tensorllm.runtime.sites import Cost, SiteModule, runs
+from tensorllm.tensors.factors import Factors, parameters
+from tensorllm.tensors.kept_rows import KeptRows
+from tensorllm.tensors.stacking import Geometry
+
+
+@runs(KeptRows, "matrix")
+class KeptRowsSite(SiteModule):
+    """One product with the kept rows; the other outputs are zero, the other inputs unread."""
+
+    kept: Tensor
+    rows_R: Tensor
+    values: nn.Parameter
+
+    def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
+        super().__init__(factors, site, geometry)
+        rows_R = torch.empty(len(self.values), dtype=torch.long, device=self.kept.device)
+        self.register_buffer("rows_R", rows_R, persistent=False)
+
+    @classmethod
+    def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
+        stored = parameters(factors)
+        return Cost(stored, 3, stored)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Find the rows, once it is there which they are."""
+        if not self.kept.is_meta:
+            self.rows_R = KeptRows(self.values, self.kept).rows()
+
+    def input_projection(self, x: Tensor, index: int) -> Tensor:
+        y_R = F.linear(x, self.values)
+        return y_R.new_zeros(*x.shape[:-1], self.sizes[index]).index_copy(-1, self.rows_R, y_R)
+
+    def output_projection(self, x: Tensor, index: int) -> Tensor:
+        return x.index_select(-1, self.rows_R) @ self.values

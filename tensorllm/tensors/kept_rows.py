@@ -1,0 +1,59 @@
+"""Some rows of a matrix; all others are zero.
+
+Where rows are dimensions that two matrices share (FFN channels, dimensions of a head), both become
+narrower and no product is added.
+
+Shapes: I rows, O columns, R rows that are kept.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tensorllm.tensors.factors import FACTORS, Factors, wide
+
+
+@FACTORS.register("kept-rows")
+@dataclass(frozen=True, eq=False)
+class KeptRows(Factors):
+    """R rows of a matrix, perhaps refitted to make up for the others.
+
+    Attributes:
+        values_RO: what they hold, in ascending order of the rows.
+        kept_I: which rows they are: 1 or 0, uint8; they count as parameters.
+    """
+
+    nouns = ("rows that are kept", "rows that are kept")
+
+    values_RO: Tensor
+    kept_I: Tensor
+
+    @classmethod
+    def of(cls, rows_R: Tensor, values_RO: Tensor, size: int) -> Self:
+        """From the numbers of the rows, in any order, and that of all rows."""
+        kept_I = torch.zeros(size, dtype=torch.uint8, device=rows_R.device)
+        kept_I[rows_R] = 1
+        return cls(values_RO[rows_R.argsort()].contiguous(), kept_I)
+
+    def rows(self) -> Tensor:
+        """The numbers of the rows, ascending."""
+        return torch.argsort(self.kept_I, descending=True, stable=True)[: len(self.values_RO)]
+
+    def dense(self) -> Tensor:
+        values_RO = wide(self.values_RO)
+        w_IO = values_RO.new_zeros(len(self.kept_I), values_RO.shape[1])
+        return w_IO.index_copy(0, self.rows(), values_RO)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.values_RO, "kept": self.kept_I}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        return cls(tensors["values"], tensors["kept"])
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return (len(self.values_RO),)

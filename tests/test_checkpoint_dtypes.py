@@ -1,0 +1,59 @@
+"""Half precision is computed in float32 on a CPU that only emulates it, and results say so."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import eval_world as world
+import pytest
+import torch
+
+from tensorllm.checkpoint import loader
+from tensorllm.checkpoint.loader import computing_dtype
+from tensorllm.commands.evaluate import evaluate
+from tensorllm.requests.evaluate import EvaluateRequest
+
+
+def seconds(slow: torch.dtype):
+    return lambda dtype: 1.0 if dtype == slow else 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_faster_one_is_taken_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader, "_seconds", seconds(slow=dtype))
+    assert computing_dtype(dtype, "cpu") == torch.float32
+    assert computing_dtype(dtype, "cuda") == dtype
+    monkeypatch.setattr(loader, "_seconds", seconds(slow=torch.float32))
+    assert computing_dtype(dtype, "cpu") == dtype
+    monkeypatch.setattr(loader, "_seconds", lambda dtype: 0.1)  # a tie: nothing changes
+    assert computing_dtype(dtype, "cpu") == dtype
+    assert computing_dtype(torch.float64, "cpu") == torch.float64
+
+
+def test_the_measurement_takes_no_time_to_speak_of():
+    loader._seconds.cache_clear()
+    assert 0 < loader._seconds(torch.float32) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("slow", "computed"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")]
+)
+def test_results_say_in_which(
+    slow: torch.dtype, computed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    world.model("gptj").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    world.tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": e.prompt, "answer": e.answer} for e in world.questions(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(loader, "_seconds", seconds(slow))
+    asked = EvaluateRequest(
+        model=str(tmp_path / "model"),
+        dataset="questions",
+        data_file=tmp_path / "rows.jsonl",
+        split="all",
+        accelerator="cpu",
+    )
+    results = evaluate(asked).results
+    assert (results["dtype"], results["stored_dtype"]) == (computed, "bfloat16")
+    results = evaluate(replace(asked, dtype="fp32")).results
+    assert results["dtype"] == "float32"
