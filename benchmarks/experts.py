@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from results import ROOT, Comparison, begin, parser, save
+from results import RESULTS, ROOT, Comparison, begin, parser, save
 from torch import nn
 
 from tensorllm.calibration import Calibration
@@ -149,7 +149,9 @@ def quality(args: argparse.Namespace) -> None:
     dense = bench.losses(bench.dense)
     print("dense", dense, flush=True)
     provenance = json.loads((args.model / "provenance.json").read_text())
-    for sizes in ("uniform",) if args.quick else ("uniform", "budget"):
+    if not args.quick:
+        bench.rows += [row for row in recorded(provenance) if row["sizes"] not in args.sizes]
+    for sizes in ("uniform",) if args.quick else args.sizes:
         for removed in REMOVED[1:2] if args.quick else REMOVED:
             for name, (mode, _) in METHODS.items():
                 if sizes == "budget" and name not in MAIN:
@@ -170,6 +172,14 @@ def quality(args: argparse.Namespace) -> None:
                 summary=found,
                 rows=bench.rows,
             )
+
+
+def recorded(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """What earlier runs have measured on the same model."""
+    path = RESULTS / "experts.json"
+    part = json.loads(path.read_text()).get("quality", {}) if path.is_file() else {}
+    found: list[dict[str, Any]] = part.get("rows", []) if part.get("model") == provenance else []
+    return found
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -236,6 +246,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", type=Path, help="folder that scripts/train_moe.py made")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    sizes = ("uniform", "budget")
+    options.add_argument("--sizes", nargs="+", choices=sizes, default=sizes)
     options.add_argument("--parts", nargs="+", choices=("quality", "speed"), default=["quality"])
     args = options.parse_args()
     begin(args)

@@ -24,7 +24,7 @@ from tensorllm.registry import one_of
 from tensorllm.tensors.energy import matrix_energy
 from tensorllm.tensors.factors import Factors, LowRank
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
-from tensorllm.tensors.stacking import FEED_FORWARD, MATRICES
+from tensorllm.tensors.stacking import FEED_FORWARD, MATRICES, family
 from tensorllm.tensors.svd import METHODS, truncated_svd
 
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -65,7 +65,7 @@ class LaserSVD(Leaf):
         object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        missing = [role for role in self.matrices if role not in spec.roles]
+        missing = [role for role in self.matrices if family(role) not in spec.roles]
         if missing:
             raise UserError(
                 f"matrix {missing[0]!r} does not exist in this architecture; "

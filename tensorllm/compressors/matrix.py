@@ -29,7 +29,7 @@ from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.factors import LowRank
-from tensorllm.tensors.stacking import MATRICES, ROUTED, is_output_projection
+from tensorllm.tensors.stacking import MATRICES, ROUTED, family, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -92,7 +92,7 @@ class KeptSettings:
 
     def sites(self, spec: ModelSpec, layers: Sequence[int]) -> list[Site]:
         """Every matrix alone, of layers that have it."""
-        missing = [role for role in self.matrices or () if role not in spec.roles]
+        missing = [role for role in self.matrices or () if family(role) not in spec.roles]
         if missing:
             raise UserError(
                 f"matrix {missing[0]!r} does not exist in this architecture; "
