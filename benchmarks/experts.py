@@ -251,6 +251,8 @@ def main() -> None:
     options.add_argument("--parts", nargs="+", choices=("quality", "speed"), default=["quality"])
     args = options.parse_args()
     begin(args)
+    if args.quick and args.model is None:
+        args.parts = ["speed"]  # the other needs a trained model
     if "quality" in args.parts:
         if args.model is None or not (args.model / "provenance.json").is_file():
             sys.exit("give --model FOLDER, made by: python scripts/train_moe.py FOLDER")
