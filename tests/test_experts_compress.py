@@ -24,7 +24,7 @@ import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.fit import measure_for
 from tensorllm.checkpoint.loading import load
-from tensorllm.compression.engine import compress, compress_folder
+from tensorllm.compression.engine import compress, compress_folder, compression_of
 from tensorllm.compression.factorize import factorize
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import ActivationExpertTucker, Compressor, ExpertTucker
@@ -32,6 +32,7 @@ from tensorllm.compressors.settings import make_compressor
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.runtime.cost import dense_cost, factored_cost
 from tensorllm.tensors.stacking import expert_role
 from tensorllm_cli.app import main
 
@@ -272,6 +273,21 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(UserError, match=said):
         compress(model, make_compressor(mode, settings))
     assert all(torch.equal(w, before[n]) for n, w in parameters_of(model).items())
+
+
+def test_the_cost_of_a_token_is_that_of_few_experts() -> None:
+    """Factors are smaller than all experts together, and read less than two experts do."""
+    model = tiny_model("mixtral")
+    report = compress(model, ExpertTucker(ranks=(0, 0, 8, 0)))
+    assert not any("not smaller" in site.auto for site in report.sites)
+    compression = compression_of(model)
+    assert compression is not None
+    for done in compression.sites:
+        geometry = RoleMatrices(model.config, parameters_of(model)).spec.geometry(0)
+        kinds = len(done.site.families)
+        assert dense_cost(done.site, geometry).reads == 2 * kinds * 24 * 32
+        factored = factored_cost(done.site, done.factors, geometry)
+        assert factored.reads == 2 * kinds * 24 * 8 + 8 * 32
 
 
 def test_a_layer_without_experts_is_passed_over_or_refused() -> None:

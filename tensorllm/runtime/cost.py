@@ -70,7 +70,7 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
         return Choice(site.name, False, why, dense, small)
     if policy == "always":
         return Choice(site.name, True, "by --policy always", dense, small)
-    if parameters(factors) >= dense.reads:
+    if parameters(factors) >= sum(geometry.numel(role) for _, role in site.matrices):
         return Choice(site.name, False, "the factors are not smaller", dense, small)
     choice = Choice(site.name, True, "smaller and faster", dense, small)
     if min(choice.speedups) < MARGIN:
