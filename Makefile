@@ -7,7 +7,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS := $(shell grep -l "^from results import.*parser" benchmarks/*.py)
+BENCHMARKS := $(wildcard benchmarks/*.py)
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
@@ -41,7 +41,7 @@ oldest:  ## the tests with the oldest versions that pyproject.toml allows, in .v
 bench: $(VENV)/.dev  ## every benchmark, each beside its peer in one run; BENCH_ARGS=--quick only tries them
 	failed=; for script in $(BENCHMARKS); do \
 		$(BIN)/python $$script $(BENCH_ARGS) || failed="$$failed $$script"; done; \
-	test -n "$(BENCH_ARGS)" || { $(BIN)/python scripts/make_scaling_figures.py && $(BIN)/python scripts/fill_numbers.py; } \
+	test -n "$(BENCH_ARGS)" || { PYTHONPATH=benchmarks $(BIN)/python scripts/make_scaling_figures.py && PYTHONPATH=benchmarks $(BIN)/python scripts/fill_numbers.py; } \
 		|| failed="$$failed pages"; \
 	test -z "$$failed" || { echo "failed or missed a target:$$failed"; exit 1; }
 

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import tensorly
 import torch
-from counts import necessary_multiply_adds
-from results import Comparison, begin, parser, save
+from support.counts import necessary_multiply_adds
+from support.results import Comparison, begin, parser, save
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 

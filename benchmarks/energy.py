@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import Comparison, begin, parser, real, save
+from support.results import Comparison, begin, parser, real, save
 
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.compression.engine import compressed

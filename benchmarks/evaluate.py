@@ -11,19 +11,15 @@ slices between those of the evaluator, so that both see the same machine; verdic
 that part.
 """
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import ROOT, Comparison, begin, parser, real, save
+from support.naive import naive
+from support.results import Comparison, begin, parser, real, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(ROOT / "tests"))
-
-from naive import naive
 
 from tensorllm.data.bios_profession import CHOICES
 from tensorllm.evaluation.evaluate import make_dataset, score

@@ -16,7 +16,7 @@ import argparse
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from support.results import Comparison, begin, parser, save
 from torch import Tensor
 from whole_model import MODELS, Bench
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from support.results import Comparison, begin, parser, save
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import tensorllm as tl

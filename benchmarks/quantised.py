@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, real, save
+from support.results import Comparison, begin, parser, real, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl

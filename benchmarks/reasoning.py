@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from support.results import Comparison, begin, parser, save
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,7 +106,7 @@ def main() -> None:
     args = options.parse_args()
     begin(args)
     quick = args.quick
-    bench = Bench(128, 64, refit_steps=1) if quick else Bench(args.lessons, None)
+    bench = Bench(128, 64, refit_epochs=1) if quick else Bench(args.lessons, None)
     ratios = RATIOS[-1:] if quick else RATIOS
     bench.add("original", None, None, chosen=True)
     recipe = default_recipe("demo", "hybrid", None)

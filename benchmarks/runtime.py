@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_block import WANTED, block, gptj
-from cost_model import KINDS, costs, least_gain
-from results import Comparison, begin, parser, save
-from tltorch_model import (
+from support.attention_block import WANTED, block, gptj
+from support.cost_model import KINDS, costs, least_gain
+from support.results import Comparison, begin, parser, save
+from support.tltorch_model import (
     IMPLEMENTATIONS,
     NEW,
     PROMPT,

@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from results import begin, parser, save
-from scaling_models import calibrate, compress, evaluate, files, search
-from scaling_runtime import runtime
-from scaling_tensors import decompose, eigenvectors, machine
+from support.results import begin, parser, save
+from support.scaling_models import calibrate, compress, evaluate, files, search
+from support.scaling_runtime import runtime
+from support.scaling_tensors import decompose, eigenvectors, machine
 
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "machine": machine,

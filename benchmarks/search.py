@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from results import Comparison, begin, parser, real, save
-from search_model import make_model
-from search_naive import naive_edit, one_by_one
+from support.results import Comparison, begin, parser, real, save
+from support.search_model import make_model
+from support.search_naive import naive_edit, one_by_one
 from transformers import AutoTokenizer, GPTJForCausalLM
 
 from tensorllm.compression.engine import compress

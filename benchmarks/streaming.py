@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import ROOT, Comparison, begin, parser, save
+from support.results import ROOT, Comparison, begin, parser, save
 
 from tensorllm.calibration import Calibration, fit_folder
 from tensorllm.compression.engine import compress_folder
@@ -34,7 +34,7 @@ from tensorllm.compressors import ActivationTucker
 VOCABULARY, DOUBLE, HALF = 50400, 8, 2  # words of GPT-J; bytes of float64 and bfloat16
 
 
-def child(folder: Path, tokens: int, refit_steps: int) -> None:
+def child(folder: Path, tokens: int, refit_epochs: int) -> None:
     """The whole way from the checkpoint to the folder in factors."""
     from transformers import GPTJModel  # as the fit will, so that the base has it
 
@@ -43,7 +43,7 @@ def child(folder: Path, tokens: int, refit_steps: int) -> None:
     drawn = torch.randint(VOCABULARY, (tokens // 256, 256), generator=torch.Generator())
     text = Calibration(tuple(map(tuple, drawn.tolist())), source="random")
     source, target = folder / "model", folder / "small"
-    wanted = ActivationTucker(target_ratio=2, refit_steps=refit_steps)
+    wanted = ActivationTucker(target_ratio=2, refit_epochs=refit_epochs)
     fitted = fit_folder(wanted, source, text, work=folder / "work")
     middle, fitting = time.perf_counter(), peak_resident_bytes()
     compress_folder(FolderTask(source=source, target=target, compressor=fitted, format="factored"))
@@ -54,7 +54,7 @@ def child(folder: Path, tokens: int, refit_steps: int) -> None:
 
 def started(folder: Path, args: argparse.Namespace) -> subprocess.Popen[str]:
     options = ["--child", str(folder), "--tokens", str(args.tokens)]
-    options += ["--refit-steps", str(args.refit_steps), "--threads", str(torch.get_num_threads())]
+    options += ["--refit-epochs", str(args.refit_epochs), "--threads", str(torch.get_num_threads())]
     command = [sys.executable, __file__, *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
@@ -96,7 +96,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "layers": args.layers,
         "width": args.width,
         "tokens": args.tokens,
-        "refit_steps": args.refit_steps,
+        "refit_epochs": args.refit_epochs,
     }
 
 
@@ -120,12 +120,12 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=100)
     options.add_argument("--width", type=int, default=768)
     options.add_argument("--tokens", type=int, default=1024)
-    options.add_argument("--refit-steps", type=int, default=1)
+    options.add_argument("--refit-epochs", type=int, default=1)
     options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
     begin(args)
     if args.child:
-        child(args.child, args.tokens, args.refit_steps)
+        child(args.child, args.tokens, args.refit_epochs)
         return
     if args.quick:
         args.layers, args.width, args.tokens = 2, 64, 256

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from closed_gap import summary
-from results import RESULTS, Comparison, begin, parser, save
+from support.closed_gap import summary
+from support.results import RESULTS, Comparison, begin, parser, save
+from support.whole_model_texts import demo, stories
 from torch import nn
-from whole_model_texts import demo, stories
 
 from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.fit import measure_for
@@ -49,7 +49,7 @@ ROLES = {"attention": ATTENTION, "whole model": ATTENTION + FFN}
 MODELS = ("tinystories", "demo")
 RATIOS = (1.2, 1.5, 2.0, 3.0)
 VARIANTS: tuple[dict[str, Any], ...] = (
-    {"refit_steps": 0},
+    {"refit_epochs": 0},
     {"weighting": "loss"},
     {"distill_steps": 300},
 )
@@ -72,7 +72,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.ratios = RATIOS[2:3] if quick else RATIOS
         self.variants = () if quick else VARIANTS
-        self.settings = {"refit_steps": 1} if quick else {}
+        self.settings = {"refit_epochs": 1} if quick else {}
         self.drawn = self.source.drawn // (8 if quick else 1)
 
     def calibration(self, seed: int) -> Calibration:

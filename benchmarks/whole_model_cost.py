@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Comparison, begin, parser, save
+from support.results import Comparison, begin, parser, save
 from whole_model import MODELS, Bench
 
 from tensorllm.calibration import Calibration, fit, fit_folder
@@ -71,7 +71,7 @@ def child(args: argparse.Namespace) -> None:
     name, method = args.child
     bench = Bench(name, args.shared, args.quick)
     model, text = bench.dense, bench.calibration(0)
-    wanted = ActivationHybrid(target_ratio=2, **({"refit_steps": 1} if args.quick else {}))
+    wanted = ActivationHybrid(target_ratio=2, **({"refit_epochs": 1} if args.quick else {}))
     if method == METHODS[0]:
         peer(model, text, meter := Meter())
     elif method == METHODS[1]:

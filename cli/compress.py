@@ -26,6 +26,8 @@ def compress(request: CompressRequest, *, json: bool) -> None:
         from tensorllm.commands.compress import run
 
         result = run(request, progress)
+    if result is None:  # another process says what was made
+        return
     if json:
         print_json(result.to_json())
         return

@@ -1,7 +1,7 @@
 """Puts measured numbers into README.md and docs/: whatever they quote comes from docs/results/.
 
-    python scripts/fill_numbers.py            # rewrite what differs
-    python scripts/fill_numbers.py --check    # or only say so: exit code 1
+    PYTHONPATH=benchmarks python scripts/fill_numbers.py            # rewrite what differs
+    PYTHONPATH=benchmarks python scripts/fill_numbers.py --check    # or only say so: exit code 1
 
 A number stands between two comments, which Markdown does not show:
 

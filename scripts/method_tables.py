@@ -15,7 +15,7 @@ LOSSES = {
 PIVOTED = "svd-llm pivoted"
 VARIANTS = {
     "default": "ours",
-    "`refit_steps=0`": "ours refit_steps=0",
+    "without refit": "ours refit_steps=0",  # as it was called when this was measured
     "`weighting=loss`": "ours weighting=loss",
     "`distill_steps=300`": "ours distill_steps=300",
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark_tables import Lookup, amount, figure, table
 from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, scaling
-from scaling_tensors import ranks_at  # plan_machines says where that lies
+from support.scaling_tensors import ranks_at  # plan_machines says where that lies
 
 from tensorllm.checkpoint.writer import SHARD_BYTES
 from tensorllm.compression.dry_run import BASE_BYTES, WORKING_COPIES
@@ -32,13 +32,13 @@ EMBEDDING = VOCABULARY * GEOMETRY.D
 PARAMETERS = LAYERS * (LAYER + 2 * GEOMETRY.D) + 2 * EMBEDDING + GEOMETRY.D
 SIZE = float(BYTES * PARAMETERS)
 
-TOKENS, BATCH = 10 * GEOMETRY.F, 4096  # calibrated on: ten for every input of the widest matrix
+TOKENS = 10 * GEOMETRY.F  # calibrated on: ten for every input of the widest matrix
+SAMPLE = 0.5  # of the text sizes are chosen by, and of that half gradients are taken on
 QUESTIONS, PROMPT, VALIDATION = 10_000, 100, 0.2  # asked, tokens of each, share that is searched on
 TRIALS, EDITED = 100, 16  # of a search over so many last layers
-COPIES = 3  # of its largest moment that a fit holds while it decomposes
+COPIES = 3  # of a covariance, and of a matrix in float32, that a fit holds while it decomposes
 
 CLUSTERS = reading_together([role for role in GEOMETRY.roles if role in ActivationHybrid.roles])
-INPUTS = [GEOMETRY.inputs(cluster[0]) for cluster in CLUSTERS]
 OUTPUTS = [sum(map(GEOMETRY.outputs, cluster)) for cluster in CLUSTERS]
 
 
@@ -75,36 +75,34 @@ def compress(machine: Machine, share: str) -> dict[str, float]:
 
 
 def fit(machine: Machine) -> dict[str, float]:
-    """activation-hybrid from disk, layer by layer, in two sweeps.
+    """activation-hybrid from disk, layer by layer, in two sweeps, without refit.
 
-    Passes through a layer: to measure, in both sweeps, forward and backward; in the second for the
-    inputs of four clusters in the original and the compressed layer; three passes on. Moments of
-    gradients: both sweeps, float32. Of inputs: both sweeps, and both layers together, float64.
+    Passes through a layer: half of the text to measure, of that half backwards too; then the
+    original once, and the compressed layer's attention and FFN twice each. Covariances, all of them
+    of the model's width: inputs and outputs on half of the text, gradients on a quarter, and both
+    models' together on all of it.
     """
-    inputs, outputs = (float(sum(n**2 for n in widths)) for widths in (INPUTS, OUTPUTS))
-    products, orders = _decompositions()
-    sums = 2 * 4 * outputs + 4 * 8 * inputs  # bytes of the products that are added up
+    square, reads = float(GEOMETRY.D**2), [len(c) for c in CLUSTERS if len(c) > 1]
+    carried = sum(n**2 for n in reads) + 2
+    covariances = len(CLUSTERS) * (SAMPLE + 2) + SAMPLE**2 * carried
+    candidates, chosen = _decompositions()
+    reading = sum(OUTPUTS[i] * GEOMETRY.D for i, c in enumerate(CLUSTERS) if len(c) > 1)
     return {
         "read": 2 * SIZE / machine.read,
-        "passes": machine.passes(LAYERS * (2 * 2 + 2 * len(CLUSTERS) + 3) * TOKENS * LAYER),
-        "moments of gradients": machine.products(LAYERS * 2 * TOKENS * outputs, "float32"),
-        "moments of inputs": machine.products(LAYERS * 4 * TOKENS * inputs, "float64"),
-        "adding up moments": LAYERS * (TOKENS / BATCH) * sums / machine.moved,
-        "products of moments": LAYERS * products / machine.macs["float64"],
-        "eigenvectors": LAYERS * machine.eigen(orders),
-    }
+        "passes": machine.passes(LAYERS * (SAMPLE + SAMPLE**2 + 3) * TOKENS * LAYER),
+        "gradients carried": machine.products(LAYERS * SAMPLE**2 * TOKENS * reading, "float32"),
+        "covariances": machine.products(LAYERS * TOKENS * covariances * square, "float32"),
+        "adding up": LAYERS * (TOKENS / GEOMETRY.D) * 12 * covariances * square / machine.moved,
+        "products": LAYERS * (2 * candidates + 6 * chosen) * square * GEOMETRY.D
+        / machine.macs["float64"],
+        "eigenvectors": LAYERS * machine.eigen([GEOMETRY.D] * (candidates + chosen)),
+    }  # fmt: skip
 
 
-def _decompositions() -> tuple[float, list[int]]:
-    """Of one layer's candidates, then of the chosen factors: float64 products, eigenproblems."""
-    products, orders = 0.0, list[int]()
-    for cluster, x in zip(CLUSTERS, INPUTS, strict=True):
-        for group in [*dict.fromkeys(g for way in groupings(cluster, True) for g in way), cluster]:
-            m = sum(map(GEOMETRY.outputs, group))
-            wide, small = max(m, x), min(m, x)
-            products += wide**2 * small + wide * small**2
-            orders += [small, small]  # a root, and the components
-    return products, orders
+def _decompositions() -> tuple[int, int]:
+    """Eigenproblems of the width in one layer: of its candidates, and at most of its factors."""
+    groups = [{g for way in groupings(c, True) for g in way} for c in CLUSTERS]
+    return sum(map(len, groups)), sum(map(len, CLUSTERS))
 
 
 def evaluate(machine: Machine) -> dict[str, float]:
@@ -125,10 +123,10 @@ def search(machine: Machine) -> dict[str, float]:
 def tasks() -> list[Task]:
     unit = BYTES * max(prod(STACK), GEOMETRY.D * GEOMETRY.F, EMBEDDING)
     streaming = BASE_BYTES + SHARD_BYTES + 2 * unit + WORKING_COPIES * 4 * prod(STACK)
-    moments = 8 * sum(n**2 for n in (*INPUTS, *OUTPUTS))
-    states = 4 * BYTES * TOKENS * GEOMETRY.D  # two models' hidden states, in and out of a layer
+    covariances = 8 * GEOMETRY.D**2 * (sum(len(c) ** 2 for c in CLUSTERS) + len(CLUSTERS) + COPIES)
+    remembered = BYTES * TOKENS * GEOMETRY.D  # what attention gave; hidden states are on disk
     kept = BYTES * VALIDATION * QUESTIONS * PROMPT * GEOMETRY.D * EDITED
-    fitting = moments + COPIES * 8 * max(OUTPUTS) ** 2 + states + 8 * LAYER
+    fitting = covariances + remembered + 2 * BYTES * LAYER + COPIES * 4 * GEOMETRY.D * GEOMETRY.F
     return [
         *(
             Task(f"compress, {share} ranks", partial(compress, share=share), streaming, SIZE)
@@ -235,8 +233,8 @@ def numbers() -> dict[str, Any]:
         "prompt": PROMPT,
         "trials": TRIALS,
         "edited": EDITED,
-        "moments": 8 * sum(n**2 for n in (*INPUTS, *OUTPUTS)) / 1e9,
-        "largest_moment": 8 * max(OUTPUTS) ** 2 / 1e9,
+        "covariance": 8 * GEOMETRY.D**2 / 1e9,
+        "covariances": 8 * GEOMETRY.D**2 * sum(len(c) ** 2 for c in CLUSTERS) / 1e9,
         **assumptions(),
     }
 

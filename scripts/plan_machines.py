@@ -1,18 +1,16 @@
 """What machines do per second: one measured by benchmarks/scaling.py, two that are assumed."""
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from support.counts import Sizes, eigen_sizes, necessary_multiply_adds
+from support.scaling_tensors import SHARES, K, ranks_at
 
-from counts import Sizes, eigen_sizes, necessary_multiply_adds  # noqa: E402
-from scaling_tensors import SHARES, K, ranks_at  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 # The assumptions that docs/scaling.md shows: a server, and a node of GPUs (NVIDIA's data sheet).
 CORES, CORE_SHARE, EIGEN_SPEEDUP = 64, 0.7, 4.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tensorllm.checkpoint.hook import watch
 
 if TYPE_CHECKING:
-    from tensorllm.calibration.fit import fit, fit_folder
+    from tensorllm.calibration.fit import fit, fit_folder, fit_sizes
     from tensorllm.calibration.sequences import Calibration, read_calibration
     from tensorllm.checkpoint.loading import load
     from tensorllm.compression.engine import compress, compressed
@@ -52,6 +52,7 @@ _HOME = {
     "factorize": "tensorllm.compression.factorize",
     "fit": "tensorllm.calibration.fit",
     "fit_folder": "tensorllm.calibration.fit",
+    "fit_sizes": "tensorllm.calibration.fit",
     "load": "tensorllm.checkpoint.loading",
     "read_calibration": "tensorllm.calibration.sequences",
     "save": "tensorllm.compression.save",
@@ -76,6 +77,7 @@ __all__ = [
     "factorize",
     "fit",
     "fit_folder",
+    "fit_sizes",
     "load",
     "read_calibration",
     "save",

@@ -1,13 +1,14 @@
 """Recipes: YAML files that say which model, layers and settings, and where these come from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from tensorllm.compressors import COMPRESSORS, Compressor
+from tensorllm.compressors.budget import TARGETS
 from tensorllm.compressors.settings import (
     checked,
     fields_of,
@@ -29,6 +30,9 @@ RUN = {
     for field in option_fields(CompressRequest)
     if field.name not in (*KEYS, *SETTINGS, *ONLY_TYPED)
 }
+
+# Settings of which one excludes the others: giving one drops the recipe's.
+EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
 
 
 @dataclass(frozen=True)
@@ -184,3 +188,48 @@ def default_recipe(model: str, mode: str, dataset: str | None = None) -> Recipe 
             f"Known for {model}: {', '.join(known) or 'none; leave --dataset out'}"
         )
     return None
+
+
+def recipe_of(request: CompressRequest) -> Recipe:
+    """Recipe file or shipped recipe with the request's own settings put on top."""
+    given, base = request.given, None
+    if request.config is not None:
+        base = read_recipe(request.config)
+        if request.mode is not None and request.mode != base.mode:
+            raise UserError(
+                f"--mode {request.mode} contradicts {base.name}, which says {base.mode}"
+            )
+    model = request.model or (base.model if base else None)
+    if model is None:
+        raise UserError("give --model: a short name, a local folder or a hub id (or --config FILE)")
+    if base is None:
+        if request.mode is None:
+            raise UserError("give --mode: see `tensorllm list compressors` (or --config FILE)")
+        if not any(target in given for target in TARGETS):  # these are for whole models
+            base = default_recipe(model, request.mode, request.dataset)
+    if base is None:
+        base = Recipe("command line", model, request.mode or "", None, {})
+    kept = {key: value for key, value in base.settings.items() if not _excluded(key, given)}
+    wanted = request.layers or base.layers
+    layers = wanted if isinstance(wanted, tuple) else None
+    if wanted is None and base.notes:
+        raise UserError(
+            f"the layer of {base.name} was never published; give --layers, or find the best with "
+            "`tensorllm search-ranks`"
+        )
+    return replace(base, model=model, layers=layers, settings=kept | given)
+
+
+def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:
+    """The request with what its recipe says of the run, where it says nothing itself."""
+    own = {field.name: field.default for field in fields(request)}
+    return replace(
+        request,
+        **{k: v for k, v in recipe.run.items() if getattr(request, k) == own[k]},
+    )
+
+
+def _excluded(key: str, given: Mapping[str, Any]) -> bool:
+    return key not in given and any(
+        key in group and any(name in given for name in group) for group in EXCLUSIVE
+    )

@@ -1,5 +1,6 @@
 """Names for interchangeable things; unknown names fail with a suggestion."""
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -89,3 +90,15 @@ class Registry(Generic[T]):
                         f"the installed plugin {point.value!r} ({group}) cannot be imported: "
                         f"{type(error).__name__}: {error}. Repair or uninstall it"
                     ) from None
+
+
+def load_plugins(modules: Sequence[str]) -> None:
+    """Import the modules; one that cannot be imported, for whatever reason, is refused."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # the plugin's own code may raise anything
+            raise UserError(
+                f"cannot import the plugin {name!r}: {type(error).__name__}: {error}. It must be "
+                "importable: install it, or add its folder to PYTHONPATH"
+            ) from None

@@ -12,6 +12,7 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from tensorllm.calibration import Calibration, fit, read_calibration
+from tensorllm.calibration.covariances import Wanted
 from tensorllm.calibration.statistics import frozen, measure_loss, module_of
 from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress, compress_folder
@@ -22,6 +23,8 @@ from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import ATTENTION
+
+BOTH = Wanted(matrices=True, width=True, gradients=True)
 
 
 def text(seed: int = 0, count: int = 24, vocabulary: int = 101) -> Calibration:
@@ -68,7 +71,7 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
     one = Calibration(((7, 11, 3, 19, 42),))
     keys = [(1, ("q", "k", "v")), (1, ("o",)), (0, ("out",))]
     with frozen(model):
-        moments = measure_loss(model, roles, keys, one.batches(), seed=5)
+        moments = measure_loss(model, roles, keys, one.batches(), BOTH, seed=5)
     batch = one.batches()[0]
     out = model(batch.ids_BT, attention_mask=batch.mask_BT.long()).logits[0].float()
     p = out.detach().softmax(-1).cumsum(-1)
@@ -85,7 +88,7 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
     for layer, group in keys:
-        x_NX = inputs[layer, group].double()
+        x_NX = inputs[layer, group].detach().double()
         assert torch.allclose(moments.inputs[layer, group], x_NX.mT @ x_NX / 5, atol=1e-5)
         # The matrix's gradient is G = sum g xᵀ; five inputs are independent, so g = G pinv(x).
         parts = []
@@ -95,6 +98,15 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
             parts.append(torch.linalg.pinv(x_NX.mT) @ g_MX.mT)
             assert parts[-1].shape == (5, roles.spec.geometry(0).outputs(role))
         g_NM = torch.cat(parts, dim=1)
+        weights = {name: w.detach() for name, w in parameters_of(model).items()}
+        if group[0] in ("o", "out"):
+            carried_NY = x_NX @ roles.read(weights, layer, group[0]).double()
+        else:
+            read = [roles.read(weights, layer, role).double() for role in group]
+            carried_NY = torch.cat([g @ w for g, w in zip(parts, read, strict=True)], dim=1)
+        carried = moments.carried[layer, group]
+        wanted = carried_NY.mT @ carried_NY / 5
+        assert torch.allclose(carried, wanted, atol=1e-3 * float(wanted.abs().max()))
         felt = moments.gradients[layer, group]
         assert torch.allclose(felt, g_NM.mT @ g_NM / 5, atol=1e-3 * float(felt.abs().max()))
 
@@ -104,7 +116,7 @@ def test_padding_and_batch_size_do_not_count():
     roles = RoleMatrices(model.config, parameters_of(model))
     with frozen(model):
         whole, single = (
-            measure_loss(model, roles, keys, text().batches(size)) for size in (4096, 1)
+            measure_loss(model, roles, keys, text().batches(size), BOTH) for size in (4096, 1)
         )
     for key in keys:
         assert torch.allclose(whole.inputs[key], single.inputs[key], atol=1e-5)
@@ -114,10 +126,10 @@ def test_spilled_moments_are_the_same(tmp_path):
     model, keys = tiny_model("gptj"), [(0, ("q", "k", "v")), (1, ("in",))]
     roles = RoleMatrices(model.config, parameters_of(model))
     with frozen(model):
-        held = measure_loss(model, roles, keys, text().batches())
-        spilled = measure_loss(model, roles, keys, text().batches(), spill=tmp_path)
+        held = measure_loss(model, roles, keys, text().batches(), BOTH)
+        spilled = measure_loss(model, roles, keys, text().batches(), BOTH, spill=tmp_path)
     assert any(tmp_path.iterdir())
-    assert all(torch.equal(held.gradients[key], spilled.gradients[key]) for key in keys)
+    assert all(torch.equal(held.carried[key], spilled.carried[key]) for key in keys)
 
 
 def test_data_beat_no_data_and_correction_beats_none():

@@ -19,7 +19,7 @@ from tensorllm.tensors import pivoted
 from tensorllm.tensors.allocation import Curve, allocate, error_of
 from tensorllm.tensors.factors import FACTORS, cast, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
-from tensorllm.tensors.weighted import Metric, left_out, regression, weighted_svd
+from tensorllm.tensors.weighted import Metric, left_out, projection, regression
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (40, 3)]
 
@@ -92,53 +92,71 @@ def cost(e: Tensor, rows: Tensor, columns: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weighted_svd_costs_what_it_says_and_beats_its_neighbours(shape):
-    w, rows, columns = randn(*shape), moment(shape[0], 90, 1), moment(shape[1], 90, 2)
-    found = weighted_svd(w, Metric(rows), Metric(columns))
-    errors = left_out(w, Metric(rows), Metric(columns))
-    small = min(shape)
-    shapes = [(shape[0], small), (small,), (small, shape[1])]
-    assert [tuple(part.shape) for part in found] == shapes
-    assert errors.shape == (small,)
-    before = torch.cat((found.costs_S.sum()[None], errors[:-1]))
-    assert torch.allclose(before - found.costs_S, errors, atol=1e-9)
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_projection_costs_what_it_says_and_is_the_svd_between_both_roots(shape, writes):
+    """Against the truncated SVD between the roots of both covariances, the wide one included."""
+    outputs, inputs = moment(shape[0], 90, 1), moment(shape[1], 90, 2)
+    w_MX = randn(*shape)
+    metric = Metric(outputs if writes else inputs)
+    carried = w_MX @ inputs @ w_MX.mT if writes else w_MX.mT @ outputs @ w_MX
+    errors = left_out(metric, carried, min(shape))
+    assert errors.shape == (min(shape),)
+    left, right = (torch.linalg.cholesky(m) for m in (outputs, inputs))
     for rank in range(1, min(shape) + 1):
-        u, v = found.truncate(rank)
-        left = cost(w - u @ v, rows, columns)
-        assert left == pytest.approx(float(errors[rank - 1]), rel=1e-3, abs=1e-4)
-        for seed in range(5):
-            nearby = (u + 1e-2 * randn(*u.shape, seed=seed)) @ (v + 1e-2 * randn(*v.shape, seed=9))
-            assert left <= cost(w - nearby, rows, columns) + 1e-9
+        into, back = projection(metric, carried, rank)
+        found = (into @ back).mT @ w_MX if writes else w_MX @ into @ back
+        u, s, v = torch.linalg.svd(left.mT @ w_MX @ right, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        wanted = torch.linalg.solve(left.mT, best) @ torch.linalg.inv(right)
+        assert torch.allclose(found, wanted, atol=1e-3)
+        left_over = cost(w_MX - found, outputs, inputs)
+        assert left_over == pytest.approx(float(s[rank:].square().sum()), rel=1e-3, abs=1e-4)
+        assert left_over == pytest.approx(float(errors[rank - 1]), rel=1e-3, abs=1e-4)
 
 
-def test_weighted_svd_with_plain_moments_is_the_svd():
-    w = randn(8, 6)
-    costs = weighted_svd(w, Metric(torch.eye(8)), Metric(torch.eye(6))).costs_S
-    assert torch.allclose(costs.sqrt(), torch.linalg.svdvals(w), rtol=1e-5)
+def test_large_covariances_give_the_same_subspace_in_float32():
+    """Beyond order 1,024 eigenvectors are taken in float32 where their rounding costs little."""
+    size, rank = 1100, 40
+    q = torch.linalg.qr(randn(size, size)).Q
+    values = torch.logspace(0, -6, size, dtype=torch.float64)
+    values[:rank] *= 100
+    carried = (q * values) @ q.mT
+    metric = Metric(torch.eye(size, dtype=torch.float64), 0.0)
+    into, back = projection(metric, carried, rank)
+    assert torch.allclose(into @ back, q[:, :rank] @ q[:, :rank].mT, atol=1e-5)
+    errors = left_out(metric, carried, size)
+    assert torch.allclose(errors[:-1], values.flip(0).cumsum(0).flip(0)[1:], atol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 3])
 def test_moments_of_too_little_text_are_no_trouble(samples):
-    columns = moment(6, samples, 3) if samples else torch.zeros(6, 6).double()
-    u, v = weighted_svd(randn(8, 6), Metric(torch.zeros(8, 8)), Metric(columns)).truncate(
-        min(6, samples + 1)
-    )
-    assert torch.isfinite(u @ v).all()
+    inputs = moment(6, samples, 3) if samples else torch.zeros(6, 6).double()
+    w_MX = randn(8, 6)
+    into, back = projection(Metric(inputs), torch.zeros(6, 6).double(), min(6, samples + 1))
+    assert torch.isfinite(into @ back).all()
+    into, back = projection(Metric(inputs), w_MX.mT @ w_MX, min(6, samples + 1))
     x = randn(samples, 6, seed=3)
-    assert torch.allclose(x @ (u @ v).mT, x @ randn(8, 6).mT, atol=1e-2)
+    assert torch.allclose(x @ (w_MX @ into @ back).mT, x @ w_MX.mT, atol=1e-2)
+
+
+def test_an_indefinite_covariance_is_raised_until_it_has_a_root():
+    rounded = torch.diag(torch.tensor([1.0, 1e-9, -1e-5])).double()
+    root = Metric(rounded).root
+    assert torch.isfinite(root).all()
+    assert torch.allclose(root @ root.mT, rounded, atol=1e-3)
 
 
 def test_regression_is_ridge_regression():
-    x, y, prior = randn(200, 5), randn(200, 3, seed=1), randn(3, 5, seed=2)
-    ridge = 0.1
-    found = regression(y.mT @ x / 200, x.mT @ x / 200, prior, ridge)
+    x, y = randn(200, 5), randn(200, 5, seed=1)
+    ridge, prior = 0.1, torch.eye(5).double()
+    found = regression(y.mT @ x / 200, x.mT @ x / 200, ridge)
     added = ridge * float((x**2).sum() / 200 / 5)
-    stacked_x = torch.cat((x / 200**0.5, added**0.5 * torch.eye(5).double()))
-    stacked_y = torch.cat((y / 200**0.5, added**0.5 * prior.mT))
+    stacked_x = torch.cat((x / 200**0.5, added**0.5 * prior))
+    stacked_y = torch.cat((y / 200**0.5, added**0.5 * prior))
     assert torch.allclose(found, torch.linalg.lstsq(stacked_x, stacked_y).solution.mT)
-    assert torch.allclose(regression(prior @ (x.mT @ x), x.mT @ x, prior, ridge), prior)
-    nothing = torch.zeros(3, 5).double(), torch.zeros(5, 5).double()  # seen: the prior stays
-    assert torch.allclose(regression(*nothing, prior, ridge), prior)
+    assert torch.allclose(regression(x.mT @ x, x.mT @ x, ridge), prior)
+    nothing = torch.zeros(5, 5).double()  # seen: what is there stays
+    assert torch.allclose(regression(nothing, nothing, ridge), prior)
 
 
 def curves(seed: int, sizes: list[tuple[int, int]]) -> list[Curve]:

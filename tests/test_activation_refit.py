@@ -4,6 +4,7 @@ Shapes: B sequences, T positions, D model width, M outputs of a map, X its input
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from tensorllm.calibration import fit
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.calibrated.refit import Between
+from tensorllm.compressors.calibrated import refit
+from tensorllm.compressors.calibrated.maps import Map
+from tensorllm.compressors.calibrated.refit import Balanced
 from tensorllm.errors import UserError
 from tensorllm.tensors.weighted import Metric
 
@@ -46,51 +49,48 @@ def test_the_layers_output_comes_nearer_on_every_architecture(name):
     model, found = tiny_model(name), {}
     for steps in (0, 8):
         smaller = copy.deepcopy(model)
-        wanted = ActivationHybrid(target_ratio=3, refit_steps=steps)
+        wanted = ActivationHybrid(target_ratio=3, refit_epochs=steps)
         report = compress(smaller, fit(wanted, model, text(), [0]), [0])
         assert report.ratios()["matrices_compressed"] >= 3  # at the same size
         found[steps] = relative(smaller, model)
     assert found[8] < 0.95 * found[0]
 
 
-@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
-def test_gradients_are_passed_on_by_the_chain_rule(shape):
-    felt, seen = randn(shape[0], 40), randn(shape[1], 40, seed=1)
-    between = Between(randn(*shape, seed=2), Metric(felt @ felt.mT), Metric(seen @ seen.mT), 4)
-    target = randn(*shape, seed=3)
-    left, right = between.left_MR, between.right_RX
-    w_MX = between.inverse_MM @ (left / between.size_R) @ right @ between.inverse_XX
-    (0.5 * (w_MX - target).square().sum()).backward()
-    wanted = left.grad.clone(), right.grad.clone()
-    between.pass_on(w_MX.detach() - target)
-    assert torch.allclose(left.grad, wanted[0])
-    assert torch.allclose(right.grad, wanted[1])
-
-
-def test_a_map_of_its_rank_starts_as_it_was_with_its_size_in_both_factors():
-    w_MX = randn(9, 3) @ randn(3, 6, seed=1)
-    felt, seen = randn(9, 40, seed=2), randn(6, 40, seed=3)
-    between = Between(w_MX, Metric(felt @ felt.mT), Metric(seen @ seen.mT), 3)
-    left, right = between.factors()
-    assert torch.allclose(left @ right, w_MX)
-    for norms in (between.left_MR.norm(dim=0), between.right_RX.norm(dim=1)):
-        assert torch.allclose(norms, between.size_R)
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_map_starts_as_it_was_with_its_size_in_both_factors(writes):
+    left_MR, right_RX = randn(9, 3), randn(3, 6, seed=1)
+    samples = randn(9 if writes else 6, 40, seed=2)
+    balanced = Balanced(Map(left_MR, right_RX), Metric(samples @ samples.mT), writes=writes)
+    found = balanced.factors()
+    assert torch.allclose(found.left_MR @ found.right_RX, left_MR @ right_RX)
+    for norms in (balanced.wide_WR.norm(dim=0), balanced.narrow_RD.norm(dim=1)):
+        assert torch.allclose(norms, balanced.size_R)
 
 
 def test_a_map_of_zeros_is_no_trouble():
-    between = Between(torch.zeros(5, 4).double(), Metric(torch.eye(5)), Metric(torch.eye(4)), 2)
-    left, right = between.factors()
+    map_ = Map(torch.zeros(5, 2).double(), torch.zeros(2, 4).double())
+    left, right = Balanced(map_, Metric(torch.eye(4).double()), writes=False).factors()
     assert not left.any()
     assert torch.isfinite(right).all()
+
+
+def test_a_refit_that_comes_no_nearer_is_thrown_away(monkeypatch):
+    model = tiny_model("llama")
+    wanted = ActivationHybrid(target_ratio=3, refit_epochs=0)
+    plain = fit(wanted, model, text(), [0])
+    monkeypatch.setattr(refit, "LEARNING_RATE", 1e3)
+    same = fit(replace(wanted, refit_epochs=1), model, text(), [0])
+    for a, b in zip(plain.sites, same.sites, strict=True):
+        assert torch.equal(plain.factors(a).dense(), same.factors(b).dense())
 
 
 def test_without_correction_nothing_is_refitted():
     model = tiny_model("llama")
     one, other = (
-        fit(ActivationHybrid(target_ratio=3, correction=False, refit_steps=n), model, text())
+        fit(ActivationHybrid(target_ratio=3, correction=False, refit_epochs=n), model, text())
         for n in (0, 8)
     )
     for a, b in zip(one.sites, other.sites, strict=True):
         assert torch.equal(one.factors(a).dense(), other.factors(b).dense())
-    with pytest.raises(UserError, match="refit_steps must be 0 or more, got -1"):
-        ActivationHybrid(target_ratio=3, refit_steps=-1)
+    with pytest.raises(UserError, match="refit_epochs must be 0 or more, got -1"):
+        ActivationHybrid(target_ratio=3, refit_epochs=-1)

@@ -1,5 +1,6 @@
 """Fits whose layers are read from disk one at a time: the same factors, and they can be resumed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from test_activation_fit import text
 from tiny_models import TINY, tiny_model
 
 from tensorllm.calibration import fit, fit_folder
+from tensorllm.calibration import store as stores
 from tensorllm.calibration.layers import OnDisk
 from tensorllm.calibration.store import States, Store
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
-from tensorllm.errors import UserError
+from tensorllm.errors import Incomplete, UserError
+from tensorllm.io import write_tensors
 
 
 def dense(compressor) -> dict[str, torch.Tensor]:
@@ -30,12 +33,12 @@ def test_a_streamed_fit_is_the_fit_in_memory(name, tmp_path):
     # eager attention both, as rounding differs: a fresh config knows nothing of the tiny model's
     model = tiny_model(name)
     model.set_attn_implementation(source.model.config._attn_implementation)
-    wanted = ActivationHybrid(target_ratio=2, refit_steps=2)  # more of them amplify rounding
+    wanted = ActivationHybrid(target_ratio=2, refit_epochs=1)  # more of them amplify rounding
     held = dense(fit(wanted, model, text()))
     streamed = dense(fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work"))
     assert held.keys() == streamed.keys()
     for site, w in held.items():
-        assert torch.allclose(streamed[site], w, atol=1e-4 * float(w.abs().max())), site
+        assert torch.allclose(streamed[site], w, atol=1e-3 * float(w.abs().max())), site
 
 
 def test_layers_hold_their_weights_only_while_they_are_needed(tmp_path):
@@ -140,3 +143,23 @@ def test_what_needs_the_whole_model_is_not_streamed(tmp_path):
     wanted = ActivationTucker(target_ratio=2, weighting="loss")
     with pytest.raises(UserError, match="cannot be streamed"):
         fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work")
+
+
+def test_a_full_disk_says_so_and_the_fit_goes_on_from_finished_layers(tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    wanted = ActivationHybrid(target_ratio=2, refit_epochs=0)
+    whole = dense(fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "undisturbed"))
+
+    def full(path, tensors):
+        if path.name.startswith("factors-1"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_tensors(path, tensors)
+
+    monkeypatch.setattr(stores, "write_tensors", full)
+    with pytest.raises(Incomplete, match=r"No space left .* goes on from the last finished layer"):
+        fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work")
+    monkeypatch.undo()
+    assert (tmp_path / "work" / "factors-0.safetensors").is_file()
+    again = dense(fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work"))
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[site], w) for site, w in whole.items())

@@ -5,6 +5,7 @@ Shapes: N tokens, V words.
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from test_activation_fit import distance, logits, text
 from tiny_models import tiny_model
 
 from tensorllm.calibration import fit
-from tensorllm.calibration.fit import Fitted
+from tensorllm.calibration.fit import Fitted, fit_sizes
 from tensorllm.calibration.layers import InMemory
 from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
 from tensorllm.calibration.store import Store
 from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
+from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.calibrated.maps import site_of
 from tensorllm.errors import UserError
 from tensorllm.tensors.pivoted import pivoted_parameters
@@ -35,11 +37,13 @@ def test_no_allocation_of_a_coarse_grid_is_better_by_one_per_cent_of_the_loss():
     def loss(sites) -> float:
         made = Fitted(wanted, (), tuple(sites), None, {}, work.store)
         factors = {site: made.factors(site) for site in sites}
-        q_NV = logits(with_factors(model, work.roles, factors), unseen).double().log_softmax(-1)
+        q_NV = (
+            logits(with_factors(model, work.source.roles, factors), unseen).double().log_softmax(-1)
+        )
         return float(-(p_NV * q_NV).sum(-1).mean())
 
     found = loss(work.run(wanted.budget))
-    groups = list(work.keys)  # q, k, v together, and o
+    groups = list(work.planned.keys)  # q, k, v together, and o
     shapes = {("q", "k", "v"): (64, 32), ("o",): (32, 32)}
     budget = sum(a * b for _, c in groups for a, b in [shapes[c]]) / 2.0
     losses = []
@@ -135,8 +139,9 @@ def test_progress_is_told_within_layers_and_to_the_end():
         "fitting layers",
         "distilling",
     ]
-    for wanted in ("measuring layers", "fitting layers", "distilling"):
-        stage = [(done, total) for done, total, what in told if what == wanted]
+    fitting = [(done, total) for done, total, what in told if what != "distilling"]
+    distilling = [(done, total) for done, total, what in told if what == "distilling"]
+    for stage in (fitting, distilling):  # measuring and fitting are on one scale
         assert len({total for _, total in stage}) == 1
         assert [done for done, _ in stage] == sorted(done for done, _ in stage)
         assert stage[0][0] == 0
@@ -166,3 +171,27 @@ def test_distillation_brings_predictions_nearer_and_trains_nothing_else(name):
     assert found[30][1] == found[0][1]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_several_sizes_come_from_one_measurement(monkeypatch):
+    """Each is what a fit of its own finds; layers are measured once."""
+    model, measured = tiny_model("llama"), []
+    measure = Sweeps._measurement
+    monkeypatch.setattr(
+        Sweeps, "_measurement", lambda self, *args: measured.append(args[1]) or measure(self, *args)
+    )
+    wanted = ActivationTucker(target_ratio=1.2, refit_epochs=1)
+    targets = [Budget(target_ratio=1.5), Budget(target_ratio=3.0)]
+    found = fit_sizes(wanted, model, text(), targets)
+    assert measured == [0, 1]
+    for target, many in zip(targets, found, strict=True):
+        alone = fit(replace(wanted, target_ratio=target.target_ratio), model, text())
+        assert many.settings == alone.settings
+        assert many.sites == alone.sites
+        for site in many.sites:
+            w = alone.factors(site).dense()
+            assert torch.allclose(many.factors(site).dense(), w, atol=1e-3 * float(w.abs().max()))
+    with pytest.raises(UserError, match="target_ratio 900 cannot be met"):
+        fit_sizes(wanted, model, text(), [*targets, Budget(target_ratio=900.0)])
+    with pytest.raises(UserError, match="searches for one size"):
+        fit_sizes(wanted, model, text(), [Budget(max_loss_increase=0.1)])

@@ -2,8 +2,6 @@
 
 import json
 import struct
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,6 @@ LLAMA = LlamaConfig(
     num_key_value_heads=8, vocab_size=128_256, architectures=["LlamaForCausalLM"],
     dtype="bfloat16",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def scripts() -> Iterator[None]:
-    kept = list(sys.path)
-    sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
-    yield
-    sys.path[:] = kept
 
 
 def write_sparse(folder: Path) -> None:
@@ -64,7 +54,7 @@ def test_the_plan_is_that_of_a_dry_run(tmp_path: Path):
 
 
 def test_necessary_products_of_a_tiny_decomposition_by_hand():
-    from counts import eigen_sizes, necessary_multiply_adds
+    from support.counts import eigen_sizes, necessary_multiply_adds
 
     # D 6, K 3, M 2, H 1; all matrices kept, K cut to 2, D to 4: Gram of K and projection, of D and
     # projection; the sweep repeats both behind a projection on the other mode.
@@ -79,7 +69,7 @@ def test_necessary_products_of_a_tiny_decomposition_by_hand():
 
 
 def test_a_power_law_is_found_with_its_interval():
-    from curves import fit
+    from support.curves import fit
 
     exact = fit([(x, 3.0 * x**2.5) for x in (1, 2, 4, 8)])
     assert exact["exponent"] == pytest.approx(2.5)

@@ -10,17 +10,14 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if "from results import" in p.read_text())
-SCRIPTS = [p for p in SCRIPTS if '"__main__"' in p.read_text()]
+SCRIPTS = sorted(FOLDER.glob("*.py"))
 NEEDS_DATA = {"energy", "evaluate", "quantised"}  # real rows and a trained model
 
 
 @pytest.fixture(autouse=True)
 def state() -> Iterator[None]:
-    threads, path = torch.get_num_threads(), list(sys.path)
-    sys.path.insert(0, str(FOLDER))  # as `python benchmarks/NAME.py` has it
+    threads = torch.get_num_threads()
     yield
-    sys.path[:] = path
     torch.set_num_threads(threads)
 
 
@@ -55,7 +52,7 @@ def test_real_data_that_is_missing_is_named(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TENSORLLM_SHARED", str(tmp_path))
-    results = runpy.run_path(str(FOLDER / "results.py"))
+    results = runpy.run_path(str(FOLDER / "support" / "results.py"))
     args = results["parser"]("doc").parse_args(given)
     assert args.shared == (Path("nowhere") if given else tmp_path)
     (tmp_path / "data").mkdir()

@@ -33,7 +33,7 @@ def printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -
     ("kind", "told"),
     [
         ("compressors", ("shared-tucker", "ranks", "arXiv", "laser")),
-        ("architectures", ("gpt2", "q+k+v", "falcon")),
+        ("architectures", ("gpt2", "q+k+v", "falcon", "olmo2", "structure", "mamba")),
         ("models", ("gptj", "EleutherAI/gpt-j-6b", "float16", "in the package")),
         ("datasets", ("hotpotqa", "bios_profession")),
         ("recipes", ("gptj/fever/hybrid", "11+24")),

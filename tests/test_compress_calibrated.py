@@ -101,7 +101,7 @@ def test_what_is_refused_leaves_nothing(text, tmp_path):
 
 def test_the_card_says_how_to_draw_the_same_text_again(text, tmp_path):
     out = tmp_path / "out"
-    report = run(request(text, target_ratio=1.5, more={"out": out, "seed": 3}, refit_steps=0))
+    report = run(request(text, target_ratio=1.5, more={"out": out, "seed": 3}, refit_epochs=0))
     card = (out / "README.md").read_text()
     (command,) = re.findall(r"^tensorllm (compress --config .*)$", card, re.MULTILINE)
     assert " --calibration FILE --sequences 32 --seed 3 " in command

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tensorllm.models.coverage import NOT, TASKS, counts, made_with, read, table, types_of
+from tensorllm.models.coverage import NOT, TASKS, counts, made_with, page, read, table, types_of
 
 # Fields of configs whose defaults make no model.
 GIVEN = json.loads((Path(__file__).parent / "model_configs.json").read_text(encoding="utf-8"))
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 SHARDS = 12
 GOALS = {"causal": 150, "masked": 38, "image-text": 60}
 
@@ -53,6 +54,10 @@ def test_what_is_read_is_what_the_table_says(task: str, shard: int) -> None:
             assert got.how == NOT, f"{name} is read now: write the table anew"
 
 
+def test_the_page_shows_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8").endswith(page())
+
+
 def main() -> None:
     values: dict[str, object] = {"transformers": transformers.__version__}
     for task in TASKS:
@@ -63,6 +68,12 @@ def main() -> None:
         values[task] = found
     path = Path(__file__).parents[1] / "tensorllm" / "models" / "coverage.json"
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_page()
+
+
+def write_page() -> None:
+    before, _, _ = PAGE.read_text(encoding="utf-8").partition("## Causal")
+    PAGE.write_text(before + page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import replace
 import eval_world as world
 import pytest
 import torch
-from naive import naive
+from support.naive import naive
 from tiny_models import TINY, tiny_model
 
 from tensorllm.evaluation.evaluate import score

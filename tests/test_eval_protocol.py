@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import find_answer_len
+from support.naive import find_answer_len
 
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError

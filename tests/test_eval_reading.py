@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from naive import naive
+from support.naive import naive
 from tiny_models import TINY, tiny_model
 from transformers.activations import ACT2FN
 

@@ -5,7 +5,7 @@ naive way.
 from pathlib import Path
 
 import pytest
-from naive import naive
+from support.naive import naive
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset, score

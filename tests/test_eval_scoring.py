@@ -7,8 +7,8 @@ from typing import Any
 import eval_world as world
 import pytest
 import torch
-from naive import generated, naive
-from naive import masked as naive_masked
+from support.naive import generated, naive
+from support.naive import masked as naive_masked
 
 from tensorllm.data.example import Example
 from tensorllm.errors import Incomplete, UserError

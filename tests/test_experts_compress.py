@@ -175,7 +175,7 @@ def test_covariances_are_those_of_the_experts_own_tokens(name: str) -> None:
         if rows:
             x_MD = torch.stack(rows).double()
             want = x_MD.mT @ x_MD / len(rows)
-            torch.testing.assert_close(found.inputs[key], want, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.inputs[key].double(), want, rtol=1e-3, atol=1e-5)
         assert weights  # kept alive with the views
 
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tensorllm import options
-from tensorllm.commands.compress import completed, recipe_of
 from tensorllm.errors import UserError
 from tensorllm.options import OptionField, option_fields
-from tensorllm.recipes import RUN, parse_recipe
+from tensorllm.recipes import RUN, completed, parse_recipe, recipe_of
 from tensorllm.requests.compress import SETTINGS, CompressRequest
 from tensorllm.requests.evaluate import EvaluateRequest
 from tensorllm.requests.others import (

@@ -4,22 +4,25 @@ Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of
 joint outputs, I rows of a role matrix.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tensorllm.calibration.experts import Key
-from tensorllm.calibration.layers import Layers
-from tensorllm.calibration.statistics import Covariances
+from tensorllm.calibration.covariances import Covariances, Key
+from tensorllm.calibration.layers import Layers, Remembered, Tap
+from tensorllm.calibration.ranks import ALONE, Ranks
+from tensorllm.calibration.store import Hidden, Store
 from tensorllm.compressors.base import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
-from tensorllm.tensors.stacking import Geometry, is_output_projection
+from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.weights import dense_matrices
 
+ONE = torch.ones(1)
 SMALLEST = 1e-20  # of a token's output: its size is divided by
 
 
@@ -47,18 +50,96 @@ class LayerModule:
         for role, w_ID in zip(site.roles, parts, strict=True):
             self.roles.write(weights, self.number, role, w_ID)
 
+    def below(self, role: str) -> str:
+        """The path below the layer of the module that multiplies by a role's matrix."""
+        return self.roles.stored(self.number, role).path
+
+    def tap(self, roles: Sequence[str]) -> Tap:
+        """Where roles that read one input meet the model's width."""
+        return Tap(self.below(roles[0]), of_output=is_output_projection(roles[0]))
+
+    @property
+    def attention(self) -> str:
+        """The path below the layer of the module that holds its attention's matrices; "": none."""
+        there = self.roles.spec.geometry(self.number).roles
+        paths = [self.below(role).split(".") for role in ATTENTION_ROLES if role in there]
+        if not paths:
+            return ""
+        shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+        return ".".join(shared[: min(map(len, paths)) - 1])
+
+
+class Original:
+    """The original's layer on its own inputs, run once: its outputs, and what its matrices read or
+    give at the model's width. Kept while the layer is fitted, if a fit asks for any of it.
+
+    Args:
+        taps: by name, what is kept beside the outputs where a fit asks for it.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        module: LayerModule,
+        hidden: Iterable[Tensor],
+        store: Store,
+        taps: Mapping[str, Tap],
+    ) -> None:
+        self.layers, self.module, self.hidden = layers, module, hidden
+        self.store, self.taps = store, taps
+        self._kept: set[str] = set()
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Hidden states (B, T, D) after the layer, batch by batch."""
+        if not self._kept:
+            yield from self.layers.run(self.module.number, self.module.block, self.hidden)
+            return
+        for number in range(len(self.layers.batches)):
+            yield self.output(number)
+
+    def output(self, number: int) -> Tensor:
+        """Those of one batch."""
+        self._keep("output")
+        return self._load(number, "output")
+
+    def signals(self, name: str) -> Iterator[Tensor]:
+        """What a tap gave (N, X), batch by batch."""
+        self._keep(name)
+        for number in range(len(self.layers.batches)):
+            yield self._load(number, name)
+
+    def drop(self) -> None:
+        for number in range(len(self.layers.batches) * bool(self._kept)):
+            self.store.drop(f"original-{number}")
+
+    def _keep(self, name: str) -> None:
+        if name in self._kept:
+            return
+        taps = self.taps if name in self.taps else {}
+        layer, block = self.module.number, self.module.block
+        for number, (out_BTD, seen) in enumerate(
+            self.layers.run_tapped(layer, block, self.hidden, taps)
+        ):
+            self.store.save(f"original-{number}", {"output": out_BTD, **seen})
+        self._kept = {"output", *taps}
+
+    def _load(self, number: int, name: str) -> Tensor:
+        found = self.store.load(f"original-{number}", name)[name]
+        return found.to(self.layers.start[0].device)
+
 
 class Context:
     """See `compressors.base.LayerContext`, which this implements.
 
     Args:
         original, compressed: the layer twice; what is `put` goes into the compressed one.
-        covariances: of the original; of this layer's `keys` at least.
+        measure: gives covariances of the original, of this layer's `keys` at least.
         keys: sets of roles of this layer that read the same input.
         before: hidden states before the layer, per batch, of the original and of the compressed
             model; read again and again.
-        targets: hidden states after the original's layer, on its own input.
+        run: of the original.
         sites: the strategy's sites of this layer, with their sizes.
+        ranks: the processes that this one fits with.
     """
 
     def __init__(
@@ -66,17 +147,22 @@ class Context:
         layers: Layers,
         original: LayerModule,
         compressed: LayerModule,
-        covariances: Covariances,
+        measure: Callable[[], Covariances],
         keys: Sequence[Key],
-        before: tuple[Iterable[Tensor], Iterable[Tensor]],
-        targets: Iterable[Tensor],
+        before: tuple[Hidden, Hidden],
+        run: Original,
         sites: Mapping[Site, Size | None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.layers, self.original, self.compressed = layers, original, compressed
-        self.covariances, self.keys = covariances, keys
-        self.before, self.targets = before, targets
-        self.sites = sites
-        self._tokens = sum(int(batch.mask_BT.sum()) for batch in layers.batches)
+        self.keys, self.before, self.run, self.sites = keys, before, run, sites
+        self.ranks, self._measure = ranks, measure
+        self._attention = Remembered(compressed.block, compressed.attention)
+        self._shifted: dict[tuple[Key, str], tuple[Tensor, Tensor]] = {}
+        tokens = torch.tensor(sum(int(batch.mask_BT.sum()) for batch in layers.batches))
+        tokens = tokens.to(layers.start[0].device)
+        ranks.sum(tokens)
+        self._tokens = int(tokens)
 
     @property
     def layer(self) -> int:
@@ -94,6 +180,10 @@ class Context:
     def batches(self) -> int:
         return len(self.layers.batches)
 
+    @cached_property
+    def covariances(self) -> Covariances:
+        return self._measure()
+
     def weight(self, role: str) -> Tensor:
         return self.original.roles.read(self.original.weights, self.layer, role)
 
@@ -108,77 +198,111 @@ class Context:
         return next(key for key in self.keys if role in key[1])
 
     def input_covariance(self, role: str) -> Tensor:
-        return self.covariances.inputs[self._key(role)]
+        return self.covariances.inputs[self._key(role)].double()
 
     def gradient_covariance(self, roles: Sequence[str]) -> Tensor:
         key = self._key(roles[0])
-        whole_YY = self.covariances.gradients[key]
+        whole_YY = self.covariances.gradients[key].double()
         if tuple(roles) == key[1]:
             return whole_YY
         ends = [0, *accumulate(self.geometry.outputs(role) for role in key[1])]
         rows = torch.cat([torch.arange(*ends[i : i + 2]) for i in map(key[1].index, roles)])
         return whole_YY[rows[:, None], rows]
 
+    def width_covariance(self, roles: Sequence[str]) -> Tensor:
+        key = self._key(roles[0])
+        here = self.covariances
+        return (here.gradients if is_output_projection(roles[0]) else here.inputs)[key].double()
+
+    def carried_covariance(self, roles: Sequence[str]) -> Tensor:
+        key = self._key(roles[0])
+        whole_YY = self.covariances.carried[key]
+        width = len(whole_YY) // len(key[1])
+        parts = whole_YY.view(len(key[1]), width, len(key[1]), width)
+        chosen = [key[1].index(role) for role in roles]
+        return parts[chosen][:, :, chosen].double().sum((0, 2))
+
     def statistics(self, site: Site) -> list[MatrixStatistics]:
-        measured = self.covariances.gradients
+        found = self.covariances
         return [
             MatrixStatistics(
-                self.input_covariance(role),
-                self.covariances.sizes[self._key(role)],
-                self.gradient_covariance((role,)) if self._key(role) in measured else None,
+                found.inputs[self._key(role)],
+                found.sizes[self._key(role)],
+                self.gradient_covariance((role,)) if self._key(role) in found.gradients else None,
                 is_output_projection(role),
-                self.covariances.tokens[self._key(role)],
+                int(found.tokens.get(self._key(role), ONE)),
             )
             for role in site.roles
         ]
 
     def original_inputs(self, role: str) -> Iterator[Tensor]:
-        return self._inputs(self.original, self.before[0], role)
+        nothing = Remembered(self.original.block, "")
+        tap, block = Tap(self.original.below(role)), self.original.block
+        return self.layers.signals(self.layer, block, self.before[0], tap, nothing)
 
     def compressed_inputs(self, role: str) -> Iterator[Tensor]:
-        return self._inputs(self.compressed, self.before[1], role)
-
-    def _inputs(self, module: LayerModule, hidden: Iterable[Tensor], role: str) -> Iterator[Tensor]:
-        path = module.roles.stored(self.layer, role).path
-        return self.layers.inputs(self.layer, module.block, hidden, path)
+        tap, block = Tap(self.compressed.below(role)), self.compressed.block
+        return self.layers.signals(self.layer, block, self.before[1], tap, self._attention)
 
     def shifted_covariances(self, role: str) -> tuple[Tensor, Tensor]:
-        cross_XX, seen_XX, tokens = torch.zeros(()), torch.zeros(()), 0
-        both = zip(self.original_inputs(role), self.compressed_inputs(role), strict=True)
-        for x_NX, y_NX in both:
-            y_NX = y_NX.double()
-            cross_XX = cross_XX + (x_NX.double().mT @ y_NX).cpu()
-            seen_XX = seen_XX + (y_NX.mT @ y_NX).cpu()
-            tokens += len(y_NX)
-        return cross_XX / tokens, seen_XX / tokens
+        if not is_output_projection(role):
+            return self.shifted_at_width((role,))
+        key = (self._key(role), "inputs")
+        if key not in self._shifted:
+            self._shifted[key] = self._moments(
+                self.original_inputs(role), self.compressed_inputs(role)
+            )
+        return self._shifted[key]
+
+    def shifted_at_width(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:
+        key = (self._key(roles[0]), "width")
+        if key not in self._shifted:
+            tap, block = self.compressed.tap(key[0][1]), self.compressed.block
+            hidden = self.before[1]
+            found = self.layers.signals(self.layer, block, hidden, tap, self._attention)
+            self._shifted[key] = self._moments(self.run.signals(key[0][1][0]), found)
+        return self._shifted[key]
+
+    def _moments(self, x: Iterable[Tensor], y: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """E[x yᵀ] and E[y yᵀ]: products in float32, sums in float64."""
+        cross_XX = seen_XX = torch.zeros((), dtype=torch.float64, device=self.device)
+        for x_NX, y_NX in zip(x, y, strict=True):
+            x_NX, y_NX = x_NX.float(), y_NX.float()
+            cross_XX = cross_XX + (x_NX.mT @ y_NX).double()
+            seen_XX = seen_XX + (y_NX.mT @ y_NX).double()
+        self.ranks.sum(cross_XX, seen_XX)
+        return cross_XX / self._tokens, seen_XX / self._tokens
 
     def put(self, site: Site, factors: Factors) -> None:
         self.compressed.put(site, factors)
+        if set(site.roles) & set(ATTENTION_ROLES):
+            self._attention.forget()
+        for key in list(self._shifted):
+            if not set(site.roles) <= set(key[0][1]):
+                del self._shifted[key]  # an input below which a matrix has changed
 
     def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         weights = self.compressed.weights
+        self._attention.forget()
+        self._shifted.clear()
         for name, w in parameters.items():
             weights[f"{self.compressed.path}.{name}"].copy_(w)
 
-    def output_error(self, roles: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
-        module = self.compressed
-        names = {module.roles.name(self.layer, role) for role in roles}
-        leaves = {name: w for name, w in module.parameters.items() if name in names}
-        gradients = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in leaves.items()}
-        total = 0.0
-        every = zip(self.layers.calls[self.layer], self.before[1], self.targets, strict=True)
-        for number, (call, hidden_BTD, target_BTD) in enumerate(every):
-            with torch.enable_grad():
-                for w in leaves.values():
-                    w.requires_grad_()
-                out_BTD = call.run(module.block, hidden_BTD).float()
-                error = self._distance(number, out_BTD, target_BTD.float())
-                found = torch.autograd.grad(error, list(leaves.values()))
-            for name, g in zip(leaves, found, strict=True):
-                leaves[name].requires_grad_(False)
-                gradients[name] += g
-            total += error.item()
-        return total, {r: module.roles.read(gradients, self.layer, r) for r in roles}
+    def outputs(self) -> Iterator[Tensor]:
+        """Hidden states after the compressed layer, as it is now."""
+        block = self.compressed.block
+        return self.layers.run_remembering(self.layer, block, self.before[1], self._attention)
+
+    def output_error(self) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, out_BTD in enumerate(self.outputs()):
+            target_BTD = self.run.output(number)
+            total += self._distance(number, out_BTD.float(), target_BTD.float()).double()
+        self.ranks.sum(total)
+        return float(total)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        self.ranks.sum(*tensors)
 
     def output_loss(
         self, batch: int, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
@@ -191,7 +315,7 @@ class Context:
                 run[name] = module.weights[name].clone()
             module.roles.write(run, self.layer, role, w_ID)
         below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
-        hidden_BTD, target_BTD = (_nth(each, batch) for each in (self.before[1], self.targets))
+        hidden_BTD, target_BTD = self.before[1][batch], self.run.output(batch)
         call = self.layers.calls[self.layer][batch]
         with torch.enable_grad():
             arguments = (hidden_BTD, *call.args)
@@ -214,10 +338,3 @@ class Context:
             for name, w in module.weights.items()
             if name not in matrices
         }
-
-
-def _nth(states: Iterable[Tensor], number: int) -> Tensor:
-    if isinstance(states, Sequence) or hasattr(states, "__getitem__"):
-        found: Tensor = states[number]
-        return found
-    return next(t for n, t in enumerate(states) if n == number)

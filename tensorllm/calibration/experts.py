@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorllm.calibration.covariances import Key
 from tensorllm.models import RoleMatrices
 from tensorllm.models.experts import tokens_at_experts
 from tensorllm.tensors.stacking import is_output_projection
 
-Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
 Seen = Callable[[Key, Tensor], None]  # told what (M, X) a key read
 
 

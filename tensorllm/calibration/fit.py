@@ -5,23 +5,25 @@ at a time; both are the same work on a `LayerSource` and a `Store`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensorllm.calibration.covariances import Covariances
 from tensorllm.calibration.layers import InMemory, OnDisk
+from tensorllm.calibration.ranks import all_ranks
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.smallest import STEPS, next_token_loss, smallest, with_factors
-from tensorllm.calibration.statistics import Covariances, frozen
+from tensorllm.calibration.statistics import frozen
 from tensorllm.calibration.store import Store
 from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors.base import Compressor, Site
-from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.settings import settings_of
+from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
@@ -100,10 +102,11 @@ def fit(
     """
     with frozen(model):
         work = Sweeps(
-            compressor, InMemory(model), calibration, layers, store=store, progress=progress
-        )
+            compressor, InMemory(model), calibration, layers,
+            store=store, progress=progress, ranks=all_ranks(),
+        )  # fmt: skip
         work.known = covariances
-        if covariances is None and work.gradient_of == "loss":
+        if covariances is None and work.planned.gradient_of == "loss":
             work.known = work.measured(model, spill)
         target = budget or compressor.budget
         if target is not None and target.max_loss_increase is not None:
@@ -115,8 +118,54 @@ def fit(
 
             made = _fitted(work, sites, budget, {})
             before = {site: made.factors(site) for site in sites}
-            work.keep(distill(model, work.roles, before, calibration, steps, progress))
+            work.keep(distill(model, work.source.roles, before, calibration, steps, progress))
         return _fitted(work, sites, budget, _facts(work, calibration))
+
+
+def fit_sizes(
+    compressor: Compressor,
+    model: nn.Module,
+    calibration: Calibration,
+    targets: Sequence[Budget],
+    layers: Sequence[int] | None = None,
+    *,
+    progress: Progress = quiet,
+) -> list[Fitted]:
+    """The strategy fitted at several sizes from one measurement.
+
+    Args:
+        compressor: with a target of its own, which is replaced, or with none.
+        targets: ratios or parameters.
+
+    Raises:
+        UserError: as `fit`, for any of the targets before the first is fitted; a limit of the loss,
+            which tries sizes itself.
+    """
+    if any(target.max_loss_increase is not None for target in targets):
+        raise UserError("max_loss_increase searches for one size; give ratios or parameters")
+    own = [_aimed_at(compressor, target) for target in targets]
+    with frozen(model):
+        work = Sweeps(own[0], InMemory(model), calibration, layers, progress=progress)
+        work.several = True
+        if work.planned.gradient_of == "loss":
+            work.known = work.measured(model)
+        sizes = work.sizes(targets)
+        out = []
+        for strategy, target, chosen in zip(own, targets, sizes, strict=True):
+            work.store = Store()
+            found = _fitted(work, work.factors(chosen), target, calibration.facts())
+            given = None if strategy.budget is not None else target
+            out.append(replace(found, compressor=strategy, budget=given))
+    return out
+
+
+def _aimed_at(compressor: Compressor, target: Budget) -> Compressor:
+    """The strategy with this target, where it has one among its own settings."""
+    if compressor.budget is None:
+        return compressor
+    mode, settings = settings_of(compressor)
+    rest = {name: value for name, value in settings.items() if name not in TARGETS}
+    return make_compressor(mode, rest | target.settings)
 
 
 def measure_for(compressor: Compressor, model: nn.Module, calibration: Calibration) -> Covariances:
@@ -153,14 +202,16 @@ def fit_folder(
     if target is not None and target.max_loss_increase is not None:
         raise UserError("max_loss_increase tries many sizes and cannot be streamed; give a target")
     source = OnDisk(folder, dtype, device)
+    ranks = all_ranks()
     store = store_for(work, compressor, folder, calibration, layers, source.dtype, budget)
-    found = Sweeps(compressor, source, calibration, layers, store=store, progress=progress)
-    if found.gradient_of == "loss":
+    found = Sweeps(
+        compressor, source, calibration, layers, store=store, progress=progress, ranks=ranks
+    )
+    if found.planned.gradient_of == "loss":
         raise UserError(
             "gradients of the loss (weighting=loss) run the whole model backwards and cannot be "
             "streamed; weighting=outputs needs one layer at a time"
         )
-    found.keeps_covariances = False  # measured again rather than held for all layers
     sites = found.run(target)
     return _fitted(found, sites, budget, _facts(found, calibration))
 
@@ -174,18 +225,17 @@ def _facts(work: Sweeps, calibration: Calibration) -> dict[str, Any]:
 def _fitted(
     work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
 ) -> Fitted:
-    layers = tuple(work.layers)
-    return Fitted(
-        work.compressor, layers, tuple(sites), budget, facts, work.store, work.passed_over
-    )
+    layers, passed = tuple(work.planned.layers), work.planned.passed_over
+    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store, passed)
 
 
 def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: Budget) -> Fitted:
     """The smallest fit whose loss on the calibration text is within the limit."""
     limit = target.max_loss_increase
     assert limit is not None, "asked only for a limit of the loss"
-    if work.roles.task != "causal":
+    if work.source.roles.task != "causal":
         raise UserError("max_loss_increase needs a model that predicts the next token")
+    work.several = True
     curves = work.curves()
     before = next_token_loss(model, work.batches)
     progress, tried = work.progress, -1
@@ -197,12 +247,16 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
     def attempt(numbers: int) -> tuple[tuple[list[Site], Store], float]:
         nonlocal tried
         tried, work.progress, work.store = tried + 1, report, Store()
-        sites = work.factors(work.sized(curves, numbers))
+        sites = work.factors(work.planned.sized(curves, numbers))
         found = _fitted(work, sites, target, {})
-        smaller = with_factors(model, work.roles, {site: found.factors(site) for site in sites})
+        smaller = with_factors(
+            model, work.source.roles, {site: found.factors(site) for site in sites}
+        )
         return (sites, work.store), next_token_loss(smaller, work.batches) - before
 
-    (sites, work.store), lost = smallest(work.least(curves), work.numbers, limit, attempt)
+    (sites, work.store), lost = smallest(
+        work.planned.least(curves), work.planned.numbers, limit, attempt
+    )
     facts = calibration.facts() | {"loss": before, "loss_increase": lost}
     given = None if work.compressor.budget is not None else target
     return _fitted(work, sites, given, facts)
@@ -219,8 +273,12 @@ def store_for(
 ) -> Store:
     """A store in the folder `work` that an interrupted fit of the checkpoint goes on from.
 
-    What is there of another checkpoint, strategy, text, version or dtype is thrown away.
+    Each of several processes has a folder of its own in it. What is there of another checkpoint,
+    strategy, text, version or dtype is thrown away.
     """
+    ranks = all_ranks()
+    if ranks.size > 1:
+        work /= f"rank-{ranks.rank}-of-{ranks.size}"
     fingerprint = {
         **Checkpoint(folder).fingerprint(),
         "compressor": list(settings_of(compressor)),

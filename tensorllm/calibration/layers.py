@@ -4,9 +4,10 @@ Layers come from memory or, one at a time, from a checkpoint on disk.
 Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of an input.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,6 +154,83 @@ class Call:
         return out[0] if isinstance(out, tuple) else out
 
 
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Where something of a layer is read: the input of a module, or its output without the bias.
+
+    Attributes:
+        path: of the module, below the layer.
+    """
+
+    path: str
+    of_output: bool = False
+
+    @contextmanager
+    def attached(self, block: nn.Module, give: Callable[[Tensor], None]) -> Iterator[None]:
+        """Within it, `give` gets the signal whenever the module runs."""
+        module = block.get_submodule(self.path)
+        if self.of_output:
+            handle = module.register_forward_hook(
+                lambda module, args, output: give(without_bias(module, output))
+            )
+        else:
+            handle = module.register_forward_pre_hook(lambda module, args: give(args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def without_bias(module: nn.Module, output: Tensor) -> Tensor:
+    """What a linear module's matrix alone makes of its input."""
+    bias = getattr(module, "bias", None)
+    return output.detach() if bias is None else output.detach() - bias.detach()
+
+
+class Remembered:
+    """A module of a layer whose outputs are kept and given again as long as nothing changes them.
+
+    Args:
+        path: below the layer; "" for none.
+    """
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        self.path = path
+        self._module = block.get_submodule(path) if path else None
+        self._kept: dict[int, Any] = {}
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    @contextmanager
+    def within(self, number: int, usable: bool = True) -> Iterator[None]:
+        """While batch `number` runs."""
+        module: Any = self._module
+        if module is None or not usable:
+            yield
+        elif number in self._kept:
+            kept = self._kept[number]
+            module.forward = lambda *args, **kwargs: _copied(kept)
+            try:
+                yield
+            finally:
+                del module.forward
+        else:
+            keep = partial(self._kept.__setitem__, number)
+            handle = module.register_forward_hook(lambda module, args, output: keep(output))
+            try:
+                yield
+            finally:
+                handle.remove()
+
+
+def _copied(output: Any) -> Any:
+    """A layer may write into what its modules gave it."""
+    if isinstance(output, tuple):
+        return tuple(_copied(each) for each in output)
+    return output.clone() if isinstance(output, Tensor) else output
+
+
 @dataclass
 class Layers:
     """What a model passes its layers on each batch besides hidden states.
@@ -183,20 +261,39 @@ class Layers:
             with torch.no_grad():
                 yield call.run(block, hidden_BTD)
 
-    def inputs(
-        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], path: str
+    def signals(
+        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], tap: Tap, kept: Remembered
     ) -> Iterator[Tensor]:
-        """The inputs (N, X) of one module of the layer, which runs only so far."""
-        module = block.get_submodule(path)
-        for batch, call, hidden_BTD in zip(self.batches, self.calls[layer], hidden, strict=True):
-            handle = module.register_forward_pre_hook(_stop)
-            try:
-                with torch.no_grad():
+        """What a tap of the layer gives (N, X), batch by batch; the layer runs only so far."""
+        usable = not tap.path.startswith(f"{kept.path}.")
+        every = zip(self.batches, self.calls[layer], hidden, strict=True)
+        for number, (batch, call, hidden_BTD) in enumerate(every):
+            with torch.no_grad(), tap.attached(block, _stop), kept.within(number, usable):
+                try:
                     call.run(block, hidden_BTD)
-            except _Reached as reached:
-                yield batch.tokens(reached.input)
-            finally:
-                handle.remove()
+                except _Reached as reached:
+                    yield batch.tokens(reached.signal)
+
+    def run_tapped(
+        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], taps: Mapping[str, Tap]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The hidden states after the layer, and what each tap gave on the way."""
+        every = zip(self.batches, self.calls[layer], hidden, strict=True)
+        for batch, call, hidden_BTD in every:
+            seen: dict[str, Tensor] = {}
+            with torch.no_grad(), ExitStack() as attached:
+                for name, tap in taps.items():
+                    attached.enter_context(tap.attached(block, partial(seen.__setitem__, name)))
+                out_BTD = call.run(block, hidden_BTD)
+            yield out_BTD, {name: batch.tokens(signal) for name, signal in seen.items()}
+
+    def run_remembering(
+        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], kept: Remembered
+    ) -> Iterator[Tensor]:
+        """As `run`, without running again what is remembered."""
+        for number, (call, hidden_BTD) in enumerate(zip(self.calls[layer], hidden, strict=True)):
+            with torch.no_grad(), kept.within(number):
+                yield call.run(block, hidden_BTD)
 
     def _record(self, batch: Batch, *, in_tuple: bool) -> bool:
         """Run the model with layers that do nothing but note their calls; False: misunderstood."""
@@ -225,15 +322,15 @@ class Layers:
 
 
 class _Reached(Exception):
-    """A module was reached whose input was asked for."""
+    """A module was reached whose signal was asked for, or the last layer."""
 
-    def __init__(self, input: Tensor) -> None:
+    def __init__(self, signal: Tensor) -> None:
         super().__init__()
-        self.input = input
+        self.signal = signal
 
 
-def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    raise _Reached(args[0])
+def _stop(signal: Tensor) -> None:
+    raise _Reached(signal)
 
 
 def _passing_on(seen: list[tuple[Tensor, Call]], in_tuple: bool, last: bool) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.errors import UserError
 
 WINDOW = 64  # tokens: stories begin alike, but not for so long
@@ -19,10 +20,16 @@ WINDOW = 64  # tokens: stories begin alike, but not for so long
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences padded on the right; `mask_BT` is True where there is a token."""
+    """Sequences padded on the right; `mask_BT` is True where there is a token.
+
+    Attributes:
+        rows, count: of the whole batch, of which this process may have a part: sequences, tokens.
+    """
 
     ids_BT: Tensor
     mask_BT: Tensor
+    rows: int
+    count: int
 
     def tokens(self, x: Tensor) -> Tensor:
         """The rows (N, X) of what a module saw, without padding; some modules flatten B and T."""
@@ -101,16 +108,31 @@ class Calibration:
                 f"at least {width}, and ten times as many to be fitted well"
             )
 
-    def batches(self, tokens: int = 4096) -> list[Batch]:
-        """Sequences of similar length together, at most about `tokens` padded positions each."""
-        out: list[Batch] = []
-        group: list[tuple[int, ...]] = []
-        for sequence in sorted(filter(None, self.sequences), key=len):
-            if group and len(sequence) * (len(group) + 1) > tokens:
-                out.append(_pad(group))
-                group = []
-            group.append(sequence)
-        return [*out, _pad(group)] if group else out
+    def batches(self, tokens: int = 1024, ranks: Ranks = ALONE) -> list[Batch]:
+        """Sequences of similar length together, at most about `tokens` padded positions each.
+
+        Of several processes each takes some rows of every batch; a batch has one for each of them,
+        for which it may have to be larger.
+
+        Raises:
+            UserError: there are fewer sequences than processes.
+        """
+        sequences = sorted(filter(None, self.sequences), key=len)
+        if len(sequences) < ranks.size:
+            raise UserError(
+                f"{ranks.size} processes need as many calibration sequences, got {len(sequences)}; "
+                "start fewer processes"
+            )
+        groups: list[list[tuple[int, ...]]] = []
+        for sequence in sequences:
+            full = groups and len(groups[-1]) >= ranks.size
+            if not groups or (full and len(sequence) * (len(groups[-1]) + 1) > tokens):
+                groups.append([])
+            groups[-1].append(sequence)
+        if len(groups) > 1 and len(groups[-1]) < ranks.size:
+            last = groups.pop()
+            groups[-1] += last
+        return [_pad(group, ranks) for group in groups]
 
 
 def read_calibration(
@@ -144,14 +166,14 @@ def read_calibration(
     return Calibration(tuple(drawn), source=Path(file).name, seed=seed)
 
 
-def _pad(group: Sequence[tuple[int, ...]]) -> Batch:
+def _pad(group: Sequence[tuple[int, ...]], ranks: Ranks) -> Batch:
     longest = max(map(len, group))
     ids_BT = torch.zeros(len(group), longest, dtype=torch.long)
     mask_BT = torch.zeros(len(group), longest, dtype=torch.bool)
     for row, sequence in enumerate(group):
         ids_BT[row, : len(sequence)] = torch.tensor(sequence)
         mask_BT[row, : len(sequence)] = True
-    return Batch(ids_BT, mask_BT)
+    return Batch(ranks.rows(ids_BT), ranks.rows(mask_BT), len(group), int(mask_BT.sum()))
 
 
 def _windows(sequence: Sequence[int], size: int) -> list[tuple[int, ...]]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.io import no_space, write_tensors
 
 FINGERPRINT = "fit.json"
+BACKWARDS = 3  # passes forward that a step of training costs, for which single states are read
 
 
 class Store:
@@ -53,14 +55,18 @@ class Store:
         return name in self._held if self.folder is None else self.path(name).is_file()
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name.
+
+        Raises:
+            Incomplete: the disk is full; layers that are finished are kept for the next run.
+        """
         if self.folder is None:
             self._held[name] = dict(tensors)
             return
-        from safetensors.torch import save_file
-
-        temporary = self.path(name).with_suffix(".tmp")
-        save_file({key: t.contiguous() for key, t in tensors.items()}, temporary)
-        temporary.replace(self.path(name))
+        try:
+            write_tensors(self.path(name), tensors)
+        except OSError as error:
+            raise no_space(self.folder, error, "layer") from error
 
     def load(self, name: str, prefix: str = "") -> dict[str, Tensor]:
         """The tensors saved under `name` whose own names begin with `prefix`."""
@@ -109,7 +115,10 @@ class States:
 
     def __iter__(self) -> Iterator[Tensor]:
         for number in range(self.count):
-            yield self.store.load(f"{self.name}-{number}")["hidden"].to(self.device)
+            yield self[number]
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.store.load(f"{self.name}-{number}")["hidden"].to(self.device)
 
     def drop(self) -> None:
         for number in range(self.count):
@@ -119,15 +128,25 @@ class States:
 class Counted:
     """States that report, before each batch that is read of them, how many were read so far."""
 
-    def __init__(self, states: Iterable[Tensor], report: Callable[[int], None]) -> None:
+    def __init__(self, states: "States", report: Callable[[int], None]) -> None:
         self.states, self.report, self.read = states, report, 0
         report(0)
 
     def __iter__(self) -> Iterator[Tensor]:
         for hidden in self.states:
             yield hidden
-            self.read += 1
-            self.report(self.read)
+            self._count()
+
+    def __getitem__(self, number: int) -> Tensor:
+        self._count(BACKWARDS)
+        return self.states[number]
+
+    def _count(self, passes: int = 1) -> None:
+        self.read += passes
+        self.report(self.read)
+
+
+Hidden = States | Counted  # hidden states before a layer, to be read in order or one by one
 
 
 class Sweep:

@@ -4,42 +4,38 @@ A strategy is asked layer by layer, by the contract of `compressors.base` only.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from tensorllm.calibration.context import Context, LayerModule
-from tensorllm.calibration.experts import Key
+from tensorllm.calibration.context import Context, LayerModule, Original
+from tensorllm.calibration.covariances import Covariances
+from tensorllm.calibration.experts import is_of_experts
 from tensorllm.calibration.layers import Layers, LayerSource
+from tensorllm.calibration.planned import Planned
+from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Calibration
-from tensorllm.calibration.statistics import (
-    Covariances,
-    measure_inputs,
-    measure_loss,
-    measure_outputs,
-)
-from tensorllm.calibration.store import Counted, States, Store, Sweep
+from tensorllm.calibration.statistics import MEASURED_TOKENS, Measurement, measure_loss, sampled
+from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep
 from tensorllm.compressors.base import (
     Compressor,
     ErrorCurve,
-    GradientOf,
-    Job,
     LayerFit,
-    Leaf,
     Site,
     Size,
-    Ways,
 )
-from tensorllm.compressors.budget import Budget, share_out
-from tensorllm.compressors.placing import placed
-from tensorllm.errors import UserError
+from tensorllm.compressors.budget import Budget
 from tensorllm.models.task import text_config_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.shared_input import reading_together
 
+Stage = Literal["measuring layers", "fitting layers"]
+MEASURING = 2  # what a batch costs that is measured, in passes forward
+BATCH = 1024  # tokens at least, and one for each number of the model's width
 Curves = dict[Site, ErrorCurve]
 
 
@@ -52,9 +48,9 @@ class Sweeps:
     Attributes:
         known: covariances that need not be measured.
         unreached: layer -> experts that the text, as far as it was measured, never reached.
-        keeps_covariances: those of all layers are held from the first sweep to the second.
-        numbers: in the matrices that are compressed.
-        passed_over: layer -> the roles that a job wanted and the layer lacks.
+        planned: what is to be done.
+        store: of factors and hidden states; may be replaced between fits of several sizes.
+        measures: of covariances.
     """
 
     def __init__(
@@ -66,43 +62,25 @@ class Sweeps:
         *,
         store: Store | None = None,
         progress: Progress = quiet,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.compressor, self.source, self.progress = compressor, source, progress
         self.store = store or Store()
+        self.measures = self.store
+        self.ranks = ranks
         self.known: Covariances | None = None
-        self.keeps_covariances = True
-        self._measured: dict[int, Covariances] = {}
-        self.unreached: dict[int, list[int]] = {}
+        self.unreached: dict[int, set[int]] = {}
+        self.several = False  # whether covariances are kept for a fit of other sizes
+        self.keeps_inputs = False  # beyond what the strategy asks for
         self._layers: Layers | None = None
-        self.roles = roles = source.roles
-        found = placed(compressor, roles, layers)
-        self.jobs, self.passed_over = found.jobs, found.passed_over
-        _check_jobs(self.jobs)
-        self.layers = sorted({job.site.layers[0] for job in self.jobs})
-        self.keys: list[Key] = [
-            (layer, roles_here)
-            for layer in self.layers
-            for roles_here in reading_together(
-                [role for job in self._jobs(layer) for role in job.site.roles]
-            )
-        ]
-        geometry = roles.spec.geometry
-        widths = {(n, r): geometry(n).inputs(r) for n, together in self.keys for r in together}
-        self.numbers = sum(geometry(n).numel(r) for n, together in self.keys for r in together)
+        self.planned = Planned(compressor, source.roles, layers)
         config: Any = text_config_of(source.model.config)
         context = getattr(config, "max_position_embeddings", None)
-        calibration.check(config.vocab_size, max(widths.values()), context)
-        self.batches = calibration.batches()
-
-    @property
-    def gradient_of(self) -> GradientOf | None:
-        """Whose gradients the strategy needs; None: inputs alone."""
-        wanted = {
-            job.compressor.gradient_of for job in self.jobs if job.compressor.needs == "gradients"
-        }
-        if len(wanted) > 1:
-            raise UserError("one fit takes gradients of the outputs or of the loss, not of both")
-        return next(iter(wanted), None)
+        planned = self.planned
+        calibration.check(config.vocab_size, planned.width, context)
+        self.batches = calibration.batches(max(BATCH, planned.spec.geometry(0).D), ranks)
+        fitting = planned.passes * len(self.batches)
+        self._steps: dict[Stage, int] = {"measuring layers": 0, "fitting layers": fitting}
 
     @property
     def seed(self) -> int:
@@ -112,107 +90,97 @@ class Sweeps:
     def run(self, budget: Budget | None) -> list[Site]:
         """Measured, shared out and fitted: the sites that have factors in the store now.
 
+        Args:
+            budget: None where the strategy gives its sizes itself.
+
         Raises:
             UserError: an unreachable target; where that can be known, before anything is measured.
         """
         if budget is None:
-            sizes: dict[Site, Size | None] = {job.site: None for job in self.jobs}
-            return self.factors(sizes)
-        total, least = self.source.parameters, self._least_known()
-        budget.numbers(self.numbers, total, least)
+            return self.factors({job.site: None for job in self.planned.jobs})
+        return self.factors(self.sizes([budget])[0])
+
+    def sizes(self, budgets: Sequence[Budget]) -> list[dict[Site, Size | None]]:
+        """The sites and sizes that each budget chooses, from one measurement."""
+        total, least = self.source.parameters, self.planned.least_known
+        for budget in budgets:
+            budget.numbers(self.planned.numbers, total, least)
         curves = self.curves()
-        return self.factors(
-            self.sized(curves, budget.numbers(self.numbers, total, self.least(curves)))
-        )
-
-    def _least_known(self) -> int | None:
-        strategies = {id(job.compressor): job.compressor for job in self.jobs}.values()
-        found = [
-            one.least_parameters(self.roles.spec, self.layers)
-            for one in strategies
-            if isinstance(one, LayerFit)
+        least = self.planned.least(curves)
+        return [
+            self.planned.sized(curves, b.numbers(self.planned.numbers, total, least))
+            for b in budgets
         ]
-        return found[0] if len(found) == 1 and len(strategies) == 1 else None
-
-    def least(self, curves: Mapping[Site, ErrorCurve]) -> int:
-        """Numbers stored at the smallest sizes."""
-        least = 0
-        for ways in self._ways():
-            least += min(sum(int(curves[job.site].cost_N[0]) for job in way) for way in ways)
-        return least
-
-    def sized(self, curves: Mapping[Site, ErrorCurve], numbers: int) -> dict[Site, Size | None]:
-        """The sites, each with its size, that a budget chooses."""
-        found = share_out(self._ways(), curves, numbers).sizes
-        return {site: size for site, size in found.items() if any(size)}
-
-    def _ways(self) -> list[Ways]:
-        out: list[Ways] = []
-        for layer in self.layers:
-            for strategy, sites in self._strategies(layer, [j.site for j in self._jobs(layer)]):
-                if isinstance(strategy, LayerFit):
-                    out += strategy.ways(self.roles.spec.geometry(layer), layer, sites)
-                else:
-                    out += [[[Job(site, strategy)]] for site in sites]
-        return out
-
-    def _jobs(self, layer: int) -> list[Job]:
-        return [job for job in self.jobs if job.site.layers == (layer,)]
-
-    def _strategies(
-        self, layer: int, sites: Sequence[Site]
-    ) -> Iterator[tuple[Leaf | LayerFit, list[Site]]]:
-        """Each strategy of a layer with its sites: those that contain matrices that it planned."""
-        planned: dict[int, tuple[Leaf | LayerFit, set[tuple[int, str]]]] = {}
-        for job in self._jobs(layer):
-            _, matrices = planned.setdefault(id(job.compressor), (job.compressor, set()))
-            matrices |= set(job.site.matrices)
-        for strategy, matrices in planned.values():
-            yield strategy, [site for site in sites if set(site.matrices) <= matrices]
 
     @property
     def all_layers(self) -> Layers:
         """The layers up to the last one that is fitted, and how they are called."""
         if self._layers is None:
-            self._layers = Layers(self.source, self.batches, self.layers[-1] + 1)
+            self._layers = Layers(self.source, self.batches, self.planned.layers[-1] + 1)
         return self._layers
+
+    @property
+    def measured_layers(self) -> Layers:
+        """The same on the part of the text that sizes are chosen by."""
+        if self.planned.wanted.matrices or self.known is not None:
+            return self.all_layers  # what is measured is what is fitted
+        width = self.source.roles.spec.geometry(0).D
+        some = [
+            b
+            for b, yes in zip(
+                self.batches, sampled(self.batches, width, MEASURED_TOKENS), strict=True
+            )
+            if yes
+        ]
+        if len(some) == len(self.batches):
+            return self.all_layers
+        return Layers(self.source, some, self.planned.layers[-1] + 1)
 
     def measured(self, model: nn.Module, spill: Path | None = None) -> Covariances:
         """The covariances of all layers at once, of a model that is in memory."""
-        if self.gradient_of == "loss":
+        if self.planned.gradient_of == "loss":
             return measure_loss(
                 model,
-                self.roles,
-                self.keys,
+                self.source.roles,
+                self.planned.keys,
                 self.batches,
+                self.planned.wanted,
                 seed=self.seed,
                 spill=spill,
                 progress=self.progress,
+                ranks=self.ranks,
             )
+        self.keeps_inputs = True
         self.curves()
-        found = self._measured.values()
-        return Covariances(
-            {key: m for each in found for key, m in each.inputs.items()},
-            {key: m for each in found for key, m in each.sizes.items()},
-            {key: m for each in found for key, m in each.gradients.items()},
-            {key: n for each in found for key, n in each.tokens.items()},
-        )
+        out = Covariances()
+        for layer in self.planned.layers:
+            out |= self._kept(layer)
+        return out
 
     def curves(self) -> Curves:
         """What every candidate's sizes cost, from one sweep over the original's layers."""
-        layers = self.all_layers
-        candidates = {job.site for ways in self._ways() for way in ways for job in way}
+        layers = self.measured_layers
+        self._steps["measuring layers"] = MEASURING * len(layers.batches)
+        candidates = {job.site for ways in self.planned.ways() for way in ways for job in way}
         sweep = Sweep(self.store, "errors", ("measured",), layers.start, layers.layers)
         for layer, (kept,), after in sweep:
-            before = self.counted(kept, layer, layers.layers, 2, "measuring layers")
+            before = self.counted(kept, layer, "measuring layers")
             found: dict[str, Tensor] = {}
             with self.source.block(layer) as block:
-                if layer in self.layers:
-                    here = [site for site in candidates if site.layers == (layer,)]
-                    for site, curve in self._curves_of(layer, block, before, here).items():
-                        found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
-                if self.known is None:
+                covariances = self.known
+                if covariances is None and layer in self.planned.layers:
+                    run = self._measurement(layers, layer, block, before)
+                    after(run)
+                    covariances = run.covariances
+                    self._note_unreached(covariances)
+                    self._keep(layer, covariances)
+                elif covariances is None:
                     after(layers.run(layer, block, before))
+                if layer in self.planned.layers:
+                    assert covariances is not None
+                    here = [site for site in candidates if site.layers == (layer,)]
+                    for site, curve in self._curves_of(layer, block, covariances, here).items():
+                        found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
             sweep.done(found)
         return {
             site: ErrorCurve(**self.store.part(f"errors-{site.layers[0]}", f"{site.name}/"))
@@ -220,55 +188,81 @@ class Sweeps:
         }
 
     def _curves_of(
-        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], sites: Sequence[Site]
+        self, layer: int, block: nn.Module, covariances: Covariances, sites: Sequence[Site]
     ) -> Curves:
-        own = LayerModule(self.roles, layer, block)
-        covariances = self.covariances(layer, block, hidden)
-        context = self._context(own, own, covariances, (hidden, hidden), (), {})
+        own = LayerModule(self.source.roles, layer, block)
+        nothing = States(self.store, "", 0, self.all_layers.start[0].device)
+        context = self._context(own, own, lambda: covariances, (nothing, nothing), {})
         out: Curves = {}
-        for strategy, mine in self._strategies(layer, sites):
+        for strategy, mine in self.planned.strategies(layer, sites):
             if isinstance(strategy, LayerFit):
                 out |= strategy.curves(mine, context)
             else:
                 for site in mine:
                     out[site] = strategy.curve(site, *_tensor_and_statistics(context, site))
-        return out
+        return {site: ErrorCurve(*(t.cpu() for t in curve)) for site, curve in out.items()}
 
-    def counted(
-        self, states: Iterable[Tensor], layer: int, layers: int, passes: int, what: str
-    ) -> Counted:
-        """The states before one layer; each batch that is read of them counts as progress."""
-        steps = passes * len(self.batches)
+    def counted(self, states: States, layer: int, stage: Stage) -> Counted:
+        """The states before one layer; each batch that is read of them counts as progress.
+
+        Measuring and fitting are on one scale, so that the time left is that of both.
+        """
+        layers = self.planned.layers[-1] + 1
+        measuring = 0 if self.several else self._steps["measuring layers"] * layers
+        whole = measuring + self._steps["fitting layers"] * layers
+        before = layer * self._steps[stage] + (measuring if stage == "fitting layers" else 0)
+        if self.several and stage == "measuring layers":
+            whole = self._steps[stage] * layers
+        weight = MEASURING if stage == "measuring layers" else 1
 
         def report(read: int) -> None:
-            self.progress(layer * steps + min(read, steps), layers * steps, what)
+            done = before + min(weight * read, self._steps[stage])
+            self.progress(done, whole, stage)
 
         return Counted(states, report)
+
+    def _measurement(
+        self, layers: Layers, layer: int, block: nn.Module, hidden: Iterable[Tensor]
+    ) -> Measurement:
+        keys = [key for key in self.planned.keys if key[0] == layer]
+        return Measurement(
+            layers,
+            layer,
+            block,
+            keys,
+            hidden,
+            self.planned.wanted,
+            seed=self.seed,
+            ranks=self.ranks,
+        )
+
+    def _keep(self, layer: int, covariances: Covariances) -> None:
+        """For the second sweep, what its fits ask for."""
+        inputs = self.keeps_inputs or any(
+            not isinstance(job.compressor, LayerFit) or job.compressor.keeps_inputs
+            for job in self.planned.of(layer)
+        )
+        self.measures.save(f"covariances-{layer}", covariances.tensors(inputs=inputs))
+
+    def _kept(self, layer: int) -> Covariances:
+        device = self.all_layers.start[0].device
+        return Covariances.from_tensors(self.measures.load(f"covariances-{layer}"), device)
 
     def covariances(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Covariances:
         """Those of the layer's own keys at least, on the original's hidden states before it."""
         if self.known is not None:
             return self.known
-        if layer in self._measured:
-            return self._measured[layer]
-        keys = [key for key in self.keys if key[0] == layer]
-        if self.gradient_of == "outputs":
-            found = measure_outputs(self.all_layers, layer, block, keys, hidden, seed=self.seed)
-        else:
-            found = measure_inputs(self.all_layers, layer, block, keys, hidden)
+        if self.measures.has(f"covariances-{layer}"):
+            return self._kept(layer)
+        found = self._measurement(self.all_layers, layer, block, hidden).covariances
         self._note_unreached(found)
-        if self.keeps_covariances:
-            self._measured[layer] = found
         return found
 
     def _note_unreached(self, found: Covariances) -> None:
         """Remember the experts that no token of the text was routed to."""
         for (layer, roles), tokens in found.tokens.items():
-            if not tokens:
-                experts = self.unreached.setdefault(layer, [])
-                number = int(roles[0].split(".")[1])
-                if number not in experts:
-                    experts.append(number)
+            if not int(tokens):
+                self.unreached.setdefault(layer, set()).add(int(roles[0].split(".")[1]))
 
     def factors(self, sizes: Mapping[Site, Size | None]) -> list[Site]:
         """Layer after layer the factors of these sites, into the store.
@@ -276,112 +270,81 @@ class Sweeps:
         A `LayerFit` sees the inputs that the compressed layers below give.
         """
         layers = self.all_layers
-        fits = any(isinstance(job.compressor, LayerFit) for job in self.jobs)
+        fits = any(isinstance(job.compressor, LayerFit) for job in self.planned.jobs)
         names = ("original", "compressed") if fits else ("original",)
         sweep = Sweep(self.store, "factors", names, layers.start, layers.layers)
         for layer, states, after in sweep:
             sites = {site: size for site, size in sizes.items() if site.layers == (layer,)}
-            passes = 1 + sum(
-                one.passes(mine) if isinstance(one, LayerFit) else 0
-                for one, mine in self._strategies(layer, list(sites))
-            )
-            counted = self.counted(states[-1], layer, layers.layers, passes, "fitting layers")
+            counted = self.counted(states[-1], layer, "fitting layers")
             original = states[0] if fits else counted
             with self.source.block(layer) as block:
-                own = LayerModule(self.roles, layer, block)
-                smaller = LayerModule(self.roles, layer, copy.deepcopy(block)) if fits else own
-                found = self._fit_layer(own, smaller, (original, counted), sites)
-                runs = [layers.run(layer, own.block, original)]
+                own = LayerModule(self.source.roles, layer, block)
+                smaller = (
+                    LayerModule(self.source.roles, layer, copy.deepcopy(block)) if fits else own
+                )
+                context = self._context(
+                    own,
+                    smaller,
+                    partial(self.covariances, layer, block, original),
+                    (original, counted),
+                    sites,
+                )
+                found = self._fit_layer(context)
+                runs = [context.run.outputs()]
                 if fits:
-                    runs.append(layers.run(layer, smaller.block, counted))
+                    runs.append(context.outputs())
                 after(*runs)
+                context.run.drop()
             sweep.done(found)
+            if not self.several:
+                self.measures.drop(f"covariances-{layer}")
+        self.ranks.sum(torch.zeros(1, device=layers.start[0].device))  # none ends before the others
         return [
             site for site in sizes if self.store.holds(f"factors-{site.layers[0]}", f"{site.name}/")
         ]
 
     def keep(self, factors: Mapping[Site, Factors]) -> None:
         """Let these factors take the place of those in the store."""
-        for layer in self.layers:
+        for layer in self.planned.layers:
             held = self.store.load(f"factors-{layer}")
             for site, now in factors.items():
                 if site.layers == (layer,):
                     held |= _named(site, now)
             self.store.save(f"factors-{layer}", held)
 
-    def _fit_layer(
-        self,
-        own: LayerModule,
-        smaller: LayerModule,
-        before: tuple[Iterable[Tensor], Iterable[Tensor]],
-        sites: Mapping[Site, Size | None],
-    ) -> dict[str, Tensor]:
+    def _fit_layer(self, context: Context) -> dict[str, Tensor]:
         """The tensors of one layer's factors, by the names under which they are stored."""
         out: dict[str, Tensor] = {}
-        if not sites:
-            return out
-        layers = self.all_layers
-        covariances = self.covariances(own.number, own.block, before[0])
-        targets = Targets(
-            States(self.store, "target", len(self.batches), layers.start[0].device),
-            lambda: layers.run(own.number, own.block, before[0]),
-        )
-        for strategy, mine in self._strategies(own.number, list(sites)):
-            sized = {site: sites[site] for site in mine}
-            context = self._context(own, smaller, covariances, before, targets, sized)
+        sites = context.sites
+        for strategy, mine in self.planned.strategies(context.layer, list(sites)):
+            context.sites = {site: sites[site] for site in mine}
             if isinstance(strategy, LayerFit):
                 result = strategy.fit_layer(context)
                 found = dict(result.factors)
                 out |= {f"parameters/{name}": t for name, t in result.parameters.items()}
             else:
                 found = {}
-                for site, size in sized.items():
+                for site, size in context.sites.items():
                     leaf = strategy if size is None else strategy.at_size(site, size)
                     found[site] = leaf.decompose(*_tensor_and_statistics(context, site))
-                    if smaller is not own:
+                    if context.compressed is not context.original:
                         context.put(site, found[site])
             for site, factors in found.items():
                 out |= _named(site, factors)
-        targets.drop()
         return out
 
     def _context(
         self,
         own: LayerModule,
         smaller: LayerModule,
-        covariances: Covariances,
-        before: tuple[Iterable[Tensor], Iterable[Tensor]],
-        targets: Iterable[Tensor],
+        measure: Callable[[], Covariances],
+        before: tuple[Hidden, Hidden],
         sites: Mapping[Site, Size | None],
     ) -> Context:
-        keys = [key for key in self.keys if key[0] == own.number]
-        return Context(self.all_layers, own, smaller, covariances, keys, before, targets, sites)
-
-
-class Targets:
-    """Hidden states after the original's layer: computed when first asked for, and then kept."""
-
-    def __init__(self, states: States, compute: Callable[[], Iterator[Tensor]]) -> None:
-        self.states, self.compute, self._there = states, compute, False
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if not self._there:
-            self.states.keep(self.compute())
-            self._there = True
-        return iter(self.states)
-
-    def drop(self) -> None:
-        self.states.drop()
-
-
-def _check_jobs(jobs: Sequence[Job]) -> None:
-    if not any(job.compressor.needs != "weights" for job in jobs):
-        raise UserError("this mode decomposes weights alone and takes no calibration text")
-    for job in jobs:
-        if len(job.site.layers) > 1:
-            raise UserError(
-                f"{job.site.name} spans several layers, and a fit to text goes layer by layer"
-            )
+        keys = [key for key in self.planned.keys if key[0] == own.number]
+        taps = {key[1][0]: own.tap(key[1]) for key in keys if not is_of_experts(own.roles, key)}
+        run = Original(self.all_layers, own, before[0], self.store, taps)
+        return Context(self.all_layers, own, smaller, measure, keys, before, run, sites, self.ranks)
 
 
 def _tensor_and_statistics(context: Context, site: Site) -> tuple[Tensor, list[Any]]:

@@ -40,7 +40,7 @@ def read_config(folder: Path) -> Any:
     Raises:
         UserError: it is no JSON object, has impossible sizes, or transformers does not take it.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = folder / "config.json"
     try:
@@ -59,6 +59,13 @@ def read_config(folder: Path) -> Any:
     for part in (values, *(v for k, v in values.items() if k.endswith("_config"))):
         if isinstance(part, dict):
             check_sizes(path, part)
+    kind = values.get("model_type")
+    if values.get("auto_map") and kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path}: the code of a {kind!r} model is remote (auto_map) and is not run here: "
+            "transformers would download and run it with trust_remote_code=True. Take a version "
+            f"of transformers that has {kind!r} itself"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a wrong config fails in many ways inside transformers

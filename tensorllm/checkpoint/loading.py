@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensorllm.checkpoint.factored import METHOD, STEM, FactoredFolder, dense_tensors, unmark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
@@ -166,12 +166,17 @@ def finish(model: Any, manifest: Manifest) -> None:
 
 
 def _nothing_to_initialise(model: Any) -> None:
-    """Keep transformers from initialising weights that are gone through the modules above them."""
+    """Keep transformers from initialising weights that are gone through the modules above them.
+
+    Only up to the layer: what lies above may still have to fill buffers of all layers.
+    """
     ours = [name for name, m in model.named_modules() if isinstance(m, FactoredLinear | Bias)]
     for path in ours:
         while "." in path:
             path = path.rpartition(".")[0]
             module = model.get_submodule(path)
+            if isinstance(module, nn.ModuleList):
+                break
             if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 module._is_hf_initialized = True
 

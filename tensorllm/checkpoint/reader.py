@@ -16,6 +16,7 @@ from torch import Tensor
 from tensorllm.checkpoint.config import read_config
 from tensorllm.checkpoint.fitting import BUFFERS
 from tensorllm.checkpoint.identity import identity_of
+from tensorllm.checkpoint.whole import refuse_adapter
 from tensorllm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Checkpoint:
         self.unused: frozenset[str] = frozenset()  # known with `weights`
         if not folder.is_dir():
             raise UserError(f"no such model folder: {folder}")
+        refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json, so it is not a model folder")
         self.entries = self._read_headers(self._files())
@@ -63,10 +65,7 @@ class Checkpoint:
         config = read_config(self.folder)
         method = getattr(config, "quantization_config", None)
         if method is not None and self.stem == "model":  # else it is our own mark
-            raise UserError(
-                f"{self.folder} holds quantised weights; compress the float checkpoint they were "
-                "made from, then quantise the result"
-            )
+            raise UserError(_quantised(self.folder, method))
         return config
 
     @property
@@ -197,6 +196,18 @@ class Checkpoint:
                 shape = tuple(info["shape"])
                 entries[name] = Entry(file, shape, info["dtype"], end - start, data + start)
         return entries
+
+
+def _quantised(folder: Path, method: Any) -> str:
+    """That weights are quantised, by what, and how to get them back in floating point."""
+    found = method if isinstance(method, dict) else getattr(method, "__dict__", {})
+    name = getattr(found.get("quant_method"), "value", found.get("quant_method"))
+    return (
+        f"{folder} holds weights quantised by {name or 'an unnamed method'}. Compress the float "
+        "checkpoint they were made from, then quantise the result; or de-quantise once, in "
+        "Python: model = AutoModelForCausalLM.from_pretrained(FOLDER).dequantize(); "
+        "model.save_pretrained(NEW_FOLDER)"
+    )
 
 
 def check_dtypes(folder: Path, weights: Mapping[str, Entry]) -> None:

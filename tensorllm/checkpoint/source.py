@@ -18,6 +18,9 @@ OFFLINE = (
 )
 
 
+GGUF = ".gguf"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A model: its name for reports, revision, and the folder that holds it."""
@@ -49,11 +52,24 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
     return Source(model, revision, _download(model, revision, hint))
 
 
+def _convert(path: Path) -> str:
+    """How a GGUF file becomes a folder."""
+    folder, file = path.parent, path.name
+    return (
+        f"{path} is a GGUF file, whose weights are mostly quantised. Make a folder of it once, in "
+        "Python (pip install gguf): model = AutoModelForCausalLM.from_pretrained("
+        f"{str(folder)!r}, gguf_file={file!r}); model.save_pretrained(NEW_FOLDER), and the same "
+        "with AutoTokenizer"
+    )
+
+
 def check_name(model: str) -> None:
     """Refuse what can be no model, without asking the hub."""
     path = Path(model).expanduser()
     if model in short_names() or path.is_dir():
         return
+    if path.suffix.lower() == GGUF:
+        raise UserError(_convert(path))
     if path.exists():
         raise UserError(f"the model {model} is a file; give the folder that holds it")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:

@@ -48,8 +48,8 @@ def refuse_adapter(folder: Path) -> None:
     """
     if (folder / ADAPTER).is_file():
         raise UserError(
-            f"{folder} holds an adapter beside a model ({ADAPTER}): merge it into the weights "
-            "(peft: merge_and_unload, then save_pretrained), or move it away"
+            f"{folder} holds an adapter beside a model, or alone ({ADAPTER}): merge it into the "
+            "weights (peft: merge_and_unload, then save_pretrained), or move it away"
         )
 
 

@@ -10,11 +10,10 @@ from typing import Any, get_args
 from tensorllm.checkpoint.loader import device_of, dtype_of
 from tensorllm.checkpoint.loading import How, choices_of, load
 from tensorllm.checkpoint.manifest import read_manifest
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.registry import one_of
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime.cost import Choice, Policy
 from tensorllm.runtime.measure import Measured, measure

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorllm.commands.plugins import load_plugins
-from tensorllm.registry import one_of
+from tensorllm.registry import load_plugins, one_of
 
 if TYPE_CHECKING:
     from tensorllm.recipes import Recipe
@@ -37,15 +36,22 @@ def _compressors() -> list[Row]:
 
 def _architectures() -> list[Row]:
     from tensorllm.models import ARCHITECTURES
+    from tensorllm.models.coverage import table
 
-    return [
+    out = [
         {
             "model_type": name,
             "task": ARCHITECTURES[name].task,
-            "attention": ", ".join("+".join(s.roles) for s in ARCHITECTURES[name].attention),
-            "FFN": ", ".join("+".join(s.roles) for s in ARCHITECTURES[name].ffn),
+            "read": "row",
+            "what": ", ".join("+".join(stored.roles) for stored in ARCHITECTURES[name]),
         }
         for name in ARCHITECTURES
+    ]
+    return out + [
+        {"model_type": name, "task": task, "read": entry.how, "what": entry.what}
+        for task, types in table().items()
+        for name, entry in types.items()
+        if name not in ARCHITECTURES
     ]
 
 

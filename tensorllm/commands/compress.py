@@ -1,18 +1,17 @@
 """`tensorllm compress`: from a request to a compressed model and its report."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 from tensorllm.calibration.overlap import refuse_evaluated
+from tensorllm.calibration.ranks import joined
 from tensorllm.calibration.sequences import Calibration, read_calibration
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
-from tensorllm.compression.engine import compress, compress_folder
+from tensorllm.compression.engine import compress, compress_folder, help_to_fit
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FORMATS, FolderTask
@@ -25,17 +24,17 @@ from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
-from tensorllm.recipes import Recipe, default_recipe, read_recipe, short_names
-from tensorllm.registry import one_of
+from tensorllm.recipes import Recipe, completed, recipe_of, short_names
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
-# Settings of which one excludes the others: giving one drops the recipe's.
-EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
 LENGTH = 512  # tokens of a calibration sequence, at most
 
 
-def run(request: CompressRequest, progress: Progress = quiet) -> CompressionReport | DryRun:
+def run(request: CompressRequest, progress: Progress = quiet) -> CompressionReport | DryRun | None:
     """Do what was asked, and score the model before and after where that is wanted.
+
+    Started by `torchrun`, all processes fit and the first one does the rest; None in the others.
 
     Raises:
         UserError: the request contradicts itself, the recipe, the model or the folder.
@@ -44,8 +43,15 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
     load_plugins(request.plugins)
     recipe = recipe_of(request)
     request = completed(request, recipe)
-    with metric_log(request.logger, request.log_dir, "compress") as log:
+    with joined() as ranks, metric_log(request.logger, request.log_dir, "compress") as log:
         task, source, dataset = _task(request, recipe)
+        if ranks.size > 1 and (task.calibration is None or task.target is None):
+            raise UserError(
+                "several processes (torchrun) are for --calibration FILE and --out FOLDER"
+            )
+        if ranks.rank and not request.dry_run:
+            help_to_fit(task)
+            return None
         if request.dry_run:
             return dry_run(task)
         score = None
@@ -58,15 +64,6 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
             report = _to_folder(task, progress, score)
         log.compression(report.to_json())
     return report
-
-
-def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:
-    """The request with what its recipe says of the run, where it says nothing itself."""
-    own = {field.name: field.default for field in fields(request)}
-    return replace(
-        request,
-        **{k: v for k, v in recipe.run.items() if getattr(request, k) == own[k]},
-    )
 
 
 def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source, str | None]:
@@ -104,36 +101,6 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
         revision=source.revision,
     )
     return task, source, dataset
-
-
-def recipe_of(request: CompressRequest) -> Recipe:
-    """Recipe file or shipped recipe with the request's own settings put on top."""
-    given, base = request.given, None
-    if request.config is not None:
-        base = read_recipe(request.config)
-        if request.mode is not None and request.mode != base.mode:
-            raise UserError(
-                f"--mode {request.mode} contradicts {base.name}, which says {base.mode}"
-            )
-    model = request.model or (base.model if base else None)
-    if model is None:
-        raise UserError("give --model: a short name, a local folder or a hub id (or --config FILE)")
-    if base is None:
-        if request.mode is None:
-            raise UserError("give --mode: see `tensorllm list compressors` (or --config FILE)")
-        if not any(target in given for target in TARGETS):  # these are for whole models
-            base = default_recipe(model, request.mode, request.dataset)
-    if base is None:
-        base = Recipe("command line", model, request.mode or "", None, {})
-    kept = {key: value for key, value in base.settings.items() if not _excluded(key, given)}
-    wanted = request.layers or base.layers
-    layers = wanted if isinstance(wanted, tuple) else None
-    if wanted is None and base.notes:
-        raise UserError(
-            f"the layer of {base.name} was never published; give --layers, or find the best with "
-            "`tensorllm search-ranks`"
-        )
-    return replace(base, model=model, layers=layers, settings=kept | given)
 
 
 def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
@@ -219,9 +186,3 @@ def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> Com
         write_json(task.folder / REPORT, report.to_json())
         rewrite_card(task.folder)
     return report
-
-
-def _excluded(key: str, given: Mapping[str, Any]) -> bool:
-    return key not in given and any(
-        key in group and any(name in given for name in group) for group in EXCLUSIVE
-    )

@@ -14,7 +14,6 @@ from typing import Any
 
 from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
 from tensorllm.checkpoint.source import Source, resolve
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
@@ -34,6 +33,7 @@ from tensorllm.evaluation.scorer import context_of
 from tensorllm.lightning.loggers import make_logger
 from tensorllm.lightning.trainer import Devices, check_options, is_first, score_model
 from tensorllm.progress import Progress, quiet
+from tensorllm.registry import load_plugins
 from tensorllm.requests.evaluate import EvaluateRequest
 
 PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metrics

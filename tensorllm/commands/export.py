@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.loader import dtype_of
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.export import QuantisedSite, export, quantise_folder
 from tensorllm.compression.narrow import narrow
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
-from tensorllm.registry import one_of
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import ExportRequest
 
 FORMATS = ("dense", "narrow")

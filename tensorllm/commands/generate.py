@@ -10,13 +10,12 @@ from transformers import StoppingCriteriaList
 from tensorllm.checkpoint.loader import Loader, computing_dtype, device_of, dtype_of
 from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.source import resolve
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.data.tokens import as_messages, check_ids, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.forward import PAD, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
 from tensorllm.progress import Progress, quiet
-from tensorllm.registry import one_of
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import GenerateRequest
 from tensorllm.runtime.cost import Policy
 

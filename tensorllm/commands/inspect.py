@@ -1,9 +1,9 @@
 """`tensorllm inspect`: the spectra of a model's weights."""
 
 from tensorllm.checkpoint.source import resolve
-from tensorllm.commands.plugins import load_plugins
 from tensorllm.compression.spectra import LayerSpectra, attention_spectra
 from tensorllm.progress import Progress, quiet
+from tensorllm.registry import load_plugins
 from tensorllm.requests.others import InspectRequest
 
 

@@ -1,25 +1,21 @@
 """`tensorllm search-ranks`: one process or several, then the winner on the test part."""
 
 import logging
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import torch
 from optuna.trial import FrozenTrial
 
-from tensorllm.commands.plugins import load_plugins
-from tensorllm.errors import Incomplete, UserError
 from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
+from tensorllm.registry import load_plugins
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.composition import Step, best_of, composed, on_top
 from tensorllm.search.conclusion import SearchResult, conclude, write_files, write_trials
+from tensorllm.search.processes import WAIT, check_workers, run_workers
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.selection import half_width, ranked
 from tensorllm.search.storage import storage_errors
@@ -27,7 +23,6 @@ from tensorllm.search.study import Study
 
 LOG = logging.getLogger(__name__)
 
-WAIT = 1.0  # seconds between looks at what other processes are doing
 FEW = 100  # validation examples; fewer cannot tell ten points apart
 
 OnTrials = Callable[[Sequence[FrozenTrial]], None]
@@ -93,7 +88,7 @@ def _explore(
         progress(done, len(trials), what)
 
     if study.request.workers > 1:
-        _workers(study, folder, lambda: report(study, queue))
+        run_workers(study, folder, lambda: report(study, queue))
     while True:  # until all have ended, those of other machines and dead workers included
         study.work(queue, report)
         if study.late:
@@ -123,68 +118,6 @@ def _next(study: Study, folder: Path, steps: Sequence[Step], progress: Progress)
         step = best_of(above, queue)
     write_trials(wanted.study, above, step.trials)
     return step if step.gains(above.goal) else None
-
-
-def check_workers(workers: int) -> None:
-    """Refuse more workers than there are devices for them."""
-    gpus = torch.cuda.device_count()
-    places = gpus or torch.multiprocessing.cpu_count()
-    if not 1 <= workers <= places:
-        what = f"GPU{'s' * (gpus > 1)}" if gpus else "cores"
-        raise UserError(
-            f"--workers must be 1..{places}, as this machine has {places} {what}; got {workers}"
-        )
-
-
-def _workers(study: Study, folder: Path, report: Callable[[], None]) -> None:
-    """Start the workers and wait for them; what a dead one leaves is done afterwards."""
-    context = torch.multiprocessing.get_context("spawn")
-    request, deadline = replace(study.request, study=folder), study.deadline
-    processes = [
-        context.Process(target=_work, args=(request, n, study.request.study, deadline), daemon=True)
-        for n in range(request.workers)
-    ]
-    with _interrupts_ignored():
-        for process in processes:
-            process.start()
-    try:
-        while any(process.is_alive() for process in processes):
-            report()
-            time.sleep(WAIT)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-    failed = [process.exitcode for process in processes if process.exitcode]
-    if len(failed) == len(processes):
-        raise Incomplete(f"all workers ended with exit codes {failed}; their errors are above")
-    if failed:
-        LOG.warning("%d of %d workers died; going on without", len(failed), len(processes))
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started meanwhile do not hear Ctrl-C: this one does, and ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _work(request: SearchRequest, number: int, folder: Path | None, deadline: float | None) -> None:
-    """The body of a worker process."""
-    assert request.study is not None
-    load_plugins(request.plugins)
-    device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // request.workers))
-    study = Study(replace(request, device=device, study=folder), deadline)
-    with closing(study.queue(request.study, worker=number)) as queue:
-        study.work(queue)
 
 
 def _warn(study: Study) -> None:

@@ -112,6 +112,7 @@ def compress(
         totals=Totals(parameters, parameters - saved_parameters(sites)),
         seconds=time.perf_counter() - started,
         environment=environment(),
+        structure=roles.layout.describe(),
         passed_over=planned.passed_over,
     )
     setattr(model, ATTRIBUTE, Compression(planned, done))
@@ -242,10 +243,25 @@ def _fitted(
     )
 
 
+def help_to_fit(task: FolderTask) -> None:
+    """Take part in a fit by several processes, of which another one writes the result.
+
+    Raises:
+        UserError, Incomplete: as `compress_folder`.
+    """
+    assert task.calibration is not None
+    assert isinstance(task.compressor, Compressor)
+    _fitted(task, task.compressor, task.calibration, _work(task), quiet)
+
+
+def _work(task: FolderTask) -> Path:
+    return task.folder.parent / f".{task.folder.name}.fit"
+
+
 @contextmanager
 def _work_folder(task: FolderTask) -> Iterator[Path]:
     """The folder of an interrupted fit, beside the target; gone when the target is there."""
-    work = task.folder.parent / f".{task.folder.name}.fit"
+    work = _work(task)
     before = work.exists()  # an interrupted fit's, or somebody else's folder
     try:
         yield work

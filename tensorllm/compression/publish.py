@@ -51,6 +51,7 @@ def publish(
         seconds=time.perf_counter() - started,
         peak_resident_bytes=peak_resident_bytes(),
         environment=environment(),
+        structure=roles.layout.describe(),
         passed_over=plan.passed_over,
     )
     _copy_small_files(task, writer, weights)

@@ -76,6 +76,7 @@ class CompressionReport:
     peak_resident_bytes: int | None = None
     evaluation: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    structure: str = ""  # families of the layers and how they were found, where no row said so
     passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacks
 
     def layer_attention(self) -> dict[int, tuple[int, int]]:

@@ -148,6 +148,21 @@ class LayerContext(Protocol):
         """E[g gᵀ] over the joint outputs of roles that read one input, float64."""
         ...
 
+    def width_covariance(self, roles: Sequence[str]) -> Tensor:
+        """Of roles that read one input, at the model's width (D, D), float64: E[x xᵀ] of what input
+        projections read, E[g gᵀ] of the gradient where output projections write."""
+        ...
+
+    def carried_covariance(self, roles: Sequence[str]) -> Tensor:
+        """The other side, carried across the matrices to the model's width (D, D), float64: E[h hᵀ]
+        of h = Wᵀ g, the sum over these roles; of output projections E[y yᵀ] of y = W x."""
+        ...
+
+    def shifted_at_width(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """As `shifted_covariances` at the model's width (D, D): of what input projections read, or
+        of W x and W y of output projections, W the original's matrix."""
+        ...
+
     def shifted_covariances(self, role: str) -> tuple[Tensor, Tensor]:
         """E[x yᵀ] and E[y yᵀ], x the original's and y the compressed model's input, float64."""
         ...
@@ -170,13 +185,17 @@ class LayerContext(Protocol):
         layer's."""
         ...
 
-    def output_error(self, roles: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
-        """How far the compressed layer's output is from the original's.
+    def outputs(self) -> Iterator[Tensor]:
+        """Hidden states (B, T, D) after the compressed layer as it is now, per batch."""
+        ...
 
-        Returns:
-            The squared distance per token relative to the output's squared size, and its gradient
-            (float32) by the role matrices (I, D) of `roles` as they are now.
-        """
+    def output_error(self) -> float:
+        """How far these are from the original's: the squared distance per token relative to the
+        output's squared size."""
+        ...
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, gradients as a rule, by their sums over the processes of the fit."""
         ...
 
     def output_loss(
@@ -394,9 +413,21 @@ class LayerResult:
 
 
 class LayerFit(Compressor):
-    """A strategy that fits the matrices of a layer to what goes through it, layer after layer."""
+    """A strategy that fits the matrices of a layer to what goes through it, layer after layer.
+
+    Attributes:
+        at_width: whether covariances at the model's width are all that it asks the context for
+            (`width_covariance`, `carried_covariance`): nothing is then measured whose size is the
+            square of an FFN's width.
+    """
 
     needs: ClassVar[Needs] = "activations"
+    at_width: ClassVar[bool] = False
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether `fit_layer` asks for covariances of the original's own inputs."""
+        return True
 
     @abstractmethod
     def fit_layer(self, context: LayerContext) -> LayerResult:

@@ -28,6 +28,7 @@ from tensorllm.compressors.checks import check_roles
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
+from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import MATRICES, ROUTED, family, is_output_projection
 
@@ -135,7 +136,10 @@ class MatrixSVD(KeptSettings, Leaf):
         """Squared error of the weighted map at every rank, relative to its size."""
         w_YX, _ = as_map(w, statistics)
         root = self.root(w_YX, statistics[0] if statistics else None)
-        squares = torch.linalg.svdvals(root.scale(w_YX)).square().cpu()
+        seen_YX = root.scale(w_YX)
+        wide = len(seen_YX) <= seen_YX.shape[1]
+        gram = seen_YX @ seen_YX.mT if wide else seen_YX.mT @ seen_YX
+        squares = eigenvalues(gram).clamp(min=0).cpu()
         ranks = torch.arange(1, len(squares) + 1)
         cost = ranks * sum(w.shape)
         smaller = cost < w.numel()
@@ -224,9 +228,12 @@ def map_of(w_ID: Tensor, role: str) -> Tensor:
 
 def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (Y, R) and (R, X) of the best map of this rank between weighted inputs."""
-    u, s, v = torch.linalg.svd(root.scale(w_YX), full_matrices=False)
-    s_R = s[:rank].sqrt()
-    return u[:, :rank] * s_R, root.unscale(s_R[:, None] * v[:rank])
+    seen_YX = root.scale(w_YX)
+    if len(seen_YX) <= seen_YX.shape[1]:  # on the smaller side, where the root drops out
+        u_YR = leading_eigenvectors(seen_YX @ seen_YX.mT, rank)
+        return u_YR, u_YR.mT @ w_YX
+    v_XR = leading_eigenvectors(seen_YX.mT @ seen_YX, rank)
+    return seen_YX @ v_XR, root.unscale(v_XR.mT)
 
 
 def low_rank(u_YR: Tensor, v_RX: Tensor, *, transposed: bool, like: Tensor) -> LowRank:

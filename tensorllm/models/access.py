@@ -101,16 +101,16 @@ class RoleMatrices:
     def read(self, weights: Mapping[str, Tensor], layer: int, role: str) -> Tensor:
         """The role matrix `(I, C)`, in the stored dtype; a view where it can be one."""
         part = self._part(weights[self.name(layer, role)], layer, role)
-        return part.reshape(self.spec.geometry(layer).shape(role))
+        return part.reshape(-1, part.shape[-1])
 
     def write(self, weights: Mapping[str, Tensor], layer: int, role: str, w_IC: Tensor) -> None:
         """Overwrite the role matrix `(I, C)` in place, rounded to the stored dtype.
 
         Gradients flow from the parameter to `w_IC`, where that wants them.
         """
-        want = self.spec.geometry(layer).shape(role)
-        assert w_IC.shape == want, f"{role} must be {want}, got {tuple(w_IC.shape)}"
         part = self._part(weights[self.name(layer, role)], layer, role)
+        want = (part.numel() // part.shape[-1], part.shape[-1])
+        assert w_IC.shape == want, f"{role} must be {want}, got {tuple(w_IC.shape)}"
         part.copy_(w_IC.reshape(part.shape))
 
     def check_layers(self, layers: Collection[int]) -> tuple[int, ...]:
@@ -146,8 +146,7 @@ class RoleMatrices:
             if self._kept[layer].is_apart(role):
                 return geo.outputs(role), geo.inputs(role)
             return stored.experts.parameter_shape(stored.parameter, geo.D)
-        rows, columns = sum(map(geo.inner, stored.roles)), geo.shape(stored.roles[0])[1]
-        return (columns, rows) if stored.transposed else (rows, columns)
+        return self.layout.shapes[f"{self.layout.layers[layer].path}.{stored.path}.weight"]
 
     def _part(self, weight: Tensor, layer: int, role: str) -> Tensor:
         """The view of a stored parameter that is the role's."""

@@ -62,6 +62,27 @@ def counts() -> dict[str, tuple[int, int]]:
     }
 
 
+def page() -> str:
+    """The table as Markdown, for the documentation."""
+    names = {"causal": "Causal", "masked": "Masked", "image-text": "Image and text to text"}
+    out = []
+    for task, types in table().items():
+        found, total = counts()[task]
+        out += [f"## {names[task]}: {found} of {total}", ""]
+        groups: dict[str, list[str]] = {}
+        for name, entry in types.items():
+            if entry.how != NOT:
+                groups.setdefault(f"by {entry.how}: {entry.what}", []).append(f"`{name}`")
+        out += ["| read | model types |", "|---|---|"]
+        out += [f"| {how} | {', '.join(of)} |" for how, of in sorted(groups.items())]
+        out += ["", "| not read | why |", "|---|---|"]
+        for name, entry in types.items():
+            if entry.how == NOT:
+                out.append(f"| `{name}` | {entry.what.replace('|', '/').split(chr(10))[0]} |")
+        out.append("")
+    return "\n".join(out)
+
+
 def types_of(task: str) -> list[str]:
     """The model types that transformers has for a task."""
     from transformers.models.auto import modeling_auto as auto

@@ -83,11 +83,11 @@ class Layout:
         return tuple(dict.fromkeys(why for layer in self.layers for why in layer.lacks))
 
     def describe(self) -> str:
-        """One line for logs and reports."""
-        found = "; ".join(self.families)
-        how = "its row" if self.by == "row" else "its structure, verified on a tiny model"
-        missing = f" (without: {'; '.join(self.lacks)})" if self.lacks else ""
-        return f"{found}, by {how}{missing}"
+        """One line for reports: what was found by structure; nothing where a row says it all."""
+        if self.by == "row":
+            return ""
+        missing = f"; not read: {'; '.join(self.lacks)}" if self.lacks else ""
+        return f"{' + '.join(self.families)}, found by structure, verified on a tiny model{missing}"
 
 
 def layout_of(config: Any, row: Architecture | None = None) -> Layout:

@@ -18,7 +18,8 @@ MANY, WORST = 24, 5  # sites that have a row each; of more, those that are shown
 
 def compression_tables(report: CompressionReport) -> RenderableType:
     """Sites, ratios, and scores before and after where there are any."""
-    parts: list[RenderableType] = [_headline(report), _sites(report), _ratios(report)]
+    parts: list[RenderableType] = [_headline(report), *_found(report)]
+    parts += [_sites(report), _ratios(report)]
     if report.format == "factored":
         parts.append(_policy(report))
     elif report.totals.bytes_after is not None:
@@ -26,6 +27,18 @@ def compression_tables(report: CompressionReport) -> RenderableType:
     if report.evaluation:
         parts.append(_scores(report.evaluation))
     return Group(*parts)
+
+
+def _found(report: CompressionReport) -> list[RenderableType]:
+    """What the model was taken for, where no row says it, and the layers that were passed over."""
+    out: list[RenderableType] = [Text(report.structure)] if report.structure else []
+    by_lack: dict[tuple[str, ...], list[int]] = {}
+    for layer, roles in report.passed_over.items():
+        by_lack.setdefault(roles, []).append(layer)
+    for roles, layers in by_lack.items():
+        where = ", ".join(map(str, layers)) if len(layers) <= MANY else f"{len(layers)} layers"
+        out.append(Text(f"passed over, without {', '.join(roles)}: layers {where}"))
+    return out
 
 
 def _policy(report: CompressionReport) -> str:

@@ -135,8 +135,7 @@ class _Installation:
                 modules[role] = dense_linear(w_ID, role)
                 self.placed.append(Placement("", f"{layer}.{role}", f"{below}.weight"))
         geo = self.roles.spec.geometry(layer)
-        grouped = {"grouped": geo.G, "head_dim": geo.K} if stored.grouped else {}
-        linear = FactoredLinear(modules, _bias_of(dense), **grouped)
+        linear = FactoredLinear(modules, _bias_of(dense), blocks=stored.count(geo))
         self._replace(path, linear)
 
     def _attention(self, site: Site, factors: Factors, kind: type[SiteModule]) -> None:
@@ -225,8 +224,7 @@ class FactoredLinear(nn.Module):
     Args:
         parts: role -> module from the layer's input to that role's output, in the stored order.
         bias: of all the roles, in the stored order.
-        grouped: how many KV heads the outputs are interleaved by; 0 where they follow role by role.
-        head_dim: the width of one head, where grouped.
+        blocks: into how many blocks, each with a part of every role, the outputs are put.
     """
 
     def __init__(
@@ -234,20 +232,19 @@ class FactoredLinear(nn.Module):
         parts: Mapping[str, nn.Module],
         bias: Tensor | None,
         *,
-        grouped: int = 0,
-        head_dim: int = 0,
+        blocks: int = 1,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({part_name(role): part for role, part in parts.items()})
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.grouped, self.head_dim = grouped, head_dim
+        self.blocks = blocks
 
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = self.parts._modules  # its own methods cost microseconds per token and matrix
         outs = [part(x) for part in parts.values()]
-        if self.grouped:  # each group's queries, its key, its value
-            split = [out.view(*x.shape[:-1], self.grouped, -1, self.head_dim) for out in outs]
-            y = torch.cat(split, dim=-2).flatten(-3)
+        if self.blocks > 1:  # such as each group's queries, its key, its value
+            split = [out.view(*x.shape[:-1], self.blocks, -1) for out in outs]
+            y = torch.cat(split, dim=-1).flatten(-2)
         else:
             y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return y if self.bias is None else y + self.bias

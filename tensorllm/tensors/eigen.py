@@ -125,6 +125,33 @@ def eigh(g_SS: Tensor) -> tuple[Tensor, Tensor]:
     return values_S, vectors_SS
 
 
+def eigenvalues(g_NN: Tensor) -> Tensor:
+    """Those of a float64 covariance, largest first.
+
+    From order `LARGE` on in float32: what is small against the largest is then rounding, about a
+    millionth of it, and no curve of errors needs it.
+    """
+    with _few_threads(len(g_NN)):
+        narrow = len(g_NN) >= LARGE
+        values_N = torch.linalg.eigvalsh(g_NN.float() if narrow else g_NN)
+    return values_N.flip(0).double()
+
+
+def leading_eigenvectors(g_NN: Tensor, rank: int) -> Tensor:
+    """The `rank` leading eigenvectors (N, R) of a float64 covariance, float64, leading first.
+
+    Large ones are tried in float32, whose loss is bounded as above; float64 where it is too much.
+    """
+    if len(g_NN) >= LARGE and rank < len(g_NN):
+        narrow_NN = g_NN.float()
+        norm = float(torch.linalg.matrix_norm(narrow_NN))
+        entry = torch.finfo(torch.float32).eps / 2 * norm
+        ascending_N, v_NN = eigh(narrow_NN)
+        if _is_exact_enough(ascending_N.flip(0).double(), rank, entry):
+            return v_NN.flip(1)[:, :rank].double()
+    return eigh(g_NN)[1].flip(1)[:, :rank]
+
+
 @contextmanager
 def _few_threads(size: int) -> Iterator[None]:
     """One thread for the many short steps of a small factorisation.

@@ -1,11 +1,15 @@
-"""Low-rank approximation where errors have prices: by the input that is seen, and by what they do.
+"""Low-rank approximation where errors have weights, all of it on the side of the model's width.
 
-The error E of a matrix costs tr(A E B Eᵀ) with two second moments A and B: one of the input that
-the matrix reads, one of what is felt at its output. With A = A½ A½ and B = B½ B½ that is the
-squared norm of A½ E B½, so the best rank-r matrix is a truncated SVD between the two roots. It is
-found on the smaller side alone: W Q there, Q a projection, so the wider moment needs no root.
-Eigen-decompositions with a floor take the place of Cholesky: rank-deficient moments are welcome.
-Shapes: I rows, O columns, S the smaller of both, R rank, N any square moment.
+A map W has one side as wide as the model, which it reads from (input projections) or writes to
+(output projections). Its error weighs tr(A E B Eᵀ), A and B covariances of what it reads and of the
+gradient at its output. One of both lives at the model's width and is the metric, A or B = L Lᵀ. The
+other one is only ever needed carried across W to the same side: Wᵀ B W is the covariance of Wᵀ g,
+W A Wᵀ that of the outputs W x, both measured without forming B or A. The best map of rank r is then
+W between the two halves of a projection P: W P for a map that reads, Pᵀ W for one that writes, with
+P = (L V)(Vᵀ L⁻¹) and V the leading eigenvectors of Lᵀ C L, C the carried covariance. This is the
+truncated SVD between the roots of A and B, and costs one Cholesky factor and one eigenproblem of
+the model's width, however wide the other side is.
+Shapes: N the model's width, R rank, S ranks of a curve.
 """
 
 from dataclasses import dataclass
@@ -15,89 +19,83 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLOOR = 1e-6  # of the mean eigenvalue: what a direction that was never seen counts
+from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
+
+FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A second moment (N, N) with its eigenvalues floored, in float64; roots are taken once.
+    """A covariance (N, N) with its diagonal raised, in float64 on its own device.
 
     Attributes:
-        floor: of the mean eigenvalue, what is added to all.
+        floor: of the mean variance, what is added to the diagonal.
     """
 
-    moment_NN: Tensor
+    covariance_NN: Tensor
     floor: float = FLOOR
 
     @cached_property
     def raised(self) -> Tensor:
-        """The moment with the floor added; the identity for zero."""
-        raised_NN = self.moment_NN.to(torch.float64, copy=True)
+        """The covariance with the floor added; the identity for zero."""
+        raised_NN = self.covariance_NN.to(torch.float64, copy=True)
         mean = float(raised_NN.diagonal().mean())
         raised_NN.diagonal().add_(self.floor * mean if mean > 0 else 1.0)
         return raised_NN
 
     @cached_property
-    def roots(self) -> tuple[Tensor, Tensor]:
-        """The symmetric root and its inverse."""
-        values_N, v_NN = torch.linalg.eigh(self.raised)
-        # Rounding can leave tiny negative values where the moment has rank 1, say.
-        root_N = values_N.clamp(min=self.floor / 2 * float(values_N.mean())).sqrt()
-        return (v_NN * root_N) @ v_NN.mT, (v_NN / root_N) @ v_NN.mT
+    def root(self) -> Tensor:
+        """The lower Cholesky factor L. What rounding made indefinite is raised until it is not."""
+        raised_NN, floor = self.raised, self.floor
+        while True:
+            root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
+            if not int(failed):
+                return root_NN
+            floor *= 10
+            raised_NN = self.raised.clone()
+            raised_NN.diagonal().add_(floor * float(raised_NN.diagonal().mean()))
+
+    def seen(self, carried_NN: Tensor) -> Tensor:
+        """Lᵀ C L: its eigenvalues are what components cost when they are left out."""
+        seen_NN = self.root.mT @ carried_NN.to(self.root) @ self.root
+        return (seen_NN + seen_NN.mT) / 2
+
+    def unroot(self, v_RN: Tensor) -> Tensor:
+        """V L⁻¹."""
+        return torch.linalg.solve_triangular(self.root, v_RN, upper=False, left=False)
 
 
-class WeightedSVD(NamedTuple):
-    """`left @ right` is the matrix; the leading parts are the best of each rank.
+class Projection(NamedTuple):
+    """A projection `into @ back` of rank R at the model's width."""
 
-    Attributes:
-        costs_S: what each component costs when it is left out, largest first.
-    """
-
-    left_IS: Tensor
-    costs_S: Tensor
-    right_SO: Tensor
-
-    def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The factors (I, R) and (R, O) of the best matrix of this rank."""
-        return self.left_IS[:, :rank], self.right_SO[:rank]
+    into_NR: Tensor
+    back_RN: Tensor
 
 
-def weighted_svd(w_IO: Tensor, rows: Metric, columns: Metric) -> WeightedSVD:
-    """The SVD of `w_IO` between the roots of two second moments, in float64."""
-    if w_IO.shape[0] < w_IO.shape[1]:
-        right_OS, costs_S, left_SI = weighted_svd(w_IO.mT, columns, rows)
-        return WeightedSVD(left_SI.mT, costs_S, right_OS.mT)
-    w_IO = w_IO.double()
-    root_OO, inverse_OO = columns.roots
-    costs_S, v_OS = torch.linalg.eigh(_seen(w_IO, rows, root_OO))
-    costs_S, v_OS = costs_S.flip(0).clamp(min=0), v_OS.flip(1)
-    return WeightedSVD(w_IO @ (root_OO @ v_OS), costs_S, v_OS.mT @ inverse_OO)
+def projection(metric: Metric, carried_NN: Tensor, rank: int) -> Projection:
+    """The projection of this rank after which a map errs least."""
+    v_NR = leading_eigenvectors(metric.seen(carried_NN), rank)
+    return Projection(metric.root @ v_NR, metric.unroot(v_NR.mT.contiguous()))
 
 
-def left_out(w_IO: Tensor, rows: Metric, columns: Metric) -> Tensor:
-    """(S,): what the best matrices of ranks 1 to S still cost."""
-    if w_IO.shape[0] < w_IO.shape[1]:
-        return left_out(w_IO.mT, columns, rows)
-    costs_S = torch.linalg.eigvalsh(_seen(w_IO.double(), rows, columns.roots[0])).clamp(min=0)
-    return torch.cat((costs_S.cumsum(0).flip(0)[1:], costs_S.new_zeros(1)))
+def left_out(metric: Metric, carried_NN: Tensor, ranks: int) -> Tensor:
+    """(S,): what the best maps of ranks 1 to S = `ranks` still cost."""
+    costs_S = eigenvalues(metric.seen(carried_NN)).clamp(min=0)[:ranks]
+    left_S = costs_S.flip(0).cumsum(0).flip(0)[1:]
+    return torch.cat((left_S, left_S.new_zeros(1)))
 
 
-def regression(cross_MN: Tensor, moment_NN: Tensor, prior_MN: Tensor, ridge: float) -> Tensor:
-    """The (M, N) map T that minimises E|y - T x|² + ridge · mean(E x²) · |T - prior|².
+def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:
+    """The (N, N) map T that minimises E|y - T x|² + ridge · mean(E x²) · |T - 1|².
 
     Args:
-        cross_MN: E[y xᵀ].
-        moment_NN: E[x xᵀ].
+        cross_NN: E[y xᵀ].
+        seen_NN: E[x xᵀ].
     """
-    values_N, v_NN = torch.linalg.eigh(moment_NN)
-    mean = float(values_N.clamp(min=0).mean())
-    added = ridge * (mean or 1.0)
-    right_MN = (cross_MN + added * prior_MN) @ v_NN
-    return (right_MN / (values_N.clamp(min=0) + added)) @ v_NN.mT
-
-
-def _seen(w_IO: Tensor, rows: Metric, root_OO: Tensor) -> Tensor:
-    """The Gram matrix (O, O) of the weighted matrix; its eigenvalues are what components cost."""
-    scaled_IO = w_IO @ root_OO
-    gram_OO = scaled_IO.mT @ rows.raised @ scaled_IO
-    return (gram_OO + gram_OO.mT) / 2
+    mean = float(seen_NN.diagonal().mean())
+    added = ridge * (mean if mean > 0 else 1.0)
+    raised_NN, wanted_NN = seen_NN.double().clone(), cross_NN.double().clone()
+    raised_NN.diagonal().add_(added)
+    wanted_NN.diagonal().add_(added)
+    root_NN = Metric(raised_NN, 0.0).root
+    return torch.cholesky_solve(wanted_NN.mT, root_NN).mT

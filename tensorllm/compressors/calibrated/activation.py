@@ -23,16 +23,16 @@ from tensorllm.compressors.base import (
     Ways,
 )
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.calibrated.maps import Group, map_shape, pivoted, site_of, stacked
-from tensorllm.compressors.calibrated.refit import refit
+from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, pivoted, site_of, stacked
+from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, refit
 from tensorllm.compressors.checks import check_seed
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
-from tensorllm.tensors.pivoted import PivotedLowRank, pivoted_parameters
+from tensorllm.tensors.pivoted import pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
-from tensorllm.tensors.weighted import Metric, left_out, regression, weighted_svd
+from tensorllm.tensors.weighted import Metric, left_out, projection, regression
 
 
 @COMPRESSORS.register("activation-tucker")
@@ -52,8 +52,9 @@ class ActivationTucker(LayerFit):
             in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
-        refit_steps: with correction, passes forward and backward through each layer alone in which
-            all its factors move together towards the original's output of the layer.
+        refit_epochs: with correction, passes over the text in which all factors of a layer move
+            together towards the original's output of the layer; only this layer runs.
+        refit_norms: whether norms and biases of the layer move with them.
         distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
         seed: of the random vectors or labels that the gradients are sampled with.
@@ -65,20 +66,22 @@ class ActivationTucker(LayerFit):
     weighting: GradientOf = "outputs"
     sharing: bool = True
     correction: bool = True
-    refit_steps: int = 12
+    refit_epochs: int = 4
+    refit_norms: bool = False
     distill_steps: int = 0
     ridge: float = 1e-2
     seed: int = 0
 
     source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
     needs: ClassVar[Needs] = "gradients"
+    at_width: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES
 
     def __post_init__(self) -> None:
         _ = self.budget  # refused now where there is none or more than one
         one_of("weighting", self.weighting, ("loss", "outputs"))
         check_seed(self.seed)
-        for name in ("refit_steps", "distill_steps"):
+        for name in ("refit_epochs", "distill_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.ridge > 0:
@@ -89,6 +92,10 @@ class ActivationTucker(LayerFit):
     @property
     def gradient_of(self) -> GradientOf:
         return self.weighting
+
+    @property
+    def keeps_inputs(self) -> bool:
+        return not self.correction
 
     @property
     def budget(self) -> Budget:
@@ -123,46 +130,37 @@ class ActivationTucker(LayerFit):
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         out = {}
         for key in reading_together([role for site in sites for role in site.roles]):
-            inputs = Metric(context.input_covariance(key[0]))
+            metric = Metric(context.width_covariance(key))
             for site in (site for site in sites if set(site.roles) <= set(key)):
-                w_MX, outputs = _map(context, site.roles), _outputs(context, site.roles)
-                if is_output_projection(site.roles[0]):
-                    error_S = left_out(w_MX.mT, inputs, outputs)
-                else:
-                    error_S = left_out(w_MX, outputs, inputs)
-                ranks = torch.arange(1, len(error_S) + 1)
                 shape = map_shape(context.geometry, site.roles)
+                carried_DD = context.carried_covariance(site.roles)
+                error_S = left_out(metric, carried_DD, min(shape))
+                ranks = torch.arange(1, len(error_S) + 1)
                 cost = [pivoted_parameters(shape, rank) for rank in ranks.tolist()]
-                out[site] = ErrorCurve(torch.tensor(cost), error_S.cpu(), ranks[:, None])
+                out[site] = ErrorCurve(torch.tensor(cost), error_S, ranks[:, None])
         return out
 
     def passes(self, sites: Sequence[Site]) -> int:
-        return len(reading_together([r for site in sites for r in site.roles])) + self.refit_steps
+        runs = len(reading_together([r for site in sites for r in site.roles]))
+        refits = self.correction and self.refit_epochs > 0
+        return runs + (2 + PASSES_OF_AN_EPOCH * self.refit_epochs if refits else 0)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """Each set of roles in the order in which they run, then all together."""
-        fitted: dict[Site, PivotedLowRank] = {}
+        fitted: dict[Site, Map] = {}
+        metrics: dict[Site, Metric] = {}
         for key in reading_together([role for site in context.sites for role in site.roles]):
             sites = {s: size for s, size in context.sites.items() if set(s.roles) <= set(key)}
-            if self.correction:
-                cross_XX, seen_XX = context.shifted_covariances(key[0])
-                inputs = Metric(seen_XX)
-            else:
-                inputs = Metric(context.input_covariance(key[0]))
+            here = _AtWidth.of(context, key, self.ridge if self.correction else None)
             for site, size in sites.items():
-                w_MX = _map(context, site.roles)
-                if self.correction:
-                    w_MX = regression(w_MX @ cross_XX, seen_XX, w_MX, self.ridge)
                 assert size is not None, "a budget gives every site its size"
-                svd = weighted_svd(w_MX, _outputs(context, site.roles), inputs)
-                fitted[site] = pivoted(*svd.truncate(size[0]), site.roles)
+                fitted[site] = here.fit(context, site.roles, size[0])
+                metrics[site] = here.metric
             for site in sites:
-                context.put(site, fitted[site])
-        if self.correction and self.refit_steps:
-            inputs_of = {s: Metric(context.input_covariance(s.roles[0])) for s in fitted}
-            metrics = {s: (_outputs(context, s.roles), inputs_of[s]) for s in fitted}
-            return LayerResult(refit(context, fitted, metrics, self.refit_steps))
-        return LayerResult(fitted)
+                context.put(site, pivoted(*fitted[site], site.roles))
+        if self.correction and self.refit_epochs:
+            return refit(context, fitted, metrics, self.refit_epochs, norms=self.refit_norms)
+        return LayerResult({site: pivoted(*map_, site.roles) for site, map_ in fitted.items()})
 
 
 @COMPRESSORS.register("activation-hybrid")
@@ -190,9 +188,45 @@ def groupings(roles: Group, sharing: bool) -> list[list[Group]]:
     return ways
 
 
-def _map(context: LayerContext, roles: Group) -> Tensor:
-    return stacked({role: context.weight(role) for role in roles}, roles)
+@dataclass(frozen=True, eq=False)
+class _AtWidth:
+    """What is known at the model's width of the roles that read one input.
 
+    Attributes:
+        metric: E[x xᵀ] of what input projections read; E[g gᵀ] where output projections write.
+        carried_DD: of output projections, the covariance of W x.
+        correction_DD: of what is read, or written, from the compressed model's to the original's.
+    """
 
-def _outputs(context: LayerContext, roles: Group) -> Metric:
-    return Metric(context.gradient_covariance(roles))
+    metric: Metric
+    carried_DD: Tensor
+    correction_DD: Tensor | None
+
+    @classmethod
+    def of(cls, context: LayerContext, key: Group, ridge: float | None) -> "_AtWidth":
+        """With a ridge on the compressed model's inputs; without one on the original's."""
+        if ridge is None:
+            metric = Metric(context.width_covariance(key))
+            return cls(metric, context.carried_covariance(key), None)
+        cross_DD, seen_DD = context.shifted_at_width(key)
+        writes = is_output_projection(key[0])
+        metric = Metric(context.width_covariance(key) if writes else seen_DD)
+        return cls(metric, seen_DD, regression(cross_DD, seen_DD, ridge))
+
+    def fit(self, context: LayerContext, roles: Group, rank: int) -> Map:
+        """The map of this rank that errs least, its large products in the dtype of the weights."""
+        w_MX = stacked({role: context.weight(role) for role in roles}, roles)
+        correct = self.correction_DD
+        if is_output_projection(roles[0]):
+            carried_DD = self.carried_DD
+            if correct is not None:
+                carried_DD = correct @ carried_DD @ correct.mT
+            into_DR, back_RD = projection(self.metric, carried_DD, rank)
+            turn_RD = into_DR.mT if correct is None else into_DR.mT @ correct
+            return Map(back_RD.mT.to(w_MX), turn_RD.to(w_MX) @ w_MX)
+        carried_DD = context.carried_covariance(roles)
+        if correct is not None:
+            carried_DD = correct.mT @ carried_DD @ correct
+        into_DR, back_RD = projection(self.metric, carried_DD, rank)
+        turn_DR = into_DR if correct is None else correct @ into_DR
+        return Map(w_MX @ turn_DR.to(w_MX), back_RD.to(w_MX))

@@ -4,16 +4,25 @@ Shapes: M outputs of the stacked maps, X their inputs, R rank, I and D of a role
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tensorllm.compressors.base import Site
+from tensorllm.tensors.factors import wide
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot
 from tensorllm.tensors.shared_input import rows_stacking
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 Group = tuple[str, ...]  # roles that read one input and share an input factor
+
+
+class Map(NamedTuple):
+    """A map of rank R as the product of its factors."""
+
+    left_MR: Tensor
+    right_RX: Tensor
 
 
 def site_of(layer: int, roles: Group) -> Site:
@@ -27,9 +36,18 @@ def map_shape(geometry: Geometry, roles: Group) -> tuple[int, int]:
 
 
 def stacked(weights: Mapping[str, Tensor], roles: Group) -> Tensor:
-    """Role matrices (I, D), or gradients by them, as maps stacked (M, X), float64."""
-    parts = [weights[role].cpu().double() for role in roles]
+    """Role matrices (I, D) as maps stacked (M, X), in float32 or wider, on their device."""
+    parts = [wide(weights[role]) for role in roles]
     return torch.cat([w.mT if is_output_projection(roles[0]) else w for w in parts])
+
+
+def unstacked(map_: Map, roles: Group, geometry: Geometry) -> dict[str, Tensor]:
+    """The role matrices (I, D) that a map stands for."""
+    w_MX = map_.left_MR @ map_.right_RX
+    if is_output_projection(roles[0]):
+        return {roles[0]: w_MX.mT}
+    parts = w_MX.split([geometry.outputs(role) for role in roles])
+    return dict(zip(roles, parts, strict=True))
 
 
 def pivoted(left_MR: Tensor, right_RX: Tensor, roles: Group) -> PivotedLowRank:

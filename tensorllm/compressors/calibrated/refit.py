@@ -1,98 +1,114 @@
 """All factors of a layer refitted together, until the layer's own output is nearest.
 
 Each site was fitted alone, by weights of its errors in which the rest of the layer stands still.
-Here they move together: L-BFGS on the factors, between the roots of the same covariances, where all
-directions cost about the same. Only this one layer runs, forward and backward once a step.
-Shapes: M outputs of a map, X its inputs, R rank.
+Here they move together: Adam on minibatches, in coordinates in which all directions of the factor
+at the model's width cost about the same. Only this one layer runs.
+Shapes: W the wide side of a map, D the model's width, M outputs, X inputs, R rank.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from tensorllm.compressors.base import LayerContext, Site
-from tensorllm.compressors.calibrated.maps import pivoted, stacked
-from tensorllm.tensors.pivoted import PivotedLowRank
-from tensorllm.tensors.weighted import Metric, weighted_svd
+from tensorllm.compressors.base import LayerContext, LayerResult, Site
+from tensorllm.compressors.calibrated.maps import Map, pivoted, unstacked
+from tensorllm.tensors.stacking import is_output_projection
+from tensorllm.tensors.weighted import Metric
 
-DAMPING = 1e-2  # of the mean eigenvalue: steps along directions without error would be too long
-SMALLEST = 1e-3  # of the largest singular value, for the same reason
+DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
+SMALLEST = 1e-3  # of the largest component, for the same reason
+LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
+PASSES_OF_AN_EPOCH = 3  # forward, and backward for inputs and for weights
 
 
-class Between:
-    """A map of rank R between the inverse roots of its covariances: `left diag(1/size) right`.
+class Balanced(nn.Module):
+    """A map `wide diag(1/size) narrow L⁻¹` (or its transpose), L the root of the metric at D.
 
-    With the sizes of its singular values once in each parameter and once taken out between them, a
-    small step of either costs the square of its length, whichever component it moves.
+    With the size of a component once in each parameter and once taken out between them, a small
+    step of either costs the square of its length, whichever component it moves.
     """
 
-    def __init__(self, w_MX: Tensor, outputs: Metric, inputs: Metric, rank: int) -> None:
-        outputs = Metric(outputs.moment_NN, DAMPING)
-        inputs = Metric(inputs.moment_NN, DAMPING)
-        (root_MM, self.inverse_MM), (root_XX, self.inverse_XX) = outputs.roots, inputs.roots
-        left_MR, right_RX = weighted_svd(w_MX, outputs, inputs).truncate(rank)
-        left_MR, right_RX = root_MM @ left_MR, right_RX @ root_XX
-        tall_R, wide_R = left_MR.norm(dim=0), right_RX.norm(dim=1)
-        self.size_R = tall_R * wide_R
-        self.size_R = self.size_R.clamp(min=SMALLEST * float(self.size_R.max()) + 1e-300)
-        self.left_MR = nn.Parameter(left_MR * (self.size_R / tall_R.clamp(min=1e-300)))
-        self.right_RX = nn.Parameter(right_RX * tall_R[:, None])
+    def __init__(self, map_: Map, metric: Metric, *, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+        wide_WR, narrow_RD = (map_.right_RX.mT, map_.left_MR.mT) if writes else map_
+        root_DD = Metric(metric.covariance_NN, DAMPING).root
+        eye_DD = torch.eye(len(root_DD)).to(root_DD)
+        self.inverse_DD = torch.linalg.solve_triangular(root_DD, eye_DD, upper=False).to(wide_WR)
+        narrow_RD = narrow_RD @ root_DD.to(narrow_RD)
+        tall_R, long_R = wide_WR.norm(dim=0), narrow_RD.norm(dim=1)
+        size_R = tall_R * long_R
+        self.size_R = size_R.clamp(min=SMALLEST * float(size_R.max()) + 1e-30)
+        self.wide_WR = nn.Parameter(wide_WR * (self.size_R / tall_R.clamp(min=1e-30)))
+        self.narrow_RD = nn.Parameter(narrow_RD * tall_R[:, None])
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(M, R) and (R, X), whose product is the map."""
-        left_MR, right_RX = self.left_MR.detach() / self.size_R, self.right_RX.detach()
-        return self.inverse_MM @ left_MR, right_RX @ self.inverse_XX
-
-    def pass_on(self, gradient_MX: Tensor) -> None:
-        """Give the parameters their gradients, by the chain rule, from that of the map."""
-        g_MX = self.inverse_MM @ gradient_MX @ self.inverse_XX
-        self.left_MR.grad = g_MX @ self.right_RX.detach().mT / self.size_R
-        self.right_RX.grad = (self.left_MR.detach() / self.size_R).mT @ g_MX
+    def factors(self) -> Map:
+        """As a map from inputs to outputs."""
+        wide_WR = self.wide_WR / self.size_R
+        narrow_RD = self.narrow_RD @ self.inverse_DD
+        return Map(narrow_RD.mT, wide_WR.mT) if self.writes else Map(wide_WR, narrow_RD)
 
 
 def refit(
     context: LayerContext,
-    fitted: Mapping[Site, PivotedLowRank],
-    metrics: Mapping[Site, tuple[Metric, Metric]],
-    steps: int,
-) -> dict[Site, PivotedLowRank]:
-    """The best factors of some steps, put into the layer too; `fitted` if none is better.
+    fitted: Mapping[Site, Map],
+    metrics: Mapping[Site, Metric],
+    epochs: int,
+    *,
+    norms: bool = False,
+) -> LayerResult:
+    """The factors after some epochs, put into the layer too; as they were if none is nearer.
 
     Args:
-        context: the compressed layer, into which whatever is tried is put.
-        metrics: of each site's outputs and inputs.
-        steps: forward and backward passes in all.
+        context: the compressed layer, with the factors as they were fitted.
+        metrics: at the model's width, of each site.
+        norms: whether norms and biases of the layer move too.
     """
-    best, kept = float("inf"), dict(fitted)
-    maps = {}
-    for site, factors in fitted.items():  # from the weights as they are rounded
-        w_MX = stacked({r: context.compressed_weight(r) for r in site.roles}, site.roles)
-        maps[site] = Between(w_MX, *metrics[site], factors.rows_R.numel())
-    parameters = [p for each in maps.values() for p in (each.left_MR, each.right_RX)]
-
-    def loss() -> float:
-        nonlocal best, kept
-        now = {site: pivoted(*between.factors(), site.roles) for site, between in maps.items()}
-        for site, factors in now.items():
-            context.put(site, factors)
-        error, gradients = context.output_error([role for site in maps for role in site.roles])
-        for site, between in maps.items():
-            between.pass_on(stacked(gradients, site.roles))
-        if error < best:
-            best, kept = error, now
-        return error
-
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=steps,
-        max_eval=steps,
-        history_size=steps,
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-    optimizer.step(loss)
-    for site, factors in kept.items():
+    writes = {site: is_output_projection(site.roles[0]) for site in fitted}
+    maps = {s: Balanced(map_, metrics[s], writes=writes[s]) for s, map_ in fitted.items()}
+    before = context.output_error()
+    held = context.other_parameters() if norms else {}
+    others = {name: nn.Parameter(w.float().clone()) for name, w in held.items()}
+    parameters = [*(p for each in maps.values() for p in each.parameters()), *others.values()]
+    groups = [{"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())}
+              for p in parameters]  # fmt: skip
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    steps = epochs * context.batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _rate(n, steps))
+    draws = torch.Generator().manual_seed(context.layer)
+    for _ in range(epochs):
+        for batch in torch.randperm(context.batches, generator=draws).tolist():
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                weights: dict[str, Tensor] = {}
+                for site, each in maps.items():
+                    weights |= unstacked(each.factors(), site.roles, context.geometry)
+                rest = {name: w.to(held[name].dtype) for name, w in others.items()}
+                context.output_loss(batch, weights, rest).backward()
+            context.add_up([p.grad for p in parameters if p.grad is not None])
+            optimizer.step()
+            schedule.step()
+    found = {site: each.factors() for site, each in maps.items()}
+    out = {s: pivoted(m.left_MR.detach(), m.right_RX.detach(), s.roles) for s, m in found.items()}
+    for site, factors in out.items():
         context.put(site, factors)
-    return kept
+    changed = {name: w.detach().to(held[name].dtype) for name, w in others.items()}
+    held = {name: w.clone() for name, w in held.items()}
+    context.put_parameters(changed)
+    if context.output_error() < before:
+        return LayerResult(out, changed)
+    context.put_parameters(held)
+    out = {site: pivoted(*map_, site.roles) for site, map_ in fitted.items()}
+    for site, factors in out.items():
+        context.put(site, factors)
+    return LayerResult(out)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm-up over a tenth of the steps, then a cosine."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

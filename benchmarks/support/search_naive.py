@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorly
 import torch
-from search_model import write_attention
+from support.search_model import write_attention
 from tensorly.decomposition import partial_tucker
 from transformers import GPTJForCausalLM
 

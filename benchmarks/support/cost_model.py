@@ -6,7 +6,7 @@ Sites from far below to above the point where factors stop to gain, in layers of
 from typing import Any
 
 import torch
-from attention_block import SITE, blocks, decode, prefill
+from support.attention_block import SITE, blocks, decode, prefill
 from torch import nn
 
 from tensorllm.compressors import Site

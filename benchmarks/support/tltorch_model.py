@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_block import gptj
+from support.attention_block import gptj
 from torch import nn
 from transformers import GPTJForCausalLM
 
@@ -62,10 +62,10 @@ def attention_parameters(model: Any) -> int:
 
 def peak_of(parameters: int, implementation: str) -> int:
     """Peak resident bytes of a fresh process that makes this model and runs it once."""
-    line = f"import tltorch_model as m; m.print_peak({parameters}, {implementation!r})"
+    line = f"from support import tltorch_model as m; m.print_peak({parameters}, {implementation!r})"
     run = subprocess.run(
         [sys.executable, "-c", line],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=True,

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from counts import necessary_multiply_adds
-from curves import Curve, seconds
+from support.counts import necessary_multiply_adds
+from support.curves import Curve, seconds
 
 from tensorllm.tensors.eigen import eigh
 from tensorllm.tensors.tucker import tucker

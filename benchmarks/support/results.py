@@ -25,7 +25,7 @@ import torch
 
 from tensorllm.environment import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 STARTED = time.monotonic()
 

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from attention_block import blocks, decode, prefill, weight_bytes_of
-from curves import Curve
+from support.attention_block import blocks, decode, prefill, weight_bytes_of
+from support.curves import Curve
 
 from tensorllm.runtime.measure import cache_bytes
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import Curve, seconds
 from load_save import compressed, copied, loaded, make_model, read, weight_bytes
-from scaling_tensors import ranks_at
+from support.curves import Curve, seconds
+from support.scaling_tensors import ranks_at
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -1,0 +1,149 @@
+"""What a strategy wants done with a model's layers, before any of them runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from tensorllm.calibration.covariances import Key, Wanted
+from tensorllm.compressors.base import (
+    Compressor,
+    ErrorCurve,
+    GradientOf,
+    Job,
+    LayerFit,
+    Leaf,
+    Site,
+    Size,
+    Ways,
+)
+from tensorllm.compressors.budget import share_out
+from tensorllm.compressors.placing import placed
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
+from tensorllm.tensors.shared_input import reading_together
+
+
+class Planned:
+    """The jobs of a strategy, and what follows from them.
+
+    Args:
+        layers: those to compress; all by default.
+
+    Attributes:
+        layers: those that have jobs.
+        keys: sets of roles of each layer that read the same input.
+        numbers: in the matrices that are compressed.
+        passed_over: layer -> the roles that a job wanted and the layer lacks.
+    """
+
+    def __init__(
+        self, compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | None
+    ) -> None:
+        self.spec = roles.spec
+        found = placed(compressor, roles, layers)
+        self.jobs, self.passed_over = found.jobs, found.passed_over
+        _check_jobs(self.jobs)
+        self.layers = sorted({job.site.layers[0] for job in self.jobs})
+        self.keys: list[Key] = [
+            (layer, together)
+            for layer in self.layers
+            for together in reading_together(
+                [role for job in self.of(layer) for role in job.site.roles]
+            )
+        ]
+        geometry = roles.spec.geometry
+        self.numbers = sum(geometry(n).numel(r) for n, together in self.keys for r in together)
+
+    @property
+    def width(self) -> int:
+        """Of the widest covariance that is measured."""
+        geometry = self.spec.geometry
+        return max(
+            geometry(n).inputs(r) if self.wanted.matrices else geometry(n).D
+            for n, together in self.keys
+            for r in together
+        )
+
+    @property
+    def passes(self) -> int:
+        """How often a fit runs a layer."""
+        first = self.of(self.layers[0])
+        return 1 + sum(
+            one.passes(mine) if isinstance(one, LayerFit) else 0
+            for one, mine in self.strategies(self.layers[0], [job.site for job in first])
+        )
+
+    @property
+    def gradient_of(self) -> GradientOf | None:
+        """Whose gradients the strategy needs; None: inputs alone."""
+        wanted = {
+            job.compressor.gradient_of for job in self.jobs if job.compressor.needs == "gradients"
+        }
+        if len(wanted) > 1:
+            raise UserError("one fit takes gradients of the outputs or of the loss, not of both")
+        return next(iter(wanted), None)
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which covariances the strategies need."""
+        strategies = [job.compressor for job in self.jobs if job.compressor.needs != "weights"]
+        width = [isinstance(one, LayerFit) and one.at_width for one in strategies]
+        gradients = any(one.needs == "gradients" for one in strategies)
+        return Wanted(matrices=not all(width), width=any(width), gradients=gradients)
+
+    @property
+    def least_known(self) -> int | None:
+        """Numbers stored at the smallest sizes, where that is known without curves."""
+        strategies = {id(job.compressor): job.compressor for job in self.jobs}.values()
+        found = [
+            one.least_parameters(self.spec, self.layers)
+            for one in strategies
+            if isinstance(one, LayerFit)
+        ]
+        return found[0] if len(found) == 1 and len(strategies) == 1 else None
+
+    def least(self, curves: Mapping[Site, ErrorCurve]) -> int:
+        """Numbers stored at the smallest sizes."""
+        least = 0
+        for ways in self.ways():
+            least += min(sum(int(curves[job.site].cost_N[0]) for job in way) for way in ways)
+        return least
+
+    def sized(self, curves: Mapping[Site, ErrorCurve], numbers: int) -> dict[Site, Size | None]:
+        """The sites, each with its size, that a budget chooses."""
+        found = share_out(self.ways(), curves, numbers).sizes
+        return {site: size for site, size in found.items() if any(size)}
+
+    def ways(self) -> list[Ways]:
+        """How matrices may be grouped into sites, for each set that may be."""
+        out: list[Ways] = []
+        for layer in self.layers:
+            for strategy, sites in self.strategies(layer, [j.site for j in self.of(layer)]):
+                if isinstance(strategy, LayerFit):
+                    out += strategy.ways(self.spec.geometry(layer), layer, sites)
+                else:
+                    out += [[[Job(site, strategy)]] for site in sites]
+        return out
+
+    def of(self, layer: int) -> list[Job]:
+        """The jobs of a layer."""
+        return [job for job in self.jobs if job.site.layers == (layer,)]
+
+    def strategies(
+        self, layer: int, sites: Sequence[Site]
+    ) -> Iterator[tuple[Leaf | LayerFit, list[Site]]]:
+        """Each strategy of a layer with its sites: those that contain matrices that it planned."""
+        planned: dict[int, tuple[Leaf | LayerFit, set[tuple[int, str]]]] = {}
+        for job in self.of(layer):
+            _, matrices = planned.setdefault(id(job.compressor), (job.compressor, set()))
+            matrices |= set(job.site.matrices)
+        for strategy, matrices in planned.values():
+            yield strategy, [site for site in sites if set(site.matrices) <= matrices]
+
+
+def _check_jobs(jobs: Sequence[Job]) -> None:
+    if not any(job.compressor.needs != "weights" for job in jobs):
+        raise UserError("this mode decomposes weights alone and takes no calibration text")
+    for job in jobs:
+        if len(job.site.layers) > 1:
+            raise UserError(
+                f"{job.site.name} spans several layers, and a fit to text goes layer by layer"
+            )
