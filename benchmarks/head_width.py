@@ -24,11 +24,11 @@ from tensorllm.calibration.fit import measure_for
 from tensorllm.compressors import SVDLLM
 from tensorllm.models import parameters_of
 from tensorllm.tensors.pivoted import pivoted_parameters
-from tensorllm.tensors.shared_input import READERS
 from tensorllm.tensors.tucker import relative_error, tucker
 from tensorllm.tensors.weighted import Metric
 
 SWEEPS = 4
+READERS = ("q", "k", "v")  # they read one input
 
 
 def plain(w_KHX: Tensor, budget: float) -> float:
@@ -59,21 +59,21 @@ def _stored(k: int, h: int, x: int, p: int, r: int) -> int:
 def run_model(name: str, args: argparse.Namespace) -> None:
     """Every matrix at every ratio; one comparison per role and ratio, the mean over layers."""
     bench = Bench(name, args.shared, args.quick)
-    matrices = [(layer, role) for layer in range(bench.roles.layers) for role in READERS[0]]
-    attention = SVDLLM(rank=1, matrices=READERS[0])
+    matrices = [(layer, role) for layer in range(bench.roles.layers) for role in READERS]
+    attention = SVDLLM(rank=1, matrices=READERS)
     seen = measure_for(attention, bench.dense, bench.calibration(0)).inputs
     weights, width = parameters_of(bench.dense), bench.roles.spec.geometry(0).K
     rows: list[dict[str, Any]] = []
     for layer, role in matrices:
         w_ID = bench.roles.read(weights, layer, role).double()
-        weighted_ID = w_ID @ Metric(seen[layer, READERS[0]]).roots[0]
+        weighted_ID = w_ID @ Metric(seen[layer, READERS]).roots[0]
         w_KHX = weighted_ID.reshape(-1, width, w_ID.shape[1]).transpose(0, 1)
         for ratio in bench.ratios:
             ours, (peer, p) = (f(w_KHX, w_ID.numel() / ratio) for f in (plain, with_head_factor))
             found = {"ours": ours, "head factor": peer, "its rank": p}
             rows.append({"layer": layer, "role": role, "ratio": ratio, **found})
     compared = {}
-    for role in READERS[0]:
+    for role in READERS:
         for ratio in bench.ratios:
             some = [row for row in rows if (row["role"], row["ratio"]) == (role, ratio)]
             ours, peer = (sum(r[key] for r in some) / len(some) for key in ("ours", "head factor"))

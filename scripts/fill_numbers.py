@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_tables import benchmark, comparisons, durations, energy, figure, mutants
-from method_tables import closed, reasoning, shares, variants
+from method_tables import closed, mixtures, reasoning, shares, variants
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "durations": durations,
     "energy": energy,
     "mutants": mutants,
+    "mixtures": mixtures,
 }
 PLAN = "plan"  # imported only where a page asks for it: it imports torch
 

@@ -86,3 +86,19 @@ def _layers(layers: Sequence[int] | None) -> str:
 
 def _spread(share: Mapping[str, float]) -> str:
     return f"**{100 * share['mean']:.1f} ± {100 * share['sd']:.1f} %**"
+
+
+def mixtures(value: Lookup, part: str, sizes: str) -> str:
+    """Losses of the experts' methods at equal size, over the dense model's; a row per size."""
+    found = value(part)
+    cells = {(e["removed"], e["method"]): e for e in found["summary"] if e["sizes"] == sizes}
+    methods = list(dict.fromkeys(method for _, method in cells))
+    rows = []
+    for removed in sorted({at for at, _ in cells}):
+        row = [f"{removed:.0%}"]
+        for method in methods:
+            one = cells.get((removed, method))
+            lost = one["loss"] - found["dense"]["mean"] if one else 0.0
+            row.append(f"+{lost:.4f} ({one['kept']:.1%})" if one else "")
+        rows.append(tuple(row))
+    return table(("removed", *methods), rows)

@@ -89,6 +89,11 @@ def edited(
         yield
 
 
+def touched(site: Site, roles: RoleMatrices) -> set[str]:
+    """Names of the parameters that a site's factors stand for, and of those fused with them."""
+    return {name for matrix in site.matrices for name in roles.together(*matrix)}
+
+
 def sharing(
     items: Iterable[T], names_of: Callable[[T], set[str]]
 ) -> list[tuple[set[str], list[T]]]:

@@ -18,7 +18,7 @@ from naive_layer import (
     assert_heads_are_the_modules,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY, tiny_config, tiny_model
+from tiny_models import EXPERTS, TINY, tiny_config, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,7 +56,8 @@ def rewrite(model: PreTrainedModel, weights: dict[str, Tensor], scale: float = 1
 
 
 def test_every_architecture_has_a_tiny_model() -> None:
-    assert {row.model_type for row in TINY.values()} == set(ARCHITECTURES)
+    rows = [*TINY.values(), *EXPERTS.values()]
+    assert {row.model_type for row in rows} == set(ARCHITECTURES)
 
 
 @every_row

@@ -19,7 +19,7 @@ from tensorllm.compressors import AASVD, ASVD, SVDLLM, PlainSVD, SVDLLMSequentia
 from tensorllm.compressors.budget import Budget
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import is_output_projection
 
 ROLES = ("q", "k", "v", "o", "in", "gate", "out")
 
@@ -40,7 +40,7 @@ def inputs_of(model, layer: int, role: str, calibration) -> np.ndarray:
 def map_of(model, layer: int, role: str) -> np.ndarray:
     roles = RoleMatrices(model.config, parameters_of(model))
     w_ID = roles.read(parameters_of(model), layer, role).double().numpy()
-    return w_ID.T if role in OUTPUT_PROJECTIONS else w_ID
+    return w_ID.T if is_output_projection(role) else w_ID
 
 
 def cut(w: np.ndarray, rank: int) -> np.ndarray:

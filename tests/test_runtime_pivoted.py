@@ -13,9 +13,9 @@ import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
 from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.models.spec import FALLING
 from tensorllm.runtime.low_rank import PivotedSite
 from tensorllm.runtime.sites import RoleLinear
+from tensorllm.tensors.stacking import is_output_projection
 
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -75,7 +75,9 @@ def test_the_latent_is_made_once_for_all_readers(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("tensorllm.runtime.low_rank.F.linear", counted)
     assert torch.equal(model(IDS).logits, want)
-    inputs = [m for m in model.modules() if isinstance(m, RoleLinear) and m.role not in FALLING]
+    inputs = [
+        m for m in model.modules() if isinstance(m, RoleLinear) and not is_output_projection(m.role)
+    ]
     assert made == sum(part.index == 0 for part in inputs) < len(inputs)
     assert all(site._held is None for site in sites(model))  # no activation is kept
 

@@ -66,10 +66,54 @@ TINY: dict[str, Tiny] = {
     "distilbert": Tiny("distilbert", {"hidden_dim": 56}, task="masked"),
 }
 
+FEW = {"num_experts_per_tok": 2, "num_key_value_heads": 2}
+DENSE_FIRST = {**FEW, "intermediate_size": 56, "moe_intermediate_size": 24, "head_dim": 12}
+# Mixtures of 5 experts of width 24: fused in either orientation, interleaved, with biases, beside
+# a shared expert, above a dense layer. In files most of them have a name for each expert.
+EXPERTS: dict[str, Tiny] = {
+    "mixtral": Tiny("mixtral", {**FEW, "intermediate_size": 24, "num_local_experts": 5}),
+    "qwen2_moe": Tiny(
+        "qwen2_moe",
+        {**FEW, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20}
+        | {"num_experts": 5, "decoder_sparse_step": 1},
+    ),
+    "qwen3_moe": Tiny("qwen3_moe", {**DENSE_FIRST, "num_experts": 5, "mlp_only_layers": [0]}),
+    "olmoe": Tiny("olmoe", {**FEW, "intermediate_size": 24, "num_experts": 5}),
+    "phimoe": Tiny("phimoe", {**FEW, "intermediate_size": 24, "num_local_experts": 5}),
+    "granitemoe": Tiny("granitemoe", {**FEW, "intermediate_size": 24, "num_local_experts": 5}),
+    "gpt_oss": Tiny(
+        "gpt_oss",
+        {**FEW, "head_dim": 12, "intermediate_size": 24, "num_local_experts": 5}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "glm4_moe": Tiny(
+        "glm4_moe",
+        {**DENSE_FIRST, "n_routed_experts": 5, "first_k_dense_replace": 1}
+        | {"n_group": 1, "topk_group": 1},
+    ),
+    "llama4_text": Tiny(
+        "llama4_text",
+        {"head_dim": 12, "intermediate_size": 24, "intermediate_size_mlp": 56}
+        | {"num_local_experts": 5, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+        | {"interleave_moe_layer_step": 2},
+    ),
+    "ernie4_5_moe": Tiny(
+        "ernie4_5_moe",
+        {"moe_intermediate_size": 24, "moe_num_experts": 5, "moe_k": 2, "intermediate_size": 56}
+        | {"moe_layer_start_index": 1, "moe_num_shared_experts": 1, "num_key_value_heads": 2},
+    ),
+    "minimax": Tiny(
+        "minimax",
+        {**FEW, "head_dim": 12, "intermediate_size": 24, "num_local_experts": 5}
+        | {"layer_types": ["full_attention"] * 2},
+    ),
+}
+EVERY = TINY | EXPERTS
+
 
 def tiny_config(name: str, **overrides: Any) -> PretrainedConfig:
     """The config of a row; `overrides` are fields of its config class."""
-    row = TINY[name]
+    row = EVERY[name]
     return AutoConfig.for_model(row.model_type, **{**SIZES, **row.config, **overrides})
 
 
@@ -79,12 +123,12 @@ def tiny_model(
     """A random model in evaluation mode: biases and norm weights are random too.
 
     Args:
-        name: a key of `TINY`.
+        name: a key of `TINY` or `EXPERTS`.
         seed: of the parameters.
         headless: the base model, without its language-model head.
         overrides: fields of its config class.
     """
-    masked = TINY[name].task == "masked"
+    masked = EVERY[name].task == "masked"
     auto = AutoModel if headless else AutoModelForMaskedLM if masked else AutoModelForCausalLM
     model = auto.from_config(
         tiny_config(name, **overrides), dtype=torch.float32, attn_implementation="eager"

@@ -19,9 +19,10 @@ from tensorllm.calibration.store import Hidden, Store
 from tensorllm.compressors.base import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
-from tensorllm.tensors.stacking import ATTENTION_ROLES, OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.weights import dense_matrices
 
+ONE = torch.ones(1)
 SMALLEST = 1e-20  # of a token's output: its size is divided by
 
 
@@ -55,7 +56,7 @@ class LayerModule:
 
     def tap(self, roles: Sequence[str]) -> Tap:
         """Where roles that read one input meet the model's width."""
-        return Tap(self.below(roles[0]), of_output=roles[0] in OUTPUT_PROJECTIONS)
+        return Tap(self.below(roles[0]), of_output=is_output_projection(roles[0]))
 
     @property
     def attention(self) -> str:
@@ -211,7 +212,7 @@ class Context:
     def width_covariance(self, roles: Sequence[str]) -> Tensor:
         key = self._key(roles[0])
         here = self.covariances
-        return (here.gradients if roles[0] in OUTPUT_PROJECTIONS else here.inputs)[key].double()
+        return (here.gradients if is_output_projection(roles[0]) else here.inputs)[key].double()
 
     def carried_covariance(self, roles: Sequence[str]) -> Tensor:
         key = self._key(roles[0])
@@ -227,8 +228,9 @@ class Context:
             MatrixStatistics(
                 found.inputs[self._key(role)],
                 found.sizes[self._key(role)],
-                self.gradient_covariance((role,)) if found.gradients else None,
-                role in OUTPUT_PROJECTIONS,
+                self.gradient_covariance((role,)) if self._key(role) in found.gradients else None,
+                is_output_projection(role),
+                int(found.tokens.get(self._key(role), ONE)),
             )
             for role in site.roles
         ]
@@ -243,7 +245,7 @@ class Context:
         return self.layers.signals(self.layer, block, self.before[1], tap, self._attention)
 
     def shifted_covariances(self, role: str) -> tuple[Tensor, Tensor]:
-        if role not in OUTPUT_PROJECTIONS:
+        if not is_output_projection(role):
             return self.shifted_at_width((role,))
         key = (self._key(role), "inputs")
         if key not in self._shifted:

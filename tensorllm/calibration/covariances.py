@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import is_output_projection
 
 Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
 
@@ -34,6 +34,7 @@ class Covariances:
     Attributes:
         inputs: E[x xᵀ] of that input.
         sizes: E|x|, per number of that input.
+        tokens: that an expert was given, by its keys: (1,).
         gradients: E[g gᵀ] over the joint outputs of its roles.
         carried: at the model's width, of input projections E[h hᵀ] of all roles' h = Wᵀ g, one role
             after the other (roles D, roles D); of output projections E[y yᵀ] of y = W x (D, D).
@@ -43,13 +44,14 @@ class Covariances:
     sizes: dict[Key, Tensor] = field(default_factory=dict)
     gradients: dict[Key, Tensor] = field(default_factory=dict)
     carried: dict[Key, Tensor] = field(default_factory=dict)
+    tokens: dict[Key, Tensor] = field(default_factory=dict)
 
     def __or__(self, other: "Covariances") -> "Covariances":
         return Covariances(*(a | b for a, b in zip(self._parts, other._parts, strict=True)))
 
     @property
     def _parts(self) -> tuple[dict[Key, Tensor], ...]:
-        return self.inputs, self.sizes, self.gradients, self.carried
+        return self.inputs, self.sizes, self.gradients, self.carried, self.tokens
 
     def tensors(self, *, inputs: bool = True) -> dict[str, Tensor]:
         """By names for a store: in float32, of symmetric matrices one half.
@@ -69,7 +71,7 @@ class Covariances:
         out = cls()
         for name, t in tensors.items():
             what, layer, roles = name.split("/")
-            whole = t if what == "sizes" else _unpacked(t)
+            whole = t if what in ("sizes", "tokens") else _unpacked(t)
             getattr(out, what)[int(layer), tuple(roles.split("-"))] = whole.to(device)
         return out
 
@@ -90,9 +92,9 @@ def _unpacked(packed: Tensor) -> Tensor:
     return out_NN
 
 
-PARTS = ("inputs", "sizes", "gradients", "carried")
+PARTS = ("inputs", "sizes", "gradients", "carried", "tokens")
 
 
 def writes(roles: Sequence[str]) -> bool:
     """Whether roles that read one input are output projections."""
-    return roles[0] in OUTPUT_PROJECTIONS
+    return is_output_projection(roles[0])

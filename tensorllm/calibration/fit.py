@@ -119,7 +119,7 @@ def fit(
             made = _fitted(work, sites, budget, {})
             before = {site: made.factors(site) for site in sites}
             work.keep(distill(model, work.source.roles, before, calibration, steps, progress))
-        return _fitted(work, sites, budget, calibration.facts())
+        return _fitted(work, sites, budget, _facts(work, calibration))
 
 
 def fit_sizes(
@@ -212,7 +212,14 @@ def fit_folder(
             "gradients of the loss (weighting=loss) run the whole model backwards and cannot be "
             "streamed; weighting=outputs needs one layer at a time"
         )
-    return _fitted(found, found.run(target), budget, calibration.facts())
+    sites = found.run(target)
+    return _fitted(found, sites, budget, _facts(found, calibration))
+
+
+def _facts(work: Sweeps, calibration: Calibration) -> dict[str, Any]:
+    """What reports say of the text, and of the experts that it did not reach."""
+    missed = {str(layer): sorted(experts) for layer, experts in sorted(work.unreached.items())}
+    return calibration.facts() | ({"experts_not_reached": missed} if missed else {})
 
 
 def _fitted(

@@ -74,6 +74,7 @@ class OnDisk:
             self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
         self.roles = RoleMatrices(self.checkpoint.config, parameters_of(self.model))
         self.parameters = self.checkpoint.parameters
+        self.stored = RoleMatrices(self.checkpoint.config, self.checkpoint.entries)
         self._names = stored_names(self.model, self.checkpoint.entries)
         blocks = tuple(f"{self.roles.layer_path(n)}." for n in range(self.roles.layers))
         own = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
@@ -85,6 +86,7 @@ class OnDisk:
         block = self.model.get_submodule(path)
         empty = {name: p.data for name, p in block.named_parameters()}
         self._load(block, f"{path}.", empty)
+        self._load_experts(layer, block)
         try:
             yield block
         finally:
@@ -98,6 +100,25 @@ class OnDisk:
         weights = {n: read[key].to(self.device, self.dtype) for n, key in known.items()}
         module.load_state_dict(weights, strict=False, assign=True)
         module.requires_grad_(False)
+
+    def _load_experts(self, layer: int, block: nn.Module) -> None:
+        """Fused parameters, from files that hold each expert's matrices apart."""
+        if layer not in self.roles.mixtures:
+            return
+        experts = self.roles.mixtures[layer].experts
+        module: Any = block.get_submodule(experts.path)
+        for parameter in (experts.inputs, experts.outputs):
+            roles = experts.roles_of(parameter)
+            names = {self.stored.name(layer, role) for role in roles}
+            if len(names) == 1:
+                continue  # fused in the files, too
+            read = self.checkpoint.read(sorted(names))
+            empty: Tensor = getattr(module, parameter)
+            made = torch.empty(empty.shape, dtype=self.dtype, device=self.device)
+            fused = {self.roles.name(layer, role): made for role in roles}
+            for role in roles:
+                self.roles.write(fused, layer, role, self.stored.read(read, layer, role))
+            setattr(module, parameter, nn.Parameter(made, requires_grad=False))
 
     def _stored(self, name: str) -> str:
         """What the checkpoint calls a weight: of tied ones it may hold either."""

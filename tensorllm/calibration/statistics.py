@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.calibration.covariances import Covariances, Key, Wanted, writes
+from tensorllm.calibration.experts import is_of_experts, watch
 from tensorllm.calibration.layers import Layers, without_bias
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Batch
@@ -222,6 +223,9 @@ class CovarianceHooks:
         self.model, self.roles, self.keys = model, roles, list(keys)
         self.wanted, self.ranks = wanted, ranks
         self._sums = _Sums(spill)
+        self._routed = [key for key in self.keys if is_of_experts(roles, key)]
+        self._plain = [key for key in self.keys if key not in self._routed]
+        self._given: dict[Key, int] = dict.fromkeys(self._routed, 0)
         self._tokens, self._felt, self._number = 0, 0, 0
         self._batch: Batch | None = None
         self._with_gradients = False
@@ -229,7 +233,8 @@ class CovarianceHooks:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        self._handles = [handle for key in self.keys for handle in self._hooks(key)]
+        self._handles = [handle for key in self._plain for handle in self._hooks(key)]
+        self._handles += watch(self.model, self.roles, self._routed, self._mask, self._see)
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -246,7 +251,7 @@ class CovarianceHooks:
 
     def add_gradients(self) -> None:
         """Count the gradients that the backward pass of this batch left."""
-        for layer, together in self.keys:
+        for layer, together in self._plain:
             parts = [self._gradients.pop((layer, role)) for role in together]
             if self.wanted.matrices or writes(together):
                 self._add("gradients", (layer, together), torch.cat(parts, dim=1))
@@ -257,15 +262,51 @@ class CovarianceHooks:
 
     def covariances(self) -> Covariances:
         """The means over all tokens, of all processes."""
+        self._fill()
         device = next(iter(self._sums.sums.values())).device
         counts = torch.tensor([self._tokens, self._felt], dtype=torch.float64, device=device)
         self.ranks.sum(counts)
+        given = {}
+        for of, count in self._given.items():
+            given[of] = torch.tensor([count], dtype=torch.float64, device=device)
+            self.ranks.sum(given[of])
         out = Covariances()
         for (what, *key), total in self._sums.sums.items():
             self.ranks.sum(total)
             of_gradients = what == "gradients" or (what == "carried" and not writes(key[1]))
+            tokens = given.get((key[0], key[1]))
+            if tokens is not None:
+                out.tokens[key[0], key[1]] = tokens
+                getattr(out, what)[tuple(key)] = total.div_(max(1.0, float(tokens)))
+                continue
             getattr(out, what)[tuple(key)] = total.div_(float(counts[int(of_gradients)]))
         return out
+
+    def _fill(self) -> None:
+        """Zeros for experts that no token was routed to."""
+        for key in self._routed:
+            width = self.roles.spec.geometry(key[0]).inputs(key[1][0])
+            self._sums.add(("sizes", *key), torch.zeros(width))
+            self._sums.add(("inputs", *key), torch.zeros(width, width))
+
+    def _mask(self) -> Tensor:
+        assert self._batch is not None
+        return self._batch.mask_BT
+
+    def _see(self, key: Key, x_NX: Tensor) -> None:
+        """Count what the roles of an expert read."""
+        x_NX = self._finite(key, x_NX.float())
+        self._given[key] += len(x_NX)
+        self._sums.add(("sizes", *key), x_NX.abs().sum(0))
+        self._add("inputs", key, x_NX)
+
+    def _finite(self, key: Key, x_NX: Tensor) -> Tensor:
+        if not torch.isfinite(x_NX).all():
+            name = self.roles.name(key[0], key[1][0]).removesuffix(".weight")
+            raise UserError(
+                f"the input of {name} has NaN or Inf in calibration batch {self._number}"
+            )
+        return x_NX
 
     def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
         self._sums.add((what, *key), x_NX.mT @ x_NX)
@@ -283,12 +324,7 @@ class CovarianceHooks:
 
         def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._batch is not None
-            x_NX = self._batch.tokens(args[0].detach()).float()
-            if not torch.isfinite(x_NX).all():
-                name = self.roles.name(layer, together[0]).removesuffix(".weight")
-                raise UserError(
-                    f"the input of {name} has NaN or Inf in calibration batch {self._number}"
-                )
+            x_NX = self._finite(key, self._batch.tokens(args[0].detach()).float())
             if self.wanted.matrices:
                 self._sums.add(("sizes", *key), x_NX.abs().sum(0))
             if self.wanted.matrices or not writes(together):

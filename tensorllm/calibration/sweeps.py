@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tensorllm.calibration.context import Context, LayerModule, Original
 from tensorllm.calibration.covariances import Covariances
+from tensorllm.calibration.experts import is_of_experts
 from tensorllm.calibration.layers import Layers, LayerSource
 from tensorllm.calibration.planned import Planned
 from tensorllm.calibration.ranks import ALONE, Ranks
@@ -46,6 +47,7 @@ class Sweeps:
 
     Attributes:
         known: covariances that need not be measured.
+        unreached: layer -> experts that the text, as far as it was measured, never reached.
         planned: what is to be done.
         store: of factors and hidden states; may be replaced between fits of several sizes.
         measures: of covariances.
@@ -67,6 +69,7 @@ class Sweeps:
         self.measures = self.store
         self.ranks = ranks
         self.known: Covariances | None = None
+        self.unreached: dict[int, set[int]] = {}
         self.several = False  # whether covariances are kept for a fit of other sizes
         self.keeps_inputs = False  # beyond what the strategy asks for
         self._layers: Layers | None = None
@@ -169,6 +172,7 @@ class Sweeps:
                     run = self._measurement(layers, layer, block, before)
                     after(run)
                     covariances = run.covariances
+                    self._note_unreached(covariances)
                     self._keep(layer, covariances)
                 elif covariances is None:
                     after(layers.run(layer, block, before))
@@ -250,7 +254,15 @@ class Sweeps:
             return self.known
         if self.measures.has(f"covariances-{layer}"):
             return self._kept(layer)
-        return self._measurement(self.all_layers, layer, block, hidden).covariances
+        found = self._measurement(self.all_layers, layer, block, hidden).covariances
+        self._note_unreached(found)
+        return found
+
+    def _note_unreached(self, found: Covariances) -> None:
+        """Remember the experts that no token of the text was routed to."""
+        for (layer, roles), tokens in found.tokens.items():
+            if not int(tokens):
+                self.unreached.setdefault(layer, set()).add(int(roles[0].split(".")[1]))
 
     def factors(self, sizes: Mapping[Site, Size | None]) -> list[Site]:
         """Layer after layer the factors of these sites, into the store.
@@ -330,7 +342,7 @@ class Sweeps:
         sites: Mapping[Site, Size | None],
     ) -> Context:
         keys = [key for key in self.planned.keys if key[0] == own.number]
-        taps = {roles[0]: own.tap(roles) for _, roles in keys}
+        taps = {key[1][0]: own.tap(key[1]) for key in keys if not is_of_experts(own.roles, key)}
         run = Original(self.all_layers, own, before[0], self.store, taps)
         return Context(self.all_layers, own, smaller, measure, keys, before, run, sites, self.ranks)
 

@@ -14,7 +14,7 @@ from tensorllm.compressors import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors
-from tensorllm.weights import sharing, write_dense
+from tensorllm.weights import sharing, touched, write_dense
 
 STEM = "factored"
 METHOD = "tensorllm"
@@ -127,18 +127,15 @@ class FactoredFolder:
 
     def dense_groups(self) -> Iterator[tuple[list[StoredSite], dict[str, Tensor]]]:
         """Sites that touch the same parameters, and these parameters rebuilt, group by group."""
-        touched = {
-            site.name: {self.roles.name(*matrix) for matrix in site.site.matrices}
-            for site in self.manifest.sites
-        }
-        for _, group in sharing(self.manifest.sites, lambda site: touched[site.name]):
+        names = {site.name: touched(site.site, self.roles) for site in self.manifest.sites}
+        for _, group in sharing(self.manifest.sites, lambda site: names[site.name]):
             yield group, self._rebuild(group)
 
     def subset(self, wanted: set[str]) -> Manifest:
         """The manifest of a model in which only the sites named run in their factors."""
         sites = [site for site in self.manifest.sites if site.name in wanted]
         matrices = [matrix for site in sites for matrix in site.site.matrices]
-        names = {self.roles.name(*matrix) for matrix in matrices}
+        names = {name for site in sites for name in touched(site.site, self.roles)}
         return replace(
             self.manifest,
             sites=sites,
@@ -154,23 +151,23 @@ class FactoredFolder:
             matrices = [matrix for site in kept for matrix in site.site.matrices]
             for key, w_ID in rest_of(self.roles, weights, matrices).items():
                 yield f"rest.{key}", w_ID
-            replaced = {self.roles.name(*matrix) for matrix in matrices}
+            replaced = {name for site in kept for name in touched(site.site, self.roles)}
             yield from ((name, w) for name, w in weights.items() if name not in replaced)
             for site in kept:
                 yield from self.stored.read(site.tensors.values()).items()
 
     def _rebuild(self, group: list[StoredSite]) -> dict[str, Tensor]:
         stored, manifest, roles = self.stored, self.manifest, self.roles
-        matrices = [matrix for site in group for matrix in site.site.matrices]
+        names = {name for site in group for name in touched(site.site, roles)}
         weights = {
             name: torch.empty(facts["shape"], dtype=getattr(torch, facts["dtype"]))
-            for name in sorted({roles.name(*matrix) for matrix in matrices})
+            for name in sorted(names)
             for facts in [manifest.replaced[name]]
         }
         for site in group:
             write_dense(site.site, site.factors(stored.read(site.tensors.values())), roles, weights)
         for key, tensor in manifest.rest.items():
-            number, role = key.split(".")
+            number, _, role = key.partition(".")
             if roles.name(int(number), role) in weights:
                 roles.write(weights, int(number), role, stored.read([tensor])[tensor])
         return weights

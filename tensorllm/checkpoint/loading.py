@@ -157,12 +157,12 @@ def install_skeleton(
     return manifest, placements
 
 
-def finish(model: Any, manifest: Manifest, placements: list[Placement]) -> None:
+def finish(model: Any, manifest: Manifest) -> None:
     """What is left to do once a factored model has its weights."""
     for module in model.modules():
         if isinstance(module, SiteModule):
             module.finish()
-    record(model, manifest, placements)
+    record(model, manifest, None)
 
 
 def _nothing_to_initialise(model: Any) -> None:

@@ -75,7 +75,7 @@ class FactoredHfQuantizer(HfQuantizer):
         from tensorllm.checkpoint.loading import finish
 
         self.remove_quantization_config(model)  # else it could not be cast, or trained
-        finish(model, self._manifest, self._placements)
+        finish(model, self._manifest)
         return model
 
     def is_serializable(self) -> bool:

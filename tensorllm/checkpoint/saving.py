@@ -16,11 +16,28 @@ from tensorllm.io import sha256, write_json
 from tensorllm.runtime import Placement
 
 
-def record(model: Any, manifest: Manifest, placements: list[Placement]) -> None:
-    """Let a factored model know how it is stored, so that it saves itself as a factored folder."""
-    model._weight_conversions = conversions(manifest, placements)
+def record(model: Any, manifest: Manifest, placements: list[Placement] | None) -> None:
+    """Let a factored model know how it is stored, so that it saves itself as a factored folder.
+
+    Args:
+        placements: None: the model was read from one, and transformers knows the names.
+    """
+    if placements is not None:
+        model._weight_conversions = [*_of_the_dense(model), *conversions(manifest, placements)]
     model.tensorllm_manifest = manifest
     model.save_pretrained = MethodType(save_factored, model)
+
+
+def _of_the_dense(model: Any) -> list[Any]:
+    """How transformers gets from the names in files to those of the dense model's parameters."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:  # read from a folder
+        return list(known)
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return [rule for rule in found if not isinstance(rule, PrefixChange)]
 
 
 def save_factored(model: Any, save_directory: str | Path, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.runtime import install
 from tensorllm.runtime.cost import Choice, Policy, choose
+from tensorllm.weights import touched
 
 
 def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
@@ -70,7 +71,7 @@ def _replaced(model: Any, sites: list[Site]) -> dict[str, dict[str, Any]]:
     """Shape and dtype of the parameters that factors will stand for."""
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
-    names = sorted({roles.name(*matrix) for site in sites for matrix in site.matrices})
+    names = sorted({name for site in sites for name in touched(site, roles)})
     return {
         name: {
             "shape": list(weights[name].shape),

@@ -18,7 +18,7 @@ from tensorllm.compressors import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import all_finite
-from tensorllm.weights import sharing, write_dense
+from tensorllm.weights import sharing, touched, write_dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
 
 def units(checkpoint: Checkpoint, roles: RoleMatrices, sites: Iterable[Site]) -> list[Unit]:
     """All of the checkpoint as units of work: the sites first, then what is only copied."""
-    groups = sharing(sites, lambda site: {roles.name(*matrix) for matrix in site.matrices})
+    groups = sharing(sites, lambda site: touched(site, roles))
     out = [Unit(together[0].name, sorted(names), together) for names, together in groups]
-    touched = {name for unit in out for name in unit.names}
-    out += [Unit(name, [name], []) for name in checkpoint.entries if name not in touched]
+    seen = {name for unit in out for name in unit.names}
+    out += [Unit(name, [name], []) for name in checkpoint.entries if name not in seen]
     return out
 
 

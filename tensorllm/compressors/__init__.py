@@ -15,6 +15,7 @@ from tensorllm.compressors.calibrated.activation import ActivationHybrid, Activa
 from tensorllm.compressors.calibrated.asvd import ASVD
 from tensorllm.compressors.calibrated.modegpt import MoDeGPT
 from tensorllm.compressors.calibrated.svd_llm import SVDLLM, SVDLLMSequential
+from tensorllm.compressors.experts import ActivationExpertTucker, ExpertTucker
 from tensorllm.compressors.hybrid import Hybrid
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.per_layer import PerLayer
@@ -27,10 +28,12 @@ __all__ = [
     "ASVD",
     "COMPRESSORS",
     "SVDLLM",
+    "ActivationExpertTucker",
     "ActivationHybrid",
     "ActivationTucker",
     "Composite",
     "Compressor",
+    "ExpertTucker",
     "Hybrid",
     "Job",
     "LaserSVD",

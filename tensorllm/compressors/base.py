@@ -20,7 +20,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.registry import Registry
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry
+from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry, family
 
 Needs = Literal["weights", "activations", "gradients"]
 GradientOf = Literal["outputs", "loss"]
@@ -50,7 +50,13 @@ class Site:
         """A name for tables and files, such as `layers.3.qkvo` or `layers.0-1.in`."""
         layers = "-".join(str(layer) for layer in self.layers)
         joined = "".join if set(self.roles) <= set(ATTENTION) else "-".join
-        return f"layers.{layers}.{joined(self.roles)}"
+        short = self.families if len(self.families) < len(self.roles) else self.roles
+        return f"layers.{layers}.{joined(short)}"
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The roles, the same matrix of all experts once."""
+        return tuple(dict.fromkeys(map(family, self.roles)))
 
     def stack(self, w_ID: Sequence[Tensor], geometry: Geometry) -> Tensor:
         """The tensor to decompose, from the role matrices in the order of `matrices`."""
@@ -77,12 +83,14 @@ class MatrixStatistics:
         gradient_covariance_YY: E[g gᵀ] of the gradient at its output; None unless it was asked for.
         reads_rows: whether the inputs run along the rows I (output projections, `o` and `out`) and
             not along the columns D.
+        tokens: that the matrix read; none, where an expert was never chosen: all is 0 then.
     """
 
     input_covariance_XX: Tensor
     input_mean_abs_X: Tensor
     gradient_covariance_YY: Tensor | None
     reads_rows: bool
+    tokens: int = 1
 
     @property
     def row_covariance(self) -> Tensor | None:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from tensorllm.errors import UserError
 from tensorllm.registry import did_you_mean
+from tensorllm.tensors.stacking import family
 
 
 def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """The roles as a tuple; unknown, repeated or missing ones are refused."""
-    wrong = [role for role in roles if role not in known]
+    wrong = [role for role in roles if family(role) not in known]
     if wrong or not roles or len(set(roles)) != len(roles):
         raise UserError(
             f"matrices must be some of {', '.join(known)}, each once, got {list(roles)}"

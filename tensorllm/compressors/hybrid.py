@@ -10,7 +10,7 @@ from tensorllm.compressors.tucker import Layout, SharedTucker4D
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
-from tensorllm.tensors.stacking import FFN
+from tensorllm.tensors.stacking import FEED_FORWARD
 
 
 @COMPRESSORS.register("hybrid", aliases=("4D_Tucker_laser",))
@@ -59,7 +59,7 @@ class Hybrid(Composite):
         if "ffn" not in settings:
             out |= LaserSVD.search_space(spec, settings)
         if "matrices" in out:
-            ffn = tuple(role for role in spec.roles if role in FFN)
+            ffn = tuple(role for role in spec.roles if role in FEED_FORWARD)
             if not ffn:
                 raise UserError("this architecture has no FFN matrices: search shared-tucker")
             out["matrices"] = replace(out["matrices"], values=ffn, names=ffn)
@@ -79,7 +79,7 @@ class Hybrid(Composite):
             own = {name: given[name] for name in ("layout",) if name in given}
             given = SharedTucker4D.budget_settings(spec, own) | given
         if "ffn" not in given:
-            ffn = {"matrices": tuple(role for role in spec.roles if role in FFN)}
+            ffn = {"matrices": tuple(role for role in spec.roles if role in FEED_FORWARD)}
             given = LaserSVD.budget_settings(spec, ffn) | given
         return given
 

@@ -24,7 +24,7 @@ from tensorllm.registry import one_of
 from tensorllm.tensors.energy import matrix_energy
 from tensorllm.tensors.factors import Factors, LowRank
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
-from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN
+from tensorllm.tensors.stacking import FEED_FORWARD, MATRICES, family
 from tensorllm.tensors.svd import METHODS, truncated_svd
 
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -40,7 +40,7 @@ class LaserSVD(Leaf):
     Attributes:
         rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
         rank: r itself, instead of rho.
-        matrices: which of in, gate, out, q, k, v, o.
+        matrices: which of in, gate, out, q, k, v, o; in mixtures also shared.in, experts.in, ...
         method: `exact`, `randomized` (oversampled), or `official` as in LASER's code.
         seed: of the randomised method.
     """
@@ -62,10 +62,10 @@ class LaserSVD(Leaf):
             raise UserError(f"rank must be 1 or more, got {self.rank}")
         one_of("method", self.method, tuple(METHODS))
         check_seed(self.seed)
-        object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION_ROLES))
+        object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        missing = [role for role in self.matrices if role not in spec.roles]
+        missing = [role for role in self.matrices if family(role) not in spec.roles]
         if missing:
             raise UserError(
                 f"matrix {missing[0]!r} does not exist in this architecture; "
@@ -74,7 +74,8 @@ class LaserSVD(Leaf):
         return [
             Job(Site((layer,), (role,), "matrix"), self)
             for layer in layers
-            for role in self.matrices
+            for name in self.matrices
+            for role in spec.geometry(layer).members(name) or (name,)
         ]
 
     @classmethod
@@ -84,7 +85,7 @@ class LaserSVD(Leaf):
         if not {"rho", "rank"} & settings.keys():
             out["rho"] = Dimension(RHOS, (0, 1))
         if "matrices" not in settings:
-            ffn = tuple(role for role in spec.roles if role in FFN)
+            ffn = tuple(role for role in spec.roles if role in FEED_FORWARD)
             out["matrices"] = Dimension(ffn or spec.roles, names=spec.roles)
         return out
 

@@ -30,7 +30,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
 from tensorllm.tensors.factors import LowRank
-from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import MATRICES, ROUTED, family, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -61,7 +61,8 @@ class KeptSettings:
     Attributes:
         kept: numbers that the factors store over those of the matrix, in (0, 1).
         rank: the rank itself, instead of kept.
-        matrices: which of in, gate, out, q, k, v, o; by default all that a layer has.
+        matrices: which of in, gate, out, q, k, v, o, in mixtures shared.in, experts.in, ...; by
+            default all that a layer has.
     """
 
     kept: float | None = None
@@ -76,7 +77,7 @@ class KeptSettings:
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
         if self.matrices is not None:
-            object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION_ROLES))
+            object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
 
     def rank_of(self, shape: Sequence[int]) -> int:
         """The rank of a matrix of this shape."""
@@ -92,7 +93,7 @@ class KeptSettings:
 
     def sites(self, spec: ModelSpec, layers: Sequence[int]) -> list[Site]:
         """Every matrix alone, of layers that have it."""
-        missing = [role for role in self.matrices or () if role not in spec.roles]
+        missing = [role for role in self.matrices or () if family(role) not in spec.roles]
         if missing:
             raise UserError(
                 f"matrix {missing[0]!r} does not exist in this architecture; "
@@ -101,8 +102,8 @@ class KeptSettings:
         return [
             Site((layer,), (role,), "matrix")
             for layer in layers
-            for role in self.matrices or spec.roles
-            if role in spec.geometry(layer).roles
+            for name in self.matrices or spec.roles
+            for role in spec.geometry(layer).members(name)
         ]
 
 
@@ -169,7 +170,16 @@ class MatrixFit(KeptSettings, LayerFit):
     """What strategies share that fit each matrix of a layer alone, one after the other."""
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        return [Job(site, self) for site in self.sites(spec, sorted(layers))]
+        """Of the matrices that every token passes: experts see others once layers are fitted."""
+        sites = self.sites(spec, sorted(layers))
+        routed = [site for site in sites if site.families[0] in ROUTED]
+        if routed and self.matrices is not None:
+            raise UserError(
+                f"{type(self).__name__} cannot be fitted to {routed[0].families[0]}: experts are "
+                "given other tokens once the layers below are compressed; use svd, svd-llm, "
+                "expert-tucker or activation-expert-tucker for them"
+            )
+        return [Job(site, self) for site in sites if site not in routed]
 
     def check(self, shape: tuple[int, ...]) -> None:
         self.check_shape(shape)
@@ -213,7 +223,7 @@ def as_map(
 
 def map_of(w_ID: Tensor, role: str) -> Tensor:
     """The same for a role."""
-    return w_ID.double().mT if role in OUTPUT_PROJECTIONS else w_ID.double()
+    return w_ID.double().mT if is_output_projection(role) else w_ID.double()
 
 
 def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:

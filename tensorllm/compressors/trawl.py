@@ -18,7 +18,7 @@ from tensorllm.registry import one_of
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.ranks import check_ranks, tucker_parameters
-from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN
+from tensorllm.tensors.stacking import MATRICES
 from tensorllm.tensors.tucker import tucker
 
 # tensorly's defaults for `tucker`, which TRAWL's code leaves as they are
@@ -59,7 +59,7 @@ class Trawl(Leaf):
             raise UserError(f"method {self.method!r} takes {wanted} and not {other}")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
-        object.__setattr__(self, "matrices", check_roles(self.matrices, FFN + ATTENTION_ROLES))
+        object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         groups = [tuple(layers)] if self.across_layers else [(layer,) for layer in layers]

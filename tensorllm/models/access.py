@@ -10,11 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorllm.errors import UserError
+from tensorllm.models.experts import Kept, kept_in
 from tensorllm.models.layout import layout_of
+from tensorllm.models.mixture import Mixture
 from tensorllm.models.naming import joined_names, stored_names
 from tensorllm.models.skeleton import skeleton
 from tensorllm.models.spec import ModelSpec, Stored, Task, part_of
 from tensorllm.models.task import text_config_of
+from tensorllm.tensors.stacking import is_output_projection
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -40,7 +43,14 @@ class RoleMatrices:
         self.layout = layout_of(config)
         self.spec: ModelSpec = self.layout.spec
         self.layers = self.spec.layers
+        layers = enumerate(self.layout.layers)
+        self.mixtures: dict[int, Mixture] = {n: one.mixture for n, one in layers if one.mixture}
+        self._kept: dict[int, Kept] = {}  # known once the layers' names are
         self._find_names(config, names)
+        self._kept = {
+            layer: kept_in(found.experts, self.layer_path(layer), names)
+            for layer, found in self.mixtures.items()
+        }
 
     @property
     def task(self) -> Task:
@@ -65,8 +75,23 @@ class RoleMatrices:
 
     def name(self, layer: int, role: str) -> str:
         """Name of the parameter that holds the role."""
-        own = f"{self.layout.layers[layer].path}.{self.stored(layer, role).path}.weight"
+        stored = self.stored(layer, role)
+        if stored.experts is not None:
+            return self._expert_name(layer, stored, role)
+        return self._named(f"{self.layout.layers[layer].path}.{stored.path}.weight")
+
+    def _expert_name(self, layer: int, stored: Stored, role: str) -> str:
+        own, parameter = f"{self.layout.layers[layer].path}.{stored.path}", stored.parameter
+        kept = self._kept.get(layer)
+        if kept is not None and kept.is_apart(role):
+            return kept.apart.get(role) or kept.missing(role)
+        if kept is not None and parameter in kept.fused:
+            return kept.fused[parameter]
         return self._named(own)
+
+    def together(self, layer: int, role: str) -> set[str]:
+        """Names of the parameters that a model in memory holds as one, which has the role."""
+        return {self.name(layer, each) for each in self.stored(layer, role).roles}
 
     def layer_path(self, layer: int) -> str:
         """Name of the layer's module in the model."""
@@ -105,20 +130,37 @@ class RoleMatrices:
         """Refuse stored shapes that contradict the config."""
         for layer in range(self.layers):
             for stored in self.stored_in(layer):
-                name = self.name(layer, stored.roles[0])
-                want = self._stored_shape(layer, stored)
-                if name not in shapes:
-                    raise UserError(f"the weights have no {name}, which the config asks for")
-                if tuple(shapes[name]) != want:
-                    raise UserError(
-                        f"{name} has shape {tuple(shapes[name])}, but the config says {want}"
-                    )
+                first = stored.roles[0]
+                apart = stored.experts is not None and self._kept[layer].is_apart(first)
+                for role in stored.roles if apart else (first,):
+                    self._check_shape(layer, stored, role, shapes)
 
-    def _stored_shape(self, layer: int, stored: Stored) -> tuple[int, ...]:
+    def _check_shape(
+        self, layer: int, stored: Stored, role: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        name, want = self.name(layer, role), self._stored_shape(layer, stored, role)
+        if name not in shapes:
+            raise UserError(f"the weights have no {name}, which the config asks for")
+        if tuple(shapes[name]) != want:
+            raise UserError(f"{name} has shape {tuple(shapes[name])}, but the config says {want}")
+
+    def _stored_shape(self, layer: int, stored: Stored, role: str) -> tuple[int, ...]:
+        geo = self.spec.geometry(layer)
+        if stored.experts is not None:
+            if self._kept[layer].is_apart(role):
+                return geo.outputs(role), geo.inputs(role)
+            return stored.experts.parameter_shape(stored.parameter, geo.D)
         return self.layout.shapes[f"{self.layout.layers[layer].path}.{stored.path}.weight"]
 
     def _part(self, weight: Tensor, layer: int, role: str) -> Tensor:
-        return part_of(self.stored(layer, role), weight, role, self.spec.geometry(layer))
+        """The view of a stored parameter that is the role's."""
+        stored = self.stored(layer, role)
+        if stored.experts is None:
+            return part_of(stored, weight, role, self.spec.geometry(layer))
+        if self._kept[layer].is_apart(role):
+            return weight.mT if is_output_projection(role) else weight
+        _, expert, kind = role.split(".")
+        return stored.experts.view(weight, kind)[int(expert)]
 
     def _named(self, parameter: str) -> str:
         return self._renamed.get(parameter) or self._prefixed(parameter)

@@ -13,11 +13,20 @@ from typing import Any
 from tensorllm.errors import UserError
 from tensorllm.models.layout import layout_of
 from tensorllm.models.shrink import shrunk
-from tensorllm.tensors.stacking import ATTENTION, FFN, MLA
+from tensorllm.tensors.stacking import ATTENTION, FFN, MLA, ROUTED, SHARED
 
 TASKS = ("causal", "masked", "image-text")
 LAYERS = 8  # of a shrunk model: enough for every kind of layer of a default config
 NOT = "not read"
+
+
+GROUPS = (
+    ("attention", ATTENTION),
+    ("latent attention", MLA),
+    ("FFN", FFN),
+    ("shared experts", SHARED),
+    ("experts", ROUTED),
+)
 
 
 @dataclass(frozen=True)
@@ -101,18 +110,16 @@ def read(model_type: str, given: dict[str, Any]) -> Read:
         return Read(NOT, str(error).split(". To say where")[0][:200])
     except Exception as error:  # a default config that transformers itself does not take
         return Read(NOT, f"its default config makes no model: {type(error).__name__}")
-    roles = {role for geometry in layout.spec.geometries for role in geometry.roles}
-    parts = [
-        name
-        for name, group in (("attention", ATTENTION), ("latent attention", MLA), ("FFN", FFN))
-        if roles & set(group)
-    ]
+    every = layout.spec.geometries
+    roles = {role for geometry in every for role in geometry.families}
+    parts = [name for name, group in GROUPS if roles & set(group)]
     if "latent attention" in parts:
         parts.remove("attention")
-    all_layers = all(set(geometry.roles) == roles for geometry in layout.spec.geometries)
+    all_layers = all(set(geometry.families) == roles for geometry in every)
     only = " only" if len(parts) == 1 else ""
     where = "" if all_layers else ", in some layers"
-    return Read(layout.by, f"{' and '.join(parts)}{only}{where}")
+    named = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    return Read(layout.by, f"{named}{only}{where}")
 
 
 def _path() -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tensorllm.errors import UserError, first_line
+from tensorllm.models.experts import experts_in
 from tensorllm.models.families import (
     Match,
     attention_matches,
@@ -20,10 +21,11 @@ from tensorllm.models.families import (
     ffn_with,
     geometry_of,
 )
+from tensorllm.models.mixture import Mixture, mixture_of, with_mixture
 from tensorllm.models.shrink import shrunk
 from tensorllm.models.skeleton import Keyed, Skeleton, instance, layers_path, linears, skeleton
 from tensorllm.models.spec import ARCHITECTURES, Architecture, ModelSpec, Stored, Task
-from tensorllm.models.task import task_of
+from tensorllm.models.task import task_of, text_config_of
 from tensorllm.models.verify import TOKENS, Mismatch, Probe, check_attention, check_ffn, randomise
 from tensorllm.tensors.stacking import Geometry
 
@@ -41,6 +43,7 @@ class LayerLayout:
         stored: its role matrices, with paths below that.
         families: of its attention and its FFN, as far as it has them.
         lacks: why it has no attention or FFN roles, where it might have had.
+        mixture: in place of an FFN.
     """
 
     path: str
@@ -48,6 +51,7 @@ class LayerLayout:
     geometry: Geometry
     families: tuple[str, ...]
     lacks: tuple[str, ...] = ()
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def _made(key: Keyed, row: Architecture | None) -> Layout:
 
 
 def _by_structure(block: nn.Module, config: Any) -> tuple[list[Match], list[Match]]:
-    return attention_matches(block, config), ffn_matches(block)
+    ffn = [] if experts_in(block, _width(config)) else ffn_matches(block)
+    return attention_matches(block, config), ffn
 
 
 def _by_row(row: Architecture, block: nn.Module, config: Any) -> tuple[list[Match], list[Match]]:
@@ -133,15 +138,20 @@ def _by_row(row: Architecture, block: nn.Module, config: Any) -> tuple[list[Matc
         return bool(stored) and all(one.path in there for one in stored)
 
     attention = attention_with("row", row.attention, block, config) if has(row.attention) else []
-    ffn = ffn_with("row", row.ffn, block) if has(row.ffn) else []
+    mixed = experts_in(block, _width(config)) is not None
+    ffn = ffn_with("row", row.ffn, block) if has(row.ffn) and not mixed else []
     for stored, found in ((row.attention, attention), (row.ffn, ffn)):
-        if has(stored) and not found:
+        if has(stored) and not found and not (mixed and stored is row.ffn):
             sizes = {one.path: tuple(_weight(there[one.path]).shape) for one in stored}
             raise UserError(
                 f"sizes of a {config.model_type!r} layer do not fit one another: {sizes}. The "
                 "query heads must be a multiple of the KV heads, and inner widths be equal"
             )
     return attention, ffn
+
+
+def _width(config: Any) -> int:
+    return int(getattr(text_config_of(config), "hidden_size", 0) or 0)
 
 
 def _weight(module: Any) -> torch.Tensor:
@@ -292,19 +302,23 @@ def _decided(
     for number, block in enumerate(whole.blocks):
         attention, ffn = propose(block, config)
         lacks: list[str] = []
-        chosen = [
-            _chosen(part, found, verdicts, lacks)
-            for part, found in (("attention", attention), ("ffn", ffn))
-        ]
-        one, other = chosen
+        mixture = mixture_of(block, _width(config))
+        parts = (("attention", attention), ("ffn", ffn))[: 1 if mixture else 2]
+        chosen = [_chosen(part, found, verdicts, lacks) for part, found in parts]
+        one, other = (*chosen, None)[:2]
         model_width = dict(one.shapes)["o"][1] if one else width
+        geometry = geometry_of(one, other, model_width)
+        families = tuple(match.family for match in chosen if match)
         layers.append(
             LayerLayout(
                 whole.block_path(number),
-                (one.stored if one else ()) + (other.stored if other else ()),
-                geometry_of(one, other, model_width),
-                tuple(match.family for match in chosen if match),
+                (one.stored if one else ())
+                + (other.stored if other else ())
+                + (mixture.stored if mixture else ()),
+                with_mixture(geometry, mixture) if mixture else geometry,
+                (*families, "mixture of experts") if mixture else families,
                 tuple(lacks),
+                mixture,
             )
         )
     wrong = [why for layer in layers for why in layer.lacks if verdicts and ": " in why]

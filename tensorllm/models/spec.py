@@ -10,11 +10,11 @@ from typing import Literal
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.models.experts import Experts
 from tensorllm.registry import Registry
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 Task = Literal["causal", "masked"]
-FALLING = OUTPUT_PROJECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Stored:
         grouped: the fused heads are stored group by group, (G, g queries + key + value, K, D),
             and not role by role.
         conv1d: stored (in, out), as GPT-2's Conv1D, and not (out, in), as `nn.Linear`.
+        experts: of a parameter that holds matrices of all experts: how. Its path is its own name.
         blocks: the fused roles are stored in so many blocks, each with a part of every role.
         per_head: the fused roles are stored head by head, each with its part of every role.
     """
@@ -35,8 +36,14 @@ class Stored:
     roles: tuple[str, ...]
     grouped: bool = False
     conv1d: bool = False
+    experts: Experts | None = None
     blocks: int = 1
     per_head: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's own name."""
+        return "weight" if self.experts is None else self.path.rpartition(".")[2]
 
     def count(self, geometry: Geometry) -> int:
         """How many times the fused roles follow one another, each time a part of each."""
@@ -45,7 +52,7 @@ class Stored:
     @property
     def transposed(self) -> bool:
         """Whether the role matrix (I, D) is the transpose of what is stored."""
-        return self.conv1d != (self.roles[0] in FALLING)
+        return self.conv1d != (is_output_projection(self.roles[0]))
 
 
 def part_of(stored: Stored, weight: Tensor, role: str, geometry: Geometry) -> Tensor:
@@ -99,13 +106,15 @@ class ModelSpec:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles that some layer has, each once."""
-        return tuple(dict.fromkeys(role for geo in self.geometries for role in geo.roles))
+        """Roles that some layer has, each once; the same matrix of all experts is one name."""
+        return tuple(dict.fromkeys(role for geo in self.geometries for role in geo.families))
 
     def having(self, roles: Sequence[str]) -> tuple[int, ...]:
         """The layers that have all these roles."""
         return tuple(
-            layer for layer, geo in enumerate(self.geometries) if set(roles) <= set(geo.roles)
+            layer
+            for layer, geo in enumerate(self.geometries)
+            if set(roles) <= {*geo.roles, *geo.families}
         )
 
     def sample(self, roles: Sequence[str]) -> Geometry:

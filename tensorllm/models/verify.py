@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tensorllm.models.families import Match, geometry_of
 from tensorllm.models.spec import part_of
 from tensorllm.models.task import text_config_of
-from tensorllm.tensors.stacking import MLA, OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import MLA, Geometry, is_output_projection
 
 TOKENS = (7, 41, 19, 78, 5, 63)
 AT = 3  # the position that is changed; before it nothing may move in a causal model
@@ -289,7 +289,7 @@ def check_rows(
     seen_in, seen_out = base[stored.path]
     w_IC = part_of(stored, module.weight.data, role, geo).reshape(geo.shape(role))
     features: Any = slice(None)
-    if role in OUTPUT_PROJECTIONS:
+    if is_output_projection(role):
         want = seen_in @ w_IC
     else:
         features = role_rows(stored, geo, role, seen_out.shape[1])

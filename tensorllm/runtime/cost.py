@@ -11,6 +11,7 @@ from typing import Literal
 
 from tensorllm.compressors.base import Site
 from tensorllm.errors import UserError
+from tensorllm.runtime.experts import USED
 from tensorllm.runtime.sites import Cost, SiteModule, module_for
 from tensorllm.runtime.tucker import attention_cost
 from tensorllm.tensors.factors import Factors, parameters
@@ -44,6 +45,9 @@ def dense_cost(site: Site, geometry: Geometry) -> Cost:
     size = sum(geometry.numel(role) for _, role in site.matrices)
     if site.stacking == "heads":
         return attention_cost(geometry, size, geometry.K)
+    if site.stacking == "experts":  # a token sees few of them
+        used = size * USED // geometry.experts
+        return Cost(used, USED * len(site.families), used)
     return Cost(size, len(site.matrices), size)
 
 
@@ -66,7 +70,7 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
         return Choice(site.name, False, why, dense, small)
     if policy == "always":
         return Choice(site.name, True, "by --policy always", dense, small)
-    if parameters(factors) >= dense.reads:
+    if parameters(factors) >= sum(geometry.numel(role) for _, role in site.matrices):
         return Choice(site.name, False, "the factors are not smaller", dense, small)
     choice = Choice(site.name, True, "smaller and faster", dense, small)
     if min(choice.speedups) < MARGIN:

@@ -15,10 +15,18 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.spec import Stored
 from tensorllm.runtime.adapters import ADAPTERS
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
-from tensorllm.runtime.sites import Held, Order, SiteModule, dense_linear, module_for
+from tensorllm.runtime.experts import Apart, Together, become_factored_experts
+from tensorllm.runtime.sites import (
+    Held,
+    Order,
+    RoleLinear,
+    SiteModule,
+    dense_linear,
+    module_for,
+)
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.quantised import widen
-from tensorllm.tensors.stacking import ATTENTION
+from tensorllm.tensors.stacking import ATTENTION, expert_role, family
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +92,7 @@ class _Installation:
         self.latent = latent and self.adapter is not None and self.adapter.latent(config)
         self.parts: dict[str, dict[str, tuple[Site, Held]]] = defaultdict(dict)
         self.where: dict[str, tuple[int, Stored]] = {}
+        self.experts: dict[int, dict[str, tuple[Site, Held]]] = defaultdict(dict)
 
     def add(self, site: Site, factors: Factors, module: type[SiteModule]) -> None:
         """Take a site in: its attention now, linears once all their roles are known."""
@@ -92,13 +101,19 @@ class _Installation:
             return
         geometry = self.roles.spec.geometry(site.layers[0])
         for (layer, role), held in module.roles(site, factors, geometry).items():
+            stored = self.roles.stored(layer, role)
+            if stored.experts is not None:
+                self.experts[layer][role] = (site, held)
+                continue
             name = self.roles.name(layer, role)
             self.parts[name][role] = (site, held)
-            self.where[name] = (layer, self.roles.stored(layer, role))
+            self.where[name] = (layer, stored)
 
     def finish(self) -> list[Placement]:
         for name, by_role in self.parts.items():
             self._linear(name, *self.where[name], by_role)
+        for layer, by_role in self.experts.items():
+            self._experts(layer, by_role)
         return self.placed
 
     def _linear(
@@ -109,7 +124,7 @@ class _Installation:
         weights = {name: dense.weight.data}
         modules: dict[str, nn.Module] = {}
         for role in stored.roles:
-            below = f"{path}.parts.role_{role}"
+            below = f"{path}.parts.{part_name(role)}"
             if role in by_role:
                 site, held = by_role[role]
                 modules[role] = held.module
@@ -150,9 +165,57 @@ class _Installation:
             inner, order = kind.names.get(short, (short, None))
             self.placed.append(Placement(site.name, short, f"{block}.factors.{inner}", order))
 
+    def _experts(self, layer: int, by_role: dict[str, tuple[Site, Held]]) -> None:
+        """The mixture of a layer: parts for whatever a replaced parameter held."""
+        where = self.roles.mixtures[layer].experts
+        path = f"{self.roles.layer_path(layer)}.{where.path}"
+        module: Any = self.model.get_submodule(path)
+        touched = {family(role).rpartition(".")[2] for role in by_role}
+        replaced = [
+            name for name in (where.inputs, where.outputs) if touched & set(where.kinds_of(name))
+        ]
+        weights = {f"{path}.{name}": getattr(module, name).data for name in replaced}
+        parts: dict[str, nn.Module] = {}
+        for kind in (kind for name in replaced for kind in where.kinds_of(name)):
+            roles = [expert_role(kind, n) for n in range(where.count)]
+            below = f"{path}.parts.role_{kind}"
+            first = by_role.get(roles[0])
+            if first is not None and isinstance(first[1].module, RoleLinear):
+                parts[kind] = self._together(kind, first, below)
+                continue
+            modules: list[nn.Module] = []
+            for number, role in enumerate(roles):
+                at = f"{below}.experts.{number}"
+                if role in by_role:
+                    site, held = by_role[role]
+                    modules.append(held.module)
+                    for short, (inner, order) in held.tensors.items():
+                        self.placed.append(Placement(site.name, short, f"{at}.{inner}", order))
+                else:
+                    w_FD = self.roles.read(weights, layer, role).clone()
+                    modules.append(dense_linear(w_FD, role))
+                    self.placed.append(Placement("", f"{layer}.{role}", f"{at}.weight"))
+            parts[kind] = Apart(modules)
+        become_factored_experts(module, where, parts, replaced)
+
+    def _together(self, kind: str, first: tuple[Site, Held], below: str) -> nn.Module:
+        """One kind of matrix of a site of all experts; its first kind owns the tensors."""
+        site, held = first
+        linear: Any = held.module
+        (shared,) = linear._site
+        matrix = site.families.index(f"experts.{kind}")
+        for short, (inner, order) in held.tensors.items():
+            self.placed.append(Placement(site.name, short, f"{below}.{inner}", order))
+        return Together(shared, matrix, output=kind == "out", owner=matrix == 0)
+
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self.model.get_submodule(parent), name, module.train(self.model.training))
+
+
+def part_name(role: str) -> str:
+    """What the module of a role is called; torch allows no dots."""
+    return f"role_{role.replace('.', '_')}"
 
 
 class FactoredLinear(nn.Module):
@@ -172,7 +235,7 @@ class FactoredLinear(nn.Module):
         blocks: int = 1,
     ) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({f"role_{role}": part for role, part in parts.items()})
+        self.parts = nn.ModuleDict({part_name(role): part for role, part in parts.items()})
         self.bias = None if bias is None else nn.Parameter(bias)
         self.blocks = blocks
 

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.base import Site
-from tensorllm.models.spec import FALLING
 from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs
 from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
-from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry
+from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 
 
 @runs(LowRank, "matrix")
@@ -31,11 +30,11 @@ class LowRankSite(SiteModule):
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
         ((layer, role),) = site.matrices
         u_IR, v_RD = factors.tensors()["u"], factors.tensors()["v"]
-        if role in FALLING:
+        if is_output_projection(role):
             pair, names = (u_IR.mT, v_RD.mT), ("0.weight", "1.weight")
         else:
             pair, names = (v_RD, u_IR), ("1.weight", "0.weight")
-        order: Order = (1, 0) if role in FALLING else None
+        order: Order = (1, 0) if is_output_projection(role) else None
         held = {stored: (name, order) for stored, name in zip("uv", names, strict=True)}
         return {(layer, role): Held(nn.Sequential(*map(linear, pair)), held)}
 
@@ -60,7 +59,7 @@ class PivotedSite(SiteModule):
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
-        self.from_inner = site.roles[0] in FALLING
+        self.from_inner = is_output_projection(site.roles[0])
         self.in_attention = site.roles[0] in ATTENTION_ROLES
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
@@ -70,7 +69,7 @@ class PivotedSite(SiteModule):
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         """Two products, and what puts the rows where they belong."""
         stored = parameters(factors)
-        return Cost(stored, 3 if site.roles[0] in FALLING else 4, stored)
+        return Cost(stored, 3 if is_output_projection(site.roles[0]) else 4, stored)
 
     @torch.no_grad()
     def finish(self) -> None:

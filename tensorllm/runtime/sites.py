@@ -10,9 +10,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from tensorllm.compressors.base import Site
-from tensorllm.models.spec import FALLING
 from tensorllm.tensors.factors import Factors, parameters
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 OPERATION = 33_000  # weights that could be read while one operation is started, 8 microseconds
 PROMPT = 512  # tokens of the prompt that a prediction is made for
@@ -129,7 +128,7 @@ class RoleLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         site = self._site[0]
-        if self.role in FALLING:
+        if is_output_projection(self.role):
             return site.output_projection(x, self.index)
         return site.input_projection(x, self.index)
 
@@ -169,4 +168,4 @@ def linear(weight: Tensor) -> nn.Linear:
 
 def dense_linear(w_ID: Tensor, role: str) -> nn.Linear:
     """A role that stays as it is."""
-    return linear(w_ID.mT if role in FALLING else w_ID)
+    return linear(w_ID.mT if is_output_projection(role) else w_ID)

@@ -26,7 +26,7 @@ from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
 from tensorllm.search.space import Point
 from tensorllm.search.stopping import Race, Rival
 from tensorllm.search.trial import TrialResult, result_of
-from tensorllm.tensors.stacking import FFN
+from tensorllm.tensors.stacking import FEED_FORWARD, family
 
 # After each of these shares of the validation set a losing trial may be pruned. More of them
 # would make batches small, which costs more than it saves.
@@ -171,7 +171,7 @@ class Examiner:
         """Rows in the order of examination, and whether the trial was pruned."""
         matrices = {matrix for site in edit.sites for matrix in site.site.matrices}
         lowest = min((layer for layer, _ in matrices), default=None)
-        ffn = any(layer == lowest and role in FFN for layer, role in matrices)
+        ffn = any(layer == lowest and family(role) in FEED_FORWARD for layer, role in matrices)
         ffn |= bool(edit.parameters)
         race = Race(rival, len(self.order), level if self.sequential else 0.0) if rival else None
         place = {example.index: i for i, example in enumerate(self.order)}

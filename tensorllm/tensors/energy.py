@@ -85,7 +85,7 @@ class Energy:
             stored: numbers stored at each combination of ranks (N, C).
         """
         sizes = self.energy.shape
-        axes = [_candidates(n) for n in sizes] if len(sizes) > 1 else [_all(sizes[0])]
+        axes = [candidates(n) for n in sizes] if len(sizes) > 1 else [_all(sizes[0])]
         grid = torch.meshgrid(*axes, indexing="ij")
         ranks_NC = torch.stack([axis.flatten() for axis in grid], 1)
         scale = self.numbers / self.total if self.total else 0.0
@@ -122,7 +122,7 @@ def _all(size: int) -> Tensor:
     return torch.arange(1, size + 1)
 
 
-def _candidates(size: int) -> Tensor:
+def candidates(size: int) -> Tensor:
     """Every small rank, then ever larger steps; always the whole size."""
     ranks, rank = list(range(1, min(DENSE, size) + 1)), min(DENSE, size)
     while rank < size:

@@ -21,7 +21,15 @@ def reading_together(roles: Sequence[str]) -> list[tuple[str, ...]]:
     """The roles in sets that read the same input, in the order in which a layer runs."""
     attention, ffn = (tuple(r for r in readers if r in roles) for readers in READERS)
     order = (attention, ("q_b",), ("kv_b",), ("o",), ffn, ("out",))
-    return [keys for keys in order if set(keys) & set(roles)]
+    found = [keys for keys in order if set(keys) & set(roles)]
+    by_owner: dict[str, list[str]] = {}  # of shared and of routed experts
+    for role in roles:
+        owner, _, kind = role.rpartition(".")
+        if owner:
+            by_owner.setdefault(owner, []).append(kind)
+    for owner, kinds in by_owner.items():
+        found += [tuple(f"{owner}.{k}" for k in keys) for keys in reading_together(kinds)]
+    return found
 
 
 def rows_stacking(roles: Sequence[str]) -> str:

@@ -18,7 +18,27 @@ ATTENTION = ("q", "k", "v", "o")
 MLA = ("q_a", "q_b", "kv_a", "kv_b")  # multi-head latent attention, beside q or without, and o
 ATTENTION_ROLES = ATTENTION + MLA
 FFN = ("in", "gate", "out")
+SHARED = tuple(f"shared.{kind}" for kind in FFN)  # of an expert that every token passes
+ROUTED = tuple(f"experts.{kind}" for kind in FFN)  # of all experts that tokens are routed to
+FEED_FORWARD = FFN + SHARED + ROUTED
+MATRICES = FEED_FORWARD + ATTENTION_ROLES  # what a user may name
 OUTPUT_PROJECTIONS = ("o", "out")  # lead back to the model width; the others are input projections
+
+
+def expert_role(kind: str, expert: int) -> str:
+    """The role of one expert's matrix, such as `experts.3.in`."""
+    return f"experts.{expert}.{kind}"
+
+
+def family(role: str) -> str:
+    """`experts.in` of `experts.3.in`, the same matrix of all experts; another role itself."""
+    owner, _, kind = role.rpartition(".")
+    return f"experts.{kind}" if owner.startswith("experts.") else role
+
+
+def is_output_projection(role: str) -> bool:
+    """Whether the role leads back to the model width."""
+    return role.rpartition(".")[2] in OUTPUT_PROJECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +71,20 @@ class Geometry:
             return tuple(role for role, _ in self.shapes)
         return ATTENTION + (FFN if self.gated else ("in", "out"))
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The roles, the same matrix of all experts once."""
+        return tuple(dict.fromkeys(map(family, self.roles)))
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The roles of a family, expert by expert; of another role itself; none: it is not here."""
+        return tuple(role for role in self.roles if name in (role, family(role)))
+
+    @property
+    def experts(self) -> int:
+        """How many experts tokens are routed to."""
+        return len(self.members("experts.out"))
+
     def shape(self, role: str) -> tuple[int, int]:
         """Rows and columns of the role matrix."""
         if self.shapes is not None:
@@ -74,11 +108,11 @@ class Geometry:
 
     def inputs(self, role: str) -> int:
         """Width of what the role's matrix reads."""
-        return self.shape(role)[role not in OUTPUT_PROJECTIONS]
+        return self.shape(role)[not is_output_projection(role)]
 
     def outputs(self, role: str) -> int:
         """Width of what it gives."""
-        return self.shape(role)[role in OUTPUT_PROJECTIONS]
+        return self.shape(role)[is_output_projection(role)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +201,28 @@ def _check_equal_shapes(roles: Sequence[str], geo: Geometry) -> None:
         raise UserError(f"matrices of unequal shapes cannot be stacked whole: {sizes}")
 
 
+def _stack_experts(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
+    """(E, F, D, S): the S matrices of every expert, S = 1 for matrices of one kind."""
+    w_SEFD = torch.stack(list(w_ID)).unflatten(0, (-1, geo.experts))
+    return w_SEFD.permute(1, 2, 3, 0)
+
+
+def _unstack_experts(w_EFDS: Tensor, geo: Geometry, count: int) -> list[Tensor]:
+    return list(w_EFDS.permute(3, 0, 1, 2).flatten(0, 1).unbind())
+
+
+def _check_experts(roles: Sequence[str], geo: Geometry) -> None:
+    """Each kind of matrix of all experts, kind after kind, all of one shape."""
+    kinds = list(dict.fromkeys(family(role) for role in roles))
+    want = [role for kind in kinds for role in geo.members(kind)]
+    if not geo.experts or list(roles) != want:
+        raise UserError(
+            "stacking experts needs the same matrices of all experts of a layer, kind after kind, "
+            f"got {', '.join(roles)}"
+        )
+    _check_equal_shapes(roles, geo)
+
+
 def _stack_matrices(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
     return torch.stack(list(w_ID), dim=2)  # (I, D, M)
 
@@ -183,3 +239,4 @@ STACKINGS.register("matrix")(Stacking(lambda w, geo: w[0], lambda w, geo, count:
 STACKINGS.register("matrices")(
     Stacking(_stack_matrices, lambda w, geo, count: list(w.unbind(2)), _check_equal_shapes)
 )
+STACKINGS.register("experts")(Stacking(_stack_experts, _unstack_experts, _check_experts))

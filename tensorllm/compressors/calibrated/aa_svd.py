@@ -26,7 +26,7 @@ from tensorllm.compressors.matrix import (
 )
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import LowRank
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import is_output_projection
 
 # Of the mean variance. Inputs that come out of compressed matrices lie in a subspace; beyond it
 # there is rounding only, which the fit would otherwise blow up.
@@ -70,7 +70,7 @@ class AASVD(MatrixFit):
             factors = anchored(
                 map_of(w_ID, role), *context.shifted_covariances(role), self.rank_of(w_ID.shape)
             )
-            out[site] = low_rank(*factors, transposed=role in OUTPUT_PROJECTIONS, like=w_ID)
+            out[site] = low_rank(*factors, transposed=is_output_projection(role), like=w_ID)
             context.put(site, out[site])
         return self._refined(context, out) if self.refine_epochs else LayerResult(out)
 

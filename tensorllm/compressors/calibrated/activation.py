@@ -31,7 +31,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.pivoted import pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
-from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric, left_out, projection, regression
 
 
@@ -207,7 +207,7 @@ class _AtWidth:
             metric = Metric(context.width_covariance(key))
             return cls(metric, context.carried_covariance(key), None)
         cross_DD, seen_DD = context.shifted_at_width(key)
-        writes = key[0] in OUTPUT_PROJECTIONS
+        writes = is_output_projection(key[0])
         metric = Metric(context.width_covariance(key) if writes else seen_DD)
         return cls(metric, seen_DD, regression(cross_DD, seen_DD, ridge))
 
@@ -215,7 +215,7 @@ class _AtWidth:
         """The map of this rank that errs least, its large products in the dtype of the weights."""
         w_MX = stacked({role: context.weight(role) for role in roles}, roles)
         correct = self.correction_DD
-        if roles[0] in OUTPUT_PROJECTIONS:
+        if is_output_projection(roles[0]):
             carried_DD = self.carried_DD
             if correct is not None:
                 carried_DD = correct @ carried_DD @ correct.mT

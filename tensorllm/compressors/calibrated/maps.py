@@ -13,7 +13,7 @@ from tensorllm.compressors.base import Site
 from tensorllm.tensors.factors import wide
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot
 from tensorllm.tensors.shared_input import rows_stacking
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS, Geometry
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 Group = tuple[str, ...]  # roles that read one input and share an input factor
 
@@ -38,13 +38,13 @@ def map_shape(geometry: Geometry, roles: Group) -> tuple[int, int]:
 def stacked(weights: Mapping[str, Tensor], roles: Group) -> Tensor:
     """Role matrices (I, D) as maps stacked (M, X), in float32 or wider, on their device."""
     parts = [wide(weights[role]) for role in roles]
-    return torch.cat([w.mT if roles[0] in OUTPUT_PROJECTIONS else w for w in parts])
+    return torch.cat([w.mT if is_output_projection(roles[0]) else w for w in parts])
 
 
 def unstacked(map_: Map, roles: Group, geometry: Geometry) -> dict[str, Tensor]:
     """The role matrices (I, D) that a map stands for."""
     w_MX = map_.left_MR @ map_.right_RX
-    if roles[0] in OUTPUT_PROJECTIONS:
+    if is_output_projection(roles[0]):
         return {roles[0]: w_MX.mT}
     parts = w_MX.split([geometry.outputs(role) for role in roles])
     return dict(zip(roles, parts, strict=True))
@@ -52,7 +52,7 @@ def unstacked(map_: Map, roles: Group, geometry: Geometry) -> dict[str, Tensor]:
 
 def pivoted(left_MR: Tensor, right_RX: Tensor, roles: Group) -> PivotedLowRank:
     """A map's factors as those of the site's tensor: o and out are stacked transposed."""
-    if roles[0] in OUTPUT_PROJECTIONS:
+    if is_output_projection(roles[0]):
         factors = pivot(right_RX.mT, left_MR.mT)
     else:
         factors = pivot(left_MR, right_RX)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensorllm.compressors.base import LayerContext, LayerResult, Site
 from tensorllm.compressors.calibrated.maps import Map, pivoted, unstacked
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import is_output_projection
 from tensorllm.tensors.weighted import Metric
 
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
@@ -63,7 +63,7 @@ def refit(
         context: the compressed layer, with the factors as they were fitted.
         metrics: at the model's width, of each site.
     """
-    writes = {site: site.roles[0] in OUTPUT_PROJECTIONS for site in fitted}
+    writes = {site: is_output_projection(site.roles[0]) for site in fitted}
     maps = {s: Balanced(map_, metrics[s], writes=writes[s]) for s, map_ in fitted.items()}
     before = context.output_error()
     parameters = [p for each in maps.values() for p in each.parameters()]

@@ -27,7 +27,7 @@ from tensorllm.compressors.matrix import (
     truncated,
 )
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.stacking import OUTPUT_PROJECTIONS
+from tensorllm.tensors.stacking import is_output_projection
 
 
 @COMPRESSORS.register("svd-llm")
@@ -70,7 +70,7 @@ class SVDLLMSequential(MatrixFit):
             _, seen_XX = context.shifted_covariances(role)
             right_XR = seen_XX.to(w_YX) @ v_RX.mT
             u_YR = torch.linalg.lstsq(v_RX @ right_XR, (w_YX @ right_XR).mT).solution.mT
-            out[site] = low_rank(u_YR, v_RX, transposed=role in OUTPUT_PROJECTIONS, like=w_ID)
+            out[site] = low_rank(u_YR, v_RX, transposed=is_output_projection(role), like=w_ID)
             context.put(site, out[site])
         return LayerResult(out)
 

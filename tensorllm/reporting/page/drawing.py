@@ -8,34 +8,33 @@ from markupsafe import Markup, escape
 
 from tensorllm.compression.descriptions import picture_of
 from tensorllm.reporting.page.figures import times
-from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, ROUTED, SHARED, family
 
 Json = Mapping[str, Any]
 CELL, GAP, RIGHT = 26, 4, 84
 TALL = 240  # from here on the drawing stands beside the others, not in their row
+GROUPS = (("attention", ATTENTION_ROLES), ("FFN", FFN), ("shared", SHARED), ("experts", ROUTED))
 HEIGHT = 520  # of all layers together, at most; then their rows get thinner
 
 
 def model_drawing(report: Json) -> Markup:
     """Every layer with its matrices; of those that were edited the part that is left is filled."""
-    left = {
-        (layer, role): site["parameters_after"] / site["parameters_before"]
-        for site in report["sites"]
-        for layer in site["layers"]
-        for role in site["roles"]
-    }
-    there = report["layer_roles"]
-    roles = [role for role in (*ATTENTION_ROLES, *FFN) if any(role in layer for layer in there)]
+    left = _left(report)
+    there = [list(dict.fromkeys(map(family, layer))) for layer in report["layer_roles"]]
+    known = (*ATTENTION_ROLES, *FFN, *SHARED, *ROUTED)
+    roles = [role for role in known if any(role in layer for layer in there)]
     layers = len(there)
     row = max(5.0, min(34.0, HEIGHT / layers))
     start = 52 + 9 * len(str(layers - 1))  # room for "layer 27"
-    places = {r: start + n * (CELL + GAP) + (14 if n >= 4 else 0) for n, r in enumerate(roles)}
+    groups = [next(n for n, (_, group) in enumerate(GROUPS) if role in group) for role in roles]
+    apart = [14 * len({*groups[: n + 1]} - {groups[0]}) for n in range(len(roles))]
+    places = {r: start + n * (CELL + GAP) + apart[n] for n, r in enumerate(roles)}
     end = places[roles[-1]] + CELL
     head = 40
     edited = sorted({layer for layer, _ in left})
     out = [
         *_captions(places),
-        *(_text(places[r] + CELL / 2, 30, r, "role", "middle") for r in roles),
+        *(_text(places[r] + CELL / 2, 30, r.rpartition(".")[2], "role", "middle") for r in roles),
     ]
     for layer in range(layers):
         y = head + (layers - 1 - layer) * row
@@ -60,6 +59,21 @@ def model_drawing(report: Json) -> Markup:
     title = f"{layers} layers; edited: {', '.join(map(str, edited))}"
     tall = "model tall" if layers * row > TALL else "model"
     return _svg(end + RIGHT, head + layers * row + 2, out, title, tall)
+
+
+def _left(report: Json) -> dict[tuple[int, str], float]:
+    """The share that is left of each edited matrix; of one of all experts together."""
+    parts: dict[tuple[int, str], list[float]] = {}
+    for site in report["sites"]:
+        part = site["parameters_after"] / site["parameters_before"]
+        for layer in site["layers"]:
+            for role in site["roles"]:
+                parts.setdefault((layer, family(role)), []).append(part)
+    out = {}
+    for (layer, name), found in parts.items():
+        members = sum(family(role) == name for role in report["layer_roles"][layer])
+        out[layer, name] = (sum(found) + members - len(found)) / members
+    return out
 
 
 def _gains(left: Mapping[tuple[int, str], float], layer: int) -> str:
@@ -178,7 +192,7 @@ def _sub(number: int) -> str:
 def _captions(places: Mapping[str, float]) -> list[Markup]:
     """The names of attention and FFN over their columns, where the model has them."""
     out = []
-    for caption, group in (("attention", ATTENTION_ROLES), ("FFN", FFN)):
+    for caption, group in GROUPS:
         at = [places[role] for role in group if role in places]
         if at:
             out.append(_text((at[0] + at[-1] + CELL) / 2, 12, caption, "caps", "middle"))

@@ -7,10 +7,11 @@ from typing import Any
 from tensorllm.compression.descriptions import numbers
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, Picture, colour, shades
-from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FFN
+from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FEED_FORWARD, family
 
 Json = Mapping[str, Any]
 MODE_NAMES = ("model width", "head width", "stacked matrices", "heads")
+EXPERT_MODES = ("experts", "inner width", "model width", "stacked matrices")
 NAMED = 6  # lines that a legend names one by one
 
 
@@ -21,7 +22,8 @@ def spectra_pictures(
     groups: dict[tuple[str, int, bool], list[tuple[Json, Json]]] = {}
     for site in sites:
         for spectrum in details.get(site["name"], {}).get("spectra", ()):
-            key = ("".join(site["roles"]), spectrum["mode"], len(site["shape"]) == 2)
+            roles = "".join(_families(site["roles"]))
+            key = (roles, spectrum["mode"], len(site["shape"]) == 2)
             groups.setdefault(key, []).append((site, spectrum))
     return [
         _spectra(canvas, roles, mode, flat, pairs, f"{prefix}spectrum-{roles}-{mode + 1}")
@@ -68,10 +70,17 @@ def _spectra(
 
 def _title(site: Json, roles: str, mode: int | None) -> str:
     part = "Attention" if set(roles) <= set(ATTENTION_ROLES) else "FFN"
+    named = "+".join(_families(site["roles"]))
     if mode is None:
-        return f"{part} matrix {'+'.join(site['roles'])} ({site['shape'][0]} × {site['shape'][1]})"
-    matrix = "" if set(roles) == set(ATTENTION) else f" {'+'.join(site['roles'])}"
-    return f"{part}{matrix}, mode {mode + 1}: {MODE_NAMES[mode]}"
+        return f"{part} matrix {named} ({site['shape'][0]} × {site['shape'][1]})"
+    matrix = "" if set(roles) == set(ATTENTION) else f" {named}"
+    modes = EXPERT_MODES if site["stacking"] == "experts" else MODE_NAMES
+    return f"{part}{matrix}, mode {mode + 1}: {modes[mode]}"
+
+
+def _families(roles: Sequence[str]) -> list[str]:
+    """The roles, the same matrix of all experts once."""
+    return list(dict.fromkeys(map(family, roles)))
 
 
 def _cut(pairs: Sequence[tuple[Json, Json]]) -> str:
@@ -96,9 +105,13 @@ def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> 
         return []
     out = []
     layers = sorted({m["layer"] for m in matrices})
-    roles = [r for r in (*ATTENTION_ROLES, *FFN) if any(m["role"] == r for m in matrices)]
-    errors = {(m["role"], m["layer"]): m["relative_error"] for m in matrices}
-    if len(matrices) > 1:
+    found: dict[tuple[str, int], list[float]] = {}  # of experts: the same matrix of all
+    for m in matrices:
+        found.setdefault((family(m["role"]), m["layer"]), []).append(m["relative_error"])
+    errors = {where: hypot(*each) / len(each) ** 0.5 for where, each in found.items()}
+    known = (*ATTENTION_ROLES, *FEED_FORWARD)
+    roles = [role for role in known if any(role == of for of, _ in errors)]
+    if len(errors) > 1:
         cells = [[errors.get((role, layer)) for layer in layers] for role in roles]
         out.append(
             heatmap(

@@ -1,0 +1,67 @@
+"""What the experts of a mixture read of a calibration text: only tokens that are routed to them.
+
+Shapes: B sequences, T positions, M tokens of one expert, X width of an input.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorllm.calibration.covariances import Key
+from tensorllm.models import RoleMatrices
+from tensorllm.models.experts import tokens_at_experts
+from tensorllm.tensors.stacking import is_output_projection
+
+Seen = Callable[[Key, Tensor], None]  # told what (M, X) a key read
+
+
+def is_of_experts(roles: RoleMatrices, key: Key) -> bool:
+    """Whether the key's roles are those of an expert that tokens are routed to."""
+    return roles.stored(key[0], key[1][0]).experts is not None
+
+
+def watch(
+    model: nn.Module,
+    roles: RoleMatrices,
+    keys: Sequence[Key],
+    kept: Callable[[], Tensor],
+    seen: Seen,
+) -> Iterator[Any]:
+    """Hooks on the mixtures of these keys; one for each layer.
+
+    Args:
+        kept: mask (B, T) of the running batch: true where there is a token.
+        seen: called for every expert that has a token in the batch.
+    """
+    for layer in dict.fromkeys(key[0] for key in keys):
+        experts = roles.mixtures[layer].experts
+        module = model.get_submodule(f"{roles.layer_path(layer)}.{experts.path}")
+        by_role = {role: key for key in keys if key[0] == layer for role in key[1]}
+        hook = _hook(roles, layer, by_role, kept, seen)
+        yield module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _hook(
+    roles: RoleMatrices,
+    layer: int,
+    by_role: Mapping[str, Key],
+    kept: Callable[[], Tensor],
+    seen: Seen,
+) -> Callable[..., None]:
+    experts = roles.mixtures[layer].experts
+    of_expert: dict[int, dict[bool, Key]] = {}
+    for role, key in by_role.items():
+        of_expert.setdefault(int(role.split(".")[1]), {})[is_output_projection(role)] = key
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        given = (*args, *kwargs.values())
+        kept_N = kept().flatten().to(given[0].device)
+        with torch.no_grad():
+            found = tokens_at_experts(module, experts, given[0].detach(), given[1:], kept_N)
+            for expert, x_MD, h_MF in found:
+                for outputs, key in of_expert.get(expert, {}).items():
+                    seen(key, h_MF if outputs else x_MD)
+
+    return see

@@ -1,0 +1,146 @@
+"""All experts of a layer as one tensor, decomposed where its errors are weighted mode by mode.
+
+W (E, F, D, S) holds the S matrices of each of E experts; F is the experts' inner width and D the
+model width, so output projections lie transposed. A mode whose rank is its size is left alone: it
+has no factor and costs nothing. With a root S_n of the weights of each mode's errors,
+W ×_n S_n is decomposed and the roots are taken out of factors and core again, so that
+||(W - dense) ×_n S_n|| is small (multilinear whitening; TD-MoE, ICLR 2026).
+Shapes: N size of a mode, R rank, B rank of the inner mode.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tensorllm.tensors.allocation import Curve
+from tensorllm.tensors.energy import SizedCurve, candidates
+from tensorllm.tensors.factors import Tucker
+from tensorllm.tensors.frontier import front_of
+from tensorllm.tensors.tucker import tucker
+from tensorllm.tensors.unfold import project
+
+EXPERTS, INNER, WIDTH, MATRICES = range(4)  # the modes
+FLOOR = 1e-6  # of the mean eigenvalue: what a direction that was never seen counts
+EVERY = 2**21  # so many combinations of ranks are all tried; of more, in steps of 5 %
+# Mode -> symmetric root (N, N) of the weights of its errors; (E, F, F) on the inner mode: each
+# expert's own, where neither experts nor inner mode are compressed.
+Roots = Mapping[int, Tensor]
+
+
+def stored_numbers(shape: Sequence[int], ranks: Sequence[int]) -> int:
+    """Numbers in core and factors; a mode at its full size has no factor."""
+    cut = [(n, r) for n, r in zip(shape, ranks, strict=True) if r < n]
+    return math.prod(ranks) + sum(n * r for n, r in cut)
+
+
+def root_of(weights_NN: Tensor, mean: float | None = None, ridge: float = FLOOR) -> Tensor:
+    """The symmetric root (N, N) of weights over their mean eigenvalue, float64.
+
+    Args:
+        weights_NN: zero: nothing is known of the mode, and the root is the identity.
+        mean: divide by this instead.
+        ridge: of the mean eigenvalue, what is added to all.
+    """
+    weights_NN = weights_NN.double()
+    own = float(weights_NN.diagonal().mean())
+    if not own > 0:
+        return torch.eye(len(weights_NN), dtype=torch.float64, device=weights_NN.device)
+    values_N, v_NN = torch.linalg.eigh(weights_NN / own)
+    return (v_NN * ((values_N.clamp(min=0) + ridge) * own / (mean or own)).sqrt()) @ v_NN.mT
+
+
+def weighted(w: Tensor, roots: Roots) -> Tensor:
+    """W ×_n S_n over the modes that have a root, in float64 where there is one."""
+    for mode, root in roots.items():
+        w = _times(w.double(), root, mode)
+    return w
+
+
+def _times(w: Tensor, root: Tensor, mode: int) -> Tensor:
+    if root.ndim == 2:
+        return project(w, root, mode)
+    return torch.einsum("efds,efg->egds", w, root)
+
+
+def weighted_tucker(w: Tensor, ranks: Sequence[int], roots: Roots, *, sweeps: int = 1) -> Tucker:
+    """Factors with orthonormal columns that leave a small weighted error.
+
+    Args:
+        w: (E, F, D, S).
+        ranks: of all four modes.
+    """
+    cut = {mode: r for mode, r in enumerate(ranks) if r < w.shape[mode]}
+    found = tucker(weighted(w, roots), cut, sweeps=sweeps)
+    core, factors = found.core, dict(found.factors)
+    for mode, root in roots.items():
+        if mode in cut:
+            factors[mode] = torch.linalg.solve(root, factors[mode])
+        else:
+            core = _times(core, torch.linalg.inv(root), mode)
+    for mode in roots.keys() & cut.keys():  # dividing by a root has bent the columns
+        factors[mode], left_RR = torch.linalg.qr(factors[mode])
+        core = project(core, left_RR.mT, mode)
+    return Tucker(core, factors)
+
+
+def refitted(w: Tensor, found: Tucker, weights_of: Callable[[int], Tensor]) -> Tucker:
+    """The same factors with the best core for each expert's own weights of its inputs.
+
+    Every expert and matrix must have its own part of the core: only inner and width have a factor.
+
+    Args:
+        weights_of: (D, D) of an expert, positive definite; asked for one expert after the other.
+    """
+    u_DR = found.factors[WIDTH].double()
+    u_FB = found.factors.get(INNER)
+    core = torch.empty_like(found.core)
+    for expert, w_FDS in enumerate(w.unbind(0)):
+        seen_DR = weights_of(expert) @ u_DR
+        right_FRS = project(w_FDS.double(), seen_DR, 1)
+        right_BRS = right_FRS if u_FB is None else project(right_FRS, u_FB.double(), 0)
+        columns_RC = right_BRS.transpose(0, 1).flatten(1)
+        made_RC = torch.linalg.solve(u_DR.mT @ seen_DR, columns_RC)
+        core[expert] = made_RC.unflatten(1, right_BRS.shape[::2]).transpose(0, 1)
+    return Tucker(core, found.factors)
+
+
+def size_curve(w: Tensor, roots: Roots, modes: Sequence[int]) -> SizedCurve:
+    """The useful ranks by ascending cost, with the weighted error that truncating to them leaves.
+
+    From one full higher-order SVD: the error is the energy of the core outside the leading block.
+    The last size, all 0, leaves the tensor as it is. Errors are those of a tensor brought to a mean
+    square of one.
+
+    Args:
+        modes: which may have a rank below their size.
+    """
+    w = weighted(w, roots)
+    kept = tucker(w, {mode: w.shape[mode] for mode in modes}).core.square().double()
+    few = math.prod(w.shape[mode] for mode in modes) <= EVERY
+    axes = []
+    for mode, size in enumerate(w.shape):
+        if mode not in modes:
+            axis = torch.tensor([size])
+        else:
+            axis = torch.arange(1, size + 1) if few else candidates(size)
+        kept = kept.cumsum(mode).index_select(mode, (axis - 1).to(kept.device))
+        axes.append(axis)
+    total = float(kept.flatten()[-1])
+    ranks_NC = torch.cartesian_prod(*axes)
+    sizes_C = torch.tensor(w.shape)
+    cost_N = ranks_NC.prod(1) + torch.where(ranks_NC < sizes_C, ranks_NC * sizes_C, 0).sum(1)
+    scale = w.numel() / total if total else 0.0
+    error_N = (total - kept.flatten().cpu()).clamp(min=0) * scale
+    front = front_of(cost_N, error_N, w.numel() - 1)
+    cost = torch.cat((front.cost_N, torch.tensor([w.numel()])))
+    error = torch.cat((front.error_N, torch.zeros(1, dtype=torch.float64)))
+    chosen_NC = ranks_NC[front.picks_NC[:, 0] - 1]
+    return SizedCurve(Curve(cost, error), torch.cat((chosen_NC, torch.zeros_like(ranks_NC[:1]))))
+
+
+def ranks_within(found: SizedCurve, numbers: float) -> tuple[int, ...] | None:
+    """The ranks of least error that store at most `numbers`; None: even the smallest store more."""
+    affordable = int((found.curve.cost_S[:-1] <= numbers).sum())
+    return tuple(found.ranks_NC[affordable - 1].tolist()) if affordable else None
