@@ -46,7 +46,6 @@ KINDS = {
     "starcoder2": Kind("separate q, k, v, o", "plain FFN"),
     "glm4": Kind("separate q, k, v, o", "gate and in fused"),
     "gemma4_text": Kind("separate q, k, v, o", "gated FFN"),  # norms of values, shared KV
-    "gpt_oss": Kind("separate q, k, v, o"),  # sinks, experts
     "qwen3_next": Kind("separate q, k, v, o", layers=4, whole=(3,)),  # output gates, hybrid
     "jamba": Kind("separate q, k, v, o", "gated FFN", layers=5, whole=(4,)),
     "falcon_h1": Kind("separate q, k, v, o", "gated FFN"),
