@@ -22,6 +22,9 @@ def compress(request: CompressRequest, *, json: bool) -> None:
       tensorllm compress --model gptj --mode hybrid --out out/ --format factored
     """
     INTERRUPT.keeps(request.out, "--out")
+    if isinstance(request.target_ratio, tuple):
+        _several(request, as_json=json)
+        return
     with progress_bar("loading") as progress:
         from tensorllm.commands.compress import run
 
@@ -36,3 +39,17 @@ def compress(request: CompressRequest, *, json: bool) -> None:
     print_result(result_tables(result))
     if request.out is not None and not request.dry_run:
         print_result(f"written to {request.out}")
+
+
+def _several(request: CompressRequest, *, as_json: bool) -> None:
+    with progress_bar("loading") as progress:
+        from tensorllm.commands.compress import run_sizes
+
+        reports = run_sizes(request, progress)
+    if as_json:
+        print_json([report.to_json() for report in reports])
+        return
+    from tensorllm.reporting.tables import sizes_table
+
+    print_result(sizes_table(reports))
+    print_result(f"written to folders in {request.out}")

@@ -145,6 +145,15 @@ def assignments(flag: str, items: list[str]) -> dict[str, Any]:
     return out
 
 
+def numbers(flag: str, text: str) -> float | tuple[float, ...]:
+    """`1.5` as a number, `1.2,1.5,2` as several."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} takes numbers such as 1.5 or 1.2,1.5,2; got {text!r}") from None
+    return found[0] if len(found) == 1 else found
+
+
 def shares(flag: str, text: str) -> tuple[float, ...]:
     """`0.5,0.9` as shares in (0, 1]."""
     try:

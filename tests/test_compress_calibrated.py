@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import tensorllm as tl
 from tensorllm.calibration.store import Store
-from tensorllm.commands.compress import run
+from tensorllm.commands.compress import run, run_sizes
 from tensorllm.data.demo import MODEL_DIR, questions
 from tensorllm.errors import UserError
-from tensorllm.reporting.tables import result_tables
+from tensorllm.reporting.tables import result_tables, sizes_table
 from tensorllm.requests.compress import CompressRequest
 
 
@@ -174,3 +175,30 @@ def test_an_interrupted_fit_in_memory_goes_on(text, tmp_path, monkeypatch):
     for one, other in zip(*weights, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert not (tmp_path / ".again.fit").exists()
+
+
+def test_several_sizes_from_one_measurement(text, tmp_path):
+    """Each folder is as large as one that was made alone, and opens by itself."""
+    asked = replace(
+        request(text, refit_epochs=0), target_ratio=(1.5, 2.5), out=tmp_path / "out", seed=1
+    )
+    reports = run_sizes(asked)
+    for ratio, report in zip((1.5, 2.5), reports, strict=True):
+        folder = tmp_path / "out" / f"{ratio:g}"
+        assert report.settings["target_ratio"] == ratio
+        assert report.ratios()["matrices_compressed"] == pytest.approx(ratio, rel=0.02)
+        assert tl.load(folder) is not None
+    alone = run(replace(asked, target_ratio=2.5, out=tmp_path / "alone"))
+    assert alone.totals.parameters_after == pytest.approx(
+        reports[1].totals.parameters_after, rel=0.01
+    )
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(sizes_table(reports))
+    assert "2.5" in console.export_text()
+
+
+@pytest.mark.parametrize("wrong", [{"calibration": None}, {"out": None}, {"stream": True}])
+def test_several_sizes_need_a_text_and_a_folder(wrong, text, tmp_path):
+    asked = replace(request(text), target_ratio=(1.5, 2.0), out=tmp_path / "out")
+    with pytest.raises(UserError, match="several ratios need --calibration FILE and --out FOLDER"):
+        run_sizes(replace(asked, **wrong))

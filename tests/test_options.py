@@ -48,6 +48,7 @@ PARSED: dict[Any, tuple[list[str], Any]] = {
     options.candidates: (["0,3-5"], (0, 3, 4, 5)),
     options.whole_numbers: (["304,19,2"], (304, 19, 2)),
     options.names: (["in,out"], ("in", "out")),
+    options.numbers: (["1.2,2"], (1.2, 2.0)),
     options.shares: (["0.5,0.9"], (0.5, 0.9)),
     options.values: (["8,0.5,in+out"], (8, 0.5, "in+out")),
     options.seconds: (["2m"], 120.0),

@@ -156,7 +156,7 @@ def test_memory_folder_and_factors_agree(name: str, tmp_path: Path) -> None:
             assert text.shape == (1, IDS.shape[1] + 2)
 
 
-@pytest.mark.parametrize("name", ["cohere", "olmo2", "glm4", "gpt_oss", "bloom", "codegen"])
+@pytest.mark.parametrize("name", ["cohere", "olmo2", "glm4", "bloom", "codegen"])
 @pytest.mark.parametrize("mode", ["svd-llm", "activation-tucker"])
 def test_modes_fitted_to_text_work(name: str, mode: str) -> None:
     drawn = torch.randint(3, 80, (16, 16), generator=torch.Generator().manual_seed(3)).tolist()

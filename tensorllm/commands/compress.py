@@ -1,8 +1,10 @@
 """`tensorllm compress`: from a request to a compressed model and its report."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from tensorllm.calibration.fit import fit_sizes
 from tensorllm.calibration.overlap import refuse_evaluated
 from tensorllm.calibration.ranks import joined
 from tensorllm.calibration.sequences import Calibration, read_calibration
@@ -64,6 +66,39 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
             report = _to_folder(task, progress, score)
         log.compression(report.to_json())
     return report
+
+
+def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[CompressionReport]:
+    """A folder for each of several ratios, all from one measurement of the calibration text.
+
+    Raises:
+        UserError: as `run`; and without `calibration` and `out`, or where sizes are searched for.
+        Incomplete: a folder could not be finished; those before it are there.
+    """
+    ratios = request.target_ratio
+    assert isinstance(ratios, tuple), "asked only for several"
+    if request.calibration is None or request.out is None or request.stream or request.dry_run:
+        raise UserError(
+            "several ratios need --calibration FILE and --out FOLDER, and no --stream or --dry-run"
+        )
+    load_plugins(request.plugins)
+    made = []
+    for ratio in ratios:
+        one = replace(request, target_ratio=ratio, out=request.out / f"{ratio:g}")
+        made.append(_task(completed(one, recipe_of(one)), recipe_of(one))[0])
+    first = made[0]
+    assert first.calibration is not None
+    assert isinstance(first.compressor, Compressor)
+    targets = [Budget(target_ratio=ratio) for ratio in ratios]
+    model = Loader(first.source, first.dtype, first.device, language=False)()
+    fits = fit_sizes(
+        first.compressor, model, first.calibration, targets, first.layers, progress=progress
+    )
+    del model
+    return [
+        compress_folder(replace(task, compressor=fitted, budget=None, calibration=None), progress)
+        for task, fitted in zip(made, fits, strict=True)
+    ]
 
 
 def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source, str | None]:

@@ -49,6 +49,23 @@ def _policy(report: CompressionReport) -> str:
     )
 
 
+def sizes_table(reports: Sequence[CompressionReport]) -> RenderableType:
+    """Compressions of one model to several sizes, side by side."""
+    table = new_table(
+        "target ratio", "matrices", "whole model", "parameters", "files", number_from=1
+    )
+    for report in reports:
+        ratios, after = report.ratios(), report.totals.bytes_after
+        table.add_row(
+            f"{report.settings['target_ratio']:g}",
+            f"{ratios['matrices_compressed']:.3f}",
+            f"{ratios['whole_model']:.3f}",
+            count(report.totals.parameters_after),
+            "" if after is None else size(after),
+        )
+    return table
+
+
 def plan_table(plan: DryRun) -> RenderableType:
     """What a run would do, for `--dry-run`."""
     table = new_table("site", "shape", "parameters", "after", "ratio", number_from=2)

@@ -52,7 +52,13 @@ class CompressRequest:
     ] = None
     layout: Annotated[str | None, shared.LAYOUT] = None
     target_ratio: Annotated[
-        float | None, Option("Instead: how much smaller, over 1; spread over layers.")
+        float | tuple[float, ...] | None,
+        Option(
+            "Instead: how much smaller, over 1; spread over layers. Several, as 1.2,1.5,2: "
+            "folders OUT/1.2, ... from one measurement of --calibration.",
+            parse=options.numbers,
+            metavar="X",
+        ),
     ] = None
     target_params: Annotated[
         int | None, Option("Instead: parameters that the whole model may keep.")
