@@ -11,7 +11,8 @@ from cli_runs import piped
 from tiny_models import tiny_model
 
 from tensorllm.commands.search import run
-from tensorllm.compressors.base import COMPRESSORS, Dimension, Job, Leaf, Site
+from tensorllm.compressors.base import COMPRESSORS, Dimension, Job, Leaf
+from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.requests.search import SearchRequest

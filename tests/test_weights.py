@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.factors import LowRank
 from tensorllm.weights import dense_matrices, edited, restored, stacked, write_dense

@@ -16,7 +16,7 @@ from tensorllm.calibration.covariances import Covariances, Key
 from tensorllm.calibration.layers import Layers, Remembered, Tap
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.store import Hidden, Store
-from tensorllm.compressors.base import MatrixStatistics, Site, Size
+from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
@@ -129,7 +129,7 @@ class Original:
 
 
 class Context:
-    """See `compressors.base.LayerContext`, which this implements.
+    """See `compressors.layer.LayerContext`, which this implements.
 
     Args:
         original, compressed: the layer twice; what is `put` goes into the compressed one.

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from tensorllm.calibration.sequences import Batch, Calibration
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors

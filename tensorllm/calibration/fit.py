@@ -21,8 +21,9 @@ from tensorllm.calibration.statistics import frozen
 from tensorllm.calibration.store import Store
 from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.compressors.base import Compressor, Site
+from tensorllm.compressors.base import Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.layer import Site
 from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError

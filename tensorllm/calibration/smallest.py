@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensorllm.calibration.context import LayerModule
 from tensorllm.calibration.sequences import Batch
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors

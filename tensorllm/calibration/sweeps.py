@@ -21,14 +21,9 @@ from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.statistics import MEASURED_TOKENS, Measurement, measure_loss, sampled
 from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep
-from tensorllm.compressors.base import (
-    Compressor,
-    ErrorCurve,
-    LayerFit,
-    Site,
-    Size,
-)
+from tensorllm.compressors.base import Compressor, ErrorCurve, LayerFit
 from tensorllm.compressors.budget import Budget
+from tensorllm.compressors.layer import Site, Size
 from tensorllm.models.task import text_config_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors

@@ -9,7 +9,8 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.allocation import Curve, allocate, error_of
 
 if TYPE_CHECKING:
-    from tensorllm.compressors.base import ErrorCurve, Site, Size, Ways
+    from tensorllm.compressors.base import ErrorCurve, Ways
+    from tensorllm.compressors.layer import Site, Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,18 +10,9 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import (
-    COMPRESSORS,
-    Dimension,
-    ErrorCurve,
-    Job,
-    Leaf,
-    MatrixStatistics,
-    Needs,
-    Site,
-    Size,
-)
+from tensorllm.compressors.base import COMPRESSORS, Dimension, ErrorCurve, Job, Leaf, Needs
 from tensorllm.compressors.checks import check_roles
+from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.compressors.matrix import KEPT
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec

@@ -6,17 +6,9 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 
-from tensorllm.compressors.base import (
-    COMPRESSORS,
-    Dimension,
-    ErrorCurve,
-    Job,
-    Leaf,
-    MatrixStatistics,
-    Site,
-    Size,
-)
+from tensorllm.compressors.base import COMPRESSORS, Dimension, ErrorCurve, Job, Leaf
 from tensorllm.compressors.checks import check_roles, check_seed
+from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value

@@ -14,17 +14,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import (
-    Dimension,
-    ErrorCurve,
-    Job,
-    LayerFit,
-    Leaf,
-    MatrixStatistics,
-    Site,
-    Size,
-)
+from tensorllm.compressors.base import Dimension, ErrorCurve, Job, LayerFit, Leaf
 from tensorllm.compressors.checks import check_roles
+from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, MatrixStatistics
+from tensorllm.compressors.base import COMPRESSORS
+from tensorllm.compressors.layer import MatrixStatistics
 from tensorllm.compressors.matrix import MatrixSVD, Root
 
 

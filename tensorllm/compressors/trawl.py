@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Job, Leaf, MatrixStatistics, Site
+from tensorllm.compressors.base import COMPRESSORS, Job, Leaf
 from tensorllm.compressors.checks import check_roles, check_seed
+from tensorllm.compressors.layer import MatrixStatistics, Site
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of

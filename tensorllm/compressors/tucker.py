@@ -11,17 +11,9 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from torch import Tensor
 
-from tensorllm.compressors.base import (
-    COMPRESSORS,
-    Dimension,
-    ErrorCurve,
-    Job,
-    Leaf,
-    MatrixStatistics,
-    Site,
-    Size,
-)
+from tensorllm.compressors.base import COMPRESSORS, Dimension, ErrorCurve, Job, Leaf
 from tensorllm.compressors.checks import check_roles
+from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value

@@ -9,7 +9,7 @@ takes as long as reading many weights. The constants are fitted on two CPU cores
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
 from tensorllm.runtime.experts import USED
 from tensorllm.runtime.sites import Cost, SiteModule, module_for

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.models.experts import Experts, bias_of, gated, routing_of
 from tensorllm.runtime.sites import Cost, SiteModule, runs
 from tensorllm.tensors.factors import Factors, Tucker, parameters

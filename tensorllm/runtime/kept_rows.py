@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.runtime.sites import Cost, SiteModule, runs
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.kept_rows import KeptRows

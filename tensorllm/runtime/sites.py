@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 

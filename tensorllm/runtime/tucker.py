@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.runtime.sites import PROMPT, Cost, SiteModule, runs
 from tensorllm.tensors.factors import CP, Factors, Tucker, parameters, wide
 from tensorllm.tensors.stacking import Geometry

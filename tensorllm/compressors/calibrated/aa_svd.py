@@ -10,13 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import (
-    COMPRESSORS,
-    LayerContext,
-    LayerResult,
-    Site,
-)
+from tensorllm.compressors.base import COMPRESSORS, LayerResult
 from tensorllm.compressors.calibrated.svd_llm import in_order, whitening
+from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.compressors.matrix import (
     MatrixFit,
     Root,

@@ -15,17 +15,16 @@ from tensorllm.compressors.base import (
     ErrorCurve,
     GradientOf,
     Job,
-    LayerContext,
     LayerFit,
     LayerResult,
     Needs,
-    Site,
     Ways,
 )
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, pivoted, site_of, stacked
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, refit
 from tensorllm.compressors.checks import check_seed
+from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, MatrixStatistics, Needs
+from tensorllm.compressors.base import COMPRESSORS, Needs
+from tensorllm.compressors.layer import MatrixStatistics
 from tensorllm.compressors.matrix import MatrixSVD, Root
 from tensorllm.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import Site
+from tensorllm.compressors.layer import Site
 from tensorllm.tensors.factors import wide
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot
 from tensorllm.tensors.shared_input import rows_stacking

@@ -11,16 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import (
-    COMPRESSORS,
-    Dimension,
-    Job,
-    LayerContext,
-    LayerFit,
-    LayerResult,
-    Site,
-)
+from tensorllm.compressors.base import COMPRESSORS, Dimension, Job, LayerFit, LayerResult
 from tensorllm.compressors.checks import check_roles
+from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.compressors.matrix import KEPT, kept_settings
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tensorllm.compressors.base import LayerContext, LayerResult, Site
+from tensorllm.compressors.base import LayerResult
 from tensorllm.compressors.calibrated.maps import Map, pivoted, unstacked
+from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.stacking import is_output_projection
 from tensorllm.tensors.weighted import Metric
 
