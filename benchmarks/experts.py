@@ -1,6 +1,6 @@
 """Experts of a mixture at equal size: one Tucker tensor against an SVD of each matrix.
 
-    python scripts/train_moe.py FOLDER
+    python benchmarks/support/train_moe.py FOLDER
     python benchmarks/experts.py --model FOLDER
 
 Only the experts' matrices are compressed. Scored is the text that the model was not trained on, in
@@ -20,7 +20,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from results import RESULTS, ROOT, Comparison, begin, parser, save
+from support import train_moe
+from support.results import RESULTS, Comparison, begin, parser, save
 from torch import nn
 
 from tensorllm.calibration import Calibration
@@ -32,9 +33,6 @@ from tensorllm.compressors.settings import make_compressor
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.runtime.measure import interleaved, medians
 from tensorllm.tensors.stacking import ROUTED
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import train_moe
 
 REMOVED = (0.2, 0.4, 0.6)
 LENGTH, SEQUENCES = 128, 128
@@ -244,7 +242,9 @@ def calls(model: Any, small: Any, x_BTD: torch.Tensor) -> dict[str, Callable[[],
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--model", type=Path, help="folder that scripts/train_moe.py made")
+    options.add_argument("--model", type=Path, help="folder that support/train_moe.py made")
+        "--model", type=Path, help="folder that benchmarks/support/train_moe.py made"
+    )
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     sizes = ("uniform", "budget")
     options.add_argument("--sizes", nargs="+", choices=sizes, default=sizes)
@@ -255,7 +255,7 @@ def main() -> None:
         args.parts = ["speed"]  # the other needs a trained model
     if "quality" in args.parts:
         if args.model is None or not (args.model / "provenance.json").is_file():
-            sys.exit("give --model FOLDER, made by: python scripts/train_moe.py FOLDER")
+            sys.exit("give --model FOLDER, made by: python benchmarks/support/train_moe.py FOLDER")
         quality(args)
     if "speed" in args.parts:
         speed(args)

@@ -66,7 +66,7 @@ def run_model(name: str, args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for layer, role in matrices:
         w_ID = bench.roles.read(weights, layer, role).double()
-        weighted_ID = w_ID @ Metric(seen[layer, READERS]).roots[0]
+        weighted_ID = w_ID @ Metric(seen[layer, READERS]).root
         w_KHX = weighted_ID.reshape(-1, width, w_ID.shape[1]).transpose(0, 1)
         for ratio in bench.ratios:
             ours, (peer, p) = (f(w_KHX, w_ID.numel() / ratio) for f in (plain, with_head_factor))

@@ -108,12 +108,15 @@ EXPERTS: dict[str, Tiny] = {
         | {"layer_types": ["full_attention"] * 2},
     ),
 }
-EVERY = TINY | EXPERTS
+
+
+def _row(name: str) -> Tiny:
+    return TINY[name] if name in TINY else EXPERTS[name]
 
 
 def tiny_config(name: str, **overrides: Any) -> PretrainedConfig:
     """The config of a row; `overrides` are fields of its config class."""
-    row = EVERY[name]
+    row = _row(name)
     return AutoConfig.for_model(row.model_type, **{**SIZES, **row.config, **overrides})
 
 
@@ -128,7 +131,7 @@ def tiny_model(
         headless: the base model, without its language-model head.
         overrides: fields of its config class.
     """
-    masked = EVERY[name].task == "masked"
+    masked = _row(name).task == "masked"
     auto = AutoModel if headless else AutoModelForMaskedLM if masked else AutoModelForCausalLM
     model = auto.from_config(
         tiny_config(name, **overrides), dtype=torch.float32, attn_implementation="eager"

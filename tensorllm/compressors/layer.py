@@ -1,4 +1,4 @@
-"""What a strategy works on: sites, statistics of their matrices, one layer on a calibration text."""
+"""What a strategy works on: sites, statistics of their matrices, a layer on a calibration text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

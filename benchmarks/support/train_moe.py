@@ -1,4 +1,6 @@
-"""Train a small mixture of experts on text of several kinds: `python scripts/train_moe.py OUT`.
+"""Train a small mixture of experts on text of several kinds.
+
+    python benchmarks/support/train_moe.py OUT
 
 Qwen3-MoE architecture: 4 layers of 16 experts, 2 per token; ten minutes on one core. It is what
 benchmarks/experts.py compresses; no checkpoint of it is shipped. The same seed and number of
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-SHARED = os.environ.get("TENSORLLM_SHARED", Path(__file__).parents[2] / "shared")
+SHARED = os.environ.get("TENSORLLM_SHARED", Path(__file__).parents[3] / "shared")
 HELD_OUT = 0.1  # of the documents of each kind: the first ones, never trained on
 
 
