@@ -243,8 +243,6 @@ def calls(model: Any, small: Any, x_BTD: torch.Tensor) -> dict[str, Callable[[],
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", type=Path, help="folder that support/train_moe.py made")
-        "--model", type=Path, help="folder that benchmarks/support/train_moe.py made"
-    )
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     sizes = ("uniform", "budget")
     options.add_argument("--sizes", nargs="+", choices=sizes, default=sizes)

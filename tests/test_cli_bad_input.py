@@ -258,8 +258,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "config is empty": (write_config("{}"), ("config.json", "model_type")),
     "architecture unknown": (
         edit_config(model_type="t5"),
-        ("'t5'", "Known: bert", "docs/add_an_architecture.md"),
+        ("'t5'", "neither a causal nor a masked language model"),
     ),
+    "no attention": (edit_config(model_type="mamba"), ("'mamba'", "docs/add_an_architecture.md")),
     "model type unknown": (edit_config(model_type="llamma9"), ("config.json", "llamma9")),
     "width is a word": (edit_config(n_embd="wide"), ("config.json",)),
     "width contradicts": (edit_config(n_embd=64), ("(32, 32)", "config says (64, 64)")),

@@ -20,12 +20,13 @@ from tensorllm.checkpoint.loading import choices_of
 from tensorllm.commands.bench import bench
 from tensorllm.commands.compress import run
 from tensorllm.commands.evaluate import evaluate
+from tensorllm.commands.export import run as export_run
 from tensorllm.commands.generate import generate
 from tensorllm.compression.export import export
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.requests.compress import CompressRequest
 from tensorllm.requests.evaluate import EvaluateRequest
-from tensorllm.requests.others import BenchRequest, GenerateRequest
+from tensorllm.requests.others import BenchRequest, ExportRequest, GenerateRequest
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.measure import interleaved, weight_bytes
 from tensorllm_cli import bench as bench_command
@@ -117,7 +118,7 @@ def test_export_is_the_dense_model(story_folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="exists"):
         export(story_folder, tmp_path / "dense")
     with pytest.raises(UserError, match="got 'gguf'"):
-        export(story_folder, tmp_path / "other", format="gguf")
+        export_run(ExportRequest(folder=story_folder, out=tmp_path / "other", format="gguf"))
     export(story_folder, tmp_path / "half", dtype=torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
@@ -211,12 +212,15 @@ def test_warming_up_is_over_before_the_first_turn(monkeypatch):
 def test_a_chat_is_answered_through_the_template(story_folder: Path, tmp_path: Path):
     folder = tmp_path / "chat"
     shutil.copytree(story_folder, folder)
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %} and then"
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %} and then"
     (folder / "chat_template.jinja").write_text(template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rendered = f"{tokenizer.bos_token}Once upon a time and then"
+    (ids,) = as_messages(tokenizer, ["Once upon a time"], "it")
+    assert ids == tokenizer(rendered, add_special_tokens=False).input_ids
     asked = GenerateRequest(model=str(folder), prompts=("Once upon a time",), max_new_tokens=6)
-    (plain,) = generate(replace(asked, prompts=("Once upon a time and then",)))
     (answer,) = generate(replace(asked, chat=True))
-    assert plain.endswith(answer.strip())
+    assert answer
     assert "Once upon" not in answer
     with pytest.raises(UserError, match="has no chat template"):
         generate(GenerateRequest(model=str(story_folder), prompts=("a",), chat=True))
