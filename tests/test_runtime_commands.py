@@ -23,6 +23,7 @@ from tensorllm.commands.evaluate import evaluate
 from tensorllm.commands.export import run as export_run
 from tensorllm.commands.generate import generate
 from tensorllm.compression.export import export
+from tensorllm.data.tokens import as_messages
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.requests.compress import CompressRequest
 from tensorllm.requests.evaluate import EvaluateRequest
