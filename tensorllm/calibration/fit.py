@@ -113,7 +113,7 @@ def fit(
         if target is not None and target.max_loss_increase is not None:
             return _smallest(work, model, calibration, target)
         sites = work.run(target)
-        steps = getattr(compressor, "distill_steps", 0)
+        steps = compressor.training_steps
         if steps:
             from tensorllm.calibration.distill import distill  # Lightning takes seconds to import
 
@@ -198,7 +198,7 @@ def fit_folder(
         UserError: as `fit`; also for what needs the whole model: gradients of the loss.
     """
     target = budget or compressor.budget
-    if getattr(compressor, "distill_steps", 0):
+    if compressor.training_steps:
         raise UserError("distillation trains against the whole model and cannot be streamed")
     if target is not None and target.max_loss_increase is not None:
         raise UserError("max_loss_increase tries many sizes and cannot be streamed; give a target")

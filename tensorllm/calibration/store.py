@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.io import no_space, write_tensors
+from tensorllm.io import TEMPORARY, no_space, write_tensors, write_text
 
 FINGERPRINT = "fit.json"
 BACKWARDS = 3  # passes forward that a step of training costs, for which single states are read
@@ -42,14 +42,12 @@ class Store:
         if mark.is_file() and mark.read_text() == said:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = mark.with_suffix(".tmp")
-        held = [path for path in folder.iterdir() if path not in (mark, temporary)]
+        held = [p for p in folder.iterdir() if p != mark and p.suffix != TEMPORARY]
         if held and not mark.is_file():
             raise UserError(f"{folder} holds {held[0].name}, which no fit left there; give another")
         for path in held:
             path.unlink()
-        temporary.write_text(said)
-        temporary.replace(mark)
+        write_text(mark, said)
 
     def has(self, name: str) -> bool:
         return name in self._held if self.folder is None else self.path(name).is_file()

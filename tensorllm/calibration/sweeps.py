@@ -80,7 +80,7 @@ class Sweeps:
     @property
     def seed(self) -> int:
         """Of the random vectors or labels that gradients are sampled with."""
-        return int(getattr(self.compressor, "seed", 0))
+        return self.compressor.draws_by
 
     def run(self, budget: Budget | None) -> list[Site]:
         """Measured, shared out and fitted: the sites that have factors in the store now.

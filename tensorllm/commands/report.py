@@ -8,6 +8,7 @@ from typing import Any
 
 from tensorllm.compression.card import rewrite_card
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.io import write_text
 from tensorllm.reporting.page.render import GENERATOR, render
 from tensorllm.reporting.page.runs import Run, read_run
 from tensorllm.reporting.page.subjects import put_together
@@ -54,9 +55,7 @@ def report(runs: Sequence[Path], out: Path, *, cards: bool = False) -> Page:
     canvas = Canvas(out.with_name(f"{out.stem}_plots"))
     try:
         text = _rendered(read, canvas)
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        write_text(out, text)
         return Page(out, canvas.files, _extend_cards(read) if cards else [])
     except OSError as error:
         raise Incomplete(f"writing {out} failed: {error.strerror or error}") from None

@@ -108,6 +108,16 @@ class Compressor(ABC):
         return "outputs"
 
     @property
+    def training_steps(self) -> int:
+        """Steps in which all factors of the model are trained together after a fit."""
+        return 0
+
+    @property
+    def draws_by(self) -> int:
+        """The seed of the random vectors or labels that a fit samples gradients with."""
+        return 0
+
+    @property
     def budget(self) -> Budget | None:
         """The target size among the strategy's own settings; None: its sizes are given."""
         return None

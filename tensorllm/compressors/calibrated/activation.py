@@ -74,6 +74,14 @@ class ActivationTucker(LayerFit):
     at_width: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES
 
+    @property
+    def training_steps(self) -> int:
+        return self.distill_steps
+
+    @property
+    def draws_by(self) -> int:
+        return self.seed
+
     def __post_init__(self) -> None:
         _ = self.budget  # refused now where there is none or more than one
         one_of("weighting", self.weighting, ("loss", "outputs"))
