@@ -147,6 +147,6 @@ def test_all_heads_need_all_four_roles() -> None:
 
 def test_whole_matrices_of_unequal_shapes_are_refused() -> None:
     grouped = Geometry(D=32, H=4, G=2, K=8, F=56, gated=True)
-    with pytest.raises(UserError, match=r"unequal shapes.*'q': 32, 'k': 16"):
+    with pytest.raises(UserError, match=r"unequal shapes.*'q': \(32, 32\), 'k': \(16, 32\)"):
         STACKINGS["matrices"].check(("q", "k"), grouped)
     STACKINGS["matrices"].check(("in", "gate", "out"), grouped)

@@ -20,6 +20,7 @@ from tensorllm.tensors import factors as factors_module
 from tensorllm.tensors import tucker as tucker_module
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker, cast, parameters
+from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.pivoted import pivot
 from tensorllm.tensors.quantised import BITS, kind_named, quantise
 from tensorllm.tensors.tucker import tucker
@@ -44,6 +45,9 @@ def examples() -> dict[str, tuple[Factors, Tensor]]:
         "pivoted-low-rank": (pivot(u, v), torch.einsum("ir,ro->io", u, v)),
         "cp": (CP(weights, (x, y, z)), torch.einsum("r,ir,jr,kr->ijk", weights, x, y, z)),
     }
+    kept = torch.zeros(9, 6)
+    kept[[1, 4, 7]] = v
+    floats["kept-rows"] = (KeptRows.of(torch.tensor([4, 1, 7]), v[[1, 0, 2]], 9), kept)
     # Small tensors stay as they are; tests/test_runtime_quantised.py has large ones.
     narrow = {
         f"{how}-{kind}": (quantise(factors, how), want)

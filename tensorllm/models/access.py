@@ -17,7 +17,7 @@ from tensorllm.models.naming import joined_names, stored_names
 from tensorllm.models.skeleton import skeleton
 from tensorllm.models.spec import ModelSpec, Stored, Task, part_of
 from tensorllm.models.task import text_config_of
-from tensorllm.tensors.stacking import is_output_projection
+from tensorllm.tensors.stacking import family, is_output_projection
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ class RoleMatrices:
     def layer_path(self, layer: int) -> str:
         """Name of the layer's module in the model."""
         own = self.layout.layers[layer].path
-        stored = self.stored_in(layer)
+        stored = self._single(layer)
         if not stored:
             return self._prefixed(own)
         below = f".{stored[0].path}.weight"
@@ -162,6 +162,10 @@ class RoleMatrices:
         _, expert, kind = role.split(".")
         return stored.experts.view(weight, kind)[int(expert)]
 
+    def _single(self, layer: int) -> list[Stored]:
+        """Stored parameters of the layer that files hold as modules do: no experts'."""
+        return [s for s in self.stored_in(layer) if family(s.roles[0]) == s.roles[0]]
+
     def _named(self, parameter: str) -> str:
         return self._renamed.get(parameter) or self._prefixed(parameter)
 
@@ -173,8 +177,8 @@ class RoleMatrices:
         """How these names call the model's parameters: `model.layers.0` may be `layers.0` in a base
         model without its head, and anything that transformers renames in a file."""
         self._prefix, self._renamed = ("", ""), dict[str, str]()
-        wanted = [self.name(n, s.roles[0]) for n in range(self.layers) for s in self.stored_in(n)]
-        if wanted[0] in names:
+        wanted = [self.name(n, s.roles[0]) for n in range(self.layers) for s in self._single(n)]
+        if not wanted or wanted[0] in names:
             return
         whole = skeleton(config).model
         parts = self.layout.layers[0].path.split(".")
