@@ -17,11 +17,11 @@ class KeptRowsSite(SiteModule):
 
     kept: Tensor
     rows_R: Tensor
-    values: nn.Parameter
+    rows: nn.Parameter
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
-        rows_R = torch.empty(len(self.values), dtype=torch.long, device=self.kept.device)
+        rows_R = torch.empty(len(self.rows), dtype=torch.long, device=self.kept.device)
         self.register_buffer("rows_R", rows_R, persistent=False)
 
     @classmethod
@@ -33,11 +33,11 @@ class KeptRowsSite(SiteModule):
     def finish(self) -> None:
         """Find the rows, once it is there which they are."""
         if not self.kept.is_meta:
-            self.rows_R = KeptRows(self.values, self.kept).rows()
+            self.rows_R = KeptRows(self.rows, self.kept).rows()
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        y_R = F.linear(x, self.values)
+        y_R = F.linear(x, self.rows)
         return y_R.new_zeros(*x.shape[:-1], self.sizes[index]).index_copy(-1, self.rows_R, y_R)
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        return x.index_select(-1, self.rows_R) @ self.values
+        return x.index_select(-1, self.rows_R) @ self.rows

@@ -48,11 +48,11 @@ class KeptRows(Factors):
         return w_IO.index_copy(0, self.rows(), values_RO)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values_RO, "kept": self.kept_I}
+        return {"rows": self.values_RO, "kept": self.kept_I}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        return cls(tensors["values"], tensors["kept"])
+        return cls(tensors["rows"], tensors["kept"])
 
     @property
     def ranks(self) -> tuple[int, ...]:
