@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,26 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
+VERBOSITY = "TRANSFORMERS_VERBOSITY"  # which --verbose sets
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """What a test changes for the whole process would make another one fail, or pass."""
+    before = os.environ.get(VERBOSITY)
+    yield
+    if before is None:
+        os.environ.pop(VERBOSITY, None)
+    else:
+        os.environ[VERBOSITY] = before
+    on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert on, "this test left gradients off"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -258,8 +258,9 @@ class Layers:
     def run(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """The hidden states after the layer, batch by batch."""
         for call, hidden_BTD in zip(self.calls[layer], hidden, strict=True):
-            with torch.no_grad():
-                yield call.run(block, hidden_BTD)
+            with torch.no_grad():  # left before a value is given: it would hold for who takes it
+                out_BTD = call.run(block, hidden_BTD)
+            yield out_BTD
 
     def signals(
         self, layer: int, block: nn.Module, hidden: Iterable[Tensor], tap: Tap, kept: Remembered
@@ -268,11 +269,14 @@ class Layers:
         usable = not tap.path.startswith(f"{kept.path}.")
         every = zip(self.batches, self.calls[layer], hidden, strict=True)
         for number, (batch, call, hidden_BTD) in enumerate(every):
+            signal: Tensor | None = None
             with torch.no_grad(), tap.attached(block, _stop), kept.within(number, usable):
                 try:
                     call.run(block, hidden_BTD)
                 except _Reached as reached:
-                    yield batch.tokens(reached.signal)
+                    signal = reached.signal
+            if signal is not None:
+                yield batch.tokens(signal)
 
     def run_tapped(
         self, layer: int, block: nn.Module, hidden: Iterable[Tensor], taps: Mapping[str, Tap]
@@ -293,7 +297,8 @@ class Layers:
         """As `run`, without running again what is remembered."""
         for number, (call, hidden_BTD) in enumerate(zip(self.calls[layer], hidden, strict=True)):
             with torch.no_grad(), kept.within(number):
-                yield call.run(block, hidden_BTD)
+                out_BTD = call.run(block, hidden_BTD)
+            yield out_BTD
 
     def _record(self, batch: Batch, *, in_tuple: bool) -> bool:
         """Run the model with layers that do nothing but note their calls; False: misunderstood."""

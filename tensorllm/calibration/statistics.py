@@ -122,7 +122,8 @@ class Measurement:
                 self.hooks.begin(number, batches[number], gradients=bool(felt[number]))
                 if not felt[number]:
                     with torch.no_grad():
-                        yield call.run(self.block, hidden_BTD)
+                        plain_BTD = call.run(self.block, hidden_BTD)
+                    yield plain_BTD
                     continue
                 with torch.enable_grad():
                     found_BTD = call.run(self.block, hidden_BTD.detach().requires_grad_())
