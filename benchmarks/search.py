@@ -187,7 +187,7 @@ def measure(given: Given, args: argparse.Namespace) -> tuple[dict[str, float], d
     seconds["naive"], different = timed_naive(given, known, args.naive_trials, few)
     accuracies = [found.accuracy for found in full]
     return seconds, {
-        "given_up": sum(found.stopped for found in early),
+        "pruned": sum(found.stopped for found in early),
         "same_winner": best_of(early) == best_of(full),
         "accuracies": {"least": min(accuracies), "most": max(accuracies)},
         "largest_difference_accuracy_points": max(abs(a) for a, _ in differences),
@@ -214,7 +214,7 @@ def comparisons(seconds: dict[str, float], quick: bool) -> dict[str, Comparison]
     """All trials by the search, beside what the loops would take for them."""
     wanted = (None, None) if quick else WANTED
     out = {}
-    for ours, how in (("search", ""), ("search in full", ", none given up early")):
+    for ours, how in (("search", ""), ("search in full", ", none pruned")):
         for peer, want in zip(("naive", "batched"), wanted, strict=True):
             out[f"all trials{how}, beside {peer}"] = Comparison(
                 ours=seconds[ours], unit="s", peer=seconds[peer], peer_name=peer, wanted=want

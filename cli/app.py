@@ -117,13 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exception(error)
         if INTERRUPT.pressed:
             stop()
-        fail(*told(error))
+        fail(*line_of(error))
     if code == INTERRUPTED:  # Typer turns Ctrl-C into this
         stop()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def told(error: BaseException) -> tuple[str, int]:
+def line_of(error: BaseException) -> tuple[str, int]:
     """What is said of an error, and the exit code; what is not an error goes on as it is."""
     if isinstance(error, UserError):
         return str(error), 2
@@ -132,7 +132,7 @@ def told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (Incomplete, OSError)):  # an OSError's text names the file
         return str(error), 1
     if isinstance(error, typer.Abort):
-        return "given up", 1
+        return "aborted", 1
     if not isinstance(error, Exception):
         raise error
     if isinstance(error, ModuleNotFoundError):

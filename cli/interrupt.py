@@ -1,4 +1,4 @@
-"""Ctrl-C: what it leaves behind, told in one line."""
+"""Ctrl-C: what it leaves behind, in one line."""
 
 import signal
 from collections.abc import Callable

@@ -56,7 +56,7 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
         task = bar.add_task(begin, total=None, timer=timer)
 
         def update(done: int, total: int, what: str) -> None:
-            if timer.told(done, total):
+            if timer.update(done, total):
                 bar.reset(task, total=total or None)
             bar.update(task, completed=done, description=what)
 
@@ -69,7 +69,7 @@ def lines(every: float, clock: Callable[[], float] = time.monotonic) -> Update:
 
     def update(done: int, total: int, what: str) -> None:
         nonlocal last
-        timer.told(done, total)
+        timer.update(done, total)
         if clock() - last >= every:
             last = clock()
             part = f"{done} of {total}" if total < COUNTABLE else f"{100 * done / total:.0f} %"
@@ -93,7 +93,7 @@ class Timer:
         self.total: int | None = None
         self.start = self.last = clock()
 
-    def told(self, done: int, total: int | None) -> bool:
+    def update(self, done: int, total: int | None) -> bool:
         """Take note of progress; whether it is that of another stage, whose time is its own."""
         another = done < self.done or total != self.total
         if another:

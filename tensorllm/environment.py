@@ -49,7 +49,7 @@ def hardware() -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use; all of the machine's where none can be told."""
+    """Processor cores that this process may use; all of the machine's where that is not known."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

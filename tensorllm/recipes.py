@@ -60,7 +60,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from a YAML file, or a shipped one by name; all its errors are told at once."""
+    """A recipe from a YAML file, or a shipped one by name; all its errors are reported at once."""
     if not path.exists() and path.as_posix() in shipped():
         return shipped()[path.as_posix()]
     try:

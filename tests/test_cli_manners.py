@@ -122,16 +122,16 @@ def test_time_left_is_told_of_steps_longer_than_half_a_minute() -> None:
     now = 0.0
     timer = Timer(lambda: now)
     assert str(timer) == "0:00:00"
-    assert timer.told(4, 10)  # an earlier run had done four
+    assert timer.update(4, 10)  # an earlier run had done four
     now = 100.0
     assert str(timer) == "0:01:40"  # none done here, nothing to tell from
-    assert not timer.told(5, 10)
+    assert not timer.update(5, 10)
     assert str(timer) == "0:01:40, 0:08:20 left"
     now = 130.0  # within a step it counts down
     assert str(timer) == "0:02:10, 0:07:50 left"
     now = 900.0  # never below nothing
     assert str(timer) == "0:15:00, 0:00:00 left"
-    assert timer.told(0, 10)  # another stage
+    assert timer.update(0, 10)  # another stage
     assert str(timer) == "0:00:00"
 
 

@@ -1,4 +1,4 @@
-"""A generation is given up only when no choice of the tokens that are left could make it right."""
+"""A generation is ended only when no choice of the tokens that are left could make it right."""
 
 from itertools import product
 

@@ -52,5 +52,5 @@ def test_devices() -> None:
     assert device_of("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="--device must be one of auto, cpu, cuda, mps, got 'gpu'"):
         device_of("gpu")
-    with pytest.raises(UserError, match="--device cuda:99 is not to be had here"):
+    with pytest.raises(UserError, match="--device cuda:99 is not available here"):
         device_of("cuda:99")

@@ -12,7 +12,7 @@ N = 240
 
 
 def stops(rival, trial, level, stage=30):
-    """How many examples were seen when the trial was given up, or None."""
+    """How many examples were seen when the trial was pruned, or None."""
     race = Race(Rival(tuple(rival), 0.0), len(trial), level)
     for at in range(0, len(trial), stage):
         part = trial[at : at + stage]

@@ -14,7 +14,7 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.experts import tokens_at_experts
 from tensorllm.tensors.stacking import is_output_projection
 
-Seen = Callable[[Key, Tensor], None]  # told what (M, X) a key read
+Seen = Callable[[Key, Tensor], None]  # called with what (M, X) a key read
 
 
 def is_of_experts(roles: RoleMatrices, key: Key) -> bool:

@@ -115,12 +115,12 @@ class Measurement:
         draws = torch.Generator().manual_seed(self.seed)
         batches = self.layers.batches
         width = self.layers.source.roles.spec.geometry(self.layer).D
-        felt = sampled(batches, width, GRADIENT_TOKENS) & self.wanted.gradients
+        sampled_B = sampled(batches, width, GRADIENT_TOKENS) & self.wanted.gradients
         both = zip(self.layers.calls[self.layer], self.hidden, strict=True)
         with self.hooks:
             for number, (call, hidden_BTD) in enumerate(both):
-                self.hooks.begin(number, batches[number], gradients=bool(felt[number]))
-                if not felt[number]:
+                self.hooks.begin(number, batches[number], gradients=bool(sampled_B[number]))
+                if not sampled_B[number]:
                     with torch.no_grad():
                         plain_BTD = call.run(self.block, hidden_BTD)
                     yield plain_BTD

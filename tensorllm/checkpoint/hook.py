@@ -1,4 +1,4 @@
-"""Telling transformers of factored folders, without importing it: it is told when it is imported.
+"""Registers factored folders with transformers when that is imported, without importing it.
 
 `import tensorllm` calls `watch`. Nothing heavy may be imported here.
 """

@@ -151,7 +151,7 @@ def device_of(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not to be had here: {reason}") from None
+        raise UserError(f"--device {name} is not available here: {reason}") from None
     return name
 
 

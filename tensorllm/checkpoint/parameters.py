@@ -89,9 +89,9 @@ def _unused(names: Iterable[str], found: Findings, model: Any) -> Iterator[str]:
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
     for name in names:
         ways = {name, name.removeprefix(prefix), f"{prefix}{name}"}
-        told = bool(ways & set(found.unexpected))
+        reported = bool(ways & set(found.unexpected))
         constant = BUFFERS.search(name) or any(p.search(name) for p in ignored)
-        if told or (constant and not ways & known):
+        if reported or (constant and not ways & known):
             yield name
 
 

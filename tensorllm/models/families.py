@@ -144,7 +144,7 @@ class Match:
     Attributes:
         stored: with their paths below the layer.
         shapes: (role, (rows, columns)) of each role.
-        heads: (H, G, K) of attention with heads that can be told apart.
+        heads: (H, G, K) of attention whose heads can be distinguished.
         width_from: what said the width of a head.
     """
 

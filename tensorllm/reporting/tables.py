@@ -112,7 +112,7 @@ def duration(seconds: float) -> str:
 
 
 def p_value(value: float, least: float = 1e-4) -> str:
-    """`= 0.031`; `≤ 0.001` where that is the least that is told, or that a bootstrap can tell."""
+    """`= 0.031`; `≤ 0.001` where that is the least that is shown, or that a bootstrap can show."""
     return f"≤ {least:g}" if value <= least else f"= {value:.2g}"
 
 
@@ -131,8 +131,8 @@ def _brief(value: Any) -> str:
             return "{source} ({sequences} sequences, {tokens} tokens, seed {seed})".format_map(
                 value
             )
-        told = {key: inner for key, inner in value.items() if key != "sha256"}
-        return " ".join(f"{key}={_brief(inner)}" for key, inner in told.items())
+        shown = {key: inner for key, inner in value.items() if key != "sha256"}
+        return " ".join(f"{key}={_brief(inner)}" for key, inner in shown.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     long = isinstance(value, list) and (len(value) > 7 or any(isinstance(v, dict) for v in value))

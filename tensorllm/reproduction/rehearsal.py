@@ -23,7 +23,7 @@ from tensorllm.reproduction.forecast import Forecast, measure_machine, model_of_
 from tensorllm.reproduction.inputs import data_file, weights_of
 from tensorllm.reproduction.published import Cell
 
-WIDTH, HEADS = 128, 2  # head_dim 64: GPT-J rotates that many channels unless told otherwise
+WIDTH, HEADS = 128, 2  # head_dim 64: GPT-J rotates that many channels by default
 NAMES = ("Ada", "Ben", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
 
 

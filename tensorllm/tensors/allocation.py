@@ -1,8 +1,8 @@
 """Ranks for many matrices out of one budget, by what each number more is worth.
 
 A curve says what each rank costs (numbers stored) and what error it leaves. A cluster is a set of
-matrices that may be grouped in several ways; each way is a list of curves. For a price λ per number
-the best of everything is found curve by curve; the price is bisected until the budget is met
+matrices that may be grouped in several ways; each way is a list of curves. For a Lagrange
+multiplier λ of the numbers stored the best of everything is found curve by curve; the multiplier is bisected until the budget is met
 (Lagrangian relaxation), and what is left over buys the best steps that still fit. Merged
 frontiers, exact for small problems, give another choice; the better of the two is taken.
 Shapes: S ranks of a curve, 1 to S.
@@ -64,7 +64,7 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
                 affordable.append(chosen)
         else:
             low = middle
-    # What is left over at the lowest price may buy nothing, and more at another.
+    # What is left over at the lowest multiplier may buy nothing, and more at another.
     affordable.append(_by_frontier(clusters, budget))
     spent = [_spend_rest(clusters, choices, budget) for choices in affordable]
     return min(spent, key=lambda choices: error_of(clusters, choices))
@@ -75,11 +75,13 @@ def error_of(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> float:
     return sum(float(curve.error_S[rank - 1]) for curve, rank in _chosen_curves(clusters, choices))
 
 
-def _cheapest(cluster: Cluster, price: float) -> Choice:
-    """The way and ranks of least error + price · cost; at an infinite price, of least cost."""
+def _cheapest(cluster: Cluster, multiplier: float) -> Choice:
+    """The way and ranks of least error + multiplier · cost; at infinity, of least cost."""
     options = []
     for way, curves in enumerate(cluster):
-        totals = [c.error_S + price * c.cost_S if price < math.inf else c.cost_S for c in curves]
+        totals = [
+            c.error_S + multiplier * c.cost_S if multiplier < math.inf else c.cost_S for c in curves
+        ]
         ranks = tuple(int(total_S.argmin()) + 1 for total_S in totals)
         options.append((sum(float(total_S.min()) for total_S in totals), Choice(way, ranks)))
     return min(options)[1]  # the first way, where several are as good
@@ -118,9 +120,9 @@ def _spend_rest(
     heap = [step for step in steps if step]
     heapify(heap)
     while heap:
-        _, i, rank, price = heappop(heap)
-        if price <= left:
-            left, ranks[i] = left - price, rank
+        _, i, rank, cost = heappop(heap)
+        if cost <= left:
+            left, ranks[i] = left - cost, rank
         # Else it was affordable when it was found, and there may be a smaller one.
         if step := _best_step(curves[i], i, ranks[i], left):
             heappush(heap, step)
@@ -129,7 +131,7 @@ def _spend_rest(
 
 
 def _best_step(curve: Curve, i: int, rank: int, left: int) -> tuple[float, int, int, int] | None:
-    """Minus the gain per number, the curve's number, the higher rank and its price; or none."""
+    """Minus the gain per number, the curve's number, the higher rank and its cost; or none."""
     cost_S, error_S = curve
     price_S = cost_S[rank:] - cost_S[rank - 1]
     price_S = price_S[price_S <= left]
