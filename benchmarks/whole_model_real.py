@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     text = bench.calibration()
     dense = bench.loss(bench.model)
     print({"dense": dense, "tokens": sum(map(len, text.sequences))}, flush=True)
-    kept = KEPT[:1] if args.quick else KEPT
+    kept = KEPT[:1] if args.quick else args.kept
     for name in args.methods:
         if name in BASELINES:
             for share in kept:
@@ -170,6 +170,7 @@ def main() -> None:
     options.add_argument("--model", type=Path, default=Path("smollm2"), help="folder of the model")
     options.add_argument("--calibrated", choices=("own", "other"), default="own")
     options.add_argument("--sequences", type=int, default=64, help="of 512 tokens")
+    options.add_argument("--kept", type=float, nargs="+", default=KEPT)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--methods", nargs="+", default=[*BASELINES, *OURS])
     args = options.parse_args()

@@ -2,9 +2,9 @@
 
 A curve says what each rank costs (numbers stored) and what error it leaves. A cluster is a set of
 matrices that may be grouped in several ways; each way is a list of curves. For a Lagrange
-multiplier λ of the numbers stored the best of everything is found curve by curve; the multiplier is bisected until the budget is met
-(Lagrangian relaxation), and what is left over buys the best steps that still fit. Merged
-frontiers, exact for small problems, give another choice; the better of the two is taken.
+multiplier λ of the numbers stored the best of everything is found curve by curve; the multiplier
+is bisected until the budget is met, and what is left over buys the best steps that still fit.
+Merged frontiers, exact for small problems, give another choice; the better of the two is taken.
 Shapes: S ranks of a curve, 1 to S.
 """
 
