@@ -121,8 +121,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def computing_dtype(stored: torch.dtype, device: str) -> torch.dtype:
-    """The dtype that a model is best scored in: as stored, but for bfloat16 float32 on a CPU that is
-    faster so.
+    """The dtype that a model is best scored in: as stored, or for bfloat16 the faster on a CPU.
 
     CPUs without instructions for bfloat16 emulate it, many times slower. Float16 stays: what
     overflows in it must be seen.
