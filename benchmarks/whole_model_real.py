@@ -65,7 +65,7 @@ class Bench:
             "stories": self.blocks("\n\n".join(rows[:96]))[:count],
         }
         other = self.blocks("\n\n".join(self.other(rows[200:])))
-        self.told = {"own": wikitext[:first], "other": other}[args.calibrated]
+        self.texts = {"own": wikitext[:first], "other": other}[args.calibrated]
         self.losses: dict[str, dict[str, Any]] = {}
 
     def blocks(self, text: str) -> list[list[int]]:
@@ -88,9 +88,9 @@ class Bench:
 
     def calibration(self) -> Calibration:
         draws = torch.Generator().manual_seed(self.args.seed)
-        order = torch.randperm(len(self.told), generator=draws)[: self.args.sequences].tolist()
-        told = tuple(tuple(self.told[i]) for i in order)
-        return Calibration(told, source=self.args.calibrated, seed=self.args.seed)
+        order = torch.randperm(len(self.texts), generator=draws)[: self.args.sequences].tolist()
+        drawn = tuple(tuple(self.texts[i]) for i in order)
+        return Calibration(drawn, source=self.args.calibrated, seed=self.args.seed)
 
     def loss(self, model: Any) -> dict[str, float]:
         return {

@@ -80,7 +80,7 @@ def _lines(path: Path) -> list[dict[str, str]]:
 def text_of(shared: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """Token ids (N,) that are trained on, and of each kind those that are held out."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/tinystories-656K")
-    told: list[Tensor] = []
+    trained: list[Tensor] = []
     held: dict[str, Tensor] = {}
     for kind, rows in documents(shared).items():
         encoded = [
@@ -89,9 +89,9 @@ def text_of(shared: Path) -> tuple[Tensor, dict[str, Tensor]]:
         ]
         first = max(1, round(HELD_OUT * len(encoded)))
         held[kind] = torch.cat(encoded[:first])
-        told += encoded[first:]
-    order = torch.randperm(len(told), generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.cat([told[i] for i in order]), held
+        trained += encoded[first:]
+    order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.cat([trained[i] for i in order]), held
 
 
 def held_out_loss(model: Any, ids_N: Tensor, length: int) -> float:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from tensorllm.checkpoint.fitting import BUFFERS, Findings, findings_of, judge
-from tensorllm.checkpoint.whole import refuse_adapter, silenced, without_bar
+from tensorllm.checkpoint.whole import refuse_adapter, without_bar
 from tensorllm.errors import UserError, first_line
 from tensorllm.models.task import base_class, saved_class
+from tensorllm.progress import silenced
 
 
 @dataclass(frozen=True, slots=True)

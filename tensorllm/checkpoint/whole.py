@@ -1,6 +1,5 @@
 """The one way from a folder to a transformers model: what is not whole is refused."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from tensorllm.checkpoint.fitting import findings_of, judge
 from tensorllm.errors import UserError
 from tensorllm.models.task import language_model_class, saved_class
+from tensorllm.progress import silenced
 
 ADAPTER = "adapter_config.json"
 
@@ -54,18 +54,6 @@ def refuse_adapter(folder: Path) -> None:
 
 
 @contextmanager
-def silenced(name: str = "transformers.modeling_utils") -> Iterator[None]:
-    """Keep transformers' own table of names back: `judge` says it in a line."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
 def without_bar() -> Iterator[None]:
     """Let transformers show no progress of what takes no time."""
     from transformers.utils import logging as library
@@ -80,7 +68,7 @@ def without_bar() -> Iterator[None]:
 
 
 def _made(kind: Any, source: Path | None, folder: Path, **given: Any) -> Any:
-    with silenced():
+    with silenced("transformers.modeling_utils"):  # its table of names: `judge` says it in a line
         model, info = kind.from_pretrained(
             source,
             output_loading_info=True,

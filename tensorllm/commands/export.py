@@ -77,32 +77,16 @@ def run(request: ExportRequest, progress: Progress = quiet) -> Exported | Narrow
         UserError: not a factored folder, or options that exclude one another.
     """
     load_plugins(request.plugins)
+    source, out = request.folder, request.out
+    how: dict[str, Any] = {"overwrite": request.overwrite, "progress": progress}
+    if request.quantize is not None:
+        if request.format is not None or request.dtype is not None:
+            raise UserError("--quantize stays factored: give it without --format and --dtype")
+        sites = quantise_folder(source, out, request.quantize, **how)
+        return Quantised(out, request.quantize, sites)
     format = one_of("--format", request.format or "dense", FORMATS)
-    if request.quantize is None and format == "narrow":
-        made = narrow(
-            request.folder,
-            request.out,
-            dtype=dtype_of(request.dtype),
-            overwrite=request.overwrite,
-            progress=progress,
-        )
-        return Narrowed(request.out, made.before, made.after, made.bytes)
-    if request.quantize is None:
-        size = export(
-            request.folder,
-            request.out,
-            dtype=dtype_of(request.dtype),
-            overwrite=request.overwrite,
-            progress=progress,
-        )
-        return Exported(request.out, format, size)
-    if request.format is not None or request.dtype is not None:
-        raise UserError("--quantize stays factored: give it without --format and --dtype")
-    sites = quantise_folder(
-        request.folder,
-        request.out,
-        request.quantize,
-        overwrite=request.overwrite,
-        progress=progress,
-    )
-    return Quantised(request.out, request.quantize, sites)
+    how["dtype"] = dtype_of(request.dtype)
+    if format == "narrow":
+        made = narrow(source, out, **how)
+        return Narrowed(out, made.before, made.after, made.bytes)
+    return Exported(out, format, export(source, out, **how))

@@ -71,6 +71,14 @@ class KeptSettings:
         if self.matrices is not None:
             object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
 
+    @classmethod
+    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
+        return kept_space(spec, settings)
+
+    @classmethod
+    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
+        return kept_settings(point)
+
     def rank_of(self, shape: Sequence[int]) -> int:
         """The rank of a matrix of this shape."""
         if self.rank is not None:
@@ -148,14 +156,6 @@ class MatrixSVD(KeptSettings, Leaf):
     def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"rank": 1} | dict(settings)
 
-    @classmethod
-    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        return kept_space(spec, settings)
-
-    @classmethod
-    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
-        return kept_settings(point)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFit(KeptSettings, LayerFit):
@@ -178,14 +178,6 @@ class MatrixFit(KeptSettings, LayerFit):
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
         return self.rank_of(shape) * sum(shape)
-
-    @classmethod
-    def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        return kept_space(spec, settings)
-
-    @classmethod
-    def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
-        return kept_settings(point)
 
 
 def kept_space(spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:

@@ -7,9 +7,6 @@ config, so that no rule of ours can contradict it.
 import copy
 import functools
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import nn
 
 from tensorllm.errors import UserError, first_line
 from tensorllm.models.task import base_class, language_model_class, text_class, text_config_of
+from tensorllm.progress import silenced
 
 # Of a config: they say nothing of the modules.
 NOTES = ("quantization_config", "dtype", "_name_or_path", "transformers_version")
@@ -108,7 +106,7 @@ def instance(config: Any, device: str, *, text_only: bool = False) -> Any:
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     try:
-        with quiet_library(), torch.device(device):
+        with silenced("transformers"), torch.device(device):
             model = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     except Exception as error:  # wrong sizes fail in many ways in there
         raise UserError(
@@ -116,18 +114,6 @@ def instance(config: Any, device: str, *, text_only: bool = False) -> Any:
             f"{first_line(error)}"
         ) from None
     return model.eval()
-
-
-@contextmanager
-def quiet_library() -> Iterator[None]:
-    """No warnings of transformers about a model that nobody will use."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def layers_path(model: Any, config: Any) -> str:

@@ -25,7 +25,7 @@ USED = 2  # experts of a token, in predictions of time
 
 @runs(Tucker, "experts")
 class ExpertsSite(SiteModule):
-    """Factors of an (E, F, D, S) tensor; a mode that was left alone has none."""
+    """Factors of an (E, F, D, S) tensor; a mode without one is whole."""
 
     core_AZBR: nn.Parameter
     u_EA: nn.Parameter | None
