@@ -2,8 +2,8 @@
 
 W (E, F, D, S) holds the S matrices of each of E experts; F is the experts' inner width and D the
 model width, so output projections lie transposed. A mode whose rank is its size is not
-compressed: it has no factor and costs nothing. With a root S_n of the weights of each mode's errors,
-W ×_n S_n is decomposed and the roots are taken out of factors and core again, so that
+compressed: it has no factor and costs nothing. With a root S_n of the weights of each mode's
+errors, W ×_n S_n is decomposed and the roots are taken out of factors and core again, so that
 ||(W - dense) ×_n S_n|| is small (multilinear whitening; TD-MoE, ICLR 2026).
 Shapes: N size of a mode, R rank, B rank of the inner mode.
 """
