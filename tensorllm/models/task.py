@@ -105,3 +105,8 @@ def _class_for(task: Task, config: Any) -> Any:
     if task == "masked":
         mapping = auto.MODEL_FOR_MASKED_LM_MAPPING
     return mapping.get(type(config), None)
+
+
+def hidden_size(config: Any) -> int:
+    """The model width D that the config of the text model says; 0 where it says none."""
+    return int(getattr(text_config_of(config), "hidden_size", 0) or 0)
