@@ -52,7 +52,7 @@ def test_rows_that_take_turns_or_do_not_are_told_apart(name: str) -> None:
         check(model, block, found, interleaved=not found.experts.interleaved)
 
 
-@pytest.mark.parametrize("name", ("qwen3_moe", "gpt_oss"))
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_gate_that_is_called_in_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, block, found = parts(name)
     order = Experts.inputs_in_order
@@ -64,11 +64,11 @@ def test_a_gate_that_is_called_in_is_caught(name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("name", "one", "other"),
-    (
+    [
         ("mixtral", "experts.2.w1.weight", "experts.2.w3.weight"),
         ("qwen3_moe", "experts.0.gate_proj.weight", "experts.0.up_proj.weight"),
         ("olmoe", "experts.1.down_proj.weight", "experts.3.down_proj.weight"),
-    ),
+    ],
 )
 def test_files_that_name_matrices_otherwise_are_caught(
     name: str, one: str, other: str, tmp_path: Path
