@@ -163,18 +163,20 @@ class Prefix:
 
     def read(
         self,
+        batch: Padded,
         paths: Sequence[Path | None],
         cache: Any,
         forward: Callable[[Any], tuple[T, Any]],
     ) -> tuple[T, Any]:
-        """A pass of one token of each row that has a path, whose cache grows: above the lowest
-        edited layer only, where all are known.
+        """A pass whose cache grows: above the lowest edited layer only, where all tokens are known.
 
         Args:
+            paths: of the rows that have one new token.
             forward: makes the pass with the cache that it is given.
         """
         places = self.paths.places(paths, self.lowest)
-        if all(place is not None for place, path in zip(places, paths, strict=True) if path):
+        rows = zip(places, batch.mask_BT.any(1).tolist(), strict=True)
+        if all(place is not None for place, reads in rows if reads):
             short = self.paths.shortened(cache, self.lowest)
             # Rows without a token read some other one's, which nobody sees.
             places_B = torch.tensor([place or 0 for place in places], device=self.device)
@@ -277,7 +279,7 @@ class PrefixForward(ModelForward):
             return super(PrefixForward, self).__call__(batch, grow=grow, cache=given, **how)
 
         if any(paths) and self.prefix.active:
-            return self.prefix.read(paths, cache, forward)
+            return self.prefix.read(batch, paths, cache, forward)
         if isinstance(cache, Shortened):
             return forward(self.prefix.paths.whole(cache))
         return self.prefix.run(key, forward, grow=grow)
