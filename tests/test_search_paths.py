@@ -133,4 +133,5 @@ def test_where_there_is_no_room_nothing_is_known():
             rows = scorer(CausalBatch(0, items))
         wanted = [naive(model, item.prompt, frozenset()) for item in items]
         assert [row.generation.split() for row in rows] == [list(map(str, new)) for new in wanted]
+    assert prefix.paths.bytes <= 2**15
     assert prefix.store.bytes["memory"] <= 2**16

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tensorllm.evaluation.forward import Path
 from tensorllm.search.activation_cache import ActivationCache
 
 LEAST = 256  # tokens that room is made for at once
+SHARE = 0.5  # of the memory at most: prompts are worth more
+ORDINARY = (DynamicLayer, DynamicSlidingWindowLayer)  # keys and values, and nothing else
 
 
 class Shortened(NamedTuple):
@@ -54,6 +57,7 @@ class Paths:
         self.store = store
         self.candidates = frozenset(candidates)
         self.tupled = False  # whether layers return a tuple
+        self.bytes = 0
         self._places: dict[Path, int] = {}
         self._depths: list[int] = []  # up to which candidate all is known
         self._hidden_RD: dict[int, Tensor] = {}
@@ -85,6 +89,8 @@ class Paths:
             hidden: what entered the candidates up to it, (B, 1, D).
             layers: the cache's entries of the layers below it.
         """
+        if not all(type(entry) in ORDINARY and entry.is_initialized for entry in layers):
+            return
         with self._lock:
             rows, places = [], []
             for row, path in enumerate(paths):
@@ -141,8 +147,10 @@ class Paths:
             return old
         size = max(LEAST, have * 3 // 2, count)
         more = (size - have) * torch.Size(shape).numel() * like.element_size()
-        if not self.store.reserve(more):
+        most = SHARE * self.store.budget.memory
+        if self.bytes + more > most or not self.store.reserve(more):
             return None
+        self.bytes += more
         new = like.new_empty(size, *shape)
         if old is not None:
             new[:have] = old

@@ -187,7 +187,7 @@ class Prefix:
         call = _Pass(0, None, dict.fromkeys(layers))
         wanted, cache = self._run(call, lambda: forward(self.paths.whole(cache)))
         hidden = {layer: noted for layer, noted in call.noted.items() if noted is not None}
-        if hidden:
+        if hidden and len(cache.layers) == len(self.layers):  # each with keys of its own
             self.paths.tupled = call.tupled
             depth = max(hidden)
             self.paths.admit(paths, depth, hidden, cache.layers[:depth])
