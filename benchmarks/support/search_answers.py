@@ -52,6 +52,23 @@ class Anew(PrefixForward):
         return logits_MV.argmax(-1) if best else logits_MV, cache
 
 
+class Counted(PrefixForward):
+    """As the search has it; counts generated tokens whose unedited layers were known, and others."""
+
+    known_tokens = new_tokens = 0
+
+    def __call__(self, batch: Padded, **how: Any) -> tuple[Tensor, Any]:
+        before = self.prefix.skipped
+        found = super().__call__(batch, **how)
+        if any(how.get("paths", ())):
+            tokens = int(batch.mask_BT.sum())
+            if self.prefix.skipped > before:
+                self.known_tokens += tokens
+            else:
+                self.new_tokens += tokens
+        return found
+
+
 def examiner(model: Any, tokenizer: Any, data: ReasoningDataModule, points: list[Point]) -> Any:
     """A new one knows nothing."""
     return Examiner(
@@ -61,13 +78,16 @@ def examiner(model: Any, tokenizer: Any, data: ReasoningDataModule, points: list
     )  # fmt: skip
 
 
-def anew(made: Examiner, model: Any, tokenizer: Any, data: ReasoningDataModule) -> Examiner:
-    """The same, which generates anew."""
+def running(
+    forward: type[PrefixForward], made: Examiner, tokenizer: Any, data: ReasoningDataModule
+) -> Any:
+    """Let the examiner run its model so."""
+    made.forward = forward(made.model, made.prefix)
     made.scorer = make_scorer(
-        model, tokenizer, protocol=PROTOCOLS["strict"], max_new_tokens=data.max_new_tokens,
-        forward=Anew(model, made.prefix),
+        made.model, tokenizer, protocol=PROTOCOLS["strict"],
+        max_new_tokens=data.max_new_tokens, forward=made.forward,
     )  # fmt: skip
-    return made
+    return made.forward
 
 
 def points_of(model: Any, mode: str, layers: Sequence[int], trials: int, seed: int) -> list[Point]:
@@ -90,18 +110,24 @@ def answers(
     data.connect(tokenizer)
     points = points_of(model, mode, layers, trials, seed)
     ours = examiner(model, tokenizer, data, points)
-    peer = anew(examiner(model, tokenizer, data, points), model, tokenizer, data)
+    peer = examiner(model, tokenizer, data, points)
+    count = running(Counted, ours, tokenizer, data)
+    running(Anew, peer, tokenizer, data)
     found: list[tuple[TrialResult, TrialResult]] = []
     cpu: list[tuple[float, float]] = []
+    known: list[float] = []
     for point in (None, *points):
         crowd = generation.CROWD
+        count.known_tokens = count.new_tokens = 0
         first, one = timed(ours, point)
+        known.append(count.known_tokens / max(1, count.known_tokens + count.new_tokens))
         generation.CROWD = 0.5
         second, other = timed(peer, point)
         generation.CROWD = crowd
         found.append((one, other))
         cpu.append((first, second))
-        print(point and point.key, [round(s, 2) for s in cpu[-1]], one.accuracy, flush=True)
+        print(point and point.key, [round(s, 2) for s in cpu[-1]], known[-1], flush=True)
+    again, _ = timed(ours, points[-1])
     mine, theirs = (sum(times) for times in zip(*cpu[1:], strict=True))
     compared = Comparison(
         ours=mine / len(points),
@@ -115,6 +141,7 @@ def answers(
             "ours": len(points) * len(data.examples) / mine,
             "peer": len(points) * len(data.examples) / theirs,
         },
+        "shares_of_known_tokens": known,
         "times_of_trials": [b / a for a, b in cpu],  # the original first
         "verdicts_that_differ": sum(one.correct != other.correct for one, other in found),
         "largest_difference_loss": max(abs(one.loss - other.loss) for one, other in found),
@@ -123,7 +150,11 @@ def answers(
         "questions": len(data.examples),
         "layers": list(layers),
     }
-    return {f"a trial of {dataset}, {mode}, {folder.name}": compared}, about
+    all_known = Comparison(
+        ours=again, unit="CPU s", peer=cpu[-1][1], peer_name="every answer anew", wanted=WANTED
+    )
+    what = f"{dataset}, {mode}, {folder.name}"
+    return {f"a trial of {what}": compared, f"the last one again, {what}": all_known}, about
 
 
 def timed(examine: Examiner, point: Point | None) -> tuple[float, TrialResult]:
