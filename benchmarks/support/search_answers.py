@@ -53,7 +53,7 @@ class Anew(PrefixForward):
 
 
 class Counted(PrefixForward):
-    """As the search has it; counts generated tokens whose unedited layers were known, and others."""
+    """As the search has it; counts generated tokens whose unedited layers are known, and others."""
 
     known_tokens = new_tokens = 0
 
