@@ -42,7 +42,12 @@ BASELINES: dict[str, dict[str, Any]] = {
     "aa-svd": {},
     "modegpt": {},
 }
-OURS: dict[str, dict[str, Any]] = {"ours, no refit": {"refit_epochs": 0}, "ours": {}}
+OURS: dict[str, dict[str, Any]] = {
+    "ours, no refit, no narrowing": {"refit_epochs": 0, "narrowing": False},
+    "ours, no refit": {"refit_epochs": 0},
+    "ours, no narrowing": {"narrowing": False},
+    "ours": {},
+}
 HALF = 0.5  # of the gap between the best other method and the dense model: what ours is to close
 
 
