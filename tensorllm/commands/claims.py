@@ -32,9 +32,7 @@ from tensorllm.reproduction.claims_summary import (
 from tensorllm.reproduction.inputs import check_data, data_file
 from tensorllm.reproduction.published import CellFile
 from tensorllm.requests.reproduce import ReproduceRequest
-from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.fingerprints import examples_fingerprint
-from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point
 
 DATASETS_OF_THE_PAPER = ("wikidata_qa", "fever", "hotpotqa", "bios_profession")
@@ -52,7 +50,9 @@ class Cell:
         return f"{self.dataset}, {self.method.name}, draw {self.draw}"
 
 
-def claims(request: ReproduceRequest, progress: Progress = quiet) -> dict[str, Any]:
+def claims(
+    request: ReproduceRequest, progress: Progress = quiet, methods: Sequence[Method] = METHODS
+) -> dict[str, Any]:
     """Run the cells that are not finished yet, and tell them all.
 
     The results of every model that was studied into the same folder are in its `claims.json`.
@@ -60,7 +60,7 @@ def claims(request: ReproduceRequest, progress: Progress = quiet) -> dict[str, A
     Raises:
         UserError: the model is masked, data are missing, or the folder holds another run's cells.
     """
-    study = ClaimStudy(request)
+    study = ClaimStudy(request, methods)
     try:
         study.run(progress)
     except (KeyboardInterrupt, Incomplete):  # what is finished is told, too
@@ -74,8 +74,9 @@ def claims(request: ReproduceRequest, progress: Progress = quiet) -> dict[str, A
 class ClaimStudy:
     """The cells of one model, their files, and the model once it is needed."""
 
-    def __init__(self, request: ReproduceRequest) -> None:
+    def __init__(self, request: ReproduceRequest, methods: Sequence[Method] = METHODS) -> None:
         self.request = request
+        self.methods = methods
         self.source: Source = resolve(request.model)
         stored = Loader(self.source.folder).config().dtype
         self.device = device_of(request.device)
@@ -99,7 +100,7 @@ class ClaimStudy:
             Cell(dataset, draw, method)
             for draw in range(self.request.draws)
             for dataset in self.datasets
-            for method in METHODS
+            for method in self.methods
         ]
 
     def _questions(self, name: str) -> Questions:
@@ -111,10 +112,7 @@ class ClaimStudy:
 
     @cached_property
     def subject(self) -> Subject:
-        subject = Subject(self.loader, CacheBudget(0, 0, self.folder))
-        memory = default_budget(subject.model.device) // (len(self.datasets) + 1)
-        subject.budget = CacheBudget(memory, 0, self.folder)
-        return subject
+        return Subject(self.loader, self.methods, examiners=len(self.datasets) + 1)
 
     def run(self, progress: Progress) -> None:
         """Every cell that is not finished: choose, then tell."""
@@ -209,9 +207,7 @@ class ClaimStudy:
     def _choice(self, cell: Cell) -> CellFile:
         questions = self.questions[cell.dataset]
         facts = {
-            "validation": examples_fingerprint(
-                questions.drawn(cell.draw, self.request.validation)
-            ),
+            "validation": examples_fingerprint(questions.drawn(cell.draw, self.request.validation)),
             "trials": self.request.trials,
             "method": asdict(cell.method),
         }

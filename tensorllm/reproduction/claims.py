@@ -1,16 +1,22 @@
 """The paper's claim as a study: is an edit that was chosen on some questions better on others?
 
 A cell is a dataset, a draw of validation rows and a method. The gradient guide orders the method's
-edits, the first few are examined on the drawn rows, and the best one is told on the test rows,
-which are the same for every cell and never among the drawn ones.
+edits (`screening`), the first ones are screened by their loss on a few of the drawn rows, the best
+of these examined on all of them, and the winner is told on the test rows, which are the same for
+every cell and never among the drawn ones.
 """
 
+import math
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.compression.jobs import decomposed
@@ -19,13 +25,15 @@ from tensorllm.compressors import COMPRESSORS, Job
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.example import Example
 from tensorllm.errors import Incomplete, UserError, first_line
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import Decompositions, ModelEdit, SiteEdit, edit_of_sites
 from tensorllm.search.examiner import Examiner, Infeasible
-from tensorllm.search.guide import Gradient, in_order, loss_gradient, predicted
+from tensorllm.search.guide import Gradient, loss_gradient, predicted
 from tensorllm.search.objectives import OBJECTIVES
+from tensorllm.search.prefix import default_budget
 from tensorllm.search.selection import optimism
 from tensorllm.search.space import LAYER, Point, feasible, make_space
 from tensorllm.search.stopping import Rival
@@ -35,6 +43,8 @@ PROTOCOL = "strict"
 GOAL = OBJECTIVES["accuracy"]
 LEVEL = 0.001  # probability with which the best trial may be pruned early, as in a search
 GUIDED = 50  # validation rows of the gradient
+SCREENED = 4  # edits that are screened, for each one that is examined
+SCREEN = 32  # rows of the screening
 EDITS_BYTES = 2**31  # of decomposed matrices that are kept for the next draw's gradient
 
 
@@ -67,7 +77,7 @@ class Questions:
     """A dataset's rows: what is told (`test`), and what edits are chosen on (drawn from `pool`)."""
 
     def __init__(self, data: ReasoningDataModule, limit: int | None) -> None:
-        self.name = data.name
+        self.name = str(data.name)
         self.max_new_tokens = data.max_new_tokens
         self.test = data.part("test")[:limit]
         told = {example.index for example in self.test}
@@ -88,9 +98,11 @@ class Questions:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Drawn validation rows: what examines them, the original's result, the loss's gradient."""
+    """Drawn validation rows: what examines them and the first of them, the original's result, the
+    loss's gradient."""
 
     examiner: Examiner
+    screen: Examiner
     original: TrialResult
     gradient: Gradient
 
@@ -99,15 +111,18 @@ class Subject:
     """A model in memory, its edits, and the examiners of its questions.
 
     Args:
-        budget: bytes of activations that each examiner may keep.
+        methods: what edits it.
+        examiners: how many there may be at once; they share the memory for activations.
     """
 
-    def __init__(self, loader: Loader, budget: CacheBudget) -> None:
+    def __init__(self, loader: Loader, methods: Sequence[Method], examiners: int) -> None:
         self.model = loader()
+        self.methods = methods
         self.tokenizer = loader.tokenizer()
         self.weights = parameters_of(self.model)
         self.roles = RoleMatrices(self.model.config, self.weights)
-        self.budget = budget
+        memory = default_budget(self.model.device) // examiners
+        self.budget = CacheBudget(memory, 0, Path(tempfile.gettempdir()))
         self._tests: dict[str, Examiner] = {}
         self._draws: dict[tuple[str, int], Draw] = {}
         self._sites: dict[tuple[Any, str], SiteEdit] = {}
@@ -117,7 +132,7 @@ class Subject:
     def points(self) -> dict[str, list[Point] | str]:
         """The edits that the guide ranks, by method, or why the method is not for this model."""
         found: dict[str, list[Point] | str] = {}
-        for method in METHODS:
+        for method in self.methods:
             try:
                 found[method.name] = self._points(method)
             except UserError as error:
@@ -173,10 +188,12 @@ class Subject:
         key = (questions.name, number)
         if key not in self._draws:
             self._draws.clear()
-            examiner = self._examiner(questions, questions.drawn(number, count))
+            rows = questions.drawn(number, count)
+            examiner = self._examiner(questions, rows)
+            screen = self._examiner(questions, rows[:SCREEN])
             matrices = {m for p in self._every for job in self._jobs(p) for m in job.site.matrices}
             gradient, _ = loss_gradient(examiner, frozenset(matrices), GUIDED)
-            self._draws[key] = Draw(examiner, examiner(None), gradient)
+            self._draws[key] = Draw(examiner, screen, examiner(None), gradient)
         return self._draws[key]
 
     def told(self, questions: Questions, point: Point | None) -> dict[str, Any]:
@@ -190,21 +207,29 @@ class Subject:
         rows = self._tests[questions.name].predictions(edit)
         return {"predictions": [{**asdict(row), "prompt": ""} for row in rows]}
 
+    def _screened(
+        self, draw: Draw, points: Sequence[Point], edits: Sequence[ModelEdit], count: int
+    ) -> list[int]:
+        """The `count` edits, by number, of the least loss among the guide's first ones."""
+        change = [predicted(edit.sites, draw.gradient, draw.examiner) for edit in edits]
+        size = [sum(site.relative_error**2 for site in edit.sites) ** 0.5 for edit in edits]
+        order = screening(change, size, [min(point.layers) for point in points])
+        first = order[: SCREENED * count]
+        loss = {n: loss_of(draw.screen.predictions(edits[n])) for n in first}
+        return sorted(first, key=lambda n: (not math.isfinite(loss[n]), loss[n]))[:count]
+
     def choose(self, draw: Draw, method: Method, trials: int) -> dict[str, Any]:
         """The best of the first edits in the guide's order, by the search's rule."""
         points = self.points[method.name]
         if isinstance(points, str):
             return {"refused": points}
-        change = [
-            predicted([self._site(job) for job in self._jobs(p)], draw.gradient, draw.examiner)
-            for p in points
-        ]
-        order = in_order(change, [min(point.layers) for point in points])[:trials]
+        edits = [ModelEdit([self._site(job) for job in self._jobs(p)], {}) for p in points]
+        order = self._screened(draw, points, edits, trials)
         tried: list[tuple[Point, TrialResult]] = []
         rows = []
         for n in order:
             point = points[n]
-            row = {"point": point.recipe(), "predicted": change[n]}
+            row = {"point": point.recipe()}
             try:
                 result = draw.examiner(point, _rival(tried), level=LEVEL)
             except (Infeasible, Incomplete, RuntimeError, ArithmeticError, UserError) as error:
@@ -226,10 +251,44 @@ class Subject:
         }
 
 
+def screening(change: Sequence[float], size: Sequence[float], layers: Sequence[int]) -> list[int]:
+    """Numbers of the edits in the order in which they are screened.
+
+    The predicted change is of first order, and so the largest edits, which break a model, have
+    the largest predictions. Two orders are taken in turn: by the predicted change, and by it
+    relative to the edit's size (the share of the weights that it changes). In each every layer's
+    best edit comes before any layer's second.
+    """
+    by_change = _layer_by_layer(change, layers)
+    relative = [c / (s or 1.0) for c, s in zip(change, size, strict=True)]
+    both = zip(by_change, _layer_by_layer(relative, layers), strict=True)
+    return list(dict.fromkeys(n for pair in both for n in pair))
+
+
+def _layer_by_layer(values: Sequence[float], layers: Sequence[int]) -> list[int]:
+    """Ascending, every layer's least one first, then every layer's second."""
+    before: Counter[int] = Counter()
+    ranks = {}
+    for n in sorted(range(len(values)), key=lambda n: values[n]):
+        ranks[n] = before[layers[n]], values[n]
+        before[layers[n]] += 1
+    return sorted(ranks, key=lambda n: ranks[n])
+
+
+def loss_of(rows: Sequence[Prediction]) -> float:
+    """What the guide predicts: of choices the cross-entropy among them, else nats per token."""
+    losses = []
+    for row in rows:
+        of_choices = row.choice_log_probabilities
+        total = float(np.logaddexp.reduce(of_choices)) if of_choices else 0.0
+        losses.append(total - row.log_probability if of_choices else row.loss)
+    return sum(losses) / len(losses)
+
+
 def _whole(tried: Sequence[tuple[Point, TrialResult]]) -> list[tuple[Point, TrialResult]]:
     return [(point, result) for point, result in tried if not result.stopped]
 
 
 def _rival(tried: Sequence[tuple[Point, TrialResult]]) -> Rival | None:
     best = min((result for _, result in _whole(tried)), key=GOAL.order, default=None)
-    return best and Rival(unpack(best.correct, best.seen), best.loss)
+    return None if best is None else Rival(unpack(best.correct, best.seen), best.loss)
