@@ -105,7 +105,8 @@ def claim_guards(value: Lookup, model: str) -> str:
                 )
             )
     head = (
-        "", "commonest label", "label said most", "balanced accuracy", "without prior", "prior alone",
+        "", "commonest label", "label said most", "balanced accuracy", "without prior",
+        "prior alone",
     )  # fmt: skip
     return table(head, rows)
 
@@ -152,26 +153,23 @@ def claim_frequency(value: Lookup, model: str) -> str:
 
 
 def claim_generic(value: Lookup, model: str) -> str:
-    """How often answers begin as wrong ones of the original do, before and after, and with what."""
+    """How often answers begin as wrong ones of the original do, before and after (the mean over
+    draws), with what, and in how many cells rare or frequent answers gain for sure."""
     found, rows = value(model), []
     for dataset in found["datasets"]:
-        cells = [c for c in found["cells"] if c["dataset"] == dataset and "point" in c]
-        if not cells:
-            continue
-        known = [c["generic"] for c in cells]
-        words = ", ".join(f"{word or '(nothing)'}" for word in known[0]["words"])
-        better = [c["generic"]["after"] for c in cells if c["found"] == "better"]
-        mean = sum(g["after"] for g in known) / len(known)
-        after = f"{sum(better) / len(better):.1f}" if better else ""
-        signs = [c["trend"] for c in cells if c["trend"] is not None]
-        sure = [t["spearman"] for t in signs if t["p"] <= 0.05]
-        rare, common = (sum(s < 0 for s in sure), sum(s > 0 for s in sure))
-        rows.append(
-            (dataset, words, f"{known[0]['before']:.1f}", f"{mean:.1f}", after,
-             f"{rare} / {common} of {len(cells)}")
-        )  # fmt: skip
+        told = [c for c in found["cells"] if c["dataset"] == dataset and "point" in c]
+        for method in dict.fromkeys(c["method"] for c in told):
+            cells = [c for c in told if c["method"] == method]
+            known = [c["generic"] for c in cells]
+            words = ", ".join(word or "(nothing)" for word in known[0]["words"])
+            mean = sum(g["after"] for g in known) / len(known)
+            trends = [c["trend"] for c in cells if c["trend"] is not None]
+            sure = [t["spearman"] for t in trends if t["p"] <= 0.05]
+            signs = (str(sum(s < 0 for s in sure)), str(sum(s > 0 for s in sure)))
+            shares = (f"{known[0]['before']:.1f}", f"{mean:.1f}")
+            rows.append((f"{dataset}, {method}", words, *shares, *signs, str(len(cells))))
     head = (
-        "dataset", "wrong answers begin with", "original %", "after %", "after, where better %",
-        "rare / frequent answers gain (p <= 0.05)",
+        "dataset, method", "wrong answers begin with", "before %", "after %",
+        "rare gain", "frequent gain", "cells",
     )  # fmt: skip
     return table(head, rows)

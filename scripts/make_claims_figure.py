@@ -1,4 +1,4 @@
-"""docs/figures/claims.svg: what every winner of the study changes, from docs/results/claims.json."""
+"""docs/figures/claims.svg: what every winner of the study changes."""
 
 import io
 import json

@@ -1,5 +1,6 @@
 """The study of the claim: rows apart, cells kept, verdicts that agree with scoring by hand."""
 
+import io
 import json
 import math
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +21,7 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset, score
 from tensorllm.evaluation.predictions import Prediction
-from tensorllm.reporting.claims import edit_text
+from tensorllm.reporting.claims import claims_tables, edit_text
 from tensorllm.reproduction.claims import Method, Questions, Subject, loss_of, screening
 from tensorllm.reproduction.claims_summary import corrected
 from tensorllm.reproduction.frequency import by_frequency, edges, generic, trend
@@ -58,6 +60,11 @@ def test_a_study_is_told_kept_and_not_run_again(
     monkeypatch.setattr(claims_module, "Subject", None)  # no model is needed
     assert claims(small, methods=METHODS) == first
     assert files(small.out) == kept
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(claims_tables(first))
+    printed = console.export_text()
+    assert "shared-tucker, official" in printed
+    assert printed.count("→") == 4
     with pytest.raises(UserError, match=r"of another run: trials was 2 and is 3"):
         claims(replace(small, trials=3), methods=METHODS)
 
