@@ -13,6 +13,7 @@ from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.models.task import context_length
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime.cost import Choice, Policy
@@ -81,9 +82,7 @@ def bench(request: BenchRequest) -> Bench:
     request = replace(request, device=device_of(request.device))
     dense, factored = _load(request, "dense"), _load(request, request.policy)
     choices = choices_of(factored)
-    prompt, new = _lengths(
-        request, getattr(dense.config.get_text_config(), "max_position_embeddings", None)
-    )
+    prompt, new = _lengths(request, context_length(dense.config))
     models = {"dense": dense, "factored": factored}
     found = measure(models, prompt, new, request.repeats)
     if request.peak and request.device == "cpu":

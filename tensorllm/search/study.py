@@ -28,6 +28,7 @@ from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.task import context_length
 from tensorllm.recipes import short_names
 from tensorllm.registry import one_of
 from tensorllm.requests.search import SearchRequest
@@ -247,7 +248,7 @@ class Study:
         request = self.request
         if request.calibration is None:
             return None
-        context = getattr(model.config, "max_position_embeddings", None) or LENGTH
+        context = context_length(model.config) or LENGTH
         text = read_calibration(
             request.calibration,
             self.tokenizer,
