@@ -25,7 +25,7 @@ class ReproduceRequest:
     ] = "demo"
     study: Annotated[
         Literal["published", "claims"],
-        Option("published cells, or claims: do edits chosen on some questions help others?"),
+        Option("published cells, or claims: whether edits chosen on some rows help others."),
     ] = "published"
     datasets: Annotated[
         Sequence[str] | None,
