@@ -147,11 +147,18 @@ def test_told_rows_are_never_drawn(small: ReproduceRequest) -> None:
         ({"layer": 3}, "--layer is of the published cells"),
         ({"weights": "w"}, "--weights is of the published cells"),
         ({"dry_run": True}, "--dry-run is of the published cells"),
+        ({"study": "clams"}, "--study must be one of published, claims"),
     ],
 )
 def test_options_of_the_other_study_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ReproduceRequest(study="claims", **options)
+        ReproduceRequest(**{"study": "claims", **options})
+
+
+def test_too_few_rows_are_told_before_anything_runs(small: ReproduceRequest) -> None:
+    with pytest.raises(UserError, match="8 rows or more, got 4 of demo"):
+        claims(replace(small, validation=4), methods=METHODS)
+    assert not small.out.exists()
 
 
 def test_a_dataset_of_one_answer_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import Decompositions, ModelEdit, SiteEdit, edit_of_sites
 from tensorllm.search.examiner import Examiner, Infeasible
-from tensorllm.search.guide import Gradient, loss_gradient, predicted
+from tensorllm.search.guide import LEAST, Gradient, loss_gradient, predicted
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.selection import optimism
@@ -88,6 +88,11 @@ class Questions:
     def drawn(self, draw: int, count: int) -> list[Example]:
         """At most half of the pool, so that two draws differ."""
         count = min(count, len(self.pool) // 2)
+        if count < LEAST:
+            raise UserError(
+                f"an edit is chosen on {LEAST} rows or more, got {count} of {self.name}: half of "
+                "what --limit leaves, at most --validation"
+            )
         return random.Random(draw).sample(self.pool, count)
 
     def frequency(self) -> list[int]:

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tensorllm import options
 from tensorllm.errors import UserError
 from tensorllm.options import Option
+from tensorllm.registry import one_of
 from tensorllm.requests import shared
+
+STUDIES = ("published", "claims")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class ReproduceRequest:
         str, Option("gptj, llama2 or roberta; in --study claims any causal model.")
     ] = "demo"
     study: Annotated[
-        Literal["published", "claims"],
+        str,
         Option("published cells, or claims: whether edits chosen on some rows help others."),
     ] = "published"
     datasets: Annotated[
@@ -49,7 +52,7 @@ class ReproduceRequest:
     ] = None
     limit: shared.Limit = None
     validation: Annotated[
-        int, Option("Claims: rows an edit is chosen on, at most half of those left.", least=16)
+        int, Option("Claims: rows an edit is chosen on, at most half of those left.", least=1)
     ] = 200
     trials: Annotated[int, Option("Claims: edits examined, best predicted first.", least=1)] = 4
     draws: Annotated[int, Option("Claims: draws of the rows an edit is chosen on.", least=1)] = 3
@@ -64,6 +67,7 @@ class ReproduceRequest:
     candidates: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        one_of("--study", self.study, STUDIES)
         if self.study == "claims":
             given = {"--weights": self.weights, "--layer": self.layer, "--dry-run": self.dry_run}
             for flag, value in given.items():
