@@ -148,6 +148,11 @@ class Examiner:
         seconds = time.perf_counter() - started
         return result_of(rows, stopped, ratio, before - after, error, seconds)
 
+    def predictions(self, edit: ModelEdit) -> list[Prediction]:
+        """Every example's with an edit, in the order of the dataset."""
+        rows, _ = self._rows(edit, None, 0.0)
+        return sorted(rows, key=lambda row: row.index)
+
     def edit(self, point: Point | None) -> ModelEdit:
         """What the point changes in the model; None: nothing."""
         if point is None:

@@ -20,6 +20,7 @@ from tensorllm.evaluation.batching import fill
 from tensorllm.evaluation.causal import CausalBatch
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.forward import left_padded
+from tensorllm.search.decompositions import SiteEdit
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.prefix import PrefixForward
 from tensorllm.search.selection import finished
@@ -30,6 +31,9 @@ TOKENS = 1024  # of a batch; each batch adds to all gradients, which costs as mu
 LEAST = 8  # examples; a gradient of fewer says nothing
 ALIKE = 0.05  # predicted changes that differ by less, relatively, are of about the same edit
 SHARE = 20  # a guided search makes this many times fewer trials than its grid has points
+
+
+Gradient = dict[tuple[int, str], Tensor]  # (layer, role) -> (I, D), float32
 
 
 class Guided(NamedTuple):
@@ -52,20 +56,29 @@ def guided(examiner: Examiner, points: Sequence[Point]) -> Guided:
         matrix for p in points for job in examiner.jobs(p) for matrix in job.site.matrices
     )
     gradient, examples = loss_gradient(examiner, matrices)
-    change: dict[str, float] = {}
-    for point in points:
-        total = 0.0
-        for site in examiner.decompositions.edit(examiner.jobs(point)).sites:
-            for matrix, new_ID in zip(site.site.matrices, site.matrices, strict=True):
-                old_ID = examiner.roles.read(examiner.weights, *matrix)
-                total += float((gradient[matrix] * (new_ID.float() - old_ID.float())).sum())
-        change[point.key] = total
+    change = {
+        point.key: predicted(
+            examiner.decompositions.edit(examiner.jobs(point)).sites, gradient, examiner
+        )
+        for point in points
+    }
     return Guided(change, examples)
+
+
+def predicted(sites: Sequence[SiteEdit], gradient: Gradient, examiner: Examiner) -> float:
+    """The change of the loss, in nats, to first order: the gradient's inner product with that of
+    the matrices."""
+    total = 0.0
+    for site in sites:
+        for matrix, new_ID in zip(site.site.matrices, site.matrices, strict=True):
+            old_ID = examiner.roles.read(examiner.weights, *matrix)
+            total += float((gradient[matrix] * (new_ID.float() - old_ID.float())).sum())
+    return total
 
 
 def loss_gradient(
     examiner: Examiner, matrices: Matrices, count: int = EXAMPLES
-) -> tuple[dict[tuple[int, str], Tensor], int]:
+) -> tuple[Gradient, int]:
     """The gradient (I, D), float32, of the mean loss of the first `count` validation examples in
     the order of examination.
 
