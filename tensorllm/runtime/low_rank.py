@@ -6,10 +6,10 @@ Shapes: I rows of all roles, D model width, R rank, X = I - R rows that are mixe
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
+from tensorllm.runtime.products import decodes, vector_times
 from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs
 from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
@@ -43,27 +43,22 @@ class LowRankSite(SiteModule):
 class PivotedSite(SiteModule):
     """R rows of the stacked matrix as they are, the others as combinations of them.
 
-    The outputs of the chosen rows are the latent from which the others are mixed. All roles read
-    the same input, so the outputs of all are made at once, for the first role that asks.
+    Its matrices are held as (inputs, outputs): a token that is decoded then reads rows, one after
+    another.
     """
 
-    basis_RD: nn.Parameter
-    mix_XR: nn.Parameter
     rows_R: Tensor
     order_I: Tensor
-    names = {  # noqa: RUF012
-        "basis": ("basis_RD", None),
-        "mix": ("mix_XR", None),
-        "rows": ("rows_R", None),
-    }
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
-        self.from_inner = is_output_projection(site.roles[0])
-        self.in_attention = site.roles[0] in ATTENTION_ROLES
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
-        self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
+
+    @classmethod
+    def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
+        kind = PivotedOutput if is_output_projection(site.roles[0]) else PivotedInputs
+        return super(PivotedSite, kind).roles(site, factors, geometry)
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
@@ -76,10 +71,41 @@ class PivotedSite(SiteModule):
         """Find where each row belongs, once the numbers of the chosen ones are there."""
         if self.rows_R.is_meta:
             return
+        self.rows_R = self.rows_R.clone()  # else it keeps the file that it was read from in memory
         mixed_I = torch.ones(sum(self.sizes), dtype=torch.uint8, device=self.rows_R.device)
         mixed_I[self.rows_R.long()] = 0
         made_I = torch.argsort(mixed_I, stable=True)  # the chosen rows, then the mixed ones
-        self.order_I = (made_I if self.from_inner else torch.argsort(made_I)).int()
+        self.order_I = self._order(made_I).int()
+
+    def _order(self, made_I: Tensor) -> Tensor:
+        """What is selected by, of the numbers of the rows in the order in which they are made."""
+        raise NotImplementedError
+
+
+class PivotedInputs(PivotedSite):
+    """Of input projections: the chosen rows' outputs are the latent that the others are mixed from.
+
+    All roles read the same input, so the outputs of all are made at once, for the first role that
+    asks.
+    """
+
+    basis_DR: nn.Parameter
+    mix_RX: nn.Parameter
+    names = {  # noqa: RUF012
+        "basis": ("basis_DR", (1, 0)),  # of folders from before tensors were stored transposed
+        "mix": ("mix_RX", (1, 0)),
+        "basis_t": ("basis_DR", None),
+        "mix_t": ("mix_RX", None),
+        "rows": ("rows_R", None),
+    }
+
+    def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
+        super().__init__(factors, site, geometry)
+        self.in_attention = site.roles[0] in ATTENTION_ROLES
+        self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
+
+    def _order(self, made_I: Tensor) -> Tensor:
+        return torch.argsort(made_I)
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         if torch.compiler.is_compiling() or len(self.sizes) == 1:
@@ -91,29 +117,47 @@ class PivotedSite(SiteModule):
         return held[1][index]
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """(..., I) of each role.
-
-        Made transposed, a row for each output: on a CPU rows are put in order up to a hundred
-        times faster than columns. What goes into elementwise functions are views of it; attention
-        kernels want each token's numbers side by side.
-        """
+        """(..., I) of each role."""
         lead = x.shape[:-1]
-        if x.numel() == x.shape[-1]:  # one token, decoded: all that is started counts
-            z = F.linear(x, self.basis_RD)
-            y_I = torch.cat([z, F.linear(z, self.mix_XR)], dim=-1).view(-1)
-            return y_I.index_select(0, self.order_I).view(*lead, -1).split(self.sizes, dim=-1)
-        z_RN = F.linear(x.flatten(0, -2), self.basis_RD).mT
-        y_IN = torch.cat([z_RN, self.mix_XR @ z_RN]).index_select(0, self.order_I)
+        basis_DR, mix_RX = self.basis_DR, self.mix_RX
+        if not mix_RX.numel():
+            return (x @ basis_DR).split(self.sizes, dim=-1)
+        if decodes(x):
+            z_R = vector_times(x.reshape(-1), basis_DR)
+            y_I = torch.cat([z_R, vector_times(z_R, mix_RX)]).index_select(0, self.order_I)
+            y = y_I.view(*lead, -1)
+            return (y,) if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
+        # Made transposed, a row for each output: on a CPU rows are put in order up to a hundred
+        # times faster than columns. What goes into elementwise functions are views of it; attention
+        # kernels want each token's numbers side by side.
+        z_RN = (x.flatten(0, -2) @ basis_DR).mT
+        y_IN = torch.cat([z_RN, mix_RX.mT @ z_RN]).index_select(0, self.order_I)
         if self.in_attention:
             return y_IN.mT.contiguous().view(*lead, -1).split(self.sizes, dim=-1)
         return [y.mT.view(*lead, -1) for y in y_IN.split(self.sizes)]
 
+
+class PivotedOutput(PivotedSite):
+    """Of an output projection, stacked transposed: mixed inputs are added to the chosen ones."""
+
+    basis_RD: nn.Parameter
+    mix_XR: nn.Parameter
+    names = {  # noqa: RUF012
+        "basis": ("basis_RD", None),
+        "mix": ("mix_XR", None),
+        "rows": ("rows_R", None),
+    }
+
+    def _order(self, made_I: Tensor) -> Tensor:
+        return made_I
+
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        rank = len(self.basis_RD)
-        if x.numel() == x.shape[-1]:
-            x_NI = x.reshape(-1).index_select(0, self.order_I)[None]
-            z_NR = torch.addmm(x_NI[:, :rank], x_NI[:, rank:], self.mix_XR)
-            return (z_NR @ self.basis_RD).view(*x.shape[:-1], -1)
+        basis_RD, mix_XR = self.basis_RD, self.mix_XR
+        rank = len(basis_RD)
+        if decodes(x):
+            x_I = x.reshape(-1).index_select(0, self.order_I)
+            z_R = x_I[:rank] + vector_times(x_I[rank:], mix_XR)
+            return vector_times(z_R, basis_RD).view(*x.shape[:-1], -1)
         x_IN = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I)
-        z_RN = torch.addmm(x_IN[:rank], self.mix_XR.mT, x_IN[rank:])
-        return (z_RN.mT @ self.basis_RD).view(*x.shape[:-1], -1)
+        z_RN = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:])
+        return (z_RN.mT @ basis_RD).view(*x.shape[:-1], -1)
