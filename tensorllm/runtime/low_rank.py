@@ -6,6 +6,7 @@ Shapes: I rows of all roles, D model width, R rank, X = I - R rows that are mixe
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
@@ -15,6 +16,9 @@ from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
+
+
+MOVE = 25  # products that take as long as copying one number of a token of the prompt
 
 
 @runs(LowRank, "matrix")
@@ -81,6 +85,10 @@ class PivotedSite(SiteModule):
         """What is selected by, of the numbers of the rows in the order in which they are made."""
         raise NotImplementedError
 
+    def is_cheap_in_order(self, moves: int) -> bool:
+        """Whether R² more products per token take less time than moving its I numbers so often."""
+        return len(self.rows_R) ** 2 <= moves * MOVE * len(self.order_I)
+
 
 class PivotedInputs(PivotedSite):
     """Of input projections: the chosen rows' outputs are the latent that the others are mixed from.
@@ -127,11 +135,13 @@ class PivotedInputs(PivotedSite):
             y_I = torch.cat([z_R, vector_times(z_R, mix_RX)]).index_select(0, self.order_I)
             y = y_I.view(*lead, -1)
             return (y,) if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
+        if self.is_cheap_in_order(2 if self.in_attention else 1):
+            mixed_IR = in_order(mix_RX.mT, self.order_I)
+            return F.linear(x @ basis_DR, mixed_IR).split(self.sizes, dim=-1)
         # Made transposed, a row for each output: on a CPU rows are put in order up to a hundred
         # times faster than columns. What goes into elementwise functions are views of it; attention
         # kernels want each token's numbers side by side.
-        z_RN = (x.flatten(0, -2) @ basis_DR).mT
-        y_IN = torch.cat([z_RN, mix_RX.mT @ z_RN]).index_select(0, self.order_I)
+        y_IN = latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX).index_select(0, self.order_I)
         if self.in_attention:
             return y_IN.mT.contiguous().view(*lead, -1).split(self.sizes, dim=-1)
         return [y.mT.view(*lead, -1) for y in y_IN.split(self.sizes)]
@@ -158,6 +168,27 @@ class PivotedOutput(PivotedSite):
             x_I = x.reshape(-1).index_select(0, self.order_I)
             z_R = x_I[:rank] + vector_times(x_I[rank:], mix_XR)
             return vector_times(z_R, basis_RD).view(*x.shape[:-1], -1)
+        if self.is_cheap_in_order(1 if x.mT.is_contiguous() else 2):
+            mixed_IR = in_order(mix_XR, self.order_I.argsort())
+            return x @ mixed_IR @ basis_RD
         x_IN = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I)
         z_RN = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:])
         return (z_RN.mT @ basis_RD).view(*x.shape[:-1], -1)
+
+
+def in_order(mix_XR: Tensor, order_I: Tensor) -> Tensor:
+    """(I, R): what all rows are mixed with, in their own order; each chosen one is itself."""
+    eye_RR = torch.eye(mix_XR.shape[1], dtype=mix_XR.dtype, device=mix_XR.device)
+    return torch.cat([eye_RR, mix_XR]).index_select(0, order_I)
+
+
+def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
+    """(I, N): the chosen outputs, below them the mixed ones; without a copy where none is needed."""
+    rank, mixed = mix_RX.shape
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        z_RN = (x_ND @ basis_DR).mT
+        return torch.cat([z_RN, mix_RX.mT @ z_RN])
+    y_IN = x_ND.new_empty(rank + mixed, len(x_ND))
+    torch.mm(basis_DR.mT, x_ND.mT, out=y_IN[:rank])
+    torch.mm(mix_RX.mT, y_IN[:rank], out=y_IN[rank:])
+    return y_IN
