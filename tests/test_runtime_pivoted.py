@@ -78,7 +78,9 @@ def test_the_latent_is_made_once_for_all_readers(monkeypatch: pytest.MonkeyPatch
         m for m in model.modules() if isinstance(m, RoleLinear) and not is_output_projection(m.role)
     ]
     assert made == sum(part.index == 0 for part in inputs) < len(inputs)
-    assert all(m._held is None for m in model.modules() if isinstance(m, PivotedInputs))  # no activation is kept
+    assert all(
+        m._held is None for m in model.modules() if isinstance(m, PivotedInputs)
+    )  # no activation is kept
 
 
 def test_it_learns_and_runs_in_bfloat16(tmp_path: Path):

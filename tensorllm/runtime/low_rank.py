@@ -11,14 +11,21 @@ from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
 from tensorllm.runtime.products import decodes, vector_times
-from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs
+from tensorllm.runtime.sites import (
+    MOVE,
+    STREAMED,
+    Cost,
+    Held,
+    Order,
+    SiteModule,
+    held_by,
+    linear,
+    runs,
+)
 from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
-
-
-MOVE = 25  # products that take as long as copying one number of a token of the prompt
 
 
 @runs(LowRank, "matrix")
@@ -53,6 +60,7 @@ class PivotedSite(SiteModule):
 
     rows_R: Tensor
     order_I: Tensor
+    margin = 1.0  # whole models that run so were measured, docs/results/runtime.json
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
@@ -62,13 +70,17 @@ class PivotedSite(SiteModule):
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
         kind = PivotedOutput if is_output_projection(site.roles[0]) else PivotedInputs
-        return super(PivotedSite, kind).roles(site, factors, geometry)
+        return held_by(kind, site, factors, geometry)
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         """Two products, and what puts the rows where they belong."""
-        stored = parameters(factors)
-        return Cost(stored, 3 if is_output_projection(site.roles[0]) else 4, stored)
+        stored, (rank,) = parameters(factors), factors.ranks
+        rows = sum(geometry.inner(role) for _, role in site.matrices)
+        if rank == rows:
+            return Cost(int(STREAMED * stored), 2, stored)
+        moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
+        return Cost(int(STREAMED * stored), 6, stored + min(rank**2, moves * MOVE * rows))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -183,7 +195,7 @@ def in_order(mix_XR: Tensor, order_I: Tensor) -> Tensor:
 
 
 def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
-    """(I, N): the chosen outputs, below them the mixed ones; without a copy where none is needed."""
+    """(I, N): the chosen outputs, below them the mixed ones; no copy where none is needed."""
     rank, mixed = mix_RX.shape
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         z_RN = (x_ND @ basis_DR).mT

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.cache import is_plain
@@ -22,10 +22,8 @@ def pack_groups(module: Any) -> None:
         module.register_forward_pre_hook(_with_mask, with_kwargs=True)
 
 
-def _with_mask(
-    module: nn.Module, rest: tuple[Any, ...], given: dict[str, Any]
-) -> tuple[Any, Any] | None:
-    x_BTD, attention = given.get("hidden_states"), module
+def _with_mask(module: Any, rest: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any] | None:
+    x_BTD = given.get("hidden_states")
     if (
         not isinstance(x_BTD, Tensor)
         or x_BTD.shape[1] != 1
@@ -35,9 +33,8 @@ def _with_mask(
         or torch.compiler.is_compiling()
     ):
         return None
-    config: Any = attention.config
-    layers, number = getattr(given.get("past_key_values"), "layers", ()), attention.layer_idx
-    if config._attn_implementation != "sdpa" or number >= len(layers):  # type: ignore[operator]
+    layers, number = getattr(given.get("past_key_values"), "layers", ()), module.layer_idx
+    if module.config._attn_implementation != "sdpa" or number >= len(layers):
         return None
     held = layers[number]
     if not is_plain(held):
