@@ -84,7 +84,7 @@ class Parts:
         return bool(by_role)
 
     def modules(self, path: str, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
-        """The module of each role of a linear, in the stored order; one site's share its factors."""
+        """The module of each role of a linear, in order; those of one site share its factors."""
         by_role, roles = self.sites[path], self.folder.roles
         first = next(iter(by_role.values()))
         layer = next(n for n, _ in self._matrices(first, path))
