@@ -240,6 +240,9 @@ class Context:
         tap, block = Tap(self.original.below(role)), self.original.block
         return self.layers.signals(self.layer, block, self.before[0], tap, nothing)
 
+    def original_at_width(self, role: str) -> Iterator[Tensor]:
+        return self.run.signals(self._key(role)[1][0])
+
     def compressed_inputs(self, role: str) -> Iterator[Tensor]:
         tap, block = Tap(self.compressed.below(role)), self.compressed.block
         return self.layers.signals(self.layer, block, self.before[1], tap, self._attention)

@@ -159,6 +159,11 @@ class LayerContext(Protocol):
         """(N, X) per batch: what the original gives the role's matrix."""
         ...
 
+    def original_at_width(self, role: str) -> Iterator[Tensor]:
+        """(N, D) per batch, without another run of the layer: what the original gives an input
+        projection to read, or W x of an output projection, W its matrix."""
+        ...
+
     def compressed_inputs(self, role: str) -> Iterator[Tensor]:
         """(N, X) per batch: what the compressed model gives it, with all that was `put` so far."""
         ...

@@ -188,7 +188,7 @@ class ActivationTucker(LayerFit):
     def passes(self, sites: Sequence[Site]) -> int:
         runs = len(reading_together([r for site in sites for r in site.roles]))
         refits = self.correction and self.refit_epochs > 0
-        runs += 3 * any(self._narrowed(0, site.roles) is not None for site in sites)
+        runs += 2 * any(self._narrowed(0, site.roles) is not None for site in sites)
         return runs + (2 + PASSES_OF_AN_EPOCH * self.refit_epochs if refits else 0)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:

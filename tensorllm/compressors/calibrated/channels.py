@@ -8,6 +8,7 @@ Shapes: F channels, R that stay, D model width, P input projections (in, gate).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from tensorllm.tensors.stacking import Geometry
 from tensorllm.tensors.weighted import FLOOR, Metric
 
 MULTIPLE = 8  # widths that kernels like
+ORDERED = 4  # one batch in so many tells the order of the channels
 RIDGE = 1e-3  # of the mean square of a channel: pull of rows of `out` to what they were
 
 
@@ -137,7 +139,7 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
     given = context.compressed_inputs if corrects else context.original_inputs
     out_FD = context.weight("out")
     squares_F = torch.zeros(len(out_FD), dtype=torch.float64, device=out_FD.device)
-    for x_NF in given("out"):
+    for x_NF in islice(given("out"), max(1, context.batches // ORDERED)):
         squares_F += x_NF.float().square().sum(0)
     context.add_up([squares_F])
     gradient_DD = context.width_covariance(("out",)).to(squares_F)
@@ -151,12 +153,11 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
     given_RR = torch.zeros(count, count, dtype=torch.float64, device=out_FD.device)
     wanted_RD = torch.zeros(count, out_FD.shape[1], dtype=torch.float64, device=out_FD.device)
     tokens = 0
-    inputs = zip(context.original_inputs("out"), given("out"), strict=True)
-    for x_NF, y_NF in inputs:
-        y_NR = y_NF[:, rows_R].float()
-        given_RR += y_NR.mT @ y_NR
-        wanted_RD += y_NR.mT @ (x_NF.float() @ out_FD.float())
-        tokens += len(y_NR)
+    for y_ND, x_NF in zip(context.original_at_width("out"), given("out"), strict=True):
+        kept_NR = x_NF[:, rows_R].float()
+        given_RR += kept_NR.mT @ kept_NR
+        wanted_RD += kept_NR.mT @ y_ND.float()
+        tokens += len(kept_NR)
     context.add_up([given_RR, wanted_RD])
     ridge = RIDGE * float(given_RR.diagonal().mean())
     given_RR.diagonal().add_(ridge)
