@@ -8,18 +8,26 @@ from tensorllm_cli.signature import takes
 
 @takes(ReproduceRequest)
 def reproduce(request: ReproduceRequest, *, json: bool) -> None:
-    """Run the published experiments, and print what is measured beside what was published.
+    """Run the published experiments beside what was published, or the study of the claim itself.
+
+    --study claims chooses edits of any causal model on drawn rows of each dataset, and tells each
+    once on other rows: better, no better, or not known.
 
     Examples:
 
       tensorllm reproduce --model gptj --dry-run
 
       tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out reproduction/
+
+      tensorllm reproduce --study claims
     """
     if request.dry_run:
         _rehearse(request, as_json=json)
         return
     INTERRUPT.keeps(request.out, "--out")
+    if request.study == "claims":
+        _claims(request, as_json=json)
+        return
     with progress_bar() as progress:
         from tensorllm.commands.reproduce import reproduce
 
@@ -30,6 +38,19 @@ def reproduce(request: ReproduceRequest, *, json: bool) -> None:
     from tensorllm.reporting.reproduction import reproduction_tables
 
     print_result(reproduction_tables(rows))
+
+
+def _claims(request: ReproduceRequest, *, as_json: bool) -> None:
+    with progress_bar() as progress:
+        from tensorllm.commands.claims import claims
+
+        found = claims(request, progress)
+    if as_json:
+        print_json(found)
+        return
+    from tensorllm.reporting.claims import claims_tables
+
+    print_result(claims_tables(found))
 
 
 def _rehearse(request: ReproduceRequest, *, as_json: bool) -> None:

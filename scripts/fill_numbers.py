@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_tables import benchmark, comparisons, durations, energy, figure, mutants
+from claim_tables import claim_cells, claim_frequency, claim_generic, claim_guards, claims
 from method_tables import closed, mixtures, reasoning, shares, variants
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,11 @@ TABLES: dict[str, Callable[..., str]] = {
     "energy": energy,
     "mutants": mutants,
     "mixtures": mixtures,
+    "claims": claims,
+    "claim-cells": claim_cells,
+    "claim-guards": claim_guards,
+    "claim-frequency": claim_frequency,
+    "claim-generic": claim_generic,
 }
 PLAN = "plan"  # imported only where a page asks for it: it imports torch
 

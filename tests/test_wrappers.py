@@ -12,16 +12,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from typer.testing import CliRunner
 
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.settings import make_compressor
+from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.models.shrink import shrunk
+from tensorllm_cli.app import app
 
 WRAPPERS = (
     "gemma3",
@@ -35,6 +38,7 @@ WRAPPERS = (
 )
 
 Bytes = dict[str, bytes]
+runner = CliRunner()
 
 
 @cache
@@ -242,3 +246,26 @@ def test_a_fit_to_text_in_memory_and_layer_by_layer_is_the_same(
         weights.append(load_file(target / "model.safetensors"))
     for name, w in weights[0].items():
         torch.testing.assert_close(weights[1][name], w, rtol=1e-3, atol=1e-4)
+
+
+def test_commands_take_a_wrapper_as_they_take_any_model(tmp_path: Path) -> None:
+    """Evaluated, searched and fitted to text whose sequences its text model must not exceed."""
+    config = shrunk(AutoConfig.for_model("gemma3"), 2)
+    config.text_config.vocab_size = 600
+    config.text_config.max_position_embeddings = 96
+    torch.manual_seed(2)
+    folder, fitted = tmp_path / "model", tmp_path / "fitted"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Anna lives in town {n}." for n in range(400)))
+    text = ("--calibration", tmp_path / "text.txt", "--sequences", 12)
+    scored = ("--dataset", "demo", "--limit", 20)
+    for given in (
+        ("compress", "--model", folder, "--mode", "svd-llm", "--set", "kept=0.7", *text,
+         "--out", fitted),
+        ("evaluate", "--model", folder, "--compressed", fitted, *scored, "--out", tmp_path / "e"),
+        ("search-ranks", "--model", folder, *scored, "--mode", "laser", "--rho", "0.2,0.6",
+         "--trials", 2, "--study", tmp_path / "s"),
+    ):  # fmt: skip
+        done = runner.invoke(app, list(map(str, given)))
+        assert done.exit_code == 0, done.output

@@ -24,7 +24,7 @@ from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep
 from tensorllm.compressors.base import Compressor, ErrorCurve, LayerFit
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import Site, Size
-from tensorllm.models.task import text_config_of
+from tensorllm.models.task import context_length, text_config_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 
@@ -70,9 +70,8 @@ class Sweeps:
         self._layers: Layers | None = None
         self.planned = Planned(compressor, source.roles, layers)
         config: Any = text_config_of(source.model.config)
-        context = getattr(config, "max_position_embeddings", None)
         planned = self.planned
-        calibration.check(config.vocab_size, planned.width, context)
+        calibration.check(config.vocab_size, planned.width, context_length(config))
         self.batches = calibration.batches(max(BATCH, planned.spec.geometry(0).D), ranks)
         fitting = planned.passes * len(self.batches)
         self._steps: dict[Stage, int] = {"measuring layers": 0, "fitting layers": fitting}

@@ -25,6 +25,7 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
+from tensorllm.models.task import context_length
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, completed, recipe_of, short_names
 from tensorllm.registry import load_plugins, one_of
@@ -168,7 +169,7 @@ def _text(
         return None
     loader = Loader(source.folder, dtype)
     tokenizer = loader.tokenizer()
-    context = getattr(loader.config(), "max_position_embeddings", None) or LENGTH
+    context = context_length(loader.config()) or LENGTH
     length = min(LENGTH, context)
     text = read_calibration(
         request.calibration,

@@ -33,6 +33,7 @@ from tensorllm.compressors.budget import Budget
 from tensorllm.environment import environment, versions
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.task import context_length
 from tensorllm.progress import Progress, quiet
 from tensorllm.weights import restored, write_dense
 
@@ -289,8 +290,7 @@ def check_fit(
     matrices = [matrix for job in jobs for matrix in job.site.matrices]
     config = checkpoint.config.get_text_config()
     widest = max(geometry(layer).inputs(role) for layer, role in matrices)
-    context = getattr(config, "max_position_embeddings", None)
-    task.calibration.check(config.vocab_size, widest, context)
+    task.calibration.check(config.vocab_size, widest, context_length(config))
     strategy = task.compressor
     assert isinstance(strategy, Compressor), "asked for a fit"
     target = task.budget or strategy.budget

@@ -28,6 +28,7 @@ from tensorllm.evaluation.masked import (
 )
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import STRICT, Protocol, require_single_tokens
+from tensorllm.models.task import context_length
 from tensorllm.models.task import is_masked as fills_masks
 
 
@@ -190,10 +191,7 @@ class MaskedModelScorer:
 
 def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens a model can read."""
-    limits = [
-        getattr(config.get_text_config(), "max_position_embeddings", None),
-        tokenizer.model_max_length,
-    ]
+    limits = [context_length(config), tokenizer.model_max_length]
     return min(int(limit) for limit in limits if limit)
 
 

@@ -4,14 +4,14 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from tensorllm.errors import UserError, first_line
+from tensorllm.errors import UserError
 from tensorllm.models.experts import experts_in
 from tensorllm.models.families import (
     Match,
@@ -22,16 +22,11 @@ from tensorllm.models.families import (
     geometry_of,
 )
 from tensorllm.models.mixture import Mixture, mixture_of, with_mixture
-from tensorllm.models.shrink import shrunk
-from tensorllm.models.skeleton import Keyed, Skeleton, instance, layers_path, linears, skeleton
+from tensorllm.models.skeleton import Keyed, Skeleton, linears, skeleton
 from tensorllm.models.spec import ARCHITECTURES, Architecture, ModelSpec, Stored, Task
-from tensorllm.models.task import task_of, text_config_of
-from tensorllm.models.verify import TOKENS, Mismatch, Probe, check_attention, check_ffn, randomise
+from tensorllm.models.task import hidden_size, task_of
+from tensorllm.models.verdicts import HOW, Candidates, Verdicts, signature, verified
 from tensorllm.tensors.stacking import Geometry
-
-HOW = "To say where its matrices are, register one row: docs/add_an_architecture.md"
-TINY_PARAMETERS = 2**24  # of a model that is made only to try things on
-Candidates = Callable[[nn.Module, Any], tuple[list[Match], list[Match]]]  # of a layer and config
 
 
 @dataclass(frozen=True)
@@ -118,16 +113,16 @@ def _made(key: Keyed, row: Architecture | None) -> Layout:
     config = key.config
     whole = skeleton(config)
     if row is None:
-        found = _verified(whole, config, _by_structure)
+        found = verified(whole, config, _by_structure)
         return _decided(whole, config, found, _by_structure, "structure", task_of(config))
     _check_block(row, whole, config)
     propose = functools.partial(_by_row, row)
-    verdicts = None if row.tested else _verified(whole, config, propose)
+    verdicts = None if row.tested else verified(whole, config, propose)
     return _decided(whole, config, verdicts, propose, "row", row.task)
 
 
 def _by_structure(block: nn.Module, config: Any) -> tuple[list[Match], list[Match]]:
-    ffn = [] if experts_in(block, _width(config)) else ffn_matches(block)
+    ffn = [] if experts_in(block, hidden_size(config)) else ffn_matches(block)
     return attention_matches(block, config), ffn
 
 
@@ -138,7 +133,7 @@ def _by_row(row: Architecture, block: nn.Module, config: Any) -> tuple[list[Matc
         return bool(stored) and all(one.path in there for one in stored)
 
     attention = attention_with("row", row.attention, block, config) if has(row.attention) else []
-    mixed = experts_in(block, _width(config)) is not None
+    mixed = experts_in(block, hidden_size(config)) is not None
     ffn = ffn_with("row", row.ffn, block) if has(row.ffn) and not mixed else []
     for stored, found in ((row.attention, attention), (row.ffn, ffn)):
         if has(stored) and not found and not (mixed and stored is row.ffn):
@@ -148,10 +143,6 @@ def _by_row(row: Architecture, block: nn.Module, config: Any) -> tuple[list[Matc
                 "query heads must be a multiple of the KV heads, and inner widths be equal"
             )
     return attention, ffn
-
-
-def _width(config: Any) -> int:
-    return int(getattr(text_config_of(config), "hidden_size", 0) or 0)
 
 
 def _weight(module: Any) -> torch.Tensor:
@@ -167,132 +158,10 @@ def _check_block(row: Architecture, whole: Skeleton, config: Any) -> None:
         )
 
 
-@dataclass
-class _Verdicts:
-    """What a tiny model said of candidates: of each signature the key that holds, or why none."""
-
-    attention: dict[tuple[str, ...], tuple[str, ...] | str] = field(default_factory=dict)
-    ffn: dict[tuple[str, ...], tuple[str, ...] | str] = field(default_factory=dict)
-
-
-def _signature(matches: Sequence[Match]) -> tuple[str, ...]:
-    """The paths that the candidates name: layers of equal paths are of one kind."""
-    return tuple(sorted({one.path for match in matches for one in match.stored}))
-
-
-def _verified(whole: Skeleton, config: Any, propose: Candidates) -> _Verdicts:
-    """Try the candidates of every kind of layer on a tiny model of the same choices."""
-    kinds: dict[tuple[Any, ...], int] = {}
-    for number, block in enumerate(whole.blocks):
-        kinds.setdefault(tuple(map(_signature, propose(block, config))), number)
-    tiny = _tiny(config, max(2, 1 + max(kinds.values())))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of tiny products, threads only wait for one another
-    try:
-        # It may be asked for while a model is made on the meta device; the caller's random numbers
-        # are left alone.
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = instance(tiny, "cpu", text_only=True)
-            blocks = list(model.get_submodule(layers_path(model, tiny)))
-            return _tried(model, blocks, tiny, propose)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"a {config.model_type!r} model has no row, and what its structure suggests could not "
-            f"be verified on a tiny model: {type(error).__name__}: {first_line(error)}. {HOW}"
-        ) from error
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _tiny(config: Any, layers: int) -> Any:
-    """A tiny config of the same choices, of which a model is small enough to be made."""
-    try:
-        tiny = shrunk(config, layers)
-    except Exception as error:  # a config class checks what it is given in ways of its own
-        raise UserError(
-            f"no tiny {config.model_type!r} config can be made to verify its structure on: "
-            f"{first_line(error)}. {HOW}"
-        ) from None
-    sizes = {
-        name: p.numel() for name, p in instance(tiny, "meta", text_only=True).named_parameters()
-    }
-    if sum(sizes.values()) > TINY_PARAMETERS:
-        largest = max(sizes, key=lambda name: sizes[name])
-        raise UserError(
-            f"no tiny {config.model_type!r} model can be made to verify its structure on: "
-            f"{largest} stays at {sizes[largest]} numbers. {HOW}"
-        )
-    return tiny
-
-
-def _tried(model: Any, blocks: list[Any], tiny: Any, propose: Candidates) -> _Verdicts:
-    """As `_verified`, on this model."""
-    call = functools.partial(_call, model)
-    _check_order(call, blocks, tiny)
-    verdicts = _Verdicts()
-    for block in blocks:
-        modules = linears(block)
-        attention, ffn = propose(block, tiny)
-        paths = {one.path for match in (*attention, *ffn) for one in match.stored}
-        used = {path: module for path, module in modules.items() if path in paths}
-        randomise(model, used)
-        for found, known, check in (
-            (attention, verdicts.attention, functools.partial(check_attention, config=tiny)),
-            (ffn, verdicts.ffn, check_ffn),
-        ):
-            kind = _signature(found)
-            if found and kind not in known:
-                probe = Probe(call, {path: modules[path] for path in kind})
-                known[kind] = _first_that_holds(found, functools.partial(check, probe))
-    return verdicts
-
-
-def _first_that_holds(
-    matches: Sequence[Match], check: Callable[[Match], None]
-) -> tuple[str, ...] | str:
-    why = ""
-    for match in matches:
-        try:
-            check(match)
-        except Mismatch as mismatch:
-            why = why or f"it looks like {match.family!r}, but {mismatch}"
-        else:
-            return match.key
-    return why
-
-
-def _call(model: Any) -> Any:
-    vocabulary = len(model.get_input_embeddings().weight)
-    return model(input_ids=torch.tensor([TOKENS]) % vocabulary, use_cache=False)
-
-
-def _check_order(call: Callable[[], Any], blocks: Sequence[nn.Module], config: Any) -> None:
-    """Layers run one after the other, none twice: nothing that edits a layer expects else."""
-    ran: list[int] = []
-    handles = [
-        block.register_forward_pre_hook(lambda m, args, n=n: ran.append(n))
-        for n, block in enumerate(blocks)
-    ]
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not ran or ran != sorted(set(ran)):  # some may wait for an image
-        raise UserError(
-            f"a {config.model_type!r} model runs its layers in the order {ran[:8]}, and not one "
-            "after the other"
-        )
-
-
 def _decided(
     whole: Skeleton,
     config: Any,
-    verdicts: _Verdicts | None,
+    verdicts: Verdicts | None,
     propose: Candidates,
     by: str,
     task: Task,
@@ -302,7 +171,7 @@ def _decided(
     for number, block in enumerate(whole.blocks):
         attention, ffn = propose(block, config)
         lacks: list[str] = []
-        mixture = mixture_of(block, _width(config))
+        mixture = _mixture(block, config, verdicts, lacks)
         parts = (("attention", attention), ("ffn", ffn))[: 1 if mixture else 2]
         chosen = [_chosen(part, found, verdicts, lacks) for part, found in parts]
         one, other = (*chosen, None)[:2]
@@ -329,15 +198,28 @@ def _decided(
     return Layout(tuple(layers), task, by, whole.shapes)
 
 
+def _mixture(
+    block: nn.Module, config: Any, verdicts: Verdicts | None, lacks: list[str]
+) -> Mixture | None:
+    found = mixture_of(block, hidden_size(config))
+    if found is None or verdicts is None:
+        return found
+    why = verdicts.mixture.get(found.kind, "their kind was not tried")
+    if why:
+        lacks.append(f"experts: {why}")
+        return None
+    return found
+
+
 def _chosen(
-    part: str, matches: Sequence[Match], verdicts: _Verdicts | None, lacks: list[str]
+    part: str, matches: Sequence[Match], verdicts: Verdicts | None, lacks: list[str]
 ) -> Match | None:
     if not matches:
         lacks.append(f"no known {part}")
         return None
     if verdicts is None:
         return matches[0]
-    verdict = getattr(verdicts, part).get(_signature(matches), "its kind was not tried")
+    verdict = getattr(verdicts, part).get(signature(matches), "its kind was not tried")
     if isinstance(verdict, str):
         lacks.append(f"{part}: {verdict}")
         return None

@@ -26,6 +26,12 @@ class Mixture:
     stored: tuple[Stored, ...]
     shapes: Shapes
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What it is, whatever its sizes."""
+        own = replace(self.experts, count=0, width=0)
+        return (own, *(one.path for one in self.stored if one.experts is None))
+
 
 def mixture_of(block: nn.Module, width: int) -> Mixture | None:
     """The mixture in a layer's module; None where it has none."""

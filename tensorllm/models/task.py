@@ -105,3 +105,14 @@ def _class_for(task: Task, config: Any) -> Any:
     if task == "masked":
         mapping = auto.MODEL_FOR_MASKED_LM_MAPPING
     return mapping.get(type(config), None)
+
+
+def context_length(config: Any) -> int | None:
+    """How many positions the text model has; None where its config says nothing."""
+    found = getattr(text_config_of(config), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def hidden_size(config: Any) -> int:
+    """The model width D that the config of the text model says; 0 where it says none."""
+    return int(getattr(text_config_of(config), "hidden_size", 0) or 0)

@@ -6,23 +6,34 @@ from pathlib import Path
 from typing import Annotated
 
 from tensorllm import options
+from tensorllm.errors import UserError
 from tensorllm.options import Option
+from tensorllm.registry import one_of
 from tensorllm.requests import shared
+
+STUDIES = ("published", "claims")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceRequest:
-    """The published cells of a model that are to be run.
+    """The published cells of a model that are to be run, or the study of the papers' claim.
 
     `out` keeps a file per finished cell. `candidates` are the layers among which a layer that was
-    never published is searched; None: all.
+    never published is searched; None: all. `validation`, `trials` and `draws` are of the study,
+    `weights` and `layer` of the published cells.
     """
 
-    model: Annotated[str, Option("gptj, llama2 or roberta.")]
+    model: Annotated[
+        str, Option("gptj, llama2 or roberta; in --study claims any causal model.")
+    ] = "demo"
+    study: Annotated[
+        str,
+        Option("published cells, or claims: whether edits chosen on some rows help others."),
+    ] = "published"
     datasets: Annotated[
         Sequence[str] | None,
         Option(
-            "Some of the datasets, with commas (default: all four).",
+            "Some of the datasets, with commas (default: all four; of demo its own).",
             flag="--dataset",
             parse=options.names,
         ),
@@ -40,6 +51,11 @@ class ReproduceRequest:
         Option("Layer for the cells whose layer was never published; else searched."),
     ] = None
     limit: shared.Limit = None
+    validation: Annotated[
+        int, Option("Claims: rows an edit is chosen on, at most half of those left.", least=1)
+    ] = 200
+    trials: Annotated[int, Option("Claims: edits examined, best predicted first.", least=1)] = 4
+    draws: Annotated[int, Option("Claims: draws of the rows an edit is chosen on.", least=1)] = 3
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "auto"
     out: Annotated[
@@ -49,3 +65,11 @@ class ReproduceRequest:
         bool, Option("Run each cell on a tiny model; print what the real ones take.")
     ] = False
     candidates: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        one_of("--study", self.study, STUDIES)
+        if self.study == "claims":
+            given = {"--weights": self.weights, "--layer": self.layer, "--dry-run": self.dry_run}
+            for flag, value in given.items():
+                if value not in (None, False):
+                    raise UserError(f"{flag} is of the published cells: --study claims has none")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.calibration.fit import Fitted
+from tensorllm.compression.jobs import CompressedSite
 from tensorllm.compression.plan import plan
 from tensorllm.compressors import Job, Leaf, Site
 from tensorllm.models import RoleMatrices
@@ -61,6 +62,21 @@ def edit_of_fit(fitted: Fitted, roles: RoleMatrices, weights: Mapping[str, Tenso
         for site in fitted.sites
     ]
     return ModelEdit(sites, {n: planned.parameter(*at) for n, at in planned.changed(roles).items()})
+
+
+def edit_of_sites(sites: Sequence[CompressedSite], roles: RoleMatrices) -> ModelEdit:
+    """What `compress` writes into the model."""
+    edits = [
+        SiteEdit(
+            done.site,
+            dense_matrices(done.site, done.factors, roles),
+            done.report.relative_error,
+            done.report.parameters_before,
+            done.report.parameters_after,
+        )
+        for done in sites
+    ]
+    return ModelEdit(edits, {})
 
 
 def _edit(site: Site, w: Tensor, factors: Factors, roles: RoleMatrices) -> SiteEdit:

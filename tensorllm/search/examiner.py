@@ -86,13 +86,14 @@ class Examiner:
         candidates = {min(point.layers) for point in points}
         self.prefix = Prefix(model, self.roles, budget, candidates)
         run = PrefixMaskedForward if is_masked(model) else PrefixForward
+        self.forward = run(model, self.prefix)
         self.scorer = make_scorer(
             model,
             tokenizer,
             protocol=protocol,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
-            forward=run(model, self.prefix),
+            forward=self.forward,
         )
         self.workers = workers_for(model)
         self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))
@@ -146,6 +147,11 @@ class Examiner:
         rows, stopped = self._rows(edit, rival, level)
         seconds = time.perf_counter() - started
         return result_of(rows, stopped, ratio, before - after, error, seconds)
+
+    def predictions(self, edit: ModelEdit) -> list[Prediction]:
+        """Every example's with an edit, in the order of the dataset."""
+        rows, _ = self._rows(edit, None, 0.0)
+        return sorted(rows, key=lambda row: row.index)
 
     def edit(self, point: Point | None) -> ModelEdit:
         """What the point changes in the model; None: nothing."""

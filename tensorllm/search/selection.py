@@ -58,23 +58,30 @@ def selection_gain(
         `optimism` (points), its 95 % `interval`, `gain` over the original on validation (points),
         and `gain_without` the optimism; None where there is no accuracy or one trial only.
     """
-    known = [found for _, found in finished(trials) if found.accuracy is not None]
+    return optimism([found for _, found in finished(trials)], original, seed, resamples)
+
+
+def optimism(
+    results: Sequence[TrialResult], original: TrialResult, seed: int, resamples: int = RESAMPLES
+) -> dict[str, Any] | None:
+    """`selection_gain` of the results that a choice was made from."""
+    known = [found for found in results if found.accuracy is not None]
     if len(known) < 2 or original.accuracy is None:
         return None
     correct_TN = np.array([unpack(f.correct, f.seen) for f in known], np.float32)
     n = correct_TN.shape[1]
     generator = np.random.default_rng(seed)
-    optimism = []
+    gaps = []
     for _ in range(resamples):
         times_N = np.bincount(generator.integers(0, n, n), minlength=n)
         out_N = times_N == 0
         chosen = int(np.argmax(correct_TN @ times_N.astype(np.float32)))
         inside = float(correct_TN[chosen] @ times_N) / n
         outside = float(correct_TN[chosen][out_N].mean()) if out_N.any() else inside
-        optimism.append(100 * (inside - outside))
-    mean = float(np.mean(optimism))
+        gaps.append(100 * (inside - outside))
+    mean = float(np.mean(gaps))
     gain = max(f.accuracy or 0.0 for f in known) - original.accuracy
-    low, high = np.quantile(optimism, [0.025, 0.975])
+    low, high = np.quantile(gaps, [0.025, 0.975])
     return {
         "optimism": mean,
         "interval": [float(low), float(high)],

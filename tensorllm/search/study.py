@@ -28,11 +28,12 @@ from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.task import context_length
 from tensorllm.recipes import short_names
 from tensorllm.registry import one_of
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.activation_cache import CacheBudget
-from tensorllm.search.decompositions import ModelEdit, SiteEdit, edit_of_fit
+from tensorllm.search.decompositions import ModelEdit, edit_of_fit, edit_of_sites
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.fingerprints import examples_fingerprint, model_fingerprint
 from tensorllm.search.guide import Guided, guided, in_order, trials_for
@@ -43,7 +44,6 @@ from tensorllm.search.space import LAYER, Matrices, Point, Space, Values, feasib
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.trial import TrialResult
 from tensorllm.search.worker import Worker, make_sampler
-from tensorllm.weights import dense_matrices
 
 GRID = 100  # points up to which a space is searched whole
 TRIALS = 100
@@ -248,7 +248,7 @@ class Study:
         request = self.request
         if request.calibration is None:
             return None
-        context = getattr(model.config, "max_position_embeddings", None) or LENGTH
+        context = context_length(model.config) or LENGTH
         text = read_calibration(
             request.calibration,
             self.tokenizer,
@@ -277,17 +277,7 @@ class Study:
         strategy, roles = self.strategy(point), self.roles
         if isinstance(strategy, Fitted):
             return edit_of_fit(strategy, roles, self.examiner.weights)
-        sites = [
-            SiteEdit(
-                done.site,
-                dense_matrices(done.site, done.factors, roles),
-                done.report.relative_error,
-                done.report.parameters_before,
-                done.report.parameters_after,
-            )
-            for done in self.decomposed(point)
-        ]
-        return ModelEdit(sites, {})
+        return edit_of_sites(self.decomposed(point), roles)
 
     def identity(self) -> dict[str, Any]:
         """What another run of the same study must have in common with this one."""

@@ -1,0 +1,68 @@
+"""The tables of `tensorllm reproduce --study claims`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from tensorllm.reporting.tables import new_table
+
+
+def claims_tables(found: Mapping[str, Any]) -> RenderableType:
+    """Per dataset a row for each method and draw, accuracies in per cent, changes in points."""
+    parts: list[RenderableType] = []
+    for dataset, about in found["datasets"].items():
+        cells = [cell for cell in found["cells"] if cell["dataset"] == dataset]
+        parts.append(_cells(dataset, about, cells))
+        parts += [
+            f"{c['method']}, draw {c['draw']}: {c['sentence']}"
+            for c in cells
+            if c.get("shifted_prior")
+        ]
+    told = ", ".join(f"{n} {name}" for name, n in found["counts"].items() if name != "holm")
+    parts.append(
+        f"{len(found['cells'])} cells: {told}; better when all are tests of one study (Holm): "
+        f"{found['counts']['holm']}"
+    )
+    return Group(*parts)
+
+
+def _cells(
+    dataset: str, about: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]
+) -> RenderableType:
+    table = new_table(
+        dataset, "draw", "edit", "validation", "test", "change", "found", number_from=3
+    )
+    table.padding = (0, 0, 0, 1)
+    if about["original"] is not None:
+        table.add_row("original", "", "", "", _percent(about["original"]["accuracy"]["value"]))
+    for cell in cells:
+        row = [cell["method"], f"{cell['draw']}"]
+        if "point" in cell:
+            validation, change = cell["validation"], cell["comparison"]["accuracy"]
+            both = (validation[part]["accuracy"] for part in ("original", "winner"))
+            low, high = change["interval"]
+            row += [
+                edit_text(cell["point"]),
+                "→".join(map(_percent, both)),
+                _percent(cell["test"]["accuracy"]["value"]),
+                f"{change['difference']:+.1f}±{(high - low) / 2:.1f}",
+            ]
+        table.add_row(*row, *[""] * (6 - len(row)), cell["found"])
+    return table
+
+
+def _percent(accuracy: float) -> str:
+    return f"{accuracy:.1f}"
+
+
+def edit_text(point: Mapping[str, Any]) -> str:
+    """Layer and settings in few words, such as `29: gate 0.4`."""
+    layers = "+".join(map(str, point["layers"]))
+    settings = {k: v for k, v in point["settings"].items() if k != "layout"}
+    named = ("+".join(map(str, v)) if k == "matrices" else _ranks(v) for k, v in settings.items())
+    return f"{layers}: {' '.join(named)}"
+
+
+def _ranks(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"

@@ -1,0 +1,95 @@
+"""Which answers an edit gains and loses, by how frequent they are.
+
+LASER (arXiv 2312.13558, section 5) finds that what is gained are facts that are rare in the
+training text: the components that are cut had put generic words in their place. The text of most
+models is not known; how many other rows of the dataset have the same answer stands for it.
+
+Shapes: N test rows.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tensorllm.evaluation.matching import normalised
+from tensorllm.evaluation.predictions import Prediction
+
+BINS = 4
+WORDS = 5  # beginnings of wrong answers that are listed
+
+
+def by_frequency(
+    before: Sequence[Prediction], after: Sequence[Prediction], frequency_N: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Right answers before, gained and lost, in bins of about as many rows, the rarest first.
+
+    Rows whose answers are equally frequent are in one bin, so there may be fewer than `BINS`.
+    """
+    out = []
+    for low, high in edges(frequency_N):
+        pairs = [
+            (bool(b.correct), bool(a.correct))
+            for b, a, f in zip(before, after, frequency_N, strict=True)
+            if low <= f <= high
+        ]
+        out.append(
+            {
+                "least": low,
+                "most": high,
+                "examples": len(pairs),
+                "right": sum(was for was, _ in pairs),
+                "wrong_to_right": sum(not was and now for was, now in pairs),
+                "right_to_wrong": sum(was and not now for was, now in pairs),
+            }
+        )
+    return out
+
+
+def edges(frequency_N: Sequence[int]) -> list[tuple[int, int]]:
+    """The least and the largest frequency of each bin."""
+    left = Counter(frequency_N)
+    out: list[tuple[int, int]] = []
+    held: list[int] = []
+    rows = 0
+    for value in sorted(left):
+        held.append(value)
+        rows += left[value]
+        if rows >= (len(out) + 1) * len(frequency_N) / BINS:
+            out.append((held[0], held[-1]))
+            held = []
+    return out
+
+
+def trend(
+    before: Sequence[Prediction], after: Sequence[Prediction], frequency_N: Sequence[int]
+) -> dict[str, float] | None:
+    """Spearman's correlation of what a row gains (1, 0 or -1) with its answer's frequency.
+
+    Negative: rare answers gain. None where nothing changed, or all are equally frequent.
+    """
+    from scipy.stats import spearmanr
+
+    gained_N = [bool(a.correct) - bool(b.correct) for b, a in zip(before, after, strict=True)]
+    if len(set(gained_N)) < 2 or len(set(frequency_N)) < 2:
+        return None
+    found = spearmanr(frequency_N, gained_N)
+    return {"spearman": float(found.statistic), "p": float(found.pvalue)}
+
+
+def generic(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any]:
+    """The words that wrong answers of the original most often begin with, and how often all
+    answers begin with one of them before and after.
+
+    Returns:
+        `words`: word -> [before, after] in rows; `before`, `after`: their sums, per cent of rows.
+    """
+    wrong = Counter(_first(row) for row in before if not row.correct)
+    common = [word for word, _ in wrong.most_common(WORDS)]
+    counts = [Counter(map(_first, rows)) for rows in (before, after)]
+    words = {word: [count[word] for count in counts] for word in common}
+    shares = [100 * sum(count[word] for word in common) / len(before) for count in counts]
+    return {"words": words, "before": shares[0], "after": shares[1]}
+
+
+def _first(row: Prediction) -> str:
+    return next(iter(normalised(row.generation)), "")
