@@ -23,6 +23,7 @@ from tensorllm_cli.inspect import inspect
 from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.list import list_
 from tensorllm_cli.placeholders import Command, Group
+from tensorllm_cli.push import push
 from tensorllm_cli.report import report
 from tensorllm_cli.reproduce import reproduce
 from tensorllm_cli.search import search_ranks
@@ -73,6 +74,7 @@ COMMANDS = {
     "generate": generate,
     "serve": serve,
     "export": export,
+    "push": push,
     "bench": bench,
     "report": report,
     "list": list_,

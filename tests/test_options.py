@@ -22,6 +22,7 @@ from tensorllm.requests.others import (
     GenerateRequest,
     InspectRequest,
     ListRequest,
+    PushRequest,
     ReportRequest,
     ServeRequest,
 )
@@ -40,6 +41,7 @@ REQUESTS: dict[str, Any] = {
     "generate": GenerateRequest,
     "serve": ServeRequest,
     "export": ExportRequest,
+    "push": PushRequest,
     "bench": BenchRequest,
     "report": ReportRequest,
     "list": ListRequest,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import tensorllm as tl
 from tensorllm.checkpoint.source import resolve
@@ -88,6 +88,15 @@ def test_a_factored_folder_answers_as_generate_writes(folder: Path) -> None:
     asked = GenerateRequest(model=str(folder), prompts=(PROMPT,), max_new_tokens=4, dtype="fp32")
     assert f"{PROMPT} {went_on}" == generate(asked)[0]
     assert answer["content"] == generate(replace(asked, chat=True))[0]
+
+
+def test_a_pipeline_opens_a_folder_by_name_and_uses_its_chat_template(folder: Path) -> None:
+    writer = pipeline("text-generation", model=str(folder))
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    message = [{"role": "user", "content": PROMPT}]
+    written = writer(message, **settings)[0]["generated_text"][-1]["content"]
+    asked = GenerateRequest(model=str(folder), prompts=(PROMPT,), max_new_tokens=4, chat=True)
+    assert [written.strip()] == generate(asked)
 
 
 def refused(request: ServeRequest, match: str) -> None:

@@ -151,7 +151,7 @@ def test_vllm_finds_the_entry_point() -> None:
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_vllm_itself_loads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own config, model and loader; attention is left out, as in its memory profile."""
+    """Its own config, model and loader, linear by linear; its attention needs its kernels."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: its model and loader are not run")
     import vllm.platforms
@@ -163,25 +163,31 @@ def test_vllm_itself_loads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.model_loader import get_model
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
     folder(METHODS["shared Tucker and one FFN matrix"], tmp_path / "out")
     tl.load(tmp_path / "out").save_pretrained(tmp_path / "dense")
-    found = {}
+    models = []
     for name in ("dense", "out"):
         settings = {"skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True}
         config = EngineArgs(str(tmp_path / name), **settings).create_engine_config()
         with set_current_vllm_config(config):
-            if not found:
-                address = "tcp://127.0.0.1:29527"
-                init_distributed_environment(1, 0, address, 0, "gloo")
+            if not models:
+                init_distributed_environment(1, 0, "tcp://127.0.0.1:29527", 0, "gloo")
                 initialize_model_parallel(1)
-            model = get_model(vllm_config=config)
-            with set_forward_context(None, config):  # no requests: attention gives zeros
-                found[name] = model(torch.arange(3, 14), torch.arange(11))
-    torch.testing.assert_close(found["out"], found["dense"], rtol=1e-4, atol=1e-5)
-    kinds = {type(m.quant_method).__name__ for m in model.modules() if hasattr(m, "quant_method")}
-    assert {"FactoredMethod", "DenseMethod"} <= kinds
+            models.append(get_model(vllm_config=config))
+    dense, ours = models
+    linears = {name: m for name, m in dense.named_modules() if isinstance(m, LinearBase)}
+    assert len(linears) == 8
+    found = dict(ours.named_modules())
+    for name, linear in linears.items():
+        x = INNER if name.endswith("down_proj") else X
+        torch.testing.assert_close(found[name](x)[0], linear(x)[0], rtol=1e-4, atol=1e-5)
+    kinds = {type(found[name].quant_method).__name__ for name in linears}
+    assert kinds == {"FactoredMethod", "DenseMethod", "UnquantizedLinearMethod"}
+    plain = {name: p for name, p in dense.named_parameters() if "norm" in name or "emb" in name}
+    assert plain
+    assert all(torch.equal(dict(ours.named_parameters())[n], plain[n]) for n in plain)

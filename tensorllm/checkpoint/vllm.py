@@ -199,7 +199,7 @@ class FactoredMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -212,7 +212,7 @@ class FactoredMethod(LinearMethodBase):
         assert sum(output_partition_sizes) == output_size, "asked for only without splitting"
         layer.dtype, layer.place = params_dtype, torch.empty(0).device  # vLLM sets the default
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         made = [
             module
             for path in self.paths
@@ -220,7 +220,7 @@ class FactoredMethod(LinearMethodBase):
         ]
         layer.factored = nn.ModuleList(made)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         outs = [module(x) for module in layer.factored]
         y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return y if bias is None else y + bias
@@ -233,7 +233,7 @@ class DenseMethod(UnquantizedLinearMethod):
         super().__init__()
         self.parts, self.shards = parts, shards
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         for path, shard in self.shards.items():
             given = () if shard is None else (shard,)
             layer.weight.weight_loader(layer.weight, self.parts.dense(path), *given)

@@ -21,6 +21,7 @@ REPORT = "report.json"
 BEGIN, END = "<!-- tensorllm: begin -->", "<!-- tensorllm: end -->"
 OURS = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags")
+NEEDED = ("base_model", "license")
 MEASURED = ("model-index", "model_name")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
@@ -66,6 +67,12 @@ def rewrite_card(folder: Path, measured: Sequence[BeforeAfter] = ()) -> None:
     path = folder / CARD
     previous = path.read_text(encoding="utf-8") if path.is_file() else ""
     write_text(path, card(report, config=config, previous=previous, measured=measured))
+
+
+def card_lacks(card: str) -> tuple[str, ...]:
+    """What a reader of the hub looks for first and a card does not say, such as the licence."""
+    values, _ = _split(card)
+    return tuple(name for name in NEEDED if not values.get(name))
 
 
 def hub_id(model: str) -> str | None:

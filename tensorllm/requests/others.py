@@ -1,4 +1,4 @@
-"""What the smaller commands may be asked: inspect, generate, serve, export, bench, report, list."""
+"""What the smaller commands may be asked: inspect, generate, serve, export, push, bench, report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +89,18 @@ class ExportRequest:
     dtype: shared.DType = None
     overwrite: shared.Overwrite = False
     plugins: shared.Plugins = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushRequest:
+    """A folder, and its place on the hub."""
+
+    folder: Annotated[Path, Option("A folder that tensorllm wrote.", argument=True)]
+    repo: Annotated[str, Option("Its name there: OWNER/NAME.", metavar="REPO", argument=True)]
+    private: Annotated[bool, Option("Make the repository private, where it has to be made.")] = (
+        False
+    )
+    message: Annotated[str, Option("Of the commit.")] = "Upload by tensorllm push"
 
 
 @dataclass(frozen=True, kw_only=True)

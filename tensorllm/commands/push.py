@@ -1,0 +1,72 @@
+"""`tensorllm push`: a folder of ours on the Hugging Face hub, checked and with its card."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
+from tensorllm.compression.card import CARD, card_lacks
+from tensorllm.errors import UserError
+from tensorllm.hub import reason
+from tensorllm.requests.others import PushRequest
+
+HIDDEN = ".*"  # of file managers and of an interrupted command
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Where a folder is now, and what a reader would look for in its card in vain."""
+
+    url: str
+    commit: str
+    card_lacks: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lacks = " and no ".join(self.card_lacks)
+        said = f"; its card names no {lacks}: add them to {CARD} and push again" if lacks else ""
+        return f"{self.url}{said}"
+
+
+def push(request: PushRequest) -> Pushed:
+    """Upload a folder in one commit; the repository is made where there is none.
+
+    Raises:
+        UserError: the folder is not ours or has changed, there is no token, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token, is_offline_mode
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    folder = request.folder
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no {MANIFEST}: push takes a folder that tensorllm wrote")
+    check_files(folder, manifest, verify=True)
+    try:
+        validate_repo_id(request.repo)
+    except HFValidationError as error:
+        raise UserError(f"{request.repo!r} is no name on the hub: {reason(error)}") from None
+    if is_offline_mode():
+        raise UserError("HF_HUB_OFFLINE is set: nothing can be pushed")
+    if get_token() is None:
+        raise UserError("the hub wants a token that may write: hf auth login, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        made = api.create_repo(request.repo, private=request.private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            commit_message=request.message,
+            ignore_patterns=[HIDDEN],
+        )
+    except Exception as error:  # whatever the client's own HTTP library raises
+        raise UserError(f"the hub did not take {request.repo}: {reason(error)}") from None
+    return Pushed(str(made), done.oid, card_lacks(_card(folder)))
+
+
+def _card(folder: Path) -> str:
+    path = folder / CARD
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

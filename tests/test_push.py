@@ -1,0 +1,161 @@
+"""`tensorllm push` against a stand-in of the hub's HTTP API on loopback."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+import tensorllm as tl
+from tensorllm.commands.push import push
+from tensorllm.errors import UserError
+from tensorllm.requests.others import PushRequest
+
+TOKEN = "hf_" + "a" * 34
+REPO = "someone/small"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Makes repositories and takes commits of whole files; says no to any other token."""
+
+    server: Any
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append(self.path)
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self._say({"error": "Invalid username or password."}, 401)
+        elif self.path == "/api/repos/create":
+            self.server.made.append(json.loads(body))
+            self._say({"name": REPO, "url": f"{self.server.url}/{REPO}", "id": REPO})
+        elif self.path == f"/api/models/{REPO}/preupload/main":
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            self._say({"files": files})
+        elif self.path == f"/api/models/{REPO}/commit/main":
+            for line in map(json.loads, body.decode().splitlines()):
+                self._take(line["key"], line["value"])
+            url = f"{self.server.url}/{REPO}/commit/{'c' * 40}"
+            self._say({"commitOid": "c" * 40, "commitUrl": url, "success": True})
+        else:
+            self._say({}, 200)  # such as /api/validate-yaml
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self._say({"error": "Repository not found"}, 404)
+
+    def _take(self, key: str, value: dict[str, Any]) -> None:
+        if key == "header":
+            self.server.summaries.append(value["summary"])
+        else:
+            assert (key, value["encoding"]) == ("file", "base64")
+            path = self.server.folder / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(value["content"]))
+
+    def _say(self, content: Any, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.asked, server.made, server.summaries = [], [], []
+    server.folder = tmp_path / "on the hub"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A factored folder with the card and licence of its original."""
+    model = tiny_model("llama")
+    tl.compress(model, tl.LaserSVD(rho=0.5, matrices=("in",)))
+    tl.save(model, tmp_path / "out")
+    (tmp_path / "out" / "LICENSE").write_text("Do as you like.\n")
+    (tmp_path / "out" / ".hidden").write_text("mine\n")
+    return tmp_path / "out"
+
+
+def run(hub: Any, folder: Path, *more: str, token: str | None = TOKEN) -> Any:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(folder.parent / "home")}
+    return subprocess.run(
+        [sys.executable, "-m", "tensorllm", "push", str(folder), REPO, *more],
+        env=environment | ({"HF_TOKEN": token} if token else {}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+def test_a_folder_arrives_whole_and_opens(hub: Any, folder: Path) -> None:
+    done = run(hub, folder, "--private", "--message", "Ours", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "url": f"{hub.url}/{REPO}",
+        "commit": "c" * 40,
+        "card_lacks": ["base_model", "license"],
+    }
+    assert [made["name"] for made in hub.made] == ["small"]
+    assert hub.made[0].get("private") is True or hub.made[0].get("visibility") == "private"
+    assert hub.summaries == ["Ours"]
+    sent = {path.name: path.read_bytes() for path in hub.folder.iterdir()}
+    assert sent == {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".hidden"}
+    assert "LICENSE" in sent
+    ids = torch.arange(3, 9)[None]
+    got, want = (AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (hub.folder, folder))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+def test_a_token_that_the_hub_refuses_is_one_line(hub: Any, folder: Path) -> None:
+    done = run(hub, folder, token="hf_" + "b" * 34)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: the hub did not take {REPO}: ")
+    assert hub.made == []
+
+
+def test_what_cannot_be_pushed_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(match: str, place: Path = folder, repo: str = REPO) -> None:
+        with pytest.raises(UserError, match=match):
+            push(PushRequest(folder=place, repo=repo))
+
+    refused("HF_HUB_OFFLINE is set")
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    refused("hf auth login, or set HF_TOKEN")
+    refused("no name on the hub", repo="a/b/c")
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    refused("push takes a folder that tensorllm wrote", place=tmp_path / "plain")
+    weights = folder / "factored.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    refused("factored.safetensors")
