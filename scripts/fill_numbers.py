@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmark_tables import benchmark, comparisons, durations, energy, figure, mutants
 from claim_tables import claim_cells, claim_frequency, claim_generic, claim_guards, claims
-from method_tables import closed, mixtures, reasoning, shares, variants
+from method_tables import closed, mixtures, real_model, reasoning, shares, variants
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -41,6 +41,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "benchmark": benchmark,
     "comparisons": comparisons,
     "closed": closed,
+    "real_model": real_model,
     "shares": shares,
     "variants": variants,
     "reasoning": reasoning,
