@@ -6,7 +6,7 @@ from typing import Any
 from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.statistics import compared, intervals
 from tensorllm.reproduction.claims import GOAL
-from tensorllm.reproduction.frequency import by_frequency, generic, trend
+from tensorllm.reproduction.frequency import by_frequency, changed, generic, trend
 from tensorllm.search.verdict import LEVEL, guards_of, verdict
 
 NOT_RUN = "not run"
@@ -48,6 +48,7 @@ def told(
         "by_frequency": by_frequency(before, after, frequency),
         "trend": trend(before, after, frequency),
         "generic": generic(before, after),
+        "changed": changed(before, after),
     }
 
 
