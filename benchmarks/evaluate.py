@@ -8,7 +8,7 @@ trained here on the same files, has every choice as one
 token: there the papers' loop reads each FEVER and Bios prompt only once. The loop runs
 with as many threads as suit it best, and is timed on a part of the rows, in
 slices between those of the evaluator, so that both see the same machine; verdicts are compared on
-that part.
+that part. `--model FOLDER` measures a model on disk in their place, `--datasets` some of the four.
 """
 
 import time
@@ -110,28 +110,36 @@ def race(model: Any, tokenizer: Any, data: Any, naive_rows: int) -> dict[str, An
     }
 
 
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """A model, in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--rows", type=int, default=400)
     options.add_argument("--naive-rows", type=int, default=80)
+    options.add_argument("--model", type=Path, help="folder of a causal model")
+    options.add_argument("--datasets", nargs="+", choices=FILES, default=list(FILES))
     args = options.parse_args()
     if args.quick:
         args.rows, args.naive_rows = 8, 4
     begin(args)
-    folder, rows = real(args, "models/tinystories-656K"), real(args, "data")
-    runs = {
-        "tinystories-656K": (
-            AutoModelForCausalLM.from_pretrained(folder).eval(),
-            AutoTokenizer.from_pretrained(folder),
-        ),
-        "gptj-4x128-random": (gptj(), trained_tokenizer(rows)),
-    }
+    rows = real(args, "data")
+    if args.model is not None:
+        runs = {args.model.name: loaded(args.model)}
+    else:
+        runs = {
+            "tinystories-656K": loaded(real(args, "models/tinystories-656K")),
+            "gptj-4x128-random": (gptj(), trained_tokenizer(rows)),
+        }
     found: dict[str, dict[str, Any]] = {}
     titles = ("ours/s", "naive/s", "times", "wanted")
     print(f"{'model':<20}{'dataset':<18}" + "".join(f"{t:>9}" for t in titles) + "  verdicts")
     for name, (model, tokenizer) in runs.items():
-        for dataset, file in FILES.items():
-            path = rows / file
+        for dataset in args.datasets:
+            path = rows / FILES[dataset]
             data = make_dataset(dataset, data_file=path, split="all", limit=args.rows)
             data.connect(tokenizer)
             result = race(model, tokenizer, data, min(args.naive_rows, args.rows))
@@ -143,7 +151,8 @@ def main() -> None:
                 flush=True,
             )
     compared = comparisons(found, targets=not args.quick)
-    save("evaluate", "cpu", compared, args, dtype="float32", protocol="strict", results=found)
+    part = "cpu" if args.model is None else args.model.name
+    save("evaluate", part, compared, args, dtype="float32", protocol="strict", results=found)
 
 
 def comparisons(found: dict[str, dict[str, Any]], targets: bool) -> dict[str, Comparison]:

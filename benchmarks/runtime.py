@@ -4,6 +4,8 @@
     python benchmarks/runtime.py --part block    # one attention block of GPT-J's size
     python benchmarks/runtime.py --part whole    # a 12-layer model, end to end
     python benchmarks/runtime.py --part cost     # the cost model of --policy auto, held to times
+    python benchmarks/runtime.py --part real --model smollm2/ --hybrid compressed/
+                                                 # a real model: speed, memory, what was predicted
 
 Times are taken in turns, one side after the other. The part `whole` also measures tltorch's
 factorised linears where tensorly-torch is installed; else their column is left out.
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from support.attention_block import WANTED, block, gptj
 from support.cost_model import KINDS, costs, least_gain
+from support.real_runtime import DTYPES, MADE
+from support.real_runtime import real as real_rows
 from support.results import Comparison, begin, parser, save
 from support.tltorch_model import (
     IMPLEMENTATIONS,
@@ -32,7 +36,7 @@ from transformers import GPTJForCausalLM
 import tensorllm as tl
 from tensorllm.commands.bench import bench
 from tensorllm.requests.others import BenchRequest
-from tensorllm.runtime.cost import MARGIN
+from tensorllm.runtime import SiteModule
 from tensorllm.runtime.measure import measure
 
 
@@ -114,9 +118,24 @@ def print_cost(row: dict[str, Any]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--part", choices=("block", "whole", "cost", "all"), default="all")
+    options.add_argument("--part", choices=("block", "whole", "cost", "real", "all"), default="all")
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--note", default="", help="kept with the figures: how busy it was")
+    more = options.add_argument_group("--part real")
+    more.add_argument(
+        "--model", type=Path, help="folder of a dense model; without it: not measured"
+    )
+    more.add_argument(
+        "--hybrid", type=Path, metavar="OUT",
+        help="tensorllm compress --mode activation-hybrid --format factored --target-ratio R1,R2",
+    )  # fmt: skip
+    more.add_argument("--ratios", type=float, nargs="+", default=[1.25, 1.5, 2.0])
+    more.add_argument("--methods", nargs="*", choices=tuple(MADE), default=list(MADE))
+    more.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    more.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    more.add_argument("--prompt", type=int, default=PROMPT)
+    more.add_argument("--new", type=int, default=NEW)
+    more.add_argument("--no-peak", dest="peak", action="store_false", help="no memory")
     args = options.parse_args()
     begin(args)
     repeats, fewer = (1, 1) if args.quick else (args.repeats, max(3, args.repeats // 3))
@@ -135,8 +154,14 @@ def main() -> None:
         for row in rows:
             print_cost(row)
         print(f"the least gain of what auto runs factored: {least}")
-        about = {"note": args.note, "margin": MARGIN, "least_gain_of_auto": least}
+        about = {"note": args.note, "margin": SiteModule.margin, "least_gain_of_auto": least}
         save("runtime", "cost model", {}, args, **about, rows=rows)
+    if args.part == "real" and args.model is None:
+        options.error("--part real needs --model FOLDER")
+    if args.part in ("real", "all") and args.model is not None:
+        rows = real_rows(args, fewer)
+        name = f"{args.model.name}, {torch.get_num_threads()} threads"
+        save("runtime", name, compared(rows), args, note=args.note, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ answers. Three ways, side by side:
   trials, scaled; its metrics are compared with the search's);
 - search: as `search-ranks` does it, losing trials given up early, and once more with each of them
   examined in full.
+
+`--model FOLDER` measures something else: trials of a model on disk on wikidata_qa, whose answers
+are generated, beside the same trials with every answer generated anew
+(`support/search_answers.py`).
 """
 
 import argparse
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.results import Comparison, begin, parser, real, save
+from support.search_answers import answers
 from support.search_model import make_model
 from support.search_naive import naive_edit, one_by_one
 from transformers import AutoTokenizer, GPTJForCausalLM
@@ -33,6 +38,7 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.options import layers
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.objectives import OBJECTIVES
@@ -42,6 +48,7 @@ from tensorllm.search.stopping import Rival
 from tensorllm.search.trial import TrialResult, unpack
 
 TRIALS, LAYERS = 48, (8, 9, 10, 11)
+WIKIDATA = "data/qa_wikidata.jsonl"
 FEVER, TOKENIZER = "data/fever_paper_dev.jsonl", "models/tinystories-656K"
 WANTED = (30.0, 5.0)  # times faster than the naive and the batched loop
 
@@ -54,6 +61,9 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--naive-examples", type=int, default=20)
     options.add_argument("--batched-trials", type=int, default=3)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--model", type=Path, help="measure trials with generated answers")
+    options.add_argument("--mode", default="laser", choices=("laser", "shared-tucker"))
+    options.add_argument("--layers", default="18-29", help="of --model, as search-ranks has it")
     options.add_argument("--folder", type=Path, help="of the model; a temporary one otherwise")
     args = options.parse_args()
     if args.quick:
@@ -203,6 +213,14 @@ def measure(given: Given, args: argparse.Namespace) -> tuple[dict[str, float], d
 def main() -> None:
     args = arguments()
     begin(args)
+    if args.model is not None:
+        compared, about = answers(
+            args.model, "wikidata_qa", real(args, WIKIDATA), mode=args.mode,
+            layers=layers("--layers", args.layers), trials=args.trials, questions=args.questions,
+            seed=args.seed,
+        )  # fmt: skip
+        save("search", f"{args.model.name}-{args.mode}", compared, args, **about)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         given = prepared(args.folder or Path(temporary), args)
         seconds, about = measure(given, args)

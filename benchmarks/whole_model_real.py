@@ -6,7 +6,8 @@ The model is a folder; the recorded one is SmolLM2-135M-Instruct, de-quantised f
 matrices of attention and FFN are compressed, `kept` of their numbers stored. Calibrated on the
 first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other); scored, in
 nats per token, on blocks of its last 40 % and on stories. Each text that is calibrated on is a part
-of docs/results/whole_model_real.json, written anew after every method.
+of docs/results/whole_model_real.json, written after every method; what other commands measured with
+the same model, sequences and seed stays there, each row with its commit and command.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.results import Comparison, begin, parser, real, save
+from support.results import RESULTS, Comparison, begin, made, parser, real, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.calibration import Calibration
@@ -42,7 +43,12 @@ BASELINES: dict[str, dict[str, Any]] = {
     "aa-svd": {},
     "modegpt": {},
 }
-OURS: dict[str, dict[str, Any]] = {"ours, no refit": {"refit_epochs": 0}, "ours": {}}
+OURS: dict[str, dict[str, Any]] = {
+    "ours, no refit, no narrowing": {"refit_epochs": 0, "narrowing": False},
+    "ours, no refit": {"refit_epochs": 0},
+    "ours, no narrowing": {"narrowing": False},
+    "ours": {},
+}
 HALF = 0.5  # of the gap between the best other method and the dense model: what ours is to close
 
 
@@ -66,7 +72,7 @@ class Bench:
         }
         other = self.blocks("\n\n".join(self.other(rows[200:])))
         self.texts = {"own": wikitext[:first], "other": other}[args.calibrated]
-        self.losses: dict[str, dict[str, Any]] = {}
+        self.losses = earlier(args)
 
     def blocks(self, text: str) -> list[list[int]]:
         """Sequences of one length; what is left over is dropped."""
@@ -100,9 +106,21 @@ class Bench:
 
     def add(self, name: str, kept: float | None, seconds: float, stored: int, model: Any) -> None:
         row = {"method": name, "kept": kept, "seconds": seconds, "parameters": stored}
-        row |= self.loss(model)
+        row |= self.loss(model) | {k: made()[k] for k in ("commit", "command")}
         self.losses[f"{name} at {kept}"] = row
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
+def earlier(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What the file has of the same model, sequences and seed, by method and size."""
+    path = args.out or RESULTS / "whole_model_real.json"
+    if args.quick or not path.is_file():
+        return {}
+    part = json.loads(path.read_text()).get(args.calibrated, {})
+    asked = {"model": args.model.name, "sequences": args.sequences, "seed": args.seed}
+    if any(part.get(name) != value for name, value in asked.items()):
+        return {}
+    return {f"{row['method']} at {row['kept']}": row for row in part["rows"]}
 
 
 def stored_of(report: Any) -> int:
@@ -145,6 +163,8 @@ def save_all(bench: Bench, dense: dict[str, float], args: argparse.Namespace) ->
         closed(bench.losses, dense),
         args,
         model=args.model.name,
+        sequences=args.sequences,
+        seed=args.seed,
         dense=dense,
         rows=list(bench.losses.values()),
     )

@@ -26,6 +26,7 @@ from tensorllm_cli.placeholders import Command, Group
 from tensorllm_cli.report import report
 from tensorllm_cli.reproduce import reproduce
 from tensorllm_cli.search import search_ranks
+from tensorllm_cli.serve import serve
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted."
 
@@ -70,6 +71,7 @@ COMMANDS = {
     "reproduce": reproduce,
     "inspect": inspect,
     "generate": generate,
+    "serve": serve,
     "export": export,
     "bench": bench,
     "report": report,

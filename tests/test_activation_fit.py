@@ -211,7 +211,8 @@ def test_some_layers_and_a_target_of_parameters():
 
 def test_sharing_can_be_forbidden():
     model = tiny_model("llama")
-    found = fit(ActivationHybrid(target_ratio=3, sharing=False), model, text())
+    one = ActivationHybrid(target_ratio=3, sharing=False, narrowing=False)
+    found = fit(one, model, text())
     assert all(len(site.roles) == 1 for site in found.sites)
 
 

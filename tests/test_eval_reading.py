@@ -51,7 +51,7 @@ def test_a_shared_beginning_is_read_once_and_changes_no_logit(name):
     assert forward.tokens == [3, 3 * 4]  # not 3 * 7
     for row, ids in enumerate(ROWS):
         torch.testing.assert_close(
-            found.logits_BNV[row, -1], alone(model, ids)[-1], rtol=1e-4, atol=1e-5
+            found.logits[row, -1], alone(model, ids)[-1], rtol=1e-4, atol=1e-5
         )
         assert found.padded.ids_BT[row][found.padded.mask_BT[row]].tolist() == ids
         assert found.padded.positions_BT[row][found.padded.mask_BT[row]].tolist() == [
@@ -73,10 +73,10 @@ def test_branches_side_by_side_see_their_prompt_and_themselves(name, shared):
     for row, (ids, heads) in enumerate(zip(ROWS, HEADS, strict=True)):
         at = 5 - sum(map(len, heads))
         close = {"rtol": 1e-4, "atol": 1e-5}
-        torch.testing.assert_close(found.logits_BNV[row, at - 1], alone(model, ids)[-1], **close)
+        torch.testing.assert_close(found.logits[row, at - 1], alone(model, ids)[-1], **close)
         for head in heads:
             want = alone(model, ids + head)[len(ids) :]
-            torch.testing.assert_close(found.logits_BNV[row, at : at + len(head)], want, **close)
+            torch.testing.assert_close(found.logits[row, at : at + len(head)], want, **close)
             at += len(head)
 
 

@@ -23,6 +23,7 @@ from tensorllm.requests.others import (
     InspectRequest,
     ListRequest,
     ReportRequest,
+    ServeRequest,
 )
 from tensorllm.requests.reproduce import ReproduceRequest
 from tensorllm.requests.search import SearchRequest
@@ -37,6 +38,7 @@ REQUESTS: dict[str, Any] = {
     "reproduce": ReproduceRequest,
     "inspect": InspectRequest,
     "generate": GenerateRequest,
+    "serve": ServeRequest,
     "export": ExportRequest,
     "bench": BenchRequest,
     "report": ReportRequest,

@@ -27,7 +27,7 @@ def study() -> Study:
 def mean_loss(study: Study) -> float:
     items = _items(study.examiner)[:20]
     with torch.no_grad():
-        return float(sum(_loss(study.examiner, item) for item in items) / len(items))
+        return float(sum(_loss(study.examiner, [item]) for item in items) / len(items))
 
 
 def test_the_gradient_is_that_of_the_loss(study: Study) -> None:
@@ -65,7 +65,7 @@ def test_the_loss_is_the_naive_one(study: Study, dataset: str) -> None:
         for ids in item.full:
             log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             sums.append(sum(log_p[t - 1, ids[t]] for t in range(item.start, len(ids))))
-        got = float(_loss(study.examiner, item))
+        got = float(_loss(study.examiner, [item]))
     want = torch.logsumexp(torch.stack(sums), 0) - sums[1] if example.choices else -sums[0] / 3
     assert got == pytest.approx(float(want), rel=1e-5)
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from tensorllm.compressors import Site
 from tensorllm.models import RoleMatrices
-from tensorllm.runtime import module_for
-from tensorllm.runtime.cost import MARGIN, Choice, Cost, dense_cost, factored_cost
+from tensorllm.runtime import SiteModule, module_for
+from tensorllm.runtime.cost import Choice, Cost, dense_cost, factored_cost
 from tensorllm.runtime.measure import interleaved, medians
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import Geometry
@@ -84,5 +84,5 @@ def row(dense: Cost, small: Cost, prompt: Any, step: Any, repeats: int) -> dict[
 
 def least_gain(rows: list[dict[str, Any]]) -> float | None:
     """The smallest speed-up that was measured of the sites that `--policy auto` runs factored."""
-    chosen = [r for r in rows if min(r[kind]["predicted"] for kind in KINDS) >= MARGIN]
+    chosen = [r for r in rows if min(r[kind]["predicted"] for kind in KINDS) >= SiteModule.margin]
     return min((r[kind]["measured"] for r in chosen for kind in KINDS), default=None)

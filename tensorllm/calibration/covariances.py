@@ -20,11 +20,13 @@ class Wanted:
         matrices: those of each matrix's own inputs (and outputs' gradients), however wide.
         width: those at the model's width, which say the same of all roles that read one input.
         gradients: those of gradients too.
+        whole: roles whose inputs are wanted in full, even where those of all matrices are not.
     """
 
     matrices: bool
     width: bool
     gradients: bool
+    whole: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,12 @@ class Planned:
         strategies = [job.compressor for job in self.jobs if job.compressor.needs != "weights"]
         width = [isinstance(one, LayerFit) and one.at_width for one in strategies]
         gradients = any(one.needs == "gradients" for one in strategies)
-        return Wanted(matrices=not all(width), width=any(width), gradients=gradients)
+        whole = {
+            role for one in strategies if isinstance(one, LayerFit) for role in one.whole_inputs
+        }
+        return Wanted(
+            matrices=not all(width), width=any(width), gradients=gradients, whole=frozenset(whole)
+        )
 
     @property
     def least_known(self) -> int | None:

@@ -328,7 +328,7 @@ class CovarianceHooks:
             x_NX = self._finite(key, self._batch.tokens(args[0].detach()).float())
             if self.wanted.matrices:
                 self._sums.add(("sizes", *key), x_NX.abs().sum(0))
-            if self.wanted.matrices or not writes(together):
+            if self.wanted.matrices or not writes(together) or together[0] in self.wanted.whole:
                 self._add("inputs", key, x_NX)
             if carries:
                 self._add("carried", key, self._batch.tokens(without_bias(module, output)).float())

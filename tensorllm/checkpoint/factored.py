@@ -127,9 +127,16 @@ class FactoredFolder:
 
     def dense_groups(self) -> Iterator[tuple[list[StoredSite], dict[str, Tensor]]]:
         """Sites that touch the same parameters, and these parameters rebuilt, group by group."""
-        names = {site.name: touched(site.site, self.roles) for site in self.manifest.sites}
-        for _, group in sharing(self.manifest.sites, lambda site: names[site.name]):
+        for _, group in self._groups():
             yield group, self._rebuild(group)
+
+    def rebuilt(self, name: str) -> dict[str, Tensor]:
+        """A parameter that factors stand for, dense, and those that are rebuilt with it."""
+        return next(self._rebuild(group) for names, group in self._groups() if name in names)
+
+    def _groups(self) -> list[tuple[set[str], list[StoredSite]]]:
+        names = {site.name: touched(site.site, self.roles) for site in self.manifest.sites}
+        return sharing(self.manifest.sites, lambda site: names[site.name])
 
     def subset(self, wanted: set[str]) -> Manifest:
         """The manifest of a model in which only the sites named run in their factors."""

@@ -128,11 +128,12 @@ def computing_dtype(stored: torch.dtype, device: str) -> torch.dtype:
     """
     if device != "cpu" or stored != torch.bfloat16:
         return stored
-    return stored if _seconds(stored) <= MUCH_FASTER * _seconds(torch.float32) else torch.float32
+    wide = seconds_of_product(torch.float32)
+    return stored if seconds_of_product(stored) <= MUCH_FASTER * wide else torch.float32
 
 
 @cache
-def _seconds(dtype: torch.dtype) -> float:
+def seconds_of_product(dtype: torch.dtype) -> float:
     """Of a product of the size that a layer has, the best of a few, on this machine."""
     x_ND, w_DD = torch.ones(128, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
     found = []

@@ -21,7 +21,7 @@ from tensorllm.models import RoleMatrices
 from tensorllm.registry import one_of
 from tensorllm.runtime import Placement, SiteModule, install
 from tensorllm.runtime.attention import Bias
-from tensorllm.runtime.cost import Choice, choose
+from tensorllm.runtime.cost import Choice, choose, whole_speedups
 from tensorllm.runtime.install import FactoredLinear
 
 How = Literal["always", "auto", "dense"]
@@ -75,6 +75,20 @@ def load(
 def choices_of(model: Any) -> list[Choice]:
     """How each site of a model from `load` runs, and why; nothing where it was loaded dense."""
     return list(getattr(model, CHOICES, []))
+
+
+def predicted_of(model: Any, folder: str | Path) -> tuple[float, float] | None:
+    """How many times as fast as the dense model one of `load` is predicted to be.
+
+    Returns:
+        Of a prompt of 512 tokens and of decoding one text; None: of a mixture of experts, of which
+        a token reads some, and of a model without an output head.
+    """
+    factored, head = FactoredFolder(Path(folder)), model.get_output_embeddings()
+    spec = factored.roles.spec
+    if head is None or any(geometry.experts for geometry in spec.geometries):
+        return None
+    return whole_speedups(spec, choices_of(model), head.weight.numel(), model.dtype)
 
 
 def _choices(folder: Path, manifest: Manifest, policy: Any) -> list[Choice]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tensorllm.checkpoint.loader import device_of, dtype_of
-from tensorllm.checkpoint.loading import How, choices_of, load
+from tensorllm.checkpoint.loading import How, choices_of, load, predicted_of
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
@@ -29,6 +29,7 @@ class Bench:
 
     models: dict[str, Measured]
     choices: list[Choice]
+    predicted: tuple[float, float] | None
     prompt_tokens: int
     new_tokens: int
     repeats: int
@@ -57,6 +58,7 @@ class Bench:
             "compressor": self.compressor,
             "models": {name: measured.to_json() for name, measured in self.models.items()},
             "ratios": self.ratios(),
+            "predicted": dict(zip(("prefill", "decode"), self.predicted or (), strict=False)),
             "sites": [{"site": c.site, "factored": c.factored, "why": c.why} for c in self.choices],
             **{name: getattr(self, name) for name in ("prompt_tokens", "new_tokens", "repeats")},
             "environment": self.environment,
@@ -81,7 +83,7 @@ def bench(request: BenchRequest) -> Bench:
         raise UserError(f"{request.model} is not factored; there is nothing to compare")
     request = replace(request, device=device_of(request.device))
     dense, factored = _load(request, "dense"), _load(request, request.policy)
-    choices = choices_of(factored)
+    choices, predicted = choices_of(factored), predicted_of(factored, request.model)
     prompt, new = _lengths(request, context_length(dense.config))
     models = {"dense": dense, "factored": factored}
     found = measure(models, prompt, new, request.repeats)
@@ -92,6 +94,7 @@ def bench(request: BenchRequest) -> Bench:
     return Bench(
         found,
         choices,
+        predicted,
         prompt,
         new,
         request.repeats,

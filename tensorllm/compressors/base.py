@@ -234,12 +234,17 @@ class LayerFit(Compressor):
 
     Attributes:
         at_width: whether covariances at the model's width are all that it asks the context for
-            (`width_covariance`, `carried_covariance`): nothing is then measured whose size is the
-            square of an FFN's width.
+            (`width_covariance`, `carried_covariance`) beside `whole_inputs`: nothing else is then
+            measured whose size is the square of an FFN's width.
     """
 
     needs: ClassVar[Needs] = "activations"
     at_width: ClassVar[bool] = False
+
+    @property
+    def whole_inputs(self) -> tuple[str, ...]:
+        """Roles whose inputs' covariances `curves` asks for in full, however wide they are."""
+        return ()
 
     @property
     def keeps_inputs(self) -> bool:

@@ -1,9 +1,10 @@
 """Scoring a batch with a causal model: each prompt is read once, whatever is asked of it.
 
-Shapes: B examples, T tokens, V vocabulary, N positions with logits, S cached columns.
+Shapes: B examples, T tokens, V vocabulary, M columns with logits of all examples.
 """
 
-from itertools import groupby
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class CausalScorer:
         return self._choices(batch) if first.choices else self._generated(batch)
 
     def _answers(
-        self, batch: CausalBatch, keep: int, *, grow: bool
+        self, batch: CausalBatch, keep: Sequence[int], *, grow: bool
     ) -> tuple[Reading, list[tuple[float, int]]]:
         """Read prompt and gold answer; also each answer's log-probability and first rank."""
         found = read(
@@ -77,10 +78,10 @@ class CausalScorer:
             key=batch.key,
         )
         lengths = [len(e.full[0]) - e.start for e in batch.items]
-        return found, answer_scores(found.logits_BNV, found.padded.ids_BT, lengths)
+        return found, answer_scores(found.logits, [e.full[0] for e in batch.items], keep, lengths)
 
     def _running_text(self, batch: CausalBatch) -> list[Prediction]:
-        keep = max(e.length for e in batch.items)
+        keep = [e.length - e.start + 1 for e in batch.items]
         _, scores = self._answers(batch, keep, grow=False)
         return [
             Prediction(
@@ -98,11 +99,19 @@ class CausalScorer:
         ]
 
     def _generated(self, batch: CausalBatch) -> list[Prediction]:
-        keep = max(e.length - min(e.start, len(e.prompt)) for e in batch.items) + 1
-        found, scores = self._answers(batch, keep, grow=True)
+        keep = [e.length - min(e.start, len(e.prompt)) + 1 for e in batch.items]
+        sequences = [e.full[0] for e in batch.items]
+        columns = max(map(len, sequences)) + self.greedy.max_new_tokens
+        together = self.forward.hides(columns)
+        found, scores = self._answers(batch, keep, grow=together)
         if self.protocol.unmasked_padding:
             scores = self._unmasked(batch, scores)
-        generated = self.greedy(batch.items, *found)
+        if not together:
+            sequences, keep = [e.prompt for e in batch.items], [1] * len(batch.items)
+            key = None if batch.key is None else (batch.key, "prompts")
+            apart = min(map(len, sequences)) - 1
+            found = read(self.forward, sequences, keep=keep, apart=apart, grow=True, key=key)
+        generated = self.greedy(batch.items, sequences, keep, found)
         return [
             Prediction(
                 index=e.example.index,
@@ -137,8 +146,9 @@ class CausalScorer:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
             blind = Padded(ids_BT, torch.ones_like(padded.mask_BT), positions_BT)
             lengths = [len(e.full[0]) - e.start for e in items]
-            logits_BNV, _ = self.forward(blind, keep=max(lengths) + 1)
-            losses = answer_scores(logits_BNV, ids_BT, lengths)
+            keep = [length + 1 for length in lengths]
+            logits_MV, _ = self.forward(blind, keep=keep)
+            losses = answer_scores(logits_MV, [e.full[0] for e in items], keep, lengths)
             found += [(loss, scores[row][1]) for row, (loss, _) in zip(rows, losses, strict=True)]
         return found
 
@@ -157,24 +167,26 @@ class CausalScorer:
 
 
 def answer_scores(
-    logits_BNV: Tensor, ids_BT: Tensor, lengths: list[int]
+    logits_MV: Tensor, sequences: Sequence[Sequence[int]], keep: Sequence[int], lengths: list[int]
 ) -> list[tuple[float, int]]:
     """Log-probability of each row's last tokens, `lengths` of them, and the rank of the first of
     these.
 
     Args:
-        logits_BNV: logits of the last N columns of `ids_BT`, N > max(lengths).
-        ids_BT: right-aligned tokens.
+        logits_MV: logits of the last columns of each row, `keep` of them.
+        sequences: tokens of each row.
+        keep: at least one more than `lengths`.
         lengths: tokens of each row's answer.
     """
-    longest = max(lengths)
-    before_BNV = logits_BNV[:, -longest - 1 : -1].float()
-    gold_BN = ids_BT[:, -longest:]
-    logits_BN = before_BNV.gather(2, gold_BN[..., None])[..., 0]
-    wanted_BN = torch.arange(longest, 0, -1)[None] <= torch.tensor(lengths)[:, None]
-    picked_BN = (logits_BN - before_BNV.logsumexp(-1)).double()
-    sums = picked_BN.where(wanted_BN.to(picked_BN.device), 0.0).sum(1).tolist()
-    rows = torch.arange(len(lengths), device=gold_BN.device)
-    first = longest - torch.tensor(lengths, device=gold_BN.device)
-    ranks = (before_BNV[rows, first] > logits_BN[rows, first, None]).sum(-1) + 1
+    device = logits_MV.device
+    # Nothing follows a row's last column.
+    following = [[*ids[len(ids) - n + 1 :], 0] for ids, n in zip(sequences, keep, strict=True)]
+    next_M = torch.tensor([token for of_row in following for token in of_row], device=device)
+    values_MV = logits_MV.float()
+    picked_M = values_MV.gather(1, next_M[:, None])[:, 0]
+    gains = (picked_M - values_MV.logsumexp(-1)).double().tolist()
+    ends = list(accumulate(keep))
+    first_B = torch.tensor([e - 1 - n for e, n in zip(ends, lengths, strict=True)], device=device)
+    ranks = (values_MV[first_B] > picked_M[first_B, None]).sum(-1) + 1
+    sums = [sum(gains[e - 1 - n : e - 1]) for e, n in zip(ends, lengths, strict=True)]
     return list(zip(sums, ranks.tolist(), strict=True))

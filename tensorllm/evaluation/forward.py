@@ -1,10 +1,11 @@
 """Running a causal model on padded batches with a cache that can be narrowed to some of its rows.
 
-Two things make it cheaper without changing what it computes: columns without logits skip the wide
-matrices of the last layer (`LastLayer`), and activations run as one kernel (`fuse_activations`).
+Three things make it cheaper without changing what it computes: columns without logits skip the wide
+matrices of the last layer (`LastLayer`), the output embedding reads only columns that are wanted
+(`Head`), and activations run as one kernel (`fuse_activations`).
 
 Shapes: B rows, T new tokens, S cached and new tokens, V vocabulary, N wanted columns (the last
-ones, whose logits are read), D model width.
+ones, whose logits are read), M wanted columns of all rows, D model width.
 """
 
 import copy
@@ -23,9 +24,12 @@ from transformers import PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from tensorllm.errors import UserError
+from tensorllm.evaluation.head import Head
 from tensorllm.models import RoleMatrices, parameters_of
 
 PAD = 0  # any token: it is masked out
+
+Path = tuple[int, ...]  # all tokens of a row up to one of them
 
 
 class Padded(NamedTuple):
@@ -51,6 +55,13 @@ def left_padded(
     return Padded(*(torch.from_numpy(a).to(device) for a in (ids, places >= 0, positions)))
 
 
+def last_columns(counts: Sequence[int], device: torch.device) -> Tensor:
+    """So many of the last columns of each row, as a mask (B, the most of them)."""
+    counts_B = torch.tensor(counts, device=device)
+    most = max(counts)
+    return torch.arange(most, 0, -1, device=device)[None] <= counts_B[:, None]
+
+
 class Forward(Protocol):
     """What a scorer needs of a model; a search may bring its own that keeps what does not
     change.
@@ -65,19 +76,23 @@ class Forward(Protocol):
         self,
         batch: Padded,
         *,
-        keep: int,
+        keep: int | Sequence[int],
+        best: bool = False,
         mask_BS: Tensor | None = None,
         cache: Any = None,
         rows: Tensor | None = None,
         sees_BTS: Tensor | None = None,
         grow: bool = False,
         key: Hashable = None,
+        paths: Sequence[Path | None] = (),
     ) -> tuple[Tensor, Any]:
         """Logits (B, keep, V) of the last `keep` columns, and the cache where `grow` is set.
 
         Args:
             batch: the new tokens.
-            keep: how many of its last columns need logits.
+            keep: how many of its last columns need logits; of each row another number: the logits
+                are then (M, V), row after row.
+            best: the most probable tokens (M) instead of the logits.
             mask_BS: which cached and new columns may be seen; None: the batch's own mask.
             cache: what an earlier call returned; it may be changed.
             rows: the cache's rows that the batch's continue, which may repeat; the cache is then
@@ -87,7 +102,18 @@ class Forward(Protocol):
             grow: return a cache that holds these tokens too.
             key: the same for the same tokens of a plan, so that results of unedited layers can be
                 kept; None: keep nothing.
+            paths: where a row has at most one new token, all its tokens up to this one, so that the
+                same can be done for tokens that no plan has; None: the row has no new token, or
+                it is not worth it.
         """
+        ...
+
+    def known(self, paths: Sequence[Path | None]) -> list[bool]:
+        """For which of these `paths` unedited layers need not be run again."""
+        ...
+
+    def hides(self, columns: int) -> bool:
+        """Whether columns among so many may be hidden and nothing else changes."""
         ...
 
     def tells_apart(self, columns: int) -> bool:
@@ -107,6 +133,7 @@ class ModelForward:
         self.vocabulary = model.config.get_text_config().vocab_size
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._last_layer = LastLayer(model)
+        self._head = Head(model)
         fuse_activations(model, self)
 
     @property
@@ -117,16 +144,20 @@ class ModelForward:
         self,
         batch: Padded,
         *,
-        keep: int,
+        keep: int | Sequence[int],
+        best: bool = False,
         mask_BS: Tensor | None = None,
         cache: Any = None,
         rows: Tensor | None = None,
         sees_BTS: Tensor | None = None,
         grow: bool = False,
         key: Hashable = None,
+        paths: Sequence[Path | None] = (),
     ) -> tuple[Tensor, Any]:
-        extra: dict[str, Any] = {"logits_to_keep": keep, "position_ids": batch.positions_BT}
-        with self._last_layer.keeping(keep):
+        columns = keep if isinstance(keep, int) else max(keep)
+        wanted_BN = None if isinstance(keep, int) else last_columns(keep, self.device)
+        extra: dict[str, Any] = {"logits_to_keep": columns, "position_ids": batch.positions_BT}
+        with self._last_layer.keeping(columns), self._head.picking(wanted_BN, best=best):
             output = self.model(
                 input_ids=batch.ids_BT,
                 attention_mask=self._mask(batch, mask_BS, cache, sees_BTS),
@@ -134,7 +165,10 @@ class ModelForward:
                 use_cache=grow or cache is not None,
                 **{name: value for name, value in extra.items() if name in self._accepts},
             )
-        return output.logits[:, -keep:], output.past_key_values if grow else None
+            read = self._head.best if best else self._head.logits
+            found = output.logits[:, -columns:]
+            found = found if wanted_BN is None else read(output.logits, wanted_BN)
+        return found, output.past_key_values if grow else None
 
     def _mask(
         self, batch: Padded, mask_BS: Tensor | None, cache: Any, sees_BTS: Tensor | None
@@ -148,9 +182,16 @@ class ModelForward:
         # Without padding no mask is needed, and attention takes its fast causal path.
         return None if cache is None and bool(seen.all()) else seen.long()
 
-    def tells_apart(self, columns: int) -> bool:
+    def known(self, paths: Sequence[Path | None]) -> list[bool]:
+        return [False] * len(paths)
+
+    def hides(self, columns: int) -> bool:
+        # A sliding window counts hidden columns, too.
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        return self._obeys_masks and (window is None or columns <= window)
+        return window is None or columns <= window
+
+    def tells_apart(self, columns: int) -> bool:
+        return self._obeys_masks and self.hides(columns)
 
     @cached_property
     def _obeys_masks(self) -> bool:

@@ -2,14 +2,17 @@
 
 The pass over prompt and gold answer shows the most probable token after each of their tokens. As
 long as those are the gold tokens, greedy decoding would have said them too; the first other one is
-known as well. Only from there, and only while the verdict is open, is anything generated.
+known as well. Only from there, and only while the verdict is open, is anything generated: first
+what the forward pass has met before (the answers of the original and of other trials, in a search),
+of which it runs edited layers only, then the rest.
 
-Shapes: B examples, T tokens, N positions with logits, S cached columns, V vocabulary.
+Shapes: B examples, T tokens, M positions with logits of all examples, S cached columns, V
+vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
-from tensorllm.evaluation.forward import Forward, Padded, left_padded
+from tensorllm.evaluation.forward import Forward, Padded, Path, left_padded
 from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_bound, token_f1
+from tensorllm.evaluation.prompts import Reading
 from tensorllm.evaluation.protocol import Protocol
 
 # Steps between looks at the text: decoding it costs as much as a step of a small model.
 CHECK_EVERY = 4
 # Finished rows are carried along while they are few: to leave them out, the cache must be copied.
-CROWD = 0.5
+CROWD = 0.85
 
 
 class Generated(NamedTuple):
@@ -44,6 +48,13 @@ class _Generation:
     pending: list[int]  # tokens still to be read before the next one is known
     new: list[int] = field(default_factory=list)
     takes: int = 0  # tokens that the answer takes at least
+
+    @property
+    def path(self) -> Path | None:
+        """All tokens up to the one to be read, if it is one that was generated."""
+        if len(self.pending) != 1 or not self.item.continues:
+            return None
+        return (*self.item.prompt, *self.new)
 
     def add(self, token: int) -> None:
         """All pending tokens were read, and this one follows."""
@@ -74,51 +85,64 @@ class Greedy:
         self.bound = token_bound(tokenizer) if bounded else None
 
     def __call__(
-        self, items: Sequence[Encoded], logits_BNV: Tensor, padded: Padded, cache: Any
+        self,
+        items: Sequence[Encoded],
+        sequences: Sequence[Sequence[int]],
+        keep: Sequence[int],
+        reading: Reading,
     ) -> list[Generated]:
         """Verdicts of a batch.
 
         Args:
             items: the batch's examples.
-            logits_BNV: of the last columns of `padded`.
-            padded: each item's gold sequence, as it was read.
-            cache: what reading it left.
+            sequences: what was read of each: its prompt and gold answer, or its prompt alone.
+            keep: of how many of its last columns there are logits.
+            reading: what reading them gave.
         """
-        rows = self._proved(items, logits_BNV)
+        rows = self._proved(items, sequences, keep, reading.logits)
         if self.bound is not None:
             for row in rows:
                 row.takes = self.bound.missing("", row.item.example.answer)
-        self._continue(rows, padded, cache)
+        self._continue(rows, [len(ids) for ids in sequences], reading.padded, reading.cache)
         return [self._verdict(row) for row in rows]
 
-    def _proved(self, items: Sequence[Encoded], logits_BNV: Tensor) -> list[_Generation]:
-        best_BN = self._best(logits_BNV, [len(e.full[0]) - len(e.prompt) for e in items]).tolist()
+    def _proved(
+        self,
+        items: Sequence[Encoded],
+        sequences: Sequence[Sequence[int]],
+        keep: Sequence[int],
+        logits_MV: Tensor,
+    ) -> list[_Generation]:
+        after = [len(ids) - len(e.prompt) for e, ids in zip(items, sequences, strict=True)]
+        ends = list(accumulate(keep))
+        first = [end - n - 1 for end, n in zip(ends, after, strict=True)]
+        best = self._best(logits_MV, [at for at, n in zip(first, after, strict=True) if n >= 0])
         rows = []
-        for e, best in zip(items, best_BN, strict=True):
-            if not e.continues:
-                same = min(common_prefix((e.prompt, e.full[0])), len(e.prompt) - 1)
+        for e, ids, at, end in zip(items, sequences, first, ends, strict=True):
+            if ids[: len(e.prompt)] != e.prompt:
+                same = min(common_prefix((e.prompt, ids)), len(e.prompt) - 1)
                 rows.append(_Generation(e, same, e.prompt[same:]))
                 continue
-            gold = e.full[0][len(e.prompt) :]
-            predicted = best[len(best) - len(gold) - 1 :]
-            same = common_prefix((gold, predicted))
+            predicted = best[at:end]
+            same = common_prefix((ids[len(e.prompt) :], predicted))
             new = self._ended(predicted[: same + 1])[: self.max_new_tokens]
             rows.append(_Generation(e, len(e.prompt) + len(new) - 1, new[-1:], new))
         return rows
 
-    def _best(self, logits_BNV: Tensor, answers: list[int]) -> Tensor:
-        """The most probable tokens (B, N); a generation does not begin with its end."""
-        best_BN = logits_BNV.argmax(-1)
-        if not self.eos:
-            return best_BN
-        ends = torch.tensor(sorted(self.eos), device=best_BN.device)
-        first = [best_BN.shape[1] - answer - 1 for answer in answers]
-        for row, column in enumerate(first):
-            if 0 <= column < best_BN.shape[1] and int(best_BN[row, column]) in self.eos:
-                logits_V = logits_BNV[row, column].clone()
+    def _best(self, logits_MV: Tensor, first: Sequence[int]) -> list[int]:
+        """The most probable tokens; a generation does not begin with its end.
+
+        Args:
+            first: the positions of first tokens.
+        """
+        best: list[int] = logits_MV.argmax(-1).tolist()
+        ends = sorted(self.eos)
+        for at in first:
+            if best[at] in self.eos:
+                logits_V = logits_MV[at].clone()
                 logits_V[ends] = float("-inf")
-                best_BN[row, column] = logits_V.argmax()
-        return best_BN
+                best[at] = int(logits_V.argmax())
+        return best
 
     def _ended(self, tokens: list[int]) -> list[int]:
         """Tokens up to and including the first end."""
@@ -127,32 +151,52 @@ class Greedy:
                 return tokens[: place + 1]
         return tokens
 
-    def _continue(self, rows: list[_Generation], padded: Padded, cache: Any) -> None:
+    def _continue(
+        self, rows: list[_Generation], lengths: Sequence[int], padded: Padded, cache: Any
+    ) -> None:
         device = padded.ids_BT.device
         width = padded.ids_BT.shape[1]
-        mask_BS = padded.mask_BT
         # Columns of the gold answer that greedy decoding did not say are hidden from what follows.
-        seen = torch.tensor([r.read + width - len(r.item.full[0]) for r in rows], device=device)
-        mask_BS = mask_BS & (torch.arange(width, device=device)[None] < seen[:, None])
+        seen = [row.read + width - length for row, length in zip(rows, lengths, strict=True)]
+        mask_BS = torch.arange(width, device=device) < torch.tensor(seen, device=device)[:, None]
+        mask_BS &= padded.mask_BT
         live = list(range(len(rows)))  # of `rows`, in the order of the cache's rows
         going = set(live)
+        # What is known goes first while the others wait; where they may not wait, nobody does.
+        waiting = self.forward.hides(width + self.max_new_tokens)
         for step in count():
             going = self._unfinished(rows, going, look=step % CHECK_EVERY == 0)
             if not going:
                 return
-            if len(going) <= CROWD * len(live):
-                keep = torch.tensor([at for at, i in enumerate(live) if i in going], device=device)
-                cache, mask_BS = self.forward.select(cache, keep), mask_BS[keep]
-                live = [i for i in live if i in going]
+            paths = [rows[i].path if i in going else None for i in live]
+            reading = {i for i, known in zip(live, self.forward.known(paths), strict=True) if known}
+            waiting = waiting and bool(reading)
+            if not waiting:
+                reading = going
+                if len(going) <= CROWD * len(live):
+                    keep = [at for at, i in enumerate(live) if i in going]
+                    kept = torch.tensor(keep, device=device)
+                    cache, mask_BS = self.forward.select(cache, kept), mask_BS[kept]
+                    live, paths = [live[at] for at in keep], [paths[at] for at in keep]
             active = [rows[i] for i in live]
-            new = left_padded([r.pending for r in active], device, [r.read for r in active])
+            pending = [rows[i].pending if i in reading else [] for i in live]
+            new = left_padded(pending, device, [r.read for r in active])
             mask_BS = torch.cat([mask_BS, new.mask_BT], 1)
-            logits_BNV, cache = self.forward(new, keep=1, mask_BS=mask_BS, cache=cache, grow=True)
-            answers = [0 if not r.new else -1 for r in active]
-            best = self._best(logits_BNV, answers)[:, -1].tolist()
-            for i, token in zip(live, best, strict=True):
-                if i in going:
-                    rows[i].add(token)
+            begun = all(rows[i].new for i in reading)
+            found, cache = self.forward(
+                new,
+                keep=[int(i in reading) for i in live],
+                best=begun,
+                mask_BS=mask_BS,
+                cache=cache,
+                grow=True,
+                paths=[path if i in reading else None for i, path in zip(live, paths, strict=True)],
+            )
+            said = [i for i in live if i in reading]
+            first = [] if begun else [at for at, i in enumerate(said) if not rows[i].new]
+            best = found.tolist() if begun else self._best(found, first)
+            for i, token in zip(said, best, strict=True):
+                rows[i].add(token)
 
     def _unfinished(self, rows: list[_Generation], candidates: set[int], *, look: bool) -> set[int]:
         going, due = set(), []

@@ -27,12 +27,12 @@ class Reading(NamedTuple):
     """What reading rows gave.
 
     Attributes:
-        logits_BNV: of the last columns.
+        logits: of the last columns, (B, N, V), or (M, V) where each row has its own number of them.
         padded: the rows as they lie in the cache's columns, their last tokens in the last ones.
         cache: if it was to grow.
     """
 
-    logits_BNV: Tensor
+    logits: Tensor
     padded: Padded
     cache: Any
 
@@ -41,7 +41,7 @@ def read(
     forward: Forward,
     sequences: Sequence[Tokens],
     *,
-    keep: int,
+    keep: int | Sequence[int],
     apart: int,
     grow: bool = False,
     key: Hashable = None,
@@ -57,7 +57,8 @@ def read(
     """
     rows, device = len(sequences), forward.device
     heads: Sequence[Sequence[Tokens]] = branches or [()] * rows
-    within = keep - max(sum(map(len, of_row)) for of_row in heads)  # columns before the branches
+    columns = keep if isinstance(keep, int) else max(keep)
+    within = columns - max(sum(map(len, of_row)) for of_row in heads)  # before the branches
     shared = min(apart, min(map(len, sequences)) - within, common_prefix(sequences))
     if shared * (rows - 1) <= WORTH * sum(map(len, sequences)):
         shared = 0  # not worth it
@@ -80,8 +81,8 @@ def read(
         padded = padded._replace(positions_BT=torch.from_numpy(places + shared).to(device))
         seen_BTS = np.pad(sees_BTT, ((0, 0), (0, 0), (shared, 0)), constant_values=True)
         how["sees_BTS"] = torch.from_numpy(seen_BTS).to(device)
-    logits_BNV, cache = forward(padded, **how)
-    return Reading(logits_BNV, whole, cache)
+    logits, cache = forward(padded, **how)
+    return Reading(logits, whole, cache)
 
 
 def branched(
@@ -130,10 +131,10 @@ def choice_scores(
     if longest and forward.tells_apart(max(map(len, prompts)) + longest):
         heads = [[b[:-1] for b in of_one] for of_one in branches]
         found = read(forward, prompts, keep=longest + 1, apart=apart, key=key, branches=heads)
-        logits_BV, further = _side_by_side(found.logits_BNV, branches)
+        logits_BV, further = _side_by_side(found.logits, branches)
     else:
         found = read(forward, prompts, keep=1, apart=apart, grow=bool(longest), key=key)
-        logits_BV = found.logits_BNV[:, -1]
+        logits_BV = found.logits[:, -1]
         if longest:
             further = _one_by_one(forward, items, branches, found, key)
     return _summed(items, branches, logits_BV.float().log_softmax(-1), further)

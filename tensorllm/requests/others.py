@@ -1,4 +1,4 @@
-"""What the smaller commands may be asked: inspect, generate, export, bench, report, list."""
+"""What the smaller commands may be asked: inspect, generate, serve, export, bench, report, list."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +53,19 @@ class GenerateRequest:
     revision: shared.Revision = None
     plugins: shared.Plugins = ()
     verify: shared.Verify = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRequest:
+    """A model, and the address at which it answers."""
+
+    model: Annotated[str, shared.MODEL]
+    host: Annotated[str, Option("Address to listen at.", metavar="NAME")] = "localhost"
+    port: Annotated[int, Option("Port to listen at.")] = 8000
+    dtype: shared.DType = None
+    device: Annotated[str, shared.DEVICE] = "cpu"
+    revision: shared.Revision = None
+    plugins: shared.Plugins = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,14 @@ def append(past: Any, k_BGTE: Tensor, v_BGTR: Tensor, layer: int) -> tuple[Tenso
     layers = getattr(past, "layers", ())
     if layer < len(layers) and not getattr(past, "offloading", False):
         held = layers[layer]
-        if _plain(held) and _in_place(k_BGTE, held):
+        if is_plain(held) and _in_place(k_BGTE, held):
             return _grow(held, k_BGTE, v_BGTR)
     keys, values = past.update(k_BGTE, v_BGTR, layer)
     return keys, values
 
 
-def _plain(held: Any) -> bool:
+def is_plain(held: Any) -> bool:
+    """Whether it is what transformers caches a layer with by default, and holds something."""
     from transformers.cache_utils import DynamicLayer
 
     return type(held) is DynamicLayer and held.is_initialized

@@ -6,22 +6,30 @@ takes as long as reading many weights. The constants are fitted on two CPU cores
 (docs/results/runtime.json). Shapes: D model width, H heads, G key/value heads, K head width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
 from tensorllm.runtime.experts import USED
-from tensorllm.runtime.sites import Cost, SiteModule, module_for
+from tensorllm.runtime.sites import MOVE, PROMPT, Cost, SiteModule, module_for
 from tensorllm.runtime.tucker import attention_cost
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry
 
 Policy = Literal["auto", "always"]
 POLICIES = ("auto", "always")
-# A predicted speed-up has to reach this: predictions near 1 are up to a third too high, and every
-# site of the benchmark that reached it in prompt and decoding was measured to gain.
-MARGIN = 1.2
+# Of a layer beside its matrices, with transformers' own modules: operations that a token that is
+# decoded starts, products that take as long as a score, and how much longer all that takes in a
+# prompt, beside products, where those are of 16 bits.
+LAYER_OPERATIONS, FUSED_SCORE, BESIDE_NARROW = 80, 22, 2.2
+# Weights of 16 bits are read 1.4 times as fast as those of 32: an operation is worth more of them.
+# And the attention that `runtime.one_query` replaces takes as long as so many operations.
+FASTER_NARROW, REPEATING_ATTENTION = 1.4, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +81,47 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
     if parameters(factors) >= sum(geometry.numel(role) for _, role in site.matrices):
         return Choice(site.name, False, "the factors are not smaller", dense, small)
     choice = Choice(site.name, True, "smaller and faster", dense, small)
-    if min(choice.speedups) < MARGIN:
+    module = module_for(site, factors)
+    assert module is not None, "refused above"
+    if min(choice.speedups) < module.margin:
         why = "predicted {:.2f} times as fast at a prompt, {:.2f} at decoding".format(
             *choice.speedups
         )
         return replace(choice, factored=False, why=why)
     return choice
+
+
+def beside_matrices(geometry: Geometry, *, narrow: bool) -> Cost:
+    """Of a layer, dense or factored: attention itself, norms, activations."""
+    scores = geometry.H * PROMPT * (2 * geometry.K + FUSED_SCORE)
+    moved = MOVE * (8 * geometry.D + 3 * geometry.F)
+    return Cost(0, LAYER_OPERATIONS, int((BESIDE_NARROW if narrow else 1) * (scores + moved)))
+
+
+def whole_speedups(
+    spec: ModelSpec, choices: Sequence[Choice], head: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Predicted of a whole model, of a prompt of 512 tokens and of decoding.
+
+    Args:
+        choices: how every site runs; matrices without one are dense.
+        head: weights of the output head, which a token that is decoded reads.
+    """
+    narrow = dtype.itemsize == 2
+    matrices = Cost(0, 0, 0)
+    shared, repeating = Cost(head, 1, head // PROMPT), 0
+    for geometry in spec.geometries:
+        size = sum(geometry.numel(role) for role in geometry.roles)
+        matrices += Cost(size, len(geometry.roles), size)
+        shared += beside_matrices(geometry, narrow=narrow)
+        repeating += REPEATING_ATTENTION * (narrow and geometry.H > geometry.G)
+    small = dense = shared + matrices
+    for choice in choices:
+        if choice.factored:
+            small += choice.factors + Cost(*(-number for number in choice.dense))
+
+    def decode(cost: Cost, more: int = 0) -> float:
+        faster = FASTER_NARROW if narrow else 1
+        return cost._replace(operations=int(faster * (cost.operations + more))).decode
+
+    return dense.prefill / small.prefill, decode(dense, repeating) / decode(small)

@@ -16,6 +16,7 @@ from tensorllm.models.spec import Stored
 from tensorllm.runtime.adapters import ADAPTERS
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
 from tensorllm.runtime.experts import Apart, Together, become_factored_experts
+from tensorllm.runtime.one_query import pack_groups
 from tensorllm.runtime.sites import (
     Held,
     Order,
@@ -114,6 +115,8 @@ class _Installation:
             self._linear(name, *self.where[name], by_role)
         for layer, by_role in self.experts.items():
             self._experts(layer, by_role)
+        for module in self.model.modules():
+            pack_groups(module)
         return self.placed
 
     def _linear(

@@ -8,12 +8,14 @@ from tensorllm.compressors.layer import Site
 from tensorllm.runtime.sites import Cost, SiteModule, runs
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.kept_rows import KeptRows
+from tensorllm.tensors.shared_input import CHANNEL_STACKINGS
 from tensorllm.tensors.stacking import Geometry
 
 
-@runs(KeptRows, "matrix")
+@runs(KeptRows, "matrix", *CHANNEL_STACKINGS)
 class KeptRowsSite(SiteModule):
-    """One product with the kept rows; the other outputs are zero, the other inputs unread."""
+    """One product with the kept rows of a matrix; its other outputs are zero, the other inputs
+    unread. Of several matrices, one below the other, the same rows are kept."""
 
     kept: Tensor
     rows_R: Tensor
@@ -21,7 +23,9 @@ class KeptRowsSite(SiteModule):
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
-        rows_R = torch.empty(len(self.rows), dtype=torch.long, device=self.kept.device)
+        rows_R = torch.empty(
+            len(self.rows) // len(site.roles), dtype=torch.long, device=self.kept.device
+        )
         self.register_buffer("rows_R", rows_R, persistent=False)
 
     @classmethod
@@ -33,11 +37,16 @@ class KeptRowsSite(SiteModule):
     def finish(self) -> None:
         """Find the rows, once it is there which they are."""
         if not self.kept.is_meta:
-            self.rows_R = KeptRows(self.rows, self.kept).rows()
+            self.rows_R = KeptRows(self.rows, self.kept).rows()[: len(self.rows_R)]
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        y_R = F.linear(x, self.rows)
+        y_R = F.linear(x, self._own(index))
         return y_R.new_zeros(*x.shape[:-1], self.sizes[index]).index_copy(-1, self.rows_R, y_R)
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        return x.index_select(-1, self.rows_R) @ self.rows
+        return x.index_select(-1, self.rows_R) @ self._own(index)
+
+    def _own(self, index: int) -> Tensor:
+        """(R, D): the kept rows of one matrix."""
+        count = len(self.rows_R)
+        return self.rows[index * count : (index + 1) * count]

@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs
+from tensorllm.runtime.products import decodes, vector_times
+from tensorllm.runtime.sites import (
+    MOVE,
+    STREAMED,
+    Cost,
+    Held,
+    Order,
+    SiteModule,
+    held_by,
+    linear,
+    runs,
+)
 from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
@@ -43,43 +54,78 @@ class LowRankSite(SiteModule):
 class PivotedSite(SiteModule):
     """R rows of the stacked matrix as they are, the others as combinations of them.
 
-    The outputs of the chosen rows are the latent from which the others are mixed. All roles read
-    the same input, so the outputs of all are made at once, for the first role that asks.
+    Its matrices are held as (inputs, outputs): a token that is decoded then reads rows, one after
+    another.
     """
 
-    basis_RD: nn.Parameter
-    mix_XR: nn.Parameter
     rows_R: Tensor
     order_I: Tensor
-    names = {  # noqa: RUF012
-        "basis": ("basis_RD", None),
-        "mix": ("mix_XR", None),
-        "rows": ("rows_R", None),
-    }
+    margin = 1.0  # whole models that run so were measured, docs/results/runtime.json
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
-        self.from_inner = is_output_projection(site.roles[0])
-        self.in_attention = site.roles[0] in ATTENTION_ROLES
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
-        self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
+
+    @classmethod
+    def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
+        kind = PivotedOutput if is_output_projection(site.roles[0]) else PivotedInputs
+        return held_by(kind, site, factors, geometry)
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         """Two products, and what puts the rows where they belong."""
-        stored = parameters(factors)
-        return Cost(stored, 3 if is_output_projection(site.roles[0]) else 4, stored)
+        stored, (rank,) = parameters(factors), factors.ranks
+        rows = sum(geometry.inner(role) for _, role in site.matrices)
+        if rank == rows:
+            return Cost(int(STREAMED * stored), 2, stored)
+        moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
+        return Cost(int(STREAMED * stored), 6, stored + min(rank**2, moves * MOVE * rows))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Find where each row belongs, once the numbers of the chosen ones are there."""
         if self.rows_R.is_meta:
             return
+        self.rows_R = self.rows_R.clone()  # else it keeps the file that it was read from in memory
         mixed_I = torch.ones(sum(self.sizes), dtype=torch.uint8, device=self.rows_R.device)
         mixed_I[self.rows_R.long()] = 0
         made_I = torch.argsort(mixed_I, stable=True)  # the chosen rows, then the mixed ones
-        self.order_I = (made_I if self.from_inner else torch.argsort(made_I)).int()
+        self.order_I = self._order(made_I).int()
+
+    def _order(self, made_I: Tensor) -> Tensor:
+        """What is selected by, of the numbers of the rows in the order in which they are made."""
+        raise NotImplementedError
+
+    def is_cheap_in_order(self, moves: int) -> bool:
+        """Whether R² more products per token take less time than moving its I numbers so often."""
+        return len(self.rows_R) ** 2 <= moves * MOVE * len(self.order_I)
+
+
+class PivotedInputs(PivotedSite):
+    """Of input projections: the chosen rows' outputs are the latent that the others are mixed from.
+
+    All roles read the same input, so the outputs of all are made at once, for the first role that
+    asks.
+    """
+
+    basis_DR: nn.Parameter
+    mix_RX: nn.Parameter
+    names = {  # noqa: RUF012
+        "basis": ("basis_DR", (1, 0)),  # of folders from before tensors were stored transposed
+        "mix": ("mix_RX", (1, 0)),
+        "basis_t": ("basis_DR", None),
+        "mix_t": ("mix_RX", None),
+        "rows": ("rows_R", None),
+    }
+
+    def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
+        super().__init__(factors, site, geometry)
+        self.in_attention = site.roles[0] in ATTENTION_ROLES
+        self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
+
+    def _order(self, made_I: Tensor) -> Tensor:
+        return torch.argsort(made_I)
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         if torch.compiler.is_compiling() or len(self.sizes) == 1:
@@ -91,29 +137,70 @@ class PivotedSite(SiteModule):
         return held[1][index]
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """(..., I) of each role.
-
-        Made transposed, a row for each output: on a CPU rows are put in order up to a hundred
-        times faster than columns. What goes into elementwise functions are views of it; attention
-        kernels want each token's numbers side by side.
-        """
+        """(..., I) of each role."""
         lead = x.shape[:-1]
-        if x.numel() == x.shape[-1]:  # one token, decoded: all that is started counts
-            z = F.linear(x, self.basis_RD)
-            y_I = torch.cat([z, F.linear(z, self.mix_XR)], dim=-1).view(-1)
-            return y_I.index_select(0, self.order_I).view(*lead, -1).split(self.sizes, dim=-1)
-        z_RN = F.linear(x.flatten(0, -2), self.basis_RD).mT
-        y_IN = torch.cat([z_RN, self.mix_XR @ z_RN]).index_select(0, self.order_I)
+        basis_DR, mix_RX = self.basis_DR, self.mix_RX
+        if not mix_RX.numel():
+            return (x @ basis_DR).split(self.sizes, dim=-1)
+        if decodes(x):
+            z_R = vector_times(x.reshape(-1), basis_DR)
+            y_I = torch.cat([z_R, vector_times(z_R, mix_RX)]).index_select(0, self.order_I)
+            y = y_I.view(*lead, -1)
+            return (y,) if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
+        if self.is_cheap_in_order(2 if self.in_attention else 1):
+            mixed_IR = in_order(mix_RX.mT, self.order_I)
+            return F.linear(x @ basis_DR, mixed_IR).split(self.sizes, dim=-1)
+        # Made transposed, a row for each output: on a CPU rows are put in order up to a hundred
+        # times faster than columns. What goes into elementwise functions are views of it; attention
+        # kernels want each token's numbers side by side.
+        y_IN = latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX).index_select(0, self.order_I)
         if self.in_attention:
             return y_IN.mT.contiguous().view(*lead, -1).split(self.sizes, dim=-1)
         return [y.mT.view(*lead, -1) for y in y_IN.split(self.sizes)]
 
+
+class PivotedOutput(PivotedSite):
+    """Of an output projection, stacked transposed: mixed inputs are added to the chosen ones."""
+
+    basis_RD: nn.Parameter
+    mix_XR: nn.Parameter
+    names = {  # noqa: RUF012
+        "basis": ("basis_RD", None),
+        "mix": ("mix_XR", None),
+        "rows": ("rows_R", None),
+    }
+
+    def _order(self, made_I: Tensor) -> Tensor:
+        return made_I
+
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        rank = len(self.basis_RD)
-        if x.numel() == x.shape[-1]:
-            x_NI = x.reshape(-1).index_select(0, self.order_I)[None]
-            z_NR = torch.addmm(x_NI[:, :rank], x_NI[:, rank:], self.mix_XR)
-            return (z_NR @ self.basis_RD).view(*x.shape[:-1], -1)
+        basis_RD, mix_XR = self.basis_RD, self.mix_XR
+        rank = len(basis_RD)
+        if decodes(x):
+            x_I = x.reshape(-1).index_select(0, self.order_I)
+            z_R = x_I[:rank] + vector_times(x_I[rank:], mix_XR)
+            return vector_times(z_R, basis_RD).view(*x.shape[:-1], -1)
+        if self.is_cheap_in_order(1 if x.mT.is_contiguous() else 2):
+            mixed_IR = in_order(mix_XR, self.order_I.argsort())
+            return x @ mixed_IR @ basis_RD
         x_IN = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I)
-        z_RN = torch.addmm(x_IN[:rank], self.mix_XR.mT, x_IN[rank:])
-        return (z_RN.mT @ self.basis_RD).view(*x.shape[:-1], -1)
+        z_RN = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:])
+        return (z_RN.mT @ basis_RD).view(*x.shape[:-1], -1)
+
+
+def in_order(mix_XR: Tensor, order_I: Tensor) -> Tensor:
+    """(I, R): what all rows are mixed with, in their own order; each chosen one is itself."""
+    eye_RR = torch.eye(mix_XR.shape[1], dtype=mix_XR.dtype, device=mix_XR.device)
+    return torch.cat([eye_RR, mix_XR]).index_select(0, order_I)
+
+
+def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
+    """(I, N): the chosen outputs, below them the mixed ones; no copy where none is needed."""
+    rank, mixed = mix_RX.shape
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        z_RN = (x_ND @ basis_DR).mT
+        return torch.cat([z_RN, mix_RX.mT @ z_RN])
+    y_IN = x_ND.new_empty(rank + mixed, len(x_ND))
+    torch.mm(basis_DR.mT, x_ND.mT, out=y_IN[:rank])
+    torch.mm(mix_RX.mT, y_IN[:rank], out=y_IN[rank:])
+    return y_IN

@@ -39,6 +39,7 @@ class Measured:
         weight_bytes: parameters and buffers, tied ones once.
         key_bytes, value_bytes: of the cache behind the prompt, all layers.
         peak_bytes: the most memory resident, of a process that did only this; None: not measured.
+        prefill_noise, decode_noise: half the distance of the quartiles over the median.
     """
 
     prefill_tokens_per_second: float
@@ -47,6 +48,8 @@ class Measured:
     key_bytes: int
     value_bytes: int
     peak_bytes: int | None = None
+    prefill_noise: float = 0.0
+    decode_noise: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,12 +83,31 @@ def interleaved(
     return out
 
 
+def counted(turns: list[Turn]) -> list[float]:
+    """Seconds of the quiet turns.
+
+    Where none was: of a process with one thread, those that it ran; of one with more, all of each.
+    """
+    quiet = [turn.seconds for turn in turns if turn.quiet]
+    if quiet:
+        return quiet
+    alone = torch.get_num_threads() == 1
+    return [turn.seconds - turn.waited if alone else turn.seconds for turn in turns]
+
+
 def medians(turns: Mapping[str, list[Turn]]) -> dict[str, float]:
-    """Seconds of the median turn among the quiet ones; among all where none was."""
-    return {
-        name: statistics.median(t.seconds for t in [t for t in every if t.quiet] or every)
-        for name, every in turns.items()
-    }
+    """Seconds of the median turn of those that are `counted`."""
+    return {name: statistics.median(counted(every)) for name, every in turns.items()}
+
+
+def noises(turns: Mapping[str, list[Turn]]) -> dict[str, float]:
+    """Half the distance of the quartiles over the median, of the turns that are `counted`."""
+    out = {}
+    for name, every in turns.items():
+        seconds = counted(every)
+        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0] * 3
+        out[name] = (high - low) / 2 / statistics.median(seconds)
+    return out
 
 
 def waited_for_cores() -> float:
@@ -102,42 +124,44 @@ def waited_for_cores() -> float:
 
 @torch.inference_mode()
 def measure(
-    models: Mapping[str, Any], prompt: int, new: int, repeats: int, seed: int = 0
+    models: Mapping[str, Any], prompt: int, new: int, repeats: int, seed: int = 0, batch: int = 1
 ) -> dict[str, Measured]:
     """Run models side by side on the same random tokens.
 
     Args:
         prompt: tokens of the prompt.
         new: tokens that are decoded behind it, one by one.
+        batch: texts that are read and written at once; tokens per second are of all of them.
     """
     some = next(iter(models.values()))
     noise = torch.Generator().manual_seed(seed)
     ids = torch.randint(
-        0, some.config.get_text_config().vocab_size, (1, prompt + new), generator=noise
+        0, some.config.get_text_config().vocab_size, (batch, prompt + new), generator=noise
     )
     ids = ids.to(some.device)
     whole = ids[:, :prompt]
-    prefill = medians(
-        interleaved({name: _prefill(model, whole) for name, model in models.items()}, repeats)
-    )
+    reads = interleaved({name: _prefill(model, whole) for name, model in models.items()}, repeats)
+    prefill, prefill_noise = medians(reads), noises(reads)
     decodes = all(model.can_generate() for model in models.values())
     decode: dict[str, float] = {}
+    decode_noise: dict[str, float] = {}
     caches = dict.fromkeys(models)
     if decodes:
-        decode = medians(
-            interleaved(
-                {name: _decode(model, ids, prompt) for name, model in models.items()},
-                repeats,
-                {name: _read(model, whole) for name, model in models.items()},
-            )
+        writes = interleaved(
+            {name: _decode(model, ids, prompt) for name, model in models.items()},
+            repeats,
+            {name: _read(model, whole) for name, model in models.items()},
         )
+        decode, decode_noise = medians(writes), noises(writes)
         caches = {n: m(whole, use_cache=True).past_key_values for n, m in models.items()}
     return {
         name: Measured(
-            prompt / prefill[name],
-            new / decode[name] if decodes else None,
+            batch * prompt / prefill[name],
+            batch * new / decode[name] if decodes else None,
             weight_bytes(model),
             *cache_bytes(caches[name]),
+            prefill_noise=prefill_noise[name],
+            decode_noise=decode_noise.get(name),
         )
         for name, model in models.items()
     }

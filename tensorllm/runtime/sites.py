@@ -13,14 +13,19 @@ from tensorllm.compressors.layer import Site
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 
-OPERATION = 33_000  # weights that could be read while one operation is started, 8 microseconds
+OPERATION = 23_000  # weights that could be read while one operation is started, 8 microseconds
+STREAMED = 0.65  # time of a weight that `runtime.products` reads, beside one that BLAS does
+MOVE = 25  # products that take as long as copying one number of a token of the prompt
 PROMPT = 512  # tokens of the prompt that a prediction is made for
 Order = tuple[int, ...] | None
 Module = TypeVar("Module", bound="type[SiteModule]")
 
 
 class Cost(NamedTuple):
-    """Per token: weights read, operations started, and multiply-adds in a prompt of 512 tokens."""
+    """Per token: weights read, operations started, and multiply-adds in a prompt of 512 tokens.
+
+    A weight that is read faster counts as less of one, a number that is copied as several products.
+    """
 
     reads: int
     operations: int
@@ -35,6 +40,10 @@ class Cost(NamedTuple):
     def prefill(self) -> int:
         """Time of a token of the prompt, in products."""
         return self.products + OPERATION * self.operations // PROMPT
+
+    def __add__(self, other: object) -> "Cost":
+        assert isinstance(other, Cost)
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Held(NamedTuple):
@@ -62,11 +71,15 @@ class SiteModule(nn.Module):
             that are not held as they are stored.
         latent_attention: whether `runtime.attention` can run the whole attention in the latents of
             this module; it then asks for the members of `runtime.tucker.HeadsSite`.
+        margin: predicted speed-up that a site has to reach for `--policy auto` to run it factored.
         sizes: inner width I of each matrix, in the order of `site.matrices`.
     """
 
     names: ClassVar[Mapping[str, tuple[str, Order]]] = {}
     latent_attention: ClassVar[bool] = False
+    # Predictions near 1 are up to a third too high, and every site of `benchmarks/runtime.py --part
+    # cost` that reached this in prompt and decoding was measured to gain.
+    margin: ClassVar[float] = 1.2
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__()
@@ -106,14 +119,21 @@ class SiteModule(nn.Module):
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
         """(layer, role) -> the module that stands for that matrix; they share one `SiteModule`."""
-        shared = cls(factors, site, geometry)
-        shared.finish()
-        stored = {name: cls.names.get(name, (name, None)) for name in factors.tensors()}
-        below = {name: (f"factors.{held}", order) for name, (held, order) in stored.items()}
-        return {
-            matrix: Held(RoleLinear(shared, index, matrix[1]), {} if index else below)
-            for index, matrix in enumerate(site.matrices)
-        }
+        return held_by(cls, site, factors, geometry)
+
+
+def held_by(
+    kind: type[SiteModule], site: Site, factors: Factors, geometry: Geometry
+) -> dict[tuple[int, str], Held]:
+    """What `SiteModule.roles` gives, with a module of this class."""
+    shared = kind(factors, site, geometry)
+    shared.finish()
+    stored = {name: kind.names.get(name, (name, None)) for name in factors.tensors()}
+    below = {name: (f"factors.{held}", order) for name, (held, order) in stored.items()}
+    return {
+        matrix: Held(RoleLinear(shared, index, matrix[1]), {} if index else below)
+        for index, matrix in enumerate(site.matrices)
+    }
 
 
 class RoleLinear(nn.Module):

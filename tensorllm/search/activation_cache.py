@@ -145,6 +145,13 @@ class ActivationCache:
             self._below.setdefault(key, []).extend((entry, place) for entry in new.below)
             mine[key] = (replace(new, below=()), place)
 
+    def reserve(self, size: int) -> bool:
+        """Whether so many more bytes of memory are free; they are then taken."""
+        with self._lock:
+            free = self.bytes["memory"] + size <= self.budget.memory
+            self.bytes["memory"] += size * free
+            return free
+
     def forget_ffn(self) -> None:
         """FFNs of this model read what edits of the attention change."""
         with self._lock:

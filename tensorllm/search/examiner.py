@@ -86,13 +86,14 @@ class Examiner:
         candidates = {min(point.layers) for point in points}
         self.prefix = Prefix(model, self.roles, budget, candidates)
         run = PrefixMaskedForward if is_masked(model) else PrefixForward
+        self.forward = run(model, self.prefix)
         self.scorer = make_scorer(
             model,
             tokenizer,
             protocol=protocol,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
-            forward=run(model, self.prefix),
+            forward=self.forward,
         )
         self.workers = workers_for(model)
         self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))

@@ -5,10 +5,9 @@ difference. For the rank-k truncation of W = sum of s_i u_i v_i^T that is the su
 -s_i g_i, where g_i = u_i^T G v_i; so every strategy is predicted in its own factors. Source:
 Compress to Impress, arXiv 2510.20800, which ranks matrices so.
 
-Shapes: B sequences, T tokens, I and D of a role matrix.
+Shapes: M columns with logits of a batch, V vocabulary, I and D of a role matrix.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,13 +16,18 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.evaluation.batching import fill
 from tensorllm.evaluation.causal import CausalBatch
+from tensorllm.evaluation.encoding import Encoded
+from tensorllm.evaluation.forward import left_padded
 from tensorllm.search.decompositions import SiteEdit
 from tensorllm.search.examiner import Examiner
+from tensorllm.search.prefix import PrefixForward
 from tensorllm.search.selection import finished
 from tensorllm.search.space import Matrices, Point
 
 EXAMPLES = 100
+TOKENS = 1024  # of a batch; each batch adds to all gradients, which costs as much as some of these
 LEAST = 8  # examples; a gradient of fewer says nothing
 ALIKE = 0.05  # predicted changes that differ by less, relatively, are of about the same edit
 SHARE = 20  # a guided search makes this many times fewer trials than its grid has points
@@ -96,8 +100,8 @@ def loss_gradient(
         for p in parameters.values():
             p.requires_grad_(True)
         with torch.inference_mode(False), torch.enable_grad():
-            for item in items:
-                loss = _loss(examiner, item) / len(items)
+            for batch in fill(items, _cost, TOKENS):
+                loss = _loss(examiner, batch) / len(items)
                 found = torch.autograd.grad(loss, list(parameters.values()))
                 for name, part in zip(parameters, found, strict=True):
                     sums[name] += part.float()
@@ -109,7 +113,7 @@ def loss_gradient(
     return {matrix: examiner.roles.read(sums, *matrix) for matrix in matrices}, len(items)
 
 
-def _items(examiner: Examiner) -> list[Any]:
+def _items(examiner: Examiner) -> list[Encoded]:
     """The encoded examples in the order of examination."""
     batches = [batch for stage in examiner.stages for batch in stage]
     if not all(isinstance(batch, CausalBatch) for batch in batches):
@@ -119,36 +123,48 @@ def _items(examiner: Examiner) -> list[Any]:
     return sorted(items, key=lambda item: place[item.example.index])
 
 
-def _loss(examiner: Examiner, item: Any) -> Tensor:
-    """The loss of one example, with a graph.
+def _cost(item: Encoded) -> tuple[int, int]:
+    """Tokens to be read, and columns whose logits count."""
+    rows = _inputs(item)
+    return len(rows) * item.length, len(rows) * (item.length - _start(item))
 
-    Answers that differ in their last token only are read at once, and nothing predicts from it.
+
+def _start(item: Encoded) -> int:
+    """Where what is scored begins."""
+    return item.shared if item.example.choices else item.start
+
+
+def _inputs(item: Encoded) -> list[tuple[int, ...]]:
+    """What is read of an example: answers that differ in their last token only are read at once,
+    and nothing predicts from it.
     """
-    start = item.shared if item.example.choices else item.start
-    inputs = list(dict.fromkeys(tuple(ids[:-1]) for ids in item.full))
-    longest = max(map(len, inputs))
-    ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in inputs])
-    logits_BTV = _logits(examiner.model, ids_BT.to(examiner.model.device), start - 1)
-    log_p = logits_BTV.float().log_softmax(-1)  # padded on the right: causal
-    sums = []
-    for ids in item.full:
-        answer = torch.tensor(ids[start:], device=log_p.device)
-        of_tokens = log_p[inputs.index(tuple(ids[:-1])), : len(answer)]
-        sums.append(of_tokens.gather(-1, answer[:, None]).sum())
-    if item.example.choices:
-        gold = item.example.choices.index(item.example.answer)
-        return -torch.stack(sums).log_softmax(0)[gold]
-    return -sums[0] / (len(item.full[0]) - start)
+    return list(dict.fromkeys(tuple(ids[:-1]) for ids in item.full))
 
 
-def _logits(model: Any, ids_BT: Tensor, first: int) -> Tensor:
-    """Of the positions from `first` on; the head of a large vocabulary is a fifth of the work."""
-    keep = ids_BT.shape[1] - first
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits: Tensor = model(input_ids=ids_BT, use_cache=False, logits_to_keep=keep).logits
-    else:
-        logits = model(input_ids=ids_BT, use_cache=False).logits[:, first:]
-    return logits
+def _loss(examiner: Examiner, items: Sequence[Encoded]) -> Tensor:
+    """The sum of the examples' losses, with a graph."""
+    inputs = [_inputs(item) for item in items]
+    rows = [ids for of_one in inputs for ids in of_one]
+    starts = [_start(item) for item, of_one in zip(items, inputs, strict=True) for _ in of_one]
+    keep = [len(ids) - start + 1 for ids, start in zip(rows, starts, strict=True)]
+    forward = examiner.forward
+    assert isinstance(forward, PrefixForward), "others have no items"
+    logits_MV, _ = forward(left_padded(rows, forward.device), keep=keep)
+    of_rows = iter(logits_MV.float().log_softmax(-1).split(keep))
+    losses = []
+    for item, of_one in zip(items, inputs, strict=True):
+        log_p = {ids: next(of_rows) for ids in of_one}
+        sums = []
+        for ids in item.full:
+            answer = torch.tensor(ids[_start(item) :], device=logits_MV.device)
+            of_tokens = log_p[tuple(ids[:-1])][: len(answer)]
+            sums.append(of_tokens.gather(-1, answer[:, None]).sum())
+        if item.example.choices:
+            gold = item.example.choices.index(item.example.answer)
+            losses.append(-torch.stack(sums).log_softmax(0)[gold])
+        else:
+            losses.append(-sums[0] / (len(item.full[0]) - _start(item)))
+    return torch.stack(losses).sum()
 
 
 def in_order(changes: Sequence[float], layers: Sequence[int]) -> list[int]:

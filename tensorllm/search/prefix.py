@@ -2,8 +2,9 @@
 
 What enters the lowest edited layer, and the keys and values below it, depend on unedited weights
 only; so does its FFN where attention and FFN read the same (GPT-J's parallel block). They are kept
-by batch. Everything else (embedding, masks, rotary angles, the layers above) runs as the model's
-own code says, so that no architecture needs code of its own.
+by batch, and for generated tokens by all that was read before them (`Paths`). Everything else
+(embedding, masks, rotary angles, the layers above) runs as the model's own code says, so that no
+architecture needs code of its own.
 
 Shapes: B rows, T tokens, S cached and new tokens, D model width, V vocabulary.
 """
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorllm.evaluation.forward import ModelForward, Padded
+from tensorllm.evaluation.forward import ModelForward, Padded, Path
 from tensorllm.evaluation.masked import MaskedForward
 from tensorllm.models import RoleMatrices, Stored
 from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, Remembered
+from tensorllm.search.paths import Paths, Shortened
 from tensorllm.tensors.stacking import FFN
 
 T = TypeVar("T")
@@ -88,6 +90,7 @@ class Prefix:
         self.store = ActivationCache(budget)
         self.device = model.device
         self.candidates = frozenset(candidates) - {0}
+        self.paths = Paths(self.store, self.candidates)
         self.lowest = 0
         self.skipped = self.computed = 0  # layers
         self._parallel = True  # until an FFN is seen to read what an edit has changed
@@ -104,13 +107,18 @@ class Prefix:
         self.lowest = len(self.layers) if lowest is None else lowest
         self._ffn_edited = ffn
         with ExitStack() as stack:
-            if self.plain and self.lowest and self.store.budget.bytes:
+            if self.active:
                 for i, layer in enumerate(self.layers[: self.lowest + 1]):
                     stack.enter_context(patched(layer, self._layer(i, layer.forward)))
                     whole = self.ffns[i]
                     if whole is not None and self._remembers_ffn(i):
                         stack.enter_context(patched(whole, self._ffn(i, whole.forward)))
             yield
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to skip, and room to keep it."""
+        return bool(self.plain and self.lowest and self.store.budget.bytes)
 
     def _remembers_ffn(self, layer: int) -> bool:
         """Whether the FFN of a layer makes what it always makes."""
@@ -127,21 +135,62 @@ class Prefix:
         self, key: Hashable, forward: Callable[[], tuple[T, Any]], *, grow: bool
     ) -> tuple[T, Any]:
         """A pass of the batch `key`; `forward` gives what is wanted, and the cache if it grows."""
-        if key is None or not (self.plain and self.lowest and self.store.budget.bytes):
+        if key is None or not self.active:
             self.computed += len(self.layers)
             return forward()
         at, kept = self.store.nearest(key, self.lowest, grow)
         call = _Pass(at, kept and kept.on(self.device), self._unknown(at, kept))
-        self._now.call = call
-        try:
-            wanted, cache = forward()
-        finally:
-            self._now.call = None
-        self.skipped += at
-        self.computed += len(self.layers) - at
+        wanted, cache = self._run(call, forward)
         if grow and call.kept is not None:
             cache.layers[:at] = [copy.copy(layer) for layer in call.kept.below]
         self._admit(key, call, cache if grow else None)
+        return wanted, cache
+
+    def _run(self, call: _Pass, forward: Callable[[], tuple[T, Any]]) -> tuple[T, Any]:
+        self._now.call = call
+        try:
+            return forward()
+        finally:
+            self._now.call = None
+            self.skipped += call.skip
+            self.computed += len(self.layers) - call.skip
+
+    def known(self, paths: Sequence[Path | None]) -> list[bool]:
+        """Of which tokens it is known what enters the lowest edited layer."""
+        if not self.active:
+            return [False] * len(paths)
+        return [place is not None for place in self.paths.places(paths, self.lowest)]
+
+    def read(
+        self,
+        batch: Padded,
+        paths: Sequence[Path | None],
+        cache: Any,
+        forward: Callable[[Any], tuple[T, Any]],
+    ) -> tuple[T, Any]:
+        """A pass whose cache grows: above the lowest edited layer only, where all tokens are known.
+
+        Args:
+            paths: of the rows that have one new token.
+            forward: makes the pass with the cache that it is given.
+        """
+        places = self.paths.places(paths, self.lowest)
+        rows = zip(places, batch.mask_BT.any(1).tolist(), strict=True)
+        if all(place is not None for place, reads in rows if reads):
+            short = self.paths.shortened(cache, self.lowest)
+            # Rows without a token read some other one's, which nobody sees.
+            places_B = torch.tensor([place or 0 for place in places], device=self.device)
+            kept = LayerInput(self.paths.hidden(self.lowest, places_B), self.paths.tupled)
+            wanted, grown = self._run(_Pass(self.lowest, kept, {}), lambda: forward(short.cache))
+            return wanted, self.paths.read(short._replace(cache=grown), places_B)
+        layers = [layer for layer in self.candidates if layer <= self.lowest]
+        call = _Pass(0, None, dict.fromkeys(layers))
+        wanted, cache = self._run(call, lambda: forward(self.paths.whole(cache)))
+        hidden = {layer: noted for layer, noted in call.noted.items() if noted is not None}
+        if hidden and len(cache.layers) == len(self.layers):  # each with keys of its own
+            self.paths.tupled = call.tupled
+            depth = max(hidden)
+            self.paths.admit(paths, depth, hidden, cache.layers[:depth])
         return wanted, cache
 
     def _unknown(self, at: int, kept: LayerInput | None) -> dict[int, Tensor | None]:
@@ -217,15 +266,31 @@ class PrefixForward(ModelForward):
         self.prefix = prefix
 
     def __call__(
-        self, batch: Padded, *, grow: bool = False, key: Hashable = None, **how: Any
+        self,
+        batch: Padded,
+        *,
+        grow: bool = False,
+        key: Hashable = None,
+        cache: Any = None,
+        paths: Sequence[Path | None] = (),
+        **how: Any,
     ) -> tuple[Tensor, Any]:
-        def forward() -> tuple[Tensor, Any]:
-            return super(PrefixForward, self).__call__(batch, grow=grow, key=key, **how)
+        def forward(given: Any = cache) -> tuple[Tensor, Any]:
+            return super(PrefixForward, self).__call__(batch, grow=grow, cache=given, **how)
 
+        if any(paths) and self.prefix.active:
+            return self.prefix.read(batch, paths, cache, forward)
+        if isinstance(cache, Shortened):
+            return forward(self.prefix.paths.whole(cache))
         return self.prefix.run(key, forward, grow=grow)
+
+    def known(self, paths: Sequence[Path | None]) -> list[bool]:
+        return self.prefix.known(paths)
 
     def select(self, cache: Any, rows: Tensor) -> Any:
         """Of layers that are skipped only the length will be asked."""
+        if isinstance(cache, Shortened):
+            return cache.select(rows)
         narrowed = copy.copy(cache)
         narrowed.layers = [copy.copy(layer) for layer in cache.layers]
         for layer in narrowed.layers[self.prefix.skip :]:

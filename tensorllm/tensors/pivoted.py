@@ -26,11 +26,14 @@ class PivotedLowRank(Factors):
         basis_RO: the chosen rows.
         mix_XR: the other I - R rows are `mix_XR @ basis_RO`, in ascending order.
         rows_R: the numbers of the chosen rows, int32; they count as parameters.
+        transposed: both are stored transposed, as `basis_t` and `mix_t`: input projections then
+            read, input by input, what lies together.
     """
 
     basis_RO: Tensor
     mix_XR: Tensor
     rows_R: Tensor
+    transposed: bool = False
 
     @exact_float32()
     def dense(self) -> Tensor:
@@ -42,11 +45,16 @@ class PivotedLowRank(Factors):
         return w_IO
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"basis": self.basis_RO, "mix": self.mix_XR, "rows": self.rows_R}
+        if not self.transposed:
+            return {"basis": self.basis_RO, "mix": self.mix_XR, "rows": self.rows_R}
+        basis_OR, mix_RX = (t.mT.contiguous() for t in (self.basis_RO, self.mix_XR))
+        return {"basis_t": basis_OR, "mix_t": mix_RX, "rows": self.rows_R}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        return cls(tensors["basis"], tensors["mix"], tensors["rows"])
+        if "basis" in tensors:
+            return cls(tensors["basis"], tensors["mix"], tensors["rows"])
+        return cls(tensors["basis_t"].mT, tensors["mix_t"].mT, tensors["rows"], transposed=True)
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.stacking import STACKINGS, Geometry, Stacking
 
 READERS = (("q", "q_a", "k", "kv_a", "v"), ("in", "gate"))  # roles that read the same input
+NARROWED = (("in", "gate", "out"), ("in", "out"))  # roles whose rows are the same channels
 
 
 def reading_together(roles: Sequence[str]) -> list[tuple[str, ...]]:
@@ -57,7 +58,8 @@ _GROUPS = [
     for roles in combinations(readers, size)
 ]
 ROWS_STACKINGS = tuple(map(rows_stacking, _GROUPS))
-for _roles in _GROUPS:
+CHANNEL_STACKINGS = tuple(map(rows_stacking, NARROWED))
+for _roles in (*_GROUPS, *NARROWED):
     STACKINGS.register(rows_stacking(_roles))(
         Stacking(_stack, partial(_unstack, _roles), partial(_check, _roles))
     )

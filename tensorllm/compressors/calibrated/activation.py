@@ -21,8 +21,16 @@ from tensorllm.compressors.base import (
     Ways,
 )
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, pivoted, site_of, stacked
-from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, refit
+from tensorllm.compressors.calibrated.channels import (
+    Read,
+    curve,
+    fit_channels,
+    is_narrowed,
+    least_stored,
+    narrowed_site,
+)
+from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, site_of, stacked
+from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.errors import UserError
@@ -50,11 +58,14 @@ class ActivationTucker(LayerFit):
         weighting: `outputs` weights errors by what they do to their own layer's output, one layer
             in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
+        narrowing: whether an FFN may lose channels, and stay a plain one, where that pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
         refit_epochs: with correction, passes over the text in which all factors of a layer move
             together towards the original's output of the layer; only this layer runs.
         distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
+        rank_multiple: ranks are multiples of it, or 1, or full; None: `usual_multiple`.
+            Kernels are up to half as fast again at even sizes, and fewer of them are to be made.
         seed: of the random vectors or labels that the gradients are sampled with.
     """
 
@@ -63,10 +74,12 @@ class ActivationTucker(LayerFit):
     max_loss_increase: float | None = None
     weighting: GradientOf = "outputs"
     sharing: bool = True
+    narrowing: bool = True
     correction: bool = True
     refit_epochs: int = 4
     distill_steps: int = 0
     ridge: float = 1e-2
+    rank_multiple: int | None = None
     seed: int = 0
 
     source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
@@ -89,6 +102,8 @@ class ActivationTucker(LayerFit):
         for name in ("refit_epochs", "distill_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.rank_multiple is not None and self.rank_multiple < 1:
+            raise UserError(f"rank_multiple must be 1 or more, got {self.rank_multiple}")
         if not self.ridge > 0:
             raise UserError(f"ridge must be above 0, got {self.ridge}")
         if self.max_loss_increase is not None and self.distill_steps:
@@ -117,55 +132,87 @@ class ActivationTucker(LayerFit):
             out += [Job(site_of(layer, together), self) for together in reading_together(mine)]
         return out
 
+    @property
+    def whole_inputs(self) -> tuple[str, ...]:
+        return ("out",) if self.narrowing and "out" in self.roles else ()
+
     def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
-        return [
-            [[Job(site_of(layer, group), self) for group in way] for way in ways]
-            for ways in (groupings(site.roles, self.sharing) for site in sites)
-        ]
+        of = {
+            site: [
+                [Job(site_of(layer, group), self) for group in way]
+                for way in groupings(site.roles, self.sharing)
+            ]
+            for site in sites
+        }
+        narrower = self._narrowed(layer, [role for site in sites for role in site.roles])
+        if narrower is None:
+            return list(of.values())
+        reading, writing = (ways for s, ways in of.items() if set(s.roles) <= set(narrower.roles))
+        together = [[*one, *other] for one in reading for other in writing]
+        rest = [ways for s, ways in of.items() if not set(s.roles) <= set(narrower.roles)]
+        return [*rest, [*together, [Job(narrower, self)]]]
+
+    def _narrowed(self, layer: int, roles: Sequence[str]) -> Site | None:
+        """What may lose channels."""
+        return narrowed_site(layer, roles) if self.narrowing else None
 
     def least_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int:
         """Rank 1 everywhere, for all roles that read one input together if allowed."""
         total = 0
-        for job in self.jobs(spec, layers):
-            geometry = spec.geometry(job.site.layers[0])
-            groups = groupings(job.site.roles, self.sharing)[-1 if self.sharing else 0]
-            total += sum(pivoted_parameters(map_shape(geometry, group), 1) for group in groups)
+        for layer in layers:
+            geometry = spec.geometry(layer)
+            sites = [job.site for job in self.jobs(spec, [layer])]
+            for ways in self.ways(geometry, layer, sites):
+                total += min(sum(_least(geometry, job.site) for job in way) for way in ways)
         return total
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
-        out = {}
+        out = {site: curve(site, context) for site in sites if is_narrowed(site)}
         for key in reading_together([role for site in sites for role in site.roles]):
             metric = Metric(context.width_covariance(key))
             for site in (site for site in sites if set(site.roles) <= set(key)):
                 shape = map_shape(context.geometry, site.roles)
                 carried_DD = context.carried_covariance(site.roles)
                 error_S = left_out(metric, carried_DD, min(shape))
-                ranks = torch.arange(1, len(error_S) + 1)
-                cost = [pivoted_parameters(shape, rank) for rank in ranks.tolist()]
-                out[site] = ErrorCurve(torch.tensor(cost), error_S, ranks[:, None])
+                ranks = self._ranks(len(error_S))
+                cost = [pivoted_parameters(shape, rank) for rank in ranks]
+                ranks_S = torch.tensor(ranks)
+                out[site] = ErrorCurve(torch.tensor(cost), error_S[ranks_S - 1], ranks_S[:, None])
         return out
+
+    def _ranks(self, full: int) -> list[int]:
+        """The ranks that a site may have, ascending."""
+        step = self.rank_multiple or usual_multiple(full)
+        return list(dict.fromkeys([1, *range(step, full, step), full]))
 
     def passes(self, sites: Sequence[Site]) -> int:
         runs = len(reading_together([r for site in sites for r in site.roles]))
         refits = self.correction and self.refit_epochs > 0
+        runs += 3 * any(self._narrowed(0, site.roles) is not None for site in sites)
         return runs + (2 + PASSES_OF_AN_EPOCH * self.refit_epochs if refits else 0)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """Each set of roles in the order in which they run, then all together."""
-        fitted: dict[Site, Map] = {}
-        metrics: dict[Site, Metric] = {}
+        moving: dict[Site, Moving] = {}
         for key in reading_together([role for site in context.sites for role in site.roles]):
-            sites = {s: size for s, size in context.sites.items() if set(s.roles) <= set(key)}
+            sites = {s: size for s, size in context.sites.items() if s.roles[0] in key}
+            if not sites:
+                continue
             here = _AtWidth.of(context, key, self.ridge if self.correction else None)
             for site, size in sites.items():
                 assert size is not None, "a budget gives every site its size"
-                fitted[site] = here.fit(context, site.roles, size[0])
-                metrics[site] = here.metric
+                if is_narrowed(site):
+                    read = Read(here.metric, here.correction_DD)
+                    moving[site] = fit_channels(context, site, size[0], read)
+                    continue
+                fitted = here.fit(context, site.roles, size[0])
+                moving[site] = Balanced(fitted, here.metric, site.roles)
             for site in sites:
-                context.put(site, pivoted(*fitted[site], site.roles))
+                context.put(site, moving[site].factors())
+        factors = {site: each.factors() for site, each in moving.items()}
         if self.correction and self.refit_epochs:
-            return refit(context, fitted, metrics, self.refit_epochs)
-        return LayerResult({site: pivoted(*map_, site.roles) for site, map_ in fitted.items()})
+            return refit(context, moving, factors, self.refit_epochs)
+        return LayerResult(factors)
 
 
 @COMPRESSORS.register("activation-hybrid")
@@ -174,6 +221,18 @@ class ActivationHybrid(ActivationTucker):
     """Attention and FFN fitted to calibration text, out of one budget."""
 
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES + FFN
+
+
+def _least(geometry: Geometry, site: Site) -> int:
+    """Numbers that a site stores at its smallest size."""
+    if is_narrowed(site):
+        return least_stored(geometry, site)
+    return pivoted_parameters(map_shape(geometry, site.roles), 1)
+
+
+def usual_multiple(full: int) -> int:
+    """A power of two, some sixteen of which are the full rank; 1 where there are few ranks."""
+    return 2 ** max(0, full.bit_length() - 5)
 
 
 def groupings(roles: Group, sharing: bool) -> list[list[Group]]:

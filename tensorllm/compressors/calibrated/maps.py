@@ -54,6 +54,7 @@ def pivoted(left_MR: Tensor, right_RX: Tensor, roles: Group) -> PivotedLowRank:
     """A map's factors as those of the site's tensor: o and out are stacked transposed."""
     if is_output_projection(roles[0]):
         factors = pivot(right_RX.mT, left_MR.mT)
-    else:
-        factors = pivot(left_MR, right_RX)
-    return PivotedLowRank(factors.basis_RO.float(), factors.mix_XR.float(), factors.rows_R)
+        return PivotedLowRank(factors.basis_RO.float(), factors.mix_XR.float(), factors.rows_R)
+    factors = pivot(left_MR, right_RX)
+    basis_OR, mix_RX = (t.float().mT.contiguous() for t in (factors.basis_RO, factors.mix_XR))
+    return PivotedLowRank(basis_OR.mT, mix_RX.mT, factors.rows_R, transposed=True)

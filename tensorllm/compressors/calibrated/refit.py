@@ -7,6 +7,7 @@ Shapes: W the wide side of a map, D the model's width, M outputs, X inputs, R ra
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from tensorllm.compressors.base import LayerResult
 from tensorllm.compressors.calibrated.maps import Map, pivoted, unstacked
 from tensorllm.compressors.layer import LayerContext, Site
-from tensorllm.tensors.stacking import is_output_projection
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric
 
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
@@ -24,17 +26,29 @@ LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
 PASSES_OF_AN_EPOCH = 3  # forward, and backward for inputs and for weights
 
 
-class Balanced(nn.Module):
+class Moving(nn.Module):
+    """The factors of a site as parameters that can be trained."""
+
+    @abstractmethod
+    def weights(self, geometry: Geometry) -> dict[str, Tensor]:
+        """The role matrices (I, D) that they stand for."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """As they are stored."""
+
+
+class Balanced(Moving):
     """A map `wide diag(1/size) narrow L⁻¹` (or its transpose), L the root of the metric at D.
 
     With the size of a component once in each parameter and once taken out between them, a small
     step of either costs the square of its length, whichever component it moves.
     """
 
-    def __init__(self, map_: Map, metric: Metric, *, writes: bool) -> None:
+    def __init__(self, map_: Map, metric: Metric, roles: tuple[str, ...]) -> None:
         super().__init__()
-        self.writes = writes
-        wide_WR, narrow_RD = (map_.right_RX.mT, map_.left_MR.mT) if writes else map_
+        self.roles, self.writes = roles, is_output_projection(roles[0])
+        wide_WR, narrow_RD = (map_.right_RX.mT, map_.left_MR.mT) if self.writes else map_
         root_DD = Metric(metric.covariance_NN, DAMPING).root
         eye_DD = torch.eye(len(root_DD)).to(root_DD)
         self.inverse_DD = torch.linalg.solve_triangular(root_DD, eye_DD, upper=False).to(wide_WR)
@@ -45,8 +59,15 @@ class Balanced(nn.Module):
         self.wide_WR = nn.Parameter(wide_WR * (self.size_R / tall_R.clamp(min=1e-30)))
         self.narrow_RD = nn.Parameter(narrow_RD * tall_R[:, None])
 
-    def factors(self) -> Map:
-        """As a map from inputs to outputs."""
+    def weights(self, geometry: Geometry) -> dict[str, Tensor]:
+        return unstacked(self._map(), self.roles, geometry)
+
+    def factors(self) -> Factors:
+        left_MR, right_RX = self._map()
+        return pivoted(left_MR.detach(), right_RX.detach(), self.roles)
+
+    def _map(self) -> Map:
+        """From inputs to outputs."""
         wide_WR = self.wide_WR / self.size_R
         narrow_RD = self.narrow_RD @ self.inverse_DD
         return Map(narrow_RD.mT, wide_WR.mT) if self.writes else Map(wide_WR, narrow_RD)
@@ -54,20 +75,19 @@ class Balanced(nn.Module):
 
 def refit(
     context: LayerContext,
-    fitted: Mapping[Site, Map],
-    metrics: Mapping[Site, Metric],
+    moving: Mapping[Site, Moving],
+    before: Mapping[Site, Factors],
     epochs: int,
 ) -> LayerResult:
     """The factors after some epochs, put into the layer too; as they were if none is nearer.
 
     Args:
         context: the compressed layer, with the factors as they were fitted.
-        metrics: at the model's width, of each site.
+        moving: those factors, to be trained.
+        before: the same, as they are stored.
     """
-    writes = {site: is_output_projection(site.roles[0]) for site in fitted}
-    maps = {s: Balanced(map_, metrics[s], writes=writes[s]) for s, map_ in fitted.items()}
-    before = context.output_error()
-    parameters = [p for each in maps.values() for p in each.parameters()]
+    error = context.output_error()
+    parameters = [p for each in moving.values() for p in each.parameters()]
     groups = [{"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())}
               for p in parameters]  # fmt: skip
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -79,22 +99,20 @@ def refit(
             optimizer.zero_grad()
             with torch.enable_grad():
                 weights: dict[str, Tensor] = {}
-                for site, each in maps.items():
-                    weights |= unstacked(each.factors(), site.roles, context.geometry)
+                for each in moving.values():
+                    weights |= each.weights(context.geometry)
                 context.output_loss(batch, weights, {}).backward()
             context.add_up([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             schedule.step()
-    found = {site: each.factors() for site, each in maps.items()}
-    out = {s: pivoted(m.left_MR.detach(), m.right_RX.detach(), s.roles) for s, m in found.items()}
+    out = {site: each.factors() for site, each in moving.items()}
     for site, factors in out.items():
         context.put(site, factors)
-    if context.output_error() < before:
+    if context.output_error() < error:
         return LayerResult(out)
-    out = {site: pivoted(*map_, site.roles) for site, map_ in fitted.items()}
-    for site, factors in out.items():
+    for site, factors in before.items():
         context.put(site, factors)
-    return LayerResult(out)
+    return LayerResult(before)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -1,0 +1,164 @@
+"""The rank search where answers are generated, beside the same search that generates every token of
+every trial anew.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.results import Comparison
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tensorllm.data.base import ReasoningDataModule
+from tensorllm.evaluation import generation
+from tensorllm.evaluation.evaluate import make_dataset
+from tensorllm.evaluation.forward import Padded, last_columns
+from tensorllm.evaluation.protocol import PROTOCOLS
+from tensorllm.evaluation.scorer import make_scorer
+from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.search.activation_cache import CacheBudget
+from tensorllm.search.examiner import Examiner
+from tensorllm.search.prefix import PrefixForward, default_budget
+from tensorllm.search.space import Point, make_space
+from tensorllm.search.trial import TrialResult
+
+WANTED = 4.0
+MODES: dict[str, dict[str, Any]] = {
+    "laser": {"matrices": ["in", "gate", "out"], "rho": [0.05, 0.1, 0.2, 0.33, 0.5, 0.7]},
+    "shared-tucker": {},
+}
+
+
+class Anew(PrefixForward):
+    """Prompts and gold answers as the search keeps them; every step runs all layers, and the output
+    embedding reads as many columns of each row as of the longest.
+    """
+
+    def known(self, paths: Sequence[Any]) -> list[bool]:
+        return [False] * len(paths)
+
+    def __call__(  # type: ignore[override]
+        self, batch: Padded, *, keep: int | Sequence[int], best: bool = False, **how: Any
+    ) -> tuple[Tensor, Any]:
+        how.pop("paths", None)
+        if isinstance(keep, int):
+            return super().__call__(batch, keep=keep, **how)
+        logits_BNV, cache = super().__call__(batch, keep=max(keep), **how)
+        logits_MV = logits_BNV[last_columns(keep, logits_BNV.device)]
+        return logits_MV.argmax(-1) if best else logits_MV, cache
+
+
+class Counted(PrefixForward):
+    """As the search has it; counts generated tokens whose unedited layers are known, and others."""
+
+    known_tokens = new_tokens = 0
+
+    def __call__(self, batch: Padded, **how: Any) -> tuple[Tensor, Any]:
+        before = self.prefix.skipped
+        found = super().__call__(batch, **how)
+        if any(how.get("paths", ())):
+            tokens = int(batch.mask_BT.sum())
+            if self.prefix.skipped > before:
+                self.known_tokens += tokens
+            else:
+                self.new_tokens += tokens
+        return found
+
+
+def examiner(model: Any, tokenizer: Any, data: ReasoningDataModule, points: list[Point]) -> Any:
+    """A new one knows nothing."""
+    return Examiner(
+        model, tokenizer, data.examples, PROTOCOLS["strict"],
+        max_new_tokens=data.max_new_tokens, points=points,
+        budget=CacheBudget(default_budget(model.device)),
+    )  # fmt: skip
+
+
+def running(
+    forward: type[PrefixForward], made: Examiner, tokenizer: Any, data: ReasoningDataModule
+) -> Any:
+    """Let the examiner run its model so."""
+    made.forward = forward(made.model, made.prefix)
+    made.scorer = make_scorer(
+        made.model, tokenizer, protocol=PROTOCOLS["strict"],
+        max_new_tokens=data.max_new_tokens, forward=made.forward,
+    )  # fmt: skip
+    return made.forward
+
+
+def points_of(model: Any, mode: str, layers: Sequence[int], trials: int, seed: int) -> list[Point]:
+    """A sample of the search space, later layers first, as the search takes them."""
+    roles = RoleMatrices(model.config, parameters_of(model))
+    space = make_space(roles, mode, layers=tuple(layers), values=MODES[mode])
+    grid = [space.point(values) for values in space.grid]
+    points = random.Random(seed).sample(grid, min(trials, len(grid)))
+    return sorted(points, key=lambda point: -point.layers[0])
+
+
+def answers(
+    folder: Path, dataset: str, file: Path, *, mode: str, layers: Sequence[int], trials: int,
+    questions: int, seed: int,
+) -> tuple[dict[str, Comparison], dict[str, Any]]:  # fmt: skip
+    """Both ways over the same trials, each trial by one and then by the other."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = make_dataset(dataset, data_file=file, split="val", limit=questions)
+    data.connect(tokenizer)
+    points = points_of(model, mode, layers, trials, seed)
+    ours = examiner(model, tokenizer, data, points)
+    peer = examiner(model, tokenizer, data, points)
+    count = running(Counted, ours, tokenizer, data)
+    running(Anew, peer, tokenizer, data)
+    found: list[tuple[TrialResult, TrialResult]] = []
+    cpu: list[tuple[float, float]] = []
+    known: list[float] = []
+    for point in (None, *points):
+        crowd = generation.CROWD
+        count.known_tokens = count.new_tokens = 0
+        first, one = timed(ours, point)
+        known.append(count.known_tokens / max(1, count.known_tokens + count.new_tokens))
+        generation.CROWD = 0.5
+        second, other = timed(peer, point)
+        generation.CROWD = crowd
+        found.append((one, other))
+        cpu.append((first, second))
+        print(point and point.key, [round(s, 2) for s in cpu[-1]], known[-1], flush=True)
+    again, _ = timed(ours, points[-1])
+    mine, theirs = (sum(times) for times in zip(*cpu[1:], strict=True))
+    compared = Comparison(
+        ours=mine / len(points),
+        unit="CPU s",
+        peer=theirs / len(points),
+        peer_name="every answer anew",
+        wanted=WANTED,
+    )
+    about = {
+        "examples_per_second": {
+            "ours": len(points) * len(data.examples) / mine,
+            "peer": len(points) * len(data.examples) / theirs,
+        },
+        "shares_of_known_tokens": known,
+        "times_of_trials": [b / a for a, b in cpu],  # the original first
+        "verdicts_that_differ": sum(one.correct != other.correct for one, other in found),
+        "largest_difference_loss": max(abs(one.loss - other.loss) for one, other in found),
+        "accuracies": [one.accuracy for one, _ in found],
+        "trials": len(points),
+        "questions": len(data.examples),
+        "layers": list(layers),
+    }
+    all_known = Comparison(
+        ours=again, unit="CPU s", peer=cpu[-1][1], peer_name="every answer anew", wanted=WANTED
+    )
+    what = f"{dataset}, {mode}, {folder.name}"
+    return {f"a trial of {what}": compared, f"the last one again, {what}": all_known}, about
+
+
+def timed(examine: Examiner, point: Point | None) -> tuple[float, TrialResult]:
+    """Seconds of all cores: other work on the machine does not count."""
+    started = time.process_time()
+    result = examine(point)
+    return time.process_time() - started, result

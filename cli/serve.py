@@ -1,0 +1,33 @@
+"""`tensorllm serve`."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from tensorllm.requests.others import ServeRequest
+from tensorllm_cli.interrupt import INTERRUPT
+from tensorllm_cli.show import print_json, print_result
+from tensorllm_cli.signature import takes
+
+if TYPE_CHECKING:
+    from tensorllm.commands.serve import Address
+
+
+@takes(ServeRequest)
+def serve(request: ServeRequest, *, json: bool) -> None:
+    """Serve any folder, a factored one in its factors, to OpenAI's clients, until Ctrl-C.
+
+    Example:
+
+      tensorllm serve --model out/ --port 8000
+    """
+    INTERRUPT.leaves = lambda: "the server has stopped"
+    from tensorllm.commands.serve import serve
+
+    def announce(address: "Address") -> None:
+        if json:
+            print_json(address.to_json())
+        else:
+            print_result(str(address))
+        sys.stdout.flush()  # whoever started it may wait for this line
+
+    serve(request, announce)

@@ -1,0 +1,240 @@
+"""The factored format as vLLM sees it: one more quantisation method, by its own plugin interface.
+
+vLLM imports this module by the entry point `vllm.general_plugins`; nothing else does. A linear
+layer of vLLM, which may stand for several matrices of the checkpoint (q, k and v in one), gets the
+modules that run their factors; attention, cache and scheduling stay vLLM's. Where factors cannot
+stand alone (some matrices of the layer are dense, stored interleaved, or the layer is split over
+devices), the layer is filled with the dense weights that they stand for.
+
+Written against vLLM 0.33.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
+
+from tensorllm.checkpoint.factored import METHOD, FactoredFolder
+from tensorllm.checkpoint.manifest import StoredSite, read_manifest
+from tensorllm.errors import UserError
+from tensorllm.hub import local_copy
+from tensorllm.runtime.sites import module_for
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OURS = ("factors.", "rest.")  # how the names of tensors begin that only we read
+SHARDS = ("q", "k", "v")  # what vLLM's joined attention projection calls its parts
+
+
+def register() -> None:
+    """Tell vLLM of the method; the entry point calls it in each of vLLM's processes."""
+    register_quantization_config(METHOD)(FactoredConfig)
+
+
+class Parts:
+    """What stands for the linears of a factored folder, made when it is asked for.
+
+    Args:
+        folder: one that `tensorllm compress --format factored` wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = FactoredFolder(folder)
+        self._made: dict[tuple[str, torch.dtype], dict[tuple[int, str], nn.Module]] = {}
+        self._rebuilt: dict[str, Tensor] = {}  # with a weight that was asked for, until they are
+
+    @cached_property
+    def sites(self) -> dict[str, dict[str, StoredSite]]:
+        """Path of a linear in the checkpoint -> role -> the site that stands for that matrix."""
+        found: dict[str, dict[str, StoredSite]] = defaultdict(dict)
+        for entry in self.folder.manifest.sites:
+            for layer, role in entry.site.matrices:
+                name = self.folder.roles.name(layer, role)
+                found[name.removesuffix(".weight")][role] = entry
+        return found
+
+    def alone(self, path: str) -> bool:
+        """Whether factors stand for all of a linear, each role's outputs in one piece."""
+        by_role, roles = self.sites.get(path, {}), self.folder.roles
+        for role, entry in by_role.items():
+            (layer,) = {n for n, other in self._matrices(entry, path) if other == role}
+            stored = roles.stored(layer, role)
+            blocks = stored.count(roles.spec.geometry(layer))
+            if stored.experts is not None or set(stored.roles) != set(by_role) or blocks > 1:
+                return False
+            empty = {
+                name: torch.empty(self.folder.stored.entries[name].shape, device="meta")
+                for name in entry.tensors.values()
+            }
+            if module_for(entry.site, entry.factors(empty).plain()) is None:
+                return False
+        return bool(by_role)
+
+    def modules(self, path: str, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
+        """The module of each role of a linear, in order; those of one site share its factors."""
+        by_role, roles = self.sites[path], self.folder.roles
+        first = next(iter(by_role.values()))
+        layer = next(n for n, _ in self._matrices(first, path))
+        for role in roles.stored(layer, next(iter(by_role))).roles:
+            entry = by_role[role]
+            key = entry.name, dtype
+            if key not in self._made:
+                self._made[key] = self._make(entry, dtype, device)
+            yield self._made[key][layer, role]
+
+    def dense(self, path: str) -> Tensor:
+        """The (out, in) weight that factors of a linear stand for, whole or in part."""
+        name = f"{path}.weight"
+        if name not in self._rebuilt:
+            self._rebuilt.update(self.folder.rebuilt(name))
+        entry = next(iter(self.sites[path].values()))
+        stored = self.folder.roles.stored(*next(self._matrices(entry, path)))
+        weight = self._rebuilt.pop(name)
+        return weight.mT if stored.conv1d else weight
+
+    def _matrices(self, entry: StoredSite, path: str) -> Iterator[tuple[int, str]]:
+        for layer, role in entry.site.matrices:
+            if self.folder.roles.name(layer, role) == f"{path}.weight":
+                yield layer, role
+
+    def _make(
+        self, entry: StoredSite, dtype: torch.dtype, device: torch.device
+    ) -> dict[tuple[int, str], nn.Module]:
+        read = self.folder.stored.read(entry.tensors.values())
+        held = {
+            name: t.to(device, dtype if t.is_floating_point() else None) for name, t in read.items()
+        }
+        factors = entry.factors(held).plain()
+        kind = module_for(entry.site, factors)
+        assert kind is not None, "asked for only where one runs them"
+        geometry = self.folder.roles.spec.geometry(entry.layers[0])
+        made = kind.roles(entry.site, factors, geometry)
+        return {matrix: each.module.requires_grad_(False) for matrix, each in made.items()}
+
+
+class FactoredConfig(QuantizationConfig):
+    """What `"quant_method": "tensorllm"` in config.json stands for in vLLM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: Parts | None = None
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return list(DTYPES)
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # no kernels of our own
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "FactoredConfig":
+        del config  # says what transformers needs; the folder's manifest says the rest
+        return cls()
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Learn which folder it is; a model of the hub has to be in its cache by then."""
+        del hf_config
+        here = Path(model_name)
+        folder = here if here.is_dir() else local_copy(model_name, "model", revision=revision)
+        manifest = None if folder is None else read_manifest(folder)
+        if folder is None or manifest is None or manifest.format != "factored":
+            raise UserError(
+                f"{model_name} is no factored folder on this machine; fetch all of its files "
+                f"first (hf download {model_name}) and give the folder"
+            )
+        self.parts = Parts(folder)
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """vLLM's models do not know the factors' names; the layers read these themselves."""
+        return WeightsMapper(orig_to_new_prefix=dict.fromkeys(OURS))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        assert self.parts is not None, "vLLM calls maybe_update_config before it builds layers"
+        above, _, name = prefix.rpartition(".")
+        inside = self.packed_modules_mapping.get(name, [name])
+        paths = [f"{above}.{each}" if above else each for each in inside]
+        factored = [path for path in paths if path in self.parts.sites]
+        if not factored:
+            return UnquantizedLinearMethod()
+        alone = all(self.parts.alone(path) for path in paths)
+        if alone and get_tensor_model_parallel_world_size() == 1:
+            return FactoredMethod(self.parts, paths)
+        shards: dict[str, str | int | None] = dict.fromkeys(paths)
+        if len(paths) > 1:
+            names = SHARDS if isinstance(layer, QKVParallelLinear) else range(len(paths))
+            shards = dict(zip(paths, names, strict=True))
+        return DenseMethod(self.parts, {path: shards[path] for path in factored})
+
+
+class FactoredMethod(LinearMethodBase):
+    """A linear of vLLM that runs in factors: the outputs of the checkpoint's linears, in a row."""
+
+    def __init__(self, parts: Parts, paths: list[str]) -> None:
+        self.parts, self.paths = parts, paths
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        del extra_weight_attrs
+        assert input_size_per_partition == input_size, "asked for only without splitting"
+        assert sum(output_partition_sizes) == output_size, "asked for only without splitting"
+        layer.dtype, layer.place = params_dtype, torch.empty(0).device  # vLLM sets the default
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        made = [
+            module
+            for path in self.paths
+            for module in self.parts.modules(path, layer.dtype, layer.place)
+        ]
+        layer.factored = nn.ModuleList(made)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        outs = [module(x) for module in layer.factored]
+        y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        return y if bias is None else y + bias
+
+
+class DenseMethod(UnquantizedLinearMethod):
+    """An ordinary linear of vLLM, given the weights that factors stand for."""
+
+    def __init__(self, parts: Parts, shards: Mapping[str, str | int | None]) -> None:
+        super().__init__()
+        self.parts, self.shards = parts, shards
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        for path, shard in self.shards.items():
+            given = () if shard is None else (shard,)
+            layer.weight.weight_loader(layer.weight, self.parts.dense(path), *given)
+        super().process_weights_after_loading(layer)

@@ -1,0 +1,167 @@
+"""A model's output embedding, asked for the columns that are wanted and for no more than is asked.
+
+With a vocabulary of 50,000 tokens it costs as much as eight layers of a small model. So it reads
+only the columns whose logits somebody looks at (`Head`), and where only the most probable token is
+asked for, a product in bfloat16 says which tokens can be it at all (`Screen`).
+
+Shapes: B rows, N columns, M wanted columns of all rows, D model width, V vocabulary. In `Screen`: N
+blocks of b tokens, Q pairs of a wanted column and a block, P of a wanted column and a token.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from tensorllm.checkpoint.loader import seconds_of_product
+
+LARGE = 2**22  # numbers in the embedding; smaller ones are multiplied at once
+FASTER = 1.5  # times that bfloat16 must be faster than float32
+BLOCK = 64  # tokens that are looked at together
+MOST = 64  # candidates per column, on average; with more of them all logits are computed
+ROUNDOFF = 2.0**-8  # of bfloat16
+
+
+class Head:
+    """Narrows what the output embedding reads; does nothing outside `picking`.
+
+    Its weights must stay as they are for as long as this object lives.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._module: nn.Module | None = model.get_output_embeddings()
+        self._now = threading.local()  # batches may run side by side
+        self._screen: Screen | None = None
+        self._screens = _can_screen(self._module)  # until the model is seen to change its logits
+        if self._module is not None:
+            handle = self._module.register_forward_pre_hook(_picked(self._now))
+            weakref.finalize(self, handle.remove)
+
+    @contextmanager
+    def picking(self, wanted_BN: Tensor | None, *, best: bool = False) -> Iterator[None]:
+        """In here, and in this thread, only these of the last N columns are read.
+
+        Args:
+            wanted_BN: None: all columns.
+            best: only the most probable token is asked for, of each.
+        """
+        now = self._now
+        now.wanted, now.hidden, now.screen = wanted_BN, None, self._screen if best else None
+        now.best = None
+        try:
+            yield
+        finally:
+            now.wanted = now.hidden = now.screen = now.best = None
+
+    def logits(self, logits: Tensor, wanted_BN: Tensor) -> Tensor:
+        """Logits of the wanted columns (M, V), from what the model returned within `picking`."""
+        if self._now.hidden is not None:
+            return logits[0]
+        return logits[:, -wanted_BN.shape[1] :][wanted_BN]  # it does without its module
+
+    def best(self, logits: Tensor, wanted_BN: Tensor) -> Tensor:
+        """The most probable tokens of the wanted columns (M), likewise."""
+        if self._now.best is not None:
+            found: Tensor = self._now.best
+            return found
+        logits_MV = self.logits(logits, wanted_BN)
+        if self._screens and self._screen is None:
+            hidden_MD = self._now.hidden
+            module: Any = self._module
+            self._screens = hidden_MD is not None and torch.allclose(
+                linear(hidden_MD[:2], module.weight, module.bias), logits_MV[:2], 1e-4, 1e-4
+            )
+            if self._screens:
+                self._screen = Screen(module.weight, module.bias)
+        return logits_MV.argmax(-1)
+
+
+def _picked(now: threading.local) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        wanted_BN = getattr(now, "wanted", None)
+        if wanted_BN is None:
+            return None
+        now.hidden = args[0][:, -wanted_BN.shape[1] :][wanted_BN]
+        if now.screen is None:
+            return (now.hidden[None], *args[1:])
+        now.best = now.screen(now.hidden)
+        return (now.hidden[None, :0], *args[1:])
+
+    return hook
+
+
+def _can_screen(module: nn.Module | None) -> bool:
+    if not isinstance(module, nn.Linear) or module.weight.numel() < LARGE:
+        return False
+    if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
+        return False
+    narrow, wide = map(seconds_of_product, (torch.bfloat16, torch.float32))
+    return FASTER * narrow <= wide
+
+
+class Screen:
+    """The most probable tokens of float32 logits, most of which are never computed.
+
+    A product of roundings to bfloat16, x' w', is off by at most |x| |w - w'| + |x - x'| |w'|
+    (Cauchy-Schwarz; its sums are float32), and its own rounding by u of its size. Only tokens that
+    these bounds leave room for are computed in float32.
+
+    Args:
+        weight_VD: of the output embedding.
+        bias_V: of it, if it has one.
+    """
+
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+        self.weight_VD = weight_VD.detach()
+        self.bias_V = torch.zeros(len(weight_VD)) if bias_V is None else bias_V.detach()
+        filled = -len(weight_VD) % BLOCK
+        self.narrow_VD = pad(self.weight_VD.bfloat16(), (0, 0, 0, filled))
+        self.narrow_V = None if bias_V is None else pad(self.bias_V.bfloat16(), (0, filled))
+        sums = weight_VD.shape[1] * 2.0**-23  # roundoff of float32 sums, relative to |x| |w|
+        norm_V = pad(self.weight_VD.norm(dim=1), (0, filled))
+        off_V = pad((self.weight_VD - self.narrow_VD[: len(weight_VD)]).norm(dim=1), (0, filled))
+        bias_off_V = pad(self.bias_V.abs() * ROUNDOFF, (0, filled))
+        # Of each block of tokens the most.
+        self.norm_N = norm_V.view(-1, BLOCK).amax(1) * (1 + ROUNDOFF)
+        self.off_N = off_V.view(-1, BLOCK).amax(1) + sums * self.norm_N
+        self.bias_off_N = bias_off_V.view(-1, BLOCK).amax(1)
+
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        """The most probable token of each column, (M)."""
+        narrow_MD = x_MD.bfloat16()
+        rough_MV = linear(narrow_MD, self.narrow_VD, self.narrow_V)
+        rough_MV[:, len(self.weight_VD) :] = -torch.inf  # the last block is filled up
+        rough_MNb = rough_MV.view(len(x_MD), -1, BLOCK)
+        highest_MN = rough_MNb.amax(-1).float()
+        lowest_MN = self.lowest(x_MD, narrow_MD, highest_MN)
+        row_Q, block_Q = torch.nonzero(highest_MN >= lowest_MN, as_tuple=True)
+        possible_Qb = rough_MNb[row_Q, block_Q] >= lowest_MN[row_Q, block_Q, None]
+        at_P, within_P = torch.nonzero(possible_Qb, as_tuple=True)
+        row_P, token_P = row_Q[at_P], block_Q[at_P] * BLOCK + within_P
+        if len(row_P) > MOST * len(x_MD) or not bool(lowest_MN.isfinite().all()):
+            return linear(x_MD, self.weight_VD, self.bias_V).argmax(-1)
+        exact_P = (x_MD[row_P] * self.weight_VD[token_P]).sum(-1) + self.bias_V[token_P]
+        top_M = exact_P.new_full((len(x_MD),), -torch.inf)
+        top_M = top_M.scatter_reduce(0, row_P, exact_P, "amax")
+        none = len(self.weight_VD)
+        equal_P = token_P.where(exact_P == top_M[row_P], none)
+        return token_P.new_full((len(x_MD),), none).scatter_reduce(0, row_P, equal_P, "amin")
+
+    def lowest(self, x_MD: Tensor, narrow_MD: Tensor, highest_MN: Tensor) -> Tensor:
+        """What a rough logit must be, in each block of tokens, for its token to be possible.
+
+        Args:
+            highest_MN: the highest rough logit of each block.
+        """
+        x_M, off_M = x_MD.norm(dim=1), (x_MD - narrow_MD).norm(dim=1)
+        off_MN = x_M[:, None] * self.off_N + off_M[:, None] * self.norm_N + self.bias_off_N
+        u = ROUNDOFF * (1 + 2 * ROUNDOFF)
+        off_MN = off_MN * (1 + u)  # the sum's roundoff is u of itself, not of what it should be
+        least_M = (highest_MN - off_MN - u * highest_MN.abs()).amax(1)  # the best token's logit
+        need_MN = least_M[:, None] - off_MN
+        return need_MN / torch.where(need_MN < 0, 1 - u, 1 + u)

@@ -1,0 +1,126 @@
+"""How factors are run: against float64, in every form, and what the cost model says of a model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+import tensorllm as tl
+from tensorllm.calibration import Calibration, fit
+from tensorllm.checkpoint.loading import predicted_of
+from tensorllm.compressors import ActivationHybrid
+from tensorllm.compressors.calibrated.activation import usual_multiple
+from tensorllm.compressors.calibrated.maps import pivoted
+from tensorllm.compressors.layer import Site
+from tensorllm.errors import UserError
+from tensorllm.runtime import module_for
+from tensorllm.runtime.products import vector_times
+from tensorllm.tensors.pivoted import PivotedLowRank
+from tensorllm.tensors.stacking import Geometry
+
+GEOMETRY = Geometry(D=24, H=4, G=2, K=6, F=40, gated=True)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    noise = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=noise, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 5), (37, 5), (16, 700), (40, 1300)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_vector_times_a_matrix(dtype: torch.dtype, shape: tuple[int, int], threads: int):
+    x_I, w_IO = random(shape[0]).to(dtype), random(*shape, seed=1).to(dtype)
+    want = x_I.double() @ w_IO.double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            got = [vector_times(x_I, w_IO), vector_times(x_I, w_IO.mT.contiguous().mT)]
+    finally:
+        torch.set_num_threads(before)
+    for y_O in got:
+        assert y_O.dtype == dtype
+        worst = (y_O.double() - want).abs().max() / want.abs().max()
+        assert worst < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rank", [1, 7, 24])
+@pytest.mark.parametrize("lead", [(1, 1), (3, 1), (2, 9)])
+@pytest.mark.parametrize("roles", [("q",), ("q", "k", "v"), ("in", "gate"), ("o",), ("out",)])
+def test_pivoted_sites(roles: tuple[str, ...], lead: tuple[int, ...], rank: int, grad: bool):
+    """One token, several, a prompt; ranks low, middle and full; the old and the new storage."""
+    stacking = "matrix" if len(roles) == 1 else "-".join(("rows", *roles))
+    site = Site((0,), roles, stacking)
+    writes = roles[0] in ("o", "out")
+    rows = sum(GEOMETRY.inner(role) for role in roles)
+    left, right = random(rows, rank), random(rank, GEOMETRY.D, seed=1)
+    new = pivoted(right.mT, left.mT, roles) if writes else pivoted(left, right, roles)
+    old = PivotedLowRank(new.basis_RO.contiguous(), new.mix_XR.contiguous(), new.rows_R)
+    assert new.transposed is not writes
+    assert set(old.tensors()) == {"basis", "mix", "rows"}
+    w_ID = new.dense().double()
+    for factors in (new, old, type(new).from_tensors(new.tensors())):
+        kind = module_for(site, factors)
+        assert kind is not None
+        modules = kind.roles(site, factors, GEOMETRY)
+        x = random(*lead, rows if writes else GEOMETRY.D, seed=2)
+        want = x @ w_ID if writes else x @ w_ID.mT
+        with torch.set_grad_enabled(grad):
+            inputs = x.float()
+            got = torch.cat([modules[0, role].module(inputs) for role in roles], dim=-1)
+        assert (got.double() - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_ranks_are_even():
+    assert [usual_multiple(n) for n in (8, 48, 64, 576, 4096)] == [1, 2, 4, 32, 256]
+    settings = ActivationHybrid(target_ratio=2.0, rank_multiple=16)
+    assert settings._ranks(40) == [1, 16, 32, 40]
+    with pytest.raises(UserError, match="rank_multiple must be 1 or more, got 0"):
+        ActivationHybrid(target_ratio=2.0, rank_multiple=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model("llama")
+    rows = torch.randint(3, 101, (12, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    text = Calibration(tuple(map(tuple, rows)), source="random", seed=0)
+    tl.compress(model, fit(ActivationHybrid(target_ratio=2.0), model, text))
+    out = tmp_path_factory.mktemp("even") / "out"
+    tl.save(model, out)
+    return out
+
+
+@torch.inference_mode()
+def test_one_query_in_16_bits(folder: Path):
+    """The mask that hides nothing changes nothing, beside the dense model's own attention."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    dense = tl.load(folder, dtype=torch.bfloat16)
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    def decoded(of: Any) -> torch.Tensor:
+        cache = of(ids[:, :8], use_cache=True).past_key_values
+        return torch.cat(
+            [of(ids[:, n : n + 1], past_key_values=cache).logits for n in range(8, 12)], dim=1
+        ).float()
+
+    got, want = decoded(model), decoded(dense)
+    assert (got - want).abs().max() < 5e-2 * want.abs().max()
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    again = decoded(model)
+    assert (got - again).abs().max() < 2e-2 * want.abs().max()
+
+
+def test_a_whole_model_is_predicted(folder: Path):
+    """Dense everywhere is 1; a tiny model, all overhead, gains less than its matrices shrink."""
+    model = tl.load(folder, policy="always")
+    found = predicted_of(model, folder)
+    assert found is not None
+    assert 0 < found[1] < 2
+    dense = predicted_of(tl.load(folder), folder)
+    assert dense == (1.0, 1.0)

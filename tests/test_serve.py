@@ -1,0 +1,121 @@
+"""`tensorllm serve`: a factored folder behind transformers' server, and what it refuses."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tensorllm as tl
+from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.generate import generate
+from tensorllm.commands.serve import serve
+from tensorllm.errors import UserError
+from tensorllm.requests.others import GenerateRequest, ServeRequest
+
+PROMPT = "Ada"
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, factored, with a chat template of one message."""
+    source = resolve("demo").folder
+    model = AutoModelForCausalLM.from_pretrained(source)
+    tl.compress(model, tl.Hybrid(ranks=(96, 24, 3), rho=0.1), layers=[3])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = TEMPLATE
+    out = tmp_path_factory.mktemp("served") / "out"
+    tl.save(model, out, tokenizer=tokenizer)
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def ask(url: str, **body: Any) -> Any:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["choices"][0]
+
+
+def wait_for(url: str, server: Any) -> None:
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert server.poll() is None, server.stderr.read()
+            time.sleep(0.2)
+    raise AssertionError("the server does not answer")
+
+
+@pytest.mark.slow
+def test_a_factored_folder_answers_as_generate_writes(folder: Path) -> None:
+    pytest.importorskip("fastapi", reason="transformers' server (tensorllm[serve])")
+    pytest.importorskip("openai", reason="transformers' server (tensorllm[serve])")
+    port = free_port()
+    words = ["serve", "--model", str(folder), "--port", str(port), "--json", "--dtype", "fp32"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "tensorllm", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            wait_for(f"http://localhost:{port}/health", server)
+            url = f"http://localhost:{port}/v1"
+            settings = {"model": str(folder), "max_tokens": 4, "temperature": 0}
+            went_on = ask(f"{url}/completions", prompt=PROMPT, **settings)["text"]
+            messages = [{"role": "user", "content": PROMPT}]
+            answer = ask(f"{url}/chat/completions", messages=messages, **settings)["message"]
+        finally:
+            server.terminate()
+            said = server.communicate(timeout=60)[0]
+    assert json.loads(said) == {"url": url, "model": str(folder), "chat": True}
+    asked = GenerateRequest(model=str(folder), prompts=(PROMPT,), max_new_tokens=4, dtype="fp32")
+    assert f"{PROMPT} {went_on}" == generate(asked)[0]
+    assert answer["content"] == generate(replace(asked, chat=True))[0]
+
+
+def refused(request: ServeRequest, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        serve(request, lambda address: pytest.fail(f"announced {address}"))
+
+
+def test_what_cannot_be_served_is_refused_before_it_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    asked = ServeRequest(model=str(folder), port=free_port())
+    for port in (0, 2**16, -1):
+        refused(replace(asked, port=port), f"--port must be in 1..65535, got {port}")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        refused(replace(asked, port=port, host="127.0.0.1"), f"cannot listen at 127.0.0.1:{port}")
+    refused(replace(asked, host="no such host"), "choose another --port or --host")
+    masked = tmp_path / "masked"
+    tiny_model("bert").save_pretrained(masked)
+    refused(replace(asked, model=str(masked)), "fills masks")
+    marked = tmp_path / "at@home"
+    folder.rename(marked)
+    try:
+        refused(replace(asked, model=str(marked)), "a name without it")
+    finally:
+        marked.rename(folder)
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    refused(asked, r"pip install 'tensorllm\[serve\]'")
