@@ -5,8 +5,6 @@ from typing import Any
 
 from benchmark_tables import Lookup, figure, table
 
-from tensorllm.reporting.claims import edit_text
-
 Cells = Sequence[Mapping[str, Any]]
 
 
@@ -62,7 +60,7 @@ def claim_cells(value: Lookup, model: str) -> str:
         rows.append(
             (
                 f"{c['dataset']}, {c['method']}, {c['draw']}",
-                edit_text(c["point"]),
+                c["edit"],
                 f"{before:.1f} → {after:.1f}",
                 "" if luck is None else f"{luck:.1f}",
                 f"{accuracy['difference']:+.1f} ({low:+.1f} to {high:+.1f})",

@@ -21,9 +21,9 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset, score
 from tensorllm.evaluation.predictions import Prediction
-from tensorllm.reporting.claims import claims_tables, edit_text
+from tensorllm.reporting.claims import claims_tables
 from tensorllm.reproduction.claims import Method, Questions, Subject, loss_of, screening
-from tensorllm.reproduction.claims_summary import corrected
+from tensorllm.reproduction.claims_summary import corrected, edit_text
 from tensorllm.reproduction.frequency import by_frequency, changed, edges, generic, trend
 from tensorllm.requests.reproduce import ReproduceRequest
 

@@ -32,6 +32,7 @@ def told(
     return {
         **found,
         "point": chosen["point"],
+        "edit": edit_text(chosen["point"]),
         "validation": {
             "examples": chosen["original"]["seen"],
             **{
@@ -50,6 +51,18 @@ def told(
         "generic": generic(before, after),
         "changed": changed(before, after),
     }
+
+
+def edit_text(point: Mapping[str, Any]) -> str:
+    """Layer and settings in few words, such as `29: gate 0.4`."""
+    layers = "+".join(map(str, point["layers"]))
+    settings = {k: v for k, v in point["settings"].items() if k != "layout"}
+    named = ("+".join(map(str, v)) if k == "matrices" else _ranks(v) for k, v in settings.items())
+    return f"{layers}: {' '.join(named)}"
+
+
+def _ranks(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"
 
 
 def corrected(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
