@@ -33,12 +33,15 @@ def test_a_streamed_fit_is_the_fit_in_memory(name, tmp_path):
     # eager attention both, as rounding differs: a fresh config knows nothing of the tiny model's
     model = tiny_model(name)
     model.set_attn_implementation(source.model.config._attn_implementation)
-    wanted = ActivationHybrid(target_ratio=2, refit_epochs=1)  # more of them amplify rounding
-    held = dense(fit(wanted, model, text()))
-    streamed = dense(fit_folder(wanted, tmp_path / "model", text(), work=tmp_path / "work"))
-    assert held.keys() == streamed.keys()
-    for site, w in held.items():
-        assert torch.allclose(streamed[site], w, atol=1e-3 * float(w.abs().max())), site
+    # Adam's steps amplify rounding where a gradient is about zero
+    for epochs, most in ((0, 1e-3), (1, 1e-2)):
+        wanted = ActivationHybrid(target_ratio=2, refit_epochs=epochs)
+        held = dense(fit(wanted, model, text()))
+        work = tmp_path / f"work-{epochs}"
+        streamed = dense(fit_folder(wanted, tmp_path / "model", text(), work=work))
+        assert held.keys() == streamed.keys()
+        for site, w in held.items():
+            assert torch.allclose(streamed[site], w, atol=most * float(w.abs().max())), site
 
 
 def test_layers_hold_their_weights_only_while_they_are_needed(tmp_path):
