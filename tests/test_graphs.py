@@ -17,19 +17,20 @@ import tensorllm as tl
 from tensorllm.checkpoint.loading import load
 from tensorllm.commands.export import run
 from tensorllm.compression import graph
-from tensorllm.compression.graph import export_graph
-from tensorllm.compressors import SVDLLM, MoDeGPT, PlainSVD
+from tensorllm.compression.graph import export_graph, trace
+from tensorllm.compressors import SVDLLM, ActivationHybrid, MoDeGPT, PlainSVD
 from tensorllm.errors import UserError
 from tensorllm.requests.others import ExportRequest
 
 FFN = ("in", "gate", "out")
-KINDS = {  # of factors: two linears, the shared tensor, chosen rows, kept channels
+KINDS = {  # two linears, the shared tensor, chosen rows that q, k and v share, kept channels
     "svd": lambda: PlainSVD(kept=0.5),
     "tucker": lambda: tl.SharedTucker4D(ranks=(20, 3, 2)),
     "svd-llm": lambda: SVDLLM(kept=0.5),
+    "pivoted": lambda: ActivationHybrid(target_ratio=2.0),
     "modegpt": lambda: MoDeGPT(kept=0.4, matrices=FFN),
 }
-CALIBRATED = {"svd-llm", "modegpt"}
+CALIBRATED = {"svd-llm", "pivoted", "modegpt"}
 
 
 def saved(folder: Path, kind: str = "svd", architecture: str = "llama", **config: Any) -> Path:
@@ -87,7 +88,8 @@ def test_onnxruntime_computes_the_factored_model(kind: str, tmp_path: Path):
     agree(in_onnxruntime(tmp_path / "out"), source)
     factored = bytes_of(load(source, policy="always"))
     assert factored < 0.8 * bytes_of(load(source))
-    assert (tmp_path / "out" / "model.onnx.data").stat().st_size < 1.1 * factored
+    # Chosen rows of small ranks are put among the mixed ones once and for all: R² more numbers.
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size < 1.15 * factored
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +144,17 @@ def test_onnx_takes_no_bfloat16(tmp_path: Path):
     with pytest.raises(UserError, match=r"takes no --dtype bf16; give fp32 or fp16"):
         export_graph(saved(tmp_path / "source"), tmp_path / "out", "onnx", dtype=torch.bfloat16)
     nothing_is_left(tmp_path, "source")
+
+
+def test_a_latent_that_several_projections_share_is_made_once(tmp_path: Path):
+    """No compiler behind an export takes out equal products."""
+    program = trace(load(saved(tmp_path / "source", "pivoted"), policy="always"))
+    readers = {
+        node.name: len(node.users)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and "basis" in node.name
+    }
+    assert set(readers.values()) == {1}, readers
 
 
 def nothing_is_left(folder: Path, *names: str) -> None:
