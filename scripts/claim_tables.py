@@ -5,8 +5,6 @@ from typing import Any
 
 from benchmark_tables import Lookup, figure, table
 
-from tensorllm.reporting.claims import edit_text
-
 Cells = Sequence[Mapping[str, Any]]
 
 
@@ -62,7 +60,7 @@ def claim_cells(value: Lookup, model: str) -> str:
         rows.append(
             (
                 f"{c['dataset']}, {c['method']}, {c['draw']}",
-                edit_text(c["point"]),
+                c["edit"],
                 f"{before:.1f} → {after:.1f}",
                 "" if luck is None else f"{luck:.1f}",
                 f"{accuracy['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
@@ -173,3 +171,21 @@ def claim_generic(value: Lookup, model: str) -> str:
         "rare gain", "frequent gain", "cells",
     )  # fmt: skip
     return table(head, rows)
+
+
+def claim_changed(value: Lookup, model: str, dataset: str) -> str:
+    """The first rows that the edits that were found better gain and lose."""
+    rows = []
+    for c in value(model)["cells"]:
+        if c["dataset"] != dataset or c["found"] != "better" or c["draw"] > 0:
+            continue
+        for kind, changed in c["changed"].items():
+            for row in changed:
+                texts = (row["answer"], row["before"], row["after"])
+                rows.append((f"{c['method']}: {kind}", *map(_said, texts)))
+    return table(("edit", "answer", "before", "after"), rows)
+
+
+def _said(text: str) -> str:
+    """On one line, and short."""
+    return " ".join(text.split())[:50].replace("|", "/").replace("`", "'")

@@ -30,8 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_tables import benchmark, comparisons, durations, energy, figure, mutants
-from claim_tables import claim_cells, claim_frequency, claim_generic, claim_guards, claims
-from method_tables import closed, mixtures, reasoning, shares, variants
+from claim_tables import (
+    claim_cells,
+    claim_changed,
+    claim_frequency,
+    claim_generic,
+    claim_guards,
+    claims,
+)
+from method_tables import closed, mixtures, real_model, reasoning, shares, variants
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -41,6 +48,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "benchmark": benchmark,
     "comparisons": comparisons,
     "closed": closed,
+    "real_model": real_model,
     "shares": shares,
     "variants": variants,
     "reasoning": reasoning,
@@ -53,6 +61,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "claim-guards": claim_guards,
     "claim-frequency": claim_frequency,
     "claim-generic": claim_generic,
+    "claim-changed": claim_changed,
 }
 PLAN = "plan"  # imported only where a page asks for it: it imports torch
 

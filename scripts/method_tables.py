@@ -102,3 +102,17 @@ def mixtures(value: Lookup, part: str, sizes: str) -> str:
             row.append(f"+{lost:.4f} ({one['kept']:.1%})" if one else "")
         rows.append(tuple(row))
     return table(("removed", *methods), rows)
+
+
+def real_model(value: Lookup, part: str) -> str:
+    """Losses of a real model at equal size on two texts, a row per method; best other and ours."""
+    found = value(part)
+    texts = list(found["dense"])
+    sizes = sorted({row["kept"] for row in found["rows"]}, reverse=True)
+    head = ("method", *(f"{text}, {size:g} kept" for text in texts for size in sizes))
+    cells = {(row["method"], row["kept"]): row for row in found["rows"]}
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in found["rows"]):
+        here = [(cells.get((method, size)), text) for text in texts for size in sizes]
+        rows.append((method, *("" if one is None else f"{one[text]:.3f}" for one, text in here)))
+    return table(head, rows)

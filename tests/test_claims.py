@@ -21,10 +21,10 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset, score
 from tensorllm.evaluation.predictions import Prediction
-from tensorllm.reporting.claims import claims_tables, edit_text
+from tensorllm.reporting.claims import claims_tables
 from tensorllm.reproduction.claims import Method, Questions, Subject, loss_of, screening
-from tensorllm.reproduction.claims_summary import corrected
-from tensorllm.reproduction.frequency import by_frequency, edges, generic, trend
+from tensorllm.reproduction.claims_summary import corrected, edit_text
+from tensorllm.reproduction.frequency import by_frequency, changed, edges, generic, trend
 from tensorllm.requests.reproduce import ReproduceRequest
 
 METHODS = (
@@ -203,6 +203,15 @@ def test_gains_of_rare_answers_are_seen() -> None:
     assert found is not None
     assert found["spearman"] < -0.5
     assert trend(before, before, frequency) is None
+
+
+def test_what_was_gained_and_lost_is_shown() -> None:
+    before = [prediction(False, "a city"), prediction(True, "Rome"), prediction(True, "Bonn")]
+    after = [prediction(True, "Paris"), prediction(False, "a city"), prediction(True, "Bonn")]
+    assert changed(before, after) == {
+        "gained": [{"answer": "gold", "before": "a city", "after": "Paris"}],
+        "lost": [{"answer": "gold", "before": "Rome", "after": "a city"}],
+    }
 
 
 def test_generic_words_are_those_of_wrong_answers() -> None:

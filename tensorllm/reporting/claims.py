@@ -43,7 +43,7 @@ def _cells(
             both = (validation[part]["accuracy"] for part in ("original", "winner"))
             low, high = change["interval"]
             row += [
-                edit_text(cell["point"]),
+                cell["edit"],
                 "→".join(map(_percent, both)),
                 _percent(cell["test"]["accuracy"]["value"]),
                 f"{change['difference']:+.1f}±{(high - low) / 2:.1f}",
@@ -54,15 +54,3 @@ def _cells(
 
 def _percent(accuracy: float) -> str:
     return f"{accuracy:.1f}"
-
-
-def edit_text(point: Mapping[str, Any]) -> str:
-    """Layer and settings in few words, such as `29: gate 0.4`."""
-    layers = "+".join(map(str, point["layers"]))
-    settings = {k: v for k, v in point["settings"].items() if k != "layout"}
-    named = ("+".join(map(str, v)) if k == "matrices" else _ranks(v) for k, v in settings.items())
-    return f"{layers}: {' '.join(named)}"
-
-
-def _ranks(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"

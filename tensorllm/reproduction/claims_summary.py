@@ -6,7 +6,7 @@ from typing import Any
 from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.statistics import compared, intervals
 from tensorllm.reproduction.claims import GOAL
-from tensorllm.reproduction.frequency import by_frequency, generic, trend
+from tensorllm.reproduction.frequency import by_frequency, changed, generic, trend
 from tensorllm.search.verdict import LEVEL, guards_of, verdict
 
 NOT_RUN = "not run"
@@ -32,6 +32,7 @@ def told(
     return {
         **found,
         "point": chosen["point"],
+        "edit": edit_text(chosen["point"]),
         "validation": {
             "examples": chosen["original"]["seen"],
             **{
@@ -48,7 +49,20 @@ def told(
         "by_frequency": by_frequency(before, after, frequency),
         "trend": trend(before, after, frequency),
         "generic": generic(before, after),
+        "changed": changed(before, after),
     }
+
+
+def edit_text(point: Mapping[str, Any]) -> str:
+    """Layer and settings in few words, such as `29: gate 0.4`."""
+    layers = "+".join(map(str, point["layers"]))
+    settings = {k: v for k, v in point["settings"].items() if k != "layout"}
+    named = ("+".join(map(str, v)) if k == "matrices" else _ranks(v) for k, v in settings.items())
+    return f"{layers}: {' '.join(named)}"
+
+
+def _ranks(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"
 
 
 def corrected(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from tensorllm.evaluation.matching import normalised
 from tensorllm.evaluation.predictions import Prediction
 
 BINS = 4
+SHOWN = 3  # rows gained, and as many lost, that are shown
 WORDS = 5  # beginnings of wrong answers that are listed
 
 
@@ -89,6 +90,16 @@ def generic(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[s
     words = {word: [count[word] for count in counts] for word in common}
     shares = [100 * sum(count[word] for word in common) / len(before) for count in counts]
     return {"words": words, "before": shares[0], "after": shares[1]}
+
+
+def changed(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any]:
+    """The first rows that are gained and lost: the gold answer, and what was said before, after."""
+    out: dict[str, list[dict[str, str]]] = {"gained": [], "lost": []}
+    for b, a in zip(before, after, strict=True):
+        kind = out["gained" if a.correct else "lost"]
+        if b.correct != a.correct and len(kind) < SHOWN:
+            kind.append({"answer": b.answer, "before": b.generation, "after": a.generation})
+    return out
 
 
 def _first(row: Prediction) -> str:

@@ -152,18 +152,18 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
     context.put(site, found.factors())
     given_RR = torch.zeros(count, count, dtype=torch.float64, device=out_FD.device)
     wanted_RD = torch.zeros(count, out_FD.shape[1], dtype=torch.float64, device=out_FD.device)
-    tokens = 0
+    tokens = torch.zeros((), dtype=torch.float64, device=out_FD.device)
     for y_ND, x_NF in zip(context.original_at_width("out"), given("out"), strict=True):
         kept_NR = x_NF[:, rows_R].float()
         given_RR += kept_NR.mT @ kept_NR
         wanted_RD += kept_NR.mT @ y_ND.float()
         tokens += len(kept_NR)
-    context.add_up([given_RR, wanted_RD])
+    context.add_up([given_RR, wanted_RD, tokens])
     ridge = RIDGE * float(given_RR.diagonal().mean())
     given_RR.diagonal().add_(ridge)
     root_RR = Metric(given_RR, 0.0).root
     out_RD = torch.cholesky_solve(wanted_RD + ridge * out_FD[rows_R].double(), root_RR)
     found.write(out_RD.float())
     context.put(site, found.factors())
-    found.balance(read.metric, given_RR / max(tokens, 1))
+    found.balance(read.metric, given_RR / tokens)
     return found
