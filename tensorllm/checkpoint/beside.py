@@ -18,6 +18,8 @@ WEIGHTS = (
     "*.msgpack",
     "*.onnx",
     "*.onnx_data",
+    "*.onnx.data",
+    "*.pt2",
     "*.ot",
     "*.pb",
     "*.tflite",

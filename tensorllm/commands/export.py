@@ -1,4 +1,4 @@
-"""`tensorllm export`: a factored folder as an ordinary checkpoint or in few bits."""
+"""`tensorllm export`: a factored folder as an ordinary checkpoint, a graph, or in few bits."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,18 +6,19 @@ from typing import Any
 
 from tensorllm.checkpoint.loader import dtype_of
 from tensorllm.compression.export import QuantisedSite, export, quantise_folder
+from tensorllm.compression.graph import GRAPHS, export_graph
 from tensorllm.compression.narrow import narrow
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import ExportRequest
 
-FORMATS = ("dense", "narrow")
+FORMATS = ("dense", "narrow", *GRAPHS)
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """An ordinary checkpoint, and the bytes of its weight files."""
+    """An ordinary checkpoint or a graph, and the bytes of its weight files."""
 
     out: Path
     format: str
@@ -89,4 +90,6 @@ def run(request: ExportRequest, progress: Progress = quiet) -> Exported | Narrow
     if format == "narrow":
         made = narrow(source, out, **how)
         return Narrowed(out, made.before, made.after, made.bytes)
+    if format in GRAPHS:
+        return Exported(out, format, export_graph(source, out, format, **how))
     return Exported(out, format, export(source, out, **how))

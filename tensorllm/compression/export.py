@@ -72,7 +72,7 @@ def export(
         for path in small_files(source):
             if path.name not in (MANIFEST, REPORT):
                 writer.copy(path, path.relative_to(source))
-        config = _dense_config(source, dtype)
+        config = dense_config(source, dtype)
         writer.write_json("config.json", config)
         dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
         writer.write_json(MANIFEST, dense.to_json())
@@ -82,7 +82,8 @@ def export(
     return size
 
 
-def _dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+def dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The config.json of a factored folder's model, without what says that it is factored."""
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     for name in ("quantization_config", "transformers_weights"):
         config.pop(name, None)

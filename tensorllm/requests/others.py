@@ -79,7 +79,8 @@ class ExportRequest:
     format: Annotated[
         str | None,
         Option(
-            "dense (the default): an ordinary checkpoint; narrow: one whose FFN is less wide.",
+            "dense (the default): an ordinary checkpoint; narrow: one whose FFN is less wide; "
+            "onnx or exported-program: a graph that runs in the factors.",
             metavar="NAME",
         ),
     ] = None

@@ -128,7 +128,7 @@ class PivotedInputs(PivotedSite):
         return torch.argsort(made_I)
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        if torch.compiler.is_compiling() or len(self.sizes) == 1:
+        if _merges_equal_products() or len(self.sizes) == 1:
             return self._outputs(x)[index]
         held = self._held
         if held is None or held[0] is not x:
@@ -186,6 +186,11 @@ class PivotedOutput(PivotedSite):
         x_IN = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I)
         z_RN = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:])
         return (z_RN.mT @ basis_RD).view(*x.shape[:-1], -1)
+
+
+def _merges_equal_products() -> bool:
+    """Whether what runs is a graph whose compiler computes once what is asked for twice."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def in_order(mix_XR: Tensor, order_I: Tensor) -> Tensor:

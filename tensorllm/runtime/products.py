@@ -17,7 +17,12 @@ WIDEST = 600  # outputs whose sum in float32 fits the registers; BLAS reads wide
 
 
 def decodes(x: Tensor) -> bool:
-    """Whether x (..., I) is one token that nothing is to be learned from."""
+    """Whether x (..., I) is one token that nothing is to be learned from.
+
+    Never in a graph that is exported: that holds for any number of tokens.
+    """
+    if torch.compiler.is_exporting():
+        return False
     return x.numel() == x.shape[-1] and not (torch.is_grad_enabled() and x.requires_grad)
 
 
