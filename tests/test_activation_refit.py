@@ -60,8 +60,10 @@ def test_the_layers_output_comes_nearer_on_every_architecture(name):
 def test_a_map_starts_as_it_was_with_its_size_in_both_factors(writes):
     left_MR, right_RX = randn(9, 3), randn(3, 6, seed=1)
     samples = randn(9 if writes else 6, 40, seed=2)
-    balanced = Balanced(Map(left_MR, right_RX), Metric(samples @ samples.mT), writes=writes)
-    found = balanced.factors()
+    balanced = Balanced(
+        Map(left_MR, right_RX), Metric(samples @ samples.mT), ("o",) if writes else ("q",)
+    )
+    found = balanced.map()
     assert torch.allclose(found.left_MR @ found.right_RX, left_MR @ right_RX)
     for norms in (balanced.wide_WR.norm(dim=0), balanced.narrow_RD.norm(dim=1)):
         assert torch.allclose(norms, balanced.size_R)
@@ -69,7 +71,7 @@ def test_a_map_starts_as_it_was_with_its_size_in_both_factors(writes):
 
 def test_a_map_of_zeros_is_no_trouble():
     map_ = Map(torch.zeros(5, 2).double(), torch.zeros(2, 4).double())
-    left, right = Balanced(map_, Metric(torch.eye(4).double()), writes=False).factors()
+    left, right = Balanced(map_, Metric(torch.eye(4).double()), ("q",)).map()
     assert not left.any()
     assert torch.isfinite(right).all()
 

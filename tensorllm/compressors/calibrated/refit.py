@@ -60,13 +60,13 @@ class Balanced(Moving):
         self.narrow_RD = nn.Parameter(narrow_RD * tall_R[:, None])
 
     def weights(self, geometry: Geometry) -> dict[str, Tensor]:
-        return unstacked(self._map(), self.roles, geometry)
+        return unstacked(self.map(), self.roles, geometry)
 
     def factors(self) -> Factors:
-        left_MR, right_RX = self._map()
+        left_MR, right_RX = self.map()
         return pivoted(left_MR.detach(), right_RX.detach(), self.roles)
 
-    def _map(self) -> Map:
+    def map(self) -> Map:
         """From inputs to outputs."""
         wide_WR = self.wide_WR / self.size_R
         narrow_RD = self.narrow_RD @ self.inverse_DD
