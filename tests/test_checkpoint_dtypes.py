@@ -20,21 +20,21 @@ def seconds(slow: torch.dtype):
 
 def test_the_faster_one_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
     dtype = torch.bfloat16
-    monkeypatch.setattr(loader, "_seconds", seconds(slow=dtype))
+    monkeypatch.setattr(loader, "seconds_of_product", seconds(slow=dtype))
     assert computing_dtype(dtype, "cpu") == torch.float32
     assert computing_dtype(dtype, "cuda") == dtype
-    monkeypatch.setattr(loader, "_seconds", seconds(slow=torch.float32))
+    monkeypatch.setattr(loader, "seconds_of_product", seconds(slow=torch.float32))
     assert computing_dtype(dtype, "cpu") == dtype
-    monkeypatch.setattr(loader, "_seconds", lambda dtype: 0.1)  # a tie: nothing changes
+    monkeypatch.setattr(loader, "seconds_of_product", lambda dtype: 0.1)  # a tie: nothing changes
     assert computing_dtype(dtype, "cpu") == dtype
     assert computing_dtype(torch.float64, "cpu") == torch.float64
-    monkeypatch.setattr(loader, "_seconds", seconds(slow=torch.float16))
+    monkeypatch.setattr(loader, "seconds_of_product", seconds(slow=torch.float16))
     assert computing_dtype(torch.float16, "cpu") == torch.float16  # an overflow must be seen
 
 
 def test_the_measurement_takes_no_time_to_speak_of():
-    loader._seconds.cache_clear()
-    assert 0 < loader._seconds(torch.float32) < 1.0
+    loader.seconds_of_product.cache_clear()
+    assert 0 < loader.seconds_of_product(torch.float32) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_results_say_in_which(
     world.tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": e.prompt, "answer": e.answer} for e in world.questions(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(loader, "_seconds", seconds(slow))
+    monkeypatch.setattr(loader, "seconds_of_product", seconds(slow))
     asked = EvaluateRequest(
         model=str(tmp_path / "model"),
         dataset="questions",
