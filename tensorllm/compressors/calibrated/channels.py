@@ -41,7 +41,12 @@ def is_narrowed(site: Site) -> bool:
 
 def least_stored(geometry: Geometry, site: Site) -> int:
     """Numbers that the fewest channels store."""
-    return len(site.roles) * (MULTIPLE * geometry.D + geometry.F)
+    return len(site.roles) * (_step(geometry.F) * geometry.D + geometry.F)
+
+
+def _step(channels: int) -> int:
+    """Widths are multiples of it; at least one is narrower."""
+    return min(MULTIPLE, max(1, channels // 2))
 
 
 def curve(site: Site, context: LayerContext) -> ErrorCurve:
@@ -58,7 +63,8 @@ def curve(site: Site, context: LayerContext) -> ErrorCurve:
     missed_FD = root_FF.mT @ out_FD[order_F]
     costs_F = ((missed_FD @ gradient_DD) * missed_FD).sum(1).clamp(min=0)
     left_F = costs_F.flip(0).cumsum(0).flip(0)
-    kept_S = torch.arange(MULTIPLE, len(left_F), MULTIPLE)
+    step = _step(len(left_F))
+    kept_S = torch.arange(step, len(left_F), step)
     each = len(site.roles) * context.geometry.D
     cost_S = each * kept_S + len(site.roles) * len(left_F)
     return ErrorCurve(cost_S, left_F[kept_S.to(left_F.device)], kept_S[:, None])
