@@ -48,7 +48,7 @@ def _found(cell: Mapping[str, Any]) -> str:
 
 
 def claim_cells(value: Lookup, model: str) -> str:
-    """Every cell that was told."""
+    """Every cell that was run."""
     rows = []
     for c in value(model)["cells"]:
         if "point" not in c:
@@ -155,9 +155,9 @@ def claim_generic(value: Lookup, model: str) -> str:
     draws), with what, and in how many cells rare or frequent answers gain for sure."""
     found, rows = value(model), []
     for dataset in found["datasets"]:
-        told = [c for c in found["cells"] if c["dataset"] == dataset and "point" in c]
-        for method in dict.fromkeys(c["method"] for c in told):
-            cells = [c for c in told if c["method"] == method]
+        run = [c for c in found["cells"] if c["dataset"] == dataset and "point" in c]
+        for method in dict.fromkeys(c["method"] for c in run):
+            cells = [c for c in run if c["method"] == method]
             known = [c["generic"] for c in cells]
             words = ", ".join(word or "(nothing)" for word in known[0]["words"])
             mean = sum(g["after"] for g in known) / len(known)

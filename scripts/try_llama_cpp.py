@@ -56,14 +56,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.gguf"
         convert(options.folder, options.converter, file)
-        theirs, size = llama_cpp(file, options.tokens), file.stat().st_size
+        converted, size = llama_cpp(file, options.tokens), file.stat().st_size
     request = GenerateRequest(
         model=str(options.folder), prompts=PROMPTS, max_new_tokens=options.tokens, dtype="fp32"
     )
     ours = generate(request)
     rows = [
         {"llama.cpp": a, "transformers": b, "same": a == b}
-        for a, b in zip(theirs, ours, strict=True)
+        for a, b in zip(converted, ours, strict=True)
     ]
     print(json.dumps({"texts": rows, "gguf_bytes": size, "environment": environment()}, indent=2))
     sys.exit(not all(row["same"] for row in rows))

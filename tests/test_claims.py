@@ -48,7 +48,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*.json") if p.name != "claims.json"}
 
 
-def test_a_study_is_told_kept_and_not_run_again(
+def test_a_study_is_reported_kept_and_not_run_again(
     small: ReproduceRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = claims(small, methods=METHODS)
@@ -128,13 +128,13 @@ def test_a_method_that_is_not_for_the_model_is_said_to_be_so(
     assert "ungrouped attention only" in official["sentence"]
 
 
-def test_told_rows_are_never_drawn(small: ReproduceRequest) -> None:
+def test_test_rows_are_never_drawn(small: ReproduceRequest) -> None:
     questions = ClaimStudy(small).questions["demo"]
-    told = {example.index for example in questions.test}
+    tested = {example.index for example in questions.test}
     draws = [questions.drawn(n, 32) for n in range(3)]
     for rows in draws:
         assert len({e.index for e in rows}) == 32
-        assert not told & {e.index for e in rows}
+        assert not tested & {e.index for e in rows}
     assert draws[0] != draws[1]
     assert len(questions.drawn(0, 10**6)) == len(questions.pool) // 2
     for example, count in zip(questions.test, questions.frequency(), strict=True):
@@ -155,7 +155,7 @@ def test_options_of_the_other_study_are_refused(options: dict[str, Any], message
         ReproduceRequest(**{"study": "claims", **options})
 
 
-def test_too_few_rows_are_told_before_anything_runs(small: ReproduceRequest) -> None:
+def test_too_few_rows_are_refused_before_anything_runs(small: ReproduceRequest) -> None:
     with pytest.raises(UserError, match="8 rows or more, got 4 of demo"):
         claims(replace(small, validation=4), methods=METHODS)
     assert not small.out.exists()

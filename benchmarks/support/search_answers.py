@@ -128,18 +128,18 @@ def answers(
         cpu.append((first, second))
         print(point and point.key, [round(s, 2) for s in cpu[-1]], known[-1], flush=True)
     again, _ = timed(ours, points[-1])
-    mine, theirs = (sum(times) for times in zip(*cpu[1:], strict=True))
+    mine, plain = (sum(times) for times in zip(*cpu[1:], strict=True))
     compared = Comparison(
         ours=mine / len(points),
         unit="CPU s",
-        peer=theirs / len(points),
+        peer=plain / len(points),
         peer_name="every answer anew",
         wanted=WANTED,
     )
     about = {
         "examples_per_second": {
             "ours": len(points) * len(data.examples) / mine,
-            "peer": len(points) * len(data.examples) / theirs,
+            "peer": len(points) * len(data.examples) / plain,
         },
         "shares_of_known_tokens": known,
         "times_of_trials": [b / a for a, b in cpu],  # the original first

@@ -26,8 +26,8 @@ from tensorllm.reproduction.claims_summary import (
     REFUSED,
     corrected,
     counts,
+    result_of,
     scores,
-    told,
 )
 from tensorllm.reproduction.inputs import check_data, data_file
 from tensorllm.reproduction.published import CellFile
@@ -63,7 +63,7 @@ def claims(
     study = ClaimStudy(request, methods)
     try:
         study.run(progress)
-    except (KeyboardInterrupt, Incomplete):  # what is finished is told, too
+    except (KeyboardInterrupt, Incomplete):  # what is finished is reported, too
         study.keep(study.results())
         raise
     found = study.results()
@@ -133,11 +133,11 @@ class ClaimStudy:
     def _tell(self, dataset: str, point: Point | None) -> None:
         file = self._test(dataset, point)
         if file.read() is None:
-            file.write(self.subject.told(self.questions[dataset], point))
+            file.write(self.subject.on_test(self.questions[dataset], point))
 
     def results(self) -> dict[str, Any]:
         """All cells of this model, those that were not run named as such."""
-        cells = corrected([self._told(cell) for cell in self.cells])
+        cells = corrected([self._result(cell) for cell in self.cells])
         return {
             "model": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -167,7 +167,7 @@ class ClaimStudy:
             "original": None if rows is None else scores(rows),
         }
 
-    def _told(self, cell: Cell) -> dict[str, Any]:
+    def _result(self, cell: Cell) -> dict[str, Any]:
         about = {"dataset": cell.dataset, "method": cell.method.name, "draw": cell.draw}
         return {**about, **(self._cell(cell) or {"found": NOT_RUN})}
 
@@ -189,7 +189,7 @@ class ClaimStudy:
         after = self._predictions(cell.dataset, Point(**chosen["point"]))
         if before is None or after is None:  # killed between the choice and the test
             return None
-        return told(chosen, before, after, self.questions[cell.dataset].frequency())
+        return result_of(chosen, before, after, self.questions[cell.dataset].frequency())
 
     def _predictions(self, dataset: str, point: Point | None) -> Sequence[Prediction] | None:
         kept = self._test(dataset, point).read()
@@ -199,9 +199,9 @@ class ClaimStudy:
         """The file of the test rows' predictions: cells with the same edit share it."""
         key = "" if point is None else "-" + hashlib.sha256(point.key.encode()).hexdigest()[:12]
         name = "original" if point is None else f"{point.mode}{key}"
-        told_rows = examples_fingerprint(self.questions[dataset].test)
+        test_rows = examples_fingerprint(self.questions[dataset].test)
         return CellFile(
-            self.folder / dataset / "test" / f"{name}.json", self._facts | {"test": told_rows}
+            self.folder / dataset / "test" / f"{name}.json", self._facts | {"test": test_rows}
         )
 
     def _choice(self, cell: Cell) -> CellFile:

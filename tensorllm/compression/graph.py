@@ -121,12 +121,7 @@ def export_graph(
     Raises:
         UserError: a package is missing, the folder is not factored, or the model has no such graph.
     """
-    form = GRAPHS[one_of("--format", kind, tuple(GRAPHS))]
-    missing = [package for package in form.packages if find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"--format {kind} needs {', '.join(missing)}: pip install 'tensorllm[{form.extra}]'"
-        )
+    form = _form(kind)
     check_target(target, overwrite=overwrite, source=source)
     progress(0, 4, "read the model")
     model = load(source, policy="always", dtype=dtype, verify=True)
@@ -158,6 +153,17 @@ def export_graph(
     return size
 
 
+def _form(kind: str) -> GraphFormat:
+    """The format of that name; refused where a package that it needs is missing."""
+    form = GRAPHS[one_of("--format", kind, tuple(GRAPHS))]
+    missing = [package for package in form.packages if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"--format {kind} needs {', '.join(missing)}: pip install 'tensorllm[{form.extra}]'"
+        )
+    return form
+
+
 class _Logits(nn.Module):
     """A transformers model with the two inputs and the one output of the graph."""
 
@@ -176,10 +182,7 @@ class _Logits(nn.Module):
 @torch.no_grad()
 def trace(model: Any) -> ExportedProgram:
     """The graph of a model, for any B and T that it takes; it names no file of this machine."""
-    free = {
-        0: Dim.DYNAMIC,
-        1: Dim.DYNAMIC,
-    }  # lengths up to a table of positions, where there is one
+    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # B, and T up to a table of positions
     given = _inputs(model, EXAMPLE)
     shapes = dict.fromkeys(given, free)
     program = torch.export.export(_Logits(model).eval(), (), given, dynamic_shapes=shapes)

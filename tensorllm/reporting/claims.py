@@ -19,9 +19,9 @@ def claims_tables(found: Mapping[str, Any]) -> RenderableType:
             for c in cells
             if c.get("shifted_prior")
         ]
-    told = ", ".join(f"{n} {name}" for name, n in found["counts"].items() if name != "holm")
+    verdicts = ", ".join(f"{n} {name}" for name, n in found["counts"].items() if name != "holm")
     parts.append(
-        f"{len(found['cells'])} cells: {told}; better when all are tests of one study (Holm): "
+        f"{len(found['cells'])} cells: {verdicts}; better when all are tests of one study (Holm): "
         f"{found['counts']['holm']}"
     )
     return Group(*parts)

@@ -2,8 +2,8 @@
 
 A cell is a dataset, a draw of validation rows and a method. The gradient guide orders the method's
 edits (`screening`), the first ones are screened by their loss on a few of the drawn rows, the best
-of these examined on all of them, and the winner is told on the test rows, which are the same for
-every cell and never among the drawn ones.
+of these examined on all of them, and the winner is scored once on the test rows, which are the same
+for every cell and never among the drawn ones.
 """
 
 import math
@@ -74,14 +74,14 @@ METHODS = (
 
 
 class Questions:
-    """A dataset's rows: what is told (`test`), and what edits are chosen on (drawn from `pool`)."""
+    """A dataset's rows: `test` scores winners; what edits are chosen on is drawn from `pool`."""
 
     def __init__(self, data: ReasoningDataModule, limit: int | None) -> None:
         self.name = str(data.name)
         self.max_new_tokens = data.max_new_tokens
         self.test = data.part("test")[:limit]
-        told = {example.index for example in self.test}
-        self.pool = [e for e in data.part("all") if e.index not in told]
+        tested = {example.index for example in self.test}
+        self.pool = [e for e in data.part("all") if e.index not in tested]
         if len({example.answer for example in self.pool}) < 2:
             raise UserError(f"every answer of {self.name} is {self.pool[0].answer!r}")
 
@@ -201,7 +201,7 @@ class Subject:
             self._draws[key] = Draw(examiner, screen, examiner(None), gradient)
         return self._draws[key]
 
-    def told(self, questions: Questions, point: Point | None) -> dict[str, Any]:
+    def on_test(self, questions: Questions, point: Point | None) -> dict[str, Any]:
         """The test rows' predictions after an edit (None: of the original)."""
         if questions.name not in self._tests:
             self._tests[questions.name] = self._examiner(questions, questions.test)

@@ -19,7 +19,7 @@ def scores(rows: Sequence[Prediction]) -> dict[str, Any]:
     return {name: {"value": metrics[name], "interval": sure[name]} for name in ("accuracy", "loss")}
 
 
-def told(
+def result_of(
     chosen: Mapping[str, Any],
     before: Sequence[Prediction],
     after: Sequence[Prediction],
@@ -67,7 +67,7 @@ def _ranks(value: Any) -> str:
 
 def corrected(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The cells with `p_holm`: what is left of each p-value when all cells are tests of one study
-    (Holm 1979). Cells that were not told stay as they are."""
+    (Holm 1979). Cells that were not run stay as they are."""
     known = sorted((cell["p"], n) for n, cell in enumerate(cells) if "p" in cell)
     out, least = [dict(cell) for cell in cells], 0.0
     for rank, (p, n) in enumerate(known):

@@ -1,9 +1,9 @@
 """What running a site costs, dense and factored, predicted per token.
 
 One new token reads every weight once; a long prompt is bound by products; and starting an operation
-takes as long as reading many weights. The constants are fitted on two CPU cores in float32 with
-`benchmarks/runtime.py --part cost`, which holds each prediction against measured times
-(docs/results/runtime.json). Shapes: D model width, H heads, G key/value heads, K head width.
+takes as long as reading many weights. The constants were set by hand from a few measurements on one
+CPU core; `benchmarks/runtime.py --part cost` and `--part real` hold predictions against times.
+Shapes: D model width, H heads, G key/value heads, K head width.
 """
 
 from collections.abc import Sequence

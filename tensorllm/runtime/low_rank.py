@@ -60,7 +60,7 @@ class PivotedSite(SiteModule):
 
     rows_R: Tensor
     order_I: Tensor
-    margin = 1.0  # whole models that run so were measured, docs/results/runtime.json
+    margin = 1.0  # what is not predicted to be slower saves memory
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)

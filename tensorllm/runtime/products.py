@@ -1,7 +1,7 @@
 """A vector times a matrix on a CPU: what decoding one token of one text consists of.
 
 Such a product takes as long as its matrix takes to be read, and BLAS reads it at half the speed of
-memory or less, but for wide rows in float32 (docs/run_compressed.md has figures). A weighted sum of
+memory or less, but for wide rows in float32. A weighted sum of
 an embedding table's rows is the same product, and torch's kernel for it keeps the sum in registers.
 It also needs no program of its own for every shape, which is what oneDNN makes for bfloat16: more
 than half a MiB and a millisecond each, for each of the many ranks that a compressed model has.
