@@ -64,23 +64,32 @@ class PivotedLowRank(Factors):
 def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
     """`u_IR @ v_RO` with R of its rows as the basis.
 
-    The rows are the pivots of Gaussian elimination with partial pivoting on an orthonormal basis
-    of the columns: the triangular factor is well conditioned and the mixing weights stay small
-    (at most 2^(R-1) in theory, single digits in practice), so narrow floats can hold them.
+    The rows are the pivots of Gaussian elimination with partial pivoting, P U = L T. They and the
+    mixing weights L₂ L₁⁻¹ are the same for U times any upper triangular matrix: an orthonormal
+    basis of its columns, say. So the weights stay small (at most 2^(R-1) in theory, single digits
+    in practice), and narrow floats can hold them.
     """
-    q_IR = torch.linalg.qr(u_IR.double()).Q
-    permutation_II, lower_IR, _ = torch.linalg.lu(q_IR)
-    order_I = permutation_II.mT.argmax(dim=1)
-    rank = q_IR.shape[1]
+    lower_IR, pivots_R, _ = torch.linalg.lu_factor_ex(u_IR.double())
+    rank = u_IR.shape[1]
+    order_I = _order(pivots_R.tolist(), len(u_IR)).to(u_IR.device)
     chosen_R = order_I[:rank].sort().values
-    others_X = _others(chosen_R, len(u_IR))
-    # lower[:R] has ones on its diagonal, so solving with it cannot fail.
-    mix = torch.linalg.solve_triangular(lower_IR[:rank], lower_IR[rank:], upper=False, left=False)
+    # L has ones on its diagonal, so solving with it cannot fail.
+    mix = torch.linalg.solve_triangular(
+        lower_IR[:rank], lower_IR[rank:], upper=False, left=False, unitriangular=True
+    )
     mix_XR = mix[order_I[rank:].argsort()][:, order_I[:rank].argsort()]
     basis_RO = u_IR[chosen_R].double() @ v_RO.double()
-    assert len(mix_XR) == len(others_X)
     dtype = wide_dtype(u_IR)
     return PivotedLowRank(basis_RO.to(dtype), mix_XR.to(dtype), chosen_R.int())
+
+
+def _order(pivots: list[int], rows: int) -> Tensor:
+    """The rows in the order into which the swaps of an elimination bring them."""
+    order = list(range(rows))
+    for here, pivot_ in enumerate(pivots):
+        other = pivot_ - 1  # counted from one
+        order[here], order[other] = order[other], order[here]
+    return torch.tensor(order)
 
 
 def pivoted_parameters(shape: tuple[int, int], rank: int) -> int:
