@@ -39,6 +39,7 @@ def test_the_curve_is_the_error_of_least_squares_on_the_first_channels() -> None
         input_covariance=lambda role: h_NF.mT @ h_NF / 400,
         width_covariance=lambda roles: gradient_DD,
         geometry=SimpleNamespace(D=12),
+        tokens=400,
     )
     found = curve(site, context)  # type: ignore[arg-type]
     scores_F = h_NF.square().sum(0) * ((out_FD @ gradient_DD) * out_FD).sum(1)
@@ -47,7 +48,7 @@ def test_the_curve_is_the_error_of_least_squares_on_the_first_channels() -> None
         kept = order_F[:size]
         best = torch.linalg.lstsq(h_NF[:, kept], h_NF @ out_FD).solution
         miss_ND = h_NF[:, kept] @ best - h_NF @ out_FD
-        want = ((miss_ND @ gradient_DD) * miss_ND).sum() / 400
+        want = ((miss_ND @ gradient_DD) * miss_ND).sum() / 400 / (1 - size / 400) ** 2
         torch.testing.assert_close(error, want, rtol=1e-3, atol=1e-6)
         assert cost == 3 * (12 * size + 48)
     assert len(found.cost_N) == 48 // MULTIPLE - 1

@@ -5,6 +5,7 @@ Shapes: N tokens, X inputs and M outputs of a matrix.
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,29 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
         assert torch.allclose(carried, wanted, atol=1e-3 * float(wanted.abs().max()))
         felt = moments.gradients[layer, group]
         assert torch.allclose(felt, g_NM.mT @ g_NM / 5, atol=1e-3 * float(felt.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gptj"])
+def test_what_the_backward_pass_leaves_is_carried_across_each_matrix(name):
+    """Roles with a matrix of their own have Wᵀ g from the backward pass, fused ones do not."""
+    model = tiny_model(name)
+    roles = RoleMatrices(model.config, parameters_of(model))
+    read = tuple(role for role in ("in", "gate") if role in roles.spec.geometry(0).roles)
+    keys = [(1, ("q", "k", "v")), (0, read)]
+    width = replace(BOTH, matrices=False)
+    with frozen(model):
+        both, alone = (
+            measure_loss(model, roles, keys, text().batches(), w, seed=3) for w in (BOTH, width)
+        )
+    for layer, group in keys:
+        parts = both.gradients[layer, group]
+        weights = {name: w.detach() for name, w in parameters_of(model).items()}
+        blocks = [roles.read(weights, layer, role).double() for role in group]
+        whole_YX = torch.block_diag(*blocks)
+        wanted = whole_YX.mT @ parts @ whole_YX
+        for found in (both, alone):
+            carried = found.carried[layer, group]
+            assert torch.allclose(carried, wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_padding_and_batch_size_do_not_count():

@@ -263,3 +263,9 @@ def test_reduced_precision_of_the_process_is_left_out_and_left_alone() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("width", [3, 1023, 1024, 1300])
+def test_a_gram_matrix_of_columns_is_whole(width: int) -> None:
+    x_NX = torch.randn(5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(unfold.gram_of_columns(x_NX), x_NX.mT @ x_NX)

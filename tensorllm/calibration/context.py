@@ -20,6 +20,7 @@ from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
+from tensorllm.tensors.unfold import gram_of_columns
 from tensorllm.weights import dense_matrices
 
 ONE = torch.ones(1)
@@ -177,6 +178,10 @@ class Context:
         return next(self.original.block.parameters()).device
 
     @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @property
     def batches(self) -> int:
         return len(self.layers.batches)
 
@@ -220,7 +225,11 @@ class Context:
         width = len(whole_YY) // len(key[1])
         parts = whole_YY.view(len(key[1]), width, len(key[1]), width)
         chosen = [key[1].index(role) for role in roles]
-        return parts[chosen][:, :, chosen].double().sum((0, 2))
+        total_DD = torch.zeros(width, width, dtype=torch.float64, device=whole_YY.device)
+        for a in chosen:
+            for b in chosen:
+                total_DD += parts[a, :, b]
+        return total_DD
 
     def statistics(self, site: Site) -> list[MatrixStatistics]:
         found = self.covariances
@@ -272,7 +281,7 @@ class Context:
         for x_NX, y_NX in zip(x, y, strict=True):
             x_NX, y_NX = x_NX.float(), y_NX.float()
             cross_XX = cross_XX + (x_NX.mT @ y_NX).double()
-            seen_XX = seen_XX + (y_NX.mT @ y_NX).double()
+            seen_XX = seen_XX + gram_of_columns(y_NX).double()
         self.ranks.sum(cross_XX, seen_XX)
         return cross_XX / self._tokens, seen_XX / self._tokens
 

@@ -20,10 +20,11 @@ from tensorllm.calibration.sequences import Batch
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
+from tensorllm.tensors.unfold import gram_of_columns
 
 # For each number of the model's width, how many tokens sizes are chosen by, and gradients taken on;
 # at least half of the text, and of that half. Fits are on all of it.
-MEASURED_TOKENS, GRADIENT_TOKENS = 32, 16
+MEASURED_TOKENS, GRADIENT_TOKENS = 2, 2
 
 
 def measure_loss(
@@ -231,6 +232,7 @@ class CovarianceHooks:
         self._batch: Batch | None = None
         self._with_gradients = False
         self._gradients: dict[tuple[int, str], Tensor] = {}
+        self._carried: dict[tuple[int, str], Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -253,13 +255,21 @@ class CovarianceHooks:
     def add_gradients(self) -> None:
         """Count the gradients that the backward pass of this batch left."""
         for layer, together in self._plain:
-            parts = [self._gradients.pop((layer, role)) for role in together]
+            parts = {role: self._gradients.pop((layer, role), None) for role in together}
             if self.wanted.matrices or writes(together):
-                self._add("gradients", (layer, together), torch.cat(parts, dim=1))
+                whole = [g for g in parts.values() if g is not None]
+                self._add("gradients", (layer, together), torch.cat(whole, dim=1))
             if self.wanted.width and not writes(together):
-                weights = [self._matrix(layer, role) for role in together]
-                h_NY = torch.cat([g @ w for g, w in zip(parts, weights, strict=True)], dim=1)
-                self._add("carried", (layer, together), h_NY)
+                carried = [self._across(layer, role, g) for role, g in parts.items()]
+                self._add("carried", (layer, together), torch.cat(carried, dim=1))
+
+    def _across(self, layer: int, role: str, gradient: Tensor | None) -> Tensor:
+        """h = Wᵀ g (N, D): as the backward pass left it, or from the gradient at the output."""
+        found = self._carried.pop((layer, role), None)
+        if found is not None:
+            return found
+        assert gradient is not None
+        return gradient @ self._matrix(layer, role)
 
     def covariances(self) -> Covariances:
         """The means over all tokens, of all processes."""
@@ -310,7 +320,7 @@ class CovarianceHooks:
         return x_NX
 
     def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
-        self._sums.add((what, *key), x_NX.mT @ x_NX)
+        self._sums.add((what, *key), gram_of_columns(x_NX))
 
     def _matrix(self, layer: int, role: str) -> Tensor:
         name = self.roles.name(layer, role)
@@ -336,7 +346,28 @@ class CovarianceHooks:
         yield first.register_forward_hook(see)
         for role in together * self.wanted.gradients:
             module = module_of(self.model, self.roles, layer, role)
-            yield module.register_forward_hook(self._output_hook(layer, role))
+            alone = len(self.roles.stored(layer, role).roles) == 1
+            backward = self.wanted.width and not writes(together) and alone
+            if backward:
+                yield module.register_forward_pre_hook(self._input_hook(layer, role))
+            if self.wanted.matrices or not backward:
+                yield module.register_forward_hook(self._output_hook(layer, role))
+
+    def _input_hook(self, layer: int, role: str) -> Any:
+        """The backward pass makes Wᵀ g of each matrix; what reads an alias gets it alone."""
+
+        def keep(gradient: Tensor) -> None:
+            assert self._batch is not None
+            self._carried[layer, role] = self._batch.tokens(gradient).float()
+
+        def see_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not self._with_gradients:
+                return None
+            alias = args[0].view_as(args[0])
+            alias.register_hook(keep)
+            return alias, *args[1:]
+
+        return see_input
 
     def _output_hook(self, layer: int, role: str) -> Any:
         features = output_features(self.roles, layer, role)

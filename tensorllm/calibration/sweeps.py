@@ -68,6 +68,7 @@ class Sweeps:
         self.several = False  # whether covariances are kept for a fit of other sizes
         self.keeps_inputs = False  # beyond what the strategy asks for
         self._layers: Layers | None = None
+        self._measured: Layers | None = None
         self.planned = Planned(compressor, source.roles, layers)
         config: Any = text_config_of(source.model.config)
         planned = self.planned
@@ -116,16 +117,16 @@ class Sweeps:
     @property
     def measured_layers(self) -> Layers:
         """The same on the part of the text that sizes are chosen by."""
+        if self._measured is None:
+            self._measured = self._some_layers()
+        return self._measured
+
+    def _some_layers(self) -> Layers:
         if self.planned.wanted.matrices or self.known is not None:
             return self.all_layers  # what is measured is what is fitted
         width = self.source.roles.spec.geometry(0).D
-        some = [
-            b
-            for b, yes in zip(
-                self.batches, sampled(self.batches, width, MEASURED_TOKENS), strict=True
-            )
-            if yes
-        ]
+        chosen_B = sampled(self.batches, width, MEASURED_TOKENS)
+        some = [batch for batch, yes in zip(self.batches, chosen_B, strict=True) if yes]
         if len(some) == len(self.batches):
             return self.all_layers
         return Layers(self.source, some, self.planned.layers[-1] + 1)
@@ -186,7 +187,8 @@ class Sweeps:
     ) -> Curves:
         own = LayerModule(self.source.roles, layer, block)
         nothing = States(self.store, "", 0, self.all_layers.start[0].device)
-        context = self._context(own, own, lambda: covariances, (nothing, nothing), {})
+        measured = self.measured_layers
+        context = self._context(measured, own, own, lambda: covariances, (nothing, nothing), {})
         out: Curves = {}
         for strategy, mine in self.planned.strategies(layer, sites):
             if isinstance(strategy, LayerFit):
@@ -277,6 +279,7 @@ class Sweeps:
                     LayerModule(self.source.roles, layer, copy.deepcopy(block)) if fits else own
                 )
                 context = self._context(
+                    layers,
                     own,
                     smaller,
                     partial(self.covariances, layer, block, original),
@@ -329,6 +332,7 @@ class Sweeps:
 
     def _context(
         self,
+        layers: Layers,
         own: LayerModule,
         smaller: LayerModule,
         measure: Callable[[], Covariances],
@@ -337,8 +341,8 @@ class Sweeps:
     ) -> Context:
         keys = [key for key in self.planned.keys if key[0] == own.number]
         taps = {key[1][0]: own.tap(key[1]) for key in keys if not is_of_experts(own.roles, key)}
-        run = Original(self.all_layers, own, before[0], self.store, taps)
-        return Context(self.all_layers, own, smaller, measure, keys, before, run, sites, self.ranks)
+        run = Original(layers, own, before[0], self.store, taps)
+        return Context(layers, own, smaller, measure, keys, before, run, sites, self.ranks)
 
 
 def _tensor_and_statistics(context: Context, site: Site) -> tuple[Tensor, list[Any]]:

@@ -206,6 +206,11 @@ class LayerContext(Protocol):
     @property
     def batches(self) -> int: ...
 
+    @property
+    def tokens(self) -> int:
+        """Of the text that the statistics were measured on."""
+        ...
+
     def other_parameters(self) -> dict[str, Tensor]:
         """Norms and biases of the layer, by their names below it."""
         ...

@@ -18,6 +18,7 @@ CHUNK = 1 << 21  # numbers converted, copied or multiplied at once: they stay in
 TINY = 1e-25  # smaller float32 sums of squares may have lost terms
 ROW = 1 << 12  # terms of one float32 norm
 FOLDED = 16  # columns from which on products are fast and add in blocks
+STRIP = 512  # columns of a Gram matrix made by one product
 NARROW = 256  # up to so many columns, blocks are multiplied as one matrix with zeros in it
 
 
@@ -92,6 +93,20 @@ def gram(w: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
         wide_CC = _plain_gram(x_ANB.view(a // fold, fold * n * b, 1), dtype)
         return torch.einsum("fnbfmb->nm", wide_CC.view(fold, n, b, fold, n, b))
     return _plain_gram(x_ANB, dtype)
+
+
+def gram_of_columns(x_NX: Tensor) -> Tensor:
+    """xᵀ x (X, X) in the dtype of `x`, what is above the diagonal computed once."""
+    width = x_NX.shape[1]
+    if width < 2 * STRIP:
+        return x_NX.mT @ x_NX
+    out_XX = x_NX.new_empty(width, width)
+    for at in range(0, width, STRIP):
+        here = slice(at, at + STRIP)
+        strip = x_NX[:, here].mT @ x_NX[:, at:]
+        out_XX[here, at:] = strip
+        out_XX[at:, here] = strip.mT
+    return out_XX
 
 
 def _fold(long: int, short: int) -> int:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
+from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
 
 FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
 
@@ -55,10 +55,20 @@ class Metric:
             raised_NN = self.raised.clone()
             raised_NN.diagonal().add_(floor * float(raised_NN.diagonal().mean()))
 
-    def seen(self, carried_NN: Tensor) -> Tensor:
-        """Lᵀ C L: its eigenvalues are what components cost when they are left out."""
-        seen_NN = self.root.mT @ carried_NN.to(self.root) @ self.root
-        return (seen_NN + seen_NN.mT) / 2
+    def seen(self, carried_NN: Tensor, through_NN: Tensor | None = None) -> Tensor:
+        """Lᵀ C L: its eigenvalues are what components cost when they are left out.
+
+        From order `LARGE` on its products are made in float32, as its eigenvalues are.
+
+        Args:
+            through_NN: another map T that C is carried across first: Lᵀ Tᵀ C T L.
+        """
+        dtype = torch.float32 if len(carried_NN) >= LARGE else torch.float64
+        size = float(carried_NN.diagonal().mean()) or 1.0  # float32 may not reach so far down
+        root_NN = self.root.to(dtype)
+        half_NN = root_NN if through_NN is None else through_NN.to(root_NN) @ root_NN
+        seen_NN = half_NN.mT @ (carried_NN.to(half_NN.device) / size).to(dtype) @ half_NN
+        return (seen_NN + seen_NN.mT).double() * (size / 2)
 
     def unroot(self, v_RN: Tensor) -> Tensor:
         """V L⁻¹."""
@@ -72,9 +82,15 @@ class Projection(NamedTuple):
     back_RN: Tensor
 
 
-def projection(metric: Metric, carried_NN: Tensor, rank: int) -> Projection:
-    """The projection of this rank after which a map errs least."""
-    v_NR = leading_eigenvectors(metric.seen(carried_NN), rank)
+def projection(
+    metric: Metric, carried_NN: Tensor, rank: int, through_NN: Tensor | None = None
+) -> Projection:
+    """The projection of this rank after which a map errs least.
+
+    Args:
+        through_NN: another map T that the covariance is carried across first: Tᵀ C T.
+    """
+    v_NR = leading_eigenvectors(metric.seen(carried_NN, through_NN), rank)
     return Projection(metric.root @ v_NR, metric.unroot(v_NR.mT.contiguous()))
 
 

@@ -29,13 +29,21 @@ from tensorllm.compressors.calibrated.channels import (
     least_stored,
     narrowed_site,
 )
-from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, site_of, stacked
+from tensorllm.compressors.calibrated.maps import (
+    Group,
+    Map,
+    map_shape,
+    pivoted,
+    site_of,
+    stacked,
+)
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
+from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.pivoted import pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
@@ -193,7 +201,9 @@ class ActivationTucker(LayerFit):
 
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """Each set of roles in the order in which they run, then all together."""
+        refits = self.correction and self.refit_epochs > 0
         moving: dict[Site, Moving] = {}
+        factors: dict[Site, Factors] = {}
         for key in reading_together([role for site in context.sites for role in site.roles]):
             sites = {s: size for s, size in context.sites.items() if s.roles[0] in key}
             if not sites:
@@ -203,14 +213,18 @@ class ActivationTucker(LayerFit):
                 assert size is not None, "a budget gives every site its size"
                 if is_narrowed(site):
                     read = Read(here.metric, here.correction_DD)
-                    moving[site] = fit_channels(context, site, size[0], read)
+                    channels = fit_channels(context, site, size[0], read)
+                    factors[site] = channels.factors()
+                    if refits:
+                        moving[site] = channels.balanced()
                     continue
                 fitted = here.fit(context, site.roles, size[0])
-                moving[site] = Balanced(fitted, here.metric, site.roles)
+                factors[site] = pivoted(*fitted, site.roles)
+                if refits:
+                    moving[site] = Balanced(fitted, here.metric, site.roles)
             for site in sites:
-                context.put(site, moving[site].factors())
-        factors = {site: each.factors() for site, each in moving.items()}
-        if self.correction and self.refit_epochs:
+                context.put(site, factors[site])
+        if refits:
             return refit(context, moving, factors, self.refit_epochs)
         return LayerResult(factors)
 
@@ -282,15 +296,11 @@ class _AtWidth:
         w_MX = stacked({role: context.weight(role) for role in roles}, roles)
         correct = self.correction_DD
         if is_output_projection(roles[0]):
-            carried_DD = self.carried_DD
-            if correct is not None:
-                carried_DD = correct @ carried_DD @ correct.mT
-            into_DR, back_RD = projection(self.metric, carried_DD, rank)
+            back = None if correct is None else correct.mT
+            into_DR, back_RD = projection(self.metric, self.carried_DD, rank, back)
             turn_RD = into_DR.mT if correct is None else into_DR.mT @ correct
             return Map(back_RD.mT.to(w_MX), turn_RD.to(w_MX) @ w_MX)
         carried_DD = context.carried_covariance(roles)
-        if correct is not None:
-            carried_DD = correct.mT @ carried_DD @ correct
-        into_DR, back_RD = projection(self.metric, carried_DD, rank)
+        into_DR, back_RD = projection(self.metric, carried_DD, rank, correct)
         turn_DR = into_DR if correct is None else correct @ into_DR
         return Map(w_MX @ turn_DR.to(w_MX), back_RD.to(w_MX))

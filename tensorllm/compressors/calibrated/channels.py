@@ -9,6 +9,7 @@ Shapes: F channels, R that stay, D model width, P input projections (in, gate).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry
+from tensorllm.tensors.unfold import gram_of_columns
 from tensorllm.tensors.weighted import FLOOR, Metric
 
 MULTIPLE = 8  # widths that kernels like
 ORDERED = 4  # one batch in so many tells the order of the channels
+LEAST_FREE = 0.05  # of the tokens, that are not used up by what is fitted to them
 RIDGE = 1e-3  # of the mean square of a channel: pull of rows of `out` to what they were
 
 
@@ -54,26 +57,35 @@ def curve(site: Site, context: LayerContext) -> ErrorCurve:
 
     With the covariance of the channels in their order C = L Lᵀ, the best of the first R misses the
     rows after R of Lᵀ W; a row costs by the covariance of the gradient that `out` writes into.
+    As R numbers per output are fitted to N tokens, what is missed on another text is larger:
+    generalised cross-validation (Golub, Heath and Wahba 1979) divides by (1 - R / N)².
     """
-    out_FD = context.weight("out").double()
+    out_FD = context.weight("out").float()
     covariance_FF = context.input_covariance("out").to(out_FD.device)
-    gradient_DD = context.width_covariance(("out",)).to(out_FD)
+    gradient_DD = context.width_covariance(("out",)).to(out_FD.device)
     order_F = _order(covariance_FF.diagonal(), out_FD, gradient_DD)
-    root_FF = Metric(covariance_FF[order_F][:, order_F], FLOOR).root
-    missed_FD = root_FF.mT @ out_FD[order_F]
-    costs_F = ((missed_FD @ gradient_DD) * missed_FD).sum(1).clamp(min=0)
-    left_F = costs_F.flip(0).cumsum(0).flip(0)
+    root_FF = Metric(covariance_FF[order_F[:, None], order_F], FLOOR).root
+    missed_FD = root_FF.mT.to(out_FD) @ out_FD[order_F]
+    left_F = _costs(missed_FD, gradient_DD).flip(0).cumsum(0).flip(0)
     step = _step(len(left_F))
     kept_S = torch.arange(step, len(left_F), step)
     each = len(site.roles) * context.geometry.D
     cost_S = each * kept_S + len(site.roles) * len(left_F)
-    return ErrorCurve(cost_S, left_F[kept_S.to(left_F.device)], kept_S[:, None])
+    error_S = left_F[kept_S.to(left_F.device)]
+    unseen_S = (1 - kept_S / context.tokens).clamp(min=LEAST_FREE).square()
+    return ErrorCurve(cost_S, error_S / unseen_S.to(error_S), kept_S[:, None])
 
 
 def _order(squares_F: Tensor, out_FD: Tensor, gradient_DD: Tensor) -> Tensor:
     """Channels by their mean square times what their row of `out` costs, the largest first."""
-    scores_F = squares_F * ((out_FD @ gradient_DD) * out_FD).sum(1)
-    return scores_F.argsort(descending=True)
+    return (squares_F * _costs(out_FD, gradient_DD)).argsort(descending=True)
+
+
+def _costs(rows_ND: Tensor, gradient_DD: Tensor) -> Tensor:
+    """rᵀ G r of each row r, float64: what it costs where rows of `out` are written."""
+    size = float(gradient_DD.diagonal().mean()) or 1.0  # float32 may not reach so far down
+    weighted_ND = rows_ND @ (gradient_DD / size).to(rows_ND)
+    return (weighted_ND * rows_ND).sum(1, dtype=torch.float64).clamp(min=0) * size
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +98,20 @@ class Read:
 
 
 class Channels(Moving):
-    """The rows that stay, in coordinates in which steps cost about the same in all directions."""
+    """The rows that stay.
+
+    Attributes:
+        metrics: of what is read and of what the channels give, once they are known.
+    """
+
+    metrics: tuple[Metric, Metric] | None = None
 
     def __init__(self, site: Site, rows_R: Tensor, reading_PRD: Tensor, channels: int) -> None:
         super().__init__()
         self.site, self.rows_R, self.channels = site, rows_R, channels
         self.reading_PRD = nn.Parameter(reading_PRD)
         self.out_RD = nn.Parameter(reading_PRD.new_zeros(reading_PRD.shape[1:]))
-        self.from_DD = torch.eye(reading_PRD.shape[-1]).to(reading_PRD)
-        self.from_RR = torch.eye(len(rows_R)).to(reading_PRD)
+        self.back: tuple[Tensor, Tensor] | None = None  # from other coordinates
 
     @torch.no_grad()
     def write(self, out_RD: Tensor) -> None:
@@ -102,21 +119,23 @@ class Channels(Moving):
         self.out_RD.copy_(out_RD)
 
     @torch.no_grad()
-    def balance(self, read: Metric, given_RR: Tensor) -> None:
-        """Change coordinates: `read` is the metric of what is read, the other that of channels."""
-        root_DD, root_RR = (
-            Metric(covariance, DAMPING).root for covariance in (read.covariance_NN, given_RR)
-        )
+    def balanced(self) -> Self:
+        """In coordinates in which steps cost about the same in all directions."""
+        assert self.metrics is not None
+        read, given = self.metrics
+        root_DD, root_RR = Metric(read.covariance_NN, DAMPING).root, given.root
         self.reading_PRD.copy_(self.reading_PRD @ root_DD.to(self.reading_PRD))
         self.out_RD.copy_(root_RR.mT.to(self.out_RD) @ self.out_RD)
-        for name, root in (("from_DD", root_DD), ("from_RR", root_RR)):
-            eye = torch.eye(len(root)).to(root)
-            inverse = torch.linalg.solve_triangular(root, eye, upper=False)
-            setattr(self, name, inverse.to(self.out_RD))
+        self.back = _inverse(root_DD).to(self.out_RD), _inverse(root_RR).to(self.out_RD)
+        self.metrics = None
+        return self
 
     def rows(self) -> list[Tensor]:
         """(R, D) of each role of the site."""
-        return [*(self.reading_PRD @ self.from_DD), self.from_RR.mT @ self.out_RD]
+        if self.back is None:
+            return [*self.reading_PRD, self.out_RD]
+        from_DD, from_RR = self.back
+        return [*(self.reading_PRD @ from_DD), from_RR.mT @ self.out_RD]
 
     def weights(self, geometry: Geometry) -> dict[str, Tensor]:
         out = {}
@@ -130,6 +149,11 @@ class Channels(Moving):
         each = [number * self.channels + self.rows_R for number in range(len(self.site.roles))]
         size = len(each) * self.channels
         return KeptRows.of(torch.cat(each), torch.cat(self.rows()).float(), size)
+
+
+def _inverse(root_NN: Tensor) -> Tensor:
+    eye_NN = torch.eye(len(root_NN)).to(root_NN)
+    return torch.linalg.solve_triangular(root_NN, eye_NN, upper=False)
 
 
 def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> Channels:
@@ -149,7 +173,7 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
         squares_F += x_NF.float().square().sum(0)
     context.add_up([squares_F])
     gradient_DD = context.width_covariance(("out",)).to(squares_F)
-    rows_R = _order(squares_F, out_FD.double(), gradient_DD)[:count].sort().values
+    rows_R = _order(squares_F, out_FD.float(), gradient_DD)[:count].sort().values
     reading_PRD = torch.stack([context.weight(role)[rows_R].float() for role in site.roles[:-1]])
     if read.correction_DD is not None:
         reading_PRD = reading_PRD @ read.correction_DD.to(reading_PRD)
@@ -161,7 +185,7 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
     tokens = torch.zeros((), dtype=torch.float64, device=out_FD.device)
     for y_ND, x_NF in zip(context.original_at_width("out"), given("out"), strict=True):
         kept_NR = x_NF[:, rows_R].float()
-        given_RR += kept_NR.mT @ kept_NR
+        given_RR += gram_of_columns(kept_NR)
         wanted_RD += kept_NR.mT @ y_ND.float()
         tokens += len(kept_NR)
     context.add_up([given_RR, wanted_RD, tokens])
@@ -171,5 +195,5 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
     out_RD = torch.cholesky_solve(wanted_RD + ridge * out_FD[rows_R].double(), root_RR)
     found.write(out_RD.float())
     context.put(site, found.factors())
-    found.balance(read.metric, given_RR / tokens)
+    found.metrics = read.metric, Metric(given_RR / tokens, DAMPING)
     return found
