@@ -6,6 +6,7 @@ from typing import Any
 
 from tensorllm.compression.cost import decomposition_seconds, gemm_speed
 from tensorllm.compression.engine import check_fit, prepared
+from tensorllm.compression.narrow import foreseen
 from tensorllm.compression.plan import plan
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint, units
@@ -63,6 +64,7 @@ def dry_run(task: FolderTask) -> DryRun:
     """
     checkpoint, roles = open_checkpoint(task.source)
     compressor, stored = task.compressor, None
+    cut = foreseen(task, roles) if task.format == "narrow" else None
     if task.calibration is not None:
         assert isinstance(compressor, Compressor), "a fit is made by the task"
         jobs = placed(compressor, roles, task.layers).jobs
@@ -77,6 +79,8 @@ def dry_run(task: FolderTask) -> DryRun:
     width = task.dtype.itemsize if task.dtype is not None else checkpoint.bytes / before
     rest = before - sum(site.parameters_before for site in sites)
     after = None if stored is None else rest + stored
+    if task.format == "narrow":  # what is low-rank beside narrower FFNs is written dense
+        after = None if cut is None else before - cut.removed(checkpoint.weights)
     written = before if task.format == "dense" else after
     largest = max(prod(site.shape) for site in sites)
     work = units(checkpoint, roles, [job.site for job in jobs])

@@ -23,6 +23,7 @@ from tensorllm.checkpoint.whole import load_whole
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.budget import sized
 from tensorllm.compression.jobs import CompressedSite, run_job
+from tensorllm.compression.narrow import Narrowing, chosen, foreseen
 from tensorllm.compression.plan import Plan, plan
 from tensorllm.compression.publish import publish
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters
@@ -156,8 +157,11 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
     started = time.perf_counter()
     check_target(task.folder, overwrite=task.overwrite, source=task.source)
     checkpoint, roles = open_checkpoint(task.source)
+    if task.format == "narrow":
+        foreseen(task, roles)  # refused now, not after the fit
     with exclusive(task.folder), _fit_folder(task) as work:
         planned = plan(prepared(task, work, progress), roles, task.layers)
+        cut = chosen(task, planned, checkpoint, roles) if task.format == "narrow" else None
         todo = units(checkpoint, roles, planned.sites)
         writer = ShardWriter(
             task.folder,
@@ -167,8 +171,8 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
             overwrite=task.overwrite,
         )
         try:
-            _run_units(todo, planned, task, checkpoint, roles, writer, progress)
-            return publish(task, planned, checkpoint, roles, writer, started)
+            _run_units(todo, planned, task, checkpoint, roles, writer, progress, cut)
+            return publish(task, planned, checkpoint, roles, writer, started, cut)
         except UserError:  # wrong weights, met on the way: nothing to go on with
             writer.discard()
             raise
@@ -187,7 +191,7 @@ def prepared(
     if isinstance(task.compressor, Fitted):
         return task.compressor
     if task.calibration is not None:
-        return _fitted(task, task.compressor, task.calibration, work, progress)
+        return _fitted(task, task.strategy, task.calibration, work, progress)
     if task.budget is None:
         return task.compressor
     checkpoint, roles = open_checkpoint(task.source)
@@ -251,8 +255,7 @@ def help_to_fit(task: FolderTask) -> None:
         UserError, Incomplete: as `compress_folder`.
     """
     assert task.calibration is not None
-    assert isinstance(task.compressor, Compressor)
-    _fitted(task, task.compressor, task.calibration, _work(task), quiet)
+    _fitted(task, task.strategy, task.calibration, _work(task), quiet)
 
 
 def _work(task: FolderTask) -> Path:
@@ -291,8 +294,7 @@ def check_fit(
     config = checkpoint.config.get_text_config()
     widest = max(geometry(layer).inputs(role) for layer, role in matrices)
     task.calibration.check(config.vocab_size, widest, context_length(config))
-    strategy = task.compressor
-    assert isinstance(strategy, Compressor), "asked for a fit"
+    strategy = task.strategy
     target = task.budget or strategy.budget
     if target is None or target.max_loss_increase is not None:
         return None
@@ -312,6 +314,7 @@ def _run_units(
     roles: RoleMatrices,
     writer: ShardWriter,
     progress: Progress,
+    cut: Narrowing | None,
 ) -> None:
     """Every unit that an earlier, interrupted run has not finished."""
     total = sum(_bytes(checkpoint, unit) for unit in todo)
@@ -319,7 +322,10 @@ def _run_units(
     for unit in todo:
         progress(done, total, unit.name)
         if unit.name not in finished:
-            writer.add(unit.name, *run_unit(unit, planned, task, checkpoint, roles))
+            tensors, note = run_unit(unit, planned, task, checkpoint, roles)
+            if cut is not None:
+                tensors = {name: cut(name, tensor) for name, tensor in tensors.items()}
+            writer.add(unit.name, tensors, note)
         done += _bytes(checkpoint, unit)
     progress(total, total, "finishing")
 

@@ -92,6 +92,11 @@ class Compressor(ABC):
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":
         """What is decomposed together, and by whom."""
 
+    @property
+    def named(self) -> "Compressor":
+        """The strategy that reports and recipes name: itself, but of a wrapper what it wraps."""
+        return self
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse (UserError) settings that do not fit a stacked tensor of this shape."""
         del shape  # nothing to refuse by default
@@ -100,6 +105,11 @@ class Compressor(ABC):
         """Numbers that the factors will hold, or None where only the decomposition can tell."""
         del shape
         return None
+
+    def ffn_channels(self, geometry: Geometry) -> int | None:
+        """FFN channels of a layer that stay: all of F, unless a strategy drops some; None: it may
+        drop some, and only the fit can tell."""
+        return geometry.F
 
     @property
     def gradient_of(self) -> GradientOf:

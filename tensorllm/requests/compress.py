@@ -95,7 +95,10 @@ class CompressRequest:
     out: Annotated[Path | None, Option("Folder to write the checkpoint to.")] = None
     format: Annotated[
         str | None,
-        Option("dense (loads anywhere; the default) or factored (small on disk)."),
+        Option(
+            "dense (loads anywhere; the default), factored (small on disk), or narrow: an ordinary "
+            "checkpoint whose FFN is less wide, of modes that drop channels."
+        ),
     ] = None
     dtype: shared.DType = None
     device: Annotated[str | None, shared.DEVICE] = None

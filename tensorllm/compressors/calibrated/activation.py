@@ -152,6 +152,9 @@ class ActivationTucker(LayerFit):
         rest = [ways for s, ways in of.items() if not set(s.roles) <= set(narrower.roles)]
         return [*rest, [*together, [Job(narrower, self)]]]
 
+    def ffn_channels(self, geometry: Geometry) -> int | None:
+        return None if self.whole_inputs else geometry.F
+
     def _narrowed(self, layer: int, roles: Sequence[str]) -> Site | None:
         """What may lose channels."""
         return narrowed_site(layer, roles) if self.narrowing else None
