@@ -80,6 +80,13 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
             raise OSError(str(error)) from error
 
 
+def entry_bytes(name: str, shape: Iterable[int]) -> int:
+    """At most so many bytes a tensor takes in the header of a safetensors file."""
+    end = 10**10 - 1  # of an offset, in a file of weights
+    entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end]}
+    return len(json.dumps({name: entry}, separators=(",", ":")))
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder nobody else writes."""
     for pattern in (f".*{TEMPORARY}", f"{TEMPORARY}*"):  # ours, and those of safetensors

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import tensorllm as tl
 from tensorllm.commands.export import run
-from tensorllm.compression import engine
+from tensorllm.compression import prepare
 from tensorllm.compression.dry_run import dry_run
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.narrow import narrow
@@ -145,7 +145,7 @@ def test_low_rank_beside_narrow_ffns_is_written_dense(tmp_path: Path):
 def test_what_cannot_be_narrower_is_refused_before_the_fit(
     architecture: str, strategy: Any, message: str, tmp_path: Path, monkeypatch: Any
 ):
-    monkeypatch.setattr(engine, "_fitted", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(prepare, "_fitted", lambda *_: pytest.fail("fitted"))
     asked = task(tmp_path, architecture, strategy)
     for run_it in (compress_folder, dry_run):
         with pytest.raises(UserError, match=f"^--format narrow: {message}"):

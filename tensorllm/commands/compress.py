@@ -13,9 +13,10 @@ from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
-from tensorllm.compression.engine import compress, compress_folder, help_to_fit
+from tensorllm.compression.engine import compress, compress_folder
 from tensorllm.compression.formats import COMPRESSED, Format
 from tensorllm.compression.plan import plan_jobs
+from tensorllm.compression.prepare import help_to_fit
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
@@ -110,7 +111,8 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
     """
     check_name(recipe.model)
     budget = budget_of(recipe.mode, recipe.settings)
-    format = cast(Format, one_of("--format", request.format or "dense", COMPRESSED))
+    usual = "factored" if "target_bytes" in recipe.settings else "dense"
+    format = cast(Format, one_of("--format", request.format or usual, COMPRESSED))
     dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
