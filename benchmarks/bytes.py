@@ -76,7 +76,7 @@ class Bench:
         self.source, self.work = real(args, MODEL), work
         self.texts: Texts = stories(AutoTokenizer.from_pretrained(self.source), args.shared)
         self.scored = self.texts.scored["stories"][: 4 if args.quick else None]
-        self.drawn = 8 if args.quick else self.texts.drawn
+        self.drawn = 8 if args.quick else args.drawn
 
     def model(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
@@ -133,7 +133,8 @@ class Bench:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--draws", type=int, default=3, help="of the calibration text")
+    options.add_argument("--draws", type=int, default=1, help="of the calibration text")
+    options.add_argument("--drawn", type=int, default=64, help="stories of a draw")
     args = options.parse_args()
     begin(args)
     draws = range(1 if args.quick else args.draws)
@@ -150,7 +151,12 @@ def main() -> None:
 def measured(bench: Bench, draws: range, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """By target: bytes, and losses by method."""
     dense = sum(path.stat().st_size for path in bench.source.glob("*.safetensors"))
-    about = {"dense_bytes": dense, "dense": bench.loss(bench.model()), "draws": len(draws)}
+    about: dict[str, Any] = {
+        "dense_bytes": dense,
+        "dense": bench.loss(bench.model()),
+        "draws": len(draws),
+    }
+    about["drawn"] = bench.drawn
     plain = {how: bench.written(Rounded(bits=bits)) for how, bits in (("int8", 8), ("int4", 4))}
     sizes = {how: size for how, (size, _) in plain.items()}
     matrices = sum(  # bytes of all that is rounded

@@ -80,11 +80,14 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
             raise OSError(str(error)) from error
 
 
-def entry_bytes(name: str, shape: Iterable[int]) -> int:
-    """At most so many bytes a tensor takes in the header of a safetensors file."""
-    end = 10**10 - 1  # of an offset, in a file of weights
-    entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end]}
-    return len(json.dumps({name: entry}, separators=(",", ":")))
+def entry_bytes(name: str, shape: Iterable[int], most: int) -> int:
+    """At most so many bytes a tensor takes in the header of a safetensors file.
+
+    Args:
+        most: bytes of the file, at most.
+    """
+    entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [most, most]}
+    return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # braces, but a comma
 
 
 def remove_temporary(folder: Path) -> None:

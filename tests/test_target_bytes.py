@@ -22,7 +22,7 @@ from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import SVDLLM, ActivationHybrid, Hybrid, MoDeGPT, PlainSVD, Rounded, Site
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.rounded import HOW, stored_bytes
+from tensorllm.compressors.rounded import HOW, RoundedLeaf, Sizes
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.requests.compress import CompressRequest
@@ -114,7 +114,8 @@ def test_outlines_are_the_factors_and_their_bytes(
         held = {n: (tuple(t.shape), t.element_size()) for n, t in stored.tensors().items()}
         assert shapes_held(outline, bits) == held
         numbers = sum(t.nbytes for t in stored.tensors().values())
-        names = stored_bytes(SITE, outline, bits) - numbers
+        sizes = Sizes(SITE, shape, dtype, 10**6, lambda size: strategy.outline(shape, size))
+        names = sizes.bytes(outline, bits) - numbers
         assert 60 * len(held) < names < 140 * len(held)
 
 
@@ -134,7 +135,7 @@ def test_an_activation_outline_is_what_the_fit_makes() -> None:
 
 def test_a_curve_in_bytes_has_measured_errors() -> None:
     w = (random(96, 20) @ random(20, 128, seed=1) + 0.5 * random(96, 128, seed=2)).float()
-    curve: ErrorCurve = Rounded(of=PlainSVD(rank=1)).curve(SITE, w)
+    curve: ErrorCurve = RoundedLeaf(PlainSVD(rank=1), 10**6).curve(SITE, w)
     assert (curve.cost_N.diff() > 0).all()
     assert (curve.error_N.diff() < 0).all()
     scale = w.numel() / float(w.square().sum())

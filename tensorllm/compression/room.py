@@ -18,7 +18,7 @@ from tensorllm.errors import UserError
 from tensorllm.io import entry_bytes
 from tensorllm.models import RoleMatrices
 
-SHARD = 64  # bytes of a weight file that are neither numbers nor names of tensors, at most
+SHARD = 48  # bytes of a weight file that are neither numbers nor names of tensors, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Stored:
     shape: tuple[int, ...]
     itemsize: int
 
-    def bytes(self, name: str) -> int:
-        """Its numbers, and its entry in the file's header, at most."""
-        return prod(self.shape) * self.itemsize + entry_bytes(name, self.shape)
+    def bytes(self, name: str, most: int) -> int:
+        """Its numbers, and its entry in the header of a file of at most so many bytes."""
+        return prod(self.shape) * self.itemsize + entry_bytes(name, self.shape, most)
 
 
 def stored_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Stored]:
@@ -61,20 +61,20 @@ def with_room(
         UserError: nothing is to be gained, or not even what stays as it is has room.
     """
     assert budget.target_bytes is not None, "asked only for bytes"
+    most = budget.target_bytes
     matrices = {m for job in placed(compressor, roles, layers).jobs for m in job.site.matrices}
     fused = {name for matrix in matrices for name in roles.together(*matrix)}
-    other = sum(t.bytes(name) for name, t in tensors.items() if name not in fused)
+    other = sum(t.bytes(name, most) for name, t in tensors.items() if name not in fused)
     other += sum(prod(tensors[name].shape) * tensors[name].itemsize for name in fused)
     for layer, role in matrices:  # all else that is fused with them stays
         numbers = roles.spec.geometry(layer).numel(role)
         other -= numbers * tensors[roles.name(layer, role)].itemsize
     names = (f"rest.{layer}.{role}" for layer, role in beside(roles, matrices))
-    other += sum(entry_bytes(name, (10**6, 10**6)) for name in names)
-    now = sum(t.bytes(name) for name, t in tensors.items())
-    if budget.target_bytes >= now:
+    other += sum(entry_bytes(name, (10**6, 10**6), most) for name in names)
+    now = sum(t.bytes(name, most) for name, t in tensors.items())
+    if most >= now:
         raise UserError(
-            f"target_bytes must be less than the weight files hold now, some {now}, got "
-            f"{budget.target_bytes}"
+            f"target_bytes must be less than the weight files hold now, some {now}, got {most}"
         )
-    other += SHARD * (budget.target_bytes // shard_bytes + 2)
-    return in_bytes(compressor), replace(budget, other_bytes=other)
+    other += SHARD * (most // shard_bytes + 1)
+    return in_bytes(compressor, most), replace(budget, other_bytes=other)

@@ -8,6 +8,7 @@ Shapes: N sizes of a curve, I and D of a role matrix.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -21,6 +22,7 @@ from tensorllm.compressors.base import (
     LayerFit,
     LayerResult,
     Leaf,
+    Needs,
 )
 from tensorllm.compressors.checks import check_roles
 from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
@@ -33,11 +35,10 @@ from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.factors import cast as cast_factors
 from tensorllm.tensors.quantised import quantise, quantised_whole, shapes_held
-from tensorllm.tensors.stacking import MATRICES, Geometry
+from tensorllm.tensors.stacking import MATRICES
 from tensorllm.tensors.whole import Whole
 
 HOW = {8: "int8", 4: "int4"}
-Outline = Callable[[Size], Factors]
 
 
 @COMPRESSORS.register("rounded")
@@ -70,10 +71,6 @@ class Rounded(Leaf):
         if self.of is not None:
             object.__setattr__(self, "needs", self.of.needs)
 
-    @property
-    def _inner(self) -> Leaf:
-        return cast(Leaf, self.of)
-
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         if self.of is None:
             return [Job(site, self) for site in matrix_sites(spec, layers, self.matrices)]
@@ -92,76 +89,114 @@ class Rounded(Leaf):
         return None if stored is None else int(stored * (self.bits / 8 + itemsize / 64))
 
     def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
-        factors = Whole(w) if self.of is None else self._inner.decompose(w, statistics)
+        factors = Whole(w) if self.of is None else cast(Leaf, self.of).decompose(w, statistics)
         return quantise(factors, HOW[self.bits])
+
+
+@dataclass(frozen=True)
+class RoundedLeaf(Leaf):
+    """The sizes of another leaf with bits: what a budget in bytes chooses from.
+
+    Attributes:
+        inner: the leaf.
+        most: bytes of the file, at most.
+    """
+
+    inner: Leaf
+    most: int
+
+    source: ClassVar[str] = ""
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # of the class elsewhere, here of `inner`
+        return self.inner.needs
+
+    @property
+    def named(self) -> Compressor:
+        return self.inner.named
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.inner.check(shape)
+
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
+        return self.inner.decompose(w, statistics)
 
     def curve(
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> ErrorCurve:
-        """That of the mode `of`, each size in full and in few bits, and the matrix itself."""
-        inner = self._inner
+        """Each size in full and in few bits, and the tensor itself."""
+        inner, shape, dtype = self.inner, tuple(w.shape), w.dtype
         errs = {
             bits: inner.error_of(w, quantise(Whole(w), how).dense(), statistics)
             for bits, how in HOW.items()
         }
         total = inner.error_of(w, torch.zeros_like(w), statistics)
-        plain = inner.curve(site, w, statistics)
-        shape, dtype = tuple(w.shape), w.dtype
-        return with_bits(
-            site, shape, plain, lambda size: inner.outline(shape, size), dtype, errs, total
-        )
+        sizes = Sizes(site, shape, dtype, self.most, lambda size: inner.outline(shape, size))
+        return sizes.with_bits(inner.curve(site, w, statistics), errs, total)
 
     def at_size(self, site: Site, size: Size) -> Leaf:
         *ranks, bits = size
+        few: Literal[8, 4] = 8 if bits == 8 else 4
         if not any(ranks):
-            return Rounded(bits=_bits(bits), matrices=site.roles)
-        inner = self._inner.at_size(site, tuple(ranks))
-        return Rounded(bits=_bits(bits), of=inner) if bits else inner
+            return Rounded(bits=few, matrices=site.roles)
+        inner = self.inner.at_size(site, tuple(ranks))
+        return Rounded(bits=few, of=inner) if bits else inner
 
 
-def _bits(bits: int) -> Literal[8, 4]:
-    return 8 if bits == 8 else 4
+@dataclass(frozen=True)
+class Sizes:
+    """What the sizes of a site take in a file.
 
-
-def with_bits(
-    site: Site,
-    shape: tuple[int, ...],
-    plain: ErrorCurve,
-    outline: Outline,
-    dtype: torch.dtype,
-    errs: Mapping[int, float],
-    total: float,
-    whole: bool = True,
-) -> ErrorCurve:
-    """A curve whose sizes are ranks and bits, and whose costs are bytes.
-
-    Args:
-        shape: of the site's tensor.
-        plain: without rounding, in numbers.
-        outline: gives the factors of a size of it.
-        dtype: in which numbers that are not rounded are stored.
-        errs: bits -> what rounding the whole tensor costs, in the unit of the curve.
-        total: what the tensor would cost if it were zero.
-        whole: whether the tensor itself is a candidate.
+    Attributes:
+        shape, dtype: of the site's tensor, as it is stored where it is not rounded.
+        most: bytes of the file, at most.
+        outline: gives the factors of a size that has no bits.
     """
-    nothing = (0,) * plain.sizes_NC.shape[1]
-    found: list[tuple[int, float, Size]] = []
-    for error, ranks in zip(plain.error_N.tolist(), plain.sizes_NC.tolist(), strict=True):
-        if not any(ranks):
-            continue
-        factors = cast_factors(outline(tuple(ranks)), dtype)
-        left = max(0.0, 1 - error / total) if total > 0 else 0.0
-        found.append((stored_bytes(site, factors, None), error, (*ranks, 0)))
-        for bits, each in errs.items():
-            worse = factors.rounding * each * left
-            found.append((stored_bytes(site, factors, bits), error + worse, (*ranks, bits)))
-    for bits, error in {0: 0.0, **errs}.items() if whole else ():
-        tensor = Whole(torch.empty(shape, dtype=dtype, device="meta"))
-        cost = stored_bytes(site, tensor, bits or None)
-        # The matrices of the site may be held one by one: each has a name then.
-        cost += (len(site.matrices) - 1) * (cost - _numbers(tensor, bits or None))
-        found.append((cost, error, (*nothing, bits)))
-    return _useful(found)
+
+    site: Site
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    most: int
+    outline: Callable[[Size], Factors]
+
+    def with_bits(
+        self, plain: ErrorCurve, errs: Mapping[int, float], total: float, *, whole: bool = True
+    ) -> ErrorCurve:
+        """A curve whose sizes are ranks and bits, and whose costs are bytes.
+
+        Args:
+            plain: without rounding, in numbers.
+            errs: bits -> what rounding the whole tensor costs, in the unit of the curve.
+            total: what the tensor would cost if it were zero.
+            whole: whether the tensor itself is a candidate.
+        """
+        nothing = (0,) * plain.sizes_NC.shape[1]
+        found: list[tuple[int, float, Size]] = []
+        for error, ranks in zip(plain.error_N.tolist(), plain.sizes_NC.tolist(), strict=True):
+            if not any(ranks):
+                continue
+            factors = cast_factors(self.outline(tuple(ranks)), self.dtype)
+            left = max(0.0, 1 - error / total) if total > 0 else 0.0
+            found.append((self.bytes(factors, None), error, (*ranks, 0)))
+            for bits, each in errs.items():
+                worse = factors.rounding * each * left
+                found.append((self.bytes(factors, bits), error + worse, (*ranks, bits)))
+        for bits, error in {0: 0.0, **errs}.items() if whole else ():
+            tensor = Whole(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+            names = self.bytes(tensor, bits or None) - _numbers(tensor, bits or None)
+            # The matrices of the site may be held one by one: each has a name then.
+            cost = self.bytes(tensor, bits or None) + (len(self.site.matrices) - 1) * names
+            found.append((cost, error, (*nothing, bits)))
+        return _useful(found)
+
+    def bytes(self, factors: Factors, bits: int | None) -> int:
+        """At most so many bytes factors take in the file, with their names in its header."""
+        held = shapes_held(factors, bits)
+        names = (
+            entry_bytes(f"factors.{self.site.name}.{name}", shape, self.most)
+            for name, (shape, _) in held.items()
+        )
+        return _numbers(factors, bits) + sum(names)
 
 
 def _useful(found: list[tuple[int, float, Size]]) -> ErrorCurve:
@@ -176,13 +211,6 @@ def _useful(found: list[tuple[int, float, Size]]) -> ErrorCurve:
     )
 
 
-def stored_bytes(site: Site, factors: Factors, bits: int | None) -> int:
-    """At most so many bytes a site's factors take in a file, with their names in its header."""
-    held = shapes_held(factors, bits)
-    names = (entry_bytes(f"factors.{site.name}.{n}", shape) for n, (shape, _) in held.items())
-    return _numbers(factors, bits) + sum(names)
-
-
 def _numbers(factors: Factors, bits: int | None) -> int:
     held = shapes_held(factors, bits).values()
     return sum(torch.Size(shape).numel() * width for shape, width in held)
@@ -195,6 +223,10 @@ class RoundedFit(WrappedFit):
     rounded once they are fitted, and the layers above see what that did.
     """
 
+    def __init__(self, inner: LayerFit, most: int) -> None:
+        super().__init__(inner)
+        self.most = most
+
     @property
     def keeps_inputs(self) -> bool:
         return True  # their covariances are what whole matrices are rounded by
@@ -204,23 +236,18 @@ class RoundedFit(WrappedFit):
             role: _errors(context, role)
             for role in dict.fromkeys(role for site in sites for role in site.roles)
         }
-        out = {}
+        out, geometry = {}, context.geometry
         for site, plain in self.inner.curves(sites, context).items():
             mine = [errs[role] for role in site.roles]
-            out[site] = with_bits(
-                site,
-                site.shape(context.geometry),
+            shape, dtype = site.shape(geometry), context.weight(site.roles[0]).dtype
+            outline = partial(self.inner.outline, site, geometry)
+            out[site] = Sizes(site, shape, dtype, self.most, outline).with_bits(
                 ErrorCurve(*(t.cpu() for t in plain)),
-                self._outline(site, context.geometry),
-                context.weight(site.roles[0]).dtype,
                 {bits: sum(each[bits] for each in mine) for bits in HOW},
                 sum(each[0] for each in mine),
                 whole=len(site.roles) == 1,  # several are, each alone, in another way of grouping
             )
         return out
-
-    def _outline(self, site: Site, geometry: Geometry) -> Outline:
-        return lambda size: self.inner.outline(site, geometry, size)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:
         ranks: dict[Site, Size] = {}
@@ -279,17 +306,21 @@ def _whole(context: LayerContext, site: Site, bits: int) -> Factors:
     return quantised_whole(w_ID, HOW[bits], metric_DD.to(w_ID.device))
 
 
-def in_bytes(compressor: Compressor) -> Wrapped:
-    """The strategy with sizes that are ranks and bits, and costs that are bytes."""
+def in_bytes(compressor: Compressor, most: int) -> Wrapped:
+    """The strategy with sizes that are ranks and bits, and costs that are bytes.
+
+    Args:
+        most: bytes of the file, at most.
+    """
 
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
         if isinstance(inner, Leaf):
-            return Rounded(of=inner)
+            return RoundedLeaf(inner, most)
         if not inner.at_width:
             raise UserError(
                 f"{type(inner.named).__name__} cannot meet a target in bytes: it does not measure "
                 "at the model's width what rounding would cost"
             )
-        return RoundedFit(inner)
+        return RoundedFit(inner, most)
 
     return Wrapped(compressor, wrap)
