@@ -87,6 +87,8 @@ def _fitted(
     work: Path | None,
     progress: Progress,
 ) -> Fitted:
+    if work is not None and task.format == "narrow":
+        work /= task.format  # the same strategy chooses from fewer candidates there
     if task.stream:
         assert work is not None, "a streamed fit keeps its states on disk"
         return fit_folder(

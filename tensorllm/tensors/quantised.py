@@ -181,7 +181,8 @@ def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
     rounding = _torchao()
     size = len(t)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    flat = torch.zeros(-(-size // GROUP) * GROUP, t[0].numel())  # zeros change no scale
+    padded = -(-size // GROUP) * GROUP
+    flat = torch.zeros(padded, t[0].numel(), device=t.device)  # zeros change no scale
     flat[:size] = t.float().flatten(1)
     rows = flat.mT.contiguous()
     limits = {"quant_min": low, "quant_max": high}
