@@ -4,16 +4,17 @@
 
 Peers: every attention and FFN matrix rounded to the nearest in int8 or int4 (mode `rounded`), and
 by GPTQ (arXiv 2210.17323) in float64 numpy, written here; all in groups of 64 with float32 scales,
-so that their files are as large. Ours: `--target-bytes` of these files' sizes, of one in the
-middle and of smaller ones, by `activation-hybrid`, fitted to the same text as GPTQ, and by `svd`,
-which sees no text. Embeddings and norms are float32 in all files, and counted. Losses are of
-stories that are in no draw of the text.
+so that their files are as large. Ours: `--target-bytes` of these files' sizes, rounded up to the
+next 1,000, of one in the middle and of smaller ones, by `activation-hybrid`, fitted to the same
+text as GPTQ, and by `svd`, which sees no text. Embeddings and norms are float32 in all files, and
+counted. Losses are of stories that are in no draw of the text.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class Bench:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--draws", type=int, default=1, help="of the calibration text")
+    options.add_argument("--draws", type=int, default=3, help="of the calibration text")
     options.add_argument("--drawn", type=int, default=64, help="stories of a draw")
     args = options.parse_args()
     begin(args)
@@ -143,13 +144,14 @@ def main() -> None:
     except UserError as error:  # torchao is not installed
         sys.exit(str(error))
     with tempfile.TemporaryDirectory() as work:
-        bench = Bench(args, Path(work))
-        rows, about = measured(bench, draws, args.quick)
-    save("bytes", "tinystories-656K", comparisons(rows), args, rows=rows, **about)
+        for rows, about in measured(Bench(args, Path(work)), draws, args.quick):
+            save("bytes", "tinystories-656K", comparisons(rows), args, rows=rows, **about)
 
 
-def measured(bench: Bench, draws: range, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By target: bytes, and losses by method."""
+def measured(
+    bench: Bench, draws: range, quick: bool
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """By target: bytes, and losses by method; and facts of the model; after every target."""
     dense = sum(path.stat().st_size for path in bench.source.glob("*.safetensors"))
     about: dict[str, Any] = {
         "dense_bytes": dense,
@@ -169,9 +171,10 @@ def measured(bench: Bench, draws: range, quick: bool) -> tuple[dict[str, Any], d
     for name, size in sizes.items():
         if quick and name != "int4":
             continue
+        size = -(-size // 1000) * 1000
         row: dict[str, Any] = {"bytes": size, "losses": {}, "sizes": {}}
         if name in plain:
-            row["losses"]["nearest"] = [plain[name][1]]
+            row["losses"]["nearest"], row["sizes"]["nearest"] = [plain[name][1]], [plain[name][0]]
             bits = int(name.removeprefix("int"))
             row["losses"]["gptq"] = [bench.gptq(draw, bits) for draw in draws]
         held, loss = bench.written(PlainSVD(rank=1), budget=Budget(target_bytes=size))
@@ -186,7 +189,7 @@ def measured(bench: Bench, draws: range, quick: bool) -> tuple[dict[str, Any], d
         assert max(held for every in row["sizes"].values() for held in every) <= size
         print(name, row, flush=True)
         rows[name] = row
-    return rows, about
+        yield rows, about
 
 
 def comparisons(rows: dict[str, Any]) -> dict[str, Comparison]:

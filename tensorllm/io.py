@@ -80,13 +80,15 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
             raise OSError(str(error)) from error
 
 
-def entry_bytes(name: str, shape: Iterable[int], most: int) -> int:
+def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
     """At most so many bytes a tensor takes in the header of a safetensors file.
 
     Args:
+        width: bytes of a number.
         most: bytes of the file, at most.
     """
-    entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [most, most]}
+    dtype = {1: "U8", 2: "BF16"}.get(width, "F32")
+    entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [most, most]}
     return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # braces, but a comma
 
 

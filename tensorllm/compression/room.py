@@ -30,7 +30,7 @@ class Stored:
 
     def bytes(self, name: str, most: int) -> int:
         """Its numbers, and its entry in the header of a file of at most so many bytes."""
-        return prod(self.shape) * self.itemsize + entry_bytes(name, self.shape, most)
+        return prod(self.shape) * self.itemsize + entry_bytes(name, self.shape, self.itemsize, most)
 
 
 def stored_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Stored]:
@@ -70,7 +70,7 @@ def with_room(
         numbers = roles.spec.geometry(layer).numel(role)
         other -= numbers * tensors[roles.name(layer, role)].itemsize
     names = (f"rest.{layer}.{role}" for layer, role in beside(roles, matrices))
-    other += sum(entry_bytes(name, (10**6, 10**6), most) for name in names)
+    other += sum(entry_bytes(name, (10**6, 10**6), 2, most) for name in names)
     now = sum(t.bytes(name, most) for name, t in tensors.items())
     if most >= now:
         raise UserError(

@@ -193,8 +193,8 @@ class Sizes:
         """At most so many bytes factors take in the file, with their names in its header."""
         held = shapes_held(factors, bits)
         names = (
-            entry_bytes(f"factors.{self.site.name}.{name}", shape, self.most)
-            for name, (shape, _) in held.items()
+            entry_bytes(f"factors.{self.site.name}.{name}", shape, width, self.most)
+            for name, (shape, width) in held.items()
         )
         return _numbers(factors, bits) + sum(names)
 
