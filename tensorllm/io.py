@@ -80,6 +80,18 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
             raise OSError(str(error)) from error
 
 
+def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
+    """At most so many bytes a tensor takes in the header of a safetensors file.
+
+    Args:
+        width: bytes of a number.
+        most: bytes of the file, at most.
+    """
+    dtype = {1: "U8", 2: "BF16"}.get(width, "F32")
+    entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [most, most]}
+    return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # braces, but a comma
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder nobody else writes."""
     for pattern in (f".*{TEMPORARY}", f"{TEMPORARY}*"):  # ours, and those of safetensors

@@ -4,6 +4,7 @@ A field `rank: Annotated[int | None, Option("The rank itself.")] = None` of a re
 `--rank`; `cli/` makes a command's signature from such fields.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -191,6 +192,19 @@ def _value(text: str) -> Value:
         except ValueError:
             continue
     return text
+
+
+def size(flag: str, text: str) -> int:
+    """`60MiB`, `60MB`, `1.5GB`, or a number of bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b|b?)\s*", text, re.IGNORECASE)
+    found = 0
+    if match is not None:
+        unit = match[2].lower()
+        base = 1024 if "i" in unit else 1000
+        found = int(float(match[1]) * base ** " kmg".index(unit[0] if len(unit) > 1 else " "))
+    if found < 1:
+        raise UserError(f"{flag} takes bytes such as 60MiB, 60MB, 1.5GiB or 60000000; got {text!r}")
+    return found
 
 
 def seconds(flag: str, text: str) -> float:

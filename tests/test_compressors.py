@@ -26,9 +26,9 @@ PAIRS = [(c, n) for c in CASES for n in TINY if c != "trawl-cp" or n in ("gptj",
 
 def test_every_registered_compressor_has_a_case() -> None:
     # what is fitted to text is tested in test_activation_fit.py and test_compressors_baselines.py,
-    # what takes mixtures alone in test_experts_compress.py
+    # what takes mixtures alone in test_experts_compress.py, rounding in test_target_bytes.py
     blind = {mode for mode in tl.COMPRESSORS if tl.COMPRESSORS[mode].needs == "weights"}
-    assert {case.mode for case in CASES.values()} | {"expert-tucker"} == blind
+    assert {case.mode for case in CASES.values()} | {"expert-tucker", "rounded"} == blind
     assert all(tl.COMPRESSORS[mode].source.startswith("https://") for mode in tl.COMPRESSORS)
 
 

@@ -1,6 +1,7 @@
 """A graph that runs without our code computes what the factored model does, from as few numbers."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,8 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from test_activation_fit import text
 from tiny_models import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import tensorllm as tl
 from tensorllm.checkpoint.loading import load
@@ -114,6 +119,23 @@ def test_other_architectures_trace_too(architecture: str, tmp_path: Path):
     agree(in_torch(tmp_path / "out"), source)
 
 
+@pytest.mark.parametrize("kind", ["exported-program", "onnx"])
+def test_the_code_on_the_card_runs(kind: str, tmp_path: Path):
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime", reason="tensorllm[onnx]")
+    source, out = saved(tmp_path / "source", vocab_size=300), tmp_path / "out"
+    words = {f"w{n}": n for n in range(120)}
+    fast = Tokenizer(WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="w0").save_pretrained(source)
+    export_graph(source, out, kind)
+    text = (out / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace('"this folder', f'"{out}') + "\nprint(tuple(logits.shape))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["(1,", "1,", "300)"]  # one unknown word
+
+
 def test_the_folder_is_whole_and_runs_without_our_package(tmp_path: Path):
     source, out = saved(tmp_path / "source"), tmp_path / "out"
     (source / "tokenizer.json").write_text("{}")
@@ -122,7 +144,15 @@ def test_the_folder_is_whole_and_runs_without_our_package(tmp_path: Path):
     done = run(ExportRequest(folder=source, out=out, format="exported-program", overwrite=True))
     assert done.to_json()["format"] == "exported-program"
     assert done.to_json()["bytes"] == (out / "model.pt2").stat().st_size
-    assert {p.name for p in out.iterdir()} >= {"model.pt2", "config.json", "tokenizer.json"}
+    beside = {"config.json", "tokenizer.json", "report.json", "details.json", "README.md"}
+    assert {p.name for p in out.iterdir()} >= {"model.pt2"} | beside
+    report = json.loads((out / "report.json").read_text())
+    assert report["format"] == "exported-program"
+    assert report["totals"]["bytes_after"] == done.to_json()["bytes"]
+    assert report["sites"] == json.loads((source / "report.json").read_text())["sites"]
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "pytorch"
+    assert "tensorllm export FACTORED FOLDER --format exported-program" in card.text
     assert not (out / "old").exists()
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config

@@ -56,6 +56,7 @@ PARSED: dict[Any, tuple[list[str], Any]] = {
     options.shares: (["0.5,0.9"], (0.5, 0.9)),
     options.values: (["8,0.5,in+out"], (8, 0.5, "in+out")),
     options.seconds: (["2m"], 120.0),
+    options.size: (["2KiB"], 2048),
     options.assignments: (["a=1", "b=[x, y]"], {"a": 1, "b": ["x", "y"]}),
     options.named_values: (["rank=4,8"], {"rank": (4, 8)}),
 }

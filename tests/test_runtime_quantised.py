@@ -159,6 +159,16 @@ def test_the_command_and_what_it_refuses(folder: Path, tmp_path: Path):
     run = CliRunner().invoke(app, arguments, catch_exceptions=False)
     values = json.loads(run.stdout)
     assert {site["site"] for site in values["sites"]} >= {"layers.0.qkvo", "layers.1.out"}
+    card = (tmp_path / "small" / "README.md").read_text()
+    report, before = (
+        json.loads((made / "report.json").read_text()) for made in (tmp_path / "small", folder)
+    )
+    size = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
+    assert report["totals"]["bytes_after"] == size < before["totals"]["bytes_after"]
+    for site, old in zip(report["sites"], before["sites"], strict=True):
+        assert site["kind"] == f"int8-{old['kind']}"
+        assert old["relative_error"] <= site["relative_error"] < old["relative_error"] + 0.01
+        assert site["kind"] in card
     with pytest.raises(UserError, match="already"):
         quantise_folder(tmp_path / "small", tmp_path / "twice", "int4")
     with pytest.raises(UserError, match="int3"):

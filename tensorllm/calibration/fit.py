@@ -28,7 +28,8 @@ from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
-from tensorllm.tensors.factors import FACTORS, Factors
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.quantised import kind_named
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class Fitted:
         tensors = self.store.load(f"factors-{site.layers[0]}", prefix)
         named = {name.removeprefix(prefix): t for name, t in tensors.items()}
         kind = next(iter(named)).partition("/")[0]
-        return FACTORS[kind].from_tensors({n.partition("/")[2]: t for n, t in named.items()})
+        return kind_named(kind).from_tensors({n.partition("/")[2]: t for n, t in named.items()})
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Norms and biases that were fitted with a layer, by their names below it."""

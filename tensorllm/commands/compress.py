@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from tensorllm.calibration.fit import fit_sizes
 from tensorllm.calibration.overlap import refuse_evaluated
@@ -13,10 +13,12 @@ from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
-from tensorllm.compression.engine import compress, compress_folder, help_to_fit
+from tensorllm.compression.engine import compress, compress_folder
+from tensorllm.compression.formats import COMPRESSED, Format
 from tensorllm.compression.plan import plan_jobs
+from tensorllm.compression.prepare import help_to_fit
 from tensorllm.compression.report import CompressionReport
-from tensorllm.compression.task import FORMATS, FolderTask
+from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
@@ -109,7 +111,8 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
     """
     check_name(recipe.model)
     budget = budget_of(recipe.mode, recipe.settings)
-    format = one_of("--format", request.format or "dense", FORMATS)
+    usual = "factored" if "target_bytes" in recipe.settings else "dense"
+    format = cast(Format, one_of("--format", request.format or usual, COMPRESSED))
     dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
@@ -129,7 +132,7 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
         budget=budget,
         calibration=_text(request, source, dtype, dataset),
         stream=request.stream,
-        format="factored" if format == "factored" else "dense",
+        format=format,
         device=device_of(request.device or "auto"),
         dtype=dtype,
         overwrite=request.overwrite,

@@ -50,10 +50,16 @@ def sized(
     sizes = share_out([[[job]] for job in jobs], curves, numbers).sizes
     chosen = {site: size for site, size in sizes.items() if any(size)}
     mode, _ = settings_of(compressor)
+    stored = stored_in(curves, sizes)
+    in_bytes = budget.target_bytes is not None
     chosen_by = {
         "mode": mode,
         **budget.settings,
-        "ratio": round(before / stored_in(curves, sizes), 4),
+        **(
+            {"bytes": stored + (budget.other_bytes or 0)}
+            if in_bytes
+            else {"ratio": round(before / stored, 4)}
+        ),
         "unchanged": [site.name for site in sizes if site not in chosen],
     }
     leaves = {job.site: job.compressor for job in jobs}
@@ -62,7 +68,7 @@ def sized(
 
 
 def stored_in(curves: Mapping[Site, ErrorCurve], sizes: Mapping[Site, Size]) -> int:
-    """Numbers that all sites store at these sizes."""
+    """Numbers, or bytes, that all sites store at these sizes."""
     return sum(
         int(curves[site].cost_N[curves[site].sizes_NC.tolist().index(list(size))])
         for site, size in sizes.items()

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from tensorllm.compression.card_text import body
+from tensorllm.compression.formats import FORMATS
 from tensorllm.evaluation.results import BeforeAfter, of_scores
 from tensorllm.io import write_text
 from tensorllm.recipes import short_names
@@ -112,7 +113,7 @@ def _metadata(
     tags = [*kept.pop("tags", []), "tensorllm", "compression", "low-rank", report["mode"], *kinds]
     values = {
         **kept,
-        "library_name": "transformers" if report["format"] == "dense" else "tensorllm",
+        "library_name": FORMATS[report["format"]].library,
         "pipeline_tag": task,
         "tags": list(dict.fromkeys(tags)),
     }

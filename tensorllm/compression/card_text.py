@@ -7,6 +7,7 @@ import yaml
 
 from tensorllm.compression.citations import bibtex
 from tensorllm.compression.descriptions import done_in_words
+from tensorllm.compression.formats import FORMATS
 from tensorllm.compression.report import RATIO_NAMES
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.evaluation.results import BeforeAfter
@@ -46,25 +47,10 @@ def _what(report: Mapping[str, Any], base: str | None) -> str:
 
 
 def _loading(format: str, task: str | None) -> str:
-    auto = AUTO.get(task or "", "AutoModelForCausalLM")
-    first = "import tensorllm  # teaches transformers this format\n" if format == "factored" else ""
-    how = (
-        "The compressed matrices are stored as their factors, and run as such:"
-        if format == "factored"
-        else "An ordinary checkpoint; every tool that reads the original reads it:"
-    )
-    also = (
-        "\n\n`tensorllm export THIS_FOLDER DENSE` writes an ordinary checkpoint."
-        if format == "factored"
-        else ""
-    )
-    return (
-        f"## Load it\n\n{how}\n\n```python\n{first}"
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("this folder or repository")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this folder or repository")\n```'
-        f"{also}"
-    )
+    written = FORMATS[format]
+    code = written.code.replace("{auto}", AUTO.get(task or "", "AutoModelForCausalLM"))
+    also = f"\n\n{written.also}" if written.also else ""
+    return f"## Load it\n\n{written.how}\n\n```python\n{code}\n```{also}"
 
 
 def _sites(sites: Sequence[Mapping[str, Any]]) -> str:
@@ -133,10 +119,14 @@ def _again(report: Mapping[str, Any]) -> str:
     data = f" --calibration FILE {draw}" if fitted else ""
     facts = f"\n\n{_fitted_to(fitted)}" if fitted else ""
     version = report["environment"].get("versions", {}).get("tensorllm", "")
+    format, out, then = report["format"], "FOLDER", ""
+    if not FORMATS[format].by_compress:
+        then = f"\ntensorllm export FACTORED FOLDER --format {format}"
+        format, out = "factored", "FACTORED"
     return (
         f"## Make it again\n\nWith tensorllm {version}, this in `recipe.yaml`:\n\n"
         f"```yaml\n{text}```\n\n```\ntensorllm compress --config recipe.yaml{revision}{data} "
-        f"--format {report['format']} --out FOLDER\n```{facts}"
+        f"--format {format} --out {out}{then}\n```{facts}"
     )
 
 

@@ -1,12 +1,14 @@
 """What a compression would do and cost, before any weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 from tensorllm.compression.cost import decomposition_seconds, gemm_speed
-from tensorllm.compression.engine import check_fit, prepared
+from tensorllm.compression.narrow import foreseen
 from tensorllm.compression.plan import plan
+from tensorllm.compression.prepare import check_fit, prepared
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint, units
 from tensorllm.compressors import Compressor, Job
@@ -63,6 +65,7 @@ def dry_run(task: FolderTask) -> DryRun:
     """
     checkpoint, roles = open_checkpoint(task.source)
     compressor, stored = task.compressor, None
+    cut = foreseen(task, roles) if task.format == "narrow" else None
     if task.calibration is not None:
         assert isinstance(compressor, Compressor), "a fit is made by the task"
         jobs = placed(compressor, roles, task.layers).jobs
@@ -77,6 +80,8 @@ def dry_run(task: FolderTask) -> DryRun:
     width = task.dtype.itemsize if task.dtype is not None else checkpoint.bytes / before
     rest = before - sum(site.parameters_before for site in sites)
     after = None if stored is None else rest + stored
+    if task.format == "narrow":  # what is low-rank beside narrower FFNs is written dense
+        after = None if cut is None else before - cut.removed(checkpoint.weights)
     written = before if task.format == "dense" else after
     largest = max(prod(site.shape) for site in sites)
     work = units(checkpoint, roles, [job.site for job in jobs])
@@ -88,10 +93,40 @@ def dry_run(task: FolderTask) -> DryRun:
         parameters_before=before,
         parameters_after=after,
         bytes_before=checkpoint.bytes,
-        bytes_after=None if written is None else round(width * written),
+        bytes_after=_bytes_after(task, jobs, roles, width, rest, written),
         seconds=None if task.calibration is not None else seconds,
         peak_bytes=BASE_BYTES + task.shard_bytes + 2 * heaviest + WORKING_COPIES * 4 * largest,
     )
+
+
+def _bytes_after(
+    task: FolderTask,
+    jobs: Sequence[Job],
+    roles: RoleMatrices,
+    width: float,
+    rest: int,
+    written: int | None,
+) -> int | None:
+    """Of the weight files.
+
+    Args:
+        width: bytes of a number that is not rounded.
+        rest: numbers that no job touches.
+        written: numbers in all; None: not known.
+    """
+    own = task.compressor.budget if isinstance(task.compressor, Compressor) else None
+    target = task.budget or own
+    if target is not None and target.target_bytes is not None:
+        return target.target_bytes  # or a little less
+    if task.format == "factored":
+        shapes = [job.site.shape(roles.spec.geometry(job.site.layers[0])) for job in jobs]
+        sizes = [
+            job.compressor.stored_bytes(shape, round(width))
+            for job, shape in zip(jobs, shapes, strict=True)
+        ]
+        if None not in sizes:  # else a fit's target says how many numbers there will be
+            return round(width * rest) + sum(n or 0 for n in sizes)
+    return None if written is None else round(width * written)
 
 
 def _planned(job: Job, roles: RoleMatrices) -> PlannedSite:

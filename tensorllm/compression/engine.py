@@ -4,36 +4,34 @@
 that the model is never whole in memory. Both plan alike (`compression.plan`).
 """
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tensorllm.calibration.fit import Fitted, fit, fit_folder, store_for
+from tensorllm.calibration.fit import Fitted, fit
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.checkpoint.whole import load_whole
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.budget import sized
 from tensorllm.compression.jobs import CompressedSite, run_job
+from tensorllm.compression.narrow import Narrowing, chosen, foreseen
 from tensorllm.compression.plan import Plan, plan
+from tensorllm.compression.prepare import fit_folder_of, prepared
 from tensorllm.compression.publish import publish
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters
+from tensorllm.compression.room import Stored, with_room
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import Unit, open_checkpoint, run_unit, units
-from tensorllm.compressors import Compressor, Job, LayerFit
+from tensorllm.compressors import Compressor
 from tensorllm.compressors.budget import Budget
 from tensorllm.environment import environment, versions
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.models.task import context_length
 from tensorllm.progress import Progress, quiet
 from tensorllm.weights import restored, write_dense
 
@@ -75,13 +73,18 @@ def compress(
     """
     _refuse_compressed(model)
     started = time.perf_counter()
+    weights = parameters_of(model)
+    config: Any = model.config
+    roles = RoleMatrices(config, weights)
+    target = budget or (None if isinstance(strategy, Fitted) else strategy.budget)
+    if target is not None and target.target_bytes is not None:
+        assert isinstance(strategy, Compressor), "a fit has met its target"
+        held = {n: Stored(tuple(w.shape), w.element_size()) for n, w in weights.items()}
+        strategy, budget = with_room(strategy, target, roles, held, layers)
     if calibration is not None:
         if isinstance(strategy, Fitted):
             raise UserError("this strategy is fitted already; give no calibration text")
         strategy = fit(strategy, model, calibration, layers, budget=budget, progress=progress)
-    weights = parameters_of(model)
-    config: Any = model.config
-    roles = RoleMatrices(config, weights)
     parameters = sum(p.numel() for p in model.parameters())
     if budget is not None and not isinstance(strategy, Fitted):
         strategy = sized(
@@ -156,8 +159,11 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
     started = time.perf_counter()
     check_target(task.folder, overwrite=task.overwrite, source=task.source)
     checkpoint, roles = open_checkpoint(task.source)
-    with exclusive(task.folder), _fit_folder(task) as work:
+    if task.format == "narrow":
+        foreseen(task, roles)  # refused now, not after the fit
+    with exclusive(task.folder), fit_folder_of(task) as work:
         planned = plan(prepared(task, work, progress), roles, task.layers)
+        cut = chosen(task, planned, checkpoint, roles) if task.format == "narrow" else None
         todo = units(checkpoint, roles, planned.sites)
         writer = ShardWriter(
             task.folder,
@@ -167,141 +173,13 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
             overwrite=task.overwrite,
         )
         try:
-            _run_units(todo, planned, task, checkpoint, roles, writer, progress)
-            return publish(task, planned, checkpoint, roles, writer, started)
+            _run_units(todo, planned, task, checkpoint, roles, writer, progress, cut)
+            return publish(task, planned, checkpoint, roles, writer, started, cut)
         except UserError:  # wrong weights, met on the way: nothing to go on with
             writer.discard()
             raise
         finally:
             writer.rest()  # before another run may write here
-
-
-def prepared(
-    task: FolderTask, work: Path | None = None, progress: Progress = quiet
-) -> Compressor | Fitted:
-    """The task's strategy with its sizes and, where it needs a text, its factors.
-
-    Args:
-        work: a folder that an interrupted fit goes on from; None: in memory.
-    """
-    if isinstance(task.compressor, Fitted):
-        return task.compressor
-    if task.calibration is not None:
-        return _fitted(task, task.compressor, task.calibration, work, progress)
-    if task.budget is None:
-        return task.compressor
-    checkpoint, roles = open_checkpoint(task.source)
-    device = torch.device(task.device)
-
-    def read(names: Any) -> Any:
-        return {name: w.to(device) for name, w in checkpoint.read(names).items()}
-
-    return sized(
-        task.compressor,
-        roles,
-        read,
-        checkpoint.parameters,
-        task.budget,
-        task.layers,
-        progress=progress,
-    )
-
-
-def _fitted(
-    task: FolderTask,
-    strategy: Compressor,
-    text: Calibration,
-    work: Path | None,
-    progress: Progress,
-) -> Fitted:
-    if task.stream:
-        assert work is not None, "a streamed fit keeps its states on disk"
-        return fit_folder(
-            strategy,
-            task.source,
-            text,
-            task.layers,
-            work=work,
-            budget=task.budget,
-            dtype=task.dtype,
-            device=task.device,
-            progress=progress,
-        )
-    config = Checkpoint(task.source).config
-    model = load_whole(task.source, config, task.dtype, language=False).to(task.device)
-    store = None
-    if work is not None:
-        dtype = next(model.parameters()).dtype
-        store = store_for(work, strategy, task.source, text, task.layers, dtype, task.budget)
-    return fit(
-        strategy,
-        model,
-        text,
-        task.layers,
-        budget=task.budget,
-        store=store,
-        progress=progress,
-    )
-
-
-def help_to_fit(task: FolderTask) -> None:
-    """Take part in a fit by several processes, of which another one writes the result.
-
-    Raises:
-        UserError, Incomplete: as `compress_folder`.
-    """
-    assert task.calibration is not None
-    assert isinstance(task.compressor, Compressor)
-    _fitted(task, task.compressor, task.calibration, _work(task), quiet)
-
-
-def _work(task: FolderTask) -> Path:
-    return task.folder.parent / f".{task.folder.name}.fit"
-
-
-@contextmanager
-def _work_folder(task: FolderTask) -> Iterator[Path]:
-    """The folder of an interrupted fit, beside the target; gone when the target is there."""
-    work = _work(task)
-    before = work.exists()  # an interrupted fit's, or somebody else's folder
-    try:
-        yield work
-    except UserError:  # refused: the same command will not go on
-        if not before:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _fit_folder(task: FolderTask) -> Any:
-    return _work_folder(task) if task.calibration is not None else nullcontext()
-
-
-def check_fit(
-    task: FolderTask, jobs: Sequence[Job], checkpoint: Checkpoint, roles: RoleMatrices
-) -> int | None:
-    """Refuse a text or a target that does not fit the model, before anything is measured.
-
-    Returns:
-        Numbers that the factors may store in all, where a target says so.
-    """
-    assert task.calibration is not None, "asked for a fit"
-    geometry = roles.spec.geometry
-    matrices = [matrix for job in jobs for matrix in job.site.matrices]
-    config = checkpoint.config.get_text_config()
-    widest = max(geometry(layer).inputs(role) for layer, role in matrices)
-    task.calibration.check(config.vocab_size, widest, context_length(config))
-    strategy = task.compressor
-    assert isinstance(strategy, Compressor), "asked for a fit"
-    target = task.budget or strategy.budget
-    if target is None or target.max_loss_increase is not None:
-        return None
-    before = sum(geometry(n).numel(role) for n, role in matrices)
-    layers = sorted({layer for layer, _ in matrices})
-    least = None
-    if isinstance(strategy, LayerFit):
-        least = strategy.least_parameters(roles.spec, layers)
-    return target.numbers(before, checkpoint.parameters, least)
 
 
 def _run_units(
@@ -312,6 +190,7 @@ def _run_units(
     roles: RoleMatrices,
     writer: ShardWriter,
     progress: Progress,
+    cut: Narrowing | None,
 ) -> None:
     """Every unit that an earlier, interrupted run has not finished."""
     total = sum(_bytes(checkpoint, unit) for unit in todo)
@@ -319,7 +198,10 @@ def _run_units(
     for unit in todo:
         progress(done, total, unit.name)
         if unit.name not in finished:
-            writer.add(unit.name, *run_unit(unit, planned, task, checkpoint, roles))
+            tensors, note = run_unit(unit, planned, task, checkpoint, roles)
+            if cut is not None:
+                tensors = {name: cut(name, tensor) for name, tensor in tensors.items()}
+            writer.add(unit.name, tensors, note)
         done += _bytes(checkpoint, unit)
     progress(total, total, "finishing")
 

@@ -4,7 +4,7 @@ Both go tensor by tensor, so that the model is never whole in memory.
 """
 
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import STEM, dense_tensors, mark_config, store_site
 from tensorllm.checkpoint.manifest import (
-    MANIFEST,
     Manifest,
     StoredSite,
     check_files,
@@ -23,7 +21,12 @@ from tensorllm.checkpoint.manifest import (
 )
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.card import CARD, REPORT, card
+from tensorllm.compression.beside import (
+    complete,
+    dense_config,
+    exported_manifest,
+    exported_report,
+)
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
@@ -69,48 +72,14 @@ def export(
         writer.name_files()
         files = writer.files
         size = sum(facts["bytes"] for facts in files.values())
-        for path in small_files(source):
-            if path.name not in (MANIFEST, REPORT):
-                writer.copy(path, path.relative_to(source))
-        config = dense_config(source, dtype)
-        writer.write_json("config.json", config)
-        dense = replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
-        writer.write_json(MANIFEST, dense.to_json())
-        if (source / REPORT).is_file():
-            _write_report(writer, source, config, size, dtype)
-        writer.finish()
+        complete(
+            writer,
+            source,
+            config=dense_config(source, dtype),
+            manifest=exported_manifest(manifest, files),
+            report=exported_report(source, "dense", size, dtype),
+        )
     return size
-
-
-def dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The config.json of a factored folder's model, without what says that it is factored."""
-    config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    for name in ("quantization_config", "transformers_weights"):
-        config.pop(name, None)
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    return config
-
-
-def _write_report(
-    writer: ShardWriter,
-    source: Path,
-    config: Mapping[str, Any],
-    size: int,
-    dtype: torch.dtype | None,
-) -> None:
-    """The factored folder's report and card, as they are true of the dense one."""
-    report = json.loads((source / REPORT).read_text())
-    report["format"] = "dense"
-    report["totals"]["bytes_after"] = size
-    if before := report["totals"]["bytes_before"]:
-        report["ratios"]["bytes_on_disk"] = before / size
-    if dtype is not None:
-        report["dtype"] = str(dtype).removeprefix("torch.")
-    writer.write_json(REPORT, report)
-    old = source / CARD
-    previous = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
-    writer.write_text(CARD, card(report, config=config, previous=previous))
 
 
 def _dense_count(source: Path, manifest: Manifest) -> int:
@@ -164,18 +133,18 @@ def quantise_folder(
         finally:
             writer.rest()
         weights = writer.name_files()
-        for path in small_files(source):
-            if path.name not in (MANIFEST, REPORT, "config.json"):
-                writer.copy(path, path.relative_to(source))
         config = json.loads((source / "config.json").read_text())
-        writer.write_json("config.json", mark_config(config, weights))
         about = {**manifest.source, "quantised": how}
         made = replace(manifest, sites=sites, files=writer.files, source=about)
-        writer.write_json(MANIFEST, made.to_json())
-        if (source / CARD).is_file():
-            text = (source / CARD).read_text(encoding="utf-8")
-            writer.write_text(CARD, f"{text}\nThe factors are held as {how}.\n")
-        writer.finish()
+        size = sum(facts["bytes"] for facts in writer.files.values())
+        report = exported_report(source, "factored", size, None)
+        complete(
+            writer,
+            source,
+            config=mark_config(config, weights),
+            manifest=made,
+            report=_quantised_report(report, made, found) if report else None,
+        )
     return found
 
 
@@ -201,6 +170,22 @@ def _write_weights(
         if name not in special:
             writer.add(name, stored.read([name]))
     return sites, found
+
+
+def _quantised_report(
+    report: dict[str, Any], manifest: Manifest, found: list[QuantisedSite]
+) -> dict[str, Any]:
+    """A report that says in what the factors are held; rounding errs apart from what is lost."""
+    kinds = {site.name: site.kind for site in manifest.sites}
+    rounding = {site.site: site.relative_error for site in found}
+
+    def held(site: dict[str, Any]) -> dict[str, Any]:
+        lost, name = site["relative_error"], site["name"]
+        left = max(0.0, 1 - lost**2) ** 0.5  # the factors' share of the norm
+        error = math.hypot(lost, left * rounding[name])
+        return {**site, "kind": kinds[name], "relative_error": error}
+
+    return {**report, "sites": [held(site) for site in report["sites"]]}
 
 
 def _narrowed(name: str, factors: Factors, narrow: Factors) -> QuantisedSite:

@@ -19,12 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.loading import load
-from tensorllm.checkpoint.manifest import MANIFEST
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.card import REPORT
-from tensorllm.compression.export import dense_config
+from tensorllm.compression.beside import complete, dense_config, exported_report
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.io import no_space
 from tensorllm.progress import Progress, quiet
@@ -142,11 +139,13 @@ def export_graph(
             size = sum(path.stat().st_size for path in files)
             progress(3, 4, "compare logits")
             _compare(form, kind, model, writer.folder)
-            for path in small_files(source):
-                if path.name not in (MANIFEST, REPORT, "config.json"):
-                    writer.copy(path, path.relative_to(source))
-            writer.write_json("config.json", dense_config(source, written))
-            writer.finish()
+            complete(
+                writer,
+                source,
+                config=dense_config(source, written),
+                manifest=None,
+                report=exported_report(source, kind, size, written),
+            )
         except BaseException:  # a graph is made whole: no later run goes on from its half
             writer.discard()
             raise

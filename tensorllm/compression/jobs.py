@@ -51,7 +51,8 @@ def run_job(
         torch.cuda.synchronize(w.device)
     seconds = time.perf_counter() - started
     norms = norms_of_heads(site, w, w_ID, factors, geometry)
-    choice = choose(site, factors, geometry, "auto")
+    plain = factors.plain()
+    choice = choose(site, plain, geometry, "auto")
     report = SiteReport(
         name=site.name,
         layers=site.layers,
@@ -59,9 +60,9 @@ def run_job(
         stacking=site.stacking,
         shape=tuple(w.shape),
         kind=factors.kind,
-        ranks=factors.ranks,
+        ranks=plain.ranks,
         parameters_before=w.numel(),
-        parameters_after=parameters(factors),
+        parameters_after=parameters(plain),
         relative_error=error_of_site(w, factors, norms),
         seconds=seconds,
         auto=f"{'factored' if choice.factored else 'dense'}: {choice.why}",

@@ -1,11 +1,11 @@
 """A checkpoint without the FFN channels that nothing reads: an ordinary one, only narrower.
 
 A channel is dead where its row of `out` is zero: what `modegpt` drops, for one. Every tool that
-reads the architecture runs the result, faster by as much as it is smaller.
+reads the architecture runs the result, faster by as much as it is smaller. `narrow` makes one of a
+folder; `compress --format narrow` cuts what it writes by the same `Narrowing`.
 Shapes: F FFN width, R width that is left, I rows of a stored parameter, C its columns.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,17 +16,24 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from tensorllm.checkpoint.beside import small_files
+from tensorllm.calibration.fit import Fitted
 from tensorllm.checkpoint.factored import dense_tensors
-from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.checkpoint.manifest import check_files, read_manifest
+from tensorllm.checkpoint.reader import Checkpoint, Entry
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.card import REPORT
+from tensorllm.compression.beside import complete, dense_config, exported_manifest, exported_report
+from tensorllm.compression.jobs import CompressedSite
+from tensorllm.compression.plan import Plan
+from tensorllm.compression.task import FolderTask
+from tensorllm.compressors.placing import placed
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
+from tensorllm.models.spec import Stored
 from tensorllm.models.task import saved_class
 from tensorllm.progress import Progress, quiet
+from tensorllm.tensors.factors import cast
 from tensorllm.tensors.stacking import FFN
+from tensorllm.weights import dense_matrices, stacked, touched
 
 MULTIPLE = 8  # widths that kernels like
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -61,40 +68,183 @@ def narrow(
             narrower.
     """
     check_target(target, overwrite=overwrite, source=source)
-    tensors, names, given = _opened(source)
+    tensors, names = _opened(source)
+    given = dense_config(source, dtype)
     roles = RoleMatrices(AutoConfig.for_model(**given), names)
-    live = _live_channels(tensors, roles)
-    width, made = _narrow_config(source, given, roles, live)
-    chosen = {layer: _of_width(alive_F, width) for layer, alive_F in live.items()}
-    fingerprint = {"export": "narrow", "names": sorted(names), "dtype": str(dtype), "width": width}
+    cut = narrowing(given, roles, _live_channels(tensors, roles))
+    fingerprint = {
+        "export": "narrow",
+        "names": sorted(names),
+        "dtype": str(dtype),
+        "width": cut.after,
+    }
     with exclusive(target):
         writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
-        cut = _Cutter(roles, chosen)
+        removed = 0
         for done, (name, tensor) in enumerate(tensors()):
             progress(done, len(names), name)
             part = cut(name, tensor)
+            removed += tensor.numel() - part.numel()
             writer.add(name, {name: part.to(dtype) if dtype and part.is_floating_point() else part})
         writer.name_files()
         size = sum(facts["bytes"] for facts in writer.files.values())
-        for path in small_files(source):
-            if path.name not in (MANIFEST, REPORT, "config.json"):
-                writer.copy(path, path.relative_to(source))
-        if dtype is not None:
-            made["dtype"] = str(dtype).removeprefix("torch.")
-        writer.write_json("config.json", made)
-        writer.finish()
-    return Narrow(len(next(iter(live.values()))), width, size)
+        manifest, before = read_manifest(source), exported_report(source, "narrow", size, dtype)
+        complete(
+            writer,
+            source,
+            config=cut.config,
+            manifest=exported_manifest(manifest, writer.files) if manifest else None,
+            report=cut.reported(before, removed) if before else None,
+        )
+    return Narrow(cut.before, cut.after, size)
 
 
-def _opened(source: Path) -> tuple[Tensors, set[str], dict[str, Any]]:
-    """The dense tensors one by one, their names, and the config of the dense model."""
+@dataclass(frozen=True, eq=False)
+class Narrowing:
+    """Takes dead channels out of the parameters that hold FFN roles, and out of their biases.
+
+    Attributes:
+        before, after: the width of all FFNs.
+        config: of the narrower model.
+        chosen: of each layer, the channels that stay (R), ascending.
+        weights, biases: parameters that are cut, by name: whose they are, and how they are stored.
+    """
+
+    before: int
+    after: int
+    config: Mapping[str, Any]
+    chosen: Mapping[int, Tensor]
+    weights: Mapping[str, tuple[int, Stored]]
+    biases: Mapping[str, tuple[int, Stored]]
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self.biases:
+            layer, stored = self.biases[name]
+            return self._rows(tensor, layer, len(stored.roles))
+        if name not in self.weights:
+            return tensor
+        layer, stored = self.weights[name]
+        w_IC = tensor.mT if stored.transposed else tensor
+        cut = self._rows(w_IC, layer, len(stored.roles))
+        return (cut.mT if stored.transposed else cut).contiguous()
+
+    def _rows(self, w_I: Tensor, layer: int, parts: int) -> Tensor:
+        return torch.cat([part[self.chosen[layer]] for part in w_I.chunk(parts)])
+
+    def removed(self, entries: Mapping[str, Entry]) -> int:
+        """Numbers that go from the parameters of a checkpoint."""
+        cut = [e for name, e in entries.items() if name in self.weights or name in self.biases]
+        return sum(entry.numel // self.before * (self.before - self.after) for entry in cut)
+
+    def reported(self, report: Mapping[str, Any], removed: int) -> dict[str, Any]:
+        """A report of a folder as it is true of the narrower one."""
+        before = report["totals"]["parameters_before"]
+        return {
+            **report,
+            "ffn_width": {"before": self.before, "after": self.after},
+            "totals": {**report["totals"], "parameters_after": before - removed},
+            "ratios": {**report["ratios"], "whole_model": before / (before - removed)},
+        }
+
+
+def narrowing(
+    given: Mapping[str, Any], roles: RoleMatrices, live: Mapping[int, Tensor]
+) -> Narrowing:
+    """How a model becomes as narrow as its widest FFN needs to be.
+
+    Args:
+        given: its config.
+        live: of each layer with an FFN, which channels are read, (F,) bool.
+
+    Raises:
+        UserError: nothing can go, or the model's class cannot be narrower.
+    """
+    full = _full_width(roles)
+    counts = {layer: int(alive_F.sum()) for layer, alive_F in live.items()}
+    width = _common_width(counts, full)
+    config = _narrow_config(given, roles, full, width)
+    chosen = {layer: _of_width(alive_F, width) for layer, alive_F in live.items()}
+    weights = {
+        roles.name(layer, stored.roles[0]): (layer, stored)
+        for layer in chosen
+        for stored in roles.stored_in(layer)
+        if set(stored.roles) <= set(FFN)
+    }
+    biases = {
+        name.removesuffix("weight") + "bias": found
+        for name, found in weights.items()
+        if "out" not in found[1].roles
+    }
+    return Narrowing(full, width, config, chosen, weights, biases)
+
+
+def foreseen(task: FolderTask, roles: RoleMatrices) -> Narrowing | None:
+    """How narrow a compression will write a model, before anything is fitted.
+
+    Returns:
+        Which channels stay is not meant, only how many; None: the fit will tell.
+
+    Raises:
+        UserError: as `narrowing`, as far as the settings tell.
+    """
+    strategy = task.compressor
+    full, given = _full_width(roles), dense_config(task.source, task.dtype)
+    if isinstance(strategy, Fitted):
+        return None
+    kept: dict[int, int | None] = dict.fromkeys(_with_ffn(roles), full)
+    for job in placed(strategy, roles, task.layers).jobs:
+        for layer in job.site.layers:
+            if kept.get(layer) == full:
+                kept[layer] = job.compressor.ffn_channels(roles.spec.geometry(layer))
+    known = {layer: count for layer, count in kept.items() if count is not None}
+    counts = known or dict.fromkeys(kept, max(1, full - MULTIPLE))  # of which one is tried
+    live = {layer: torch.arange(full) < count for layer, count in counts.items()}
+    found = narrowing(given, roles, live)
+    return found if len(known) == len(kept) else None
+
+
+def chosen(task: FolderTask, plan: Plan, checkpoint: Checkpoint, roles: RoleMatrices) -> Narrowing:
+    """The narrowing of what a compression is going to write.
+
+    Raises:
+        UserError: as `narrowing`.
+    """
+    live = _planned_channels(plan, task.done, checkpoint, roles, task.dtype)
+    return narrowing(dense_config(task.source, task.dtype), roles, live)
+
+
+def _with_ffn(roles: RoleMatrices) -> list[int]:
+    return [n for n in range(roles.layers) if "out" in roles.spec.geometry(n).roles]
+
+
+def _full_width(roles: RoleMatrices) -> int:
+    widths = {roles.spec.geometry(n).shape("out")[0] for n in _with_ffn(roles)}
+    if not widths:
+        raise UserError("--format narrow: no layer has an FFN that could be narrower")
+    if len(widths) > 1:
+        raise UserError("--format narrow: the layers' FFNs have different widths already")
+    return widths.pop()
+
+
+def _common_width(counts: Mapping[int, int], full: int) -> int:
+    """The width that all layers get; channels that each layer reads."""
+    widest = max(counts, key=lambda layer: counts[layer])
+    width = -(-counts[widest] // MULTIPLE) * MULTIPLE
+    if width >= full:
+        raise UserError(
+            f"--format narrow: layer {widest} reads {counts[widest]} of its {full} FFN channels, "
+            "so nothing can go, as all layers have one width; drop some of every layer first: "
+            "--mode modegpt"
+        )
+    return width
+
+
+def _opened(source: Path) -> tuple[Tensors, set[str]]:
+    """The dense tensors one by one, and their names."""
     manifest = read_manifest(source)
     if manifest is not None and manifest.format == "factored":
         check_files(source, manifest, verify=True)
-        given = json.loads((source / "config.json").read_text())
-        for name in ("quantization_config", "transformers_weights"):
-            given.pop(name, None)
-        return lambda: dense_tensors(source), {name for name, _ in dense_tensors(source)}, given
+        return lambda: dense_tensors(source), {name for name, _ in dense_tensors(source)}
     checkpoint = Checkpoint(source)
     _ = checkpoint.config
 
@@ -102,49 +252,70 @@ def _opened(source: Path) -> tuple[Tensors, set[str], dict[str, Any]]:
         for name in checkpoint.entries:
             yield name, checkpoint.read([name])[name]
 
-    given = json.loads((source / "config.json").read_text())
-    return plain, set(checkpoint.entries), given
+    return plain, set(checkpoint.entries)
+
+
+def _planned_channels(
+    plan: Plan,
+    done: Mapping[str, CompressedSite],
+    checkpoint: Checkpoint,
+    roles: RoleMatrices,
+    dtype: torch.dtype | None,
+) -> dict[int, Tensor]:
+    """The same of what a compression is going to write.
+
+    Args:
+        done: factors that are there already, by the site's name.
+        dtype: in which factors are stored; that of the weights by default.
+    """
+    full = _full_width(roles)
+    live = {n: torch.ones(full, dtype=torch.bool) for n in _with_ffn(roles)}
+    for site in plan.sites:
+        layers = [layer for layer, role in site.matrices if role == "out"]
+        if not layers:
+            continue
+        if site.name in done:
+            factors = done[site.name].factors
+        else:
+            w = stacked(site, roles, checkpoint.read(touched(site, roles)))
+            factors = cast(plan.factors(site, w), dtype or w.dtype)
+        matrices = dict(zip(site.matrices, dense_matrices(site, factors, roles), strict=True))
+        for layer in layers:
+            live[layer] = read_channels(matrices[layer, "out"]).cpu()
+    return live
 
 
 def _live_channels(tensors: Tensors, roles: RoleMatrices) -> dict[int, Tensor]:
     """Of each layer with an FFN which channels are read, (F,) bool."""
-    layers = [n for n in range(roles.layers) if "out" in roles.spec.geometry(n).roles]
-    owners = {roles.name(n, "out"): n for n in layers}
+    owners = {roles.name(n, "out"): n for n in _with_ffn(roles)}
     live = {
-        owners[name]: roles.read({name: tensor}, owners[name], "out").ne(0).any(1)
+        owners[name]: read_channels(roles.read({name: tensor}, owners[name], "out"))
         for name, tensor in tensors()
         if name in owners
     }
-    if not live:
-        raise UserError("--format narrow: no layer has an FFN that could be narrower")
-    if len({len(alive_F) for alive_F in live.values()}) > 1:
-        raise UserError("--format narrow: the layers' FFNs have different widths already")
     return dict(sorted(live.items()))
 
 
+def read_channels(out_FD: Tensor) -> Tensor:
+    """Which channels the output matrix reads, (F,) bool."""
+    return out_FD.ne(0).any(1)
+
+
 def _narrow_config(
-    source: Path, given: Mapping[str, Any], roles: RoleMatrices, live: Mapping[int, Tensor]
-) -> tuple[int, dict[str, Any]]:
-    """The width that all layers get, and the config that says so, tried on the model's class."""
-    full = len(next(iter(live.values())))
-    widest = max(live, key=lambda layer: int(live[layer].sum()))
-    width = -(-int(live[widest].sum()) // MULTIPLE) * MULTIPLE
-    if width >= full:
-        raise UserError(
-            f"--format narrow: layer {widest} of {source} reads {int(live[widest].sum())} of its "
-            f"{full} FFN channels, so nothing can go; drop some first: --mode modegpt"
-        )
-    name = roles.name(widest, "out")
-    stored = roles.stored(widest, "out")
+    given: Mapping[str, Any], roles: RoleMatrices, full: int, width: int
+) -> dict[str, Any]:
+    """The config of a model of this width, tried on its class."""
+    layer = _with_ffn(roles)[0]
+    name, stored = roles.name(layer, "out"), roles.stored(layer, "out")
     for made in _candidates(given, full, width):
         config = AutoConfig.for_model(**made)
         with torch.device("meta"):
             shape = saved_class(config)(config).state_dict()[name].shape
         if shape[0 if stored.conv1d else 1] == width:
-            return width, made
+            return made
     raise UserError(
         f"--format narrow: the class of {given.get('model_type')} takes no other FFN width; "
-        "export it dense"
+        "write it dense"
     )
 
 
@@ -172,34 +343,3 @@ def _of_width(alive_F: Tensor, width: int) -> Tensor:
     """The channels that stay, ascending: the live ones, and dead ones up to the width."""
     order_F = torch.argsort(alive_F.to(torch.uint8), descending=True, stable=True)
     return order_F[:width].sort().values
-
-
-class _Cutter:
-    """Takes dead channels out of the parameters that hold FFN roles, and out of their biases."""
-
-    def __init__(self, roles: RoleMatrices, chosen: Mapping[int, Tensor]) -> None:
-        self.roles, self.chosen = roles, chosen
-        self.weights: dict[str, tuple[int, Any]] = {}
-        for layer in chosen:
-            for stored in roles.stored_in(layer):
-                if set(stored.roles) <= set(FFN):
-                    self.weights[roles.name(layer, stored.roles[0])] = (layer, stored)
-        self.biases = {
-            name.removesuffix("weight") + "bias": found
-            for name, found in self.weights.items()
-            if "out" not in found[1].roles
-        }
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        if name in self.biases:
-            layer, stored = self.biases[name]
-            return self._rows(tensor, layer, len(stored.roles))
-        if name not in self.weights:
-            return tensor
-        layer, stored = self.weights[name]
-        w_IC = tensor.mT if stored.transposed else tensor
-        cut = self._rows(w_IC, layer, len(stored.roles))
-        return (cut.mT if stored.transposed else cut).contiguous()
-
-    def _rows(self, w_I: Tensor, layer: int, parts: int) -> Tensor:
-        return torch.cat([part[self.chosen[layer]] for part in w_I.chunk(parts)])

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import mark_config
-from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
+from tensorllm.checkpoint.manifest import Manifest, StoredSite
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter
-from tensorllm.compression.card import CARD, REPORT, card
-from tensorllm.compression.details import DETAILS
+from tensorllm.compression.beside import complete, dense_config
+from tensorllm.compression.narrow import Narrowing
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters, site_report
 from tensorllm.compression.task import FolderTask
@@ -29,14 +28,23 @@ def publish(
     roles: RoleMatrices,
     writer: ShardWriter,
     started: float,
+    narrowing: Narrowing | None = None,
 ) -> CompressionReport:
-    """Write what goes beside the shards, and let the folder appear under its name."""
+    """Write what goes beside the shards, and let the folder appear under its name.
+
+    Args:
+        narrowing: what was cut out of the weights.
+    """
     weights, files = writer.name_files(), writer.files
     notes = [note for note in writer.finished.values() if note]
     mode, settings = plan.settings
     sites = [site_report(record) for note in notes for record in note["reports"]]
     size = sum(facts["bytes"] for facts in files.values())
-    parameters = checkpoint.parameters
+    before = checkpoint.parameters
+    if narrowing is not None:
+        after = before - narrowing.removed(checkpoint.weights)
+    else:
+        after = before - saved_parameters(sites)
     report = CompressionReport(
         model=task.name,
         revision=task.revision,
@@ -47,24 +55,28 @@ def publish(
         format=task.format,
         sites=sites,
         spec=roles.spec,
-        totals=Totals(parameters, parameters - saved_parameters(sites), checkpoint.bytes, size),
+        totals=Totals(before, after, checkpoint.bytes, size),
         seconds=time.perf_counter() - started,
         peak_resident_bytes=peak_resident_bytes(),
         environment=environment(),
         structure=roles.layout.describe(),
         passed_over=plan.passed_over,
     )
-    _copy_small_files(task, writer, weights)
+    config = dense_config(task.source, task.dtype)
+    if narrowing is not None:
+        report.ffn_width = (narrowing.before, narrowing.after)
+        config = dict(narrowing.config)
+    if task.format == "factored":
+        config = mark_config(config, weights)
     made_from = checkpoint.identity if task.original else None
-    writer.write_json(MANIFEST, _manifest(task, plan, notes, files, made_from).to_json())
-    values = report.to_json()
-    writer.write_json(REPORT, values)
-    details = [record for note in notes for record in note["details"]]
-    writer.write_text(DETAILS, json.dumps(details) + "\n")
-    original = task.source / CARD
-    previous = original.read_text(encoding="utf-8", errors="replace") if original.exists() else ""
-    writer.write_text(CARD, card(values, config=checkpoint.config.to_dict(), previous=previous))
-    writer.finish()
+    complete(
+        writer,
+        task.source,
+        config=config,
+        manifest=_manifest(task, plan, notes, files, made_from),
+        report=report.to_json(),
+        details=json.dumps([record for note in notes for record in note["details"]]) + "\n",
+    )
     return report
 
 
@@ -77,7 +89,7 @@ def _manifest(
 ) -> Manifest:
     mode, settings = plan.settings
     return Manifest(
-        format=task.format,
+        format="factored" if task.format == "factored" else "dense",
         source={
             "model": task.name,
             "revision": task.revision,
@@ -92,21 +104,6 @@ def _manifest(
         rest={key: name for note in notes for key, name in note["rest"].items()},
         files=files,
     )
-
-
-def _copy_small_files(task: FolderTask, writer: ShardWriter, weights: str) -> None:
-    """Config, tokenizer and generation config; never code or weights."""
-    for path in small_files(task.source):
-        if path.name not in (MANIFEST, REPORT, DETAILS):
-            writer.copy(path, path.relative_to(task.source))
-    config = json.loads((task.source / "config.json").read_text())
-    if task.dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(task.dtype).removeprefix("torch.")
-    if task.format == "factored":
-        config = mark_config(config, weights)
-    if task.dtype is not None or task.format == "factored":
-        writer.write_json("config.json", config)
 
 
 def peak_resident_bytes() -> int:

@@ -78,6 +78,7 @@ class CompressionReport:
     environment: dict[str, Any] = field(default_factory=dict)
     structure: str = ""  # families of the layers and how they were found, where no row said so
     passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacks
+    ffn_width: tuple[int, int] | None = None  # before and after, where FFNs were made narrower
 
     def layer_attention(self) -> dict[int, tuple[int, int]]:
         """Attention parameters before and after of each layer with an edited attention matrix."""
@@ -123,7 +124,9 @@ class CompressionReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         out = asdict(self)
-        del out["spec"]
+        del out["spec"], out["ffn_width"]
+        if self.ffn_width is not None:
+            out["ffn_width"] = dict(zip(("before", "after"), self.ffn_width, strict=True))
         out["geometry"] = asdict(self.spec.geometry(self.sites[0].layers[0] if self.sites else 0))
         out["model_layers"] = self.spec.layers
         out["untouched_attention"] = self._untouched_attention()

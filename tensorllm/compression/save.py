@@ -9,8 +9,9 @@ import torch
 
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.engine import Compression, compress_folder, compression_of
+from tensorllm.compression.formats import Format
 from tensorllm.compression.report import CompressionReport
-from tensorllm.compression.task import FolderTask, Format
+from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
@@ -26,11 +27,12 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> CompressionReport:
-    """Save what `compress` made of a model: factors (`factored`) or ordinary weights (`dense`).
+    """Save what `compress` made of a model.
 
     Args:
         model: a transformers model, after `compress`.
         target: the folder to make.
+        format: factors, or ordinary weights: dense, or without the FFN channels that were dropped.
         tokenizer: saved beside the weights, where given.
 
     Raises:

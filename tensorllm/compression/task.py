@@ -3,19 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from tensorllm.calibration.fit import Fitted
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.writer import SHARD_BYTES
+from tensorllm.compression.formats import Format
 from tensorllm.compression.jobs import CompressedSite
 from tensorllm.compressors import Compressor
 from tensorllm.compressors.budget import Budget
-
-Format = Literal["dense", "factored"]
-FORMATS = ("dense", "factored")
+from tensorllm.compressors.wrapped import channels_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,12 @@ class FolderTask:
     def name(self) -> str:
         """What reports call the model."""
         return self.model or str(self.source)
+
+    @property
+    def strategy(self) -> Compressor:
+        """The strategy of a task that fits it."""
+        assert isinstance(self.compressor, Compressor), "asked for a fit"
+        return channels_only(self.compressor) if self.format == "narrow" else self.compressor
 
     @property
     def folder(self) -> Path:

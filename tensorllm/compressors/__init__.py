@@ -11,6 +11,7 @@ from tensorllm.compressors.hybrid import Hybrid
 from tensorllm.compressors.laser import LaserSVD
 from tensorllm.compressors.layer import MatrixStatistics, Site
 from tensorllm.compressors.per_layer import PerLayer
+from tensorllm.compressors.rounded import Rounded
 from tensorllm.compressors.svd import PlainSVD
 from tensorllm.compressors.trawl import Trawl
 from tensorllm.compressors.tucker import PerMatrixTucker3D, SharedTucker4D
@@ -36,6 +37,7 @@ __all__ = [
     "PerLayer",
     "PerMatrixTucker3D",
     "PlainSVD",
+    "Rounded",
     "SVDLLMSequential",
     "SharedTucker4D",
     "Site",

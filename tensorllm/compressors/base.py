@@ -92,6 +92,11 @@ class Compressor(ABC):
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":
         """What is decomposed together, and by whom."""
 
+    @property
+    def named(self) -> "Compressor":
+        """The strategy that reports and recipes name: itself, but of a wrapper what it wraps."""
+        return self
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse (UserError) settings that do not fit a stacked tensor of this shape."""
         del shape  # nothing to refuse by default
@@ -100,6 +105,20 @@ class Compressor(ABC):
         """Numbers that the factors will hold, or None where only the decomposition can tell."""
         del shape
         return None
+
+    def ffn_channels(self, geometry: Geometry) -> int | None:
+        """FFN channels of a layer that stay: all of F, unless a strategy drops some; None: it may
+        drop some, and only the fit can tell."""
+        return geometry.F
+
+    def stored_bytes(self, shape: tuple[int, ...], itemsize: int) -> int | None:
+        """About how many bytes the factors will take; None where only the decomposition can tell.
+
+        Args:
+            itemsize: bytes of a number that is not rounded.
+        """
+        stored = self.stored_parameters(shape)
+        return None if stored is None else stored * itemsize
 
     @property
     def gradient_of(self) -> GradientOf:
@@ -193,6 +212,25 @@ class Leaf(Compressor):
             f"{type(self).__name__} cannot be shrunk to a target size: it has no error curve"
         )
 
+    def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
+        """The factors of a stacked tensor at one size of the curve without their numbers, on the
+        meta device: what a budget in bytes counts.
+
+        Raises:
+            UserError: the strategy does not say.
+        """
+        raise _no_outline(self)
+
+    def error_of(
+        self, w: Tensor, near: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+    ) -> float:
+        """What another tensor costs in the place of `w`, in the unit of the curve: the squared
+        error of a tensor whose mean square is one, unless a strategy weights it."""
+        del statistics
+        whole = float(w.double().square().sum())
+        lost = float((w.double() - near.double()).square().sum())
+        return lost * w.numel() / whole if whole else 0.0
+
     def at_size(self, site: Site, size: Size) -> "Leaf":
         """The leaf of one size of the curve, which plans a job for this site alone."""
         raise AssertionError(f"{type(self).__name__} has no curve, so no size {size} of {site}")
@@ -277,6 +315,11 @@ class LayerFit(Compressor):
             f"{type(self).__name__} cannot be shrunk to a target size: it has no error curve"
         )
 
+    def outline(self, site: Site, geometry: Geometry, size: Size) -> Factors:
+        """As `Leaf.outline`, of a site of one layer."""
+        del site, geometry, size
+        raise _no_outline(self)
+
     def passes(self, sites: Sequence[Site]) -> int:
         """How often a fit runs the compressed layer on the text; for the time that is left."""
         del sites
@@ -286,6 +329,13 @@ class LayerFit(Compressor):
         """Numbers stored at the smallest sizes; None: only the curves can tell."""
         del spec, layers
         return None
+
+
+def _no_outline(strategy: Compressor) -> UserError:
+    return UserError(
+        f"{type(strategy).__name__} cannot meet a target in bytes: it does not say what its "
+        "factors hold (outline)"
+    )
 
 
 COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", group="tensorllm.compressors")

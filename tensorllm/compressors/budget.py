@@ -15,30 +15,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """One of three targets.
+    """One of four targets.
 
     Attributes:
         target_ratio: numbers in the strategy's matrices before over after, above 1.
         target_params: parameters of the whole model afterwards.
+        target_bytes: bytes of the weight files afterwards, factored; factors and matrices may be
+            rounded to 8 and 4 bits.
         max_loss_increase: nats per token that the loss on the calibration text may rise; the
             smallest model within it is searched for.
+        other_bytes: with target_bytes, of all that is not compressed (embeddings, norms, headers);
+            filled in by whoever knows the model.
     """
 
     target_ratio: float | None = None
     target_params: int | None = None
+    target_bytes: int | None = None
     max_loss_increase: float | None = None
+    other_bytes: int | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(
-                "give one of target_ratio (such as 1.5), target_params (of the whole model) and "
-                f"max_loss_increase (nats per token), got {' and '.join(given) or 'none'}"
+                "give one of target_ratio (such as 1.5), target_params and target_bytes (of the "
+                "whole model) and max_loss_increase (nats per token), got "
+                f"{' and '.join(given) or 'none'}"
             )
         if self.target_ratio is not None and not self.target_ratio > 1:
             raise UserError(f"target_ratio must be above 1, got {self.target_ratio}")
         if self.target_params is not None and self.target_params < 1:
             raise UserError(f"target_params must be 1 or more, got {self.target_params}")
+        if self.target_bytes is not None and self.target_bytes < 1:
+            raise UserError(f"target_bytes must be 1 or more, got {self.target_bytes}")
         if self.max_loss_increase is not None and not 0 < self.max_loss_increase < math.inf:
             raise UserError(f"max_loss_increase must be above 0, got {self.max_loss_increase}")
 
@@ -48,16 +57,29 @@ class Budget:
         return {name: x for name in TARGETS if (x := getattr(self, name)) is not None}
 
     def numbers(self, before: int, total: int, least: int | None = None) -> int:
-        """How many numbers the factors may store in all.
+        """How many numbers the factors may store in all; with `target_bytes`, how many bytes.
 
         Args:
             before: numbers in the strategy's matrices.
             total: parameters of the whole model.
-            least: numbers stored at the smallest sizes, where that is known.
+            least: numbers, or bytes, stored at the smallest sizes, where that is known.
 
         Raises:
             UserError: the target is out of reach; says the range.
         """
+        if self.target_bytes is not None:
+            if self.other_bytes is None:
+                raise UserError(
+                    "a target in bytes is for compress, which knows what else the files hold "
+                    "(tl.compress, tensorllm compress)"
+                )
+            if self.target_bytes < self.other_bytes + (least or 0):
+                raise UserError(
+                    f"target_bytes {self.target_bytes} cannot be met: the least is "
+                    f"{self.other_bytes + (least or 0)}{'' if least else ' and more'}, of which "
+                    f"{self.other_bytes} are not compressed (embeddings, norms, headers of files)"
+                )
+            return self.target_bytes - self.other_bytes
         rest = total - before
         if self.target_ratio is not None:
             numbers = math.floor(before / self.target_ratio)
@@ -76,7 +98,7 @@ class Budget:
         return self.target_params - rest
 
 
-TARGETS = ("target_ratio", "target_params", "max_loss_increase")
+TARGETS = ("target_ratio", "target_params", "target_bytes", "max_loss_increase")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from tensorllm.tensors.experts import (
     stored_numbers,
     weighted_tucker,
 )
-from tensorllm.tensors.factors import Tucker
+from tensorllm.tensors.factors import Factors, Tucker, tucker_outline
 from tensorllm.tensors.stacking import ROUTED, Geometry
 
 MODES = ("experts", "inner", "width", "matrices")
@@ -148,6 +148,10 @@ class ExpertTucker(Leaf):
         modes = [MODES.index(mode) for mode in self.modes]
         curve, sizes_NC = size_curve(w, self._roots(w, statistics), modes)
         return ErrorCurve(*curve, sizes_NC)
+
+    def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
+        cut = {mode: rank for mode, rank in enumerate(size) if 0 < rank < shape[mode]}
+        return tucker_outline(shape, cut)
 
     def at_size(self, site: Site, size: Size) -> Self:
         kinds = tuple(kind for kind in self.matrices if kind in site.families)

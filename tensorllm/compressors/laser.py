@@ -14,7 +14,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import matrix_energy
-from tensorllm.tensors.factors import Factors, LowRank
+from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
 from tensorllm.tensors.stacking import FEED_FORWARD, MATRICES, family
 from tensorllm.tensors.svd import METHODS, truncated_svd
@@ -112,6 +112,9 @@ class LaserSVD(Leaf):
         (u, v) = w.shape
         curve, sizes_NC = matrix_energy(w).curve(lambda ranks_NC: ranks_NC[:, 0] * (u + v))
         return ErrorCurve(*curve, sizes_NC)
+
+    def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
+        return low_rank_outline(shape, size[0])
 
     def at_size(self, site: Site, size: Size) -> "LaserSVD":
         return replace(self, rho=None, rank=size[0], matrices=site.roles)

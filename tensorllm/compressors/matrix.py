@@ -21,7 +21,7 @@ from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
-from tensorllm.tensors.factors import LowRank
+from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
 from tensorllm.tensors.stacking import MATRICES, ROUTED, family, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
@@ -93,18 +93,7 @@ class KeptSettings:
 
     def sites(self, spec: ModelSpec, layers: Sequence[int]) -> list[Site]:
         """Every matrix alone, of layers that have it."""
-        missing = [role for role in self.matrices or () if family(role) not in spec.roles]
-        if missing:
-            raise UserError(
-                f"matrix {missing[0]!r} does not exist in this architecture; "
-                f"it has {', '.join(spec.roles)}"
-            )
-        return [
-            Site((layer,), (role,), "matrix")
-            for layer in layers
-            for name in self.matrices or spec.roles
-            for role in spec.geometry(layer).members(name)
-        ]
+        return matrix_sites(spec, layers, self.matrices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +138,18 @@ class MatrixSVD(KeptSettings, Leaf):
         sizes = torch.cat((ranks[smaller], ranks.new_zeros(1)))
         return ErrorCurve(cost_N, error_N, sizes[:, None])
 
+    def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
+        return low_rank_outline(shape, size[0])
+
+    def error_of(
+        self, w: Tensor, near: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+    ) -> float:
+        w_YX, _ = as_map(w, statistics)
+        lost_YX, _ = as_map(w.double() - near.double(), statistics)
+        root = self.root(w_YX, statistics[0] if statistics else None)
+        whole = float(root.scale(w_YX).square().sum())
+        return float(root.scale(lost_YX).square().sum()) * w.numel() / whole if whole else 0.0
+
     def at_size(self, site: Site, size: Size) -> Self:
         return replace(self, kept=None, rank=size[0], matrices=site.roles)
 
@@ -178,6 +179,24 @@ class MatrixFit(KeptSettings, LayerFit):
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
         return self.rank_of(shape) * sum(shape)
+
+
+def matrix_sites(
+    spec: ModelSpec, layers: Sequence[int], matrices: Sequence[str] | None
+) -> list[Site]:
+    """Every matrix alone, of layers that have it; None: all that a layer has."""
+    missing = [role for role in matrices or () if family(role) not in spec.roles]
+    if missing:
+        raise UserError(
+            f"matrix {missing[0]!r} does not exist in this architecture; "
+            f"it has {', '.join(spec.roles)}"
+        )
+    return [
+        Site((layer,), (role,), "matrix")
+        for layer in layers
+        for name in matrices or spec.roles
+        for role in spec.geometry(layer).members(name)
+    ]
 
 
 def kept_space(spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:

@@ -33,6 +33,7 @@ WANTED = {  # pydantic's errors
 
 def settings_of(compressor: Compressor) -> tuple[str, dict[str, Any]]:
     """The mode's name and the fields that differ from their defaults."""
+    compressor = compressor.named
     mode = COMPRESSORS.name_of(type(compressor))
     if not is_dataclass(compressor):
         return mode, {}

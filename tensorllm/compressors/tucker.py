@@ -19,7 +19,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import tucker_energy, tucker_stored
-from tensorllm.tensors.factors import Factors, Tucker
+from tensorllm.tensors.factors import Factors, Tucker, tucker_outline
 from tensorllm.tensors.ranks import (
     check_ranks,
     ranks_for_energy,
@@ -140,6 +140,9 @@ class TuckerSettings(Leaf):
         stored = partial(tucker_stored, tuple(w.shape))
         curve, sizes_NC = tucker_energy(w, self.modes).curve(stored)
         return ErrorCurve(*curve, sizes_NC)
+
+    def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
+        return tucker_outline(shape, dict(zip(self.modes, size, strict=True)))
 
     def at_size(self, site: Site, size: Size) -> "TuckerSettings":
         return replace(self, ranks=size, energy=None, error=None)

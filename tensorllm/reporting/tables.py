@@ -22,6 +22,8 @@ def compression_tables(report: CompressionReport) -> RenderableType:
     parts += [_sites(report), _ratios(report)]
     if report.format == "factored":
         parts.append(_policy(report))
+    elif report.ffn_width is not None:
+        parts.append("an ordinary checkpoint: FFN width {} → {}".format(*report.ffn_width))
     elif report.totals.bytes_after is not None:
         parts.append("a dense checkpoint keeps its size: --format factored stores the factors")
     if report.evaluation:

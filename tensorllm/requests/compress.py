@@ -11,7 +11,7 @@ from tensorllm.requests import shared
 
 SETTINGS = (
     *("ranks", "energy", "error", "rho", "rank", "matrices", "layout"),
-    *("target_ratio", "target_params", "max_loss_increase", "distill_steps"),
+    *("target_ratio", "target_params", "target_bytes", "max_loss_increase", "distill_steps"),
 )
 # Fields that only the command line says; a recipe may say all others.
 ONLY_TYPED = ("config", "settings", "plugins", "dry_run")
@@ -63,6 +63,15 @@ class CompressRequest:
     target_params: Annotated[
         int | None, Option("Instead: parameters that the whole model may keep.")
     ] = None
+    target_bytes: Annotated[
+        int | None,
+        Option(
+            "Instead: bytes of the weight files, such as 60MiB; factored, with factors and "
+            "matrices in int8 and int4 where that pays.",
+            parse=options.size,
+            metavar="SIZE",
+        ),
+    ] = None
     calibration: Annotated[Path | None, Option("Modes that use data: a text file to fit to.")] = (
         None
     )
@@ -95,7 +104,10 @@ class CompressRequest:
     out: Annotated[Path | None, Option("Folder to write the checkpoint to.")] = None
     format: Annotated[
         str | None,
-        Option("dense (loads anywhere; the default) or factored (small on disk)."),
+        Option(
+            "dense (loads anywhere; the default), factored (small on disk), or narrow: an ordinary "
+            "checkpoint whose FFN is less wide, of modes that drop channels."
+        ),
     ] = None
     dtype: shared.DType = None
     device: Annotated[str | None, shared.DEVICE] = None

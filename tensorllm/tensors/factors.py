@@ -28,10 +28,13 @@ class Factors(ABC):
             `products`; None: the kind's name and "factors".
         picture: how reports draw the factors: a `core` with a factor for each mode, a `product` of
             two matrices; None: not at all.
+        rounding: how many times the squared relative error of rounding its tensors shows in that of
+            what they stand for, roughly.
     """
 
     nouns: ClassVar[tuple[str, str] | None] = None
     picture: ClassVar[Picture | None] = None
+    rounding: ClassVar[float] = 2.0
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -163,6 +166,7 @@ class Tucker(Factors):
 
     nouns = ("a shared Tucker tensor", "shared Tucker tensors")
     picture = "core"
+    rounding = 4.0  # of the core and of three factors
 
     core: Tensor
     factors: dict[int, Tensor]
@@ -251,6 +255,21 @@ class LowRank(Factors):
         u_RR = torch.linalg.qr(wide(self.u_IR)).R
         v_RR = torch.linalg.qr(wide(self.v_RO).mT).R
         return torch.linalg.svdvals(u_RR @ v_RR.mT)
+
+
+def low_rank_outline(shape: Sequence[int], rank: int) -> LowRank:
+    """Those of a matrix without their numbers, on the meta device."""
+    rows, columns = shape
+    return LowRank(
+        torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta")
+    )
+
+
+def tucker_outline(shape: Sequence[int], ranks: Mapping[int, int]) -> Tucker:
+    """The same of a tensor whose modes `ranks` have a factor."""
+    core = [ranks.get(mode, size) for mode, size in enumerate(shape)]
+    factors = {n: torch.empty(shape[n], rank, device="meta") for n, rank in ranks.items()}
+    return Tucker(torch.empty(core, device="meta"), factors)
 
 
 @FACTORS.register("cp")

@@ -27,6 +27,7 @@ class KeptRows(Factors):
     """
 
     nouns = ("rows that are kept", "rows that are kept")
+    rounding = 1.0
 
     values_RO: Tensor
     kept_I: Tensor
@@ -57,3 +58,9 @@ class KeptRows(Factors):
     @property
     def ranks(self) -> tuple[int, ...]:
         return (len(self.values_RO),)
+
+
+def kept_rows_outline(rows: int, columns: int, kept: int) -> KeptRows:
+    """So many rows of a matrix without their numbers, on the meta device."""
+    of_rows = torch.empty(rows, dtype=torch.uint8, device="meta")
+    return KeptRows(torch.empty(kept, columns, device="meta"), of_rows)

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import FACTORS, Factors
+from tensorllm.tensors.weighted import Metric
+from tensorllm.tensors.whole import Whole
 
 GROUP = 64
 SMALLEST = 1024  # tensors with fewer numbers stay as they are: there is nothing to gain
 BITS = {"int8": 8, "int4": 4}
 PARTS = ("values", "scales", "rest")
+DAMPING = 1e-2  # of the mean of a metric's diagonal, as GPTQ has it
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +106,7 @@ def quantise(factors: Factors, how: str) -> Factors:
         raise UserError(f"factors of kind {factors.kind!r} cannot be quantised{why}")
     stored: dict[str, Tensor] = {}
     for short, t in tensors.items():
-        if t.is_floating_point() and t.ndim > 1 and t.numel() >= SMALLEST:
+        if _is_rounded(t):
             parts = narrow(t, BITS[how])
             stored |= {f"{short}_{p}": x for p, x in zip(PARTS, parts, strict=False)}
         else:
@@ -111,12 +114,75 @@ def quantise(factors: Factors, how: str) -> Factors:
     return quantised_kind(type(factors), how).from_tensors(stored)
 
 
+def shapes_held(factors: Factors, bits: int | None) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Name -> shape and bytes of a number, of what factors are stored as; their numbers are not
+    looked at.
+
+    Args:
+        bits: None: not rounded.
+    """
+    out: dict[str, tuple[tuple[int, ...], int]] = {}
+    for short, t in factors.tensors().items():
+        shape, width = tuple(t.shape), t.element_size()
+        if bits is None or not _is_rounded(t):
+            out[short] = shape, width
+            continue
+        size, *others = shape
+        held = {
+            "values": (size if bits == 8 else size // 2, 1),
+            "scales": (-(-size // GROUP), width),
+        }
+        if bits == 4 and size % 2:
+            held["rest"] = (1, 1)
+        out |= {f"{short}_{part}": ((n, *others), each) for part, (n, each) in held.items()}
+    return out
+
+
+def _is_rounded(t: Tensor) -> bool:
+    return t.is_floating_point() and t.ndim > 1 and t.numel() >= SMALLEST
+
+
+def quantised_whole(w: Tensor, how: str, metric_DD: Tensor) -> Factors:
+    """A matrix (I, D) in `int8` or `int4`, rounded so that tr(E M Eᵀ) of its error E stays small.
+
+    Columns are rounded one after the other, those that count most first, and what rounding one has
+    lost is made up for, as far as the metric M allows, by those that are still to come: GPTQ
+    (Frantar et al., arXiv 2210.17323, Algorithm 1; OBS, Hassibi and Stork 1993). With the
+    covariance of the inputs as the metric that is its error; with that of the gradients at the
+    outputs, of a matrix that writes to D, the same on the other side.
+
+    Args:
+        metric_DD: symmetric, positive semidefinite.
+    """
+    whole = Whole(w)
+    if not _is_rounded(w):
+        return quantise(whole, how)
+    left_ID = w.float().clone()
+    order_D = metric_DD.diagonal().argsort(descending=True)
+    raised_DD = metric_DD.double()[order_D][:, order_D]
+    mean = float(raised_DD.diagonal().mean())
+    raised_DD.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    inverse_DD = torch.cholesky_inverse(Metric(raised_DD, 0.0).root)
+    root_DD = torch.linalg.cholesky(inverse_DD, upper=True).float()
+    parts: list[tuple[Tensor, ...]] = [()] * len(order_D)
+    for place, column in enumerate(order_D.tolist()):
+        w_I1 = left_ID[:, column, None]
+        parts[column] = narrow(w_I1, BITS[how])
+        later_X = order_D[place + 1 :]
+        lost_I1 = (w_I1 - widen(*parts[column])) / root_DD[place, place]
+        left_ID[:, later_X] -= lost_I1 * root_DD[place, place + 1 :]
+    joined = [torch.cat(each, 1) for each in zip(*parts, strict=True)]
+    stored = {f"w_{part}": t for part, t in zip(PARTS, joined, strict=False)}
+    return quantised_kind(Whole, how).from_tensors(stored)
+
+
 def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
     """Values and scales of a tensor (N, ...): symmetric, rounded to the nearest by torchao."""
     rounding = _torchao()
     size = len(t)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    flat = torch.zeros(-(-size // GROUP) * GROUP, t[0].numel())  # zeros change no scale
+    padded = -(-size // GROUP) * GROUP
+    flat = torch.zeros(padded, t[0].numel(), device=t.device)  # zeros change no scale
     flat[:size] = t.float().flatten(1)
     rows = flat.mT.contiguous()
     limits = {"quant_min": low, "quant_max": high}

@@ -39,12 +39,13 @@ from tensorllm.compressors.calibrated.maps import (
 )
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
-from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.layer import LayerContext, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.pivoted import pivoted_parameters
+from tensorllm.tensors.kept_rows import kept_rows_outline
+from tensorllm.tensors.pivoted import pivoted_outline, pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric, left_out, projection, regression
@@ -61,6 +62,7 @@ class ActivationTucker(LayerFit):
     Attributes:
         target_ratio: numbers in the compressed matrices before over after, above 1.
         target_params: instead, the parameters of the whole model afterwards.
+        target_bytes: instead, bytes of the weight files; factors and matrices may be rounded.
         max_loss_increase: instead, nats per token that the loss on the calibration text may rise;
             the smallest model within it is searched for.
         weighting: `outputs` weights errors by what they do to their own layer's output, one layer
@@ -79,6 +81,7 @@ class ActivationTucker(LayerFit):
 
     target_ratio: float | None = None
     target_params: int | None = None
+    target_bytes: int | None = None
     max_loss_increase: float | None = None
     weighting: GradientOf = "outputs"
     sharing: bool = True
@@ -114,8 +117,9 @@ class ActivationTucker(LayerFit):
             raise UserError(f"rank_multiple must be 1 or more, got {self.rank_multiple}")
         if not self.ridge > 0:
             raise UserError(f"ridge must be above 0, got {self.ridge}")
-        if self.max_loss_increase is not None and self.distill_steps:
-            raise UserError("give either max_loss_increase or distill_steps")
+        for name in ("max_loss_increase", "target_bytes"):
+            if getattr(self, name) is not None and self.distill_steps:
+                raise UserError(f"give either {name} or distill_steps")
 
     @property
     def gradient_of(self) -> GradientOf:
@@ -130,6 +134,7 @@ class ActivationTucker(LayerFit):
         return Budget(
             target_ratio=self.target_ratio,
             target_params=self.target_params,
+            target_bytes=self.target_bytes,
             max_loss_increase=self.max_loss_increase,
         )
 
@@ -160,6 +165,9 @@ class ActivationTucker(LayerFit):
         rest = [ways for s, ways in of.items() if not set(s.roles) <= set(narrower.roles)]
         return [*rest, [*together, [Job(narrower, self)]]]
 
+    def ffn_channels(self, geometry: Geometry) -> int | None:
+        return None if self.whole_inputs else geometry.F
+
     def _narrowed(self, layer: int, roles: Sequence[str]) -> Site | None:
         """What may lose channels."""
         return narrowed_site(layer, roles) if self.narrowing else None
@@ -187,6 +195,12 @@ class ActivationTucker(LayerFit):
                 ranks_S = torch.tensor(ranks)
                 out[site] = ErrorCurve(torch.tensor(cost), error_S[ranks_S - 1], ranks_S[:, None])
         return out
+
+    def outline(self, site: Site, geometry: Geometry, size: Size) -> Factors:
+        rows, width = site.shape(geometry)
+        if is_narrowed(site):
+            return kept_rows_outline(rows, width, size[0] * len(site.roles))
+        return pivoted_outline(rows, width, size[0], not is_output_projection(site.roles[0]))
 
     def _ranks(self, full: int) -> list[int]:
         """The ranks that a site may have, ascending."""

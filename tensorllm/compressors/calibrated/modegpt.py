@@ -106,6 +106,10 @@ class MoDeGPT(LayerFit):
             context.put(sites[role], factors[sites[role]])
         return LayerResult(factors)
 
+    def ffn_channels(self, geometry: Geometry) -> int:
+        dropped = self.matrices is None or "out" in self.matrices
+        return self._count(geometry.F) if dropped else geometry.F
+
     def _count(self, size: int) -> int:
         return min(size, max(1, round(self.kept * size)))
 

@@ -1,0 +1,212 @@
+"""Loss of tinystories-656K at equal bytes of its file: a target in bytes beside rounded weights.
+
+    python benchmarks/bytes.py                      # docs/results/bytes.json
+
+Peers: every attention and FFN matrix rounded to the nearest in int8 or int4 (mode `rounded`), and
+by GPTQ (arXiv 2210.17323) in float64 numpy, written here; all in groups of 64 with float32 scales,
+so that their files are as large. Ours: `--target-bytes` of these files' sizes, rounded up to the
+next 1,000, of one in the middle and of smaller ones, by `activation-hybrid`, fitted to the same
+text as GPTQ, and by `svd`, which sees no text. Embeddings and norms are float32 in all files, and
+counted. Losses are of stories that are in no draw of the text.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from support.results import Comparison, begin, parser, real, save
+from support.whole_model_texts import Texts, stories
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tensorllm as tl
+from tensorllm.calibration import Calibration
+from tensorllm.compression.engine import compress_folder
+from tensorllm.compression.task import FolderTask
+from tensorllm.compressors import ActivationHybrid, PlainSVD, Rounded
+from tensorllm.compressors.budget import Budget
+from tensorllm.errors import UserError
+from tensorllm.tensors.quantised import narrow
+
+MODEL = "models/tinystories-656K"
+TOGETHER = (  # linears that read the same input, in the order in which they run
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+GROUP, DAMPING = 64, 0.01
+# Sizes of ours: int8's, the middle, int4's, and shares of what int4's matrices take in the file.
+SMALLER = (0.85, 0.7)
+
+
+def rounded(w_YG: np.ndarray, scale_Y1: np.ndarray, bits: int) -> np.ndarray:
+    most = 2 ** (bits - 1)
+    return np.clip(np.round(w_YG / scale_Y1), -most, most - 1) * scale_Y1
+
+
+def gptq(w_YX: np.ndarray, covariance_XX: np.ndarray, bits: int) -> np.ndarray:
+    """The paper's Algorithm 1: inputs one after the other, what is lost put into later ones.
+
+    Groups of inputs share a scale for each output, taken when the group's turn comes.
+    """
+    w_YX, out_YX = w_YX.copy(), np.zeros_like(w_YX)
+    size = len(covariance_XX)
+    damped_XX = covariance_XX + DAMPING * covariance_XX.diagonal().mean() * np.eye(size)
+    root_XX = np.linalg.cholesky(np.linalg.inv(damped_XX)).T
+    for x in range(size):
+        if x % GROUP == 0:
+            group_YG = w_YX[:, x : x + GROUP]
+            highest_Y1 = np.abs(group_YG).max(1, keepdims=True)
+            scale_Y1 = np.maximum(highest_Y1 / (2 ** (bits - 1) - 0.5), 1e-12)
+        out_YX[:, x] = rounded(w_YX[:, x : x + 1], scale_Y1, bits)[:, 0]
+        lost_Y = (w_YX[:, x] - out_YX[:, x]) / root_XX[x, x]
+        w_YX[:, x + 1 :] -= np.outer(lost_Y, root_XX[x, x + 1 :])
+    return out_YX
+
+
+class Bench:
+    """The model, the stories, and what each way makes of them."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.source, self.work = real(args, MODEL), work
+        self.texts: Texts = stories(AutoTokenizer.from_pretrained(self.source), args.shared)
+        self.scored = self.texts.scored["stories"][: 4 if args.quick else None]
+        self.drawn = 8 if args.quick else args.drawn
+
+    def model(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
+
+    def text(self, draw: int) -> Calibration:
+        order = torch.randperm(len(self.texts.told), generator=torch.Generator().manual_seed(draw))
+        rows = [tuple(self.texts.told[i]) for i in order[: self.drawn].tolist()]
+        return Calibration(tuple(rows), source="tinystories", seed=draw)
+
+    @torch.inference_mode()
+    def loss(self, model: Any) -> float:
+        """Nats per token."""
+        total = count = 0.0
+        for row in self.scored:
+            ids = torch.tensor([row])
+            total += float(model(ids, labels=ids).loss) * (len(row) - 1)
+            count += len(row) - 1
+        return total / count
+
+    def written(self, strategy: Any, **more: Any) -> tuple[int, float]:
+        """Bytes of the file, and the loss of what it holds."""
+        target = self.work / "out"
+        task = FolderTask(
+            source=self.source, target=target, compressor=strategy, overwrite=True,
+            format="factored", **more,
+        )  # fmt: skip
+        compress_folder(task)
+        size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        return size, self.loss(tl.load(target))
+
+    @torch.inference_mode()
+    def gptq(self, draw: int, bits: int) -> float:
+        """The loss after GPTQ, layer by layer, each on what the rounded layers below give it."""
+        model, rows = self.model(), self.text(draw).sequences
+        for block in model.model.layers:
+            for together in TOGETHER:
+                linears = [block.get_submodule(path) for path in together]
+                sums: list[np.ndarray] = []
+
+                def seen(_: Any, given: Any, sums: list[np.ndarray] = sums) -> None:
+                    x_NX = given[0].flatten(0, -2).double().numpy()
+                    sums.append(x_NX.T @ x_NX)
+
+                hook = linears[0].register_forward_pre_hook(seen)
+                for row in rows:
+                    model(torch.tensor([row]))
+                hook.remove()
+                covariance_XX = np.sum(sums, 0) / sum(map(len, rows))
+                for linear in linears:
+                    w_YX = gptq(linear.weight.double().numpy(), covariance_XX, bits)
+                    linear.weight.copy_(torch.from_numpy(w_YX))
+        return self.loss(model)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--draws", type=int, default=3, help="of the calibration text")
+    options.add_argument("--drawn", type=int, default=64, help="stories of a draw")
+    args = options.parse_args()
+    begin(args)
+    draws = range(1 if args.quick else args.draws)
+    try:
+        narrow(torch.zeros(64, 16), 8)
+    except UserError as error:  # torchao is not installed
+        sys.exit(str(error))
+    with tempfile.TemporaryDirectory() as work:
+        for rows, about in measured(Bench(args, Path(work)), draws, args.quick):
+            save("bytes", "tinystories-656K", comparisons(rows), args, rows=rows, **about)
+
+
+def measured(
+    bench: Bench, draws: range, quick: bool
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """By target: bytes, and losses by method; and facts of the model; after every target."""
+    dense = sum(path.stat().st_size for path in bench.source.glob("*.safetensors"))
+    about: dict[str, Any] = {
+        "dense_bytes": dense,
+        "dense": bench.loss(bench.model()),
+        "draws": len(draws),
+    }
+    about["drawn"] = bench.drawn
+    plain = {how: bench.written(Rounded(bits=bits)) for how, bits in (("int8", 8), ("int4", 4))}
+    sizes = {how: size for how, (size, _) in plain.items()}
+    matrices = sum(  # bytes of all that is rounded
+        p.numel() for n, p in bench.model().named_parameters() if n.endswith("proj.weight")
+    ) * (4 / 8 + 4 / GROUP)  # fmt: skip
+    sizes["middle"] = sum(sizes.values()) // 2
+    for share in SMALLER:
+        sizes[f"{share:g} of int4"] = int(sizes["int4"] - (1 - share) * matrices)
+    rows: dict[str, Any] = {}
+    for name, size in sizes.items():
+        if quick and name != "int4":
+            continue
+        size = -(-size // 1000) * 1000
+        row: dict[str, Any] = {"bytes": size, "losses": {}, "sizes": {}}
+        if name in plain:
+            row["losses"]["nearest"], row["sizes"]["nearest"] = [plain[name][1]], [plain[name][0]]
+            bits = int(name.removeprefix("int"))
+            row["losses"]["gptq"] = [bench.gptq(draw, bits) for draw in draws]
+        held, loss = bench.written(PlainSVD(rank=1), budget=Budget(target_bytes=size))
+        row["losses"]["svd"], row["sizes"]["svd"] = [loss], [held]
+        ours = [
+            bench.written(ActivationHybrid(target_bytes=size), calibration=bench.text(draw))
+            for draw in draws
+        ]
+        row["losses"]["ours"] = [loss for _, loss in ours]
+        row["sizes"]["ours"] = [held for held, _ in ours]
+        row["mean"] = {way: statistics.mean(found) for way, found in row["losses"].items()}
+        assert max(held for every in row["sizes"].values() for held in every) <= size
+        print(name, row, flush=True)
+        rows[name] = row
+        yield rows, about
+
+
+def comparisons(rows: dict[str, Any]) -> dict[str, Comparison]:
+    """Ours beside each peer of the same size, whoever wins."""
+    peers = {"nearest": "rounded to nearest", "gptq": "GPTQ", "svd": "a target without text"}
+    return {
+        f"{name}, {row['bytes']} bytes, beside {peers[way]}": Comparison(
+            ours=row["mean"]["ours"],
+            unit="nats per token",
+            peer=loss,
+            peer_name=peers[way],
+        )
+        for name, row in rows.items()
+        for way, loss in row["mean"].items()
+        if way != "ours"
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What stands beside the weights of every folder that is written, whichever road it came by.
+
+`compress` and the exports alike end with `complete`: small files, config, manifest, report, card.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorllm.checkpoint.beside import small_files
+from tensorllm.checkpoint.manifest import MANIFEST, Manifest
+from tensorllm.checkpoint.writer import ShardWriter
+from tensorllm.compression.card import CARD, REPORT, card
+from tensorllm.compression.details import DETAILS
+
+OURS = (MANIFEST, REPORT, DETAILS, "config.json")
+
+
+def complete(
+    writer: ShardWriter,
+    source: Path,
+    *,
+    config: Mapping[str, Any],
+    manifest: Manifest | None,
+    report: Mapping[str, Any] | None,
+    details: str | None = None,
+) -> None:
+    """Write what goes beside the weights, and let the folder appear under its name.
+
+    Args:
+        source: the folder that the weights were made from: its tokenizer and other small files go
+            with them, and its card goes on.
+        config: config.json of the new folder.
+        manifest: None: of a folder that is no checkpoint of ours, such as a graph.
+        report: report.json; None: what was done is not known, so there is no card either.
+        details: what a report draws of each site; None: as it stands in the source.
+    """
+    for path in small_files(source):
+        if path.name not in OURS:
+            writer.copy(path, path.relative_to(source))
+    writer.write_json("config.json", config)
+    if manifest is not None:
+        writer.write_json(MANIFEST, manifest.to_json())
+    if report is not None:
+        writer.write_json(REPORT, report)
+        if details is not None:
+            writer.write_text(DETAILS, details)
+        elif (source / DETAILS).is_file():
+            writer.copy(source / DETAILS)
+        old = source / CARD
+        previous = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
+        writer.write_text(CARD, card(report, config=config, previous=previous))
+    writer.finish()
+
+
+def dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The config.json of a folder's model, without what says that it is factored."""
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    for name in ("quantization_config", "transformers_weights"):
+        config.pop(name, None)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
+
+
+def exported_report(
+    source: Path, format: str, size: int, dtype: torch.dtype | None
+) -> dict[str, Any] | None:
+    """The report of a folder, as it is true of what was made of it; None where it has none.
+
+    Args:
+        size: bytes of the new weight files.
+        dtype: of the new weights; None: as they were.
+    """
+    if not (source / REPORT).is_file():
+        return None
+    report: dict[str, Any] = json.loads((source / REPORT).read_text())
+    report["format"] = format
+    report["totals"]["bytes_after"] = size
+    if before := report["totals"]["bytes_before"]:
+        report["ratios"]["bytes_on_disk"] = before / size
+    if dtype is not None:
+        report["dtype"] = str(dtype).removeprefix("torch.")
+    return report
+
+
+def exported_manifest(manifest: Manifest, files: dict[str, dict[str, Any]]) -> Manifest:
+    """The manifest of an ordinary checkpoint that was made of a folder of ours."""
+    return replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)

@@ -1,0 +1,182 @@
+"""Before anything is decomposed: the target shared out, the strategy fitted to its text.
+
+An interrupted fit is kept in a folder beside the target, from which the same command goes on.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorllm.calibration.fit import Fitted, fit, fit_folder, store_for
+from tensorllm.calibration.sequences import Calibration
+from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.checkpoint.whole import load_whole
+from tensorllm.compression.budget import sized
+from tensorllm.compression.room import stored_in, with_room
+from tensorllm.compression.task import FolderTask
+from tensorllm.compression.units import open_checkpoint
+from tensorllm.compressors import Compressor, Job, LayerFit
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices
+from tensorllm.models.task import context_length
+from tensorllm.progress import Progress, quiet
+
+
+def prepared(
+    task: FolderTask, work: Path | None = None, progress: Progress = quiet
+) -> Compressor | Fitted:
+    """The task's strategy with its sizes and, where it needs a text, its factors.
+
+    Args:
+        work: a folder that an interrupted fit goes on from; None: in memory.
+    """
+    if isinstance(task.compressor, Fitted):
+        return task.compressor
+    checkpoint, roles = open_checkpoint(task.source)
+    task = aimed(task, checkpoint, roles)
+    if task.calibration is not None:
+        return _fitted(task, task.strategy, task.calibration, work, progress)
+    if task.budget is None:
+        return task.compressor
+    device = torch.device(task.device)
+
+    def read(names: Any) -> Any:
+        return {name: w.to(device, task.dtype) for name, w in checkpoint.read(names).items()}
+
+    return sized(
+        task.strategy,
+        roles,
+        read,
+        checkpoint.parameters,
+        task.budget,
+        task.layers,
+        progress=progress,
+    )
+
+
+def aimed(task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices) -> FolderTask:
+    """The task, where its target is in bytes with sizes in bits too, and with what has no choice
+    subtracted.
+
+    Raises:
+        UserError: a format that stores neither factors nor few bits, or a target without room.
+    """
+    strategy = task.strategy
+    target = task.budget or strategy.budget
+    if target is None or target.target_bytes is None:
+        return task
+    if task.target is not None and task.format != "factored":
+        raise UserError(
+            "target_bytes is met by factors and rounded matrices, which --format factored stores; "
+            f"got --format {task.format}"
+        )
+    tensors = stored_in(checkpoint, task.dtype)
+    strategy, budget = with_room(strategy, target, roles, tensors, task.layers, task.shard_bytes)
+    return replace(task, compressor=strategy, budget=budget)
+
+
+def _fitted(
+    task: FolderTask,
+    strategy: Compressor,
+    text: Calibration,
+    work: Path | None,
+    progress: Progress,
+) -> Fitted:
+    if work is not None and task.format == "narrow":
+        work /= task.format  # the same strategy chooses from fewer candidates there
+    if task.stream:
+        assert work is not None, "a streamed fit keeps its states on disk"
+        return fit_folder(
+            strategy,
+            task.source,
+            text,
+            task.layers,
+            work=work,
+            budget=task.budget,
+            dtype=task.dtype,
+            device=task.device,
+            progress=progress,
+        )
+    config = Checkpoint(task.source).config
+    model = load_whole(task.source, config, task.dtype, language=False).to(task.device)
+    store = None
+    if work is not None:
+        dtype = next(model.parameters()).dtype
+        store = store_for(work, strategy, task.source, text, task.layers, dtype, task.budget)
+    return fit(
+        strategy,
+        model,
+        text,
+        task.layers,
+        budget=task.budget,
+        store=store,
+        progress=progress,
+    )
+
+
+def help_to_fit(task: FolderTask) -> None:
+    """Take part in a fit by several processes, of which another one writes the result.
+
+    Raises:
+        UserError, Incomplete: as `compress_folder`.
+    """
+    task = aimed(task, *open_checkpoint(task.source))
+    assert task.calibration is not None, "only a fit is shared out"
+    _fitted(task, task.strategy, task.calibration, _work(task), quiet)
+
+
+def _work(task: FolderTask) -> Path:
+    return task.folder.parent / f".{task.folder.name}.fit"
+
+
+@contextmanager
+def _work_folder(task: FolderTask) -> Iterator[Path]:
+    """The folder of an interrupted fit, beside the target; gone when the target is there."""
+    work = _work(task)
+    before = work.exists()  # an interrupted fit's, or somebody else's folder
+    try:
+        yield work
+    except UserError:  # refused: the same command will not go on
+        if not before:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def fit_folder_of(task: FolderTask) -> Any:
+    """Where a fit is kept meanwhile; nothing where there is none."""
+    return _work_folder(task) if task.calibration is not None else nullcontext()
+
+
+def check_fit(
+    task: FolderTask, jobs: Sequence[Job], checkpoint: Checkpoint, roles: RoleMatrices
+) -> int | None:
+    """Refuse a text or a target that does not fit the model, before anything is measured.
+
+    Returns:
+        Numbers that the factors may store in all, where a target says so.
+    """
+    assert task.calibration is not None, "asked for a fit"
+    geometry = roles.spec.geometry
+    matrices = [matrix for job in jobs for matrix in job.site.matrices]
+    config = checkpoint.config.get_text_config()
+    widest = max(geometry(layer).inputs(role) for layer, role in matrices)
+    task.calibration.check(config.vocab_size, widest, context_length(config))
+    strategy = task.strategy
+    target = task.budget or strategy.budget
+    if target is None or target.max_loss_increase is not None:
+        return None
+    if target.target_bytes is not None:
+        aimed(task, checkpoint, roles)  # what has no room is refused
+        return None
+    before = sum(geometry(n).numel(role) for n, role in matrices)
+    layers = sorted({layer for layer, _ in matrices})
+    least = None
+    if isinstance(strategy, LayerFit):
+        least = strategy.least_parameters(roles.spec, layers)
+    return target.numbers(before, checkpoint.parameters, least)

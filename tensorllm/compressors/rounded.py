@@ -1,0 +1,326 @@
+"""Matrices and factors held in 8 or 4 bits: a mode of its own, and candidates beside ranks.
+
+For a budget in bytes a size is ranks and bits: `(*size, 4)` are the factors of a size in int4,
+`(0, ..., 4)` is the whole matrix in int4, `(0, ..., 0)` leaves it as it is. What it costs are bytes
+in the file; what it errs is what truncation loses, and of what is left what rounding does.
+Shapes: N sizes of a curve, I and D of a role matrix.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from tensorllm.compressors.base import (
+    COMPRESSORS,
+    Compressor,
+    ErrorCurve,
+    Job,
+    LayerFit,
+    LayerResult,
+    Leaf,
+    Needs,
+)
+from tensorllm.compressors.checks import check_roles
+from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
+from tensorllm.compressors.matrix import matrix_sites
+from tensorllm.compressors.wrapped import Wrapped, WrappedFit
+from tensorllm.errors import UserError
+from tensorllm.io import entry_bytes
+from tensorllm.models.spec import ModelSpec
+from tensorllm.registry import one_of
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.factors import cast as cast_factors
+from tensorllm.tensors.quantised import quantise, quantised_whole, shapes_held
+from tensorllm.tensors.stacking import MATRICES
+from tensorllm.tensors.whole import Whole
+
+HOW = {8: "int8", 4: "int4"}
+
+
+@COMPRESSORS.register("rounded")
+@dataclass(frozen=True, kw_only=True)
+class Rounded(Leaf):
+    """Each matrix rounded to 8 or 4 bits, in groups of 64 with a scale; or another mode's factors.
+
+    Source: plain rounding to the nearest, as GPTQ (arXiv 2210.17323) and others compare with.
+
+    Attributes:
+        bits: 8 or 4.
+        matrices: which of in, gate, out, q, k, v, o, ...; by default all that a layer has.
+        of: another mode that decomposes one tensor, whose factors are rounded instead.
+    """
+
+    bits: Literal[8, 4] = 8
+    matrices: tuple[str, ...] | None = None
+    of: Compressor | None = None
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2210.17323"
+
+    def __post_init__(self) -> None:
+        one_of("bits", str(self.bits), [str(bits) for bits in HOW])
+        if self.of is not None and not isinstance(self.of, Leaf):
+            raise UserError("of must be a mode that decomposes one tensor, such as svd")
+        if self.of is not None and self.matrices is not None:
+            raise UserError("matrices are those of the mode `of`: give them there")
+        if self.matrices is not None:
+            object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
+        if self.of is not None:
+            object.__setattr__(self, "needs", self.of.needs)
+
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
+        if self.of is None:
+            return [Job(site, self) for site in matrix_sites(spec, layers, self.matrices)]
+        jobs = self.of.jobs(spec, layers)
+        return [Job(job.site, replace(self, of=job.compressor)) for job in jobs]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if self.of is not None:
+            self.of.check(shape)
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int | None:
+        return torch.Size(shape).numel() if self.of is None else self.of.stored_parameters(shape)
+
+    def stored_bytes(self, shape: tuple[int, ...], itemsize: int) -> int | None:
+        stored = self.stored_parameters(shape)
+        return None if stored is None else int(stored * (self.bits / 8 + itemsize / 64))
+
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
+        factors = Whole(w) if self.of is None else cast(Leaf, self.of).decompose(w, statistics)
+        return quantise(factors, HOW[self.bits])
+
+
+@dataclass(frozen=True)
+class RoundedLeaf(Leaf):
+    """The sizes of another leaf with bits: what a budget in bytes chooses from.
+
+    Attributes:
+        inner: the leaf.
+        most: bytes of the file, at most.
+    """
+
+    inner: Leaf
+    most: int
+
+    source: ClassVar[str] = ""
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # of the class elsewhere, here of `inner`
+        return self.inner.needs
+
+    @property
+    def named(self) -> Compressor:
+        return self.inner.named
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        self.inner.check(shape)
+
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
+        return self.inner.decompose(w, statistics)
+
+    def curve(
+        self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
+    ) -> ErrorCurve:
+        """Each size in full and in few bits, and the tensor itself."""
+        inner, shape, dtype = self.inner, tuple(w.shape), w.dtype
+        errs = {
+            bits: inner.error_of(w, quantise(Whole(w), how).dense(), statistics)
+            for bits, how in HOW.items()
+        }
+        total = inner.error_of(w, torch.zeros_like(w), statistics)
+        sizes = Sizes(site, shape, dtype, self.most, lambda size: inner.outline(shape, size))
+        return sizes.with_bits(inner.curve(site, w, statistics), errs, total)
+
+    def at_size(self, site: Site, size: Size) -> Leaf:
+        *ranks, bits = size
+        few: Literal[8, 4] = 8 if bits == 8 else 4
+        if not any(ranks):
+            return Rounded(bits=few, matrices=site.roles)
+        inner = self.inner.at_size(site, tuple(ranks))
+        return Rounded(bits=few, of=inner) if bits else inner
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the sizes of a site take in a file.
+
+    Attributes:
+        shape, dtype: of the site's tensor, as it is stored where it is not rounded.
+        most: bytes of the file, at most.
+        outline: gives the factors of a size that has no bits.
+    """
+
+    site: Site
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    most: int
+    outline: Callable[[Size], Factors]
+
+    def with_bits(
+        self, plain: ErrorCurve, errs: Mapping[int, float], total: float, *, whole: bool = True
+    ) -> ErrorCurve:
+        """A curve whose sizes are ranks and bits, and whose costs are bytes.
+
+        Args:
+            plain: without rounding, in numbers.
+            errs: bits -> what rounding the whole tensor costs, in the unit of the curve.
+            total: what the tensor would cost if it were zero.
+            whole: whether the tensor itself is a candidate.
+        """
+        nothing = (0,) * plain.sizes_NC.shape[1]
+        found: list[tuple[int, float, Size]] = []
+        for error, ranks in zip(plain.error_N.tolist(), plain.sizes_NC.tolist(), strict=True):
+            if not any(ranks):
+                continue
+            factors = cast_factors(self.outline(tuple(ranks)), self.dtype)
+            left = max(0.0, 1 - error / total) if total > 0 else 0.0
+            found.append((self.bytes(factors, None), error, (*ranks, 0)))
+            for bits, each in errs.items():
+                worse = factors.rounding * each * left
+                found.append((self.bytes(factors, bits), error + worse, (*ranks, bits)))
+        for bits, error in {0: 0.0, **errs}.items() if whole else ():
+            tensor = Whole(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+            names = self.bytes(tensor, bits or None) - _numbers(tensor, bits or None)
+            # The matrices of the site may be held one by one: each has a name then.
+            cost = self.bytes(tensor, bits or None) + (len(self.site.matrices) - 1) * names
+            found.append((cost, error, (*nothing, bits)))
+        return _useful(found)
+
+    def bytes(self, factors: Factors, bits: int | None) -> int:
+        """At most so many bytes factors take in the file, with their names in its header."""
+        held = shapes_held(factors, bits)
+        names = (
+            entry_bytes(f"factors.{self.site.name}.{name}", shape, width, self.most)
+            for name, (shape, width) in held.items()
+        )
+        return _numbers(factors, bits) + sum(names)
+
+
+def _useful(found: list[tuple[int, float, Size]]) -> ErrorCurve:
+    """Those that no cheaper one is as good as, by ascending cost."""
+    kept: list[tuple[int, float, Size]] = []
+    for cost, error, size in sorted(found):
+        if not kept or error < kept[-1][1]:
+            kept.append((cost, error, size))
+    costs, errors, sizes = zip(*kept, strict=True)
+    return ErrorCurve(
+        torch.tensor(costs), torch.tensor(errors, dtype=torch.float64), torch.tensor(sizes)
+    )
+
+
+def _numbers(factors: Factors, bits: int | None) -> int:
+    held = shapes_held(factors, bits).values()
+    return sum(torch.Size(shape).numel() * width for shape, width in held)
+
+
+class RoundedFit(WrappedFit):
+    """A `LayerFit` whose sizes are ranks and bits.
+
+    Whole matrices are rounded first, so that what is fitted makes up for some of it; factors are
+    rounded once they are fitted, and the layers above see what that did.
+    """
+
+    def __init__(self, inner: LayerFit, most: int) -> None:
+        super().__init__(inner)
+        self.most = most
+
+    @property
+    def keeps_inputs(self) -> bool:
+        return True  # their covariances are what whole matrices are rounded by
+
+    def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
+        errs = {
+            role: _errors(context, role)
+            for role in dict.fromkeys(role for site in sites for role in site.roles)
+        }
+        out, geometry = {}, context.geometry
+        for site, plain in self.inner.curves(sites, context).items():
+            mine = [errs[role] for role in site.roles]
+            shape, dtype = site.shape(geometry), context.weight(site.roles[0]).dtype
+            outline = partial(self.inner.outline, site, geometry)
+            out[site] = Sizes(site, shape, dtype, self.most, outline).with_bits(
+                ErrorCurve(*(t.cpu() for t in plain)),
+                {bits: sum(each[bits] for each in mine) for bits in HOW},
+                sum(each[0] for each in mine),
+                whole=len(site.roles) == 1,  # several are, each alone, in another way of grouping
+            )
+        return out
+
+    def fit_layer(self, context: LayerContext) -> LayerResult:
+        ranks: dict[Site, Size] = {}
+        bits: dict[Site, int] = {}
+        found: dict[Site, Factors] = {}
+        for site, size in context.sites.items():
+            assert size is not None, "a budget gives every site its size"
+            ranks[site], bits[site] = size[:-1], size[-1]
+            if not any(ranks[site]):
+                found[site] = _whole(context, site, bits[site])
+                context.put(site, found[site])
+        left = {site: size for site, size in ranks.items() if any(size)}
+        if not left:
+            return LayerResult(found)
+        result = self.inner.fit_layer(cast(LayerContext, _With(context, left)))
+        for site, factors in result.factors.items():
+            found[site] = factors
+            if bits[site]:
+                found[site] = quantise(factors, HOW[bits[site]])
+                context.put(site, found[site])
+        return LayerResult(found, result.parameters)
+
+
+@dataclass(frozen=True)
+class _With:
+    """A context with other sites."""
+
+    context: LayerContext
+    sites: Mapping[Site, Size | None] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.context, name)
+
+
+def _errors(context: LayerContext, role: str) -> dict[int, float]:
+    """What rounding a matrix costs by bits, and at 0 what leaving it out does.
+
+    The error E weighs tr(E M Eᵀ) at the model's width; on the other side, which is not measured, as
+    much as it does on average: the carried covariance's trace over the matrix's square.
+    """
+    w_ID = context.weight(role).float()
+    metric_DD = context.width_covariance((role,)).to(w_ID.device)
+    carried_DD = context.carried_covariance((role,)).to(w_ID.device)
+    scale = float(carried_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
+    out = {0: float((metric_DD * carried_DD).sum())}
+    for bits, how in HOW.items():
+        lost_ID = (quantised_whole(w_ID, how, metric_DD).dense() - w_ID).double()
+        out[bits] = scale * float(((lost_ID @ metric_DD) * lost_ID).sum())
+    return out
+
+
+def _whole(context: LayerContext, site: Site, bits: int) -> Factors:
+    """A site's matrix in few bits, rounded by what its errors do."""
+    metric_DD = context.width_covariance(site.roles)
+    w_ID = context.weight(site.roles[0])
+    return quantised_whole(w_ID, HOW[bits], metric_DD.to(w_ID.device))
+
+
+def in_bytes(compressor: Compressor, most: int) -> Wrapped:
+    """The strategy with sizes that are ranks and bits, and costs that are bytes.
+
+    Args:
+        most: bytes of the file, at most.
+    """
+
+    def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
+        if isinstance(inner, Leaf):
+            return RoundedLeaf(inner, most)
+        if not inner.at_width:
+            raise UserError(
+                f"{type(inner.named).__name__} cannot meet a target in bytes: it does not measure "
+                "at the model's width what rounding would cost"
+            )
+        return RoundedFit(inner, most)
+
+    return Wrapped(compressor, wrap)
