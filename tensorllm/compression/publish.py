@@ -15,6 +15,7 @@ from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card
 from tensorllm.compression.details import DETAILS
+from tensorllm.compression.origin import origin
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters, site_report
 from tensorllm.compression.task import FolderTask
@@ -61,9 +62,12 @@ def publish(
     writer.write_json(REPORT, values)
     details = [record for note in notes for record in note["details"]]
     writer.write_text(DETAILS, json.dumps(details) + "\n")
-    original = task.source / CARD
-    previous = original.read_text(encoding="utf-8", errors="replace") if original.exists() else ""
-    writer.write_text(CARD, card(values, config=checkpoint.config.to_dict(), previous=previous))
+    old = task.source / CARD
+    previous = old.read_text(encoding="utf-8", errors="replace") if old.exists() else ""
+    config = checkpoint.config.to_dict()
+    writer.write_text(
+        CARD, card(values, config=config, previous=previous, origin=origin(task.source))
+    )
     writer.finish()
     return report
 
