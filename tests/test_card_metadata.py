@@ -9,12 +9,15 @@ import torch
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from report_runs import run
+from test_activation_fit import text
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import tensorllm as tl
 from tensorllm.compression.card import card, rewrite_card
+from tensorllm.compression.narrow import narrow
 from tensorllm.compression.origin import licence_files, origin
+from tensorllm.compressors import MoDeGPT
 from tensorllm.evaluation.results import BeforeAfter
 
 APACHE = "\n                  Apache License\n            Version 2.0, January 2004\n   TERMS ...\n"
@@ -102,10 +105,10 @@ def test_origin_and_licence_are_said(original: Path, compressed: Path, tmp_path:
 
 
 def test_the_cards_own_words_go_first(original: Path, tmp_path: Path) -> None:
-    text = "---\nlicense: other\nlicense_name: mine\nbase_model: owner/parent\n---\n# A model\n"
+    own = "---\nlicense: other\nlicense_name: mine\nbase_model: owner/parent\n---\n# A model\n"
     local = tmp_path / "local"
     original.rename(local)
-    (local / "README.md").write_text(text)
+    (local / "README.md").write_text(own)
     model = AutoModelForCausalLM.from_pretrained(local)
     tl.compress(model, tl.LaserSVD(rho=0.5, matrices=("in",)), layers=[0])
     tl.save(model, tmp_path / "out")
@@ -116,7 +119,7 @@ def test_the_cards_own_words_go_first(original: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "want"),
+    ("words", "want"),
     [
         (APACHE, {"license": "apache-2.0"}),
         ("# MIT License\n\nCopyright", {"license": "mit"}),
@@ -128,11 +131,28 @@ def test_the_cards_own_words_go_first(original: Path, tmp_path: Path) -> None:
     ],
 )
 def test_licences_are_told_by_their_beginning(
-    text: str, want: dict[str, str], tmp_path: Path
+    words: str, want: dict[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "LICENCE.md").write_text(text)
+    (tmp_path / "LICENCE.md").write_text(words)
     assert origin(tmp_path) == want
     assert [path.name for path in licence_files(tmp_path)] == ["LICENCE.md"]
+
+
+def test_a_narrow_folder_has_the_card_of_what_it_was_made_of(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    ffn = MoDeGPT(kept=0.4, matrices=("in", "gate", "out"))
+    tl.compress(model, ffn, calibration=text())
+    tl.save(model, tmp_path / "wide")
+    own = (tmp_path / "wide" / "README.md").read_text()
+    (tmp_path / "wide" / "README.md").write_text(own.replace("---\n", "---\nlicense: mit\n", 1))
+    narrow(tmp_path / "wide", tmp_path / "narrow")
+    found = ModelCard.load(tmp_path / "narrow" / "README.md")
+    assert (found.data.license, found.data.library_name) == ("mit", "transformers")
+    assert "import tensorllm" not in found.text
+    assert (
+        "--format factored --out FOLDER\ntensorllm export FOLDER NARROW --format narrow"
+        in found.text
+    )
 
 
 def test_a_config_may_name_the_licence(tmp_path: Path) -> None:

@@ -74,8 +74,12 @@ def rewrite_card(folder: Path, measured: Sequence[BeforeAfter] = ()) -> None:
     """Write the card of a finished folder anew, from its report, with measurements."""
     report, config = (json.loads((folder / name).read_text()) for name in (REPORT, "config.json"))
     path = folder / CARD
-    previous = path.read_text(encoding="utf-8") if path.is_file() else ""
-    write_text(path, card(report, config=config, previous=previous, measured=measured))
+    write_text(path, card(report, config=config, previous=text_of(path), measured=measured))
+
+
+def text_of(path: Path) -> str:
+    """A card's text, whatever its encoding; empty where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def card_lacks(card: str) -> tuple[str, ...]:
@@ -121,7 +125,7 @@ def _metadata(
     tags = [*kept.pop("tags", []), "tensorllm", "compression", "low-rank", report["mode"], *kinds]
     values = {
         **kept,
-        "library_name": "transformers" if report["format"] == "dense" else "tensorllm",
+        "library_name": "tensorllm" if report["format"] == "factored" else "transformers",
         "pipeline_tag": task,
         "tags": list(dict.fromkeys(tags)),
     }

@@ -133,10 +133,13 @@ def _again(report: Mapping[str, Any]) -> str:
     data = f" --calibration FILE {draw}" if fitted else ""
     facts = f"\n\n{_fitted_to(fitted)}" if fitted else ""
     version = report["environment"].get("versions", {}).get("tensorllm", "")
+    format, then = report["format"], ""
+    if format == "narrow":  # made of a factored folder
+        format, then = "factored", "tensorllm export FOLDER NARROW --format narrow\n"
     return (
         f"## Make it again\n\nWith tensorllm {version}, this in `recipe.yaml`:\n\n"
         f"```yaml\n{text}```\n\n```\ntensorllm compress --config recipe.yaml{revision}{data} "
-        f"--format {report['format']} --out FOLDER\n```{facts}"
+        f"--format {format} --out FOLDER\n{then}```{facts}"
     )
 
 

@@ -23,7 +23,7 @@ from tensorllm.checkpoint.manifest import (
 )
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.card import CARD, REPORT, card
+from tensorllm.compression.card import CARD, REPORT, card, text_of
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
@@ -108,9 +108,7 @@ def _write_report(
     if dtype is not None:
         report["dtype"] = str(dtype).removeprefix("torch.")
     writer.write_json(REPORT, report)
-    old = source / CARD
-    previous = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
-    writer.write_text(CARD, card(report, config=config, previous=previous))
+    writer.write_text(CARD, card(report, config=config, previous=text_of(source / CARD)))
 
 
 def _dense_count(source: Path, manifest: Manifest) -> int:

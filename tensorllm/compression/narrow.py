@@ -21,7 +21,7 @@ from tensorllm.checkpoint.factored import dense_tensors
 from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.card import REPORT
+from tensorllm.compression.card import CARD, REPORT, card, text_of
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.models.task import saved_class
@@ -82,6 +82,10 @@ def narrow(
         if dtype is not None:
             made["dtype"] = str(dtype).removeprefix("torch.")
         writer.write_json("config.json", made)
+        if (source / REPORT).is_file():
+            report = json.loads((source / REPORT).read_text()) | {"format": "narrow"}
+            previous = text_of(source / CARD)
+            writer.write_text(CARD, card(report, config=made, previous=previous))
         writer.finish()
     return Narrow(len(next(iter(live.values()))), width, size)
 

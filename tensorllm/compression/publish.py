@@ -13,7 +13,7 @@ from tensorllm.checkpoint.factored import mark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, StoredSite
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter
-from tensorllm.compression.card import CARD, REPORT, card
+from tensorllm.compression.card import CARD, REPORT, card, text_of
 from tensorllm.compression.details import DETAILS
 from tensorllm.compression.origin import origin
 from tensorllm.compression.plan import Plan
@@ -62,12 +62,9 @@ def publish(
     writer.write_json(REPORT, values)
     details = [record for note in notes for record in note["details"]]
     writer.write_text(DETAILS, json.dumps(details) + "\n")
-    old = task.source / CARD
-    previous = old.read_text(encoding="utf-8", errors="replace") if old.exists() else ""
-    config = checkpoint.config.to_dict()
-    writer.write_text(
-        CARD, card(values, config=config, previous=previous, origin=origin(task.source))
-    )
+    config, previous = checkpoint.config.to_dict(), text_of(task.source / CARD)
+    known = origin(task.source)
+    writer.write_text(CARD, card(values, config=config, previous=previous, origin=known))
     writer.finish()
     return report
 
