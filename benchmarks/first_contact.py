@@ -23,8 +23,11 @@ from support.results import Comparison, begin, parser, save
 EDITS = {
     "laser": "--mode laser --layers 28 --matrices in --rho 0.2",
     "hybrid": "--mode hybrid --layers 16 --ranks 288,16,7 --matrices gate --rho 0.6",
+    # which half of it does what
+    "attention of the hybrid": "--mode shared-tucker --layers 16 --ranks 288,16,7",
+    "FFN of the hybrid": "--mode laser --layers 16 --matrices gate --rho 0.6",
 }
-MOST = {"text": 24}  # blocks of 1,024 tokens
+MOST = {"text": 4}  # blocks of 1,024 tokens
 QUICK = {"laser": "--mode laser --layers 3 --matrices in --rho 0.01"}
 
 
@@ -69,6 +72,7 @@ def main() -> None:
     options.add_argument("--model", type=Path, help="folder of scripts/fetch_small_model.py")
     options.add_argument("--data-file", type=Path, help="rows of wikidata_qa, in place of the hub")
     options.add_argument("--others", nargs="*", default=[], metavar="DATASET=FILE")
+    options.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS))
     options.add_argument("--limit", type=int, default=300, help="questions")
     args = options.parse_args()
     if args.quick:
@@ -76,7 +80,7 @@ def main() -> None:
     elif args.model is None:
         sys.exit("give --model FOLDER")
     begin(args)
-    for name, edit in (QUICK if args.quick else EDITS).items():
+    for name, edit in (QUICK if args.quick else {name: EDITS[name] for name in args.edits}).items():
         with tempfile.TemporaryDirectory() as scratch:
             found = measured(edit, Path(scratch) / "small", args)
         scores = found["scores"]
