@@ -38,7 +38,16 @@ from claim_tables import (
     claim_guards,
     claims,
 )
-from method_tables import closed, mixtures, real_model, reasoning, shares, variants
+from method_tables import (
+    closed,
+    edits,
+    mixtures,
+    real_model,
+    reasoning,
+    shares,
+    tucker_front,
+    variants,
+)
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -56,6 +65,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "energy": energy,
     "mutants": mutants,
     "mixtures": mixtures,
+    "tucker-front": tucker_front,
+    "edits": edits,
     "claims": claims,
     "claim-cells": claim_cells,
     "claim-guards": claim_guards,

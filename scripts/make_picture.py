@@ -1,4 +1,4 @@
-"""The picture at the top of the README: what is changed in the demo model, and what comes of it.
+"""The README's picture of the demo: what is changed in the demo model, and what comes of it.
 
     python scripts/make_picture.py             # draws from docs/results/demo.json
     python scripts/make_picture.py --measure   # measures anew first (a minute)
@@ -24,6 +24,8 @@ RESULTS = ROOT / "docs" / "results" / "demo.json"
 IMAGES = ROOT / "docs" / "images"
 MODES = {"laser": "LASER (FFN)", "shared-tucker": "shared Tucker (attention)", "hybrid": "hybrid"}
 WIDTH, HEIGHT = 1060, 344
+THEMES = {"light": LIGHT, "dark": DARK}
+QUIET = {"light": "#e9ecf1", "dark": "#2a313b"}
 SANS = "system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif"
 STYLE = f"""
 text{{font-family:{SANS};font-size:12px;fill:var(--muted)}}
@@ -35,6 +37,7 @@ text{{font-family:{SANS};font-size:12px;fill:var(--muted)}}
 .w.side{{fill:var(--line)}} .edited{{fill:var(--seq2)}}
 .left,.factor,.core,.best{{fill:var(--accent)}} .ours{{fill:var(--seq4)}}
 .core.top{{fill:var(--seq4)}} .core.side{{fill:var(--seq6)}} .original{{fill:var(--before)}}
+.whisker{{stroke:var(--ink);stroke-width:1.5;fill:none}}
 """
 
 
@@ -45,10 +48,9 @@ def main() -> None:
         RESULTS.write_text(json.dumps(measure(), indent=2) + "\n")
     found = json.loads(RESULTS.read_text())
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for theme, colours in (("light", LIGHT), ("dark", DARK)):
-        quiet = {"quiet": "#e9ecf1" if theme == "light" else "#2a313b"}
+    for theme, colours in THEMES.items():
         path = IMAGES / f"demo-{theme}.svg"
-        path.write_text(picture(found, {**colours, **quiet}))
+        path.write_text(picture(found, {**colours, "quiet": QUIET[theme]}))
         print(path.relative_to(ROOT))
 
 
@@ -75,22 +77,22 @@ def picture(found: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     tucker, product = (factor_drawing(site) for site in hybrid["sites"][:2])
     rank = hybrid["sites"][1]["ranks"][0]
     parts = [
-        _text(4, 24, "1. Choose layers", "head"),
-        _text(4, 46, "filled: what is left of an edited matrix", "note"),
-        _placed(str(model_drawing(hybrid)), 0, 72, 1.22),
-        _text(394, 24, "2. Rewrite their weights", "head"),
-        _text(394, 46, "attention: all heads and q, k, v, o share factors", "note"),
-        _placed(str(tucker), 384, 44, 1.0),
-        _text(394, 206, f"FFN: one matrix as a product of rank {rank}", "note"),
-        _placed(str(product), 384, 196, 1.0),
+        text(4, 24, "1. Choose layers", "head"),
+        text(4, 46, "filled: what is left of an edited matrix", "note"),
+        placed(str(model_drawing(hybrid)), 0, 72, 1.22),
+        text(394, 24, "2. Rewrite their weights", "head"),
+        text(394, 46, "attention: all heads and q, k, v, o share factors", "note"),
+        placed(str(tucker), 384, 44, 1.0),
+        text(394, 206, f"FFN: one matrix as a product of rank {rank}", "note"),
+        placed(str(product), 384, 196, 1.0),
         *_accuracies(reports, 770),
     ]
-    text = (
+    drawn = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{_words(reports)}">'
         f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
     )
-    return re.sub(r"var\(--(\w+)\)", lambda m: colours[m.group(1)], text)
+    return re.sub(r"var\(--(\w+)\)", lambda m: colours[m.group(1)], drawn)
 
 
 def _accuracies(reports: Mapping[str, Any], x: float) -> list[str]:
@@ -102,15 +104,15 @@ def _accuracies(reports: Mapping[str, Any], x: float) -> list[str]:
         bars.append((name, reports[mode]["evaluation"]["after"]["accuracy"], style))
     examples = evaluation["after"]["examples"]
     out = [
-        _text(x, 24, "3. It answers better", "head"),
-        _text(x, 46, f"accuracy, {examples:,} questions not chosen on", "note"),
+        text(x, 24, "3. It answers better", "head"),
+        text(x, 46, f"accuracy, {examples:,} questions not chosen on", "note"),
     ]
     for n, (name, value, style) in enumerate(bars):
         y = 84 + 62 * n
-        out.append(_text(x, y + 2, name, "bar"))
+        out.append(text(x, y + 2, name, "bar"))
         size = f'width="{2.8 * value:.1f}" height="20" rx="3"'
         out.append(f'<rect x="{x}" y="{y + 10}" {size} class="{style}"/>')
-        out.append(_text(x + 2.8 * value + 8, y + 25, f"{value:.1f} %", "value"))
+        out.append(text(x + 2.8 * value + 8, y + 25, f"{value:.1f} %", "value"))
     return out
 
 
@@ -122,14 +124,15 @@ def _words(reports: Mapping[str, Any]) -> str:
     )
 
 
-def _placed(svg: str, x: float, y: float, scale: float) -> str:
+def placed(svg: str, x: float, y: float, scale: float) -> str:
     """A drawing of the page at a place of the picture, in its own size."""
     inner = svg[svg.index(">") + 1 : svg.rindex("</svg>")]
     return f'<g transform="translate({x} {y}) scale({scale})">{inner}</g>'
 
 
-def _text(x: float, y: float, text: str, style: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{text}</text>'
+def text(x: float, y: float, words: str, style: str) -> str:
+    """Words at a place of the picture."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{words}</text>'
 
 
 if __name__ == "__main__":

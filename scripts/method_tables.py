@@ -116,3 +116,43 @@ def real_model(value: Lookup, part: str) -> str:
         here = [(cells.get((method, size)), text) for text in texts for size in sizes]
         rows.append((method, *("" if one is None else f"{one[text]:.3f}" for one, text in here)))
     return table(head, rows)
+
+
+def tucker_front(value: Lookup, part: str) -> str:
+    """Losses of whole attentions by share of the model that is saved, a column per method."""
+    rows = value(part)["rows"]
+    losses = {(row["ratio"], row["method"]): row["loss"] for row in rows}
+    saved = {row["ratio"]: row["saved_of_model"] for row in reversed(rows)}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    out = [
+        (f"{ratio:g}", f"{saved[ratio]:.1f}", *(f"{losses[ratio, m]:.3f}" for m in methods))
+        for ratio in dict.fromkeys(row["ratio"] for row in rows)
+    ]
+    return table(("attention smaller by", "of the model saved, %", *methods), out)
+
+
+def edits(value: Lookup, file: str) -> str:
+    """Edits of a layer: accuracy and loss on the questions, and changes of other losses."""
+    asked = dict.fromkeys(o for part in value(file).values() for o in part.get("others", {}))
+    out = []
+    for name, part in value(file).items():
+        scores, others = part["scores"], part.get("others", {})
+        before, gain = scores["before"]["metrics"], scores["comparison"]["accuracy"]
+        low, high = gain["interval"]
+        changes = (
+            f"{others[other]['metrics']['loss'] - others[other]['before']['metrics']['loss']:+.2f}"
+            if other in others
+            else ""
+            for other in asked
+        )
+        out.append(
+            (
+                name,
+                f"{before['accuracy']:.1f} to {scores['metrics']['accuracy']:.1f}",
+                f"{gain['difference']:+.1f} ({low:.1f} to {high:.1f})",
+                f"{scores['metrics']['loss'] - before['loss']:+.2f}",
+                *changes,
+            )
+        )
+    head = ("edit", "right, %", "points", "loss", *(f"loss on {other}" for other in asked))
+    return table(head, out)

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from benchmark_tables import Lookup, amount, figure, table
+from plan_layers import layers_table
 from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, scaling
 from support.scaling_tensors import ranks_at  # plan_machines says where that lies
 
@@ -245,4 +246,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "plan-machines": machines_table,
     "plan-check": check_table,
     "plan-curves": curves_table,
+    "plan-layers": layers_table,
 }

@@ -19,7 +19,12 @@ from tensorllm.weights import sharing, touched, write_dense
 STEM = "factored"
 METHOD = "tensorllm"
 NOT_WITHOUT_US = "these-weights-are-factored-first-import-tensorllm.safetensors"
-README = """# A factored model
+README = """---
+library_name: tensorllm
+tags: [tensorllm, compression, low-rank]
+---
+
+# A factored model
 
 Some of the matrices of this model are stored as low-rank factors, and run as such:
 

@@ -1,11 +1,10 @@
 """`tensorllm push`: a folder of ours on the Hugging Face hub, checked and with its card."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from tensorllm.compression.card import CARD, card_lacks
+from tensorllm.compression.card import CARD, card_lacks, text_of
 from tensorllm.errors import UserError
 from tensorllm.hub import reason
 from tensorllm.requests.others import PushRequest
@@ -64,9 +63,4 @@ def push(request: PushRequest) -> Pushed:
         )
     except Exception as error:  # whatever the client's own HTTP library raises
         raise UserError(f"the hub did not take {request.repo}: {reason(error)}") from None
-    return Pushed(str(made), done.oid, card_lacks(_card(folder)))
-
-
-def _card(folder: Path) -> str:
-    path = folder / CARD
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return Pushed(str(made), done.oid, card_lacks(text_of(folder / CARD)))

@@ -14,7 +14,7 @@ import torch
 from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest
 from tensorllm.checkpoint.writer import ShardWriter
-from tensorllm.compression.card import CARD, REPORT, card
+from tensorllm.compression.card import CARD, REPORT, card, text_of
 from tensorllm.compression.details import DETAILS
 
 OURS = (MANIFEST, REPORT, DETAILS, "config.json")
@@ -28,6 +28,7 @@ def complete(
     manifest: Manifest | None,
     report: Mapping[str, Any] | None,
     details: str | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what goes beside the weights, and let the folder appear under its name.
 
@@ -38,6 +39,7 @@ def complete(
         manifest: None: of a folder that is no checkpoint of ours, such as a graph.
         report: report.json; None: what was done is not known, so there is no card either.
         details: what a report draws of each site; None: as it stands in the source.
+        origin: what is known of the original besides its card (`origin.origin`).
     """
     for path in small_files(source):
         if path.name not in OURS:
@@ -51,9 +53,8 @@ def complete(
             writer.write_text(DETAILS, details)
         elif (source / DETAILS).is_file():
             writer.copy(source / DETAILS)
-        old = source / CARD
-        previous = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
-        writer.write_text(CARD, card(report, config=config, previous=previous))
+        previous = text_of(source / CARD)
+        writer.write_text(CARD, card(report, config=config, previous=previous, origin=origin))
     writer.finish()
 
 

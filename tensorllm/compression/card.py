@@ -13,17 +13,21 @@ import yaml
 
 from tensorllm.compression.card_text import body
 from tensorllm.compression.formats import FORMATS
+from tensorllm.data import DATASETS
 from tensorllm.evaluation.results import BeforeAfter, of_scores
 from tensorllm.io import write_text
+from tensorllm.metrics import SHOWN
 from tensorllm.recipes import short_names
 
 CARD = "README.md"
 REPORT = "report.json"
 BEGIN, END = "<!-- tensorllm: begin -->", "<!-- tensorllm: end -->"
 OURS = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags")
+LICENCE = ("license", "license_name", "license_link")
+INHERITED = (*LICENCE, "language", "datasets", "tags", "base_model")
 NEEDED = ("base_model", "license")
 MEASURED = ("model-index", "model_name")
+REPORTED = ("accuracy", "loss", "perplexity")  # metrics
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 
@@ -33,6 +37,7 @@ def card(
     *,
     config: Mapping[str, Any],
     previous: str = "",
+    origin: Mapping[str, Any] | None = None,
     measured: Sequence[BeforeAfter] = (),
 ) -> str:
     """The card of a folder.
@@ -41,6 +46,7 @@ def card(
         report: the content of report.json; the scores it holds are shown too.
         config: the content of config.json.
         previous: a card to extend: the folder's own, or that of the original model.
+        origin: what else is known of the original (`origin.origin`); what its card says goes first.
         measured: further measurements, shown in order.
     """
     kept, text = _split(previous)
@@ -49,7 +55,10 @@ def card(
         known = {(m.dataset, m.split, m.protocol) for m in measured}
         again = (scores.dataset, scores.split, scores.protocol) in known
         measured = measured if again else [scores, *measured]
-    base = hub_id(report["model"])
+    more = dict(origin or {})
+    base = hub_id(report["model"]) or more.pop("base_model", None)
+    if not kept.get("license"):
+        kept |= more
     task = _task(config)
     own = f"{BEGIN}\n\n{body(report, base=base, task=task, measured=measured)}\n\n{END}"
     if OURS.search(text):
@@ -66,8 +75,12 @@ def rewrite_card(folder: Path, measured: Sequence[BeforeAfter] = ()) -> None:
     """Write the card of a finished folder anew, from its report, with measurements."""
     report, config = (json.loads((folder / name).read_text()) for name in (REPORT, "config.json"))
     path = folder / CARD
-    previous = path.read_text(encoding="utf-8") if path.is_file() else ""
-    write_text(path, card(report, config=config, previous=previous, measured=measured))
+    write_text(path, card(report, config=config, previous=text_of(path), measured=measured))
+
+
+def text_of(path: Path) -> str:
+    """A card's text, whatever its encoding; empty where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def card_lacks(card: str) -> tuple[str, ...]:
@@ -97,16 +110,16 @@ def _metadata(
     results = [
         EvalResult(
             task_type=task or "text-generation",
-            dataset_type=found.dataset,
-            dataset_name=found.dataset,
+            **_dataset(found.dataset),
             dataset_split=found.split,
             dataset_args={"protocol": found.protocol, "examples": found.examples},
             metric_type=metric,
-            metric_name=metric,
+            metric_name=SHOWN[metric].title,
             metric_value=round(found.after[metric], 4),
+            metric_args=_beside(found, metric) or None,
         )
         for found in measured
-        for metric in ("accuracy", "loss", "perplexity")
+        for metric in REPORTED
         if metric in found.after
     ]
     kinds = sorted({site["kind"] for site in report["sites"]})
@@ -122,6 +135,25 @@ def _metadata(
     if results:  # the hub wants the name of what was measured, and only then
         values |= {"model_name": name, "eval_results": results}
     return ModelCardData(**values).to_yaml()
+
+
+def _dataset(name: str) -> dict[str, Any]:
+    """The dataset as the hub knows it, by its repository there where it has one."""
+    source = DATASETS[name].source if name in DATASETS else None
+    if source is None:
+        return {"dataset_type": name, "dataset_name": name}
+    config = {"dataset_config": source.config} if source.config else {}
+    return {"dataset_type": source.repo, "dataset_name": name, **config}
+
+
+def _beside(found: BeforeAfter, metric: str) -> dict[str, Any]:
+    """What makes a value readable: its interval, and the original model's value."""
+    out: dict[str, Any] = {}
+    if interval := found.intervals_after.get(metric):
+        out["interval_95"] = [round(end, 4) for end in interval]
+    if found.before is not None and metric in found.before:
+        out["original_model"] = round(found.before[metric], 4)
+    return out
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:

@@ -14,6 +14,7 @@ from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.beside import complete, dense_config
 from tensorllm.compression.narrow import Narrowing
+from tensorllm.compression.origin import origin
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters, site_report
 from tensorllm.compression.task import FolderTask
@@ -76,6 +77,7 @@ def publish(
         manifest=_manifest(task, plan, notes, files, made_from),
         report=report.to_json(),
         details=json.dumps([record for note in notes for record in note["details"]]) + "\n",
+        origin=origin(task.source),
     )
     return report
 

@@ -10,6 +10,7 @@ import torch
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.engine import Compression, compress_folder, compression_of
 from tensorllm.compression.formats import Format
+from tensorllm.compression.origin import copy_origin
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
@@ -60,6 +61,7 @@ def save(
             model.save_pretrained(folder, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        copy_origin(Path(getattr(model.config, "_name_or_path", "") or folder), Path(folder))
         task = FolderTask(
             source=Path(folder),
             target=target,
