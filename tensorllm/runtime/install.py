@@ -15,7 +15,12 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.spec import Stored
 from tensorllm.runtime.adapters import ADAPTERS
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
-from tensorllm.runtime.experts import Apart, Together, become_factored_experts
+from tensorllm.runtime.experts import (
+    Apart,
+    FactoredExperts,
+    Together,
+    become_factored_experts,
+)
 from tensorllm.runtime.one_query import pack_groups
 from tensorllm.runtime.sites import (
     Held,
@@ -78,6 +83,33 @@ def install(
         installation.add(site, factors, module)
     placed = installation.finish()
     return _hold_narrow(model, placed, {site.name: factors for site, factors in sites})
+
+
+def train_only_factors(model: nn.Module) -> int:
+    """Let an optimizer change the factors of a factored model, and nothing else.
+
+    Returns:
+        How many numbers that are.
+
+    Raises:
+        UserError: nothing of the model runs in factors that can be trained.
+    """
+    owners = [
+        module if isinstance(module, SiteModule) else module.parts
+        for module in model.modules()
+        if isinstance(module, SiteModule | FactoredLinear | FactoredExperts)
+    ]
+    held = {
+        parameter
+        for owner in owners
+        for parameter in owner.parameters()
+        if parameter.is_floating_point() and parameter.requires_grad
+    }
+    if not held:
+        raise UserError("this model has no factors to train; load a factored folder")
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in held)
+    return sum(parameter.numel() for parameter in held)
 
 
 class _Installation:
