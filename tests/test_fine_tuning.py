@@ -26,11 +26,12 @@ IDS = torch.randint(3, 100, (2, 11), generator=DRAWS)
 ROWS = [{"input_ids": row, "labels": row} for row in torch.randint(3, 100, (8, 12)).tolist()]
 
 
-def pivoted() -> Any:
-    model = tiny_model("llama")
-    rows = torch.randint(3, 101, (12, 16), generator=torch.Generator().manual_seed(0)).tolist()
+def pivoted(**sizes: int) -> Any:
+    model = tiny_model("llama", **sizes)
+    rows = torch.randint(3, 101, (20, 16), generator=torch.Generator().manual_seed(0)).tolist()
     text = Calibration(tuple(map(tuple, rows)), source="random", seed=0)
-    return tl.compress(model, fit(ActivationHybrid(target_ratio=2.0), model, text)) and model
+    tl.compress(model, fit(ActivationHybrid(target_ratio=2.0), model, text))
+    return model
 
 
 def tucker() -> Any:
@@ -264,3 +265,18 @@ def test_an_adapter_of_transformers_is_saved_alone(small: Path, tmp_path: Path):
     again = opened(small)
     again.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_lora_stays_beside_quantised_factors(tmp_path: Path, safe_merge: bool):
+    pytest.importorskip("torchao")
+    large = pivoted(hidden_size=64, intermediate_size=256, num_attention_heads=4)
+    tl.save(large, tmp_path / "factored")
+    export(ExportRequest(folder=tmp_path / "factored", out=tmp_path / "narrow", quantize="int8"))
+    model = opened(tmp_path / "narrow")
+    start = loss_of(model)
+    with_lora = adapted(model)
+    learn(with_lora)
+    assert with_lora(IDS, labels=IDS).loss < start
+    with pytest.raises(tl.UserError, match="cannot be merged into quantised factors"):
+        with_lora.merge_and_unload(safe_merge=safe_merge)

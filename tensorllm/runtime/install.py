@@ -21,6 +21,7 @@ from tensorllm.runtime.experts import (
     Together,
     become_factored_experts,
 )
+from tensorllm.runtime.narrow import Widen
 from tensorllm.runtime.one_query import pack_groups
 from tensorllm.runtime.sites import (
     Held,
@@ -31,7 +32,6 @@ from tensorllm.runtime.sites import (
     module_for,
 )
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.quantised import widen
 from tensorllm.tensors.stacking import ATTENTION, expert_role, family
 
 
@@ -283,25 +283,6 @@ class FactoredLinear(nn.Module):
         else:
             y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return y if self.bias is None else y + self.bias
-
-
-class Widen(nn.Module):
-    """From what is stored in few bits to the parameter, its modes in the order it is held in."""
-
-    def __init__(self, stored: tuple[Tensor, ...], order: Order) -> None:
-        super().__init__()
-        self._stored: tuple[Tensor, ...] | None = stored
-        self.order = order
-
-    def forward(self, *stored: Tensor) -> Tensor:
-        t = widen(*stored)
-        return t if self.order is None else t.permute(self.order)
-
-    def right_inverse(self, dense: Tensor) -> tuple[Tensor, ...]:
-        """What is held from now on; asked for once, on registration."""
-        assert self._stored is not None, "a quantised parameter is not written to"
-        stored, self._stored = self._stored, None
-        return stored
 
 
 def _hold_narrow(
