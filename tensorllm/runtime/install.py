@@ -1,7 +1,7 @@
 """Putting factored modules in the place of dense ones, in memory or on the meta device."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Placement:
 
 
 def install(
-    model: nn.Module, sites: Sequence[tuple[Site, Factors]], *, latent: bool = True
+    model: nn.Module, sites: Sequence[tuple[Site, Factors]], *, dense_cache: Collection[str] = ()
 ) -> list[Placement]:
     """Replace the modules of the sites' matrices by factored ones, in place.
 
@@ -63,7 +63,8 @@ def install(
         model: dense, of a known architecture; with its weights, or on the meta device.
         sites: what is replaced, each with its factors, in the dtype and on the device to run in;
             factors in few bits stay so, and are widened for each use.
-        latent: run the attention in its latents where it can be.
+        dense_cache: names of sites whose attention caches keys and values as wide as a head; that
+            of others caches latents, where the architecture can.
 
     Raises:
         UserError: a site's factors cannot run as they are, such as the authors' layout.
@@ -77,7 +78,7 @@ def install(
                 "cannot run factored; write it dense (tensorllm export --format dense), or "
                 "compress with layout 'paper'"
             )
-    installation = _Installation(model, latent)
+    installation = _Installation(model, dense_cache)
     for (site, factors), module in zip(plain, modules, strict=True):
         assert module is not None, "refused above"
         installation.add(site, factors, module)
@@ -115,21 +116,22 @@ def train_only_factors(model: nn.Module) -> int:
 class _Installation:
     """One installation: the model's matrices, and what has been placed."""
 
-    def __init__(self, model: nn.Module, latent: bool) -> None:
+    def __init__(self, model: nn.Module, dense_cache: Collection[str]) -> None:
         self.model: Any = model
         self.roles = RoleMatrices(model.config, [name for name, _ in model.named_parameters()])
         self.placed: list[Placement] = []
         config: Any = self.model.config
         known = config.model_type in ADAPTERS
         self.adapter = ADAPTERS[config.model_type] if known else None
-        self.latent = latent and self.adapter is not None and self.adapter.latent(config)
+        self.whole = self.adapter is not None and self.adapter.latent(config)
+        self.dense_cache = dense_cache
         self.parts: dict[str, dict[str, tuple[Site, Held]]] = defaultdict(dict)
         self.where: dict[str, tuple[int, Stored]] = {}
         self.experts: dict[int, dict[str, tuple[Site, Held]]] = defaultdict(dict)
 
     def add(self, site: Site, factors: Factors, module: type[SiteModule]) -> None:
         """Take a site in: its attention now, linears once all their roles are known."""
-        if self.latent and module.latent_attention:
+        if self.whole and module.latent_attention:
             self._attention(site, factors, module)
             return
         geometry = self.roles.spec.geometry(site.layers[0])
@@ -181,7 +183,14 @@ class _Installation:
         block = self.roles.name(layer, "q").removesuffix(".weight").rpartition(".")[0]
         module: Any = self.model.get_submodule(block)
         assert self.adapter is not None, "asked only where there is one"
-        become_factored(module, self.model.config, self.adapter, geometry, latents)
+        become_factored(
+            module,
+            self.model.config,
+            self.adapter,
+            geometry,
+            latents,
+            latent=site.name not in self.dense_cache,
+        )
         here = self.roles.stored_in(layer)
         for stored in (each for each in here if set(each.roles) <= set(ATTENTION)):
             path = self.roles.name(layer, stored.roles[0]).removesuffix(".weight")

@@ -126,6 +126,12 @@ class SiteModule(nn.Module):
         """Compute what depends on weights; called again whenever they were loaded."""
 
     @classmethod
+    def latents_pay(cls, factors: Factors, geometry: Geometry) -> bool:
+        """Whether decoding is predicted not to be slower where latents are cached."""
+        del factors, geometry
+        return True
+
+    @classmethod
     def accepts(cls, factors: Factors) -> bool:
         """Whether the module can run these factors of its kind."""
         del factors
