@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from docs_blocks import ROOT, blocks
 from tiny_models import tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
 from tensorllm.commands.export import run as export
 from tensorllm.compressors import ActivationHybrid
+from tensorllm.data.demo import MODEL_DIR
+from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.requests.others import ExportRequest
 from tensorllm.runtime.sites import TurnedLinear
 
@@ -280,3 +283,39 @@ def test_lora_stays_beside_quantised_factors(tmp_path: Path, safe_merge: bool):
     assert with_lora(IDS, labels=IDS).loss < start
     with pytest.raises(tl.UserError, match="cannot be merged into quantised factors"):
         with_lora.merge_and_unload(safe_merge=safe_merge)
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The demo model in factors and a text, where the page's scripts look for them."""
+    model, tokenizer = opened(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)
+    tl.compress(model, tl.Hybrid(ranks=(96, 24, 3), rho=0.3, matrices=("in", "out")))
+    tl.save(model, tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    rows = make_dataset("demo", limit=400).examples
+    (tmp_path / "stories.txt").write_text(" ".join(f"{row.prompt} {row.answer}" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*fan_in_fan_out", "ignore:.*treespec.*")
+@pytest.mark.parametrize("number", [0, 1], ids=["Trainer", "Lightning and LoRA"])
+def test_the_scripts_of_the_page_run(beside: Path, number: int):
+    if number == 1:
+        pytest.importorskip("peft")
+    program = blocks((ROOT / "docs" / "fine_tuning.md").read_text(), "python")[number].text
+    smaller = {"=200": "=6", "save_steps=50": "save_steps=3", "_steps=20": "_steps=1"}
+    for old, new in (smaller | {"128": "16", "127": "15"}).items():
+        program = program.replace(old, new)
+    found: dict[str, Any] = {}
+    exec(compile(program, "fine_tuning.md", "exec"), found)
+    ids = torch.as_tensor(found["blocks"][:8])
+    start, tuned = (opened(beside / name)(ids, labels=ids).loss for name in ("small", "tuned"))
+    assert tuned < start
+    dense = tl.load(beside / "tuned")
+    torch.testing.assert_close(dense(ids, labels=ids).loss, tuned, rtol=1e-4, atol=0)
+    assert (
+        AutoTokenizer.from_pretrained(beside / "tuned").vocab_size == found["tokenizer"].vocab_size
+    )
+    made = "run/checkpoint-3/model.safetensors", "adapter/adapter_model.safetensors"
+    assert (beside / made[number]).is_file()
