@@ -7,7 +7,7 @@ from tensorllm_cli.signature import takes
 
 @takes(GenerateRequest)
 def generate(request: GenerateRequest, *, json: bool) -> None:
-    """Let a model write. A factored folder runs in its factors, with a latent cache.
+    """Let a model write. A factored folder runs in its factors.
 
     Example:
 

@@ -51,6 +51,11 @@ def policies() -> list[str]:
     return ["auto", "always"]
 
 
+def caches() -> list[str]:
+    """What attention keeps of the tokens so far."""
+    return ["auto", "latent", "dense"]
+
+
 def layouts() -> list[str]:
     """How heads are cut."""
     return ["paper", "official"]
@@ -70,6 +75,7 @@ COMPLETE: dict[str, Callable[[], list[str]]] = {
     "dtype": dtypes,
     "device": devices,
     "policy": policies,
+    "cache": caches,
     "logger": loggers,
     "layout": layouts,
     "kind": kinds,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tensorllm.calibration.fit import fit, fit_folder, fit_sizes
     from tensorllm.calibration.sequences import Calibration, read_calibration
     from tensorllm.checkpoint.loading import load
+    from tensorllm.checkpoint.trainer import FactoredCheckpoints
     from tensorllm.compression.engine import compress, compressed
     from tensorllm.compression.factorize import factorize
     from tensorllm.compression.save import save
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tensorllm.compressors.budget import Budget
     from tensorllm.errors import UserError
     from tensorllm.evaluation.evaluate import evaluate_model
+    from tensorllm.runtime import train_only_factors
 
 # Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
 _HOME = {
@@ -40,6 +42,7 @@ _HOME = {
     "COMPRESSORS": "tensorllm.compressors",
     "Calibration": "tensorllm.calibration.sequences",
     "Compressor": "tensorllm.compressors",
+    "FactoredCheckpoints": "tensorllm.checkpoint.trainer",
     "Hybrid": "tensorllm.compressors",
     "LaserSVD": "tensorllm.compressors",
     "PerMatrixTucker3D": "tensorllm.compressors",
@@ -56,6 +59,7 @@ _HOME = {
     "load": "tensorllm.checkpoint.loading",
     "read_calibration": "tensorllm.calibration.sequences",
     "save": "tensorllm.compression.save",
+    "train_only_factors": "tensorllm.runtime",
 }
 
 __all__ = [
@@ -65,6 +69,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "Compressor",
+    "FactoredCheckpoints",
     "Hybrid",
     "LaserSVD",
     "PerMatrixTucker3D",
@@ -81,6 +86,7 @@ __all__ = [
     "load",
     "read_calibration",
     "save",
+    "train_only_factors",
 ]
 
 watch()  # transformers' from_pretrained then opens factored folders

@@ -82,6 +82,8 @@ def test_every_command_can_print_json() -> None:
         ("generate --model demo --prompt x --policy alwys", "'always'"),
         ("export nothing out --format dens", "'dense'"),
         ("bench --model nothing --policy atuo", "'auto'"),
+        ("generate --model demo --prompt x --cache latnt", "'latent'"),
+        ("bench --model nothing --cache dens", "'dense'"),
     ],
 )
 def test_mistyped_names_are_suggested(typed: str, suggested: str, capsys: Capture) -> None:

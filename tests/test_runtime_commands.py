@@ -124,15 +124,15 @@ def test_export_is_the_dense_model(story_folder: Path, tmp_path: Path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_bench_counts_bytes_that_are_there(story_folder: Path):
-    found = bench(
-        BenchRequest(model=story_folder, prompt_tokens=20, new_tokens=3, repeats=1, peak=False)
-    )
+@pytest.mark.parametrize(("cache", "kept"), [("latent", 8), ("dense", 16)])
+def test_bench_counts_bytes_that_are_there(story_folder: Path, cache: Any, kept: int):
+    sizes = {"prompt_tokens": 20, "new_tokens": 3, "repeats": 1}
+    found = bench(BenchRequest(model=story_folder, **sizes, cache=cache, peak=False))
     dense, small = found.models["dense"], found.models["factored"]
     config = tl.load(story_folder).config
     heads = config.num_key_value_heads * config.num_hidden_layers * 20 * 4
     width = config.hidden_size // config.num_attention_heads
-    assert (dense.value_bytes, small.value_bytes) == (heads * width, heads * 8)
+    assert (dense.value_bytes, small.value_bytes) == (heads * width, heads * kept)
     assert small.weight_bytes == weight_bytes(AutoModelForCausalLM.from_pretrained(story_folder))
     assert found.ratios()["weights"] == dense.weight_bytes / small.weight_bytes
     assert all(choice.factored for choice in found.choices)

@@ -21,7 +21,7 @@ from tensorllm.models import RoleMatrices
 from tensorllm.registry import one_of
 from tensorllm.runtime import Placement, SiteModule, install
 from tensorllm.runtime.attention import Bias
-from tensorllm.runtime.cost import Choice, choose, whole_speedups
+from tensorllm.runtime.cost import Cache, Choice, choose, keeps_dense_cache, whole_speedups
 from tensorllm.runtime.install import FactoredLinear
 
 How = Literal["always", "auto", "dense"]
@@ -34,6 +34,7 @@ def load(
     folder: str | Path,
     *,
     policy: How = "dense",
+    cache: Cache = "latent",
     dtype: torch.dtype | None = None,
     verify: bool = False,
 ) -> Any:
@@ -43,6 +44,9 @@ def load(
         policy: `dense`: as the dense model that the factors stand for; `always`: in its factors
             wherever a module runs them; `auto`: in those that the cost model says are smaller and
             faster. `choices_of` says how each site of the model runs.
+        cache: what attention keeps of the tokens so far: `latent`, which takes less memory where a
+            module can; `dense`: keys and values as wide as a head; `auto`: latents where decoding
+            is predicted not to be slower with them.
         dtype: of the weights in memory; None: as they are stored.
         verify: compare the files' checksums with the manifest's; sizes are looked at always.
 
@@ -52,6 +56,7 @@ def load(
     """
     folder = Path(folder)
     one_of("policy", policy, get_args(How))
+    one_of("cache", cache, get_args(Cache))
     manifest = read_manifest(folder)
     if policy != "dense" and (manifest is None or manifest.format != "factored"):
         raise UserError(
@@ -62,12 +67,18 @@ def load(
     check_files(folder, manifest, verify=verify)
     if manifest.format == "dense":
         return load_whole(folder, Checkpoint(folder).config, dtype, language=False)
-    choices = [] if policy == "dense" else _choices(folder, manifest, policy)
+    choices: list[Choice] = []
+    dense: list[str] = []
+    if policy != "dense":
+        choices, dense = _choices(folder, manifest, policy, cache)
     wanted = {choice.site for choice in choices if choice.factored}
     if wanted and len(wanted) == len(choices):
-        model = load_whole(folder, Checkpoint(folder, stem=STEM).config, dtype, language=False)
+        config = Checkpoint(folder, stem=STEM).config
+        config.quantization_config["dense_cache"] = dense
+        config.name_or_path = str(folder)
+        model = load_whole(folder, config, dtype, language=False, changed=bool(dense))
     else:
-        model = _from_state(folder, manifest, wanted, dtype)
+        model = _from_state(folder, manifest, wanted, dtype, dense)
     setattr(model, CHOICES, choices)
     return model.eval()
 
@@ -91,22 +102,31 @@ def predicted_of(model: Any, folder: str | Path) -> tuple[float, float] | None:
     return whole_speedups(spec, choices_of(model), head.weight.numel(), model.dtype)
 
 
-def _choices(folder: Path, manifest: Manifest, policy: Any) -> list[Choice]:
-    """How each site is to run; its shapes say it, no weight is read."""
+def _choices(
+    folder: Path, manifest: Manifest, policy: Any, cache: Cache
+) -> tuple[list[Choice], list[str]]:
+    """How each site is to run, and which cache no latents; shapes say it, no weight is read."""
     factored = FactoredFolder(folder, manifest)
     entries, geometry = factored.stored.entries, factored.roles.spec.geometry
-    choices = []
+    choices, dense = [], []
     for site in manifest.sites:
         empty = {
             name: torch.empty(entries[name].shape, device="meta") for name in site.tensors.values()
         }
         factors = site.factors(empty).plain()
-        choices.append(choose(site.site, factors, geometry(site.layers[0]), policy))
-    return choices
+        where = geometry(site.layers[0])
+        choices.append(choose(site.site, factors, where, policy))
+        if keeps_dense_cache(site.site, factors, where, cache):
+            dense.append(site.name)
+    return choices, dense
 
 
 def _from_state(
-    folder: Path, manifest: Manifest, wanted: set[str], dtype: torch.dtype | None
+    folder: Path,
+    manifest: Manifest,
+    wanted: set[str],
+    dtype: torch.dtype | None,
+    dense_cache: Sequence[str],
 ) -> Any:
     """The model with the sites `wanted` in their factors and all others dense."""
     import transformers
@@ -118,6 +138,7 @@ def _from_state(
             "weights": "",
             "folder": str(folder),
             "sites": sorted(wanted),
+            "dense_cache": dense_cache,
         }
         state = dict(FactoredFolder(folder, manifest).partly_dense(wanted))
     else:
@@ -129,13 +150,19 @@ def _from_state(
 
 
 def install_skeleton(
-    model: Any, folder: Path, files: Sequence[Path], sites: Sequence[str] | None = None
+    model: Any,
+    folder: Path,
+    files: Sequence[Path],
+    sites: Sequence[str] | None = None,
+    *,
+    dense_cache: Sequence[str] = (),
 ) -> tuple[Manifest, list[Placement]]:
     """Give a model on the meta device the factored modules of a folder, empty.
 
     Args:
         files: of weights, in the folder.
         sites: names of those that run in their factors; None: all.
+        dense_cache: names of those whose attention caches no latents.
 
     Returns:
         The manifest of the model, and where the stored tensors go.
@@ -166,7 +193,7 @@ def install_skeleton(
         if got != want:
             raise UserError(f"{folder}: {entry.name} has factors of {got}, the config says {want}")
         found.append((entry.site, factors))
-    placements = install(model, found)
+    placements = install(model, found, dense_cache=dense_cache)
     _nothing_to_initialise(model)
     return manifest, placements
 

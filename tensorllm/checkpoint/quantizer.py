@@ -24,6 +24,7 @@ class FactoredConfig(QuantizationConfigMixin):
     Args:
         folder, sites: while `load` makes a model that is partly dense: where it reads from, and
             the names of the sites that run in their factors.
+        dense_cache: names of the sites whose attention caches no latents.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class FactoredConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         folder: str | None = None,
         sites: Sequence[str] | None = None,
+        dense_cache: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         self.quant_method: Any = quant_method  # a string, as for all methods of other packages
         self.weights, self.folder, self.sites = weights, folder, sites
+        self.dense_cache = dense_cache
 
 
 @register_quantizer(METHOD)
@@ -64,7 +67,9 @@ class FactoredHfQuantizer(HfQuantizer):
         else:
             folder = Path(own.folder)
             files = sorted(folder.glob(f"{STEM}*.safetensors"))
-        self._manifest, self._placements = install_skeleton(model, folder, files, own.sites)
+        self._manifest, self._placements = install_skeleton(
+            model, folder, files, own.sites, dense_cache=own.dense_cache
+        )
 
     def get_weight_conversions(self) -> list[Any]:
         from tensorllm.checkpoint.saving import conversions

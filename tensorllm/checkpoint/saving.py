@@ -58,16 +58,21 @@ def save_factored(model: Any, save_directory: str | Path, **kwargs: Any) -> None
             f"a factored model is saved without {', '.join(sorted(wrong))}; to upload it, call "
             "model.push_to_hub(repo_id)"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # of `add_adapter`: they are saved alone
+        type(model).save_pretrained(model, save_directory, **kwargs)
+        return
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     # transformers names, ties, orders and shards; its file names must not be ours (see mark_config)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as made:
         type(model).save_pretrained(model, made, **kwargs)
         _make_ours(Path(made), model)
-        for old in folder.glob(f"{STEM}*.safetensors*"):  # only now: the new ones are complete
-            old.unlink()
-        for path in Path(made).iterdir():
-            path.replace(folder / path.name)
+        new = {path.name for path in Path(made).iterdir()}
+        for name in sorted(new):  # each takes the place of the old one at once
+            (Path(made) / name).replace(folder / name)
+        for old in folder.glob(f"{STEM}*.safetensors*"):
+            if old.name not in new:
+                old.unlink()
     write_readme(folder)
 
 

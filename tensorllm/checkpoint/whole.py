@@ -16,7 +16,12 @@ ADAPTER = "adapter_config.json"
 
 
 def load_whole(
-    folder: Path, config: Any, dtype: torch.dtype | None = None, *, language: bool = True
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    language: bool = True,
+    changed: bool = False,
 ) -> Any:
     """The model of a folder in evaluation mode, every weight read from there.
 
@@ -26,13 +31,15 @@ def load_whole(
         dtype: of the weights in memory; None: as they are stored.
         language: with the head that predicts tokens, whatever class the folder was saved from;
             False: as it was saved.
+        changed: the config differs from the folder's own, and counts.
 
     Raises:
         UserError: a parameter is missing, unexpected, or of another shape.
     """
     refuse_adapter(folder)
     kind = language_model_class(config) if language else saved_class(config)
-    return _made(kind, folder, folder, dtype=dtype or "auto")
+    given = {"config": config} if changed else {}
+    return _made(kind, folder, folder, dtype=dtype or "auto", **given)
 
 
 def load_state(state: dict[str, Any], config: Any, dtype: torch.dtype | None, folder: Path) -> Any:

@@ -16,7 +16,7 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.models.task import context_length
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import BenchRequest
-from tensorllm.runtime.cost import Choice, Policy
+from tensorllm.runtime.cost import Cache, Choice, Policy
 from tensorllm.runtime.measure import Measured, measure
 
 KINDS = ("dense", "factored")
@@ -77,6 +77,7 @@ def bench(request: BenchRequest) -> Bench:
         if value is not None and value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
     one_of("--policy", request.policy, get_args(Policy))
+    one_of("--cache", request.cache, get_args(Cache))
     load_plugins(request.plugins)
     manifest = read_manifest(request.model)
     if manifest is None or manifest.format != "factored":
@@ -117,13 +118,13 @@ def _lengths(request: BenchRequest, limit: int | None) -> tuple[int, int]:
 
 
 def _load(request: BenchRequest, how: How) -> Any:
-    model = load(request.model, policy=how, dtype=dtype_of(request.dtype))
+    model = load(request.model, policy=how, cache=request.cache, dtype=dtype_of(request.dtype))
     return model.to(request.device).eval()
 
 
 def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
     """Peak resident bytes of a fresh process that loads one model and runs it once."""
-    values = [str(request.model), kind, request.policy, str(request.dtype or "")]
+    values = [str(request.model), kind, request.policy, request.cache, str(request.dtype or "")]
     sizes = [str(prompt), str(new)]
     run = subprocess.run(
         [sys.executable, "-m", "tensorllm.commands.bench", *values, *sizes, *request.plugins],
@@ -138,10 +139,10 @@ def _peak(request: BenchRequest, kind: str, prompt: int, new: int) -> int:
 
 
 def _main(
-    model: str, kind: str, policy: Any, dtype: str, prompt: str, new: str, *plugins: str
+    model: str, kind: str, policy: Any, cache: Any, dtype: str, prompt: str, new: str, *plugins: str
 ) -> None:
     load_plugins(plugins)
-    request = BenchRequest(model=Path(model), policy=policy, dtype=dtype or None)
+    request = BenchRequest(model=Path(model), policy=policy, cache=cache, dtype=dtype or None)
     made = _load(request, policy if kind == "factored" else "dense")
     measure({kind: made}, int(prompt), int(new), 1)
     sys.stdout.write(f"{peak_resident_bytes()}\n")

@@ -17,7 +17,7 @@ from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_m
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import GenerateRequest
-from tensorllm.runtime.cost import Policy
+from tensorllm.runtime.cost import Cache, Policy
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
@@ -40,7 +40,13 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     tokenizer: Any = loader.tokenizer()
     manifest = loader.manifest()
     if manifest is not None and manifest.format == "factored":
-        model = load(folder, policy=request.policy, dtype=loader.dtype, verify=request.verify)
+        model = load(
+            folder,
+            policy=request.policy,
+            cache=request.cache,
+            dtype=loader.dtype,
+            verify=request.verify,
+        )
     else:
         model = loader()
     if is_masked(model):
@@ -91,6 +97,7 @@ def _until_end(ids: list[int], eos: frozenset[int]) -> list[int]:
 
 def _check(request: GenerateRequest) -> None:
     one_of("--policy", request.policy, get_args(Policy))
+    one_of("--cache", request.cache, get_args(Cache))
     if not request.prompts or not all(request.prompts):
         raise UserError("give a prompt that is not empty")
     for name in ("max_new_tokens", "beams"):

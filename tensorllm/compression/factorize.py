@@ -11,17 +11,18 @@ from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.runtime import install
-from tensorllm.runtime.cost import Choice, Policy, choose
+from tensorllm.runtime.cost import Cache, Choice, Policy, choose, keeps_dense_cache
 from tensorllm.weights import touched
 
 
-def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
+def factorize(model: Any, policy: Policy = "always", cache: Cache = "latent") -> list[Choice]:
     """Let a model that was compressed in memory run in its factors, in place.
 
     Args:
         model: a transformers model, after `compress`.
         policy: `always`: wherever a module runs the factors; `auto`: only where they save bytes and
             time.
+        cache: as of `load`.
 
     Returns:
         How every site runs, and why.
@@ -47,7 +48,12 @@ def factorize(model: Any, policy: Policy = "always") -> list[Choice]:
         )
     sites = [(d.site, d.factors) for d in compression.sites if d.site.name in wanted]
     replaced = _replaced(model, [site for site, _ in sites])
-    placements = install(model, sites)
+    dense = [
+        site.name
+        for site, factors in sites
+        if keeps_dense_cache(site, factors.plain(), geometry(site.layers[0]), cache)
+    ]
+    placements = install(model, sites, dense_cache=dense)
     mode, settings = compression.plan.settings
     manifest = Manifest(
         format="factored",

@@ -48,6 +48,7 @@ class GenerateRequest:
     beams: Annotated[int, Option("Of the beam search.")] = 1
     seed: Annotated[int, Option("Of the sampling.")] = 0
     policy: shared.Policy = "always"
+    cache: shared.Cache = "auto"
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "cpu"
     revision: shared.Revision = None
@@ -117,6 +118,7 @@ class BenchRequest:
     ] = None
     repeats: Annotated[int, Option("Turns; the median counts.")] = 5
     policy: shared.Policy = "always"
+    cache: shared.Cache = "auto"
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "cpu"
     plugins: shared.Plugins = ()

@@ -15,6 +15,13 @@ Policy = Annotated[
     Literal["auto", "always"],
     Option("Factored layers: always, or auto: those that gain by it.", metavar="NAME"),
 ]
+Cache = Annotated[
+    Literal["auto", "latent", "dense"],
+    Option(
+        "Keys and values: latent (less memory), dense, or auto: latent where not slower.",
+        metavar="NAME",
+    ),
+]
 DataFile = Annotated[
     Path | None, Option("Local jsonl, json, csv or parquet in place of the hub.", metavar="FILE")
 ]

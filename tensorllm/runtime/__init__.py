@@ -1,7 +1,16 @@
 """Running factored: modules that hold factors instead of the matrices that they stand for."""
 
 from tensorllm.runtime import experts, kept_rows, low_rank, tucker, whole  # noqa: F401  they register
-from tensorllm.runtime.install import Placement, install
+from tensorllm.runtime.install import Placement, install, train_only_factors
 from tensorllm.runtime.sites import Cost, Held, SiteModule, module_for, runs
 
-__all__ = ["Cost", "Held", "Placement", "SiteModule", "install", "module_for", "runs"]
+__all__ = [
+    "Cost",
+    "Held",
+    "Placement",
+    "SiteModule",
+    "install",
+    "module_for",
+    "runs",
+    "train_only_factors",
+]

@@ -1,11 +1,13 @@
 """Attention that runs in the latents of the shared tensor, for every architecture.
 
 Shapes: B batch, T queries, N keys, D model width, H query heads, G key/value heads, g = H/G, K head
-width, J rotated width, R = R2 latent width, E width of cached keys, m some of the 2g+2 matrices.
+width, J rotated width, R = R2 latent width, E and V widths of cached keys and values, m some of the
+2g+2 matrices.
 
 With W[m] = U1 A[m] U2^T the values need no more than R numbers per head, since U2^T U2 goes between
 them and the output's factors. Keys are expanded where they are rotated; the rest of them stays
-latent, its bias adding the same to all scores of a query. Nothing is expanded for the cache.
+latent, its bias adding the same to all scores of a query. Nothing is expanded for the cache. Or
+both are expanded before they are cached, K wide as in the dense model.
 """
 
 from functools import cache
@@ -53,9 +55,18 @@ class FactoredAttention:
     training: bool
 
     def prepare(
-        self, config: Any, adapter: AttentionAdapter, geometry: Geometry, site: HeadsSite
+        self,
+        config: Any,
+        adapter: AttentionAdapter,
+        geometry: Geometry,
+        site: HeadsSite,
+        latent: bool,
     ) -> None:
-        """Set what `forward` reads, beside what the dense module has already."""
+        """Set what `forward` reads, beside what the dense module has already.
+
+        Args:
+            latent: cache latents, not keys and values as wide as a head.
+        """
         self.factors = site
         self.adapter, self.geometry = adapter, geometry
         self.rotary_function = rotary_function(type(self).dense_class)  # type: ignore[attr-defined]
@@ -69,7 +80,8 @@ class FactoredAttention:
         self.biases: list[tuple[str, Bias]] = []
         self.output: LatentOutput | None = None
         rest, rank = geometry.K - self.rotated, site.u_KR.shape[1]
-        self.latent_keys = rank < rest and self.norm_modules is None and softcap is None
+        self.latent_values = latent
+        self.latent_keys = latent and rank < rest and self.norm_modules is None and softcap is None
 
     def forward(
         self,
@@ -83,15 +95,15 @@ class FactoredAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The output and the probabilities, as the dense module returns them."""
-        q_BHTE, k_BGTE, v_BGTR = self._project(hidden_states, position_embeddings, position_ids)
+        q_BHTE, k_BGTE, v_BGTV = self._project(hidden_states, position_embeddings, position_ids)
         past = past_key_values if past_key_values is not None else layer_past
         if past is not None:
             past = getattr(past, "self_attention_cache", past)
-            k_BGTE, v_BGTR = append(past, k_BGTE, v_BGTR, self.layer_idx)
-        y_BTHR, weights = self._attend(
-            q_BHTE, k_BGTE, v_BGTR, attention_mask, output_attentions, kwargs
+            k_BGTE, v_BGTV = append(past, k_BGTE, v_BGTV, self.layer_idx)
+        y_BTHV, weights = self._attend(
+            q_BHTE, k_BGTE, v_BGTV, attention_mask, output_attentions, kwargs
         )
-        y = y_BTHR.flatten(-2)
+        y = (y_BTHV if self.latent_values else y_BTHV @ self.factors.u_KR).flatten(-2)
         if self.output is not None:
             y = self.output(y)
         if self.adapter.output_dropout:
@@ -101,15 +113,18 @@ class FactoredAttention:
     def _project(
         self, x_BTD: Tensor, position_embeddings: Any, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, expanded as far as they must be, and latent values, by heads."""
+        """Queries, keys and values by heads, expanded as far as they must be."""
         site, geo, u_KR = self.factors, self.geometry, self.factors.u_KR
         y_BTmGR = site.into(x_BTD, slice(0, geo.groups + 2))
         q_BHTR = y_BTmGR[:, :, : geo.groups].permute(0, 3, 2, 1, 4).flatten(1, 2)
         k_BGTR, v_BGTR = (y_BTmGR[:, :, geo.groups + i].transpose(1, 2) for i in (0, 1))
         bias = self._role_biases()
-        v_BGTR = v_BGTR @ (u_KR.mT @ u_KR)
-        if bias:
-            v_BGTR = v_BGTR + bias["v"] @ u_KR
+        if self.latent_values:
+            v = v_BGTR @ (u_KR.mT @ u_KR)
+            v = v + bias["v"] @ u_KR if bias else v
+        else:
+            v = v_BGTR @ u_KR.mT
+            v = v + bias["v"] if bias else v
 
         full = self.rotated if self.latent_keys else geo.K
         q, k = ((y @ u_KR[:full].mT) for y in (q_BHTR, k_BGTR))
@@ -122,7 +137,7 @@ class FactoredAttention:
             if bias:
                 q_latent = q_latent + bias["q"][..., full:] @ u_pass
             q, k = torch.cat([q, q_latent], dim=-1), torch.cat([k, k_BGTR], dim=-1)
-        return q, k, v_BGTR
+        return q, k, v
 
     def _position(
         self, q: Tensor, k: Tensor, position_embeddings: Any, position_ids: Tensor | None
@@ -208,14 +223,20 @@ def _factored_class(dense: type[nn.Module]) -> type[nn.Module]:
 
 
 def become_factored(
-    module: Any, config: Any, adapter: AttentionAdapter, geometry: Geometry, site: HeadsSite
+    module: Any,
+    config: Any,
+    adapter: AttentionAdapter,
+    geometry: Geometry,
+    site: HeadsSite,
+    *,
+    latent: bool,
 ) -> None:
     """Turn a dense attention module into a factored one, in place.
 
     All that is not a weight stays: norms, dropouts, tables, its number, and its place in the model.
     """
     module.__class__ = _factored_class(cast(Any, type(module)))
-    module.prepare(config, adapter, geometry, site)
+    module.prepare(config, adapter, geometry, site, latent)
 
 
 def attend(

@@ -8,13 +8,14 @@ Shapes: D model width, H heads, G key/value heads, K head width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
+from tensorllm.registry import one_of
 from tensorllm.runtime.experts import USED
 from tensorllm.runtime.sites import MOVE, PROMPT, Cost, SiteModule, module_for
 from tensorllm.runtime.tucker import attention_cost
@@ -23,6 +24,7 @@ from tensorllm.tensors.stacking import Geometry
 
 Policy = Literal["auto", "always"]
 POLICIES = ("auto", "always")
+Cache = Literal["auto", "latent", "dense"]
 # Of a layer beside its matrices, with transformers' own modules: operations that a token that is
 # decoded starts, products that take as long as a score, and how much longer all that takes in a
 # prompt, beside products, where those are of 16 bits.
@@ -89,6 +91,23 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
         )
         return replace(choice, factored=False, why=why)
     return choice
+
+
+def keeps_dense_cache(site: Site, factors: Factors, geometry: Geometry, cache: Cache) -> bool:
+    """Whether a site that runs factored caches keys and values as wide as the dense model does.
+
+    Args:
+        cache: `latent`: latents wherever the module can; `dense`: never; `auto`: where decoding is
+            predicted not to be slower with them.
+
+    Raises:
+        UserError: an unknown cache.
+    """
+    one_of("cache", cache, get_args(Cache))
+    module = module_for(site, factors)
+    if module is None or not module.latent_attention:
+        return False  # has none of its own
+    return cache == "dense" or (cache == "auto" and not module.latents_pay(factors, geometry))
 
 
 def beside_matrices(geometry: Geometry, *, narrow: bool) -> Cost:

@@ -1,7 +1,7 @@
 """Putting factored modules in the place of dense ones, in memory or on the meta device."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,13 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.spec import Stored
 from tensorllm.runtime.adapters import ADAPTERS
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
-from tensorllm.runtime.experts import Apart, Together, become_factored_experts
+from tensorllm.runtime.experts import (
+    Apart,
+    FactoredExperts,
+    Together,
+    become_factored_experts,
+)
+from tensorllm.runtime.narrow import Widen
 from tensorllm.runtime.one_query import pack_groups
 from tensorllm.runtime.sites import (
     Held,
@@ -26,7 +32,6 @@ from tensorllm.runtime.sites import (
     module_for,
 )
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.quantised import widen
 from tensorllm.tensors.stacking import ATTENTION, expert_role, family
 
 
@@ -48,7 +53,7 @@ class Placement:
 
 
 def install(
-    model: nn.Module, sites: Sequence[tuple[Site, Factors]], *, latent: bool = True
+    model: nn.Module, sites: Sequence[tuple[Site, Factors]], *, dense_cache: Collection[str] = ()
 ) -> list[Placement]:
     """Replace the modules of the sites' matrices by factored ones, in place.
 
@@ -58,7 +63,8 @@ def install(
         model: dense, of a known architecture; with its weights, or on the meta device.
         sites: what is replaced, each with its factors, in the dtype and on the device to run in;
             factors in few bits stay so, and are widened for each use.
-        latent: run the attention in its latents where it can be.
+        dense_cache: names of sites whose attention caches keys and values as wide as a head; that
+            of others caches latents, where the architecture can.
 
     Raises:
         UserError: a site's factors cannot run as they are, such as the authors' layout.
@@ -72,7 +78,7 @@ def install(
                 "cannot run factored; write it dense (tensorllm export --format dense), or "
                 "compress with layout 'paper'"
             )
-    installation = _Installation(model, latent)
+    installation = _Installation(model, dense_cache)
     for (site, factors), module in zip(plain, modules, strict=True):
         assert module is not None, "refused above"
         installation.add(site, factors, module)
@@ -80,24 +86,52 @@ def install(
     return _hold_narrow(model, placed, {site.name: factors for site, factors in sites})
 
 
+def train_only_factors(model: nn.Module) -> int:
+    """Let an optimizer change the factors of a factored model, and nothing else.
+
+    Returns:
+        How many numbers that are.
+
+    Raises:
+        UserError: nothing of the model runs in factors that can be trained.
+    """
+    owners = [
+        module if isinstance(module, SiteModule) else module.parts
+        for module in model.modules()
+        if isinstance(module, SiteModule | FactoredLinear | FactoredExperts)
+    ]
+    held = {
+        parameter
+        for owner in owners
+        for parameter in owner.parameters()
+        if parameter.is_floating_point() and parameter.requires_grad
+    }
+    if not held:
+        raise UserError("this model has no factors to train; load a factored folder")
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in held)
+    return sum(parameter.numel() for parameter in held)
+
+
 class _Installation:
     """One installation: the model's matrices, and what has been placed."""
 
-    def __init__(self, model: nn.Module, latent: bool) -> None:
+    def __init__(self, model: nn.Module, dense_cache: Collection[str]) -> None:
         self.model: Any = model
         self.roles = RoleMatrices(model.config, [name for name, _ in model.named_parameters()])
         self.placed: list[Placement] = []
         config: Any = self.model.config
         known = config.model_type in ADAPTERS
         self.adapter = ADAPTERS[config.model_type] if known else None
-        self.latent = latent and self.adapter is not None and self.adapter.latent(config)
+        self.whole = self.adapter is not None and self.adapter.latent(config)
+        self.dense_cache = dense_cache
         self.parts: dict[str, dict[str, tuple[Site, Held]]] = defaultdict(dict)
         self.where: dict[str, tuple[int, Stored]] = {}
         self.experts: dict[int, dict[str, tuple[Site, Held]]] = defaultdict(dict)
 
     def add(self, site: Site, factors: Factors, module: type[SiteModule]) -> None:
         """Take a site in: its attention now, linears once all their roles are known."""
-        if self.latent and module.latent_attention:
+        if self.whole and module.latent_attention:
             self._attention(site, factors, module)
             return
         geometry = self.roles.spec.geometry(site.layers[0])
@@ -149,7 +183,14 @@ class _Installation:
         block = self.roles.name(layer, "q").removesuffix(".weight").rpartition(".")[0]
         module: Any = self.model.get_submodule(block)
         assert self.adapter is not None, "asked only where there is one"
-        become_factored(module, self.model.config, self.adapter, geometry, latents)
+        become_factored(
+            module,
+            self.model.config,
+            self.adapter,
+            geometry,
+            latents,
+            latent=site.name not in self.dense_cache,
+        )
         here = self.roles.stored_in(layer)
         for stored in (each for each in here if set(each.roles) <= set(ATTENTION)):
             path = self.roles.name(layer, stored.roles[0]).removesuffix(".weight")
@@ -251,25 +292,6 @@ class FactoredLinear(nn.Module):
         else:
             y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
         return y if self.bias is None else y + self.bias
-
-
-class Widen(nn.Module):
-    """From what is stored in few bits to the parameter, its modes in the order it is held in."""
-
-    def __init__(self, stored: tuple[Tensor, ...], order: Order) -> None:
-        super().__init__()
-        self._stored: tuple[Tensor, ...] | None = stored
-        self.order = order
-
-    def forward(self, *stored: Tensor) -> Tensor:
-        t = widen(*stored)
-        return t if self.order is None else t.permute(self.order)
-
-    def right_inverse(self, dense: Tensor) -> tuple[Tensor, ...]:
-        """What is held from now on; asked for once, on registration."""
-        assert self._stored is not None, "a quantised parameter is not written to"
-        stored, self._stored = self._stored, None
-        return stored
 
 
 def _hold_narrow(

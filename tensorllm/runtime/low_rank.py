@@ -18,6 +18,7 @@ from tensorllm.runtime.sites import (
     Held,
     Order,
     SiteModule,
+    TurnedLinear,
     held_by,
     linear,
     runs,
@@ -58,6 +59,8 @@ class PivotedSite(SiteModule):
     another.
     """
 
+    basis: TurnedLinear
+    mix: TurnedLinear
     rows_R: Tensor
     order_I: Tensor
     margin = 1.0  # what is not predicted to be slower saves memory
@@ -97,6 +100,10 @@ class PivotedSite(SiteModule):
         """What is selected by, of the numbers of the rows in the order in which they are made."""
         raise NotImplementedError
 
+    def is_adapted(self) -> bool:
+        """Whether one of the linears is another module by now, such as one with LoRA beside it."""
+        return not (isinstance(self.basis, TurnedLinear) and isinstance(self.mix, TurnedLinear))
+
     def is_cheap_in_order(self, moves: int) -> bool:
         """Whether R² more products per token take less time than moving its I numbers so often."""
         return len(self.rows_R) ** 2 <= moves * MOVE * len(self.order_I)
@@ -109,13 +116,11 @@ class PivotedInputs(PivotedSite):
     asks.
     """
 
-    basis_DR: nn.Parameter
-    mix_RX: nn.Parameter
     names = {  # noqa: RUF012
-        "basis": ("basis_DR", (1, 0)),  # of folders from before tensors were stored transposed
-        "mix": ("mix_RX", (1, 0)),
-        "basis_t": ("basis_DR", None),
-        "mix_t": ("mix_RX", None),
+        "basis": ("basis.weight", (1, 0)),  # of folders from before tensors were stored transposed
+        "mix": ("mix.weight", (1, 0)),
+        "basis_t": ("basis.weight", None),
+        "mix_t": ("mix.weight", None),
         "rows": ("rows_R", None),
     }
 
@@ -138,10 +143,12 @@ class PivotedInputs(PivotedSite):
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
         """(..., I) of each role."""
-        lead = x.shape[:-1]
-        basis_DR, mix_RX = self.basis_DR, self.mix_RX
-        if not mix_RX.numel():
-            return (x @ basis_DR).split(self.sizes, dim=-1)
+        if not self.mix.weight.numel():
+            return self.basis(x).split(self.sizes, dim=-1)
+        if self.is_adapted():
+            z_NR = self.basis(x.flatten(0, -2))
+            return self._in_order(torch.cat([z_NR.mT, self.mix(z_NR).mT]), x.shape[:-1])
+        lead, basis_DR, mix_RX = x.shape[:-1], self.basis.weight, self.mix.weight
         if decodes(x):
             z_R = vector_times(x.reshape(-1), basis_DR)
             y_I = torch.cat([z_R, vector_times(z_R, mix_RX)]).index_select(0, self.order_I)
@@ -150,10 +157,16 @@ class PivotedInputs(PivotedSite):
         if self.is_cheap_in_order(2 if self.in_attention else 1):
             mixed_IR = in_order(mix_RX.mT, self.order_I)
             return F.linear(x @ basis_DR, mixed_IR).split(self.sizes, dim=-1)
-        # Made transposed, a row for each output: on a CPU rows are put in order up to a hundred
-        # times faster than columns. What goes into elementwise functions are views of it; attention
-        # kernels want each token's numbers side by side.
-        y_IN = latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX).index_select(0, self.order_I)
+        return self._in_order(latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX), lead)
+
+    def _in_order(self, made_IN: Tensor, lead: torch.Size) -> Sequence[Tensor]:
+        """(..., I) of each role, of the outputs in the order in which they are made.
+
+        Transposed, a row for each output: on a CPU rows are put in order up to a hundred times
+        faster than columns. What goes into elementwise functions are views of it; attention kernels
+        want each token's numbers side by side.
+        """
+        y_IN = made_IN.index_select(0, self.order_I)
         if self.in_attention:
             return y_IN.mT.contiguous().view(*lead, -1).split(self.sizes, dim=-1)
         return [y.mT.view(*lead, -1) for y in y_IN.split(self.sizes)]
@@ -162,11 +175,9 @@ class PivotedInputs(PivotedSite):
 class PivotedOutput(PivotedSite):
     """Of an output projection, stacked transposed: mixed inputs are added to the chosen ones."""
 
-    basis_RD: nn.Parameter
-    mix_XR: nn.Parameter
     names = {  # noqa: RUF012
-        "basis": ("basis_RD", None),
-        "mix": ("mix_XR", None),
+        "basis": ("basis.weight", None),
+        "mix": ("mix.weight", None),
         "rows": ("rows_R", None),
     }
 
@@ -174,8 +185,14 @@ class PivotedOutput(PivotedSite):
         return made_I
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        basis_RD, mix_XR = self.basis_RD, self.mix_XR
-        rank = len(basis_RD)
+        if not self.mix.weight.numel():
+            return self.basis(x)
+        rank = len(self.rows_R)
+        if self.is_adapted():
+            x_NI = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I).mT
+            z_NR = x_NI[:, :rank] + self.mix(x_NI[:, rank:])
+            return self.basis(z_NR).view(*x.shape[:-1], -1)
+        basis_RD, mix_XR = self.basis.weight, self.mix.weight
         if decodes(x):
             x_I = x.reshape(-1).index_select(0, self.order_I)
             z_R = x_I[:rank] + vector_times(x_I[rank:], mix_XR)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tensorllm.compressors.layer import Site
 from tensorllm.tensors.factors import Factors, parameters
@@ -58,6 +59,22 @@ class Held(NamedTuple):
     tensors: Mapping[str, tuple[str, Order]]
 
 
+class TurnedLinear(Conv1D):
+    """`x @ weight`: a linear without a bias, held as (inputs, outputs).
+
+    By its class adapters such as LoRA (peft) know how its weight lies.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.nx, self.nf = weight.shape
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 class SiteModule(nn.Module):
     """The matrices of one site in their factors.
 
@@ -68,7 +85,8 @@ class SiteModule(nn.Module):
 
     Attributes:
         names: stored name -> attribute that holds it, and the order of its modes there, of tensors
-            that are not held as they are stored.
+            that are not held as they are stored. `NAME.weight`: a `TurnedLinear` holds it, which
+            adapters may take the place of.
         latent_attention: whether `runtime.attention` can run the whole attention in the latents of
             this module; it then asks for the members of `runtime.tucker.HeadsSite`.
         margin: predicted speed-up that a site has to reach for `--policy auto` to run it factored.
@@ -87,7 +105,11 @@ class SiteModule(nn.Module):
         for name, t in factors.tensors().items():
             attribute, order = self.names.get(name, (name, None))
             held = t if order is None else t.permute(order).contiguous()
-            if held.is_floating_point():
+            module = attribute.removesuffix(".weight")
+            if module != attribute:  # nothing can be put beside a linear without outputs
+                some = TurnedLinear(held) if held.numel() else nn.ParameterDict({"weight": held})
+                self.add_module(module, some)
+            elif held.is_floating_point():
                 self.register_parameter(attribute, nn.Parameter(held))
             else:
                 self.register_buffer(attribute, held)
@@ -102,6 +124,12 @@ class SiteModule(nn.Module):
 
     def finish(self) -> None:
         """Compute what depends on weights; called again whenever they were loaded."""
+
+    @classmethod
+    def latents_pay(cls, factors: Factors, geometry: Geometry) -> bool:
+        """Whether decoding is predicted not to be slower where latents are cached."""
+        del factors, geometry
+        return True
 
     @classmethod
     def accepts(cls, factors: Factors) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.sites import PROMPT, Cost, SiteModule, runs
+from tensorllm.runtime.sites import OPERATION, PROMPT, Cost, SiteModule, runs
 from tensorllm.tensors.factors import CP, Factors, Tucker, parameters, wide
 from tensorllm.tensors.stacking import Geometry
 
@@ -55,6 +55,12 @@ class HeadsSite(SiteModule):
         super().__init__(factors, site, geometry)
         self.groups, self.head_dim, self.queries = geometry.G, geometry.K, geometry.groups
         self.absorbed = False
+
+    @classmethod
+    def latents_pay(cls, factors: Factors, geometry: Geometry) -> bool:
+        """Where the numbers that values are narrower by, of 512 cached tokens, take as long to be
+        read as attention takes longer in parts than in one kernel: about one operation."""
+        return geometry.G * (geometry.K - factors.ranks[1]) * PROMPT >= OPERATION
 
     @classmethod
     def accepts(cls, factors: Factors) -> bool:

@@ -1,0 +1,46 @@
+"""Parameters that are held in few bits and widened for each use, by torch's parametrizations."""
+
+import torch
+from torch import Tensor, nn
+
+from tensorllm.errors import UserError
+from tensorllm.runtime.sites import Order
+from tensorllm.tensors.quantised import widen
+
+
+class Widened(Tensor):
+    """What numbers in few bits stand for: made anew for each use, what is written to it is lost."""
+
+    # What comes out of it is plain.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.as_subclass(Tensor).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UserError(
+            "adapters cannot be merged into quantised factors, whose sum would have to be rounded; "
+            "merge them into the folder that was quantised"
+        )
+
+
+class Widen(nn.Module):
+    """From what is stored in few bits to the parameter, its modes in the order it is held in."""
+
+    def __init__(self, stored: tuple[Tensor, ...], order: Order) -> None:
+        super().__init__()
+        self._stored: tuple[Tensor, ...] | None = stored
+        self.order = order
+
+    def forward(self, *stored: Tensor) -> Tensor:
+        t = widen(*stored)
+        held = t if self.order is None else t.permute(self.order)
+        return held if torch.compiler.is_compiling() else held.as_subclass(Widened)
+
+    def right_inverse(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """What is held from now on; asked for once, on registration."""
+        assert self._stored is not None, "a quantised parameter is not written to"
+        stored, self._stored = self._stored, None
+        return stored
