@@ -31,7 +31,7 @@ class SearchRequest:
     model: Annotated[str, shared.MODEL]
     dataset: Annotated[
         str | None,
-        Option("`tensorllm list datasets`, or a YAML file (default: the model's)."),
+        Option("`tensorllm list datasets`, or YAML files; several: a,b (default: the model's)."),
     ] = None
     mode: Annotated[
         str, Option("Any that says what may be varied: `tensorllm list compressors`.")
@@ -96,9 +96,12 @@ class SearchRequest:
     storage: Annotated[str | None, Option("Database URL, for workers on many machines.")] = None
     workers: Annotated[int, Option("Processes on this machine, one per GPU.")] = 1
     protocol: shared.Protocol = "strict"
-    data_file: shared.DataFile = None
+    data_file: Annotated[
+        Path | None,
+        Option("Local file in place of the hub; of several datasets: a.csv,b.csv.", metavar="FILE"),
+    ] = None
     limit: Annotated[
-        int | None, Option("Examples at most, of validation and of test.", least=1)
+        int | None, Option("Examples at most, of each validation and test part.", least=1)
     ] = None
     cache_gib: Annotated[
         float | None, Option("Memory for activations (default: 1/4 of what is free).")

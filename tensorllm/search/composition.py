@@ -48,7 +48,7 @@ def best_of(run: Study, queue: TrialQueue) -> Step:
         Incomplete: no trial was examined in full.
     """
     trials = queue.trials()
-    order = ranked(trials, run.goal)
+    order = ranked(trials, run.goal_of(queue))
     if not order:
         if run.late:
             raise Incomplete(
@@ -83,10 +83,18 @@ def whole(steps: Sequence[Step], ratio: float) -> TrialResult:
     saved = sum(step.result.parameters_saved for step in steps)
     error = max(step.result.relative_error for step in steps)
     seconds = sum(step.result.seconds for step in steps)
-    found = steps[-1].result
-    return replace(
-        found, ratio=ratio, parameters_saved=saved, relative_error=error, seconds=seconds
-    )
+
+    def sized(found: TrialResult) -> TrialResult:
+        return replace(
+            found,
+            ratio=ratio,
+            parameters_saved=saved,
+            relative_error=error,
+            seconds=seconds,
+            parts=tuple(part and sized(part) for part in found.parts),
+        )
+
+    return sized(steps[-1].result)
 
 
 def selection(steps: Sequence[Step], seed: int) -> dict[str, Any] | None:
@@ -95,10 +103,16 @@ def selection(steps: Sequence[Step], seed: int) -> dict[str, Any] | None:
     there = [gain for gain in gains if gain is not None]
     if not there:
         return None
+    found, of_datasets = _sum(there), [gain.get("datasets", []) for gain in there]
+    each = [_sum(gains) for gains in zip(*of_datasets, strict=True)]
+    return found | ({"datasets": each} if each else {})
+
+
+def _sum(gains: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        **there[0],
-        **{name: sum(g[name] for g in there) for name in ("optimism", "gain", "gain_without")},
-        "interval": [sum(g["interval"][end] for g in there) for end in (0, 1)],
+        **gains[0],
+        **{name: sum(g[name] for g in gains) for name in ("optimism", "gain", "gain_without")},
+        "interval": [sum(g["interval"][end] for g in gains) for end in (0, 1)],
     }
 
 
