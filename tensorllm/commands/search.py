@@ -120,7 +120,7 @@ def _next(
     assert wanted.study is not None
     with closing(above.queue(wanted.study)) as own:
         if len(study.datasets) > 1:
-            above.refer(own, study.original(queue))
+            own.study.set_user_attr("reference", study.original(queue).to_json())
         _explore(above, own, wanted.study, report)
         step = best_of(above, own)
     write_trials(wanted.study, above, step.trials)

@@ -80,7 +80,7 @@ class SearchRequest:
     )
     guide: Annotated[
         str | None,
-        Option("gradient: try what one backward pass predicts to be best."),
+        Option("gradient: try what one backward pass predicts to be best (per edit)."),
     ] = None
     seed: Annotated[int, Option("Of the order, the sampler and the bootstrap.")] = 0
     stop_level: Annotated[
@@ -135,8 +135,6 @@ class SearchRequest:
             one_of("--guide", self.guide, GUIDES)
             if self.sampler not in (None, "grid"):
                 raise UserError(f"--guide orders a grid: give no --sampler {self.sampler}")
-            if self.compose > 1:
-                raise UserError("--guide goes with one edit: give no --compose")
 
     @property
     def varied(self) -> dict[str, Sequence[Value]]:

@@ -14,7 +14,6 @@ from tensorllm.metrics import MAIN
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.composition import Step, composed, selection, whole
 from tensorllm.search.final import final_scores, mean_scores
-from tensorllm.search.guide import agreement
 from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
 from tensorllm.search.selection import by_dataset, front, half_width, ranked
@@ -89,7 +88,12 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
             "test": mean_scores([d["winner"]["test"] for d in datasets]),
         },
         "steps": [
-            {"trial": step.number, **step.point.recipe(), "validation": _plain(step.result)}
+            {
+                "trial": step.number,
+                **step.point.recipe(),
+                "validation": _plain(step.result),
+                **({"guide": step.guide} if step.guide else {}),
+            }
             for step in steps
         ],
         "test_looks": final["looks"],
@@ -98,14 +102,7 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         "guards": datasets[0]["guards"] if alone else None,
         "verdict": overall(labels, comparisons, verdicts, goal),
         "datasets": datasets,
-        "guide": None
-        if run.guide is None
-        else agreement(
-            run.guide,
-            first.trials,
-            lambda t: run.space.point(t.params).key,
-            None if alone else run.reference(queue),
-        ),
+        "guide": first.guide,
         "late": run.late and queue.waiting() > 0,
         "top": [_row(t, f, goal) for t, f in order[:10]],
         "front": [

@@ -26,7 +26,7 @@ class Questions(NamedTuple):
     """A dataset: what trials are compared on, and what the winner is scored on.
 
     Attributes:
-        label: its name, with its file where another dataset has the same name.
+        label: its name; where another dataset has the same one, its file.
     """
 
     label: str
@@ -87,11 +87,17 @@ def questions_of(sources: Sequence[Source], limit: int | None) -> list[Questions
         ]
         for source in sources
     ]
-    names = [str(validation.name) for validation, _ in parts]
-    return [
-        Questions(name if names.count(name) == 1 else f"{name} ({source.data_file})", *both)
-        for source, name, both in zip(sources, names, parts, strict=True)
-    ]
+    labels = _labels(sources, [str(validation.name) for validation, _ in parts])
+    return [Questions(label, *both) for label, both in zip(labels, parts, strict=True)]
+
+
+def _labels(sources: Sequence[Source], names: Sequence[str]) -> list[str]:
+    """Names; of datasets that share one the files."""
+    short = [s.data_file.stem if s.data_file else n for s, n in zip(sources, names, strict=True)]
+    whole = [str(s.data_file or n) for s, n in zip(sources, names, strict=True)]
+    unique = [names.count(name) == 1 for name in names]
+    files = short if len(set(short)) == len(short) else whole
+    return [name if one else file for name, one, file in zip(names, unique, files, strict=True)]
 
 
 def need_answers(datasets: Sequence[Questions]) -> None:

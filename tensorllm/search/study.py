@@ -3,7 +3,7 @@
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ from tensorllm.search.space import (
     Matrices,
     Point,
     Space,
-    Values,
     corners,
     feasible,
     make_space,
@@ -55,7 +54,6 @@ from tensorllm.search.worker import Worker, make_sampler
 GRID = 100  # points up to which a space is searched whole
 TRIALS = 100
 GIB = 2**30
-
 LENGTH = 512  # tokens of a calibration sequence, at most
 
 OnTrial = Callable[["Study", TrialQueue], None]
@@ -160,8 +158,10 @@ class Study:
 
     @cached_property
     def guide(self) -> Guided | None:
-        """The predicted change of the loss at every point of the grid; None: not asked for."""
-        if self.request.guide is None:
+        """The predicted change of the loss at every point of the grid, on top of the edits of
+        `base`; None: not asked for, or nothing is left to edit.
+        """
+        if self.request.guide is None or not self.feasible:
             return None
         return guided(self.examiner, [self.space.point(values) for values in self.feasible])
 
@@ -208,23 +208,20 @@ class Study:
 
     @cached_property
     def examiner(self) -> Examiner:
+        possible = self.feasible  # a guide predicts them all
+        if self.request.guide is None:
+            possible = self.points if self.grid else corners(self.space) or self.feasible
         return Examiner(
             self.model,
             self.tokenizer,
             [questions.asked for questions in self.datasets],
             self.protocol,
-            points=[self.space.point(values) for values in self._corners()],
+            points=[self.space.point(values) for values in possible],
             seed=self.request.seed,
             calibration=self.calibration,
             budget=self.cache_budget,
             batch_tokens=self.request.batch_tokens,
         )
-
-    def _corners(self) -> Sequence[Values]:
-        """Points that between them have every layer, matrix and largest rank."""
-        if self.request.guide is not None:
-            return self.feasible
-        return self.points if self.grid else corners(self.space) or self.feasible
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -340,13 +337,9 @@ class Study:
         return result
 
     def reference(self, queue: TrialQueue) -> TrialResult:
-        """What changes count from: the original, without the edits of `base` (see `refer`)."""
+        """What changes count from: the original, in further steps that of the first one."""
         known = queue.study.user_attrs.get("reference")
         return self.original(queue) if known is None else TrialResult.from_json(known)
-
-    def refer(self, queue: TrialQueue, reference: TrialResult) -> None:
-        """Tell a study on top of another one what changes count from."""
-        queue.study.set_user_attr("reference", reference.to_json())
 
     def goal_of(self, queue: TrialQueue, objective: str | None = None) -> Objective:
         """What is best, or another objective: over several datasets the worst change."""
