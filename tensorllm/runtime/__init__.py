@@ -1,6 +1,6 @@
 """Running factored: modules that hold factors instead of the matrices that they stand for."""
 
-from tensorllm.runtime import experts, kept_rows, low_rank, tucker  # noqa: F401  they register
+from tensorllm.runtime import blocks, experts, kept_rows, low_rank, tucker  # noqa: F401  they register
 from tensorllm.runtime.install import Placement, install
 from tensorllm.runtime.sites import Cost, Held, SiteModule, module_for, runs
 

@@ -149,11 +149,11 @@ def make_space(
             raise UserError(f"{dimension} follows from the others (--tied): give no {dimension}")
     choices: dict[str, tuple[Value, ...]] = {LAYER: _layers(roles, layers, together)}
     for dimension, what in there.items():
-        if dimension not in left_out:
-            wanted = given.get(dimension)
-            choices[dimension] = (
-                what.values if wanted is None else _checked(dimension, what, wanted)
-            )
+        wanted = given.get(dimension)
+        if wanted is not None:
+            choices[dimension] = _checked(dimension, what, wanted)
+        elif not what.optional and dimension not in left_out:
+            choices[dimension] = what.values
     space = Space(
         name, roles.spec, choices,
         log=frozenset(dimension for dimension, what in there.items() if what.log),
