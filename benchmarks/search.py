@@ -42,9 +42,10 @@ from tensorllm.options import layers
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.objectives import OBJECTIVES
+from tensorllm.search.parts import Asked
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
-from tensorllm.search.stopping import Rival
+from tensorllm.search.stopping import rivals_of
 from tensorllm.search.trial import TrialResult, unpack
 
 TRIALS, LAYERS = 48, (8, 9, 10, 11)
@@ -92,8 +93,8 @@ class Given(NamedTuple):
     def examiner(self) -> Examiner:
         """A new one knows nothing: nothing is decomposed or kept yet."""
         return Examiner(
-            self.model, self.tokenizer, self.data.examples, PROTOCOLS["strict"],
-            max_new_tokens=self.data.max_new_tokens, points=self.points, seed=self.seed,
+            self.model, self.tokenizer, [Asked(self.data.examples, self.data.max_new_tokens)],
+            PROTOCOLS["strict"], points=self.points, seed=self.seed,
             budget=CacheBudget(default_budget(self.model.device)),
         )  # fmt: skip
 
@@ -159,7 +160,7 @@ def sample(items: list[Any], count: int) -> list[Any]:
 
 def verdicts_of(examiner: Examiner, found: TrialResult) -> list[bool]:
     """In the order of the dataset, not of the examination."""
-    pairs = zip(examiner.order, unpack(found.correct, found.seen), strict=True)
+    pairs = zip(examiner.parts[0].order, unpack(found.correct, found.seen), strict=True)
     return [verdict for _, verdict in sorted((e.index, verdict) for e, verdict in pairs)]
 
 
@@ -168,10 +169,8 @@ def in_turn(examiner: Examiner, points: list[Point]) -> list[TrialResult]:
     found: list[TrialResult] = []
     for point in points:
         best = best_of(found)
-        rival = None
-        if best is not None:
-            rival = Rival(unpack(found[best].correct, found[best].seen), found[best].loss)
-        found.append(examiner(point, rival, level=0.001))
+        rivals = [] if best is None else rivals_of(found[best], "verdicts")
+        found.append(examiner(point, rivals, level=0.001))
     return found
 
 

@@ -174,6 +174,7 @@ def test_probabilities_of_sdpa_are_those_of_eager(name: str):
 
 COMPRESSORS = {
     "laser": tl.LaserSVD(rho=0.5, matrices=("in", "out", "q", "o")),
+    "laser in blocks": tl.LaserSVD(rho=0.5, matrices=("in", "out", "q", "o"), blocks=2),
     "one of two fused": tl.LaserSVD(rho=0.5, matrices=("in",)),
     "per matrix": tl.PerMatrixTucker3D(ranks=(16, 5), matrices=("q", "v", "o")),
     "cp": tl.Trawl(rank=9),

@@ -63,7 +63,7 @@ def naive(search: Study, edits: list[dict[str, Any]]) -> dict[str, Any]:
     model = search.loader()
     if edits:
         compress(model, PerLayer(edits=tuple(edits)))
-    return evaluate_model(model, search.tokenizer, search.validation, search.protocol)
+    return evaluate_model(model, search.tokenizer, search.datasets[0].validation, search.protocol)
 
 
 def edit(step: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from tensorllm.evaluation.protocol import PROTOCOLS
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import Decompositions, applied
-from tensorllm.search.examiner import LEAST, Examiner, Infeasible, shuffled
+from tensorllm.search.examiner import Examiner, Infeasible
+from tensorllm.search.parts import LEAST, Asked, shuffled
 from tensorllm.search.space import make_space
 from tensorllm.search.stopping import Rival
 from tensorllm.search.trial import pack, unpack
@@ -41,9 +42,8 @@ def examiner_of(loader, data, points, **options):
     return Examiner(
         loader(),
         loader.tokenizer(),
-        data.examples,
+        [Asked(data.examples, data.max_new_tokens)],
         PROTOCOLS["strict"],
-        max_new_tokens=data.max_new_tokens,
         points=points,
         **{"budget": CacheBudget(2**26), **options},
     )
@@ -113,10 +113,10 @@ def test_a_loser_is_pruned_and_a_winner_is_not(loader, data):
     original = examiner(None)
     always_right = Rival((True,) * len(data.examples), 0.0)
     never_right = Rival((False,) * len(data.examples), 99.0)
-    pruned = examiner(None, always_right)
+    pruned = examiner(None, [always_right])
     assert pruned.stopped
     assert LEAST <= pruned.seen < len(data.examples)
-    assert examiner(None, never_right, level=0.5).correct == original.correct
+    assert examiner(None, [never_right], level=0.5).correct == original.correct
 
 
 def test_errors_beyond_the_limit_cost_no_evaluation(loader, data):

@@ -25,7 +25,7 @@ def study() -> Study:
 
 
 def mean_loss(study: Study) -> float:
-    items = _items(study.examiner)[:20]
+    items = _items(study.examiner.parts[0])[:20]
     with torch.no_grad():
         return float(sum(_loss(study.examiner, [item]) for item in items) / len(items))
 
@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_loss(study: Study) -> None:
 @pytest.mark.parametrize("dataset", ["choices", "answers"])
 def test_the_loss_is_the_naive_one(study: Study, dataset: str) -> None:
     """One whole sequence at a time, nothing padded and nothing shared."""
-    model, item = study.examiner.model, _items(study.examiner)[0]
+    model, item = study.examiner.model, _items(study.examiner.parts[0])[0]
     prompt = item.prompt
     if dataset == "choices":
         example = Example("", "b", choices=("a", "b", "c"))

@@ -165,7 +165,9 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(
 
     def broken(self, edit, rival, level):
         rows, stopped = examine(self, edit, rival, level)
-        return (break_(rows) if edit.sites and edit.sites[0].site.layers == (2,) else rows), stopped
+        return (
+            [break_(rows[0])] if edit.sites and edit.sites[0].site.layers == (2,) else rows
+        ), stopped
 
     monkeypatch.setattr(type(small.examiner), "_rows", broken)
     queue = opened(small, tmp_path)

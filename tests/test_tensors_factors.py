@@ -18,6 +18,7 @@ from torch import Tensor
 from tensorllm.errors import UserError
 from tensorllm.tensors import factors as factors_module
 from tensorllm.tensors import tucker as tucker_module
+from tensorllm.tensors.blocks import BlockLowRank
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker, cast, parameters
 from tensorllm.tensors.kept_rows import KeptRows
@@ -45,6 +46,9 @@ def examples() -> dict[str, tuple[Factors, Tensor]]:
         "pivoted-low-rank": (pivot(u, v), torch.einsum("ir,ro->io", u, v)),
         "cp": (CP(weights, (x, y, z)), torch.einsum("r,ir,jr,kr->ijk", weights, x, y, z)),
     }
+    u_BJR, v_BRO = random(3, 5, 2), random(3, 2, 6)
+    blocks = torch.einsum("bjr,bro->bjo", u_BJR, v_BRO).reshape(15, 6)
+    floats["block-low-rank"] = (BlockLowRank(u_BJR, v_BRO), blocks)
     kept = torch.zeros(9, 6)
     kept[[1, 4, 7]] = v
     floats["kept-rows"] = (KeptRows.of(torch.tensor([4, 1, 7]), v[[1, 0, 2]], 9), kept)

@@ -22,6 +22,7 @@ from tensorllm.evaluation.scorer import make_scorer
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.examiner import Examiner
+from tensorllm.search.parts import Asked
 from tensorllm.search.prefix import PrefixForward, default_budget
 from tensorllm.search.space import Point, make_space
 from tensorllm.search.trial import TrialResult
@@ -72,8 +73,8 @@ class Counted(PrefixForward):
 def examiner(model: Any, tokenizer: Any, data: ReasoningDataModule, points: list[Point]) -> Any:
     """A new one knows nothing."""
     return Examiner(
-        model, tokenizer, data.examples, PROTOCOLS["strict"],
-        max_new_tokens=data.max_new_tokens, points=points,
+        model, tokenizer, [Asked(data.examples, data.max_new_tokens)], PROTOCOLS["strict"],
+        points=points,
         budget=CacheBudget(default_budget(model.device)),
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ def running(
 ) -> Any:
     """Let the examiner run its model so."""
     made.forward = forward(made.model, made.prefix)
-    made.scorer = make_scorer(
+    made.parts[0].scorer = make_scorer(
         made.model, tokenizer, protocol=PROTOCOLS["strict"],
         max_new_tokens=data.max_new_tokens, forward=made.forward,
     )  # fmt: skip

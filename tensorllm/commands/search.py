@@ -49,7 +49,10 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
         with storage_errors("searching"):
             _explore(study, queue, folder, progress, log.trials)
             steps = [best_of(study, queue)]
-            while len(steps) < request.compose and (step := _next(study, folder, steps, progress)):
+            while len(steps) < request.compose:
+                step = _next(study, queue, folder, steps, progress)
+                if step is None:
+                    break
                 steps.append(step)
             result = conclude(study, queue, steps)
             log.search(result.results)
@@ -82,7 +85,7 @@ def _explore(
         if on_trials is not None:
             on_trials(trials)
         done = sum(t.state.is_finished() for t in trials)
-        goal = study.goal
+        goal = study.goal_of(queue)
         best = ranked(trials, goal)[:1]
         what = f"best {goal.show(best[0][1])}" if best else "no result yet"
         progress(done, len(trials), what)
@@ -102,7 +105,9 @@ def _explore(
         time.sleep(WAIT)
 
 
-def _next(study: Study, folder: Path, steps: Sequence[Step], progress: Progress) -> Step | None:
+def _next(
+    study: Study, queue: TrialQueue, folder: Path, steps: Sequence[Step], progress: Progress
+) -> Step | None:
     """The best edit on top of these; None where nothing is left to edit, or nothing gains."""
     wanted = on_top(study.request, folder, steps)
     above = Study(wanted, study.deadline)
@@ -113,18 +118,22 @@ def _next(study: Study, folder: Path, steps: Sequence[Step], progress: Progress)
         progress(done, total, f"edit {len(steps) + 1}: {what}")
 
     assert wanted.study is not None
-    with closing(above.queue(wanted.study)) as queue:
-        _explore(above, queue, wanted.study, report)
-        step = best_of(above, queue)
+    with closing(above.queue(wanted.study)) as own:
+        if len(study.datasets) > 1:
+            own.study.set_user_attr("reference", study.original(queue).to_json())
+        _explore(above, own, wanted.study, report)
+        step = best_of(above, own)
     write_trials(wanted.study, above, step.trials)
-    return step if step.gains(above.goal) else None
+    return step if step.gains(study.goal_of(queue)) else None
 
 
 def _warn(study: Study) -> None:
-    count = len(study.validation.examples)
-    if count < FEW:
-        LOG.warning(
-            "%d validation examples: an accuracy is known to ±%.0f points only",
-            count,
-            half_width(count),
-        )
+    for questions in study.datasets:
+        count = len(questions.validation.examples)
+        if count < FEW:
+            LOG.warning(
+                "%d validation examples%s: an accuracy is known to ±%.0f points only",
+                count,
+                f" of {questions.label}" if len(study.datasets) > 1 else "",
+                half_width(count),
+            )

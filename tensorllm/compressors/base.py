@@ -37,12 +37,14 @@ class Dimension:
             is not one); None: only those of `values`.
         names: what a user's sets of names, joined by `+`, may hold; empty: only `values`.
         log: whether a sampler draws numbers between the bounds on a logarithmic scale.
+        optional: it is varied only where the user names values.
     """
 
     values: tuple[Value, ...]
     allowed: tuple[float, float] | None = None
     names: tuple[str, ...] = ()
     log: bool = True
+    optional: bool = False
 
 
 class ErrorCurve(NamedTuple):

@@ -22,7 +22,7 @@ class Hybrid(Composite):
 
     Attributes:
         ranks, layout: of the SharedTucker4D, unless `attention` is given.
-        rho, rank, matrices: of the LaserSVD, unless `ffn` is given.
+        rho, rank, matrices, blocks: of the LaserSVD, unless `ffn` is given.
         ffn_layers: the FFN strategy's layers, where they are not those of the attention.
         attention: any other strategy for the attention (in YAML: `mode` and its fields).
         ffn: any other strategy for the FFN.
@@ -33,6 +33,7 @@ class Hybrid(Composite):
     rho: float | None = None
     rank: int | None = None
     matrices: tuple[str, ...] | None = None
+    blocks: int | None = None
     ffn_layers: tuple[int, ...] | None = None
     attention: Compressor | None = None
     ffn: Compressor | None = None
@@ -49,8 +50,8 @@ class Hybrid(Composite):
         attention = _own(
             SharedTucker4D, self.attention, {"ranks": self.ranks, "layout": self.layout}
         )
-        fields = {"rho": self.rho, "rank": self.rank, "matrices": self.matrices}
-        return attention, _own(LaserSVD, self.ffn, fields)
+        names = ("rho", "rank", "matrices", "blocks")
+        return attention, _own(LaserSVD, self.ffn, {name: getattr(self, name) for name in names})
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
@@ -67,7 +68,8 @@ class Hybrid(Composite):
 
     @classmethod
     def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
-        ffn = {name: value for name, value in point.items() if name in ("rho", "matrices")}
+        own = ("rho", "matrices", "blocks")
+        ffn = {name: value for name, value in point.items() if name in own}
         attention = {name: value for name, value in point.items() if name not in ffn}
         parts = SharedTucker4D.settings_at(spec, attention), LaserSVD.settings_at(spec, ffn)
         return None if None in parts else dict(parts[0] or {}) | dict(parts[1] or {})

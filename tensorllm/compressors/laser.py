@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Dimension, ErrorCurve, Job, Leaf
@@ -13,28 +14,33 @@ from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.registry import one_of
-from tensorllm.tensors.energy import matrix_energy
-from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
+from tensorllm.tensors.blocks import BlockLowRank, block_shape, row_blocks
+from tensorllm.tensors.energy import Energy, matrix_energy
+from tensorllm.tensors.factors import Factors, low_rank_outline
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
 from tensorllm.tensors.stacking import FEED_FORWARD, MATRICES, family
 from tensorllm.tensors.svd import METHODS, truncated_svd
 
+MOST_BLOCKS = 2**16
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 @COMPRESSORS.register("laser", aliases=("laser-svd",))
 @dataclass(frozen=True, kw_only=True)
 class LaserSVD(Leaf):
-    """Rank-r truncation of each chosen matrix.
+    """Rank-r truncation of each chosen matrix, or of each of several blocks of its rows.
 
-    Source: LASER, section 3.
+    Source: LASER, section 3; blocks: Compress to Impress, arXiv 2510.20800, which clusters rows
+    around several subspaces. Here a block is neighbouring rows of the role matrix: heads, channels.
 
     Attributes:
-        rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1.
+        rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1; of
+            several blocks, of each block's shape.
         rank: r itself, instead of rho.
         matrices: which of in, gate, out, q, k, v, o; in mixtures also shared.in, experts.in, ...
         method: `exact`, `randomized` (oversampled), or `official` as in LASER's code.
         seed: of the randomised method.
+        blocks: how many equal blocks the rows are cut into; each has rank r and its own SVD.
     """
 
     rho: float | None = None
@@ -42,6 +48,7 @@ class LaserSVD(Leaf):
     matrices: tuple[str, ...] = ("in",)
     method: Literal["exact", "randomized", "official"] = "exact"
     seed: int = 0
+    blocks: int = 1
 
     source: ClassVar[str] = "https://arxiv.org/abs/2312.13558"
 
@@ -52,6 +59,8 @@ class LaserSVD(Leaf):
             raise UserError(f"rho must be in (0, 1], got {self.rho}")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
+        if self.blocks < 1:
+            raise UserError(f"blocks must be 1 or more, got {self.blocks}")
         one_of("method", self.method, tuple(METHODS))
         check_seed(self.seed)
         object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
@@ -72,13 +81,16 @@ class LaserSVD(Leaf):
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        """`rho`, and `matrices`: each FFN matrix alone, or each one where there is no FFN."""
+        """`rho`, and `matrices`: each FFN matrix alone, or each one where there is no FFN; where it
+        is asked for `blocks`."""
         out = {}
         if not {"rho", "rank"} & settings.keys():
             out["rho"] = Dimension(RHOS, (0, 1))
         if "matrices" not in settings:
             ffn = tuple(role for role in spec.roles if role in FEED_FORWARD)
             out["matrices"] = Dimension(ffn or spec.roles, names=spec.roles)
+        if "blocks" not in settings:
+            out["blocks"] = Dimension((1,), (1, MOST_BLOCKS), optional=True)
         return out
 
     @classmethod
@@ -88,6 +100,8 @@ class LaserSVD(Leaf):
             out["rho"] = float(f"{point['rho']:.6g}")  # samplers give all sixteen digits
         if "matrices" in point:
             out["matrices"] = str(point["matrices"]).split("+")
+        if "blocks" in point:
+            out["blocks"] = int(point["blocks"])
         return out
 
     @classmethod
@@ -95,26 +109,38 @@ class LaserSVD(Leaf):
         return {"rank": 1, "matrices": spec.roles} | dict(settings)
 
     def check(self, shape: tuple[int, ...]) -> None:
-        if self.rank is not None and self.rank > min(shape):
-            raise UserError(f"rank must be in 1..{min(shape)}, got {self.rank}")
+        most = min(block_shape(shape, self.blocks))
+        if self.rank is not None and self.rank > most:
+            of = "" if self.blocks == 1 else f" of each of {self.blocks} blocks"
+            raise UserError(f"rank{of} must be in 1..{most}, got {self.rank}")
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
-        return low_rank_parameters(shape, self._rank(shape))
+        own = block_shape(shape, self.blocks)
+        return self.blocks * low_rank_parameters(own, self._rank(shape))
 
-    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> LowRank:
+    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
         """Factors of a role matrix (I, D)."""
         self.check(tuple(w.shape))
-        return truncated_svd(w, self._rank(tuple(w.shape)), method=self.method, seed=self.seed)
+        rank = self._rank(tuple(w.shape))
+        found = [
+            truncated_svd(block, rank, method=self.method, seed=self.seed)
+            for block in row_blocks(w, self.blocks)
+        ]
+        return found[0] if self.blocks == 1 else BlockLowRank.of(found)
 
     def curve(
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> ErrorCurve:
-        (u, v) = w.shape
-        curve, sizes_NC = matrix_energy(w).curve(lambda ranks_NC: ranks_NC[:, 0] * (u + v))
+        rows, columns = w.shape
+        each = rows + self.blocks * columns  # numbers for a rank more
+        energies = [matrix_energy(block).energy for block in row_blocks(w, self.blocks)]
+        energy = Energy(tuple(w.shape), torch.stack(energies).sum(0))
+        curve, sizes_NC = energy.curve(lambda ranks_NC: ranks_NC[:, 0] * each)
         return ErrorCurve(*curve, sizes_NC)
 
     def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
-        return low_rank_outline(shape, size[0])
+        one = low_rank_outline(block_shape(shape, self.blocks), size[0])
+        return one if self.blocks == 1 else BlockLowRank.of([one] * self.blocks)
 
     def at_size(self, site: Site, size: Size) -> "LaserSVD":
         return replace(self, rho=None, rank=size[0], matrices=site.roles)
@@ -124,15 +150,18 @@ class LaserSVD(Leaf):
         same = [self, *(leaf for leaf in others if isinstance(leaf, LaserSVD))]
         if len(same) <= len(others) or any(leaf.method != "exact" for leaf in same):
             return None
+        if any(leaf.blocks != self.blocks for leaf in same):
+            return None
         return replace(self, rho=None, rank=max(leaf._rank(shape) for leaf in same))
 
-    def sliced(self, covering: Factors, shape: tuple[int, ...]) -> LowRank:
+    def sliced(self, covering: Factors, shape: tuple[int, ...]) -> Factors:
         """The leading columns."""
-        largest, rank = cast(LowRank, covering), self._rank(shape)
-        return LowRank(largest.u_IR[:, :rank], largest.v_RO[:rank])
+        rank, largest = self._rank(shape), covering.tensors()
+        u, v = largest["u"][..., :rank], largest["v"][..., :rank, :]
+        return type(covering).from_tensors({"u": u, "v": v})
 
     def _rank(self, shape: tuple[int, ...]) -> int:
         if self.rank is not None:
             return self.rank
         assert self.rho is not None
-        return laser_rank(self.rho, shape)
+        return laser_rank(self.rho, block_shape(shape, self.blocks))

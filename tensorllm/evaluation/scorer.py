@@ -49,15 +49,19 @@ CPU = BatchTokens(read=1536, generate=4096)
 ACCELERATOR = BatchTokens(read=65536, generate=65536)
 
 
-class Scorer(Interface):
+class Scores(Interface):
+    """What scores batches."""
+
+    def score(self, batch: Any) -> list[Prediction]:
+        """Predictions of one batch, in the batch's order."""
+        ...
+
+
+class Scorer(Scores, Interface):
     """What scores with one kind of model."""
 
     def plan(self, examples: Sequence[Example]) -> list[Any]:
         """Batches of examples; the same for every model with this tokenizer and context."""
-        ...
-
-    def score(self, batch: Any) -> list[Prediction]:
-        """Predictions of one batch, in the batch's order."""
         ...
 
 
@@ -226,7 +230,7 @@ def workers_for(model: PreTrainedModel, device: torch.device | None = None) -> i
 
 
 def score_all(
-    scorer: Scorer, batches: Sequence[Any], workers: int
+    scorer: Scores, batches: Sequence[Any], workers: int
 ) -> Generator[list[Prediction], None, None]:
     """The predictions of each batch, in order; closed early, it drops the batches not yet begun."""
     if workers == 1 or len(batches) < 2:

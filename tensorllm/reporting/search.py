@@ -9,26 +9,31 @@ from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.tables import new_table
 
 SCORES = ("accuracy, %", "loss")
+ACROSS = 4  # labels that have a column each; more have rows
 
 
 def search_tables(results: Mapping[str, Any]) -> RenderableType:
     """The top trials, validation and test of winner and original, and how sure the gain is."""
-    parts: list[RenderableType] = [_sentence(results), _trials(results["top"]), _scores(results)]
+    datasets = results.get("datasets") or [results]
+    names = [each["name"] for each in datasets] if len(datasets) > 1 else []
+    top = results["front" if results.get("several_objectives") else "top"]
+    of_datasets = "loss" if results["objective"] == "loss" else "accuracy"
+    parts: list[RenderableType] = [_sentence(results), _trials(top, names, of_datasets)]
     if results.get("several_objectives"):
-        parts[1:2] = [
-            "accuracy against ratio: no trial beats these in both",
-            _trials(results["front"]),
-        ]
+        parts.insert(1, "accuracy against ratio: no trial beats these in both")
     if len(results["steps"]) > 1:
-        parts.insert(2, _steps(results["steps"]))
+        parts.append(_steps(results["steps"], names, of_datasets))
+    parts += [_scores(each, each["name"] if names else "") for each in datasets]
     if results["selection"] is not None:
         parts.append(_selection(results["selection"]))
-    if results.get("guide"):
-        parts.append(_guide(results["guide"]))
-    if results.get("guards"):
-        parts.append(_guards(results["guards"]))
+    guides = [step["guide"] for step in results["steps"] if step.get("guide")]
+    parts += [_guide(guide, n if len(guides) > 1 else 0) for n, guide in enumerate(guides, 1)]
+    for each in datasets:
+        if each.get("guards"):
+            parts.append(_guards(each["guards"], f"test of {each['name']}" if names else "on test"))
     if results.get("verdict"):
         parts.append(f"verdict: {results['verdict']['sentence']}")
+        parts += [f"  {each['name']}: {each['verdict']['sentence']}" for each in datasets if names]
     ratio = results["winner"]["validation"]["ratio"]
     if ratio < 1:
         parts.append(
@@ -62,38 +67,56 @@ def _sentence(results: Mapping[str, Any]) -> str:
     )
 
 
-def _trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _trials(
+    rows: Sequence[Mapping[str, Any]], datasets: Sequence[str], metric: str
+) -> RenderableType:
     names = list(rows[0]["params"]) if rows else []
-    table = new_table("trial", *names, *SCORES, "CR", "error", number_from=0)
+    worst = ["worst change"] if datasets else []
+    table = new_table(
+        "trial", *names, *worst, *_score_names(datasets), "CR", "error", number_from=0
+    )
     table.collapse_padding = True  # a hybrid's settings and scores in 80 columns
     for row in rows:
         table.add_row(
             str(row["trial"]),
             *(_plain(row["params"][name]) for name in names),
-            *_found(row),
+            *(f"{row['worst_change']:+.4g}" for _ in worst),
+            *_found(row, metric),
             f"{row['ratio']:.2f}",
             f"{row['relative_error']:.4f}",
         )
     return table
 
 
-def _steps(steps: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _steps(
+    steps: Sequence[Mapping[str, Any]], datasets: Sequence[str], metric: str
+) -> RenderableType:
     """Edits in the order in which they were put on top of one another."""
-    table = new_table("edit", "layers", "settings", *SCORES, number_from=3)
-    shown = ("trial", "mode", "layers", "validation")
+    table = new_table("edit", "layers", "settings", *_score_names(datasets), number_from=3)
+    shown = ("trial", "mode", "layers", "validation", "guide")
     for number, step in enumerate(steps, 1):
         settings = "; ".join(f"{key} {_plain(v)}" for key, v in step.items() if key not in shown)
         table.add_row(
             str(number),
             _plain(step["layers"]),
             f"{step['mode']}: {settings}",
-            *_found(step["validation"]),
+            *_found(step["validation"], metric),
         )
     return table
 
 
-def _found(scores: Mapping[str, Any]) -> tuple[str, ...]:
-    values = ((SHOWN[name], scores[name]) for name in MAIN)
+def _score_names(datasets: Sequence[str]) -> Sequence[str]:
+    """Columns of scores: of several datasets one each."""
+    return datasets or SCORES
+
+
+def _found(scores: Mapping[str, Any], metric: str) -> tuple[str, ...]:
+    """Accuracy and loss; of several datasets the metric, or the loss where there is no other."""
+    values = [(SHOWN[name], scores[name]) for name in MAIN]
+    if "datasets" in scores:
+        names = [metric if each[metric] is not None else "loss" for each in scores["datasets"]]
+        each = zip(names, scores["datasets"], strict=True)
+        values = [(SHOWN[name], found[name]) for name, found in each]
     return tuple("" if value is None else shown.exact(value) for shown, value in values)
 
 
@@ -103,8 +126,8 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _scores(results: Mapping[str, Any]) -> RenderableType:
-    table = new_table("", "validation", "test", number_from=1)
+def _scores(results: Mapping[str, Any], title: str) -> RenderableType:
+    table = new_table(title, "validation", "test", number_from=1)
     for metric in MAIN:
         shown = SHOWN[metric]
         for who in ("original", "winner"):
@@ -115,24 +138,39 @@ def _scores(results: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def _guide(guide: Mapping[str, Any]) -> str:
-    """How well the gradient has ranked the trials."""
+def _guide(guide: Mapping[str, Any], edit: int) -> str:
+    """How well the gradient has ranked the trials, of an edit where there are several."""
     known = [
         f"{guide[f'spearman_{name}']:+.2f} with {name}"
         for name in ("loss", "accuracy")
         if guide[f"spearman_{name}"] is not None
     ]
-    text = f"guide: {guide['points']} points ranked by the gradient of {guide['examples']} examples"
-    return f"{text}; Spearman among the trials {', '.join(known) or 'not known'}"
+    return (
+        f"guide{f' of edit {edit}' if edit else ''}: {guide['points']} points ranked by the "
+        f"gradient of {guide['examples']} examples; Spearman among the trials examined in full "
+        f"{', '.join(known) or 'not known'}"
+    )
 
 
-def _guards(guards: Mapping[str, Any]) -> RenderableType:
+def _guards(guards: Mapping[str, Any], title: str) -> RenderableType:
     """What accuracy alone hides: recall by label, and how often each label is predicted."""
     labels = list(guards["original"]["shares"])
-    table = new_table("on test", "balanced, %", *(f"says {x}, %" for x in labels), number_from=1)
-    for who in ("original", "winner"):
-        shares = (f"{100 * guards[who]['shares'][label]:.1f}" for label in labels)
-        table.add_row(who, f"{guards[who]['balanced_accuracy']:.1f}", *shares)
+    heads = ["balanced, %", *(f"says {label}, %" for label in labels)]
+    rows = {
+        who: [
+            f"{guards[who]['balanced_accuracy']:.1f}",
+            *(f"{100 * guards[who]['shares'][label]:.1f}" for label in labels),
+        ]
+        for who in ("original", "winner")
+    }
+    if len(labels) <= ACROSS:
+        table = new_table(title, *heads, number_from=1)
+        for who, shown in rows.items():
+            table.add_row(who, *shown)
+    else:
+        table = new_table(title, *rows, number_from=1)
+        for head, *shown in zip(heads, *rows.values(), strict=True):
+            table.add_row(head, *shown)
     plain = guards.get("without_prior")
     table.caption = f"always the commonest answer: {guards['majority']:.1f} %"
     if plain is not None:
@@ -145,7 +183,8 @@ def _guards(guards: Mapping[str, Any]) -> RenderableType:
 
 def _selection(gain: Mapping[str, Any]) -> str:
     low, high = gain["interval"]
+    what = "worst gain" if "datasets" in gain else "gain"
     return (
-        f"gain on validation {gain['gain']:+.1f} points, of which selection alone is worth "
+        f"{what} on validation {gain['gain']:+.1f} points, of which selection alone is worth "
         f"{gain['optimism']:.1f} (95 % of resamples {low:.1f} to {high:.1f})"
     )

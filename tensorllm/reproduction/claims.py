@@ -33,11 +33,12 @@ from tensorllm.search.decompositions import Decompositions, ModelEdit, SiteEdit,
 from tensorllm.search.examiner import Examiner, Infeasible
 from tensorllm.search.guide import LEAST, Gradient, loss_gradient, predicted
 from tensorllm.search.objectives import OBJECTIVES
+from tensorllm.search.parts import Asked
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.selection import optimism
 from tensorllm.search.space import LAYER, Point, feasible, make_space
-from tensorllm.search.stopping import Rival
-from tensorllm.search.trial import TrialResult, unpack
+from tensorllm.search.stopping import Rival, rivals_of
+from tensorllm.search.trial import TrialResult
 
 PROTOCOL = "strict"
 GOAL = OBJECTIVES["accuracy"]
@@ -181,9 +182,8 @@ class Subject:
         return Examiner(
             self.model,
             self.tokenizer,
-            examples,
+            [Asked(examples, questions.max_new_tokens)],
             PROTOCOLS[PROTOCOL],
-            max_new_tokens=questions.max_new_tokens,
             points=self._every,
             budget=self.budget,
         )
@@ -236,7 +236,7 @@ class Subject:
             point = points[n]
             row = {"point": point.recipe()}
             try:
-                result = draw.examiner(point, _rival(tried), level=LEVEL)
+                result = draw.examiner(point, _rivals(tried), level=LEVEL)
             except (Infeasible, Incomplete, RuntimeError, ArithmeticError, UserError) as error:
                 rows.append({**row, "failed": first_line(error)[:200]})
                 continue
@@ -294,6 +294,6 @@ def _whole(tried: Sequence[tuple[Point, TrialResult]]) -> list[tuple[Point, Tria
     return [(point, result) for point, result in tried if not result.stopped]
 
 
-def _rival(tried: Sequence[tuple[Point, TrialResult]]) -> Rival | None:
+def _rivals(tried: Sequence[tuple[Point, TrialResult]]) -> list[Rival]:
     best = min((result for _, result in _whole(tried)), key=GOAL.order, default=None)
-    return None if best is None else Rival(unpack(best.correct, best.seen), best.loss)
+    return [] if best is None else rivals_of(best, "verdicts")

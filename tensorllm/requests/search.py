@@ -31,7 +31,7 @@ class SearchRequest:
     model: Annotated[str, shared.MODEL]
     dataset: Annotated[
         str | None,
-        Option("`tensorllm list datasets`, or a YAML file (default: the model's)."),
+        Option("`tensorllm list datasets`, or YAML files; several: a,b (default: the model's)."),
     ] = None
     mode: Annotated[
         str, Option("Any that says what may be varied: `tensorllm list compressors`.")
@@ -80,7 +80,7 @@ class SearchRequest:
     )
     guide: Annotated[
         str | None,
-        Option("gradient: try what one backward pass predicts to be best."),
+        Option("gradient: try what one backward pass predicts to be best (per edit)."),
     ] = None
     seed: Annotated[int, Option("Of the order, the sampler and the bootstrap.")] = 0
     stop_level: Annotated[
@@ -96,9 +96,12 @@ class SearchRequest:
     storage: Annotated[str | None, Option("Database URL, for workers on many machines.")] = None
     workers: Annotated[int, Option("Processes on this machine, one per GPU.")] = 1
     protocol: shared.Protocol = "strict"
-    data_file: shared.DataFile = None
+    data_file: Annotated[
+        Path | None,
+        Option("Local file in place of the hub; of several datasets: a.csv,b.csv.", metavar="FILE"),
+    ] = None
     limit: Annotated[
-        int | None, Option("Examples at most, of validation and of test.", least=1)
+        int | None, Option("Examples at most, of each validation and test part.", least=1)
     ] = None
     cache_gib: Annotated[
         float | None, Option("Memory for activations (default: 1/4 of what is free).")
@@ -132,8 +135,6 @@ class SearchRequest:
             one_of("--guide", self.guide, GUIDES)
             if self.sampler not in (None, "grid"):
                 raise UserError(f"--guide orders a grid: give no --sampler {self.sampler}")
-            if self.compose > 1:
-                raise UserError("--guide goes with one edit: give no --compose")
 
     @property
     def varied(self) -> dict[str, Sequence[Value]]:

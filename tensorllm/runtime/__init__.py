@@ -1,6 +1,13 @@
 """Running factored: modules that hold factors instead of the matrices that they stand for."""
 
-from tensorllm.runtime import experts, kept_rows, low_rank, tucker, whole  # noqa: F401  they register
+from tensorllm.runtime import (  # noqa: F401  they register
+    blocks,
+    experts,
+    kept_rows,
+    low_rank,
+    tucker,
+    whole,
+)
 from tensorllm.runtime.install import Placement, install, train_only_factors
 from tensorllm.runtime.sites import Cost, Held, SiteModule, module_for, runs
 

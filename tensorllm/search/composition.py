@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial
 
 from tensorllm.errors import Incomplete
 from tensorllm.requests.search import SearchRequest
+from tensorllm.search.guide import agreement
 from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import REASON, TrialQueue
-from tensorllm.search.selection import ranked, selection_gain
+from tensorllm.search.selection import by_dataset, ranked, selection_gain
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult
@@ -28,6 +29,7 @@ class Step:
     Attributes:
         original: the model without this step's edit, on validation.
         number: of the best trial.
+        guide: how its predictions rank the trials; None: not guided.
     """
 
     point: Point
@@ -35,6 +37,7 @@ class Step:
     original: TrialResult
     trials: list[FrozenTrial]
     number: int
+    guide: dict[str, Any] | None = None
 
     def gains(self, goal: Objective) -> bool:
         """Whether the edit makes validation better than it was without."""
@@ -48,7 +51,7 @@ def best_of(run: Study, queue: TrialQueue) -> Step:
         Incomplete: no trial was examined in full.
     """
     trials = queue.trials()
-    order = ranked(trials, run.goal)
+    order = ranked(trials, run.goal_of(queue))
     if not order:
         if run.late:
             raise Incomplete(
@@ -58,7 +61,12 @@ def best_of(run: Study, queue: TrialQueue) -> Step:
         raise Incomplete(f"no trial could be examined in full: {_reasons(trials)}")
     winner, result = order[0]
     point = run.space.point(winner.params)
-    return Step(point, result, run.original(queue), trials, winner.number)
+    original = run.original(queue)
+    guide = None
+    if run.guide is not None:
+        key_of = lambda trial: run.space.point(trial.params).key  # noqa: E731
+        guide = agreement(run.guide, trials, key_of, original)
+    return Step(point, result, original, trials, winner.number, guide)
 
 
 def on_top(request: SearchRequest, folder: Path, steps: Sequence[Step]) -> SearchRequest:
@@ -83,22 +91,43 @@ def whole(steps: Sequence[Step], ratio: float) -> TrialResult:
     saved = sum(step.result.parameters_saved for step in steps)
     error = max(step.result.relative_error for step in steps)
     seconds = sum(step.result.seconds for step in steps)
-    found = steps[-1].result
-    return replace(
-        found, ratio=ratio, parameters_saved=saved, relative_error=error, seconds=seconds
-    )
+
+    def sized(found: TrialResult) -> TrialResult:
+        return replace(
+            found,
+            ratio=ratio,
+            parameters_saved=saved,
+            relative_error=error,
+            seconds=seconds,
+            parts=tuple(part and sized(part) for part in found.parts),
+        )
+
+    return sized(steps[-1].result)
 
 
 def selection(steps: Sequence[Step], seed: int) -> dict[str, Any] | None:
-    """How far selection flatters the gain; of several steps the sum, as each selects anew."""
-    gains = [selection_gain(step.trials, step.original, seed) for step in steps]
-    there = [gain for gain in gains if gain is not None]
-    if not there:
-        return None
+    """How far selection flatters the gain; of several steps the luck of each is added up."""
+    luck = [selection_gain(step.trials, step.original, seed) for step in steps]
+    known = [each for each in luck if each is not None]
+    if not known or len(steps) == 1:
+        return luck[0]
+    before, after = by_dataset(steps[0].original), by_dataset(steps[-1].result)
+    gains = [(a.accuracy or 0.0) - (b.accuracy or 0.0) for a, b in zip(after, before, strict=True)]
+    total = _added(known, min(gains))
+    if "datasets" not in known[0]:
+        return total
+    each = zip(gains, zip(*(one["datasets"] for one in known), strict=True), strict=True)
+    return {**total, "datasets": [_added(of_dataset, gain) for gain, of_dataset in each]}
+
+
+def _added(luck: Sequence[dict[str, Any]], gain: float) -> dict[str, Any]:
+    optimism = sum(each["optimism"] for each in luck)
     return {
-        **there[0],
-        **{name: sum(g[name] for g in there) for name in ("optimism", "gain", "gain_without")},
-        "interval": [sum(g["interval"][end] for g in there) for end in (0, 1)],
+        "optimism": optimism,
+        "interval": [sum(each["interval"][end] for each in luck) for end in (0, 1)],
+        "gain": gain,
+        "gain_without": gain - optimism,
+        "resamples": luck[0]["resamples"],
     }
 
 

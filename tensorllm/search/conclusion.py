@@ -1,7 +1,7 @@
 """The end of a search: the winner's scores on the test part, and what is written of it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,22 +9,20 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.environment import environment
-from tensorllm.evaluation.evaluate import evaluate_model
-from tensorllm.evaluation.predictions import Prediction
-from tensorllm.evaluation.statistics import compared
 from tensorllm.io import replacing, write_text
+from tensorllm.metrics import MAIN
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.composition import Step, composed, selection, whole
-from tensorllm.search.decompositions import applied
-from tensorllm.search.guide import agreement
-from tensorllm.search.objectives import OBJECTIVES
+from tensorllm.search.final import final_scores, mean_scores
+from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import REASON, RESULT, TrialQueue
-from tensorllm.search.selection import front, half_width, ranked
+from tensorllm.search.selection import by_dataset, front, half_width, ranked
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult
-from tensorllm.search.verdict import guards_of, verdict
+from tensorllm.search.verdict import LEVEL, overall, verdict
 
+FIGURES = tuple(name for name in TrialResult.__dataclass_fields__ if name != "parts")
 RECIPE, TRIALS, RESULTS = "best.yaml", "trials.parquet", "results.json"
 
 
@@ -55,13 +53,19 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         steps: each on top of those before it.
     """
     first, point = steps[0], composed(steps)
-    final = _final(run, queue, point)
-    goal = run.goal
+    final = final_scores(run, queue, point)
+    goal = run.goal_of(queue)
     order = ranked(first.trials, goal)
     luck = selection(steps, run.request.seed)
+    winner = whole(steps, final["ratio"])
+    datasets = _by_dataset(run, first.original, winner, final, luck)
+    labels, verdicts = [d["name"] for d in datasets], [d["verdict"] for d in datasets]
+    comparisons = [d["comparison"] for d in datasets]
+    alone = len(datasets) == 1
+    least = min(d["validation_examples"] for d in datasets)
     results = {
         "model": run.source.name,
-        "dataset": run.validation.name,
+        "dataset": run.dataset,
         "protocol": run.protocol.name,
         "dtype": str(run.dtype).removeprefix("torch."),
         "objective": run.request.objective,
@@ -71,32 +75,39 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         "trials": _counts([trial for step in steps for trial in step.trials]),
         "too_large": {"points": run.too_large, "min_ratio": run.request.least_ratio},
         "stop_level": run.request.level,
-        "validation_examples": len(run.validation.examples),
-        "half_width": half_width(len(run.validation.examples)),
-        "original": {"validation": _plain(first.original), "test": final["original"]},
+        "validation_examples": sum(d["validation_examples"] for d in datasets),
+        "half_width": half_width(least),
+        "original": {
+            "validation": _plain(first.original),
+            "test": mean_scores([d["original"]["test"] for d in datasets]),
+        },
         "winner": {
             "trial": first.number if len(steps) == 1 else None,
             **point.recipe(),
-            "validation": _plain(whole(steps, final["ratio"])),
-            "test": final["winner"],
+            "validation": _plain(winner),
+            "test": mean_scores([d["winner"]["test"] for d in datasets]),
         },
         "steps": [
-            {"trial": step.number, **step.point.recipe(), "validation": _plain(step.result)}
+            {
+                "trial": step.number,
+                **step.point.recipe(),
+                "validation": _plain(step.result),
+                **({"guide": step.guide} if step.guide else {}),
+            }
             for step in steps
         ],
         "test_looks": final["looks"],
         "selection": luck,
-        "comparison": final["comparison"],
-        "guards": final["guards"],
-        "verdict": verdict(final["comparison"], luck, final["guards"], goal),
-        "guide": None
-        if run.guide is None
-        else agreement(run.guide, first.trials, lambda t: run.space.point(t.params).key),
+        "comparison": comparisons[0] if alone else None,
+        "guards": datasets[0]["guards"] if alone else None,
+        "verdict": overall(labels, comparisons, verdicts, goal),
+        "datasets": datasets,
+        "guide": first.guide,
         "late": run.late and queue.waiting() > 0,
-        "top": [_row(t, f) for t, f in order[:10]],
+        "top": [_row(t, f, goal) for t, f in order[:10]],
         "front": [
-            _row(t, f)
-            for t, f in front(first.trials, goal if goal.several else OBJECTIVES["pareto"])
+            _row(t, f, goal)
+            for t, f in front(first.trials, goal if goal.several else run.goal_of(queue, "pareto"))
         ],
         "cache": _cache(run),
         "environment": environment(),
@@ -107,58 +118,63 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
     return SearchResult(results, recipe_text(run, point, results), keeps)
 
 
+def _by_dataset(
+    run: Study,
+    original: TrialResult,
+    winner: TrialResult,
+    final: Mapping[str, Any],
+    luck: Mapping[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """Of each dataset what was found, by the names of the results of a single one."""
+    every = zip(
+        run.datasets, by_dataset(original), by_dataset(winner), final["datasets"], strict=True
+    )
+    out = []
+    for at, (questions, before, after, told) in enumerate(every):
+        own = luck if luck is None else luck.get("datasets", [luck])[at]
+        share = LEVEL / len(run.datasets)
+        examples = len(questions.validation.examples)
+        out.append(
+            {
+                "name": questions.label,
+                "validation_examples": examples,
+                "half_width": half_width(examples),
+                "original": {"validation": _plain(before), "test": told["original"]},
+                "winner": {"validation": _plain(after), "test": told["winner"]},
+                "selection": own,
+                "comparison": told["comparison"],
+                "guards": told["guards"],
+                "verdict": verdict(told["comparison"], own, told["guards"], run.goal, share),
+            }
+        )
+    return out
+
+
 def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
     """The winner as YAML that `tensorllm compress --config` takes."""
     import yaml
 
-    before, after = results["original"]["test"], results["winner"]["test"]
-    figure = "accuracy" if "accuracy" in after else "loss"
     recipe = {
         "model": run.request.model,
-        "dataset": run.request.dataset or run.validation.name,
+        "dataset": run.request.dataset or run.dataset,
         **point.recipe(),
         "origin": "searched",
         "source": f"tensorllm search-ranks, best of {results['trials']['examined']} trials on "
-        f"{results['validation_examples']} validation examples; {figure} on the test part "
-        f"{before[figure]:.4g} before, {after[figure]:.4g} after "
-        f"({results['verdict']['found']})",
+        f"{results['validation_examples']} validation examples; "
+        f"{_test_scores(results['datasets'])} ({results['verdict']['found']})",
     }
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
 
 
-def _final(run: Study, queue: TrialQueue, point: Point) -> dict[str, Any]:
-    """Test scores of winner and original: measured once, unless another winner comes."""
-    attrs = queue.study.user_attrs
-    known = attrs.get("final")
-    if known is not None and known["point"] == point.key and "comparison" in known:
-        return dict(known)
-    test = run.test
-    weights = run.examiner.weights
-    edit = run.final_edit(point)
-    original, before_rows = _score(run, test)
-    with applied(edit, run.roles, weights):
-        winner, after_rows = _score(run, test)
-    comparison = compared(before_rows, after_rows, run.request.seed)
-    comparison["asked"] = before_rows[0].correct is not None
-    looks = (known["looks"] if known else 0) + 1
-    before, after = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
-    final = {
-        "point": point.key,
-        "original": original,
-        "winner": winner,
-        "looks": looks,
-        "comparison": comparison,
-        "guards": guards_of(before_rows, after_rows) if comparison["asked"] else None,
-        "ratio": before / after,
-    }
-    queue.study.set_user_attr("final", final)
-    return final
-
-
-def _score(run: Study, data: Any) -> tuple[dict[str, Any], list[Prediction]]:
-    rows: list[Prediction] = []
-    metrics = evaluate_model(run.model, run.tokenizer, data, run.protocol, on_batch=rows.extend)
-    return metrics, sorted(rows, key=lambda row: row.index)
+def _test_scores(datasets: Sequence[Mapping[str, Any]]) -> str:
+    told = []
+    for each in datasets:
+        before, after = each["original"]["test"], each["winner"]["test"]
+        figure = "accuracy" if "accuracy" in after else "loss"
+        of = f" of {each['name']}" if len(datasets) > 1 else ""
+        change = f"{before[figure]:.4g} before, {after[figure]:.4g} after"
+        told.append(f"{figure} on the test part{of} {change}")
+    return "; ".join(told)
 
 
 def _counts(trials: Sequence[FrozenTrial]) -> dict[str, int]:
@@ -173,12 +189,20 @@ def _counts(trials: Sequence[FrozenTrial]) -> dict[str, int]:
     }
 
 
-def _row(trial: FrozenTrial, found: TrialResult) -> dict[str, Any]:
-    return {"trial": trial.number, "params": trial.params, **_plain(found)}
+def _row(trial: FrozenTrial, found: TrialResult, goal: Objective) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "params": trial.params,
+        **_plain(found),
+        **({"worst_change": goal.values(found)[0]} if found.parts else {}),
+    }
 
 
 def _plain(found: TrialResult) -> dict[str, Any]:
-    return {name: value for name, value in found.to_json().items() if name != "correct"}
+    """A result's figures without its verdicts; of several datasets also those on each."""
+    out = {name: getattr(found, name) for name in FIGURES if name != "correct"}
+    each = [part and {name: getattr(part, name) for name in MAIN} for part in found.parts]
+    return out | ({"datasets": each} if each else {})
 
 
 def _cache(run: Study) -> dict[str, Any]:
@@ -226,7 +250,8 @@ def write_trials(folder: Path, run: Study, trials: Sequence[FrozenTrial]) -> Non
                 "state": trial.state.name.lower(),
                 **{name: trial.params.get(name) for name in run.space.choices},
                 "point": run.space.point(trial.params).key if reached else None,
-                **{name: result.get(name) for name in TrialResult.__dataclass_fields__},
+                **{name: result.get(name) for name in FIGURES},
+                **_columns(run, result),
                 "reason": trial.user_attrs.get(REASON),
                 "started": trial.datetime_start,
                 "finished": trial.datetime_complete,
@@ -234,3 +259,15 @@ def write_trials(folder: Path, run: Study, trials: Sequence[FrozenTrial]) -> Non
         )
     with replacing(folder / TRIALS) as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def _columns(run: Study, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy and loss on each of several datasets."""
+    if len(run.datasets) == 1:
+        return {}
+    parts = result.get("parts") or [None] * len(run.datasets)
+    return {
+        f"{name} on {questions.label}": None if part is None else part[name]
+        for questions, part in zip(run.datasets, parts, strict=True)
+        for name in MAIN
+    }

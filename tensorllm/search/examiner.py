@@ -1,11 +1,9 @@
 """Examining one point: its weights written, validation questions asked, weights restored."""
 
-import random
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from itertools import groupby, islice
-from typing import Any
+from itertools import count, islice, zip_longest
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,25 +11,19 @@ from tensorllm.calibration.fit import Fitted, fit
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import Job
-from tensorllm.data.example import Example
 from tensorllm.errors import UserError
-from tensorllm.evaluation.causal import CausalBatch
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.scorer import is_masked, make_scorer, score_all, workers_for
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import NO_CACHE, CacheBudget
 from tensorllm.search.decompositions import Decompositions, ModelEdit, applied, edit_of_fit
+from tensorllm.search.parts import Asked, ByPart, Part
 from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
 from tensorllm.search.space import Point
 from tensorllm.search.stopping import Race, Rival
-from tensorllm.search.trial import TrialResult, result_of
+from tensorllm.search.trial import Sizes, TrialResult, result_of, together
 from tensorllm.tensors.stacking import FEED_FORWARD, family
-
-# After each of these shares of the validation set a losing trial may be pruned. More of them
-# would make batches small, which costs more than it saves.
-STAGES = (1 / 8, 1 / 4, 1 / 2, 1)
-LEAST = 32  # examples in a stage
 
 
 class Infeasible(Exception):
@@ -44,9 +36,8 @@ class Examiner:
     Args:
         model: unedited, in eval mode.
         tokenizer: its tokenizer.
-        examples: of the validation part.
+        asked: of each dataset the validation part; they share the memory for activations.
         protocol: what counts as right.
-        max_new_tokens: how long a generated answer may be.
         points: all that may be asked for; they say how large the decompositions must be.
         calibration: the text, for a strategy that is fitted to one.
         seed: of the order of the examples.
@@ -61,10 +52,9 @@ class Examiner:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        examples: Sequence[Example],
+        asked: Sequence[Asked],
         protocol: Protocol,
         *,
-        max_new_tokens: int,
         points: Sequence[Point],
         calibration: Calibration | None = None,
         seed: int = 0,
@@ -87,38 +77,35 @@ class Examiner:
         self.prefix = Prefix(model, self.roles, budget, candidates)
         run = PrefixMaskedForward if is_masked(model) else PrefixForward
         self.forward = run(model, self.prefix)
-        self.scorer = make_scorer(
-            model,
-            tokenizer,
-            protocol=protocol,
-            max_new_tokens=max_new_tokens,
-            batch_tokens=batch_tokens,
-            forward=self.forward,
-        )
         self.workers = workers_for(model)
-        self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))
-        self.sequential = protocol.unmasked_padding <= 1  # groups are no sample of examples
-        self.stages = self._plan(sizes)
+        keys = count()
+        self.parts = [
+            Part(
+                examples,
+                make_scorer(
+                    model,
+                    tokenizer,
+                    protocol=protocol,
+                    max_new_tokens=max_new_tokens,
+                    batch_tokens=batch_tokens,
+                    forward=self.forward,
+                ),
+                protocol,
+                keys,
+                seed,
+            )
+            for examples, max_new_tokens in asked
+        ]
+        of_parts = ([(part, stage) for stage in part.stages] for part in self.parts)
+        self.stages = [stage for at in zip_longest(*of_parts) for stage in at if stage is not None]
 
     def jobs(self, point: Point) -> list[Job]:
         return plan_jobs(point.compressor, self.roles, point.layers)
 
-    def _plan(self, sizes: Sequence[int]) -> list[list[Any]]:
-        """Per stage its batches; each has a number of its own, under which activations are kept."""
-        stages, start, key = [], 0, 0
-        for size in sizes:
-            batches = []
-            for batch in self.scorer.plan(self.order[start : start + size]):
-                batches.append(batch._replace(key=key) if isinstance(batch, CausalBatch) else batch)
-                key += 1
-            stages.append(batches)
-            start += size
-        return stages
-
     def __call__(
         self,
         point: Point | None,
-        rival: Rival | None = None,
+        rivals: Sequence[Rival] = (),
         *,
         level: float = 0.0,
         max_error: float | None = None,
@@ -127,8 +114,9 @@ class Examiner:
         """Examine a point, or the original model.
 
         Args:
-            rival: the trial to beat; None: nothing is pruned.
-            level: with which probability a trial that would win may be pruned.
+            rivals: on each dataset what the trial has to beat; none: nothing is pruned.
+            level: with which probability a trial that would win may be pruned, whichever dataset
+                it is pruned on.
             max_error: the relative error allowed.
             min_ratio: of the numbers in the matrices to those stored.
 
@@ -144,14 +132,15 @@ class Examiner:
         ratio = before / after if after else 1.0
         if ratio < min_ratio:
             raise Infeasible(too_large(ratio, min_ratio))
-        rows, stopped = self._rows(edit, rival, level)
+        rows, stopped = self._rows(edit, rivals, level)
         seconds = time.perf_counter() - started
-        return result_of(rows, stopped, ratio, before - after, error, seconds)
+        sizes = Sizes(ratio, before - after, error)
+        return together([result_of(each, stopped, sizes, seconds) for each in rows])
 
     def predictions(self, edit: ModelEdit) -> list[Prediction]:
-        """Every example's with an edit, in the order of the dataset."""
-        rows, _ = self._rows(edit, None, 0.0)
-        return sorted(rows, key=lambda row: row.index)
+        """Every example's with an edit, dataset after dataset, in its order."""
+        rows, _ = self._rows(edit, (), 0.0)
+        return [row for of_part in rows for row in sorted(of_part, key=lambda row: row.index)]
 
     def edit(self, point: Point | None) -> ModelEdit:
         """What the point changes in the model; None: nothing."""
@@ -172,32 +161,46 @@ class Examiner:
         return self._fitted[point.key]
 
     def _rows(
-        self, edit: ModelEdit, rival: Rival | None, level: float
-    ) -> tuple[list[Prediction], bool]:
-        """Rows in the order of examination, and whether the trial was pruned."""
+        self, edit: ModelEdit, rivals: Sequence[Rival], level: float
+    ) -> tuple[list[list[Prediction]], bool]:
+        """Per dataset its rows in the order of examination, and whether the trial was pruned.
+
+        Stage after stage of one dataset and the other: a trial that has lost on any is pruned.
+        """
         matrices = {matrix for site in edit.sites for matrix in site.site.matrices}
         lowest = min((layer for layer, _ in matrices), default=None)
         ffn = any(layer == lowest and family(role) in FEED_FORWARD for layer, role in matrices)
         ffn |= bool(edit.parameters)
-        race = Race(rival, len(self.order), level if self.sequential else 0.0) if rival else None
-        place = {example.index: i for i, example in enumerate(self.order)}
-        rows: list[Prediction] = []
-        batches = [batch for stage in self.stages for batch in stage]
+        races = self._races(rivals, level)
+        rows: dict[Part, list[Prediction]] = {part: [] for part in self.parts}
+        batches = [(part, batch) for part, stage in self.stages for batch in stage]
+        left = len(self.stages)
         with (
             applied(edit, self.roles, self.weights),
             self.prefix.editing(lowest, ffn=ffn),
-            closing(score_all(self.scorer, batches, self.workers)) as scored,
+            closing(score_all(ByPart(), batches, self.workers)) as scored,
         ):
-            for stage in self.stages:
+            for part, stage in self.stages:
                 new = [row for of_batch in islice(scored, len(stage)) for row in of_batch]
-                new.sort(key=lambda row: place[row.index])
-                rows += new
-                lost = race is not None and race.lost(
+                new = part.in_order(new)
+                rows[part] += new
+                left -= 1
+                lost = part in races and races[part].lost(
                     [row.correct for row in new], [row.loss for row in new]
                 )
-                if lost and len(rows) < len(self.order):
-                    return rows, True
-        return rows, False
+                if lost and left:
+                    return list(rows.values()), True
+        return list(rows.values()), False
+
+    def _races(self, rivals: Sequence[Rival], level: float) -> dict[Part, Race]:
+        """Each test has its share of the level, so that together they keep it."""
+        if not rivals:
+            return {}
+        share = level / len(self.parts)
+        return {
+            part: Race(rival, len(part.order), share if part.sequential else 0.0)
+            for part, rival in zip(self.parts, rivals, strict=True)
+        }
 
 
 def too_large(ratio: float, least: float) -> str:
@@ -208,19 +211,3 @@ def too_large(ratio: float, least: float) -> str:
             "--min-ratio 0 tries it"
         )
     return f"ratio {ratio:.3g}, less than {least:g}"
-
-
-def shuffled(
-    examples: Sequence[Example], seed: int, together: int
-) -> tuple[list[Example], list[int]]:
-    """The examples in random order, `together` neighbours kept as they are, and sizes of parts."""
-    groups = [list(g) for _, g in groupby(examples, key=lambda e: e.index // together)]
-    random.Random(seed).shuffle(groups)
-    ends = [share * len(examples) for share in STAGES]
-    sizes, done = [0], 0
-    for group in groups:
-        if sizes[-1] >= LEAST and done >= next(end for end in ends if end >= done - sizes[-1] + 1):
-            sizes.append(0)
-        sizes[-1] += len(group)
-        done += len(group)
-    return [example for group in groups for example in group], sizes

@@ -22,9 +22,11 @@ from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.forward import left_padded
 from tensorllm.search.decompositions import SiteEdit
 from tensorllm.search.examiner import Examiner
+from tensorllm.search.parts import Part
 from tensorllm.search.prefix import PrefixForward
 from tensorllm.search.selection import finished
 from tensorllm.search.space import Matrices, Point
+from tensorllm.search.trial import TrialResult
 
 EXAMPLES = 100
 TOKENS = 1024  # of a batch; each batch adds to all gradients, which costs as much as some of these
@@ -37,7 +39,10 @@ Gradient = dict[tuple[int, str], Tensor]  # (layer, role) -> (I, D), float32
 
 
 class Guided(NamedTuple):
-    """Predicted change of the loss (nats) by a point's key, and the examples it rests on."""
+    """Predicted change of the loss (nats) by a point's key, and the examples it rests on.
+
+    Of several datasets it is the worst change, and the examples are those of all.
+    """
 
     change: dict[str, float]
     examples: int
@@ -55,13 +60,15 @@ def guided(examiner: Examiner, points: Sequence[Point]) -> Guided:
     matrices = frozenset(
         matrix for p in points for job in examiner.jobs(p) for matrix in job.site.matrices
     )
-    gradient, examples = loss_gradient(examiner, matrices)
-    change = {
-        point.key: predicted(
-            examiner.decompositions.edit(examiner.jobs(point)).sites, gradient, examiner
-        )
-        for point in points
-    }
+    change: dict[str, float] = {}
+    examples = 0
+    for part in examiner.parts:  # one gradient at a time: it is as large as the model
+        gradient, count = loss_gradient(examiner, matrices, part=part)
+        examples += count
+        for point in points:
+            sites = examiner.decompositions.edit(examiner.jobs(point)).sites
+            found = predicted(sites, gradient, examiner)
+            change[point.key] = max(found, change.get(point.key, found))
     return Guided(change, examples)
 
 
@@ -77,15 +84,15 @@ def predicted(sites: Sequence[SiteEdit], gradient: Gradient, examiner: Examiner)
 
 
 def loss_gradient(
-    examiner: Examiner, matrices: Matrices, count: int = EXAMPLES
+    examiner: Examiner, matrices: Matrices, count: int = EXAMPLES, part: Part | None = None
 ) -> tuple[Gradient, int]:
-    """The gradient (I, D), float32, of the mean loss of the first `count` validation examples in
-    the order of examination.
+    """The gradient (I, D), float32, of the mean loss of the first `count` validation examples of a
+    dataset (by default the first one), in the order of examination.
 
     The loss of a question with choices is the cross-entropy of the right one among them: what
     changes all alike changes no answer. That of others is in nats per token of the answer.
     """
-    items = [item for item in _items(examiner) if not item.example.tokens][:count]
+    items = [item for item in _items(part or examiner.parts[0]) if not item.example.tokens][:count]
     if len(items) < LEAST:
         raise UserError(f"--guide needs {LEAST} questions with answers or more, got {len(items)}")
     names = {examiner.roles.name(*matrix) for matrix in matrices}
@@ -103,8 +110,8 @@ def loss_gradient(
             for batch in fill(items, _cost, TOKENS):
                 loss = _loss(examiner, batch) / len(items)
                 found = torch.autograd.grad(loss, list(parameters.values()))
-                for name, part in zip(parameters, found, strict=True):
-                    sums[name] += part.float()
+                for name, new in zip(parameters, found, strict=True):
+                    sums[name] += new.float()
     finally:
         for name, p in parameters.items():
             p.requires_grad_(wanted[name])
@@ -113,12 +120,12 @@ def loss_gradient(
     return {matrix: examiner.roles.read(sums, *matrix) for matrix in matrices}, len(items)
 
 
-def _items(examiner: Examiner) -> list[Encoded]:
-    """The encoded examples in the order of examination."""
-    batches = [batch for stage in examiner.stages for batch in stage]
+def _items(part: Part) -> list[Encoded]:
+    """The encoded examples of a dataset in the order of examination."""
+    batches = [batch for stage in part.stages for batch in stage]
     if not all(isinstance(batch, CausalBatch) for batch in batches):
         raise UserError("--guide is for causal models; this one predicts masked tokens")
-    place = {example.index: n for n, example in enumerate(examiner.order)}
+    place = {example.index: n for n, example in enumerate(part.order)}
     items = [item for batch in batches for item in batch.items]
     return sorted(items, key=lambda item: place[item.example.index])
 
@@ -189,18 +196,23 @@ def trials_for(points: int) -> int:
     return min(points, max(10, math.ceil(points / SHARE)))
 
 
-def agreement(guide: Guided, trials: Sequence[Any], key_of: Any) -> dict[str, Any]:
+def agreement(
+    guide: Guided, trials: Sequence[Any], key_of: Any, original: TrialResult | None = None
+) -> dict[str, Any]:
     """How the predicted changes rank the trials examined in full: Spearman's correlation with
     their loss and with their accuracy (a good guide: near 1 and near -1).
 
     None where fewer than three trials were, or all have one value.
+
+    Args:
+        original: of several datasets; what the trials' worst changes count from.
     """
     from scipy.stats import spearmanr
 
     found = [(guide.change[key_of(trial)], result) for trial, result in finished(trials)]
     out: dict[str, Any] = {"examples": guide.examples, "points": len(guide.change)}
     for name in ("loss", "accuracy"):
-        pairs = [(change, getattr(r, name)) for change, r in found]
+        pairs = [(change, _figure(r, name, original)) for change, r in found]
         values = [pair for pair in pairs if pair[1] is not None]
         varied = len({v for _, v in values}) > 1 and len({c for c, _ in values}) > 1
         rho = (
@@ -208,3 +220,14 @@ def agreement(guide: Guided, trials: Sequence[Any], key_of: Any) -> dict[str, An
         )
         out[f"spearman_{name}"] = None if rho is None else float(rho)
     return out
+
+
+def _figure(result: TrialResult, name: str, original: TrialResult | None) -> float | None:
+    """A trial's loss or accuracy; over several datasets its worst change."""
+    if original is None or not original.parts:
+        return None if getattr(result, name) is None else float(getattr(result, name))
+    pairs = [(a, b) for a, b in zip(result.parts, original.parts, strict=True) if a and b]
+    known = [(getattr(a, name), getattr(b, name)) for a, b in pairs]
+    changes = [a - b for a, b in known if a is not None and b is not None]
+    worst = max if name == "loss" else min
+    return worst(changes) if changes else None

@@ -2,7 +2,7 @@
 the group `tensorllm.objectives`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tensorllm.registry import Registry
@@ -42,6 +42,29 @@ class Objective:
         """Smaller is better: the first value, ties by loss, then by the numbers saved."""
         value, direction = self.values(result)[0], self.directions[0]
         return (-value if direction == "maximize" else value, result.loss, -result.parameters_saved)
+
+
+def over_datasets(goal: Objective, original: TrialResult) -> Objective:
+    """The objective of several datasets: of each value the worst change that an edit makes on any
+    of them, beside the original on the same one.
+
+    Args:
+        original: the unedited model's result; of one dataset the objective stays as it is.
+    """
+    if not original.parts:
+        return goal
+    before = [None if part is None else goal.values(part) for part in original.parts]
+    worst = [min if direction == "maximize" else max for direction in goal.directions]
+
+    def values(result: TrialResult) -> tuple[float, ...]:
+        changes = [
+            [new - old for new, old in zip(goal.values(part), first, strict=True)]
+            for part, first in zip(result.parts, before, strict=True)
+            if part is not None and first is not None
+        ]
+        return tuple(pick(own) for pick, *own in zip(worst, *changes, strict=True))
+
+    return replace(goal, values=values, show=lambda r: f"worst change {values(r)[0]:+.4g}")
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", group="tensorllm.objectives")

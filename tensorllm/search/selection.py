@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.search.objectives import Objective
@@ -22,7 +23,7 @@ Finished = list[tuple[FrozenTrial, TrialResult]]
 def finished(trials: Sequence[FrozenTrial]) -> Finished:
     """The trials that were examined in full, with their results."""
     full = [t for t in trials if t.state == TrialState.COMPLETE and RESULT in t.user_attrs]
-    pairs = [(t, TrialResult(**t.user_attrs[RESULT])) for t in full]
+    pairs = [(t, TrialResult.from_json(t.user_attrs[RESULT])) for t in full]
     return [(t, result) for t, result in pairs if not result.stopped]
 
 
@@ -64,24 +65,66 @@ def selection_gain(
 def optimism(
     results: Sequence[TrialResult], original: TrialResult, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, Any] | None:
-    """`selection_gain` of the results that a choice was made from."""
+    """`selection_gain` of the results that a choice was made from.
+
+    Over several datasets the choice is by the worst gain, each dataset's examples are drawn by
+    themselves, and `datasets` has the same figures of each for the trial that was chosen.
+    """
     known = [found for found in results if found.accuracy is not None]
-    if len(known) < 2 or original.accuracy is None:
+    before = by_dataset(original)
+    if len(known) < 2 or any(part.accuracy is None for part in before):
         return None
-    correct_TN = np.array([unpack(f.correct, f.seen) for f in known], np.float32)
-    n = correct_TN.shape[1]
+    after = [[by_dataset(found)[at] for found in known] for at in range(len(before))]
+    correct = [_verdicts(of_dataset) for of_dataset in after]  # (T, N) each
+    changes = [c_TN - _verdicts([o]) for c_TN, o in zip(correct, before, strict=True)]
     generator = np.random.default_rng(seed)
-    gaps = []
+    worst_R, gaps_RC = [], []
     for _ in range(resamples):
-        times_N = np.bincount(generator.integers(0, n, n), minlength=n)
-        out_N = times_N == 0
-        chosen = int(np.argmax(correct_TN @ times_N.astype(np.float32)))
-        inside = float(correct_TN[chosen] @ times_N) / n
-        outside = float(correct_TN[chosen][out_N].mean()) if out_N.any() else inside
-        gaps.append(100 * (inside - outside))
-    mean = float(np.mean(gaps))
-    gain = max(f.accuracy or 0.0 for f in known) - original.accuracy
-    low, high = np.quantile(gaps, [0.025, 0.975])
+        times = [_drawn(c_TN.shape[1], generator) for c_TN in correct]
+        sums = [c @ t.astype(np.float32) / len(t) for c, t in zip(changes, times, strict=True)]
+        chosen = int(np.argmax(np.min(sums, 0)))
+        pairs = [_means(c[chosen], t) for c, t in zip(correct, times, strict=True)]
+        gaps_RC.append([100 * (inside - outside) for inside, outside in pairs])
+        pairs = [_means(c[chosen], t) for c, t in zip(changes, times, strict=True)]
+        inside, outside = np.min(pairs, 0)
+        worst_R.append(100 * float(inside - outside))
+    gains_CT = np.array(
+        [[(f.accuracy or 0.0) - (o.accuracy or 0.0) for f in of_dataset]
+         for of_dataset, o in zip(after, before, strict=True)]
+    )  # fmt: skip
+    gain_C = gains_CT[:, int(np.argmax(gains_CT.min(0)))]
+    each = [
+        _luck(gaps_R, float(gain), resamples)
+        for gaps_R, gain in zip(np.array(gaps_RC).T, gain_C, strict=True)
+    ]
+    if not original.parts:
+        return each[0]
+    return {**_luck(np.array(worst_R), float(gain_C.min()), resamples), "datasets": each}
+
+
+def by_dataset(result: TrialResult) -> list[TrialResult]:
+    """The result on each dataset, of one that was examined in full."""
+    return [part for part in result.parts if part is not None] or [result]
+
+
+def _verdicts(results: Sequence[TrialResult]) -> NDArray[np.float32]:
+    return np.array([unpack(found.correct, found.seen) for found in results], np.float32)
+
+
+def _drawn(n: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """How often each of n examples is drawn, with replacement."""
+    return np.bincount(generator.integers(0, n, n), minlength=n)
+
+
+def _means(values_N: NDArray[np.float32], times_N: NDArray[np.int64]) -> tuple[float, float]:
+    """The mean over the examples that were drawn, and over those that were not."""
+    inside = float(values_N @ times_N.astype(np.float32)) / len(times_N)
+    out_N = times_N == 0
+    return inside, float(values_N[out_N].mean()) if out_N.any() else inside
+
+
+def _luck(gaps: NDArray[np.float64], gain: float, resamples: int) -> dict[str, Any]:
+    mean, (low, high) = float(np.mean(gaps)), np.quantile(gaps, [0.025, 0.975])
     return {
         "optimism": mean,
         "interval": [float(low), float(high)],

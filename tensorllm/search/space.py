@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -148,11 +149,11 @@ def make_space(
             raise UserError(f"{dimension} follows from the others (--tied): give no {dimension}")
     choices: dict[str, tuple[Value, ...]] = {LAYER: _layers(roles, layers, together)}
     for dimension, what in there.items():
-        if dimension not in left_out:
-            wanted = given.get(dimension)
-            choices[dimension] = (
-                what.values if wanted is None else _checked(dimension, what, wanted)
-            )
+        wanted = given.get(dimension)
+        if wanted is not None:
+            choices[dimension] = _checked(dimension, what, wanted)
+        elif not what.optional and dimension not in left_out:
+            choices[dimension] = what.values
     space = Space(
         name, roles.spec, choices,
         log=frozenset(dimension for dimension, what in there.items() if what.log),
@@ -181,6 +182,32 @@ def _where_it_can_be(space: Space, roles: RoleMatrices) -> Space:
         raise UserError(f"no layer of this model has what {space.mode} decomposes")
     left = tuple(layer for layer in every if layer not in lacking)
     return replace(space, choices={**space.choices, LAYER: left})
+
+
+def corners(space: Space) -> list[dict[str, Value]]:
+    """Combinations that between them have every layer, every name and the largest numbers."""
+    top = {name: values[-1] for name, values in space.choices.items()}
+    varied = {n: v for n, v in space.choices.items() if n == LAYER or isinstance(v[0], str)}
+    found = [
+        {**top, **dict(zip(varied, values, strict=True))}
+        for values in itertools.product(*varied.values())
+    ]
+    return [values for values in found if space.settings(values) is not None]
+
+
+def spread(space: Space, trials: int, seed: int) -> list[dict[str, Value]]:
+    """What a sampler's first trials begin with: layers evenly spread, and in turn the names of
+    other dimensions, so that it does not dig into one layer before it has seen the others.
+    """
+    layers = space.choices[LAYER]
+    count = min(len(layers), max(1, trials // 2))
+    chosen = [layers[(2 * n + 1) * len(layers) // (2 * count)] for n in range(count)]
+    random.Random(seed).shuffle(chosen)
+    named = {n: v for n, v in space.choices.items() if isinstance(v[0], str)}
+    return [
+        {LAYER: layer, **{name: values[n % len(values)] for name, values in named.items()}}
+        for n, layer in enumerate(chosen)
+    ]
 
 
 def searchable(spec: ModelSpec) -> str:

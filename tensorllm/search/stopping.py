@@ -1,7 +1,8 @@
 """When a trial is pruned: it has lost, for certain or with an error level that is stated.
 
 The validation examples are examined in a random order, so those seen so far are a sample without
-replacement. Two rules, both against one trial that was examined in full, the rival:
+replacement. Two rules, both against one trial that was examined in full, the rival (over several
+datasets, where the worst change counts, against what each one must reach for a trial to win):
 
 - certain: even if all that is left were right (loss 0), the trial would end below the rival;
 - betting: a test martingale for "the trial ends at least as well as the rival", on the paired
@@ -17,6 +18,11 @@ rival it met, can be wrong about it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from tensorllm.search.trial import TrialResult, unpack
+
+ROUNDING = 1e-6  # answers: `spare` comes from percentages
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +32,34 @@ class Rival:
     Attributes:
         correct: its verdicts, in the order of examination; None: compare losses.
         loss: its mean loss, in nats per token.
+        spare: how many right answers fewer than the rival are still as good: of several datasets
+            the rival is better on all but one than it need be.
     """
 
     correct: tuple[bool, ...] | None
     loss: float
+    spare: float = 0.0
+
+
+def rivals_of(
+    best: TrialResult, by: Literal["verdicts", "loss"], original: TrialResult | None = None
+) -> list[Rival]:
+    """On each dataset what a trial has to reach to be as good as `best`.
+
+    Over several datasets a trial is as good as its worst change beside the original: one dataset on
+    which it cannot reach the best trial's worst change is enough for it to have lost.
+    """
+    if original is None or not best.parts:
+        return [Rival(unpack(best.correct, best.seen) if by == "verdicts" else None, best.loss)]
+    pairs = [(b, o) for b, o in zip(best.parts, original.parts, strict=True) if b and o]
+    if by == "loss":
+        worst = max(b.loss - o.loss for b, o in pairs)
+        return [Rival(None, o.loss + worst) for _, o in pairs]
+    gains = [(b.accuracy or 0.0) - (o.accuracy or 0.0) for b, o in pairs]
+    return [
+        Rival(unpack(b.correct, b.seen), b.loss, (gain - min(gains)) * b.seen / 100)
+        for (b, _), gain in zip(pairs, gains, strict=True)
+    ]
 
 
 @dataclass(slots=True)
@@ -72,7 +102,7 @@ class Race:
     def _bet(self, difference: int) -> bool:
         """One factor of the martingale; the stake depends on earlier examples only."""
         left = self.total - self.seen
-        fair = -self.behind / left  # the next difference's mean if both end equal
+        fair = (self.rival.spare - self.behind) / left  # the next difference's mean at a draw
         if self.level > 0 and fair > -1:
             # A prior of one difference of variance 1/4 keeps the first stakes small.
             mean = self.behind / (self.seen + 1) - fair
@@ -87,4 +117,4 @@ class Race:
         left = self.total - self.seen
         if self.rival.correct is None:
             return self.nats > self.rival.loss * self.total * (1 + 1e-9)
-        return self.right + left < sum(self.rival.correct)
+        return self.right + left < sum(self.rival.correct) - self.rival.spare - ROUNDING

@@ -1,10 +1,9 @@
 """A search as one process sees it: its model, data, space and trials."""
 
-import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,32 @@ from tensorllm.compression.jobs import CompressedSite, decomposed
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.per_layer import PerLayer
-from tensorllm.data.base import ReasoningDataModule, Split
 from tensorllm.errors import UserError
-from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.models.task import context_length
-from tensorllm.recipes import short_names
 from tensorllm.registry import one_of
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.activation_cache import CacheBudget
+from tensorllm.search.datasets import Questions, need_answers, questions_of, sources_of
 from tensorllm.search.decompositions import ModelEdit, edit_of_fit, edit_of_sites
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.fingerprints import examples_fingerprint, model_fingerprint
 from tensorllm.search.guide import Guided, guided, in_order, trials_for
-from tensorllm.search.objectives import OBJECTIVES
+from tensorllm.search.objectives import OBJECTIVES, Objective, over_datasets
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
-from tensorllm.search.space import LAYER, Matrices, Point, Space, Values, feasible, make_space
+from tensorllm.search.space import (
+    LAYER,
+    Matrices,
+    Point,
+    Space,
+    corners,
+    feasible,
+    make_space,
+    spread,
+)
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.trial import TrialResult
 from tensorllm.search.worker import Worker, make_sampler
@@ -48,7 +54,6 @@ from tensorllm.search.worker import Worker, make_sampler
 GRID = 100  # points up to which a space is searched whole
 TRIALS = 100
 GIB = 2**30
-
 LENGTH = 512  # tokens of a calibration sequence, at most
 
 OnTrial = Callable[["Study", TrialQueue], None]
@@ -73,6 +78,8 @@ class Study:
             raise UserError("--compose needs one best trial: --objective accuracy or loss")
         _ = COMPRESSORS[request.mode]  # an unknown one is refused before the model is loaded
         self.request = request
+        self.asked = sources_of(request)
+        self._questions = questions_of(self.asked, request.limit)
         self.source = resolve(request.model, request.revision)
         dtype = dtype_of(request.dtype)
         stored = Loader(self.source.folder).config().dtype
@@ -151,8 +158,10 @@ class Study:
 
     @cached_property
     def guide(self) -> Guided | None:
-        """The predicted change of the loss at every point of the grid; None: not asked for."""
-        if self.request.guide is None:
+        """The predicted change of the loss at every point of the grid, on top of the edits of
+        `base`; None: not asked for, or nothing is left to edit.
+        """
+        if self.request.guide is None or not self.feasible:
             return None
         return guided(self.examiner, [self.space.point(values) for values in self.feasible])
 
@@ -173,30 +182,20 @@ class Study:
     def trials(self) -> int:
         return len(self.points) if self.grid else self.request.trials or TRIALS
 
+    @cached_property
+    def datasets(self) -> list[Questions]:
+        """What the search is about, with what reads it."""
+        context = context_of(self.model.config, self.tokenizer)
+        for questions in self._questions:
+            questions.connect(self.tokenizer, masked=is_masked(self.model), context=context)
+        if self.goal.prune_by == "verdicts":
+            need_answers(self._questions)
+        return self._questions
+
     @property
     def dataset(self) -> str:
-        name = self.request.dataset
-        name = name or short_names().get(self.request.model, {}).get("default_dataset")
-        if name is None:
-            raise UserError("give --dataset: see `tensorllm list datasets`")
-        return str(name)
-
-    @cached_property
-    def validation(self) -> ReasoningDataModule:
-        return self._connected("val")
-
-    @cached_property
-    def test(self) -> ReasoningDataModule:
-        return self._connected("test")
-
-    def _connected(self, split: Split) -> ReasoningDataModule:
-        request = self.request
-        data = make_dataset(
-            self.dataset, data_file=request.data_file, split=split, limit=request.limit
-        )
-        context = context_of(self.model.config, self.tokenizer)
-        data.connect(self.tokenizer, masked=is_masked(self.model), context=context)
-        return data
+        """The names of all datasets."""
+        return ", ".join(questions.label for questions in self.datasets)
 
     @cached_property
     def cache_budget(self) -> CacheBudget:
@@ -209,34 +208,20 @@ class Study:
 
     @cached_property
     def examiner(self) -> Examiner:
+        possible = self.feasible  # a guide predicts them all
+        if self.request.guide is None:
+            possible = self.points if self.grid else corners(self.space) or self.feasible
         return Examiner(
             self.model,
             self.tokenizer,
-            self.validation.examples,
+            [questions.asked for questions in self.datasets],
             self.protocol,
-            max_new_tokens=self.validation.max_new_tokens,
-            points=[self.space.point(values) for values in self._corners()],
+            points=[self.space.point(values) for values in possible],
             seed=self.request.seed,
             calibration=self.calibration,
             budget=self.cache_budget,
             batch_tokens=self.request.batch_tokens,
         )
-
-    def _corners(self) -> Sequence[Values]:
-        """Points that between them have every layer, matrix and largest rank."""
-        if self.request.guide is not None:
-            return self.feasible
-        if self.grid:
-            return self.points
-        choices = self.space.choices
-        top = {name: values[-1] for name, values in choices.items()}
-        varied = {n: v for n, v in choices.items() if n == LAYER or isinstance(v[0], str)}
-        corners = [
-            {**top, **dict(zip(varied, values, strict=True))}
-            for values in itertools.product(*varied.values())
-        ]
-        reached = [values for values in corners if self.space.settings(values) is not None]
-        return reached or self.feasible
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -257,7 +242,8 @@ class Study:
             seed=request.seed,
         )
         if not request.allow_overlap:
-            refuse_evaluated(text, self.tokenizer, self.dataset, request.data_file)
+            for source in self.asked:
+                refuse_evaluated(text, self.tokenizer, source.name, source.data_file)
         return text
 
     def strategy(self, point: Point) -> Compressor | Fitted:
@@ -285,7 +271,9 @@ class Study:
         return {
             **text,
             "model": f"{self.model.config.model_type} {model_fingerprint(self.model)}",
-            "dataset": f"{self.validation.name} {examples_fingerprint(self.validation.examples)}",
+            "dataset": ", ".join(
+                f"{q.label} {examples_fingerprint(q.validation.examples)}" for q in self.datasets
+            ),
             "protocol": self.protocol.name,
             "space": self.space.describe(),
             "objective": self.request.objective,
@@ -316,21 +304,7 @@ class Study:
             if self.grid:
                 queue.fill_grid(self.points)
             else:
-                queue.fill(self.trials, self.spread())
-
-    def spread(self) -> list[dict[str, Any]]:
-        """What the sampler's first trials begin with: layers evenly spread, and in turn the names
-        of other dimensions, so that it does not dig into one layer before it has seen the others.
-        """
-        layers = self.space.choices[LAYER]
-        count = min(len(layers), max(1, self.trials // 2))
-        chosen = [layers[(2 * n + 1) * len(layers) // (2 * count)] for n in range(count)]
-        random.Random(self.request.seed).shuffle(chosen)
-        named = {n: v for n, v in self.space.choices.items() if isinstance(v[0], str)}
-        return [
-            {LAYER: layer, **{name: values[n % len(values)] for name, values in named.items()}}
-            for n, layer in enumerate(chosen)
-        ]
+                queue.fill(self.trials, spread(self.space, self.trials, self.request.seed))
 
     def work(self, queue: TrialQueue, on_trial: OnTrial | None = None) -> None:
         """Examine trials until none is left."""
@@ -339,6 +313,8 @@ class Study:
             self.space,
             self.examiner,
             self.request,
+            goal=self.goal_of(queue),
+            original=self.reference(queue) if len(self.datasets) > 1 else None,
             grid=self.grid,
             excluded=self.excluded,
             deadline=self.deadline,
@@ -352,10 +328,20 @@ class Study:
         return self.deadline is not None and time.time() >= self.deadline
 
     def original(self, queue: TrialQueue) -> TrialResult:
-        """The unedited model on the validation part; measured once per study."""
+        """The unedited model on the validation parts; measured once per study."""
         known = queue.study.user_attrs.get("original")
         if known is not None:
-            return TrialResult(**known)
+            return TrialResult.from_json(known)
         result = self.examiner(None)
         queue.study.set_user_attr("original", result.to_json())
         return result
+
+    def reference(self, queue: TrialQueue) -> TrialResult:
+        """What changes count from: the original, in further steps that of the first one."""
+        known = queue.study.user_attrs.get("reference")
+        return self.original(queue) if known is None else TrialResult.from_json(known)
+
+    def goal_of(self, queue: TrialQueue, objective: str | None = None) -> Objective:
+        """What is best, or another objective: over several datasets the worst change."""
+        goal = self.goal if objective is None else OBJECTIVES[objective]
+        return goal if len(self.datasets) == 1 else over_datasets(goal, self.reference(queue))

@@ -1,15 +1,32 @@
 """The result of a trial: its figures and its verdicts."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 from tensorllm.evaluation.predictions import Prediction
+
+
+class Sizes(NamedTuple):
+    """What a compression does to the matrices.
+
+    Attributes:
+        ratio: numbers in the decomposed matrices over numbers stored for them.
+        parameters_saved: numbers that the model has fewer.
+        relative_error: the largest of the sites'.
+    """
+
+    ratio: float
+    parameters_saved: int
+    relative_error: float
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
     """The figures of one compression, or of the original, on the validation examples.
+
+    Over several datasets accuracy and loss are means over those of which examples were seen, and
+    `parts` has the result on each.
 
     Attributes:
         accuracy: per cent of the examples seen; None for running text.
@@ -21,6 +38,7 @@ class TrialResult:
         relative_error: the largest of the sites'.
         correct: verdicts in the order of examination, as a hexadecimal number (first one lowest).
         seconds: of the whole trial.
+        parts: of several datasets the result on each, None where it was pruned before.
     """
 
     accuracy: float | None
@@ -32,20 +50,25 @@ class TrialResult:
     relative_error: float
     correct: str
     seconds: float
+    parts: tuple["TrialResult | None", ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        parts = [part and part.to_json() for part in found.pop("parts")]
+        return found | ({"parts": parts} if parts else {})
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        parts = (None if part is None else cls.from_json(part) for part in found.get("parts", ()))
+        return cls(**{**found, "parts": tuple(parts)})
 
 
 def result_of(
-    rows: Sequence[Prediction],
-    stopped: bool,
-    ratio: float,
-    saved: int,
-    error: float,
-    seconds: float,
-) -> TrialResult:
-    """The figures of these rows; a loss that is not finite is an error."""
+    rows: Sequence[Prediction], stopped: bool, sizes: Sizes, seconds: float
+) -> TrialResult | None:
+    """The figures of these rows, None of none; a loss that is not finite is an error."""
+    if not rows:
+        return None
     asked = rows[0].correct is not None
     loss = sum(row.loss for row in rows) / len(rows)
     if loss != loss or loss in (float("inf"), float("-inf")):
@@ -55,11 +78,25 @@ def result_of(
         loss=loss,
         seen=len(rows),
         stopped=stopped,
-        ratio=ratio,
-        parameters_saved=saved,
-        relative_error=error,
+        **sizes._asdict(),
         correct=pack([bool(row.correct) for row in rows]) if asked else "",
         seconds=seconds,
+    )
+
+
+def together(parts: Sequence[TrialResult | None]) -> TrialResult:
+    """The results on all datasets as one; the first one has been examined at least."""
+    there = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return there[0]
+    known = [part.accuracy for part in there if part.accuracy is not None]
+    return replace(
+        there[0],
+        accuracy=sum(known) / len(known) if known else None,
+        loss=sum(part.loss for part in there) / len(there),
+        seen=sum(part.seen for part in there),
+        correct="",
+        parts=tuple(parts),
     )
 
 

@@ -25,11 +25,12 @@ def verdict(
     selection: Mapping[str, Any] | None,
     guards: Mapping[str, Any] | None,
     goal: Objective,
+    level: float = LEVEL,
 ) -> dict[str, Any]:
     """What the search found.
 
     Better: the test part improves, the paired test (McNemar's for accuracy, the bootstrap for
-    loss) has p <= `LEVEL`, and the gain on validation is more than selection alone is worth. No
+    loss) has p <= `level`, and the gain on validation is more than selection alone is worth. No
     better: the test part does not improve. Otherwise it is not known.
 
     Args:
@@ -40,15 +41,12 @@ def verdict(
         `found`, the `sentence` that says so, and `shifted_prior`: whether the gain comes from a
         label prior that has shifted.
     """
-    by_loss = goal.prune_by == "loss" or not comparison["asked"]
-    metric = "loss" if by_loss else "accuracy"
-    change = comparison[metric]["difference"] * (-1 if by_loss else 1)
-    p = comparison["loss_p"] if by_loss else comparison["mcnemar_p"]
-    real = selection is None or by_loss or selection["gain_without"] > 0
+    metric, change, p = _tested(comparison, goal)
+    real = selection is None or metric == "loss" or selection["gain_without"] > 0
     found: Finding = "not known"
     if change <= 0:
         found = "no better"
-    elif p <= LEVEL and real:
+    elif p <= level and real:
         found = "better"
     why = _why(comparison, metric, p)
     if found == "not known" and not real:
@@ -62,6 +60,55 @@ def verdict(
         )
     sentence = f"{found}: {why}"
     return {"found": found, "sentence": sentence, "shifted_prior": shifted, "p": p}
+
+
+def overall(
+    labels: Sequence[str],
+    comparisons: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[Mapping[str, Any]],
+    goal: Objective,
+) -> dict[str, Any]:
+    """What the search found on several datasets; of one its verdict.
+
+    Better: better on at least one, with the level of the test shared out among the datasets, and
+    significantly worse (p <= `LEVEL`) on none. No better: significantly worse on one, or on none
+    improved. Otherwise it is not known.
+    """
+    if len(verdicts) == 1:
+        return dict(verdicts[0])
+    changes = [_tested(comparison, goal)[1] for comparison in comparisons]
+    by_label = list(zip(labels, verdicts, changes, strict=True))
+    worse = [(label, v) for label, v, change in by_label if change < 0 and v["p"] <= LEVEL]
+    better = [(label, v) for label, v, _ in by_label if v["found"] == "better"]
+    found: Finding = "not known"
+    if worse:
+        found, why = "no better", f"significantly worse on {_names(worse)}"
+        if better:
+            why = f"better on {_names(better)}, but {why}"
+    elif better:
+        found, why = "better", f"better on {_names(better)}, significantly worse on none"
+    elif max(changes) <= 0:
+        found, why = "no better", "no dataset improves on its test part"
+    else:
+        why = "no dataset is certainly better, none significantly worse"
+    told = worse or better or list(zip(labels, verdicts, strict=True))
+    return {
+        "found": found,
+        "sentence": f"{found}: {why}",
+        "shifted_prior": any(v["shifted_prior"] for _, v in better),
+        "p": min(v["p"] for _, v in told),
+    }
+
+
+def _names(told: Sequence[tuple[str, Any]]) -> str:
+    return " and ".join(label for label, _ in told)
+
+
+def _tested(comparison: Mapping[str, Any], goal: Objective) -> tuple[str, float, float]:
+    """What is tested, its change (above 0: for the better), and p."""
+    if goal.prune_by == "loss" or not comparison["asked"]:
+        return "loss", -comparison["loss"]["difference"], comparison["loss_p"]
+    return "accuracy", comparison["accuracy"]["difference"], comparison["mcnemar_p"]
 
 
 def _why(comparison: Mapping[str, Any], metric: str, p: float) -> str:

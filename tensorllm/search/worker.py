@@ -11,13 +11,13 @@ from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.requests.search import SAMPLERS, SearchRequest
 from tensorllm.search.examiner import Examiner, Infeasible, too_large
-from tensorllm.search.objectives import OBJECTIVES
+from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.selection import finished
 from tensorllm.search.space import LAYER, Matrices, Point, Space, collides, ratio_of
-from tensorllm.search.stopping import Rival
+from tensorllm.search.stopping import Rival, rivals_of
 from tensorllm.search.storage import stable
-from tensorllm.search.trial import TrialResult, unpack
+from tensorllm.search.trial import TrialResult
 
 Report = Callable[[TrialQueue], None]
 
@@ -60,7 +60,9 @@ class Worker:
     """Takes trials from the queue and examines them.
 
     Args:
-        request: says what is best, and what is left out or pruned.
+        request: says what is left out or pruned.
+        goal: what is best.
+        original: the unedited model's result, where the goal counts changes from it.
         grid: whether all values are queued.
         excluded: matrices that are not edited again.
         deadline: `time.time()` after which no trial is begun; None: none.
@@ -73,6 +75,8 @@ class Worker:
         examiner: Examiner,
         request: SearchRequest,
         *,
+        goal: Objective,
+        original: TrialResult | None,
         grid: bool,
         excluded: Matrices = frozenset(),
         deadline: float | None = None,
@@ -81,7 +85,8 @@ class Worker:
         self.space = space
         self.examiner = examiner
         self.request = request
-        self.goal = OBJECTIVES[request.objective]
+        self.goal = goal
+        self.original = original
         self.grid = grid
         self.excluded = excluded
         self.deadline = deadline
@@ -107,7 +112,7 @@ class Worker:
         try:
             result = self._known(point) or self.examiner(
                 point,
-                None if self.request.level is None else self._rival(point),
+                [] if self.request.level is None else self._rivals(point),
                 level=self.request.level or 0.0,
                 max_error=self.request.max_error,
                 min_ratio=self.request.least_ratio,
@@ -146,18 +151,16 @@ class Worker:
             return None
         for other in self.queue.trials(TrialState.COMPLETE, TrialState.PRUNED):
             if RESULT in other.user_attrs and self.space.point(other.params).key == point.key:
-                return TrialResult(**other.user_attrs[RESULT])
+                return TrialResult.from_json(other.user_attrs[RESULT])
         return None
 
-    def _rival(self, point: Point) -> Rival | None:
-        """The best trial so far of those that this one may be pruned for."""
+    def _rivals(self, point: Point) -> list[Rival]:
+        """What the best trial so far, of those that this one may be pruned for, asks of it."""
         goal = self.goal
         if goal.prune_by is None:
-            return None
+            return []
         ratio = ratio_of(self.examiner.jobs(point), self.examiner.roles) or 1.0
         best = [r for _, r in finished(self.queue.trials()) if goal.comparable(r, ratio)]
         if not best:
-            return None
-        result = min(best, key=goal.order)
-        verdicts = unpack(result.correct, result.seen) if goal.prune_by == "verdicts" else None
-        return Rival(verdicts, result.loss)
+            return []
+        return rivals_of(min(best, key=goal.order), goal.prune_by, self.original)

@@ -98,7 +98,8 @@ def _front(
         original = results["original"]["validation"][measure]
         axes.axhline(original, color=colour("ink"), lw=1, ls=(0, (3, 2)))
         axes.set(
-            xlabel="ratio of the compressed matrices", ylabel=f"validation {SHOWN[measure].title}"
+            xlabel="ratio of the compressed matrices",
+            ylabel=f"validation {_title(measure, results)}",
         )
         axes.set_xscale("log")
         axes.set_xticks(_nice(min(x), max(x)), minor=False)
@@ -122,6 +123,12 @@ def _unbeaten(rows: Sequence[Row], measure: str) -> list[tuple[float, float]]:
     return out[::-1]
 
 
+def _title(measure: str, results: Mapping[str, Any]) -> str:
+    """What an axis shows: of several datasets the mean."""
+    several = len(results.get("datasets", ())) > 1
+    return f"mean {SHOWN[measure].title}" if several else SHOWN[measure].title
+
+
 def _nice(low: float, high: float) -> list[float]:
     ticks = [m * 10.0**e for e in range(-1, 5) for m in (1, 2, 5)]
     return [t for t in ticks if low * 0.8 <= t <= high * 1.25] or [low]
@@ -142,7 +149,7 @@ def _history(
         axes.axhline(
             results["original"]["validation"][measure], color=colour("ink"), lw=1, ls=(0, (3, 2))
         )
-        axes.set(xlabel="trial", ylabel=f"validation {SHOWN[measure].title}")
+        axes.set(xlabel="trial", ylabel=f"validation {_title(measure, results)}")
         title = "Trials in order"
         caption = "Blue: the best so far. Dashed: the original."
         return canvas.picture(axes, name, title=title, caption=caption, alt=title)

@@ -19,8 +19,10 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
     found = run.results
     winner, original = found["winner"], found["original"]
     metric = "accuracy" if winner["test"].get("accuracy") is not None else "loss"
-    shown = SHOWN[metric]
     before, after = original["test"][metric], winner["test"][metric]
+    datasets = found.get("datasets") or [found]  # older studies have one
+    several = len(datasets) > 1
+    where = f"mean of {len(datasets)} test parts" if several else "on the test part"
     counts = found["trials"]
     factor, what = smaller(winner["validation"]["ratio"])
     settings = {k: v for k, v in winner.items() if k not in ("trial", "validation", "test", "mode")}
@@ -30,14 +32,14 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
         "title": f"{short_name(found['model'])}, search of {winner['mode']}",
         "sentence": (
             f"Best of {counts['examined']} trials on {found['validation_examples']:,} validation "
-            f"examples of {found['dataset']}: {_settings(settings)}. On the test part, {metric} is "
-            f"{shown.brief(after)} {shown.unit} instead of {shown.brief(before)}."
+            f"examples of {found['dataset']}: {_settings(settings)}. "
+            + " ".join(_on_test(each, several) for each in datasets)
         ),
         "tiles": [
-            score_tile(metric, "on the test part", after, before),
+            score_tile(metric, where, after, before),
             score_tile(
                 metric,
-                "on validation",
+                "mean on validation" if several else "on validation",
                 winner["validation"][metric],
                 original["validation"][metric],
             )
@@ -60,6 +62,17 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
         "top": [_trial(row) for row in found["top"][:TOP]],
         "provenance": _provenance(found),
     }
+
+
+def _on_test(found: Mapping[str, Any], several: bool) -> str:
+    """What became of a dataset's test part."""
+    before, after = found["original"]["test"], found["winner"]["test"]
+    metric = "accuracy" if after.get("accuracy") is not None else "loss"
+    shown = SHOWN[metric]
+    return (
+        f"On the test part{' of ' + found['name'] if several else ''}, {metric} is "
+        f"{shown.brief(after[metric])} {shown.unit} instead of {shown.brief(before[metric])}."
+    )
 
 
 def _trial(row: Mapping[str, Any]) -> dict[str, str]:
@@ -88,8 +101,9 @@ def _settings(values: Mapping[str, Any]) -> str:
 def _gain(selection: Mapping[str, Any] | None) -> str:
     if selection is None:
         return ""
+    what = "The worst gain" if "datasets" in selection else "The gain"
     return (
-        f"The gain on validation is {selection['gain']:+.1f} points, of which choosing the best of "
+        f"{what} on validation is {selection['gain']:+.1f} points, of which choosing the best of "
         f"many is worth {selection['optimism']:.1f} by itself (95 % of resamples: "
         f"{between(selection['interval'], 1)}). The test part was looked at for the winner alone."
     )

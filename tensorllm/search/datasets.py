@@ -1,0 +1,110 @@
+"""The datasets that a search chooses on: their names, files, validation and test parts."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorllm.data.base import ReasoningDataModule
+from tensorllm.errors import UserError
+from tensorllm.evaluation.evaluate import make_dataset
+from tensorllm.recipes import short_names
+from tensorllm.requests.search import SearchRequest
+from tensorllm.search.parts import Asked
+
+SHOWN = "--dataset takes a name, or several such as fever,wikidata_qa"
+
+
+class Source(NamedTuple):
+    """What was asked for: a dataset's name or YAML file, and a file in place of the hub."""
+
+    name: str
+    data_file: Path | None
+
+
+class Questions(NamedTuple):
+    """A dataset: what trials are compared on, and what the winner is scored on.
+
+    Attributes:
+        label: its name; where another dataset has the same one, its file.
+    """
+
+    label: str
+    validation: ReasoningDataModule
+    test: ReasoningDataModule
+
+    def connect(self, tokenizer: Any, *, masked: bool, context: int) -> None:
+        """Tell both parts what reads them."""
+        for part in (self.validation, self.test):
+            part.connect(tokenizer, masked=masked, context=context)
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.validation.examples, self.validation.max_new_tokens)
+
+
+def sources_of(request: SearchRequest) -> list[Source]:
+    """The datasets of a list with commas; files are in the same order, an empty place is the hub's.
+
+    Raises:
+        UserError: no name, a dataset that is given twice, or not as many files as datasets.
+    """
+    known = short_names().get(request.model, {}).get("default_dataset")
+    dataset, data_file = request.dataset or known, request.data_file
+    if dataset is None:
+        raise UserError("give --dataset: see `tensorllm list datasets`")
+    names = [name.strip() for name in str(dataset).split(",")]
+    if not all(names):
+        raise UserError(f"{SHOWN}; got {dataset!r}")
+    if len(names) == 1:
+        return [Source(names[0], data_file)]
+    files = [""] * len(names) if data_file is None else str(data_file).split(",")
+    if len(files) != len(names):
+        raise UserError(
+            f"--data-file takes a file for each of {len(names)} datasets, in their order, such as "
+            f"a.jsonl,b.jsonl (nothing between commas: from the hub); got {len(files)} in "
+            f"{str(data_file)!r}"
+        )
+    found = [
+        Source(name, Path(file.strip()) if file.strip() else None)
+        for name, file in zip(names, files, strict=True)
+    ]
+    source, times = Counter(found).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"dataset {source.name!r} is given {times} times; the same name needs a --data-file of "
+            "its own each time"
+        )
+    return found
+
+
+def questions_of(sources: Sequence[Source], limit: int | None) -> list[Questions]:
+    """Both parts of each dataset; nothing is read yet."""
+    parts = [
+        [
+            make_dataset(source.name, data_file=source.data_file, split=split, limit=limit)
+            for split in ("val", "test")
+        ]
+        for source in sources
+    ]
+    labels = _labels(sources, [str(validation.name) for validation, _ in parts])
+    return [Questions(label, *both) for label, both in zip(labels, parts, strict=True)]
+
+
+def _labels(sources: Sequence[Source], names: Sequence[str]) -> list[str]:
+    """Names; of datasets that share one the files."""
+    short = [s.data_file.stem if s.data_file else n for s, n in zip(sources, names, strict=True)]
+    whole = [str(s.data_file or n) for s, n in zip(sources, names, strict=True)]
+    unique = [names.count(name) == 1 for name in names]
+    files = short if len(set(short)) == len(short) else whole
+    return [name if one else file for name, one, file in zip(names, unique, files, strict=True)]
+
+
+def need_answers(datasets: Sequence[Questions]) -> None:
+    """Refuse running text among several datasets: the worst change of its accuracy is none."""
+    texts = [each.label for each in datasets if each.validation.examples[0].tokens]
+    if texts and len(datasets) > 1:
+        raise UserError(
+            f"{texts[0]} is running text, where no answer is right or wrong: among several "
+            "datasets it needs --objective loss"
+        )

@@ -1,0 +1,88 @@
+"""One dataset of a search as trials ask it: its examples in random order, in stages of batches."""
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from tensorllm.data.example import Example
+from tensorllm.evaluation.causal import CausalBatch
+from tensorllm.evaluation.predictions import Prediction
+from tensorllm.evaluation.protocol import Protocol
+from tensorllm.evaluation.scorer import Scorer
+
+# After each of these shares of the validation set a losing trial may be pruned. More of them
+# would make batches small, which costs more than it saves.
+STAGES = (1 / 8, 1 / 4, 1 / 2, 1)
+LEAST = 32  # examples in a stage
+
+
+class Asked(NamedTuple):
+    """A dataset's examples, and how long a generated answer may be."""
+
+    examples: Sequence[Example]
+    max_new_tokens: int
+
+
+class Part:
+    """The examples of one dataset, planned.
+
+    Args:
+        examples: in the order of the dataset.
+        scorer: of these.
+        keys: numbers of batches, under which activations are kept: no two batches of a search have
+            the same.
+        seed: of the order of examination.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        scorer: Scorer,
+        protocol: Protocol,
+        keys: Iterator[int],
+        seed: int,
+    ) -> None:
+        self.scorer = scorer
+        self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))
+        self.sequential = protocol.unmasked_padding <= 1  # groups are no sample of examples
+        self._place = {example.index: n for n, example in enumerate(self.order)}
+        self.stages: list[list[Any]] = []
+        start = 0
+        for size in sizes:
+            planned = scorer.plan(self.order[start : start + size])
+            self.stages.append([_numbered(batch, keys) for batch in planned])
+            start += size
+
+    def in_order(self, rows: Sequence[Prediction]) -> list[Prediction]:
+        """Rows in the order of examination."""
+        return sorted(rows, key=lambda row: self._place[row.index])
+
+
+class ByPart:
+    """Scores a batch by the scorer of its dataset."""
+
+    def score(self, batch: tuple[Part, Any]) -> list[Prediction]:
+        part, own = batch
+        return part.scorer.score(own)
+
+
+def _numbered(batch: Any, keys: Iterator[int]) -> Any:
+    key = next(keys)
+    return batch._replace(key=key) if isinstance(batch, CausalBatch) else batch
+
+
+def shuffled(
+    examples: Sequence[Example], seed: int, together: int
+) -> tuple[list[Example], list[int]]:
+    """The examples in random order, `together` neighbours kept as they are, and sizes of stages."""
+    groups = [list(g) for _, g in groupby(examples, key=lambda e: e.index // together)]
+    random.Random(seed).shuffle(groups)
+    ends = [share * len(examples) for share in STAGES]
+    sizes, done = [0], 0
+    for group in groups:
+        if sizes[-1] >= LEAST and done >= next(end for end in ends if end >= done - sizes[-1] + 1):
+            sizes.append(0)
+        sizes[-1] += len(group)
+        done += len(group)
+    return [example for group in groups for example in group], sizes
