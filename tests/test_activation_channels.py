@@ -20,6 +20,7 @@ from tensorllm.compressors import ActivationHybrid
 from tensorllm.compressors.calibrated.channels import MULTIPLE, curve, is_narrowed, narrowed_site
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.kept_rows import KeptRows
+from tensorllm.tensors.weighted import floor_of
 
 RATIOS = {"llama": 1.39, "phi3": 1.39, "gpt2": 1.6, "gptj": 1.6}  # what dead channels allow
 
@@ -44,14 +45,36 @@ def test_the_curve_is_the_error_of_least_squares_on_the_first_channels() -> None
     found = curve(site, context)  # type: ignore[arg-type]
     scores_F = h_NF.square().sum(0) * ((out_FD @ gradient_DD) * out_FD).sum(1)
     order_F = scores_F.argsort(descending=True)
+    raised_FF = h_NF.mT @ h_NF / 400
+    raised_FF += floor_of(48, 400) * raised_FF.diagonal().mean() * torch.eye(48)
+    root_FF = torch.linalg.cholesky(raised_FF).mT  # what is read, floor included, in 48 samples
     for size, error, cost in zip(found.sizes_NC[:, 0], found.error_N, found.cost_N, strict=True):
         kept = order_F[:size]
-        best = torch.linalg.lstsq(h_NF[:, kept], h_NF @ out_FD).solution
-        miss_ND = h_NF[:, kept] @ best - h_NF @ out_FD
-        want = ((miss_ND @ gradient_DD) * miss_ND).sum() / 400 / (1 - size / 400) ** 2
+        best = torch.linalg.lstsq(root_FF[:, kept], root_FF @ out_FD).solution
+        miss_ND = root_FF[:, kept] @ best - root_FF @ out_FD
+        want = ((miss_ND @ gradient_DD) * miss_ND).sum() / (1 - size / 400) ** 2
         torch.testing.assert_close(error, want, rtol=1e-3, atol=1e-6)
         assert cost == 3 * (12 * size + 48)
     assert len(found.cost_N) == 48 // MULTIPLE - 1
+
+
+def test_channels_fitted_to_fewer_tokens_than_there_are_channels_are_not_taken_for_free() -> None:
+    draws = torch.Generator().manual_seed(0)
+    h_NF, out_FD = (torch.randn(s, generator=draws).double() for s in ((24, 48), (48, 12)))
+    site = narrowed_site(0, ("in", "gate", "out"))
+    assert site is not None
+    context = SimpleNamespace(
+        weight=lambda role: out_FD,
+        input_covariance=lambda role: h_NF.mT @ h_NF / 24,
+        width_covariance=lambda roles: torch.eye(12).double(),
+        geometry=SimpleNamespace(D=12),
+        tokens=24,
+    )
+    found = curve(site, context)  # type: ignore[arg-type]
+    whole = float((h_NF @ out_FD).square().sum() / 24)
+    enough = found.sizes_NC[:, 0] >= 24  # least squares on these misses nothing of the 24 tokens
+    assert enough.sum() >= 2
+    assert (found.error_N[enough] > 0.2 * whole).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gptj"])

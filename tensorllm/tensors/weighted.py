@@ -22,6 +22,15 @@ from torch import Tensor
 from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
 
 FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
+SHORT = 1.0  # the same where there are as many tokens as directions; falls by their square
+
+
+def floor_of(width: int, tokens: int) -> float:
+    """The floor of a covariance (N, N) that so many tokens were seen for.
+
+    A text of few tokens says little of most directions; those it did not see are not free.
+    """
+    return max(FLOOR, SHORT * (width / max(tokens, 1)) ** 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ from tensorllm.tensors.kept_rows import kept_rows_outline
 from tensorllm.tensors.pivoted import pivoted_outline, pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
-from tensorllm.tensors.weighted import Metric, left_out, projection, regression
+from tensorllm.tensors.weighted import Metric, floor_of, left_out, projection, regression
 
 
 @COMPRESSORS.register("activation-tucker")
@@ -185,7 +185,7 @@ class ActivationTucker(LayerFit):
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         out = {site: curve(site, context) for site in sites if is_narrowed(site)}
         for key in reading_together([role for site in sites for role in site.roles]):
-            metric = Metric(context.width_covariance(key))
+            metric = _metric(context.width_covariance(key), context)
             for site in (site for site in sites if set(site.roles) <= set(key)):
                 shape = map_shape(context.geometry, site.roles)
                 carried_DD = context.carried_covariance(site.roles)
@@ -280,6 +280,10 @@ def groupings(roles: Group, sharing: bool) -> list[list[Group]]:
     return ways
 
 
+def _metric(covariance_DD: Tensor, context: LayerContext) -> Metric:
+    return Metric(covariance_DD, floor_of(len(covariance_DD), context.tokens))
+
+
 @dataclass(frozen=True, eq=False)
 class _AtWidth:
     """What is known at the model's width of the roles that read one input.
@@ -298,11 +302,11 @@ class _AtWidth:
     def of(cls, context: LayerContext, key: Group, ridge: float | None) -> "_AtWidth":
         """With a ridge on the compressed model's inputs; without one on the original's."""
         if ridge is None:
-            metric = Metric(context.width_covariance(key))
+            metric = _metric(context.width_covariance(key), context)
             return cls(metric, context.carried_covariance(key), None)
         cross_DD, seen_DD = context.shifted_at_width(key)
         writes = is_output_projection(key[0])
-        metric = Metric(context.width_covariance(key) if writes else seen_DD)
+        metric = _metric(context.width_covariance(key) if writes else seen_DD, context)
         return cls(metric, seen_DD, regression(cross_DD, seen_DD, ridge))
 
     def fit(self, context: LayerContext, roles: Group, rank: int) -> Map:

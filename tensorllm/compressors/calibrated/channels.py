@@ -21,7 +21,7 @@ from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry
 from tensorllm.tensors.unfold import gram_of_columns
-from tensorllm.tensors.weighted import FLOOR, Metric
+from tensorllm.tensors.weighted import Metric, floor_of
 
 MULTIPLE = 8  # widths that kernels like
 ORDERED = 4  # one batch in so many tells the order of the channels
@@ -64,7 +64,8 @@ def curve(site: Site, context: LayerContext) -> ErrorCurve:
     covariance_FF = context.input_covariance("out").to(out_FD.device)
     gradient_DD = context.width_covariance(("out",)).to(out_FD.device)
     order_F = _order(covariance_FF.diagonal(), out_FD, gradient_DD)
-    root_FF = Metric(covariance_FF[order_F[:, None], order_F], FLOOR).root
+    floor = floor_of(len(order_F), context.tokens)
+    root_FF = Metric(covariance_FF[order_F[:, None], order_F], floor).root
     missed_FD = root_FF.mT.to(out_FD) @ out_FD[order_F]
     left_F = _costs(missed_FD, gradient_DD).flip(0).cumsum(0).flip(0)
     step = _step(len(left_F))
