@@ -12,6 +12,7 @@ A part is what one command measures: name it after the machine or the piece of w
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -123,13 +124,18 @@ def save(
     temporary.replace(path)
 
 
+def portable(command: str) -> str:
+    """A command without the folders of one machine: absolute paths by their last part."""
+    return re.sub(r"(?<![\w./-])/(?:[^/\s]+/)*([^/\s]+)/?", r"\1", command)
+
+
 def made() -> dict[str, Any]:
     """When, where, with what, by which command, and how long that has taken until now."""
     about = environment()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "command": f"python benchmarks/{about['command']}",
+        "command": f"python benchmarks/{portable(about['command'])}",
         "wall_s": round(time.monotonic() - STARTED, 1),
         "hardware": about["hardware"],
         "threads": torch.get_num_threads(),
