@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tensorllm.calibration import Calibration, fit, read_calibration
 from tensorllm.calibration.covariances import Wanted
-from tensorllm.calibration.statistics import frozen, measure_loss, module_of
+from tensorllm.calibration.hooks import module_of
+from tensorllm.calibration.statistics import frozen, measure_loss
 from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress, compress_folder
 from tensorllm.compression.save import save

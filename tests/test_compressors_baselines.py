@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 
 import tensorllm as tl
 from tensorllm.calibration import fit
-from tensorllm.calibration.statistics import module_of
+from tensorllm.calibration.hooks import module_of
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import AASVD, ASVD, SVDLLM, PlainSVD, SVDLLMSequential
 from tensorllm.compressors.budget import Budget
