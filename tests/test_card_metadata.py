@@ -149,10 +149,7 @@ def test_a_narrow_folder_has_the_card_of_what_it_was_made_of(tmp_path: Path) -> 
     found = ModelCard.load(tmp_path / "narrow" / "README.md")
     assert (found.data.license, found.data.library_name) == ("mit", "transformers")
     assert "import tensorllm" not in found.text
-    assert (
-        "--format factored --out FOLDER\ntensorllm export FOLDER NARROW --format narrow"
-        in found.text
-    )
+    assert "--format narrow --out FOLDER" in found.text
 
 
 def test_a_config_may_name_the_licence(tmp_path: Path) -> None:

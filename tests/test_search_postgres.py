@@ -56,7 +56,7 @@ def stored(small: Study, url: str, folder: Path) -> Study:
     """The same search with its trials in the database, under the folder's name."""
     search = Study(replace(SMALL, storage=url, study=folder))
     search.__dict__.update(
-        {name: small.__dict__[name] for name in ("model", "tokenizer", "validation", "examiner")}
+        {name: small.__dict__[name] for name in ("model", "tokenizer", "datasets", "examiner")}
     )
     return search
 

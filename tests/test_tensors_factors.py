@@ -26,6 +26,7 @@ from tensorllm.tensors.pivoted import pivot
 from tensorllm.tensors.quantised import BITS, kind_named, quantise
 from tensorllm.tensors.tucker import tucker
 from tensorllm.tensors.unfold import project
+from tensorllm.tensors.whole import Whole
 
 
 def random(*sizes: int, seed: int = 0) -> Tensor:
@@ -49,6 +50,7 @@ def examples() -> dict[str, tuple[Factors, Tensor]]:
     u_BJR, v_BRO = random(3, 5, 2), random(3, 2, 6)
     blocks = torch.einsum("bjr,bro->bjo", u_BJR, v_BRO).reshape(15, 6)
     floats["block-low-rank"] = (BlockLowRank(u_BJR, v_BRO), blocks)
+    floats["whole"] = (Whole(u @ v), u @ v)
     kept = torch.zeros(9, 6)
     kept[[1, 4, 7]] = v
     floats["kept-rows"] = (KeptRows.of(torch.tensor([4, 1, 7]), v[[1, 0, 2]], 9), kept)

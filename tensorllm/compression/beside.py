@@ -42,8 +42,9 @@ def complete(
         origin: what is known of the original besides its card (`origin.origin`).
     """
     for path in small_files(source):
-        if path.name not in OURS:
-            writer.copy(path, path.relative_to(source))
+        below = path.relative_to(source)
+        if below.as_posix() not in OURS:  # a module in a folder of its own has its config.json, too
+            writer.copy(path, below)
     writer.write_json("config.json", config)
     if manifest is not None:
         writer.write_json(MANIFEST, manifest.to_json())
