@@ -157,7 +157,7 @@ def test_durations(seconds: float, text: str):
 def test_a_trial_of_many_settings_loses_no_digit_in_80_columns():
     params = {"layer": 27, "R1": 1920, "R2": 120, "R3": 4, "rho": 0.54832, "matrices": "in+out"}
     scores = {"accuracy": 71.46, "loss": 11.1234, "ratio": 247.31, "relative_error": 0.9335}
-    text = shown(_trials([{"trial": 100, "params": params, **scores}]))
+    text = shown(_trials([{"trial": 100, "params": params, **scores}], [], "accuracy"))
     for figure in ("1920", "0.5483", "in+out", "71.46", "11.1234", "247.31", "0.9335"):
         assert figure in text.split()
 
