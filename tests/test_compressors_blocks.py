@@ -161,3 +161,12 @@ def test_blocks_are_predicted_by_their_dropped_components() -> None:
             g = torch.einsum("jr,jd,rd->r", u, g_JD.double(), v)
             want -= float((s * g)[rank:].sum())
         assert found.change[point.key] == pytest.approx(want, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_an_outline_has_the_shapes_of_the_factors(blocks: int) -> None:
+    strategy = tl.LaserSVD(rank=3, blocks=blocks)
+    outline, made = strategy.outline((24, 10), (3,)), strategy.decompose(torch.randn(24, 10))
+    assert outline.kind == made.kind
+    shapes = [{name: t.shape for name, t in each.tensors().items()} for each in (outline, made)]
+    assert shapes[0] == shapes[1]
