@@ -130,7 +130,7 @@ def _by_dataset(
         run.datasets, by_dataset(original), by_dataset(winner), final["datasets"], strict=True
     )
     out = []
-    for at, (questions, before, after, told) in enumerate(every):
+    for at, (questions, before, after, tested) in enumerate(every):
         own = luck if luck is None else luck.get("datasets", [luck])[at]
         share = LEVEL / len(run.datasets)
         examples = len(questions.validation.examples)
@@ -139,12 +139,12 @@ def _by_dataset(
                 "name": questions.label,
                 "validation_examples": examples,
                 "half_width": half_width(examples),
-                "original": {"validation": _plain(before), "test": told["original"]},
-                "winner": {"validation": _plain(after), "test": told["winner"]},
+                "original": {"validation": _plain(before), "test": tested["original"]},
+                "winner": {"validation": _plain(after), "test": tested["winner"]},
                 "selection": own,
-                "comparison": told["comparison"],
-                "guards": told["guards"],
-                "verdict": verdict(told["comparison"], own, told["guards"], run.goal, share),
+                "comparison": tested["comparison"],
+                "guards": tested["guards"],
+                "verdict": verdict(tested["comparison"], own, tested["guards"], run.goal, share),
             }
         )
     return out
