@@ -22,7 +22,7 @@ from torch import Tensor
 from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
 
 FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
-SHORT = 1.0  # the same where there are as many tokens as directions; falls by their square
+SHORT = 1.0  # the same where there are as many tokens as directions; falls by their cube
 
 
 def floor_of(width: int, tokens: int) -> float:
@@ -30,7 +30,7 @@ def floor_of(width: int, tokens: int) -> float:
 
     A text of few tokens says little of most directions; those it did not see are not free.
     """
-    return max(FLOOR, SHORT * (width / max(tokens, 1)) ** 2)
+    return max(FLOOR, SHORT * (width / max(tokens, 1)) ** 3)
 
 
 @dataclass(frozen=True, eq=False)
