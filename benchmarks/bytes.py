@@ -83,8 +83,10 @@ class Bench:
         return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
 
     def text(self, draw: int) -> Calibration:
-        order = torch.randperm(len(self.texts.told), generator=torch.Generator().manual_seed(draw))
-        rows = [tuple(self.texts.told[i]) for i in order[: self.drawn].tolist()]
+        order = torch.randperm(
+            len(self.texts.calibration), generator=torch.Generator().manual_seed(draw)
+        )
+        rows = [tuple(self.texts.calibration[i]) for i in order[: self.drawn].tolist()]
         return Calibration(tuple(rows), source="tinystories", seed=draw)
 
     @torch.inference_mode()

@@ -6,8 +6,8 @@
 All matrices at ratio 2, by `activation-hybrid` (ours) and by `svd-llm` (its peer), each of which
 runs in its factors and is trained in two ways by Lightning's Trainer: the factors themselves, and
 LoRA (peft, rank 8) on every factor, as SVD-LLM's authors do. Same text, sequences, steps and
-schedule. The learning rate of each way is the best of some on a validation text; what is told is
-the mean over seeds, which draw the order of the text and LoRA's first numbers, on a third text.
+schedule. The learning rate of each way is the best of some on a validation text; what is reported
+is the mean over seeds, which draw the order of the text and LoRA's first numbers, on a third text.
 Time is that of all threads in the Trainer, with data and optimizer, without choosing a rate.
 """
 
@@ -161,7 +161,7 @@ def measure(bench: Bench, way: str, rates: Sequence[float]) -> dict[str, Any]:
     """One way at its best rate: losses before and after by seed, seconds, and their spread."""
     tried = {}
     for rate in rates if len(rates) > 1 else ():
-        model, *_ = bench.train(way, rate, bench.args.seeds)  # a seed that is not told of
+        model, *_ = bench.train(way, rate, bench.args.seeds)  # a seed of its own
         tried[rate] = bench.losses(model, bench.validation).mean().item()
     rate = min(tried, key=lambda one: tried[one]) if tried else rates[0]
     before = bench.losses(bench.compressed[WAYS[way][0]], bench.held_out)

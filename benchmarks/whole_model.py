@@ -76,9 +76,9 @@ class Bench:
         self.drawn = self.source.drawn // (8 if quick else 1)
 
     def calibration(self, seed: int) -> Calibration:
-        told, draws = self.source.told, torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(told), generator=draws)[: self.drawn].tolist()
-        return Calibration(tuple(tuple(told[i]) for i in order), source="benchmark", seed=seed)
+        texts, draws = self.source.calibration, torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(texts), generator=draws)[: self.drawn].tolist()
+        return Calibration(tuple(tuple(texts[i]) for i in order), source="benchmark", seed=seed)
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> dict[str, float]:

@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,34 @@ def picture(found: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     """One drawing: the model, the decompositions, the accuracies."""
     reports = found["reports"]
     hybrid = reports["hybrid"]
-    tucker, product = (factor_drawing(site) for site in hybrid["sites"][:2])
-    rank = hybrid["sites"][1]["ranks"][0]
     parts = [
         text(4, 24, "1. Choose layers", "head"),
         text(4, 46, "filled: what is left of an edited matrix", "note"),
         placed(str(model_drawing(hybrid)), 0, 72, 1.22),
+        *rewritten(hybrid),
+        *_accuracies(reports, 770),
+    ]
+    return framed(parts, _words(reports), colours)
+
+
+def rewritten(hybrid: Mapping[str, Any]) -> list[str]:
+    """How the hybrid's two sites become factors."""
+    tucker, product = (factor_drawing(site) for site in hybrid["sites"][:2])
+    rank = hybrid["sites"][1]["ranks"][0]
+    return [
         text(394, 24, "2. Rewrite their weights", "head"),
         text(394, 46, "attention: all heads and q, k, v, o share factors", "note"),
         placed(str(tucker), 384, 44, 1.0),
         text(394, 206, f"FFN: one matrix as a product of rank {rank}", "note"),
         placed(str(product), 384, 196, 1.0),
-        *_accuracies(reports, 770),
     ]
+
+
+def framed(parts: Sequence[str], words: str, colours: Mapping[str, str]) -> str:
+    """The whole drawing, with a sentence for those who do not see it."""
     drawn = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{_words(reports)}">'
+        f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{words}">'
         f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
     )
     return re.sub(r"var\(--(\w+)\)", lambda m: colours[m.group(1)], drawn)

@@ -7,13 +7,10 @@ a <picture> that follows the theme.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from make_picture import HEIGHT, IMAGES, QUIET, ROOT, STYLE, THEMES, WIDTH, placed, text
-
-from tensorllm.reporting.page.drawing import factor_drawing
+from make_picture import HEIGHT, IMAGES, QUIET, ROOT, THEMES, framed, rewritten, text
 
 RESULTS = ROOT / "docs" / "results" / "first_contact.json"
 ROLES = {"q": "attention", "k": "", "v": "", "o": "", "in": "FFN", "gate": "", "out": ""}
@@ -32,26 +29,15 @@ def main() -> None:
 
 def picture(found: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     """One drawing: which matrices of which layers, what becomes of them, the accuracies."""
-    tucker, product = (factor_drawing(site) for site in found["hybrid"]["report"]["sites"])
-    rank = found["hybrid"]["report"]["sites"][1]["ranks"][0]
     layers = found["hybrid"]["report"]["model_layers"]
     parts = [
         text(4, 24, "1. Choose layers", "head"),
         text(4, 46, f"SmolLM2-135M-Instruct, {layers} layers", "note"),
         *_layers(found),
-        text(394, 24, "2. Rewrite their weights", "head"),
-        text(394, 46, "attention: all heads and q, k, v, o share factors", "note"),
-        placed(str(tucker), 384, 44, 1.0),
-        text(394, 206, f"FFN: one matrix as a product of rank {rank}", "note"),
-        placed(str(product), 384, 196, 1.0),
+        *rewritten(found["hybrid"]["report"]),
         *_accuracies(found, 770),
     ]
-    drawn = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{_words(found)}">'
-        f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
-    )
-    return re.sub(r"var\(--(\w+)\)", lambda m: colours[m.group(1)], drawn)
+    return framed(parts, _words(found), colours)
 
 
 def _layers(found: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from plan_machines import CORE_SHARE, CORES, EIGEN_SPEEDUP, ROOT
 from tensorllm.tensors.stacking import Geometry
 
 TOKENS = 128 * 2048  # calibrated on
-MEASURED_ON = 2  # cores, whose speed at eigenproblems a server has EIGEN_SPEEDUP times
+FEW = 2  # cores; a server has EIGEN_SPEEDUP times their speed at eigenproblems
 FILE = "scaling_fit"
 
 
@@ -85,9 +85,7 @@ def measured(few: Mapping[str, Any], many: Mapping[str, Any]) -> Cost:
 
 def server_seconds(cost: Cost, tokens: int) -> float:
     """On 64 cores, by the assumptions of the other tables."""
-    return cost.fixed / (MEASURED_ON * EIGEN_SPEEDUP) + tokens * cost.per_token / (
-        CORES * CORE_SHARE
-    )
+    return cost.fixed / (FEW * EIGEN_SPEEDUP) + tokens * cost.per_token / (CORES * CORE_SHARE)
 
 
 def layers_table(value: Lookup) -> str:
@@ -109,7 +107,7 @@ def layers_table(value: Lookup) -> str:
                 f"{cost.fixed / one:.0%}",
                 figure(one / passes),
                 span(model.layers * one),
-                span(model.layers * one / MEASURED_ON),
+                span(model.layers * one / FEW),
                 span(model.layers * server_seconds(cost, TOKENS)),
                 amount(cost.memory, "bytes"),
             )

@@ -188,7 +188,7 @@ def test_a_choice_among_equals_is_luck_and_a_planted_gain_is_not() -> None:
 # What is said
 
 
-def told(difference: float, p: float) -> dict[str, Any]:
+def comparison_of(difference: float, p: float) -> dict[str, Any]:
     return {"accuracy": {"difference": difference}, "mcnemar_p": p, "asked": True}
 
 
@@ -204,7 +204,7 @@ def told(difference: float, p: float) -> dict[str, Any]:
     ],
 )
 def test_the_sentence_over_all(changes: Any, found: str, why: str) -> None:
-    comparisons = [told(*each) for each in changes]
+    comparisons = [comparison_of(*each) for each in changes]
     better = [change > 0 and p <= 0.05 / 2 for change, p in changes]
     verdicts = [
         {"found": "better" if b else "not known", "p": p, "shifted_prior": False}

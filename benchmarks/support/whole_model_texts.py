@@ -19,12 +19,12 @@ class Texts:
     """Token sequences.
 
     Attributes:
-        told: to calibrate on; a seed draws `drawn` of them.
+        calibration: to calibrate on; a seed draws `drawn` of them.
         scored: by the text's name.
         last_only: only the last token of a sequence is scored.
     """
 
-    told: list[list[int]]
+    calibration: list[list[int]]
     drawn: int
     scored: dict[str, list[list[int]]]
     last_only: bool = False

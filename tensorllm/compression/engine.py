@@ -101,26 +101,38 @@ def compress(
         weights[name].copy_(planned.parameter(*where))
     progress(len(planned.sites), len(planned.sites), "done")
 
+    report = _report(model, planned, done, roles, parameters, time.perf_counter() - started)
+    setattr(model, ATTRIBUTE, Compression(planned, done))
+    return report
+
+
+def _report(
+    model: nn.Module,
+    planned: Plan,
+    done: Sequence[CompressedSite],
+    roles: RoleMatrices,
+    parameters: int,
+    seconds: float,
+) -> CompressionReport:
+    config: Any = model.config
     sites = [compressed.report for compressed in done]
     mode, settings = planned.settings
-    report = CompressionReport(
+    return CompressionReport(
         model=getattr(config, "_name_or_path", "") or config.model_type,
         revision=getattr(config, "_commit_hash", None),
         mode=mode,
         settings=settings,
         layers=planned.layers,
-        dtype=str(next(iter(weights.values())).dtype).removeprefix("torch."),
+        dtype=str(next(iter(parameters_of(model).values())).dtype).removeprefix("torch."),
         format="dense",
         sites=sites,
         spec=roles.spec,
         totals=Totals(parameters, parameters - saved_parameters(sites)),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         environment=environment(),
         structure=roles.layout.describe(),
         passed_over=planned.passed_over,
     )
-    setattr(model, ATTRIBUTE, Compression(planned, done))
-    return report
 
 
 def compression_of(model: nn.Module) -> Compression | None:

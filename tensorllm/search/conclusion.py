@@ -167,14 +167,14 @@ def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
 
 
 def _test_scores(datasets: Sequence[Mapping[str, Any]]) -> str:
-    told = []
+    sentences = []
     for each in datasets:
         before, after = each["original"]["test"], each["winner"]["test"]
         figure = "accuracy" if "accuracy" in after else "loss"
         of = f" of {each['name']}" if len(datasets) > 1 else ""
         change = f"{before[figure]:.4g} before, {after[figure]:.4g} after"
-        told.append(f"{figure} on the test part{of} {change}")
-    return "; ".join(told)
+        sentences.append(f"{figure} on the test part{of} {change}")
+    return "; ".join(sentences)
 
 
 def _counts(trials: Sequence[FrozenTrial]) -> dict[str, int]:

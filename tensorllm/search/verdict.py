@@ -91,17 +91,17 @@ def overall(
         found, why = "no better", "no dataset improves on its test part"
     else:
         why = "no dataset is certainly better, none significantly worse"
-    told = worse or better or list(zip(labels, verdicts, strict=True))
+    named = worse or better or list(zip(labels, verdicts, strict=True))
     return {
         "found": found,
         "sentence": f"{found}: {why}",
         "shifted_prior": any(v["shifted_prior"] for _, v in better),
-        "p": min(v["p"] for _, v in told),
+        "p": min(v["p"] for _, v in named),
     }
 
 
-def _names(told: Sequence[tuple[str, Any]]) -> str:
-    return " and ".join(label for label, _ in told)
+def _names(named: Sequence[tuple[str, Any]]) -> str:
+    return " and ".join(label for label, _ in named)
 
 
 def _tested(comparison: Mapping[str, Any], goal: Objective) -> tuple[str, float, float]:
