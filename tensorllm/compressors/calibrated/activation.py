@@ -83,7 +83,7 @@ class ActivationTucker(LayerFit):
     target_bytes: int | None = None
     max_loss_increase: float | None = None
     weighting: GradientOf = "outputs"
-    plain: float = 0.5
+    plain: float = 0.3
     sharing: bool = True
     narrowing: bool = True
     correction: bool = True
