@@ -38,11 +38,10 @@ def test_the_curve_is_the_error_of_least_squares_on_the_first_channels() -> None
     context = SimpleNamespace(
         weight=lambda role: out_FD,
         input_covariance=lambda role: h_NF.mT @ h_NF / 400,
-        width_covariance=lambda roles: gradient_DD,
         geometry=SimpleNamespace(D=12),
         tokens=400,
     )
-    found = curve(site, context)  # type: ignore[arg-type]
+    found = curve(site, context, gradient_DD)  # type: ignore[arg-type]
     scores_F = h_NF.square().sum(0) * ((out_FD @ gradient_DD) * out_FD).sum(1)
     order_F = scores_F.argsort(descending=True)
     raised_FF = h_NF.mT @ h_NF / 400
@@ -66,11 +65,10 @@ def test_channels_fitted_to_fewer_tokens_than_there_are_channels_are_not_taken_f
     context = SimpleNamespace(
         weight=lambda role: out_FD,
         input_covariance=lambda role: h_NF.mT @ h_NF / 24,
-        width_covariance=lambda roles: torch.eye(12).double(),
         geometry=SimpleNamespace(D=12),
         tokens=24,
     )
-    found = curve(site, context)  # type: ignore[arg-type]
+    found = curve(site, context, torch.eye(12).double())  # type: ignore[arg-type]
     whole = float((h_NF @ out_FD).square().sum() / 24)
     enough = found.sizes_NC[:, 0] >= 24  # least squares on these misses nothing of the 24 tokens
     assert enough.sum() >= 2

@@ -110,6 +110,13 @@ def left_out(metric: Metric, carried_NN: Tensor, ranks: int) -> Tensor:
     return torch.cat((left_S, left_S.new_zeros(1)))
 
 
+def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
+    """The target in the size in which all costs as much by the metric as by what was carried:
+    tr(A T) = tr(A C). What costs nothing gives zero."""
+    whole = (metric_NN * target_NN).sum()
+    return target_NN * ((metric_NN * carried_NN).sum() / whole if whole > 0 else 0.0)
+
+
 def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:
     """The (N, N) map T that minimises E|y - T x|² + ridge · mean(E x²) · |T - 1|².
 

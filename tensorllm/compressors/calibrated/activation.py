@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from tensorllm.compressors.base import (
     COMPRESSORS,
@@ -21,8 +20,8 @@ from tensorllm.compressors.base import (
     Ways,
 )
 from tensorllm.compressors.budget import Budget
+from tensorllm.compressors.calibrated.at_width import AtWidth, written
 from tensorllm.compressors.calibrated.channels import (
-    Read,
     curve,
     fit_channels,
     is_narrowed,
@@ -31,11 +30,9 @@ from tensorllm.compressors.calibrated.channels import (
 )
 from tensorllm.compressors.calibrated.maps import (
     Group,
-    Map,
     map_shape,
     pivoted,
     site_of,
-    stacked,
 )
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
@@ -48,7 +45,7 @@ from tensorllm.tensors.kept_rows import kept_rows_outline
 from tensorllm.tensors.pivoted import pivoted_outline, pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
-from tensorllm.tensors.weighted import Metric, floor_of, left_out, projection, regression
+from tensorllm.tensors.weighted import left_out
 
 
 @COMPRESSORS.register("activation-tucker")
@@ -67,6 +64,8 @@ class ActivationTucker(LayerFit):
             the smallest model within it is searched for.
         weighting: `outputs` weights errors by what they do to their own layer's output, one layer
             in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
+        plain: share of the plain mean square of a matrix's outputs in what its errors cost, 0 to 1;
+            the rest is by the gradients, which say more of this text and less of others.
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
         narrowing: whether an FFN may lose channels, and stay a plain one, where that pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
@@ -84,6 +83,7 @@ class ActivationTucker(LayerFit):
     target_bytes: int | None = None
     max_loss_increase: float | None = None
     weighting: GradientOf = "outputs"
+    plain: float = 0.3
     sharing: bool = True
     narrowing: bool = True
     correction: bool = True
@@ -115,6 +115,8 @@ class ActivationTucker(LayerFit):
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.rank_multiple is not None and self.rank_multiple < 1:
             raise UserError(f"rank_multiple must be 1 or more, got {self.rank_multiple}")
+        if not 0 <= self.plain <= 1:
+            raise UserError(f"plain must be in 0..1, got {self.plain}")
         if not self.ridge > 0:
             raise UserError(f"ridge must be above 0, got {self.ridge}")
         for name in ("max_loss_increase", "target_bytes"):
@@ -183,13 +185,13 @@ class ActivationTucker(LayerFit):
         return total
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
-        out = {site: curve(site, context) for site in sites if is_narrowed(site)}
+        narrowed = [site for site in sites if is_narrowed(site)]
+        out = {s: curve(s, context, written(context, ("out",), self.plain)) for s in narrowed}
         for key in reading_together([role for site in sites for role in site.roles]):
-            metric = _metric(context.width_covariance(key), context)
+            here = AtWidth.of(context, key, self.plain)
             for site in (site for site in sites if set(site.roles) <= set(key)):
                 shape = map_shape(context.geometry, site.roles)
-                carried_DD = context.carried_covariance(site.roles)
-                error_S = left_out(metric, carried_DD, min(shape))
+                error_S = left_out(here.metric, here.carried(context, site.roles), min(shape))
                 ranks = self._ranks(len(error_S))
                 cost = [pivoted_parameters(shape, rank) for rank in ranks]
                 ranks_S = torch.tensor(ranks)
@@ -222,12 +224,11 @@ class ActivationTucker(LayerFit):
             sites = {s: size for s, size in context.sites.items() if s.roles[0] in key}
             if not sites:
                 continue
-            here = _AtWidth.of(context, key, self.ridge if self.correction else None)
+            here = AtWidth.of(context, key, self.plain, self.ridge if self.correction else None)
             for site, size in sites.items():
                 assert size is not None, "a budget gives every site its size"
                 if is_narrowed(site):
-                    read = Read(here.metric, here.correction_DD)
-                    channels = fit_channels(context, site, size[0], read)
+                    channels = fit_channels(context, site, size[0], here)
                     factors[site] = channels.factors()
                     if refits:
                         moving[site] = channels.balanced()
@@ -278,47 +279,3 @@ def groupings(roles: Group, sharing: bool) -> list[list[Group]]:
             )
         ]
     return ways
-
-
-def _metric(covariance_DD: Tensor, context: LayerContext) -> Metric:
-    return Metric(covariance_DD, floor_of(len(covariance_DD), context.tokens))
-
-
-@dataclass(frozen=True, eq=False)
-class _AtWidth:
-    """What is known at the model's width of the roles that read one input.
-
-    Attributes:
-        metric: E[x xᵀ] of what input projections read; E[g gᵀ] where output projections write.
-        carried_DD: of output projections, the covariance of W x.
-        correction_DD: of what is read, or written, from the compressed model's to the original's.
-    """
-
-    metric: Metric
-    carried_DD: Tensor
-    correction_DD: Tensor | None
-
-    @classmethod
-    def of(cls, context: LayerContext, key: Group, ridge: float | None) -> "_AtWidth":
-        """With a ridge on the compressed model's inputs; without one on the original's."""
-        if ridge is None:
-            metric = _metric(context.width_covariance(key), context)
-            return cls(metric, context.carried_covariance(key), None)
-        cross_DD, seen_DD = context.shifted_at_width(key)
-        writes = is_output_projection(key[0])
-        metric = _metric(context.width_covariance(key) if writes else seen_DD, context)
-        return cls(metric, seen_DD, regression(cross_DD, seen_DD, ridge))
-
-    def fit(self, context: LayerContext, roles: Group, rank: int) -> Map:
-        """The map of this rank that errs least, its large products in the dtype of the weights."""
-        w_MX = stacked({role: context.weight(role) for role in roles}, roles)
-        correct = self.correction_DD
-        if is_output_projection(roles[0]):
-            back = None if correct is None else correct.mT
-            into_DR, back_RD = projection(self.metric, self.carried_DD, rank, back)
-            turn_RD = into_DR.mT if correct is None else into_DR.mT @ correct
-            return Map(back_RD.mT.to(w_MX), turn_RD.to(w_MX) @ w_MX)
-        carried_DD = context.carried_covariance(roles)
-        into_DR, back_RD = projection(self.metric, carried_DD, rank, correct)
-        turn_DR = into_DR if correct is None else correct @ into_DR
-        return Map(w_MX @ turn_DR.to(w_MX), back_RD.to(w_MX))

@@ -7,7 +7,6 @@ Shapes: F channels, R that stay, D model width, P input projections (in, gate).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Self
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.compressors.base import ErrorCurve
+from tensorllm.compressors.calibrated.at_width import AtWidth, written
 from tensorllm.compressors.calibrated.refit import DAMPING, Moving
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.kept_rows import KeptRows
@@ -52,17 +52,20 @@ def _step(channels: int) -> int:
     return min(MULTIPLE, max(1, channels // 2))
 
 
-def curve(site: Site, context: LayerContext) -> ErrorCurve:
+def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
     """What the layer's output loses without the last channels, `out` refitted each time.
 
     With the covariance of the channels in their order C = L Lᵀ, the best of the first R misses the
     rows after R of Lᵀ W; a row costs by the covariance of the gradient that `out` writes into.
     As R numbers per output are fitted to N tokens, what is missed on another text is larger:
     generalised cross-validation (Golub, Heath and Wahba 1979) divides by (1 - R / N)².
+
+    Args:
+        gradient_DD: that covariance.
     """
     out_FD = context.weight("out").float()
     covariance_FF = context.input_covariance("out").to(out_FD.device)
-    gradient_DD = context.width_covariance(("out",)).to(out_FD.device)
+    gradient_DD = gradient_DD.to(out_FD.device)
     order_F = _order(covariance_FF.diagonal(), out_FD, gradient_DD)
     floor = floor_of(len(order_F), context.tokens)
     root_FF = Metric(covariance_FF[order_F[:, None], order_F], floor).root
@@ -87,15 +90,6 @@ def _costs(rows_ND: Tensor, gradient_DD: Tensor) -> Tensor:
     size = float(gradient_DD.diagonal().mean()) or 1.0  # float32 may not reach so far down
     weighted_ND = rows_ND @ (gradient_DD / size).to(rows_ND)
     return (weighted_ND * rows_ND).sum(1, dtype=torch.float64).clamp(min=0) * size
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """What the input projections read: its metric, and the correction from the compressed model's
-    input to the original's; None: fitted on the original's."""
-
-    metric: Metric
-    correction_DD: Tensor | None
 
 
 class Channels(Moving):
@@ -157,7 +151,7 @@ def _inverse(root_NN: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root_NN, eye_NN, upper=False)
 
 
-def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> Channels:
+def fit_channels(context: LayerContext, site: Site, count: int, read: AtWidth) -> Channels:
     """The channels that matter most, fitted and `put` into the compressed layer.
 
     Rows of in and gate make up for the input having changed as far as a linear map can; rows of
@@ -165,6 +159,7 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
 
     Args:
         count: of channels that stay.
+        read: what the input projections read.
     """
     corrects = read.correction_DD is not None
     given = context.compressed_inputs if corrects else context.original_inputs
@@ -173,7 +168,7 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: Read) -> C
     for x_NF in islice(given("out"), max(1, context.batches // ORDERED)):
         squares_F += x_NF.float().square().sum(0)
     context.add_up([squares_F])
-    gradient_DD = context.width_covariance(("out",)).to(squares_F)
+    gradient_DD = written(context, ("out",), read.plain).to(squares_F)
     rows_R = _order(squares_F, out_FD.float(), gradient_DD)[:count].sort().values
     reading_PRD = torch.stack([context.weight(role)[rows_R].float() for role in site.roles[:-1]])
     if read.correction_DD is not None:

@@ -1,0 +1,93 @@
+"""What is known of a layer's matrices at the model's width, and the best maps by it.
+
+Shapes: D model width, M outputs of the stacked maps of a site, R rank.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tensorllm.compressors.calibrated.maps import Group, Map, stacked
+from tensorllm.compressors.layer import LayerContext
+from tensorllm.tensors.factors import wide
+from tensorllm.tensors.stacking import is_output_projection
+from tensorllm.tensors.unfold import gram_of_columns
+from tensorllm.tensors.weighted import Metric, as_dear, floor_of, projection, regression
+
+
+@dataclass(frozen=True, eq=False)
+class AtWidth:
+    """Of roles that read one input: what they read or write, and what errors of theirs cost.
+
+    Gradients are sampled, and text is: of a few thousand tokens their covariance of the order of
+    the width is noisy, and another text has another one. So it is drawn towards that of gradients
+    of one size in all directions, by which an error costs its plain mean square.
+
+    Attributes:
+        metric: E[x xᵀ] of what input projections read; E[g gᵀ] where output projections write.
+        seen_DD: E[x xᵀ] of what is read; of output projections E[y yᵀ] of y = W x.
+        correction_DD: of what is read, or written, from the compressed model's to the original's.
+        plain: share of the plain mean square in what errors cost, 0 to 1.
+    """
+
+    metric: Metric
+    seen_DD: Tensor
+    correction_DD: Tensor | None
+    plain: float
+
+    @classmethod
+    def of(
+        cls, context: LayerContext, key: Group, plain: float, ridge: float | None = None
+    ) -> Self:
+        """With a ridge on the compressed model's inputs; without one on the original's."""
+        writes, correction_DD = is_output_projection(key[0]), None
+        if ridge is not None:
+            cross_DD, seen_DD = context.shifted_at_width(key)
+            correction_DD = regression(cross_DD, seen_DD, ridge)
+        elif writes:
+            seen_DD = context.carried_covariance(key)
+        else:
+            seen_DD = context.width_covariance(key)
+        metric_DD = written(context, key, plain) if writes else seen_DD
+        metric = Metric(metric_DD, floor_of(len(metric_DD), context.tokens))
+        return cls(metric, seen_DD, correction_DD, plain)
+
+    def carried(self, context: LayerContext, roles: Group) -> Tensor:
+        """The side that is not the metric, carried across the matrices of some of the roles to the
+        model's width (D, D)."""
+        if is_output_projection(roles[0]):
+            return self.seen_DD
+        carried_DD = context.carried_covariance(roles)
+        if not self.plain:
+            return carried_DD
+        plain_DD = torch.stack([self._plain(context, role) for role in roles]).sum(0)
+        return carried_DD.lerp(plain_DD, self.plain)
+
+    def _plain(self, context: LayerContext, role: str) -> Tensor:
+        """Wᵀ W of an input projection, in the size of what is carried."""
+        gram_DD = gram_of_columns(wide(context.weight(role))).double()
+        carried_DD = context.carried_covariance((role,))
+        return as_dear(gram_DD, carried_DD, self.seen_DD)
+
+    def fit(self, context: LayerContext, roles: Group, rank: int) -> Map:
+        """The map of this rank that errs least, its large products in the dtype of the weights."""
+        w_MX = stacked({role: context.weight(role) for role in roles}, roles)
+        correct, carried_DD = self.correction_DD, self.carried(context, roles)
+        if is_output_projection(roles[0]):
+            back = None if correct is None else correct.mT
+            into_DR, back_RD = projection(self.metric, carried_DD, rank, back)
+            turn_RD = into_DR.mT if correct is None else into_DR.mT @ correct
+            return Map(back_RD.mT.to(w_MX), turn_RD.to(w_MX) @ w_MX)
+        into_DR, back_RD = projection(self.metric, carried_DD, rank, correct)
+        turn_DR = into_DR if correct is None else correct @ into_DR
+        return Map(w_MX @ turn_DR.to(w_MX), back_RD.to(w_MX))
+
+
+def written(context: LayerContext, key: Group, plain: float) -> Tensor:
+    """E[g gᵀ] (D, D) of the gradient where output projections write, drawn towards the identity of
+    its mean."""
+    gradient_DD = context.width_covariance(key)
+    eye_DD = torch.eye(len(gradient_DD)).to(gradient_DD)
+    return gradient_DD.lerp(gradient_DD.diagonal().mean() * eye_DD, plain)
