@@ -5,6 +5,7 @@ joint outputs, I rows of a role matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ from tensorllm.calibration.covariances import Covariances, Key
 from tensorllm.calibration.layers import Layers, Remembered, Tap
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.store import Hidden, Store
+from tensorllm.compressors.applied import Applied, standing_in
 from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors, cast
@@ -305,9 +307,12 @@ class Context:
         block = self.compressed.block
         return self.layers.run_remembering(self.layer, block, self.before[1], self._attention)
 
-    def output_error(self) -> float:
+    def output_error(self, every: int = 1) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, out_BTD in enumerate(self.outputs()):
+        block, calls = self.compressed.block, self.layers.calls[self.layer]
+        for number in range(0, self.batches, every):
+            with torch.no_grad(), self._attention.within(number):
+                out_BTD = calls[number].run(block, self.before[1].at(number))
             target_BTD = self.run.output(number)
             total += self._distance(number, out_BTD.float(), target_BTD.float()).double()
         self.ranks.sum(total)
@@ -317,23 +322,37 @@ class Context:
         self.ranks.sum(*tensors)
 
     def output_loss(
-        self, batch: int, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+        self,
+        batch: int,
+        weights: Mapping[str, Tensor | Applied],
+        parameters: Mapping[str, Tensor],
     ) -> Tensor:
         module = self.compressed
         run: dict[str, Tensor] = {}
-        for role, w_ID in weights.items():
-            name = module.roles.name(self.layer, role)
-            if name not in run:  # a fused parameter is written part by part
-                run[name] = module.weights[name].clone()
-            module.roles.write(run, self.layer, role, w_ID)
-        below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
         hidden_BTD, target_BTD = self.before[1][batch], self.run.output(batch)
         call = self.layers.calls[self.layer][batch]
-        with torch.enable_grad():
+        with torch.enable_grad(), ExitStack() as standing:
+            for role, w in weights.items():
+                if isinstance(w, Applied):
+                    if self._alone(role) and w.pays(hidden_BTD.shape[:-1].numel()):
+                        own = module.block.get_submodule(module.below(role))
+                        standing.enter_context(standing_in(own, w))
+                        continue
+                    w = w.matrix()
+                name = module.roles.name(self.layer, role)
+                if name not in run:  # a fused parameter is written part by part
+                    run[name] = module.weights[name].clone()
+                module.roles.write(run, self.layer, role, w)
+            below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
             arguments = (hidden_BTD, *call.args)
             out = functional_call(module.block, {**below, **parameters}, arguments, call.kwargs)
             out_BTD = (out[0] if isinstance(out, tuple) else out).float()
             return self._distance(batch, out_BTD, target_BTD.float())
+
+    def _alone(self, role: str) -> bool:
+        """Whether the role's matrix is all that a module multiplies by."""
+        stored = self.compressed.roles.stored(self.layer, role)
+        return len(stored.roles) == 1 and stored.experts is None
 
     def _distance(self, batch: int, out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
         """Squared, of all tokens relative to their size, over the tokens of all batches."""

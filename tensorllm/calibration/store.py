@@ -115,6 +115,10 @@ class States:
         for number in range(self.count):
             yield self[number]
 
+    def at(self, number: int) -> Tensor:
+        """Those of one batch, for a pass forward."""
+        return self[number]
+
     def __getitem__(self, number: int) -> Tensor:
         return self.store.load(f"{self.name}-{number}")["hidden"].to(self.device)
 
@@ -134,6 +138,10 @@ class Counted:
         for hidden in self.states:
             yield hidden
             self._count()
+
+    def at(self, number: int) -> Tensor:
+        self._count()
+        return self.states[number]
 
     def __getitem__(self, number: int) -> Tensor:
         self._count(BACKWARDS)

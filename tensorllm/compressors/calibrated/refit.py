@@ -11,10 +11,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tensorllm.compressors.applied import Applied, Product, Reading
 from tensorllm.compressors.base import LayerResult
-from tensorllm.compressors.calibrated.maps import Map, pivoted, unstacked
+from tensorllm.compressors.calibrated.maps import Map, pivoted
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import Geometry, is_output_projection
@@ -23,6 +24,7 @@ from tensorllm.tensors.weighted import Metric
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
 SMALLEST = 1e-3  # of the largest component, for the same reason
 LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
+COMPARED = 4  # one batch in so many tells whether the layer has come nearer
 PASSES_OF_AN_EPOCH = 3  # forward, and backward for inputs and for weights
 
 
@@ -30,8 +32,8 @@ class Moving(nn.Module):
     """The factors of a site as parameters that can be trained."""
 
     @abstractmethod
-    def weights(self, geometry: Geometry) -> dict[str, Tensor]:
-        """The role matrices (I, D) that they stand for."""
+    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+        """The role matrices that they stand for."""
 
     @abstractmethod
     def factors(self) -> Factors:
@@ -59,8 +61,15 @@ class Balanced(Moving):
         self.wide_WR = nn.Parameter(wide_WR * (self.size_R / tall_R.clamp(min=1e-30)))
         self.narrow_RD = nn.Parameter(narrow_RD * tall_R[:, None])
 
-    def weights(self, geometry: Geometry) -> dict[str, Tensor]:
-        return unstacked(self.map(), self.roles, geometry)
+    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+        left_MR, right_RX = self.map()
+        reading = Reading(right_RX.mT)
+        rows = [geometry.outputs(role) for role in self.roles]
+        parts = [left_MR] if self.writes else left_MR.split(rows)
+        return {
+            role: Product(reading, part_YR.mT, self.writes)
+            for role, part_YR in zip(self.roles, parts, strict=True)
+        }
 
     def factors(self) -> Factors:
         left_MR, right_RX = self.map()
@@ -86,7 +95,7 @@ def refit(
         moving: those factors, to be trained.
         before: the same, as they are stored.
     """
-    error = context.output_error()
+    error = context.output_error(COMPARED)
     parameters = [p for each in moving.values() for p in each.parameters()]
     groups = [{"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())}
               for p in parameters]  # fmt: skip
@@ -98,17 +107,17 @@ def refit(
         for batch in torch.randperm(context.batches, generator=draws).tolist():
             optimizer.zero_grad()
             with torch.enable_grad():
-                weights: dict[str, Tensor] = {}
+                applied: dict[str, Applied] = {}
                 for each in moving.values():
-                    weights |= each.weights(context.geometry)
-                context.output_loss(batch, weights, {}).backward()
+                    applied |= each.applied(context.geometry)
+                context.output_loss(batch, applied, {}).backward()
             context.add_up([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             schedule.step()
     out = {site: each.factors() for site, each in moving.items()}
     for site, factors in out.items():
         context.put(site, factors)
-    if context.output_error() < error:
+    if context.output_error(COMPARED) < error:
         return LayerResult(out)
     for site, factors in before.items():
         context.put(site, factors)
