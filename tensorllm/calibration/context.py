@@ -229,7 +229,9 @@ class Context:
         run: dict[str, Tensor] = {}
         hidden_BTD, target_BTD = self.before[1][batch], self.run.output(batch)
         call = self.layers.calls[self.layer][batch]
+        stands = not set(weights) & set(ATTENTION_ROLES) and not parameters
         with torch.enable_grad(), ExitStack() as standing:
+            standing.enter_context(self._attention.within(batch, stands))
             for role, w in weights.items():
                 if isinstance(w, Applied):
                     if self._alone(role) and w.pays(hidden_BTD.shape[:-1].numel()):

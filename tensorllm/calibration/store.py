@@ -163,7 +163,7 @@ class Sweep:
     """
 
     def __init__(
-        self, store: Store, what: str, names: Sequence[str], start: Sequence[Tensor], layers: int
+        self, store: Store, what: str, names: Sequence[str], start: list[Tensor], layers: int
     ) -> None:
         self.store, self.what, self.names = store, what, names
         self.start, self.layers = start, layers
@@ -183,6 +183,11 @@ class Sweep:
 
     def done(self, found: Mapping[str, Tensor]) -> None:
         self.store.save(f"{self.what}-{self.layer}", found)
+
+    def forget_start(self) -> None:
+        """Give back the memory of what the first layer began with, wherever that list is held; how
+        many there are and their device stay known."""
+        self.start[:] = [hidden.new_empty(0) for hidden in self.start]
 
     def _keep(self, *batches: Iterable[Tensor]) -> None:
         if self.layer + 1 < self.layers:

@@ -175,6 +175,7 @@ class Sweeps:
                     for site, curve in self._curves_of(layer, block, covariances, here).items():
                         found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
             sweep.done(found)
+        self._measured = None  # what a fit does not need
         return {
             site: ErrorCurve(**self.store.part(f"errors-{site.layers[0]}", f"{site.name}/"))
             for site in candidates
@@ -287,6 +288,7 @@ class Sweeps:
                 context.run.drop()
             sweep.done(found)
             if not self.several:
+                sweep.forget_start()
                 self.measures.drop(f"covariances-{layer}")
         self.ranks.sum(torch.zeros(1, device=layers.start[0].device))  # none ends before the others
         return [

@@ -9,6 +9,7 @@ Shapes: W the wide side of a map, D the model's width, M outputs, X inputs, R ra
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,12 +19,13 @@ from tensorllm.compressors.base import LayerResult
 from tensorllm.compressors.calibrated.maps import Map, pivoted
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.stacking import Geometry, is_output_projection
+from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric
 
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
 SMALLEST = 1e-3  # of the largest component, for the same reason
 LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
+TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
 COMPARED = 4  # one batch in so many tells whether the layer has come nearer
 PASSES_OF_AN_EPOCH = 3.5  # forward, backward for inputs and for weights, and the steps
 
@@ -96,27 +98,38 @@ def refit(
         before: the same, as they are stored.
     """
     error = context.output_error(COMPARED)
-    parameters = [p for each in moving.values() for p in each.parameters()]
-    groups = [{"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())}
-              for p in parameters]  # fmt: skip
+    attention = {site for site in moving if set(site.roles) & set(ATTENTION_ROLES)}
+    alone = attention == set(moving)
+    together = epochs if alone else math.ceil(TOGETHER * epochs)
+    ends = {site: (together if site in attention else epochs) for site in moving}
+    groups, rates = [], []
+    for site, each in moving.items():
+        for p in each.parameters():
+            rms = float(p.detach().square().mean().sqrt())
+            groups.append({"params": [p], "lr": LEARNING_RATE * rms})
+            rates.append(partial(_rate, steps=ends[site] * context.batches))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    steps = epochs * context.batches
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _rate(n, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     draws = torch.Generator().manual_seed(context.layer)
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        now = {site: each for site, each in moving.items() if epoch < ends[site]}
+        if epoch == together:
+            for site in attention:
+                context.put(site, moving[site].factors())
         for batch in torch.randperm(context.batches, generator=draws).tolist():
             optimizer.zero_grad()
             with torch.enable_grad():
                 applied: dict[str, Applied] = {}
-                for each in moving.values():
+                for each in now.values():
                     applied |= each.applied(context.geometry)
                 context.output_loss(batch, applied, {}).backward()
-            context.add_up([p.grad for p in parameters if p.grad is not None])
+            grads = [p.grad for each in now.values() for p in each.parameters()]
+            context.add_up([grad for grad in grads if grad is not None])
             optimizer.step()
             schedule.step()
     out = {site: each.factors() for site, each in moving.items()}
-    for site, factors in out.items():
-        context.put(site, factors)
+    for site in now:
+        context.put(site, out[site])
     if context.output_error(COMPARED) < error:
         return LayerResult(out)
     for site, factors in before.items():
@@ -129,4 +142,6 @@ def _rate(step: int, steps: int) -> float:
     warm = max(1, steps // 10)
     if step < warm:
         return (step + 1) / warm
+    if step >= steps:
+        return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
