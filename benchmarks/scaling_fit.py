@@ -1,7 +1,7 @@
 """What a fit to text costs beside the forward passes that it cannot do without, and how that grows.
 
     python benchmarks/scaling_fit.py --parts widths layer
-    python benchmarks/scaling_fit.py --parts model --model PATH/TO/SmolLM2-135M-Instruct
+    python benchmarks/scaling_fit.py --parts model --model SmolLM2-135M-Instruct/ --epochs 0 4
 
 Three parts of docs/results/scaling_fit.json: *widths*, one random LLaMA layer of 512 to 4,096 on
 4,096 tokens with fitted exponents; *layer*, one of LLaMA-2-7B's size on 16,384 tokens; *model*, a
@@ -9,6 +9,7 @@ real model as a whole on 32,768 tokens. Each is `activation-hybrid` at ratio 1.2
 process of its own. Times are processor seconds of all threads (the machine is shared), also as
 multiples of two forward passes of these layers over the same tokens: the original's and the
 compressed model's. Memory is the peak of the process's resident bytes, imports and model included.
+`time_left` is what the progress said was left, over what was left, at each per cent of the time.
 """
 
 import argparse
@@ -60,6 +61,29 @@ def model_of(what: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(what, dtype=torch.float32).eval()
 
 
+class Said:
+    """The time left that progress says, to be compared with the truth afterwards."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.told: list[tuple[float, float]] = []  # seconds, share
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.told.append((time.perf_counter() - self.start, done / total))
+
+    def over_truth(self) -> dict[str, float]:
+        """By per cent of the whole time, from the second on: what was said over what was true."""
+        whole = time.perf_counter() - self.start
+        out = {}
+        for per_cent in range(2, 100):
+            now = whole * per_cent / 100
+            at, share = max(one for one in self.told if one[0] <= now)
+            if share:
+                left = at * (1 - share) / share - (now - at)
+                out[str(per_cent)] = left / (whole - now)
+        return out
+
+
 def child(what: str, tokens: int, epochs: int) -> dict[str, Any]:
     """Processor seconds of one forward pass through the layers and of the fit; peak bytes."""
     base = peak_resident_bytes()
@@ -78,10 +102,12 @@ def child(what: str, tokens: int, epochs: int) -> dict[str, Any]:
     forward = time.process_time() - started
     del layers, states
     wanted = ActivationHybrid(target_ratio=RATIO, refit_epochs=epochs)
+    said = Said()
     started, clock = time.process_time(), time.perf_counter()
-    fit(wanted, model, text)
+    fit(wanted, model, text, progress=said)
     seconds = time.process_time() - started
     return {
+        "time_left": said.over_truth(),
         "forward_cpu_s": forward,
         "fit_cpu_s": seconds,
         "fit_wall_s": time.perf_counter() - clock,
@@ -100,7 +126,8 @@ def measured(what: str, tokens: int, epochs: int, args: argparse.Namespace) -> d
         [sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True
     )
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    print(what, {k: round(v, 2) for k, v in found.items()}, flush=True)
+    shown = {k: round(v, 2) for k, v in found.items() if not isinstance(v, dict)}
+    print(what, shown, flush=True)
     return found
 
 
@@ -139,20 +166,24 @@ def widths(args: argparse.Namespace) -> None:
 def layer(args: argparse.Namespace) -> None:
     """One layer of LLaMA-2-7B's size."""
     width, tokens = (64, 512) if args.quick else (4096, 16384)
-    found = measured(str(width), tokens, args.epochs, args)
-    save("scaling_fit", _part("layer", args), compared(found, 12.0), args, **found)
+    side_by_side("layer", str(width), tokens, 12.0, args)
 
 
 def model(args: argparse.Namespace) -> None:
     """A real model as a whole."""
     if args.model is None:
         sys.exit("give --model FOLDER")
-    found = measured(str(args.model), 32768, args.epochs, args)
-    save("scaling_fit", _part("model", args), compared(found, 2.5), args, **found)
+    side_by_side("model", str(args.model), 32768, 2.5, args)
 
 
-def _part(name: str, args: argparse.Namespace) -> str:
-    return f"{name}, {args.epochs} refit epochs" if args.epochs else name
+def side_by_side(
+    part: str, what: str, tokens: int, memory: float, args: argparse.Namespace
+) -> None:
+    """A fit with each number of epochs of the refit, in parts of its own beside each other."""
+    for epochs in args.epochs:
+        found = measured(what, args.tokens or tokens, epochs, args)
+        name = f"{part}, {epochs} refit epochs" if epochs else part
+        save("scaling_fit", name, compared(found, memory), args, **found)
 
 
 PARTS = {"widths": widths, "layer": layer, "model": model}
@@ -162,7 +193,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--parts", nargs="+", choices=PARTS, default=["widths", "layer"])
     options.add_argument("--model", type=Path, help="folder of the model of the part `model`")
-    options.add_argument("--epochs", type=int, default=0, help="of the refit")
+    options.add_argument("--epochs", type=int, nargs="+", default=[0], help="of the refit")
+    options.add_argument("--tokens", type=int, help="of the parts layer and model")
     options.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = options.parse_args()
     begin(args)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tensorllm.calibration import fit
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid
+from tensorllm.compressors.applied import Kept, Product
 from tensorllm.compressors.calibrated import refit
 from tensorllm.compressors.calibrated.maps import Map
 from tensorllm.compressors.calibrated.refit import Balanced
@@ -84,6 +85,36 @@ def test_a_refit_that_comes_no_nearer_is_thrown_away(monkeypatch):
     same = fit(replace(wanted, refit_epochs=1), model, text(), [0])
     for a, b in zip(plain.sites, same.sites, strict=True):
         assert torch.equal(plain.factors(a).dense(), same.factors(b).dense())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_applied_as_factors_or_as_matrices_it_is_the_same_refit(name, monkeypatch):
+    model, found = tiny_model(name), {}
+    wanted = ActivationHybrid(target_ratio=3, refit_epochs=1)
+    for pays in (True, False):
+        for kind in (Product, Kept):
+            monkeypatch.setattr(kind, "pays", lambda self, tokens, pays=pays: pays)
+        found[pays] = fit(wanted, model, text(), [0])
+    for site in found[True].sites:
+        one, other = (found[pays].factors(site).dense() for pays in (True, False))
+        assert torch.allclose(one, other, atol=2e-2 * float(other.abs().max())), site
+
+
+def test_attention_is_not_run_again_while_the_ffn_moves_alone(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    runs, forward, model = [], LlamaAttention.forward, tiny_model("llama")
+    monkeypatch.setattr(
+        LlamaAttention, "forward", lambda self, *a, **k: runs.append(1) or forward(self, *a, **k)
+    )
+    counted = {}
+    for share in (1.0, 0.5):
+        monkeypatch.setattr(refit, "TOGETHER", share)
+        runs.clear()
+        fit(ActivationHybrid(target_ratio=3, refit_epochs=4), model, text(), [0])
+        counted[share] = len(runs)
+    # of two epochs that are left out, the first runs what the comparison afterwards runs otherwise
+    assert counted[1.0] - counted[0.5] == 2 * len(text().batches(1024))
 
 
 def test_without_correction_nothing_is_refitted():

@@ -5,128 +5,27 @@ joint outputs, I rows of a role matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from tensorllm.calibration.covariances import Covariances, Key
 from tensorllm.calibration.layers import Layers, Remembered, Tap
+from tensorllm.calibration.original import LayerModule, Original
 from tensorllm.calibration.ranks import ALONE, Ranks
-from tensorllm.calibration.store import Hidden, Store
+from tensorllm.calibration.store import Hidden
+from tensorllm.compressors.applied import Applied, standing_in
 from tensorllm.compressors.layer import MatrixStatistics, Site, Size
-from tensorllm.models import RoleMatrices
-from tensorllm.tensors.factors import Factors, cast
+from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.unfold import gram_of_columns
-from tensorllm.weights import dense_matrices
 
 ONE = torch.ones(1)
 SMALLEST = 1e-20  # of a token's output: its size is divided by
-
-
-class LayerModule:
-    """A layer's module and the role matrices in it."""
-
-    def __init__(self, roles: RoleMatrices, number: int, block: nn.Module) -> None:
-        self.roles, self.number, self.block = roles, number, block
-        self.path = roles.layer_path(number)
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """By their names in the model."""
-        return {f"{self.path}.{name}": p for name, p in self.block.named_parameters()}
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        return {name: p.data for name, p in self.parameters.items()}
-
-    def put(self, site: Site, factors: Factors) -> None:
-        """Let the factors, in the dtype they are stored in, take the place of the weights."""
-        weights = self.weights
-        dtype = weights[self.roles.name(self.number, site.roles[0])].dtype
-        parts = dense_matrices(site, cast(factors, dtype), self.roles)
-        for role, w_ID in zip(site.roles, parts, strict=True):
-            self.roles.write(weights, self.number, role, w_ID)
-
-    def below(self, role: str) -> str:
-        """The path below the layer of the module that multiplies by a role's matrix."""
-        return self.roles.stored(self.number, role).path
-
-    def tap(self, roles: Sequence[str]) -> Tap:
-        """Where roles that read one input meet the model's width."""
-        return Tap(self.below(roles[0]), of_output=is_output_projection(roles[0]))
-
-    @property
-    def attention(self) -> str:
-        """The path below the layer of the module that holds its attention's matrices; "": none."""
-        there = self.roles.spec.geometry(self.number).roles
-        paths = [self.below(role).split(".") for role in ATTENTION_ROLES if role in there]
-        if not paths:
-            return ""
-        shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-        return ".".join(shared[: min(map(len, paths)) - 1])
-
-
-class Original:
-    """The original's layer on its own inputs, run once: its outputs, and what its matrices read or
-    give at the model's width. Kept while the layer is fitted, if a fit asks for any of it.
-
-    Args:
-        taps: by name, what is kept beside the outputs where a fit asks for it.
-    """
-
-    def __init__(
-        self,
-        layers: Layers,
-        module: LayerModule,
-        hidden: Iterable[Tensor],
-        store: Store,
-        taps: Mapping[str, Tap],
-    ) -> None:
-        self.layers, self.module, self.hidden = layers, module, hidden
-        self.store, self.taps = store, taps
-        self._kept: set[str] = set()
-
-    def outputs(self) -> Iterator[Tensor]:
-        """Hidden states (B, T, D) after the layer, batch by batch."""
-        if not self._kept:
-            yield from self.layers.run(self.module.number, self.module.block, self.hidden)
-            return
-        for number in range(len(self.layers.batches)):
-            yield self.output(number)
-
-    def output(self, number: int) -> Tensor:
-        """Those of one batch."""
-        self._keep("output")
-        return self._load(number, "output")
-
-    def signals(self, name: str) -> Iterator[Tensor]:
-        """What a tap gave (N, X), batch by batch."""
-        self._keep(name)
-        for number in range(len(self.layers.batches)):
-            yield self._load(number, name)
-
-    def drop(self) -> None:
-        for number in range(len(self.layers.batches) * bool(self._kept)):
-            self.store.drop(f"original-{number}")
-
-    def _keep(self, name: str) -> None:
-        if name in self._kept:
-            return
-        taps = self.taps if name in self.taps else {}
-        layer, block = self.module.number, self.module.block
-        for number, (out_BTD, seen) in enumerate(
-            self.layers.run_tapped(layer, block, self.hidden, taps)
-        ):
-            self.store.save(f"original-{number}", {"output": out_BTD, **seen})
-        self._kept = {"output", *taps}
-
-    def _load(self, number: int, name: str) -> Tensor:
-        found = self.store.load(f"original-{number}", name)[name]
-        return found.to(self.layers.start[0].device)
 
 
 class Context:
@@ -287,6 +186,7 @@ class Context:
 
     def put(self, site: Site, factors: Factors) -> None:
         self.compressed.put(site, factors)
+        self.run.drop(self._key(site.roles[0])[1][0])  # memory: its signals have been used
         if set(site.roles) & set(ATTENTION_ROLES):
             self._attention.forget()
         for key in list(self._shifted):
@@ -305,9 +205,12 @@ class Context:
         block = self.compressed.block
         return self.layers.run_remembering(self.layer, block, self.before[1], self._attention)
 
-    def output_error(self) -> float:
+    def output_error(self, every: int = 1) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, out_BTD in enumerate(self.outputs()):
+        block, calls = self.compressed.block, self.layers.calls[self.layer]
+        for number in range(0, self.batches, every):
+            with torch.no_grad(), self._attention.within(number):
+                out_BTD = calls[number].run(block, self.before[1].at(number))
             target_BTD = self.run.output(number)
             total += self._distance(number, out_BTD.float(), target_BTD.float()).double()
         self.ranks.sum(total)
@@ -317,23 +220,39 @@ class Context:
         self.ranks.sum(*tensors)
 
     def output_loss(
-        self, batch: int, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+        self,
+        batch: int,
+        weights: Mapping[str, Tensor | Applied],
+        parameters: Mapping[str, Tensor],
     ) -> Tensor:
         module = self.compressed
         run: dict[str, Tensor] = {}
-        for role, w_ID in weights.items():
-            name = module.roles.name(self.layer, role)
-            if name not in run:  # a fused parameter is written part by part
-                run[name] = module.weights[name].clone()
-            module.roles.write(run, self.layer, role, w_ID)
-        below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
         hidden_BTD, target_BTD = self.before[1][batch], self.run.output(batch)
         call = self.layers.calls[self.layer][batch]
-        with torch.enable_grad():
+        stands = not set(weights) & set(ATTENTION_ROLES) and not parameters
+        with torch.enable_grad(), ExitStack() as standing:
+            standing.enter_context(self._attention.within(batch, stands))
+            for role, w in weights.items():
+                if isinstance(w, Applied):
+                    if self._alone(role) and w.pays(hidden_BTD.shape[:-1].numel()):
+                        own = module.block.get_submodule(module.below(role))
+                        standing.enter_context(standing_in(own, w))
+                        continue
+                    w = w.matrix()
+                name = module.roles.name(self.layer, role)
+                if name not in run:  # a fused parameter is written part by part
+                    run[name] = module.weights[name].clone()
+                module.roles.write(run, self.layer, role, w)
+            below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
             arguments = (hidden_BTD, *call.args)
             out = functional_call(module.block, {**below, **parameters}, arguments, call.kwargs)
             out_BTD = (out[0] if isinstance(out, tuple) else out).float()
             return self._distance(batch, out_BTD, target_BTD.float())
+
+    def _alone(self, role: str) -> bool:
+        """Whether the role's matrix is all that a module multiplies by."""
+        stored = self.compressed.roles.stored(self.layer, role)
+        return len(stored.roles) == 1 and stored.experts is None
 
     def _distance(self, batch: int, out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
         """Squared, of all tokens relative to their size, over the tokens of all batches."""

@@ -54,8 +54,8 @@ class Planned:
         )
 
     @property
-    def passes(self) -> int:
-        """How often a fit runs a layer."""
+    def passes(self) -> float:
+        """What fitting a layer costs in passes of it forward."""
         first = self.of(self.layers[0])
         return 1 + sum(
             one.passes(mine) if isinstance(one, LayerFit) else 0

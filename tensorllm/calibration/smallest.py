@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tensorllm.calibration.context import LayerModule
+from tensorllm.calibration.original import LayerModule
 from tensorllm.calibration.sequences import Batch
 from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError

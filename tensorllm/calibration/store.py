@@ -115,6 +115,10 @@ class States:
         for number in range(self.count):
             yield self[number]
 
+    def at(self, number: int) -> Tensor:
+        """Those of one batch, for a pass forward."""
+        return self[number]
+
     def __getitem__(self, number: int) -> Tensor:
         return self.store.load(f"{self.name}-{number}")["hidden"].to(self.device)
 
@@ -134,6 +138,10 @@ class Counted:
         for hidden in self.states:
             yield hidden
             self._count()
+
+    def at(self, number: int) -> Tensor:
+        self._count()
+        return self.states[number]
 
     def __getitem__(self, number: int) -> Tensor:
         self._count(BACKWARDS)
@@ -155,7 +163,7 @@ class Sweep:
     """
 
     def __init__(
-        self, store: Store, what: str, names: Sequence[str], start: Sequence[Tensor], layers: int
+        self, store: Store, what: str, names: Sequence[str], start: list[Tensor], layers: int
     ) -> None:
         self.store, self.what, self.names = store, what, names
         self.start, self.layers = start, layers
@@ -175,6 +183,11 @@ class Sweep:
 
     def done(self, found: Mapping[str, Tensor]) -> None:
         self.store.save(f"{self.what}-{self.layer}", found)
+
+    def forget_start(self) -> None:
+        """Give back the memory of what the first layer began with, wherever that list is held; how
+        many there are and their device stay known."""
+        self.start[:] = [hidden.new_empty(0) for hidden in self.start]
 
     def _keep(self, *batches: Iterable[Tensor]) -> None:
         if self.layer + 1 < self.layers:

@@ -7,15 +7,17 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensorllm.calibration.context import Context, LayerModule, Original
+from tensorllm.calibration.context import Context
 from tensorllm.calibration.covariances import Covariances
 from tensorllm.calibration.experts import is_of_experts
+from tensorllm.calibration.forecast import FITTING, MEASURING, Forecast, StageName, stages_ahead
 from tensorllm.calibration.layers import Layers, LayerSource
+from tensorllm.calibration.original import LayerModule, Original
 from tensorllm.calibration.planned import Planned
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Calibration
@@ -28,8 +30,6 @@ from tensorllm.models.task import context_length, text_config_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 
-Stage = Literal["measuring layers", "fitting layers"]
-MEASURING = 2  # what a batch costs that is measured, in passes forward
 BATCH = 1024  # tokens at least, and one for each number of the model's width
 Curves = dict[Site, ErrorCurve]
 
@@ -74,8 +74,7 @@ class Sweeps:
         planned = self.planned
         calibration.check(config.vocab_size, planned.width, context_length(config))
         self.batches = calibration.batches(max(BATCH, planned.spec.geometry(0).D), ranks)
-        fitting = planned.passes * len(self.batches)
-        self._steps: dict[Stage, int] = {"measuring layers": 0, "fitting layers": fitting}
+        self._forecast: Forecast | None = None
 
     @property
     def seed(self) -> int:
@@ -155,11 +154,10 @@ class Sweeps:
     def curves(self) -> Curves:
         """What every candidate's sizes cost, from one sweep over the original's layers."""
         layers = self.measured_layers
-        self._steps["measuring layers"] = MEASURING * len(layers.batches)
         candidates = {job.site for ways in self.planned.ways() for way in ways for job in way}
         sweep = Sweep(self.store, "errors", ("measured",), layers.start, layers.layers)
         for layer, (kept,), after in sweep:
-            before = self.counted(kept, layer, "measuring layers")
+            before = self.counted(kept, layer, MEASURING)
             found: dict[str, Tensor] = {}
             with self.source.block(layer) as block:
                 covariances = self.known
@@ -177,6 +175,7 @@ class Sweeps:
                     for site, curve in self._curves_of(layer, block, covariances, here).items():
                         found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
             sweep.done(found)
+        self._measured = None  # what a fit does not need
         return {
             site: ErrorCurve(**self.store.part(f"errors-{site.layers[0]}", f"{site.name}/"))
             for site in candidates
@@ -198,24 +197,19 @@ class Sweeps:
                     out[site] = strategy.curve(site, *_tensor_and_statistics(context, site))
         return {site: ErrorCurve(*(t.cpu() for t in curve)) for site, curve in out.items()}
 
-    def counted(self, states: States, layer: int, stage: Stage) -> Counted:
+    def counted(self, states: States, layer: int, stage: StageName) -> Counted:
         """The states before one layer; each batch that is read of them counts as progress.
 
-        Measuring and fitting are on one scale, so that the time left is that of both.
+        Measuring and fitting are one forecast, so that the time left is that of both.
         """
-        layers = self.planned.layers[-1] + 1
-        measuring = 0 if self.several else self._steps["measuring layers"] * layers
-        whole = measuring + self._steps["fitting layers"] * layers
-        before = layer * self._steps[stage] + (measuring if stage == "fitting layers" else 0)
-        if self.several and stage == "measuring layers":
-            whole = self._steps[stage] * layers
-        weight = MEASURING if stage == "measuring layers" else 1
-
-        def report(read: int) -> None:
-            done = before + min(weight * read, self._steps[stage])
-            self.progress(done, whole, stage)
-
-        return Counted(states, report)
+        batches, passes = self.batches, self.planned.passes
+        if stage == MEASURING:
+            batches, passes = self.measured_layers.batches, 1
+        if self._forecast is None or not self._forecast.goes_on(stage, layer):
+            ahead = stages_ahead(self.planned, stage, batches, self.batches, alone=self.several)
+            self._forecast = Forecast(ahead, lambda *told: self.progress(*told))
+        forecast, reads = self._forecast, passes * len(batches)
+        return Counted(states, lambda read: forecast.at(stage, layer, read / reads))
 
     def _measurement(
         self, layers: Layers, layer: int, block: nn.Module, hidden: Iterable[Tensor]
@@ -271,7 +265,7 @@ class Sweeps:
         sweep = Sweep(self.store, "factors", names, layers.start, layers.layers)
         for layer, states, after in sweep:
             sites = {site: size for site, size in sizes.items() if site.layers == (layer,)}
-            counted = self.counted(states[-1], layer, "fitting layers")
+            counted = self.counted(states[-1], layer, FITTING)
             original = states[0] if fits else counted
             with self.source.block(layer) as block:
                 own = LayerModule(self.source.roles, layer, block)
@@ -294,6 +288,7 @@ class Sweeps:
                 context.run.drop()
             sweep.done(found)
             if not self.several:
+                sweep.forget_start()
                 self.measures.drop(f"covariances-{layer}")
         self.ranks.sum(torch.zeros(1, device=layers.start[0].device))  # none ends before the others
         return [

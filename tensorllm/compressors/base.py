@@ -322,8 +322,8 @@ class LayerFit(Compressor):
         del site, geometry, size
         raise _no_outline(self)
 
-    def passes(self, sites: Sequence[Site]) -> int:
-        """How often a fit runs the compressed layer on the text; for the time that is left."""
+    def passes(self, sites: Sequence[Site]) -> float:
+        """What a fit costs in passes of the layer forward on the text; for the time left."""
         del sites
         return 1
 

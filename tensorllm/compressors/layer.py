@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tensorllm.compressors.applied import Applied
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry, family
 
@@ -182,9 +183,9 @@ class LayerContext(Protocol):
         """Hidden states (B, T, D) after the compressed layer as it is now, per batch."""
         ...
 
-    def output_error(self) -> float:
+    def output_error(self, every: int = 1) -> float:
         """How far these are from the original's: the squared distance per token relative to the
-        output's squared size."""
+        output's squared size; the sum over the first of `every` so many batches, by all tokens."""
         ...
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -192,13 +193,16 @@ class LayerContext(Protocol):
         ...
 
     def output_loss(
-        self, batch: int, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+        self,
+        batch: int,
+        weights: Mapping[str, Tensor | Applied],
+        parameters: Mapping[str, Tensor],
     ) -> Tensor:
         """The same distance on one batch as a scalar that gradients flow from.
 
         Args:
             batch: 0 to `batches` - 1.
-            weights: role matrices (I, D) to run with.
+            weights: role matrices (I, D) to run with, or what does as they do.
             parameters: other parameters of the layer to run with, by their names below it.
         """
         ...

@@ -47,6 +47,8 @@ from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
 from tensorllm.tensors.weighted import left_out
 
+PASSES = 2  # of all runs as far as each group's input, with their covariances
+
 
 @COMPRESSORS.register("activation-tucker")
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +211,9 @@ class ActivationTucker(LayerFit):
         step = self.rank_multiple or usual_multiple(full)
         return list(dict.fromkeys([1, *range(step, full, step), full]))
 
-    def passes(self, sites: Sequence[Site]) -> int:
-        runs = len(reading_together([r for site in sites for r in site.roles]))
+    def passes(self, sites: Sequence[Site]) -> float:
         refits = self.correction and self.refit_epochs > 0
-        runs += 2 * any(self._narrowed(0, site.roles) is not None for site in sites)
-        return runs + (2 + PASSES_OF_AN_EPOCH * self.refit_epochs if refits else 0)
+        return PASSES + (1 + PASSES_OF_AN_EPOCH * self.refit_epochs if refits else 0)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """Each set of roles in the order in which they run, then all together."""

@@ -13,13 +13,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from tensorllm.compressors.applied import Applied, Kept
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.calibrated.at_width import AtWidth, written
 from tensorllm.compressors.calibrated.refit import DAMPING, Moving
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.tensors.stacking import Geometry, is_output_projection
 from tensorllm.tensors.unfold import gram_of_columns
 from tensorllm.tensors.weighted import Metric, floor_of
 
@@ -132,12 +133,11 @@ class Channels(Moving):
         from_DD, from_RR = self.back
         return [*(self.reading_PRD @ from_DD), from_RR.mT @ self.out_RD]
 
-    def weights(self, geometry: Geometry) -> dict[str, Tensor]:
-        out = {}
-        for role, w_RD in zip(self.site.roles, self.rows(), strict=True):
-            whole_FD = w_RD.new_zeros(self.channels, w_RD.shape[1])
-            out[role] = whole_FD.index_copy(0, self.rows_R, w_RD)
-        return out
+    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+        return {
+            role: Kept(self.rows_R, w_RD, self.channels, is_output_projection(role))
+            for role, w_RD in zip(self.site.roles, self.rows(), strict=True)
+        }
 
     @torch.no_grad()
     def factors(self) -> KeptRows:

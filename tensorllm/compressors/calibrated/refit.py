@@ -9,29 +9,33 @@ Shapes: W the wide side of a map, D the model's width, M outputs, X inputs, R ra
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tensorllm.compressors.applied import Applied, Product, Reading
 from tensorllm.compressors.base import LayerResult
-from tensorllm.compressors.calibrated.maps import Map, pivoted, unstacked
+from tensorllm.compressors.calibrated.maps import Map, pivoted
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.stacking import Geometry, is_output_projection
+from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric
 
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
 SMALLEST = 1e-3  # of the largest component, for the same reason
 LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
-PASSES_OF_AN_EPOCH = 3  # forward, and backward for inputs and for weights
+TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
+COMPARED = 4  # one batch in so many tells whether the layer has come nearer
+PASSES_OF_AN_EPOCH = 3.5  # forward, backward for inputs and for weights, and the steps
 
 
 class Moving(nn.Module):
     """The factors of a site as parameters that can be trained."""
 
     @abstractmethod
-    def weights(self, geometry: Geometry) -> dict[str, Tensor]:
-        """The role matrices (I, D) that they stand for."""
+    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+        """The role matrices that they stand for."""
 
     @abstractmethod
     def factors(self) -> Factors:
@@ -59,8 +63,15 @@ class Balanced(Moving):
         self.wide_WR = nn.Parameter(wide_WR * (self.size_R / tall_R.clamp(min=1e-30)))
         self.narrow_RD = nn.Parameter(narrow_RD * tall_R[:, None])
 
-    def weights(self, geometry: Geometry) -> dict[str, Tensor]:
-        return unstacked(self.map(), self.roles, geometry)
+    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+        left_MR, right_RX = self.map()
+        reading = Reading(right_RX.mT)
+        rows = [geometry.outputs(role) for role in self.roles]
+        parts = [left_MR] if self.writes else left_MR.split(rows)
+        return {
+            role: Product(reading, part_YR.mT, self.writes)
+            for role, part_YR in zip(self.roles, parts, strict=True)
+        }
 
     def factors(self) -> Factors:
         left_MR, right_RX = self.map()
@@ -86,29 +97,40 @@ def refit(
         moving: those factors, to be trained.
         before: the same, as they are stored.
     """
-    error = context.output_error()
-    parameters = [p for each in moving.values() for p in each.parameters()]
-    groups = [{"params": [p], "lr": LEARNING_RATE * float(p.detach().square().mean().sqrt())}
-              for p in parameters]  # fmt: skip
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = epochs * context.batches
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _rate(n, steps))
+    error = context.output_error(COMPARED)
+    attention = {site for site in moving if set(site.roles) & set(ATTENTION_ROLES)}
+    alone = attention == set(moving)
+    together = epochs if alone else math.ceil(TOGETHER * epochs)
+    ends = {site: (together if site in attention else epochs) for site in moving}
+    groups, rates = [], []
+    for site, each in moving.items():
+        for p in each.parameters():
+            rms = float(p.detach().square().mean().sqrt())
+            groups.append({"params": [p], "lr": LEARNING_RATE * rms})
+            rates.append(partial(_rate, steps=ends[site] * context.batches))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     draws = torch.Generator().manual_seed(context.layer)
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        now = {site: each for site, each in moving.items() if epoch < ends[site]}
+        if epoch == together:
+            for site in attention:
+                context.put(site, moving[site].factors())
         for batch in torch.randperm(context.batches, generator=draws).tolist():
             optimizer.zero_grad()
             with torch.enable_grad():
-                weights: dict[str, Tensor] = {}
-                for each in moving.values():
-                    weights |= each.weights(context.geometry)
-                context.output_loss(batch, weights, {}).backward()
-            context.add_up([p.grad for p in parameters if p.grad is not None])
+                applied: dict[str, Applied] = {}
+                for each in now.values():
+                    applied |= each.applied(context.geometry)
+                context.output_loss(batch, applied, {}).backward()
+            grads = [p.grad for each in now.values() for p in each.parameters()]
+            context.add_up([grad for grad in grads if grad is not None])
             optimizer.step()
             schedule.step()
     out = {site: each.factors() for site, each in moving.items()}
-    for site, factors in out.items():
-        context.put(site, factors)
-    if context.output_error() < error:
+    for site in now:
+        context.put(site, out[site])
+    if context.output_error(COMPARED) < error:
         return LayerResult(out)
     for site, factors in before.items():
         context.put(site, factors)
@@ -120,4 +142,6 @@ def _rate(step: int, steps: int) -> float:
     warm = max(1, steps // 10)
     if step < warm:
         return (step + 1) / warm
+    if step >= steps:
+        return 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -1,0 +1,146 @@
+"""How far a walk through layers is, told in shares of the time that it will take."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from tensorllm.calibration.planned import Planned
+from tensorllm.calibration.sequences import Batch
+from tensorllm.progress import Progress
+
+StageName = Literal["measuring layers", "fitting layers"]
+MEASURING: Final = "measuring layers"
+FITTING: Final = "fitting layers"
+TELLING = 0.5  # share of a stage's first layer from which on it says how long the others take
+PARTS = 100_000  # of the whole; told as a share, as no part is anything one could count
+# What measuring costs in passes forward, and what decompositions of the model's width cost in
+# multiply-adds over its cube, of curves and of factors (benchmarks/scaling_fit.py).
+PASSES, CURVES, FACTORS = 3, 110, 90
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers of which one takes about as long as another.
+
+    Attributes:
+        name: what is being done.
+        layers: how many.
+        work: of one layer, in a unit that all stages share; what a stage that has not begun is
+            judged by.
+    """
+
+    name: StageName
+    layers: int
+    work: float
+
+
+def stages_ahead(
+    planned: Planned,
+    current: StageName,
+    measured: Sequence[Batch],
+    fitted: Sequence[Batch],
+    *,
+    alone: bool,
+) -> list[Stage]:
+    """Measuring and fitting, or what of both is still to do.
+
+    Args:
+        current: that begins now.
+        measured, fitted: their text.
+        alone: whether the current one is all.
+    """
+    measuring = _stage(planned, MEASURING, PASSES * _tokens(measured), CURVES)
+    fitting = _stage(planned, FITTING, planned.passes * _tokens(fitted), FACTORS)
+    if current == FITTING:
+        return [fitting]
+    return [measuring] if alone else [measuring, fitting]
+
+
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(batch.count for batch in batches)
+
+
+def _stage(planned: Planned, name: StageName, tokens: float, cubes: int) -> Stage:
+    numbers = planned.numbers / len(planned.layers)
+    return Stage(name, planned.layers[-1] + 1, tokens * numbers + cubes * planned.width**3)
+
+
+@dataclass(slots=True)
+class Forecast:
+    """Tells progress so that the time left at the mean speed so far is what is expected here.
+
+    A layer takes as long as those of its stage took that are finished. In a stage of which none is,
+    it takes as its work says at the speed of all that was done; the first layer of all is told by
+    its own share. What an earlier run had done counts by its work.
+
+    Args:
+        stages: in their order.
+        tell: gets parts of `PARTS`.
+        clock: seconds.
+    """
+
+    stages: Sequence[Stage]
+    tell: Progress
+    clock: Callable[[], float] = time.monotonic
+    _took: dict[int, list[float]] = field(default_factory=dict)
+    _at: tuple[int, int] | None = None  # stage and layer
+    _start: float = 0.0  # of this run
+    _begun: float = 0.0  # the layer's
+    _first: int = 0
+    _told: int = 0
+
+    def goes_on(self, name: StageName, layer: int) -> bool:
+        """Whether this layer comes after what was told so far."""
+        stages = [one.name for one in self.stages]
+        return name in stages and (self._at is None or self._at < (stages.index(name), layer))
+
+    def at(self, name: StageName, layer: int, share: float) -> None:
+        """Say that a layer is being worked on, of whose passes this share is done."""
+        stage = next(n for n, one in enumerate(self.stages) if one.name == name)
+        now = self.clock()
+        if self._at is None:
+            self._start = self._begun = now
+            self._first = self._told = round(PARTS * self._done(stage, layer) / self._done())
+        elif self._at != (stage, layer):
+            self._took.setdefault(self._at[0], []).append(now - self._begun)
+            self._begun = now
+        self._at = stage, layer
+        passed, left = now - self._start, self._left(stage, layer, min(share, 1.0), now)
+        if passed > 0 and left is not None:
+            here = self._first + int((PARTS - self._first) * passed / (passed + left))
+            self._told = max(self._told, here)
+        self.tell(self._told, PARTS, name)
+
+    def _done(self, stage: int | None = None, layer: int = 0) -> float:
+        """Work before a layer, or in all."""
+        before = self.stages[:stage]
+        return sum(one.work * one.layers for one in before) + (
+            0.0 if stage is None else self.stages[stage].work * layer
+        )
+
+    def _left(self, stage: int, layer: int, share: float, now: float) -> float | None:
+        """Seconds; None where nothing tells yet."""
+        inside = now - self._begun
+        work = sum(self.stages[n].work * len(took) for n, took in self._took.items())
+        seconds = sum(map(sum, self._took.values()))
+        if not work:
+            work, seconds = self.stages[stage].work * share, inside
+        if not work or not seconds:
+            return None
+        here = self._layer(stage, seconds / work)
+        if stage not in self._took and share >= TELLING:
+            here = max(here, inside / share)  # parts that were told are not taken back
+        of_this = max(here - inside, 0.0 if stage in self._took else here * (1 - share))
+        layers = self.stages[stage].layers - layer - 1
+        later = range(stage + 1, len(self.stages))
+        return (
+            of_this
+            + here * layers
+            + sum(self._layer(n, seconds / work) * self.stages[n].layers for n in later)
+        )
+
+    def _layer(self, stage: int, speed: float) -> float:
+        """Seconds that a layer of a stage takes."""
+        took = self._took.get(stage)
+        return sum(took) / len(took) if took else self.stages[stage].work * speed

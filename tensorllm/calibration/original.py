@@ -1,0 +1,122 @@
+"""A layer's module with its role matrices, and the original's run on the calibration text.
+
+Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of an input.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from tensorllm.calibration.layers import Layers, Tap
+from tensorllm.calibration.store import Store
+from tensorllm.compressors.layer import Site
+from tensorllm.models import RoleMatrices
+from tensorllm.tensors.factors import Factors, cast
+from tensorllm.tensors.stacking import ATTENTION_ROLES, is_output_projection
+from tensorllm.weights import dense_matrices
+
+
+class LayerModule:
+    """A layer's module and the role matrices in it."""
+
+    def __init__(self, roles: RoleMatrices, number: int, block: nn.Module) -> None:
+        self.roles, self.number, self.block = roles, number, block
+        self.path = roles.layer_path(number)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By their names in the model."""
+        return {f"{self.path}.{name}": p for name, p in self.block.named_parameters()}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.data for name, p in self.parameters.items()}
+
+    def put(self, site: Site, factors: Factors) -> None:
+        """Let the factors, in the dtype they are stored in, take the place of the weights."""
+        weights = self.weights
+        dtype = weights[self.roles.name(self.number, site.roles[0])].dtype
+        parts = dense_matrices(site, cast(factors, dtype), self.roles)
+        for role, w_ID in zip(site.roles, parts, strict=True):
+            self.roles.write(weights, self.number, role, w_ID)
+
+    def below(self, role: str) -> str:
+        """The path below the layer of the module that multiplies by a role's matrix."""
+        return self.roles.stored(self.number, role).path
+
+    def tap(self, roles: Sequence[str]) -> Tap:
+        """Where roles that read one input meet the model's width."""
+        return Tap(self.below(roles[0]), of_output=is_output_projection(roles[0]))
+
+    @property
+    def attention(self) -> str:
+        """The path below the layer of the module that holds its attention's matrices; "": none."""
+        there = self.roles.spec.geometry(self.number).roles
+        paths = [self.below(role).split(".") for role in ATTENTION_ROLES if role in there]
+        if not paths:
+            return ""
+        shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+        return ".".join(shared[: min(map(len, paths)) - 1])
+
+
+class Original:
+    """The original's layer on its own inputs, run once: its outputs, and what its matrices read or
+    give at the model's width. Kept while the layer is fitted, if a fit asks for any of it.
+
+    Args:
+        taps: by name, what is kept beside the outputs where a fit asks for it.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        module: LayerModule,
+        hidden: Iterable[Tensor],
+        store: Store,
+        taps: Mapping[str, Tap],
+    ) -> None:
+        self.layers, self.module, self.hidden = layers, module, hidden
+        self.store, self.taps = store, taps
+        self._kept: set[str] = set()
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Hidden states (B, T, D) after the layer, batch by batch."""
+        if "output" not in self._kept:
+            yield from self.layers.run(self.module.number, self.module.block, self.hidden)
+            return
+        yield from self.signals("output")
+
+    def output(self, number: int) -> Tensor:
+        """Those of one batch."""
+        self._keep("output")
+        return self._load("output", number)
+
+    def signals(self, name: str) -> Iterator[Tensor]:
+        """What a tap gave (N, X), batch by batch."""
+        self._keep(name)
+        for number in range(len(self.layers.batches)):
+            yield self._load(name, number)
+
+    def drop(self, *names: str) -> None:
+        """Forget what these taps gave, or everything; where it is asked for again, the layer is run
+        again."""
+        for name in self._kept & set(names) if names else set(self._kept):
+            for number in range(len(self.layers.batches)):
+                self.store.drop(f"original-{name}-{number}")
+            self._kept.discard(name)
+
+    def _keep(self, name: str) -> None:
+        if name in self._kept:
+            return
+        taps = self.taps if name in self.taps else {}
+        layer, block = self.module.number, self.module.block
+        for number, (out_BTD, seen) in enumerate(
+            self.layers.run_tapped(layer, block, self.hidden, taps)
+        ):
+            for each, signal in {"output": out_BTD, **seen}.items():
+                self.store.save(f"original-{each}-{number}", {each: signal})
+        self._kept |= {"output", *taps}
+
+    def _load(self, name: str, number: int) -> Tensor:
+        found = self.store.load(f"original-{name}-{number}")[name]
+        return found.to(self.layers.start[0].device)

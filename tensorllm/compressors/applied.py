@@ -1,0 +1,114 @@
+"""Role matrices that are applied as factors instead of being multiplied out for every batch.
+
+Shapes: X what the matrix reads, Y what it gives, R rank or rows that are kept, I and D of a role
+matrix; it is (Y, X) where it reads the model's width and (X, Y) where it writes to it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Applied(ABC):
+    """A role's matrix by what it does to an input."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., Y) of an input (..., X), both in the input's dtype."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """The role matrix (I, D)."""
+
+    @abstractmethod
+    def pays(self, tokens: int) -> bool:
+        """Whether this costs less than making the matrix and multiplying so many tokens by it."""
+
+
+class Reading:
+    """The factor (X, R) that maps which read one input share; each input is multiplied once."""
+
+    def __init__(self, into_XR: Tensor) -> None:
+        self.into_XR = into_XR
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = x, x @ self.into_XR.to(x.dtype)
+        return self._last[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Applied):
+    """Two factors: y = x into back.
+
+    Attributes:
+        back_RY: the other factor.
+        writes: whether the role is an output projection.
+    """
+
+    reading: Reading
+    back_RY: Tensor
+    writes: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.reading(x) @ self.back_RY.to(x.dtype)
+
+    def matrix(self) -> Tensor:
+        whole_XY = self.reading.into_XR @ self.back_RY
+        return whole_XY if self.writes else whole_XY.mT
+
+    def pays(self, tokens: int) -> bool:
+        (rank, outputs), inputs = self.back_RY.shape, len(self.reading.into_XR)
+        return tokens * rank * (inputs + outputs) <= (tokens + rank) * inputs * outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Kept(Applied):
+    """Rows of the role matrix; the others are zero.
+
+    Attributes:
+        rows_R: their numbers.
+        values_RD: what is in them.
+        size: rows of the whole matrix.
+        writes: whether the role is an output projection, whose rows are inputs.
+    """
+
+    rows_R: Tensor
+    values_RD: Tensor
+    size: int
+    writes: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values_RD = self.values_RD.to(x.dtype)
+        if self.writes:
+            return x.index_select(-1, self.rows_R) @ values_RD
+        y = x @ values_RD.mT
+        return y.new_zeros(*y.shape[:-1], self.size).index_copy(-1, self.rows_R, y)
+
+    def matrix(self) -> Tensor:
+        whole_ID = self.values_RD.new_zeros(self.size, self.values_RD.shape[1])
+        return whole_ID.index_copy(0, self.rows_R, self.values_RD)
+
+    def pays(self, tokens: int) -> bool:
+        return True
+
+
+@contextmanager
+def standing_in(module: nn.Module, applied: Applied) -> Iterator[None]:
+    """Within it a linear module's matrix is this one; its bias stays."""
+    own: Any = module
+
+    def forward(x: Tensor) -> Tensor:
+        y, bias = applied(x), getattr(module, "bias", None)
+        return y if bias is None else y + bias
+
+    own.forward = forward
+    try:
+        yield
+    finally:
+        del own.forward
