@@ -28,7 +28,7 @@ SMALLEST = 1e-3  # of the largest component, for the same reason
 LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
 TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
 COMPARED = 4  # one batch in so many tells whether the layer has come nearer
-PASSES_OF_AN_EPOCH = 3.2  # forward, backward for inputs and weights, the steps; less in the last ones
+PASSES_OF_AN_EPOCH = 3.2  # forward, backward for inputs and weights, steps; less in the last ones
 
 
 class Moving(nn.Module):
