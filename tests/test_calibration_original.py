@@ -14,22 +14,34 @@ def made():
     layers = Layers(source, text().batches(), 2)
     with source.block(0) as block:
         own = LayerModule(source.roles, 0, block)
-    taps = {role: own.tap((role,)) for role in ("q", "o")}
+    taps = {role: own.tap((role,)) for role in ("q", "o", "in")}
     store = Store()
     return Original(layers, own, layers.start, store, taps), store, layers
 
 
 def test_taps_are_given_back_one_by_one_and_run_again_where_they_are_asked_for():
     run, store, layers = made()
-    first = list(run.signals("q"))
-    run.drop("q")
-    assert not any(store.has(f"original-q-{n}") for n in range(len(layers.batches)))
-    assert store.has("original-o-0")
+    first = list(run.signals("o"))
+    run.drop("o")
+    assert not any(store.has(f"original-o-{n}") for n in range(len(layers.batches)))
+    assert store.has("original-in-0")
     assert store.has("original-output-0")
-    for one, again in zip(first, run.signals("q"), strict=True):
+    for one, again in zip(first, run.signals("o"), strict=True):
         assert torch.equal(one, again)
     run.drop()
-    assert not any(store.has(f"original-{n}-0") for n in ("q", "o", "output"))
+    assert not any(store.has(f"original-{n}-0") for n in ("o", "in", "output"))
+
+
+def test_what_the_layer_reads_first_is_run_and_not_kept():
+    run, store, layers = made()
+    block = layers.source.model.model.layers[0]
+    with torch.no_grad():
+        wanted = [block.input_layernorm(hidden) for hidden in layers.start]
+    for batch, x_BTD, found_NX in zip(layers.batches, wanted, run.signals("q"), strict=True):
+        assert torch.equal(batch.tokens(x_BTD), found_NX)
+    assert not store.has("original-q-0")
+    run.output(0)
+    assert not store.has("original-q-0")
 
 
 def test_outputs_are_the_same_kept_or_run():

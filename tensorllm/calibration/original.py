@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from tensorllm.calibration.layers import Layers, Tap
+from tensorllm.calibration.layers import Layers, Remembered, Tap
 from tensorllm.calibration.store import Store
 from tensorllm.compressors.layer import Site
 from tensorllm.models import RoleMatrices
@@ -77,6 +77,7 @@ class Original:
     ) -> None:
         self.layers, self.module, self.hidden = layers, module, hidden
         self.store, self.taps = store, taps
+        self._first = next(iter(taps), "")  # little runs before it: it is run when it is asked for
         self._kept: set[str] = set()
 
     def outputs(self) -> Iterator[Tensor]:
@@ -93,6 +94,11 @@ class Original:
 
     def signals(self, name: str) -> Iterator[Tensor]:
         """What a tap gave (N, X), batch by batch."""
+        if name == self._first:
+            block, nothing = self.module.block, Remembered(self.module.block, "")
+            tap, layer = self.taps[name], self.module.number
+            yield from self.layers.signals(layer, block, self.hidden, tap, nothing)
+            return
         self._keep(name)
         for number in range(len(self.layers.batches)):
             yield self._load(name, number)
@@ -108,7 +114,8 @@ class Original:
     def _keep(self, name: str) -> None:
         if name in self._kept:
             return
-        taps = self.taps if name in self.taps else {}
+        kept = {each: tap for each, tap in self.taps.items() if each != self._first}
+        taps = kept if name in kept else {}
         layer, block = self.module.number, self.module.block
         for number, (out_BTD, seen) in enumerate(
             self.layers.run_tapped(layer, block, self.hidden, taps)

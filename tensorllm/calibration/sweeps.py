@@ -202,9 +202,9 @@ class Sweeps:
 
         Measuring and fitting are one forecast, so that the time left is that of both.
         """
-        batches, passes = self.batches, self.planned.passes
-        if stage == MEASURING:
-            batches, passes = self.measured_layers.batches, 1
+        measures = stage == MEASURING
+        batches = self.measured_layers.batches if measures else self.batches
+        passes = 1 if measures else self.planned.passes
         if self._forecast is None or not self._forecast.goes_on(stage, layer):
             ahead = stages_ahead(self.planned, stage, batches, self.batches, alone=self.several)
             self._forecast = Forecast(ahead, lambda *told: self.progress(*told))

@@ -121,7 +121,7 @@ class WrappedFit(LayerFit):
     def curves(self, sites: Sequence[Site], context: LayerContext) -> Mapping[Site, ErrorCurve]:
         return self.inner.curves(sites, context)
 
-    def passes(self, sites: Sequence[Site]) -> int:
+    def passes(self, sites: Sequence[Site]) -> float:
         return self.inner.passes(sites)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:

@@ -8,8 +8,9 @@ Shapes: W the wide side of a map, D the model's width, M outputs, X inputs, R ra
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ SMALLEST = 1e-3  # of the largest component, for the same reason
 LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
 TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
 COMPARED = 4  # one batch in so many tells whether the layer has come nearer
-PASSES_OF_AN_EPOCH = 3.5  # forward, backward for inputs and for weights, and the steps
+PASSES_OF_AN_EPOCH = 3.2  # forward, backward for inputs and weights, steps; less in the last ones
 
 
 class Moving(nn.Module):
@@ -98,43 +99,52 @@ def refit(
         before: the same, as they are stored.
     """
     error = context.output_error(COMPARED)
-    attention = {site for site in moving if set(site.roles) & set(ATTENTION_ROLES)}
-    alone = attention == set(moving)
-    together = epochs if alone else math.ceil(TOGETHER * epochs)
-    ends = {site: (together if site in attention else epochs) for site in moving}
-    groups, rates = [], []
-    for site, each in moving.items():
-        for p in each.parameters():
-            rms = float(p.detach().square().mean().sqrt())
-            groups.append({"params": [p], "lr": LEARNING_RATE * rms})
-            rates.append(partial(_rate, steps=ends[site] * context.batches))
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-    draws = torch.Generator().manual_seed(context.layer)
-    for epoch in range(epochs):
-        now = {site: each for site, each in moving.items() if epoch < ends[site]}
-        if epoch == together:
-            for site in attention:
-                context.put(site, moving[site].factors())
-        for batch in torch.randperm(context.batches, generator=draws).tolist():
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                applied: dict[str, Applied] = {}
-                for each in now.values():
-                    applied |= each.applied(context.geometry)
-                context.output_loss(batch, applied, {}).backward()
-            grads = [p.grad for each in now.values() for p in each.parameters()]
-            context.add_up([grad for grad in grads if grad is not None])
-            optimizer.step()
-            schedule.step()
+    ends = _ends(moving, epochs)
+    _train(context, moving, ends)
     out = {site: each.factors() for site, each in moving.items()}
-    for site in now:
+    for site in (site for site, end in ends.items() if end == epochs):  # the others are there
         context.put(site, out[site])
     if context.output_error(COMPARED) < error:
         return LayerResult(out)
     for site, factors in before.items():
         context.put(site, factors)
     return LayerResult(before)
+
+
+def _ends(sites: Iterable[Site], epochs: int) -> dict[Site, int]:
+    """After how many epochs each site stands still: attention earlier, where more than it moves."""
+    attention = {site: bool(set(site.roles) & set(ATTENTION_ROLES)) for site in sites}
+    first = epochs if all(attention.values()) else math.ceil(TOGETHER * epochs)
+    return {site: first if is_of_it else epochs for site, is_of_it in attention.items()}
+
+
+def _train(context: LayerContext, moving: Mapping[Site, Moving], ends: Mapping[Site, int]) -> None:
+    """Adam on all sites; what has ended is put into the layer."""
+    groups: list[dict[str, Any]] = []
+    rates: list[Callable[[int], float]] = []
+    for site, each in moving.items():
+        for p in each.parameters():
+            size = float(p.detach().square().mean().sqrt())
+            groups.append({"params": [p], "lr": LEARNING_RATE * size})
+            rates.append(partial(_rate, steps=ends[site] * context.batches))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+    draws = torch.Generator().manual_seed(context.layer)
+    for epoch in range(max(ends.values())):
+        now = [each for site, each in moving.items() if epoch < ends[site]]
+        for site in (site for site, end in ends.items() if epoch == end):
+            context.put(site, moving[site].factors())
+        for batch in torch.randperm(context.batches, generator=draws).tolist():
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                applied: dict[str, Applied] = {}
+                for each in now:
+                    applied |= each.applied(context.geometry)
+                context.output_loss(batch, applied, {}).backward()
+            grads = [p.grad for each in now for p in each.parameters()]
+            context.add_up([grad for grad in grads if grad is not None])
+            optimizer.step()
+            schedule.step()
 
 
 def _rate(step: int, steps: int) -> float:
