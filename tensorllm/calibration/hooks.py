@@ -124,6 +124,8 @@ class CovarianceHooks:
                 getattr(out, what)[tuple(key)] = total.div_(max(1.0, float(tokens)))
                 continue
             getattr(out, what)[tuple(key)] = total.div_(float(counts[int(of_gradients)]))
+            if of_gradients:
+                out.felt[key[0], key[1]] = counts[1:].clone()
         return out
 
     def _fill(self) -> None:

@@ -142,6 +142,10 @@ class LayerContext(Protocol):
         projections read, E[g gᵀ] of the gradient where output projections write."""
         ...
 
+    def gradient_tokens(self, roles: Sequence[str]) -> int:
+        """Of how many tokens the gradients at the outputs of these roles were taken."""
+        ...
+
     def carried_covariance(self, roles: Sequence[str]) -> Tensor:
         """The other side, carried across the matrices to the model's width (D, D), float64: E[h hᵀ]
         of h = Wᵀ g, the sum over these roles; of output projections E[y yᵀ] of y = W x."""

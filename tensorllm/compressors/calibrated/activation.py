@@ -67,7 +67,7 @@ class ActivationTucker(LayerFit):
         weighting: `outputs` weights errors by what they do to their own layer's output, one layer
             in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
         plain: share of the plain mean square of a matrix's outputs in what its errors cost, 0 to 1;
-            the rest is by the gradients, which say more of this text and less of others.
+            the rest is by the gradients. None: the less, the more tokens gradients are taken of.
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
         narrowing: whether an FFN may lose channels, and stay a plain one, where that pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
@@ -85,7 +85,7 @@ class ActivationTucker(LayerFit):
     target_bytes: int | None = None
     max_loss_increase: float | None = None
     weighting: GradientOf = "outputs"
-    plain: float = 0.3
+    plain: float | None = None
     sharing: bool = True
     narrowing: bool = True
     correction: bool = True
@@ -117,7 +117,7 @@ class ActivationTucker(LayerFit):
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.rank_multiple is not None and self.rank_multiple < 1:
             raise UserError(f"rank_multiple must be 1 or more, got {self.rank_multiple}")
-        if not 0 <= self.plain <= 1:
+        if self.plain is not None and not 0 <= self.plain <= 1:
             raise UserError(f"plain must be in 0..1, got {self.plain}")
         if not self.ridge > 0:
             raise UserError(f"ridge must be above 0, got {self.ridge}")
