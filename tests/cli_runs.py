@@ -1,4 +1,4 @@
-"""Running the installed command as a user does: a process of its own, piped or in a terminal."""
+"""Running the command as a user does: a process of its own, piped or in a terminal."""
 
 import fcntl
 import os
@@ -6,14 +6,15 @@ import pty
 import re
 import struct
 import subprocess
-import sys
 import termios
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
+
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-COMMAND = [sys.executable, "-m", "tensorllm"]
+COMMAND = ["-m", "tensorllm"]  # behind the name of a Python
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -26,22 +27,15 @@ def piped(
     *arguments: Any, cwd: Path | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """The command with its output piped."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=cwd,
-    )
+    return forked.run([*COMMAND, *arguments], env=environment(**more), cwd=cwd)
 
 
 def in_terminal(*arguments: Any, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
     """The exit code and all that a terminal of 80 columns was sent."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+    process = forked.Popen(
+        [*COMMAND, *arguments],
         env=environment(**(extra or {})),
         stdin=follower,
         stdout=follower,
