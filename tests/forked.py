@@ -12,24 +12,25 @@ differs, for they read it when they are imported.
 """
 
 import atexit
-import gc
 import json
+import multiprocessing
 import os
-import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, Self
 
+import pytest
+import torch
+
+SERVER = Path(__file__).with_name("fork_server.py")
 BARE = ("torch._dynamo", "scipy.signal", "pandas", "pyarrow.dataset", "matplotlib.pyplot")
 ALL = (
     *BARE,
@@ -37,6 +38,7 @@ ALL = (
     *("tensorllm.commands.compress", "tensorllm.commands.evaluate", "tensorllm.commands.search"),
     "transformers.models.auto.modeling_auto",
 )
+KNOWN = ("env", "cwd", "stdin", "stdout", "stderr")  # options that `Popen` has, too
 READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_")
 
 
@@ -164,6 +166,57 @@ def run(
     return done
 
 
+class _Popen(subprocess.Popen[str]):
+    """A fork where the command is this Python, else what `subprocess` makes of it."""
+
+    def __new__(cls, words: Sequence[Any], **options: Any) -> Any:
+        if words[0] != sys.executable:
+            return subprocess.Popen(words, **options)
+        known = {name: options[name] for name in KNOWN if name in options}
+        return Popen(words[1:], **known)
+
+
+def _run(words: Sequence[Any], **options: Any) -> subprocess.CompletedProcess[str]:
+    """The same for `subprocess.run`; what was not to be captured goes to standard error."""
+    if words[0] != sys.executable:
+        return subprocess.run(words, check=options.pop("check", False), **options)
+    captured = options.get("capture_output", False) or "stderr" in options
+    known = {name: options[name] for name in ("env", "cwd", "check") if name in options}
+    done = run(words[1:], **known)
+    if not captured:
+        sys.stderr.write(done.stderr)
+    return done
+
+
+def stand_in() -> ModuleType:
+    """For the module `subprocess` in code that starts this Python again and reads its text."""
+    module = ModuleType("subprocess")
+    vars(module).update(vars(subprocess), run=_run, Popen=_Popen)
+    return module
+
+
+@cache
+def context() -> Any:
+    """Of multiprocessing: children that find everything imported."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(list(ALL))
+    return made
+
+
+def spawn_off_a_server(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone, processes are started by `context` where "spawn" is asked for.
+
+    Theirs is the same state, that of a process in which only libraries and tensorllm were imported.
+    """
+    original = multiprocessing.get_context
+
+    def get_context(method: str | None = None) -> Any:
+        return context() if method == "spawn" else original(method)
+
+    for module in (multiprocessing, torch.multiprocessing):
+        patch.setattr(module, "get_context", get_context)
+
+
 def _stream(wanted: int | None, fd: int) -> tuple[IO[str] | None, tuple[int, bool]]:
     """Our end of a pipe, and the descriptor for the child with whether it is ours to close."""
     if wanted == subprocess.PIPE:
@@ -186,7 +239,7 @@ def _server(bare: bool) -> socket.socket:
     """The way to a server of this worker, which ends with the worker."""
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
-        [sys.executable, __file__, str(theirs.fileno()), *(BARE if bare else ALL)],
+        [sys.executable, SERVER, str(theirs.fileno()), *(BARE if bare else ALL)],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -200,110 +253,3 @@ def _server(bare: bool) -> socket.socket:
 
     atexit.register(end)
     return ours
-
-
-def _serve(control: socket.socket, preload: Iterable[str]) -> None:
-    """Forks for each request until the other end is closed, which kills what still runs."""
-    if set(preload) >= set(ALL):
-        from tensorllm_cli.volume import silence_libraries
-
-        silence_libraries()  # as the command does before it imports them
-    for name in preload:
-        __import__(name)
-    gc.collect()
-    gc.freeze()
-    woken, wakes = os.pipe()
-    os.set_blocking(wakes, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-    running: dict[int, socket.socket] = {}
-    while True:
-        ready, _, _ = select.select([control, woken], [], [])
-        if woken in ready:
-            os.read(woken, 4096)
-            _report(running)
-        if control not in ready:
-            continue
-        _, fds, _, _ = socket.recv_fds(control, 1, 4)
-        if not fds:
-            for pid in running:
-                os.kill(pid, signal.SIGKILL)
-            return
-        channel = socket.socket(fileno=fds[0])
-        with channel.makefile() as lines:
-            request = json.loads(lines.readline())
-        pid = os.fork()
-        if not pid:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for other in (control, channel, *running.values()):
-                other.close()
-            os.close(woken)
-            os.close(wakes)
-            _become(request, fds[1:])
-        for fd in fds[1:]:
-            os.close(fd)
-        running[pid] = channel
-        channel.sendall(f"{pid}\n".encode())
-
-
-def _report(running: dict[int, socket.socket]) -> None:
-    """The exit code of each child that has ended, to whoever asked for it."""
-    for pid in list(running):
-        found, status, usage = os.wait4(pid, os.WNOHANG)
-        if found:
-            channel = running.pop(pid)
-            code = os.waitstatus_to_exitcode(status)
-            with suppress(BrokenPipeError):  # nobody waits for it any more
-                channel.sendall(f"{code} {usage.ru_utime + usage.ru_stime}\n".encode())
-            channel.close()
-
-
-def _become(request: Mapping[str, Any], streams: Sequence[int]) -> None:
-    """What `python -c ...` or `python -m ...` does from its start to its end."""
-    os.setsid()
-    for number, fd in enumerate(streams):
-        os.dup2(fd, number)
-        os.close(fd)
-    out, err = os.fdopen(1, "w", 1 if os.isatty(1) else -1), os.fdopen(2, "w", 1)
-    err.reconfigure(errors="backslashreplace")
-    sys.stdin = sys.__stdin__ = os.fdopen(0)
-    sys.stdout = sys.__stdout__ = out
-    sys.stderr = sys.__stderr__ = err
-    os.environ.clear()
-    os.environ.update(request["env"])
-    os.chdir(request["cwd"])
-    option, *rest = request["arguments"]
-    what = rest.pop(0) if option in ("-c", "-m") else option
-    path = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
-    first = {"-c": "", "-m": request["cwd"]}.get(option, str(Path(option).parent))
-    sys.path[:1] = [first, *path]  # in place of our own folder
-    sys.argv = [option, *rest]
-    code = 0
-    try:
-        if option == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        elif option != "-c":
-            runpy.run_path(what, run_name="__main__")
-        else:
-            main = type(sys)("__main__")
-            sys.modules["__main__"] = main
-            exec(compile(what, "<string>", "exec"), main.__dict__)
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if ended.code is not None and not isinstance(ended.code, int):
-            print(ended.code, file=sys.stderr)  # noqa: T201
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    try:
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for its threads
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
