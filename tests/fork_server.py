@@ -80,7 +80,7 @@ def _report(running: dict[int, socket.socket]) -> None:
 
 def _become(request: Mapping[str, Any], streams: Sequence[int]) -> None:
     """What `python -c ...` or `python -m ...` does from its start to its end."""
-    os.setsid()
+    os.setpgid(0, 0)
     for number, fd in enumerate(streams):
         os.dup2(fd, number)
         os.close(fd)

@@ -2,7 +2,7 @@
 
 A fresh interpreter takes five seconds of processor time until a command begins. Here one process
 per worker of pytest imports what the commands import, and forks for each `Popen`: its child has its
-own process id and session, environment, folder, standard streams and exit code, and is killed as
+own process id and group, environment, folder, standard streams and exit code, and is killed as
 any other. What is about a fresh interpreter itself (what is imported, and when) needs
 `subprocess`.
 
@@ -243,7 +243,7 @@ def _server(bare: bool) -> socket.socket:
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,
+        process_group=0,  # Ctrl-C at a terminal is for pytest
     )
     theirs.close()
 
