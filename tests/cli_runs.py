@@ -6,6 +6,7 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,17 @@ def piped(
 ) -> subprocess.CompletedProcess[str]:
     """The command with its output piped."""
     return forked.run([*COMMAND, *arguments], env=environment(**more), cwd=cwd)
+
+
+def piped_anew(*arguments: Any, **more: str) -> subprocess.CompletedProcess[str]:
+    """The same in a fresh interpreter, whose imports may have something to say."""
+    return subprocess.run(
+        [sys.executable, *COMMAND, *map(str, arguments)],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def in_terminal(*arguments: Any, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
