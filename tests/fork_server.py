@@ -23,14 +23,16 @@ from typing import Any
 def serve(control: socket.socket, preload: Sequence[str]) -> None:
     """Forks for each request until the other end is closed, which kills what still runs."""
     ours = any(name.startswith("tensorllm") for name in preload)
+    gc.disable()
+    os.fsync = lambda fd: None  # as in conftest.py
     if ours:
         from tensorllm_cli.volume import silence_libraries
 
         silence_libraries()  # as the command does before it imports them
     for name in preload:
         __import__(name)
-    gc.collect()
     gc.freeze()
+    gc.enable()
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
