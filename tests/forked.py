@@ -243,6 +243,7 @@ def _server(bare: bool) -> socket.socket:
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        env={**os.environ, "TORCH_LOGS": "-all"},  # as the command has it before it imports torch
         process_group=0,  # Ctrl-C at a terminal is for pytest
     )
     theirs.close()

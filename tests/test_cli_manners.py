@@ -10,7 +10,7 @@ from typing import Any
 
 import forked
 import pytest
-from cli_runs import CONTROL, in_terminal, lines_of, piped_anew
+from cli_runs import CONTROL, in_terminal, lines_of, piped, piped_anew
 
 from tensorllm_cli.app import COMMANDS, main
 from tensorllm_cli.show import Timer
@@ -92,15 +92,15 @@ def test_mistyped_names_are_suggested(typed: str, suggested: str, capsys: Captur
     assert suggested in err
 
 
-PIPED: list[tuple[str, ...]] = [
-    ("compress", "--mode", "hybrid", *SMALL, "--json"),
-    ("evaluate", "--dataset", "demo", *SMALL, "--json"),
-]
-
-
-@pytest.mark.parametrize("arguments", PIPED, ids=lambda arguments: arguments[0])
-def test_piped_it_is_quiet_and_json_alone(arguments: tuple[str, ...]) -> None:
-    done = piped_anew(*arguments, PYTHONWARNINGS="default")
+@pytest.mark.parametrize(
+    ("way", "arguments"),
+    [
+        (piped, ("compress", "--mode", "hybrid")),  # anew: test_packaging.py, from the wheel
+        (piped_anew, ("evaluate", "--dataset", "demo")),
+    ],
+)
+def test_piped_it_is_quiet_and_json_alone(way: Any, arguments: tuple[str, ...]) -> None:
+    done = way(*arguments, *SMALL, "--json", PYTHONWARNINGS="default")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout

@@ -84,7 +84,7 @@ def bytes_of(model: Any) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "svd-llm"])  # as svd
 def test_onnxruntime_computes_the_factored_model(kind: str, tmp_path: Path):
     pytest.importorskip("onnxscript", reason="tensorllm[onnx]")
     source = saved(tmp_path / "source", kind, hidden_size=64)
