@@ -49,7 +49,8 @@ class Evaluation:
 
     def files(self) -> dict[str, list[Prediction]]:
         """The predictions by the names of their files."""
-        return {PREDICTIONS: self.predictions} | ({BEFORE: self.before} if self.before else {})
+        files = {PREDICTIONS: self.predictions}
+        return files if self.before is None else {**files, BEFORE: self.before}
 
 
 def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation:
