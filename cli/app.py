@@ -1,5 +1,6 @@
 """The `tensorllm` command: the list of commands, and how errors end it."""
 
+import gc
 import os
 import signal
 import sys
@@ -89,6 +90,9 @@ WRONG_USE: type[Exception] = typer.BadParameter.__mro__[
     typer.BadParameter.__mro__.index(Exception) - 1
 ]
 INTERRUPTED = 130
+# New ones after which Python looks for cycles, 700 by itself: imports make nearly a million, which
+# all stay, and looking among them again and again takes a fifth of a command's start.
+OBJECTS = 20_000
 # Packages that the base installation leaves out, and the extras that bring them.
 EXTRAS = {
     "optuna": "search",
@@ -105,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     INTERRUPT.listen()
     volume.normal()
     if arguments is None:  # this process is ours
+        gc.set_threshold(OBJECTS)
         volume.silence_libraries()
         arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end the program

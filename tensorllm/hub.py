@@ -9,22 +9,22 @@ from typing import Literal
 
 from tensorllm.errors import first_line
 
-TIMEOUT = 10  # seconds
-
 
 def why_not(
     repo: str, kind: Literal["model", "dataset"], revision: str | None = None
 ) -> str | None:
     """One line that says why the hub cannot give a repository now, or None if it can.
 
-    In offline mode (`HF_HUB_OFFLINE`) it is not asked: what follows may find the cache.
+    In offline mode (`HF_HUB_OFFLINE`) it is not asked: what follows may find the cache. It has the
+    client's own time to answer (`HF_HUB_ETAG_TIMEOUT`, ten seconds unless set).
     """
     from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
     if is_offline_mode():
         return None
     try:
-        HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT)
+        HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # whatever the client's own HTTP library raises
         return reason(error)
     return None

@@ -1,4 +1,4 @@
-"""Running the installed command as a user does: a process of its own, piped or in a terminal."""
+"""Running the command as a user does: a process of its own, piped or in a terminal."""
 
 import fcntl
 import os
@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
+
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-COMMAND = [sys.executable, "-m", "tensorllm"]
+COMMAND = ["-m", "tensorllm"]  # behind the name of a Python
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -26,13 +28,17 @@ def piped(
     *arguments: Any, cwd: Path | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """The command with its output piped."""
+    return forked.run([*COMMAND, *arguments], env=environment(**more), cwd=cwd)
+
+
+def piped_anew(*arguments: Any, **more: str) -> subprocess.CompletedProcess[str]:
+    """The same in a fresh interpreter, whose imports may have something to say."""
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
+        [sys.executable, *COMMAND, *map(str, arguments)],
         env=environment(**more),
         capture_output=True,
         text=True,
         timeout=240,
-        cwd=cwd,
     )
 
 
@@ -40,8 +46,8 @@ def in_terminal(*arguments: Any, extra: Mapping[str, str] | None = None) -> tupl
     """The exit code and all that a terminal of 80 columns was sent."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+    process = forked.Popen(
+        [*COMMAND, *arguments],
         env=environment(**(extra or {})),
         stdin=follower,
         stdout=follower,

@@ -1,10 +1,19 @@
 """Fixtures of all tests: the real data that may lie beside the repository, and settings.
 
 Set before anything imports torch or transformers: one thread per test process, and no network.
-"""
 
+Tests do not wait for the disk: a process that is killed loses nothing it has written, only a
+machine that goes down would. And the million objects that imports and the collection of tests make
+live until the end: cycles are not looked for among them, neither meanwhile nor later.
+"""
+# ruff: noqa: E402
+
+import gc
 import os
 import time
+
+gc.disable()
+os.fsync = lambda fd: None
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +30,11 @@ ROOT = Path(__file__).parents[1]
 
 
 VERBOSITY = "TRANSFORMERS_VERBOSITY"  # which --verbose sets
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,9 +5,8 @@ Shapes: I rows, O columns, R rank, S ranks of a curve.
 
 import itertools
 import math
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,7 +83,7 @@ def test_what_reads_checkpoints_knows_the_kind():
         "from tensorllm.tensors.factors import FACTORS; assert 'pivoted-low-rank' in FACTORS;"
         "from tensorllm.tensors.stacking import STACKINGS; assert 'rows-in-gate' in STACKINGS"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    forked.run(["-c", code], bare=True, check=True)
 
 
 def cost(e: Tensor, rows: Tensor, columns: Tensor) -> float:

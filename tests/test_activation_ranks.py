@@ -3,9 +3,9 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from test_activation_fit import text
@@ -62,7 +62,7 @@ main()
 """
 
 
-def started(size: int, out: Path, dies: str = "") -> list[subprocess.Popen[str]]:
+def started(size: int, out: Path, dies: str = "") -> list[forked.Popen]:
     """As torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,11 +70,10 @@ def started(size: int, out: Path, dies: str = "") -> list[subprocess.Popen[str]]
     code = WORK.format(tests=str(Path(__file__).parent), out=str(out), dies=dies)
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
+        forked.Popen(
+            ["-c", code],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(size)
     ]
@@ -132,12 +131,11 @@ def test_the_command_runs_under_torchrun(tmp_path):
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         out = tmp_path / f"out{size}"
         running = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, *options, "--out", str(out)],
+            forked.Popen(
+                ["-c", code, *options, "--out", out],
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
             )
             for rank in range(size)
         ]

@@ -4,9 +4,9 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,9 +101,7 @@ def test_a_killed_fit_goes_on_and_ends_the_same(stop, tmp_path):
     whole = dense(fit_folder(wanted, model, text(), work=tmp_path / "other"))
     tests = str(Path(__file__).parent)
     script = SCRIPT.format(tests=tests, stop=stop, model=str(model), work=str(work))
-    running = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    running = forked.Popen(["-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with running:
         assert running.stdout.readline() == "reached\n"
         os.kill(running.pid, signal.SIGKILL)

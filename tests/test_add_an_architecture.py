@@ -3,11 +3,11 @@
 import importlib
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from naive_layer import (
@@ -87,11 +87,5 @@ def test_the_pages_entry_point_is_found(plugin_folder: Path) -> None:
     (info / "entry_points.txt").write_text(f"[{header}]\n{name} = {target}\n")
     code = "from tensorllm.models import ARCHITECTURES as A; print(A['starcoder2'].block)"
     path = os.pathsep.join([str(plugin_folder), str(Path(__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = forked.run(["-c", code], env={**os.environ, "PYTHONPATH": path}, bare=True, check=True)
     assert done.stdout.strip() == "layers.{i}"

@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -14,13 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 def fill(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     script = root / "scripts" / "fill_numbers.py"
-    return subprocess.run(
-        [sys.executable, str(script), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(root / "benchmarks")},  # as the Makefile has it
-    )
+    path = str(root / "benchmarks")  # as the Makefile has it
+    return forked.run([script, *options], env=os.environ | {"PYTHONPATH": path})
 
 
 @pytest.fixture

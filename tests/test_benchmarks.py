@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -29,6 +30,8 @@ def test_a_benchmark_runs(
 ):
     if script.stem in NEEDS_DATA:
         request.getfixturevalue("tinystories")
+    monkeypatch.setitem(sys.modules, "subprocess", forked.stand_in())  # for their own processes
+    monkeypatch.setattr("tensorllm.commands.bench.subprocess", forked.stand_in())
     out = tmp_path / "results.json"
     monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--out", str(out)])
     try:

@@ -7,15 +7,12 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from naive_layer import TOKENS
@@ -207,9 +204,7 @@ for name in ("gpt2", "llama", "roberta"):
     assert torch.equal(got, torch.load(f"{name}.pt")), name
 print("the same")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = forked.run(["-c", code], cwd=tmp_path, bare=True)
     assert done.stdout == "the same\n", done.stderr
 
 
@@ -340,11 +335,8 @@ def fill_the_disk(folder: Path, target: Path, told: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Any]:
-    """Children of a server that has imported what they need."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "tensorllm.compression.engine"])
-    return context
+def processes() -> Any:
+    return forked.context()
 
 
 @pytest.fixture(scope="module")

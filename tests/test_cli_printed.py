@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from report_runs import run
 
@@ -49,6 +50,7 @@ def test_lists(
 
 @pytest.mark.slow
 def test_speed(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorllm.commands.bench.subprocess", forked.stand_in())
     short = ("--prompt-tokens", 24, "--new-tokens", 4, "--repeats", 2)
     text = printed(capsys, monkeypatch, "bench", "--model", folder, *short, "--policy", "always")
     assert "a prompt of 24 tokens, 4 decoded behind it; medians of 2 turns" in text

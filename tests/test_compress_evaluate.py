@@ -1,12 +1,11 @@
 """`compress --evaluate`: the model before and after, in the report and in one table."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import eval_world as world
+import forked
 import pytest
 
 from tensorllm.checkpoint.loader import Loader
@@ -117,13 +116,7 @@ def test_the_command_prints_them_as_json(model: Path, questions: Path):
         *("compress", "--model", model, "--mode", "laser", "--rank", "2", "--layers", "1"),
         *("--evaluate", "questions", "--data-file", questions, "--limit", "8", "--json"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tensorllm", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=250,
-    )
+    done = forked.run(["-m", "tensorllm", *words], check=True)
     scores = json.loads(done.stdout)["evaluation"]
     assert scores["before"]["examples"] == scores["after"]["examples"] == 8
     assert scores["before"]["protocol"] == "strict"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import eval_world as world
+import forked
 import pytest
 import yaml
 from lightning.pytorch import Callback, Trainer
@@ -208,9 +209,6 @@ def test_two_processes_equal_one(folder: Path, questions_file: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_processes_of_ddp_share_the_folder(folder: Path, questions_file: Path, tmp_path: Path):
-    import subprocess
-    import sys
-
     out = tmp_path / "out"
     options = {
         "--model": folder, "--dataset": "questions", "--data-file": questions_file,
@@ -218,7 +216,7 @@ def test_processes_of_ddp_share_the_folder(folder: Path, questions_file: Path, t
         "--batch-tokens": 300,
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
-    subprocess.run([sys.executable, "-m", "tensorllm", "evaluate", *words], check=True, timeout=250)
+    forked.run(["-m", "tensorllm", "evaluate", *words], check=True)
     model, tokenizer = world.model("gptj"), world.tokenizer()
     want = evaluate_model(model, tokenizer, Questions(questions_file, split="all"))
     results, rows = read_results(out)
@@ -249,9 +247,12 @@ class DiesOn(PerBatch):
 
 
 @pytest.mark.slow
-def test_a_dead_worker_ends_the_run_with_a_clear_error(folder: Path, questions_file: Path):
+def test_a_dead_worker_ends_the_run_with_a_clear_error(
+    folder: Path, questions_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     from tensorllm.checkpoint.loader import Loader
 
+    forked.spawn_off_a_server(monkeypatch)
     loader = Loader(folder)
     module = ReasoningModule(loader, loader.tokenizer())
     data = Questions(questions_file, split="all")
@@ -261,10 +262,13 @@ def test_a_dead_worker_ends_the_run_with_a_clear_error(folder: Path, questions_f
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_a_killed_run(folder: Path, questions_file: Path, tmp_path: Path):
+def test_two_processes_go_on_from_a_killed_run(
+    folder: Path, questions_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Every example once, whichever process scored it and in whichever run."""
     from tensorllm.checkpoint.loader import Loader
 
+    forked.spawn_off_a_server(monkeypatch)
     loader = Loader(folder)
     data = Questions(questions_file, split="all")
     (want,) = quiet_trainer().test(

@@ -1,12 +1,10 @@
 """A hub that cannot be reached: one line at once, and no word from the client's retries."""
 
-import os
-import subprocess
-import sys
 import time
 
 import huggingface_hub
 import pytest
+from cli_runs import piped
 
 from tensorllm.checkpoint import source
 from tensorllm.errors import UserError
@@ -23,15 +21,8 @@ NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     ],
 )
 def test_an_unreachable_hub_is_one_line(arguments, way_on, tmp_path):
-    environment = os.environ | NOWHERE | {"HF_HOME": str(tmp_path)}
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "tensorllm", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = piped(*arguments, **NOWHERE, HF_HOME=str(tmp_path))
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

@@ -5,10 +5,9 @@ never imported by name.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from tensorllm.data.demo import MODEL_DIR, questions
@@ -127,19 +126,16 @@ def test_a_method_in_one_file_goes_through_every_command(mode: str, tmp_path: Pa
     text.write_text(
         "\n".join(" ".join(reversed(q.prompt.split())) for q in questions()[:1500]) + "\n"
     )
-    done = subprocess.run(
+    done = forked.run(
         [
-            sys.executable,
             "-c",
             EVERY_COMMAND.replace("SEARCH\n", SEARCH),
             mode,
-            str(MODEL_DIR),
-            str(text),
-            str(tmp_path),
+            MODEL_DIR,
+            text,
+            tmp_path,
         ],
         env={**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
         timeout=280,
     )
     assert "went through every command" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

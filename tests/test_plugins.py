@@ -4,10 +4,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,12 +49,9 @@ def install(packages: Path) -> None:
 
 
 def tensorllm(packages: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tensorllm", *map(str, arguments)],
+    return forked.run(
+        ["-m", "tensorllm", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        check=False,
     )
 
 

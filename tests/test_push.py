@@ -3,14 +3,13 @@
 import base64
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -105,12 +104,9 @@ def run(hub: Any, folder: Path, *more: str, token: str | None = TOKEN) -> Any:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(folder.parent / "home")}
-    return subprocess.run(
-        [sys.executable, "-m", "tensorllm", "push", str(folder), REPO, *more],
+    return forked.run(
+        ["-m", "tensorllm", "push", folder, REPO, *more],
         env=environment | ({"HF_TOKEN": token} if token else {}),
-        capture_output=True,
-        text=True,
-        timeout=240,
     )
 
 

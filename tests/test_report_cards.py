@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -53,9 +52,7 @@ def test_its_code_loads_the_folder(tmp_path: Path) -> None:
         code = code.replace("this folder or repository", str(tmp_path / format))
         programs += [line for line in code.splitlines() if not line.startswith("tokenizer")]
         programs.append("print(model.num_parameters())")
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(programs)], capture_output=True, text=True, check=False
-    )
+    done = forked.run(["-c", "\n".join(programs)], bare=True)
     assert done.returncode == 0, done.stderr
     dense, factored = map(int, done.stdout.split())
     assert dense > factored > 0

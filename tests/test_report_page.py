@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from report_runs import make_runs, run
+from report_runs import run, shared_runs
 from tiny_models import tiny_model
 
 from tensorllm.commands.report import report
@@ -42,7 +42,7 @@ class Seen(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_runs(tmp_path_factory.mktemp("runs"))
+    return shared_runs(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

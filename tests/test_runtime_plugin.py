@@ -5,10 +5,9 @@ In processes of their own: what a plugin registers stays registered.
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny_models import tiny_model
 from transformers import AutoTokenizer
@@ -127,12 +126,9 @@ print(*{choice.why for choice in choices_of(loaded)})
 
 
 def run(packages: Path, lines: str, model: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", lines, str(model)],
+    done = forked.run(
+        ["-c", lines, model],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -2,6 +2,7 @@
 
 import json
 
+import forked
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -45,7 +46,8 @@ def test_search_then_compress_with_what_was_found(tmp_path, capfd):
     assert json.loads((tmp_path / "results.json").read_text())["test_looks"] == 1
 
 
-def test_two_workers_share_the_trials(tmp_path, capfd):
+def test_two_workers_share_the_trials(tmp_path, capfd, monkeypatch):
+    forked.spawn_off_a_server(monkeypatch)
     command("search-ranks", *SMALL, "--study", tmp_path, "--workers", 2, "--json")
     results = json.loads(capfd.readouterr().out)
     table = pq.read_table(tmp_path / "trials.parquet").to_pylist()

@@ -3,13 +3,13 @@
 import json
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -68,11 +68,8 @@ def test_a_factored_folder_answers_as_generate_writes(folder: Path) -> None:
     pytest.importorskip("openai", reason="transformers' server (tensorllm[serve])")
     port = free_port()
     words = ["serve", "--model", str(folder), "--port", str(port), "--json", "--dtype", "fp32"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "tensorllm", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    with forked.Popen(
+        ["-m", "tensorllm", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as server:
         try:
             wait_for(f"http://localhost:{port}/health", server)

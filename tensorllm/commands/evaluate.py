@@ -47,6 +47,11 @@ class Evaluation:
     predictions: list[Prediction]
     before: list[Prediction] | None = None
 
+    def files(self) -> dict[str, list[Prediction]]:
+        """The predictions by the names of their files."""
+        files = {PREDICTIONS: self.predictions}
+        return files if self.before is None else {**files, BEFORE: self.before}
+
 
 def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation:
     """Score the model on the dataset; with `compressed`, original and compressed.
@@ -75,9 +80,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
     loader = loaders["model"]
     tokenizer = loader.tokenizer()
     data.connect(tokenizer, masked=loader.masked, context=context_of(loader.config(), tokenizer))
-    logger = request.logger
-    if logger is None or isinstance(logger, str):
-        logger = make_logger(logger, request.log_dir, "evaluate")
+    logger = _logger(request)
     fingerprint = _fingerprint(request, protocol, data, loaders)
     with tempfile.TemporaryDirectory() as scratch:
         target = request.out or Path(scratch) / "results"
@@ -107,11 +110,17 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         results["calibrated_prior"] = request.calibrate_prior
         results |= _made_with(request, devices, source, loader)
         results["seconds"] = time.perf_counter() - started
+        done = Evaluation(results, model.predictions, before and before.predictions)
         if request.out is not None:
-            files = {PREDICTIONS: model.predictions}
-            files |= {} if before is None else {BEFORE: before.predictions}
-            folder.finish(results, files)
-    return Evaluation(results, model.predictions, None if before is None else before.predictions)
+            folder.finish(results, done.files())
+    return done
+
+
+def _logger(request: EvaluateRequest) -> Any:
+    """The logger of Lightning that was named or given."""
+    if request.logger is None or isinstance(request.logger, str):
+        return make_logger(request.logger, request.log_dir, "evaluate")
+    return request.logger
 
 
 def _calibrated(scored: Scored, choices: Sequence[str]) -> Scored:

@@ -32,26 +32,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     """
     load_plugins(request.plugins)
     _check(request)
-    folder = resolve(request.model, request.revision).folder
-    loader = Loader(folder, verify=request.verify)
-    stored, device = loader.config().dtype or torch.float32, device_of(request.device)
-    dtype = dtype_of(request.dtype) or computing_dtype(stored, device)
-    loader = replace(loader, dtype=dtype)
-    tokenizer: Any = loader.tokenizer()
-    manifest = loader.manifest()
-    if manifest is not None and manifest.format == "factored":
-        model = load(
-            folder,
-            policy=request.policy,
-            cache=request.cache,
-            dtype=loader.dtype,
-            verify=request.verify,
-        )
-    else:
-        model = loader()
-    if is_masked(model):
-        raise UserError(f"{request.model} fills masks and writes no text; evaluate it instead")
-    model = model.to(device).eval()
+    model, tokenizer = _loaded(request)
     if request.chat:
         prompts = as_messages(tokenizer, request.prompts, request.model)
     else:
@@ -87,6 +68,30 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         for prompt, row in zip(prompts, out, strict=True)
     ]
     return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]
+
+
+def _loaded(request: GenerateRequest) -> tuple[Any, Any]:
+    """The model on its device, in its factors where it has them, and its tokenizer."""
+    folder = resolve(request.model, request.revision).folder
+    loader = Loader(folder, verify=request.verify)
+    stored, device = loader.config().dtype or torch.float32, device_of(request.device)
+    dtype = dtype_of(request.dtype) or computing_dtype(stored, device)
+    loader = replace(loader, dtype=dtype)
+    tokenizer = loader.tokenizer()
+    manifest = loader.manifest()
+    if manifest is not None and manifest.format == "factored":
+        model = load(
+            folder,
+            policy=request.policy,
+            cache=request.cache,
+            dtype=loader.dtype,
+            verify=request.verify,
+        )
+    else:
+        model = loader()
+    if is_masked(model):
+        raise UserError(f"{request.model} fills masks and writes no text; evaluate it instead")
+    return model.to(device).eval(), tokenizer
 
 
 def _until_end(ids: list[int], eos: frozenset[int]) -> list[int]:

@@ -102,6 +102,7 @@ class Canvas:
         figure = axes.figure
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+        figure.set_layout_engine("none")  # it has its places: to find them takes as long as to draw
         self.folder.mkdir(parents=True, exist_ok=True)
         for ending in ("png", "svg"):
             path = self.folder / f"{name}.{ending}"
