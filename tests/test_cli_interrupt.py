@@ -1,6 +1,7 @@
 """Ctrl-C at random moments, in real processes: exit code 130, one line, and the work goes on."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ def interrupted(process: Any, after: float) -> tuple[int, str]:
     while process.poll() is None and spent(process.pid) < after:
         time.sleep(0.01)
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=240)
     return process.returncode, err
 
@@ -55,8 +58,11 @@ def started_anew(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def spent(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    """Seconds of processor time that a process has used; more than all where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.inf
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
