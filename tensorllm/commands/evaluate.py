@@ -110,7 +110,8 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         results["calibrated_prior"] = request.calibrate_prior
         results |= _made_with(request, devices, source, loader)
         results["seconds"] = time.perf_counter() - started
-        done = Evaluation(results, model.predictions, before and before.predictions)
+        rows = None if before is None else before.predictions
+        done = Evaluation(results, model.predictions, rows)
         if request.out is not None:
             folder.finish(results, done.files())
     return done
