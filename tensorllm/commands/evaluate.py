@@ -68,12 +68,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
     protocol = PROTOCOLS[request.protocol]
     if request.model is None or request.dataset is None:
         raise UserError("give a model and a dataset")
-    data = make_dataset(
-        request.dataset,
-        data_file=request.data_file,
-        split=request.split,
-        limit=request.limit,
-    )
+    data = _dataset(request.dataset, request)
     choices = shared_choices(data.examples) if request.calibrate_prior else ()
     source = resolve(request.model, request.revision)
     loaders = _loaders(request, devices, source)
@@ -115,6 +110,10 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         if request.out is not None:
             folder.finish(results, done.files())
     return done
+
+
+def _dataset(name: str, request: EvaluateRequest) -> ReasoningDataModule:
+    return make_dataset(name, data_file=request.data_file, split=request.split, limit=request.limit)
 
 
 def _logger(request: EvaluateRequest) -> Any:
