@@ -1,12 +1,15 @@
 """Ctrl-C at random moments, in real processes: exit code 130, one line, and the work goes on."""
 
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +25,16 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def interrupted(arguments: list[str], after: float) -> tuple[int, str]:
-    """Exit code and standard error of a run that gets Ctrl-C after so much processor time.
+def interrupted(process: Any, after: float) -> tuple[int, str]:
+    """Exit code and standard error of a process that gets Ctrl-C after so much processor time.
 
     Processor time, for on a busy machine it tells better than a clock how far the run has come.
     """
-    process = started(arguments)
     while process.poll() is None and spent(process.pid) < after:
         time.sleep(0.01)
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=240)
     return process.returncode, err
 
@@ -42,9 +45,24 @@ def started(arguments: list[str]) -> forked.Popen:
     return forked.Popen([*COMMAND, *arguments], env=environment(), stdout=pipe, stderr=pipe)
 
 
+def started_anew(arguments: list[str]) -> subprocess.Popen[str]:
+    """The same in a fresh interpreter, which imports for the first seconds."""
+    return subprocess.Popen(
+        [sys.executable, *COMMAND, *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def spent(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    """Seconds of processor time that a process has used; more than all where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.inf
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -70,7 +88,7 @@ def test_ctrl_c_at_any_moment(name: str, tmp_path: Path) -> None:
     stopped = 0
     for _ in range(8):
         after = moments.uniform(begin, end)
-        code, err = interrupted([*command, str(tmp_path / "out")], after)
+        code, err = interrupted(started([*command, str(tmp_path / "out")]), after)
         done = _done(name, tmp_path / "out")
         if not done:
             assert code == 130, err
@@ -95,7 +113,7 @@ def _done(name: str, folder: Path) -> bool:
 
 
 def test_what_is_not_kept_is_told() -> None:
-    code, err = interrupted(["search-ranks", "--model", "demo", *SEARCH], 2.0)
+    code, err = interrupted(started_anew(["search-ranks", "--model", "demo", *SEARCH]), 2.0)
     assert code == 130, err
     assert err == (
         "error: interrupted; nothing was kept: with --study FOLDER the same command would go on\n"

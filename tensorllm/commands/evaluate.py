@@ -68,12 +68,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
     protocol = PROTOCOLS[request.protocol]
     if request.model is None or request.dataset is None:
         raise UserError("give a model and a dataset")
-    data = make_dataset(
-        request.dataset,
-        data_file=request.data_file,
-        split=request.split,
-        limit=request.limit,
-    )
+    data = _dataset(request.dataset, request)
     choices = shared_choices(data.examples) if request.calibrate_prior else ()
     source = resolve(request.model, request.revision)
     loaders = _loaders(request, devices, source)
@@ -110,10 +105,15 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         results["calibrated_prior"] = request.calibrate_prior
         results |= _made_with(request, devices, source, loader)
         results["seconds"] = time.perf_counter() - started
-        done = Evaluation(results, model.predictions, before and before.predictions)
+        rows = None if before is None else before.predictions
+        done = Evaluation(results, model.predictions, rows)
         if request.out is not None:
             folder.finish(results, done.files())
     return done
+
+
+def _dataset(name: str, request: EvaluateRequest) -> ReasoningDataModule:
+    return make_dataset(name, data_file=request.data_file, split=request.split, limit=request.limit)
 
 
 def _logger(request: EvaluateRequest) -> Any:
