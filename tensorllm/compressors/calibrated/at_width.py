@@ -3,7 +3,7 @@
 Shapes: D model width, M outputs of the stacked maps of a site, R rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -40,6 +40,7 @@ class AtWidth:
     seen_DD: Tensor
     correction_DD: Tensor | None
     plain: float | None
+    _grams: dict[str, Tensor] = field(default_factory=dict)  # of roles that stand in several sites
 
     @classmethod
     def of(
@@ -72,9 +73,11 @@ class AtWidth:
 
     def _plain(self, context: LayerContext, role: str) -> Tensor:
         """Wᵀ W of an input projection, in the size of what is carried."""
-        gram_DD = gram_of_columns(wide(context.weight(role))).double()
-        carried_DD = context.carried_covariance((role,))
-        return as_dear(gram_DD, carried_DD, self.seen_DD)
+        if role not in self._grams:
+            gram_DD = gram_of_columns(wide(context.weight(role))).double()
+            carried_DD = context.carried_covariance((role,))
+            self._grams[role] = as_dear(gram_DD, carried_DD, self.seen_DD)
+        return self._grams[role]
 
     def fit(self, context: LayerContext, roles: Group, rank: int) -> Map:
         """The map of this rank that errs least, its large products in the dtype of the weights."""
