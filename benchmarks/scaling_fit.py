@@ -5,11 +5,12 @@
 
 Parts of docs/results/scaling_fit.json: *widths*, one random LLaMA layer of 512 to 4,096 on
 4,096 tokens with fitted exponents; *layer*, one of LLaMA-2-7B's size on 16,384 tokens; *model*, a
-real model as a whole on 32,768 tokens; *first*, its first three layers on 8,192. Each is `activation-hybrid` at ratio 1.25, measured in a
-process of its own. Times are processor seconds of all threads (the machine is shared), also as
-multiples of two forward passes of these layers over the same tokens: the original's and the
-compressed model's. Memory is the peak of the process's resident bytes, imports and model included.
-`time_left` is what the progress said was left, over what was left, at each per cent of the time.
+real model as a whole on 32,768 tokens; *first*, its first three layers on 8,192. Each is
+`activation-hybrid` at ratio 1.25, measured in a process of its own. Times are processor seconds of
+all threads (the machine is shared), also as multiples of two forward passes of these layers over
+the same tokens: the original's and the compressed model's. Memory is the peak of the process's
+resident bytes, imports and model included. `time_left` is what the progress said was left, over
+what was left, at each per cent of the time.
 """
 
 import argparse
