@@ -3,13 +3,14 @@
     python benchmarks/scaling_fit.py --parts widths layer
     python benchmarks/scaling_fit.py --parts model --model SmolLM2-135M-Instruct/ --epochs 0 4
 
-Three parts of docs/results/scaling_fit.json: *widths*, one random LLaMA layer of 512 to 4,096 on
+Parts of docs/results/scaling_fit.json: *widths*, one random LLaMA layer of 512 to 4,096 on
 4,096 tokens with fitted exponents; *layer*, one of LLaMA-2-7B's size on 16,384 tokens; *model*, a
-real model as a whole on 32,768 tokens. Each is `activation-hybrid` at ratio 1.25, measured in a
-process of its own. Times are processor seconds of all threads (the machine is shared), also as
-multiples of two forward passes of these layers over the same tokens: the original's and the
-compressed model's. Memory is the peak of the process's resident bytes, imports and model included.
-`time_left` is what the progress said was left, over what was left, at each per cent of the time.
+real model as a whole on 32,768 tokens; *first*, its first three layers on 8,192. Each is
+`activation-hybrid` at ratio 1.25, measured in a process of its own. Times are processor seconds of
+all threads (the machine is shared), also as multiples of two forward passes of these layers over
+the same tokens: the original's and the compressed model's. Memory is the peak of the process's
+resident bytes, imports and model included. `time_left` is what the progress said was left, over
+what was left, at each per cent of the time.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from tensorllm.compressors import ActivationHybrid
 VOCABULARY, LENGTH, RATIO = 1024, 512, 1.25
 WITHOUT, WITH = 3.0, 10.0  # times two forward passes that a fit may cost, without refit and with
 GIB = 2**30
+FIRST = 3  # layers of a real model that are measured where there is no time for all
 
 
 def random_layer(width: int) -> nn.Module:
@@ -53,12 +55,15 @@ def random_layer(width: int) -> nn.Module:
 
 
 def model_of(what: str) -> nn.Module:
-    """A random layer by its width, or a folder's model."""
+    """A random layer by its width, a folder's model, or after a colon its first layers."""
     if what.isdigit():
         return random_layer(int(what))
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(what, dtype=torch.float32).eval()
+    folder, _, first = what.partition(":")
+    fewer = {"num_hidden_layers": int(first)} if first else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **fewer)
+    return model.eval()
 
 
 class Said:
@@ -176,8 +181,15 @@ def model(args: argparse.Namespace) -> None:
     side_by_side("model", str(args.model), 32768, 2.5, args)
 
 
+def first(args: argparse.Namespace) -> None:
+    """A real model's first layers, where there is no time for the whole."""
+    if args.model is None:
+        sys.exit("give --model FOLDER")
+    side_by_side(f"first {FIRST} layers", f"{args.model}:{FIRST}", 8192, None, args)
+
+
 def side_by_side(
-    part: str, what: str, tokens: int, memory: float, args: argparse.Namespace
+    part: str, what: str, tokens: int, memory: float | None, args: argparse.Namespace
 ) -> None:
     """A fit with each number of epochs of the refit, in parts of its own beside each other."""
     for epochs in args.epochs:
@@ -186,15 +198,15 @@ def side_by_side(
         save("scaling_fit", name, compared(found, memory), args, **found)
 
 
-PARTS = {"widths": widths, "layer": layer, "model": model}
+PARTS = {"widths": widths, "layer": layer, "model": model, "first": first}
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--parts", nargs="+", choices=PARTS, default=["widths", "layer"])
-    options.add_argument("--model", type=Path, help="folder of the model of the part `model`")
+    options.add_argument("--model", type=Path, help="folder of the model of `model` and `first`")
     options.add_argument("--epochs", type=int, nargs="+", default=[0], help="of the refit")
-    options.add_argument("--tokens", type=int, help="of the parts layer and model")
+    options.add_argument("--tokens", type=int, help="of all parts but widths")
     options.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = options.parse_args()
     begin(args)

@@ -198,17 +198,15 @@ class Sweeps:
         return {site: ErrorCurve(*(t.cpu() for t in curve)) for site, curve in out.items()}
 
     def counted(self, states: States, layer: int, stage: StageName) -> Counted:
-        """The states before one layer; each batch that is read of them counts as progress.
-
-        Measuring and fitting are one forecast, so that the time left is that of both.
-        """
+        """The states before one layer; what is read of them is progress: one forecast of measuring
+        and fitting."""
         measures = stage == MEASURING
         batches = self.measured_layers.batches if measures else self.batches
-        passes = 1 if measures else self.planned.passes
         if self._forecast is None or not self._forecast.goes_on(stage, layer):
             ahead = stages_ahead(self.planned, stage, batches, self.batches, alone=self.several)
             self._forecast = Forecast(ahead, lambda *told: self.progress(*told))
-        forecast, reads = self._forecast, passes * len(batches)
+        forecast = self._forecast
+        reads = len(batches) * (1 if measures else self.planned.passes)
         return Counted(states, lambda read: forecast.at(stage, layer, read / reads))
 
     def _measurement(
@@ -291,6 +289,8 @@ class Sweeps:
                 sweep.forget_start()
                 self.measures.drop(f"covariances-{layer}")
         self.ranks.sum(torch.zeros(1, device=layers.start[0].device))  # none ends before the others
+        if not self.several:
+            self._layers = None  # made again for another fit: their start is forgotten
         return [
             site for site in sizes if self.store.holds(f"factors-{site.layers[0]}", f"{site.name}/")
         ]
