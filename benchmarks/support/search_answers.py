@@ -110,7 +110,7 @@ def answers(
     count = running(Counted, ours, tokenizer, data)
     running(Anew, peer, tokenizer, data)
     crowd = generation.CROWD
-    original, _ = timed(ours, [None])
+    _, original = timed(ours, [None])
     before = len(ours.prefix.paths)
     count.tokens = 0
     size = ours.side_by_side
