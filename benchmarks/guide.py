@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--rows", type=int, help="of validation and test part, each")
     options.add_argument("--points", type=int, help="of the grid, at random (default: all)")
     options.add_argument("--folder", type=Path, help="of what was examined; a temporary one")
+    options.add_argument("--no-curvature", action="store_true", help="one backward pass less")
     options.add_argument("--seed", type=int, default=0, help="of the order of points")
     args = options.parse_args()
     if args.quick:
@@ -112,13 +113,11 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         found = examined(study, points, folder)
         first = kept(folder, "gradient", lambda: guided(study.examiner, points).change)
-        second = kept(folder, "curvature", lambda: second_order(study, points))
-        orders = {
-            "gradient": first,
-            "gradient and curvature": {key: first[key] + second[key] for key in first},
-            "curvature": second,
-            "relative error": {key: found[key].error for key in first},
-        }
+        orders = {"gradient": first, "relative error": {key: found[key].error for key in first}}
+        if not args.no_curvature:
+            second = kept(folder, "curvature", lambda: second_order(study, points))
+            orders["gradient and curvature"] = {key: first[key] + second[key] for key in first}
+            orders["curvature"] = second
         rankings, tried = {}, {}
         for name, change in orders.items():
             rankings[name], order = held(points, change, found)
