@@ -112,7 +112,7 @@ def guides(value: Lookup, *parts: str) -> str:
             what = ""
         scores = (f"{part['best'][n]:.1f}" for n in ("validation", "test"))
         out.append(("", "random", f"{part['trials_in_random_order']:.0f}", "", "", "", ""))
-        out.append(("", "the whole grid", f"{part['points']}", "", "", *scores))
+        out.append(("", "all of them", f"{part['points']}", "", "", *scores))
         scores = (f"{part['original'][n]:.1f}" for n in ("validation", "test"))
         out.append(("", "original", "", "", "", *scores))
     head = ("grid", "order", "trials", "with loss", "with accuracy", "validation", "test")
