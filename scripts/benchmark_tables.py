@@ -99,6 +99,26 @@ def energy(value: Lookup, *metrics: str) -> str:
     return table(("what", "ratio", *RULES, "noise edge", "original"), out)
 
 
+def guides(value: Lookup, *parts: str) -> str:
+    """benchmarks/guide.py: a row for each part and ranking."""
+    out = []
+    for name in parts:
+        part = value(f"guide/{name}")
+        what = f"{name}, {part['points']} points"
+        for ranking, of in part["rankings"].items():
+            correlations = (f"{of[f'spearman_{n}']:+.2f}" for n in ("chosen", "accuracy"))
+            scores = (f"{of[n]:.1f}" for n in ("validation", "test"))
+            out.append((what, ranking, f"{of['trials_until_near']}", *correlations, *scores))
+            what = ""
+        scores = (f"{part['best'][n]:.1f}" for n in ("validation", "test"))
+        out.append(("", "random", f"{part['trials_in_random_order']:.0f}", "", "", "", ""))
+        out.append(("", "all of them", f"{part['points']}", "", "", *scores))
+        scores = (f"{part['original'][n]:.1f}" for n in ("validation", "test"))
+        out.append(("", "original", "", "", "", *scores))
+    head = ("grid", "order", "trials", "with loss", "with accuracy", "validation", "test")
+    return table(head, out)
+
+
 def made(part: Mapping[str, Any]) -> str:
     """Machine, versions, commit, date and command, as one paragraph."""
     versions = part["versions"]

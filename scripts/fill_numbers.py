@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmark_tables import benchmark, comparisons, durations, energy, figure, mutants
+from benchmark_tables import benchmark, comparisons, durations, energy, figure, guides, mutants
 from claim_tables import (
     claim_cells,
     claim_changed,
@@ -65,6 +65,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "reasoning": reasoning,
     "durations": durations,
     "energy": energy,
+    "guides": guides,
     "mutants": mutants,
     "mixtures": mixtures,
     "tucker-front": tucker_front,

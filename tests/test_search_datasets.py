@@ -3,14 +3,17 @@
 import json
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 
 from tensorllm.commands.compress import run as run_compress
 from tensorllm.commands.search import run
@@ -18,10 +21,11 @@ from tensorllm.data.demo_world import DemoWorld
 from tensorllm.errors import UserError
 from tensorllm.requests.compress import CompressRequest
 from tensorllm.requests.search import SearchRequest
+from tensorllm.search.examiner import Examiner, Infeasible
 from tensorllm.search.guide import guided
 from tensorllm.search.objectives import OBJECTIVES, over_datasets
 from tensorllm.search.selection import optimism
-from tensorllm.search.stopping import Race, rivals_of
+from tensorllm.search.stopping import Race, Rival, rivals_of
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult, pack, together
 from tensorllm.search.verdict import overall
@@ -55,6 +59,12 @@ def wanted(files: list[Path]) -> SearchRequest:
         limit=100,
         cache_gib=2**-5,
     )
+
+
+@pytest.fixture(scope="module")
+def opened(wanted: SearchRequest, files: list[Path]) -> Study:
+    """A search among questions whose answers are generated."""
+    return Study(replace(alone(wanted, files[1]).request, rho=(0.02, 0.1, 0.3), full=False))
 
 
 def alone(wanted: SearchRequest, file: Path) -> Study:
@@ -303,3 +313,51 @@ def test_running_text_among_questions_needs_losses(wanted: SearchRequest, tmp_pa
         run(mixed)
     found = run(replace(mixed, objective="loss")).results
     assert "accuracy" not in found["datasets"][1]["winner"]["test"]
+
+
+# Trials at once
+
+
+@pytest.mark.parametrize("right", [0, 40])
+def test_trials_at_once_find_what_each_finds_alone(opened: Study, right: int) -> None:
+    """Pruned ones, too, after as many examples."""
+    examine = opened.examiner
+    points = [opened.space.point(values) for values in opened.points]
+    assert len(points) > 1
+    assert examine.side_by_side > 1
+    rivals = [Rival(tuple(n < right for n in range(100)), 0.0)] if right else []
+    before = {name: w.clone() for name, w in examine.weights.items()}
+    found = examine.together(points, [rivals] * len(points), level=0.001)
+    assert all(torch.equal(w, before[name]) for name, w in examine.weights.items())
+    for point, together_ in zip(points, found, strict=True):
+        alone_ = examine(point, rivals, level=0.001)
+        assert isinstance(together_, TrialResult)
+        assert (together_.correct, together_.seen, together_.stopped) == (
+            alone_.correct, alone_.seen, alone_.stopped,
+        )  # fmt: skip
+        assert together_.loss == pytest.approx(alone_.loss, rel=1e-5)
+        assert together_.ratio == alone_.ratio
+    assert any(one.stopped for one in found) == bool(right)
+    refused = examine.together(points[:2], [()] * 2, max_error=1e-9)
+    assert all(isinstance(one, Infeasible) for one in refused)
+
+
+def test_a_trial_that_fails_does_not_take_others_with_it(
+    opened: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = opened.space.point(opened.points[1]).key
+    plain = Examiner.together
+
+    def failing(self: Examiner, points: Any, *args: Any, **how: Any) -> Any:
+        if any(point.key == bad for point in points):
+            raise RuntimeError("one of them overflows")
+        return plain(self, points, *args, **how)
+
+    monkeypatch.setattr(Examiner, "together", failing)
+    with closing(opened.queue(tmp_path)) as queue:
+        opened.fill(queue)
+        opened.work(queue)
+        trials = queue.trials()
+    reasons = [t.user_attrs["reason"] for t in trials if t.state == TrialState.FAIL]
+    assert len(trials) == len(opened.points)
+    assert reasons == ["RuntimeError: one of them overflows"]

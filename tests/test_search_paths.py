@@ -16,7 +16,8 @@ from tensorllm.evaluation.forward import ModelForward
 from tensorllm.evaluation.protocol import STRICT
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
-from tensorllm.search.prefix import Prefix, PrefixForward
+from tensorllm.search.forwards import PrefixForward
+from tensorllm.search.prefix import Edited, Prefix
 
 NEW = 5
 # Rotary and learned positions, ALiBi, sliding windows, capped logits, parallel blocks.
@@ -86,7 +87,7 @@ def test_answers_are_those_of_the_naive_loop_whatever_is_known(name):
     ends, answers = 0, []
     for edit in (None, *EDITS):
         with Edit(roles, weights, *(edit or (2, "out", 1.0))):
-            with prefix.editing(edit and edit[0], ffn=bool(edit) and edit[1] == "out"):
+            with prefix.editing(Edited(edit and edit[0], ffn=bool(edit) and edit[1] == "out")):
                 rows = scorers[0](CausalBatch(0, items))
             plain = scorers[1](CausalBatch(0, items))
             wanted = [naive(model, item.prompt, eos) for item in items]
@@ -108,16 +109,19 @@ def test_unedited_layers_of_a_known_answer_are_not_run():
     forward = PrefixForward(model, prefix)
     scorer = CausalScorer(forward, Numbers(), STRICT, max_new_tokens=NEW, stop_early=False)
     computed = []
+    steps = NEW - 1
     for lowest, scale in ((None, 1.0), (2, 1.0), (1, -3.0), (1, -3.0), (2, 1.0)):
         before = prefix.computed
         with (
             Edit(roles, weights, lowest or 2, "out", scale),
-            prefix.editing(lowest, ffn=True),
+            prefix.editing(Edited(lowest, ffn=True)),
         ):
             scorer(CausalBatch(0, items))
         computed.append(prefix.computed - before)
-    steps = NEW - 1
-    assert computed == [3 * (1 + steps), 1 + steps, computed[2], 2 * (1 + steps), 1 + steps]
+    # Unedited layers read the original's answers once, up to the highest that may be edited; the
+    # layers above are run on them once more.
+    assert computed[:2] == [3 * (1 + steps), 1 + steps]
+    assert computed[3:] == [2 * (1 + steps), 1 + steps]
     assert computed[2] > computed[3]
 
 
@@ -129,9 +133,49 @@ def test_where_there_is_no_room_nothing_is_known():
     forward = PrefixForward(model, prefix)
     scorer = CausalScorer(forward, Numbers(), STRICT, max_new_tokens=NEW, stop_early=False)
     for _ in range(2):
-        with prefix.editing(2, ffn=True):
+        with prefix.editing(Edited(2, ffn=True)):
             rows = scorer(CausalBatch(0, items))
         wanted = [naive(model, item.prompt, frozenset()) for item in items]
         assert [row.generation.split() for row in rows] == [list(map(str, new)) for new in wanted]
     assert prefix.paths.bytes <= 2**15
     assert prefix.store.bytes["memory"] <= 2**16
+
+
+@pytest.mark.parametrize("room", [2**24, 2**17, 0])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_edits_side_by_side_answer_as_one_by_one(name, room):
+    """Each lane as the naive loop on a model with that edit in its weights; texts that end at
+    different times, unlike beginnings, and memory for all, some and nothing of what is read.
+    """
+    model, roles, weights = make(name)
+    items, eos = questions(model)
+    prefix = Prefix(model, roles, CacheBudget(room), candidates={1, 2})
+    forward = PrefixForward(model, prefix)
+    scorer = CausalScorer(forward, Numbers(), STRICT, max_new_tokens=NEW, eos=eos, stop_early=False)
+    plain = CausalScorer(
+        ModelForward(model), Numbers(), STRICT, max_new_tokens=NEW, eos=eos, stop_early=False
+    )
+    edits = [(2, "out", 1.0), (2, "o", -1.5), (1, "o", 1.3), (2, "out", -3.0), (0, "out", 1.2)]
+    edits.sort(key=lambda edit: -edit[0])
+    changed, wanted, losses = [], [], []
+    for edit in edits:
+        with Edit(roles, weights, *edit):
+            weight = roles.name(*edit[:2])
+            changed.append({weight: weights[weight].clone()})
+            wanted.append([naive(model, item.prompt, eos) for item in items])
+            losses.append([row.log_probability for row in plain(CausalBatch(0, items))])
+    marks = [Edited(layer, ffn=role == "out") for layer, role, _ in edits]
+    for lanes in ([0, 1, 2, 3, 4], [1, 3], [0, 1, 2, 3, 4]):  # the last time much is known
+        with prefix.editing(*marks), forward.weights.installed(changed):
+            found = scorer.side_by_side(CausalBatch(0, items), lanes)
+        assert sorted(found) == lanes
+        for lane in lanes:
+            for row, new, loss in zip(found[lane], wanted[lane], losses[lane], strict=True):
+                assert row.generation == " ".join(map(str, new)), (edits[lane], row.index)
+                assert row.log_probability == pytest.approx(loss, abs=1e-4)
+    assert len({str(one) for one in wanted}) > 2
+    assert prefix.paths.bytes <= room / 2
+    assert not any(
+        "forward" in m.__dict__ for m in model.modules() if isinstance(m, torch.nn.Linear)
+    )

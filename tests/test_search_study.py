@@ -163,11 +163,11 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(
 ):
     examine = type(small.examiner)._rows
 
-    def broken(self, edit, rival, level):
-        rows, stopped = examine(self, edit, rival, level)
-        return (
-            [break_(rows[0])] if edit.sites and edit.sites[0].site.layers == (2,) else rows
-        ), stopped
+    def broken(self, edits, rivals, level):
+        return [
+            ([break_(rows[0])] if edit.sites and edit.sites[0].site.layers == (2,) else rows, ended)
+            for edit, (rows, ended) in zip(edits, examine(self, edits, rivals, level), strict=True)
+        ]
 
     monkeypatch.setattr(type(small.examiner), "_rows", broken)
     queue = opened(small, tmp_path)

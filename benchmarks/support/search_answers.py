@@ -22,8 +22,9 @@ from tensorllm.evaluation.scorer import make_scorer
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.examiner import Examiner
+from tensorllm.search.forwards import PrefixForward
 from tensorllm.search.parts import Asked
-from tensorllm.search.prefix import PrefixForward, default_budget
+from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
 from tensorllm.search.trial import TrialResult
 
@@ -39,8 +40,9 @@ class Anew(PrefixForward):
     embedding reads as many columns of each row as of the longest.
     """
 
-    def known(self, paths: Sequence[Any]) -> list[bool]:
-        return [False] * len(paths)
+    def merged(self, caches: Sequence[Any], lanes: Sequence[int]) -> Any:
+        (cache,) = caches
+        return cache
 
     def __call__(  # type: ignore[override]
         self, batch: Padded, *, keep: int | Sequence[int], best: bool = False, **how: Any
@@ -54,20 +56,13 @@ class Anew(PrefixForward):
 
 
 class Counted(PrefixForward):
-    """As the search has it; counts generated tokens whose unedited layers are known, and others."""
+    """As the search has it; counts generated tokens."""
 
-    known_tokens = new_tokens = 0
+    tokens = 0
 
     def __call__(self, batch: Padded, **how: Any) -> tuple[Tensor, Any]:
-        before = self.prefix.skipped
-        found = super().__call__(batch, **how)
-        if any(how.get("paths", ())):
-            tokens = int(batch.mask_BT.sum())
-            if self.prefix.skipped > before:
-                self.known_tokens += tokens
-            else:
-                self.new_tokens += tokens
-        return found
+        self.tokens += sum(path is not None for path in how.get("paths", ()))
+        return super().__call__(batch, **how)
 
 
 def examiner(model: Any, tokenizer: Any, data: ReasoningDataModule, points: list[Point]) -> Any:
@@ -104,7 +99,7 @@ def answers(
     folder: Path, dataset: str, file: Path, *, mode: str, layers: Sequence[int], trials: int,
     questions: int, seed: int,
 ) -> tuple[dict[str, Comparison], dict[str, Any]]:  # fmt: skip
-    """Both ways over the same trials, each trial by one and then by the other."""
+    """Both ways over the same trials, in one process."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = make_dataset(dataset, data_file=file, split="val", limit=questions)
@@ -114,22 +109,29 @@ def answers(
     peer = examiner(model, tokenizer, data, points)
     count = running(Counted, ours, tokenizer, data)
     running(Anew, peer, tokenizer, data)
-    found: list[tuple[TrialResult, TrialResult]] = []
-    cpu: list[tuple[float, float]] = []
-    known: list[float] = []
-    for point in (None, *points):
-        crowd = generation.CROWD
-        count.known_tokens = count.new_tokens = 0
-        first, one = timed(ours, point)
-        known.append(count.known_tokens / max(1, count.known_tokens + count.new_tokens))
-        generation.CROWD = 0.5
-        second, other = timed(peer, point)
-        generation.CROWD = crowd
-        found.append((one, other))
-        cpu.append((first, second))
-        print(point and point.key, [round(s, 2) for s in cpu[-1]], known[-1], flush=True)
-    again, _ = timed(ours, points[-1])
-    mine, plain = (sum(times) for times in zip(*cpu[1:], strict=True))
+    crowd = generation.CROWD
+    _, original = timed(ours, [None])
+    before = len(ours.prefix.paths)
+    count.tokens = 0
+    size = ours.side_by_side
+    groups = [points[at : at + size] for at in range(0, len(points), size)]
+    mine, plain, found = 0.0, 0.0, []
+    for group in groups:
+        first, one = timed(ours, group)
+        mine += first
+        found += one
+        print(f"{len(found)} of {len(points)} trials: {mine:.1f} CPU s", flush=True)
+    known = 1 - (len(ours.prefix.paths) - before) / count.tokens
+    again, _ = timed(ours, groups[-1])
+    generation.CROWD = 0.5
+    timed(peer, [None])
+    others = []
+    for point in points:
+        second, other = timed(peer, [point])
+        plain += second
+        others += other
+        print(f"anew {len(others)} of {len(points)}: {plain:.1f} CPU s", flush=True)
+    generation.CROWD = crowd
     compared = Comparison(
         ours=mine / len(points),
         unit="CPU s",
@@ -137,29 +139,36 @@ def answers(
         peer_name="every answer anew",
         wanted=WANTED,
     )
+    both = list(zip(found, others, strict=True))
     about = {
         "examples_per_second": {
             "ours": len(points) * len(data.examples) / mine,
             "peer": len(points) * len(data.examples) / plain,
         },
-        "shares_of_known_tokens": known,
-        "times_of_trials": [b / a for a, b in cpu],  # the original first
-        "verdicts_that_differ": sum(one.correct != other.correct for one, other in found),
-        "largest_difference_loss": max(abs(one.loss - other.loss) for one, other in found),
-        "accuracies": [one.accuracy for one, _ in found],
+        "share_of_known_tokens": known,
+        "side_by_side": size,
+        "verdicts_that_differ": sum(one.correct != other.correct for one, other in both),
+        "largest_difference_loss": max(abs(one.loss - other.loss) for one, other in both),
+        "accuracies": [one.accuracy for one in (*original, *found)],
         "trials": len(points),
         "questions": len(data.examples),
         "layers": list(layers),
     }
     all_known = Comparison(
-        ours=again, unit="CPU s", peer=cpu[-1][1], peer_name="every answer anew", wanted=WANTED
+        ours=again / len(groups[-1]),
+        unit="CPU s",
+        peer=plain / len(points),
+        peer_name="every answer anew",
+        wanted=WANTED,
     )
     what = f"{dataset}, {mode}, {folder.name}"
-    return {f"a trial of {what}": compared, f"the last one again, {what}": all_known}, about
+    return {f"a trial of {what}": compared, f"the last ones again, {what}": all_known}, about
 
 
-def timed(examine: Examiner, point: Point | None) -> tuple[float, TrialResult]:
+def timed(examine: Examiner, points: Sequence[Point | None]) -> tuple[float, list[TrialResult]]:
     """Seconds of all cores: other work on the machine does not count."""
     started = time.process_time()
-    result = examine(point)
-    return time.process_time() - started, result
+    found = examine.together(points, [()] * len(points))
+    results = [one for one in found if isinstance(one, TrialResult)]
+    assert len(results) == len(points), "none is refused"
+    return time.process_time() - started, results

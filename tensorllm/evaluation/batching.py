@@ -69,7 +69,7 @@ def halving(
         UserError: the model's numbers overflow.
     """
     try:
-        return _finite(scored(items))
+        return finite(scored(items))
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
@@ -82,7 +82,12 @@ def halving(
     return halving(scored, items[:half]) + halving(scored, items[half:])
 
 
-def _finite(rows: list[Prediction]) -> list[Prediction]:
+def finite(rows: list[Prediction]) -> list[Prediction]:
+    """The same rows.
+
+    Raises:
+        UserError: the model's numbers overflow.
+    """
     for row in rows:
         if not math.isfinite(row.log_probability):
             raise UserError(

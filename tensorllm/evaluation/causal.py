@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
-from tensorllm.evaluation.generation import Greedy
+from tensorllm.evaluation.generation import Generated, Greedy
 from tensorllm.evaluation.predictions import Prediction, chosen_prediction
 from tensorllm.evaluation.prompts import Reading, choice_scores, read
 from tensorllm.evaluation.protocol import Protocol
@@ -58,12 +58,21 @@ class CausalScorer:
         self.protocol = protocol
         self.greedy = Greedy(forward, tokenizer, protocol, max_new_tokens, eos, stop_early)
 
-    @torch.inference_mode()
     def __call__(self, batch: CausalBatch) -> list[Prediction]:
+        """The rows of the model as it is."""
+        return self.side_by_side(batch, [0])[0]
+
+    @torch.inference_mode()
+    def side_by_side(self, batch: CausalBatch, lanes: Sequence[int]) -> dict[int, list[Prediction]]:
+        """The rows of every lane (see `Forward.lane`)."""
         first = batch.items[0].example
-        if first.tokens:
-            return self._running_text(batch)
-        return self._choices(batch) if first.choices else self._generated(batch)
+        if not first.tokens and not first.choices:
+            return self._generated(batch, lanes)
+        rows = {}
+        for lane in lanes:
+            with self.forward.lane(lane):
+                rows[lane] = self._running_text(batch) if first.tokens else self._choices(batch)
+        return rows
 
     def _answers(
         self, batch: CausalBatch, keep: Sequence[int], *, grow: bool
@@ -98,20 +107,35 @@ class CausalScorer:
             for e, (score, rank) in zip(batch.items, scores, strict=True)
         ]
 
-    def _generated(self, batch: CausalBatch) -> list[Prediction]:
+    def _generated(self, batch: CausalBatch, lanes: Sequence[int]) -> dict[int, list[Prediction]]:
         keep = [e.length - min(e.start, len(e.prompt)) + 1 for e in batch.items]
         sequences = [e.full[0] for e in batch.items]
         columns = max(map(len, sequences)) + self.greedy.max_new_tokens
         together = self.forward.hides(columns)
-        found, scores = self._answers(batch, keep, grow=together)
-        if self.protocol.unmasked_padding:
-            scores = self._unmasked(batch, scores)
+        readings, scores = {}, {}
+        for lane in lanes:
+            with self.forward.lane(lane):
+                readings[lane], scores[lane] = self._answers(batch, keep, grow=together)
+                if self.protocol.unmasked_padding:
+                    scores[lane] = self._unmasked(batch, scores[lane])
+                if not together:
+                    readings[lane] = self._prompts(batch)
         if not together:
             sequences, keep = [e.prompt for e in batch.items], [1] * len(batch.items)
-            key = None if batch.key is None else (batch.key, "prompts")
-            apart = min(map(len, sequences)) - 1
-            found = read(self.forward, sequences, keep=keep, apart=apart, grow=True, key=key)
-        generated = self.greedy(batch.items, sequences, keep, found)
+        generated = self.greedy(batch.items, sequences, keep, readings)
+        return {lane: self._rows(batch, scores[lane], generated[lane]) for lane in lanes}
+
+    def _prompts(self, batch: CausalBatch) -> Reading:
+        """The prompts read without their answers."""
+        sequences = [e.prompt for e in batch.items]
+        key = None if batch.key is None else (batch.key, "prompts")
+        apart = min(map(len, sequences)) - 1
+        keep = [1] * len(sequences)
+        return read(self.forward, sequences, keep=keep, apart=apart, grow=True, key=key)
+
+    def _rows(
+        self, batch: CausalBatch, scores: list[tuple[float, int]], generated: list[Generated]
+    ) -> list[Prediction]:
         return [
             Prediction(
                 index=e.example.index,

@@ -13,7 +13,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -102,14 +102,17 @@ class Forward(Protocol):
             grow: return a cache that holds these tokens too.
             key: the same for the same tokens of a plan, so that results of unedited layers can be
                 kept; None: keep nothing.
-            paths: where a row has at most one new token, all its tokens up to this one, so that the
-                same can be done for tokens that no plan has; None: the row has no new token, or
-                it is not worth it.
+            paths: where each row has one new token, all its tokens up to this one, so that the same
+                can be done for tokens that no plan has; None: nobody will look at this row.
         """
         ...
 
-    def known(self, paths: Sequence[Path | None]) -> list[bool]:
-        """For which of these `paths` unedited layers need not be run again."""
+    def lane(self, number: int) -> AbstractContextManager[None]:
+        """In here the model is that of one of the edits that are run side by side."""
+        ...
+
+    def merged(self, caches: Sequence[Any], lanes: Sequence[int]) -> Any:
+        """A cache of the rows of all these, which were read in these lanes."""
         ...
 
     def hides(self, columns: int) -> bool:
@@ -182,8 +185,12 @@ class ModelForward:
         # Without padding no mask is needed, and attention takes its fast causal path.
         return None if cache is None and bool(seen.all()) else seen.long()
 
-    def known(self, paths: Sequence[Path | None]) -> list[bool]:
-        return [False] * len(paths)
+    def lane(self, number: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def merged(self, caches: Sequence[Any], lanes: Sequence[int]) -> Any:
+        (cache,) = caches  # there is one model
+        return cache
 
     def hides(self, columns: int) -> bool:
         # A sliding window counts hidden columns, too.

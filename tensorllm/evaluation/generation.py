@@ -2,17 +2,16 @@
 
 The pass over prompt and gold answer shows the most probable token after each of their tokens. As
 long as those are the gold tokens, greedy decoding would have said them too; the first other one is
-known as well. Only from there, and only while the verdict is open, is anything generated: first
-what the forward pass has met before (the answers of the original and of other trials, in a search),
-of which it runs edited layers only, then the rest.
+known as well. Only from there, and only while the verdict is open, is anything generated, for all
+models that a search runs side by side in the same steps.
 
 Shapes: B examples, T tokens, M positions with logits of all examples, S cached columns, V
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count
+from itertools import accumulate, count, cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
-from tensorllm.evaluation.forward import Forward, Padded, Path, left_padded
+from tensorllm.evaluation.forward import Forward, Path, left_padded
 from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_bound, token_f1
 from tensorllm.evaluation.prompts import Reading
 from tensorllm.evaluation.protocol import Protocol
@@ -50,10 +49,8 @@ class _Generation:
     takes: int = 0  # tokens that the answer takes at least
 
     @property
-    def path(self) -> Path | None:
-        """All tokens up to the one to be read, if it is one that was generated."""
-        if len(self.pending) != 1 or not self.item.continues:
-            return None
+    def path(self) -> Path:
+        """All tokens up to the last one to be read."""
         return (*self.item.prompt, *self.new)
 
     def add(self, token: int) -> None:
@@ -89,22 +86,26 @@ class Greedy:
         items: Sequence[Encoded],
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        reading: Reading,
-    ) -> list[Generated]:
-        """Verdicts of a batch.
+        readings: Mapping[int, Reading],
+    ) -> dict[int, list[Generated]]:
+        """Verdicts of a batch in every lane.
 
         Args:
             items: the batch's examples.
             sequences: what was read of each: its prompt and gold answer, or its prompt alone.
             keep: of how many of its last columns there are logits.
-            reading: what reading them gave.
+            readings: what reading them gave, by lane.
         """
-        rows = self._proved(items, sequences, keep, reading.logits)
+        proved = [self._proved(items, sequences, keep, r.logits) for r in readings.values()]
+        rows = [row for of_lane in proved for row in of_lane]
         if self.bound is not None:
             for row in rows:
                 row.takes = self.bound.missing("", row.item.example.answer)
-        self._continue(rows, [len(ids) for ids in sequences], reading.padded, reading.cache)
-        return [self._verdict(row) for row in rows]
+        cache = self.forward.merged([r.cache for r in readings.values()], list(readings))
+        mask_BT = next(iter(readings.values())).padded.mask_BT
+        self._continue(rows, [len(ids) for ids in sequences], mask_BT, cache)
+        verdicts = ([self._verdict(row) for row in of_lane] for of_lane in proved)
+        return dict(zip(readings, verdicts, strict=True))
 
     def _proved(
         self,
@@ -152,51 +153,44 @@ class Greedy:
         return tokens
 
     def _continue(
-        self, rows: list[_Generation], lengths: Sequence[int], padded: Padded, cache: Any
+        self, rows: list[_Generation], lengths: Sequence[int], mask_BT: Tensor, cache: Any
     ) -> None:
-        device = padded.ids_BT.device
-        width = padded.ids_BT.shape[1]
+        """Args: `lengths`, `mask_BT`: of what was read, the same in every lane."""
+        device, width = mask_BT.device, mask_BT.shape[1]
         # Columns of the gold answer that greedy decoding did not say are hidden from what follows.
-        seen = [row.read + width - length for row, length in zip(rows, lengths, strict=True)]
-        mask_BS = torch.arange(width, device=device) < torch.tensor(seen, device=device)[:, None]
-        mask_BS &= padded.mask_BT
+        ends = [row.read + width - n for row, n in zip(rows, cycle(lengths), strict=False)]
+        mask_BS = torch.arange(width, device=device) < torch.tensor(ends, device=device)[:, None]
+        mask_BS &= mask_BT.repeat(len(rows) // len(lengths), 1)
         live = list(range(len(rows)))  # of `rows`, in the order of the cache's rows
         going = set(live)
-        # What is known goes first while the others wait; where they may not wait, nobody does.
-        waiting = self.forward.hides(width + self.max_new_tokens)
         for step in count():
             going = self._unfinished(rows, going, look=step % CHECK_EVERY == 0)
             if not going:
                 return
-            paths = [rows[i].path if i in going else None for i in live]
-            reading = {i for i, known in zip(live, self.forward.known(paths), strict=True) if known}
-            waiting = waiting and bool(reading)
-            if not waiting:
-                reading = going
-                if len(going) <= CROWD * len(live):
-                    keep = [at for at, i in enumerate(live) if i in going]
-                    kept = torch.tensor(keep, device=device)
-                    cache, mask_BS = self.forward.select(cache, kept), mask_BS[kept]
-                    live, paths = [live[at] for at in keep], [paths[at] for at in keep]
+            if len(going) <= CROWD * len(live):
+                keep = [at for at, i in enumerate(live) if i in going]
+                kept = torch.tensor(keep, device=device)
+                cache, mask_BS = self.forward.select(cache, kept), mask_BS[kept]
+                live = [live[at] for at in keep]
             active = [rows[i] for i in live]
-            pending = [rows[i].pending if i in reading else [] for i in live]
-            new = left_padded(pending, device, [r.read for r in active])
+            ended = [i not in going for i in live]  # they read something that nobody looks at
+            new = left_padded([r.pending for r in active], device, [r.read for r in active])
             mask_BS = torch.cat([mask_BS, new.mask_BT], 1)
-            begun = all(rows[i].new for i in reading)
+            begun = all(row.new for row in active)
             found, cache = self.forward(
                 new,
-                keep=[int(i in reading) for i in live],
+                keep=[1] * len(live),
                 best=begun,
                 mask_BS=mask_BS,
                 cache=cache,
                 grow=True,
-                paths=[path if i in reading else None for i, path in zip(live, paths, strict=True)],
+                paths=[None if e else row.path for e, row in zip(ended, active, strict=True)],
             )
-            said = [i for i in live if i in reading]
-            first = [] if begun else [at for at, i in enumerate(said) if not rows[i].new]
+            first = [] if begun else [at for at, row in enumerate(active) if not row.new]
             best = found.tolist() if begun else self._best(found, first)
-            for i, token in zip(said, best, strict=True):
-                rows[i].add(token)
+            for end, row, token in zip(ended, active, best, strict=True):
+                if not end:
+                    row.add(token)
 
     def _unfinished(self, rows: list[_Generation], candidates: set[int], *, look: bool) -> set[int]:
         going, due = set(), []

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tensorllm.data.example import Example
 from tensorllm.data.tokens import check_ids
 from tensorllm.errors import UserError
-from tensorllm.evaluation.batching import fill, halving
+from tensorllm.evaluation.batching import fill, finite, halving
 from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
 from tensorllm.evaluation.forward import Forward, ModelForward
@@ -49,15 +49,18 @@ CPU = BatchTokens(read=1536, generate=4096)
 ACCELERATOR = BatchTokens(read=65536, generate=65536)
 
 
-class Scores(Interface):
+R = TypeVar("R", covariant=True)
+
+
+class Scores(Interface[R]):
     """What scores batches."""
 
-    def score(self, batch: Any) -> list[Prediction]:
-        """Predictions of one batch, in the batch's order."""
+    def score(self, batch: Any) -> R:
+        """What comes out of one batch: predictions in the batch's order."""
         ...
 
 
-class Scorer(Scores, Interface):
+class Scorer(Scores[list[Prediction]], Interface):
     """What scores with one kind of model."""
 
     def plan(self, examples: Sequence[Example]) -> list[Any]:
@@ -161,6 +164,16 @@ class CausalModelScorer:
 
         return halving(part, batch.items)
 
+    def side_by_side(self, batch: CausalBatch, lanes: Sequence[int]) -> dict[int, list[Prediction]]:
+        """Predictions under each of the edits that the scorer's forward runs side by side.
+
+        Raises:
+            RuntimeError: among others, out of memory: fewer at once may fit.
+            UserError: the numbers of one of them overflow.
+        """
+        rows = self.scorer.side_by_side(batch, lanes)
+        return {lane: finite(of_lane) for lane, of_lane in rows.items()}
+
 
 class MaskedModelScorer:
     """Plans and scores for a masked model."""
@@ -229,10 +242,8 @@ def workers_for(model: PreTrainedModel, device: torch.device | None = None) -> i
     return torch.get_num_threads() if model.num_parameters() <= SMALL else 1
 
 
-def score_all(
-    scorer: Scores, batches: Sequence[Any], workers: int
-) -> Generator[list[Prediction], None, None]:
-    """The predictions of each batch, in order; closed early, it drops the batches not yet begun."""
+def score_all(scorer: Scores[T], batches: Sequence[Any], workers: int) -> Generator[T, None, None]:
+    """What comes out of each batch, in order; closed early, it drops the batches not yet begun."""
     if workers == 1 or len(batches) < 2:
         yield from map(scorer.score, batches)
         return

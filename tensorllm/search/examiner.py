@@ -1,8 +1,9 @@
 """Examining one point: its weights written, validation questions asked, weights restored."""
 
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import cached_property
 from itertools import count, islice, zip_longest
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,16 +15,29 @@ from tensorllm.compressors import Job
 from tensorllm.errors import UserError
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import Protocol
-from tensorllm.evaluation.scorer import is_masked, make_scorer, score_all, workers_for
+from tensorllm.evaluation.scorer import (
+    CausalModelScorer,
+    is_masked,
+    make_scorer,
+    score_all,
+    workers_for,
+)
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import NO_CACHE, CacheBudget
 from tensorllm.search.decompositions import Decompositions, ModelEdit, applied, edit_of_fit
+from tensorllm.search.forwards import PrefixForward, PrefixMaskedForward
+from tensorllm.search.lanes import changed_by, rowwise
 from tensorllm.search.parts import Asked, ByPart, Part
-from tensorllm.search.prefix import Prefix, PrefixForward, PrefixMaskedForward
+from tensorllm.search.prefix import Edited, Prefix
 from tensorllm.search.space import Point
 from tensorllm.search.stopping import Race, Rival
 from tensorllm.search.trial import Sizes, TrialResult, result_of, together
 from tensorllm.tensors.stacking import FEED_FORWARD, family
+
+# Trials that are examined at once, at most, and tokens of one batch of all of them: their caches
+# stand in memory together.
+LANES = 16
+LANE_TOKENS = 2**14
 
 
 class Infeasible(Exception):
@@ -90,6 +104,7 @@ class Examiner:
                     batch_tokens=batch_tokens,
                     forward=self.forward,
                 ),
+                max_new_tokens,
                 protocol,
                 keys,
                 seed,
@@ -123,23 +138,64 @@ class Examiner:
         Raises:
             Infeasible: the relative error is beyond `max_error`, or the ratio less than asked.
         """
+        (found,) = self.together(
+            [point], [rivals], level=level, max_error=max_error, min_ratio=min_ratio
+        )
+        if isinstance(found, Infeasible):
+            raise found
+        return found
+
+    def together(
+        self,
+        points: Sequence[Point | None],
+        rivals: Sequence[Sequence[Rival]],
+        *,
+        level: float = 0.0,
+        max_error: float | None = None,
+        min_ratio: float = 0.0,
+    ) -> list[TrialResult | Infeasible]:
+        """Examine several points at once, at most `side_by_side`: the same results, in less time.
+
+        Args:
+            rivals: of each point; the rest as for one.
+        """
         started = time.perf_counter()
-        edit = self.edit(point)
-        error = max((site.relative_error for site in edit.sites), default=0.0)
-        if max_error is not None and error > max_error:
-            raise Infeasible(f"relative error {error:.3f}, more than allowed")
-        before, after = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
-        ratio = before / after if after else 1.0
-        if ratio < min_ratio:
-            raise Infeasible(too_large(ratio, min_ratio))
-        rows, stopped = self._rows(edit, rivals, level)
-        seconds = time.perf_counter() - started
-        sizes = Sizes(ratio, before - after, error)
-        return together([result_of(each, stopped, sizes, seconds) for each in rows])
+        edits = [self.edit(point) for point in points]
+        refused = [refusal(edit, max_error, min_ratio) for edit in edits]
+        tried = [n for n, reason in enumerate(refused) if reason is None]
+        rows = self._rows([edits[n] for n in tried], [rivals[n] for n in tried], level)
+        seconds = (time.perf_counter() - started) / max(1, len(tried))
+        found = dict(zip(tried, rows, strict=True))
+        out: list[TrialResult | Infeasible] = []
+        for n, (edit, reason) in enumerate(zip(edits, refused, strict=True)):
+            if reason is not None:
+                out.append(Infeasible(reason))
+                continue
+            of_parts, stopped = found[n]
+            out.append(
+                together([result_of(rows, stopped, sizes(edit), seconds) for rows in of_parts])
+            )
+        return out
+
+    @cached_property
+    def side_by_side(self) -> int:
+        """How many points are best examined at once: more than one where answers are generated,
+        token by token, and a step is too small a piece of work for one of them.
+        """
+        asked = all(isinstance(part.scorer, CausalModelScorer) for part in self.parts)
+        generated = [
+            len(batch.items) * (max(item.length for item in batch.items) + part.max_new_tokens)
+            for part, stage in self.stages
+            for batch in stage
+            if asked and not batch.items[0].example.choices and not batch.items[0].example.tokens
+        ]
+        if not generated or self.calibration is not None:
+            return 1
+        return max(1, min(LANES, LANE_TOKENS // max(generated)))
 
     def predictions(self, edit: ModelEdit) -> list[Prediction]:
         """Every example's with an edit, dataset after dataset, in its order."""
-        rows, _ = self._rows(edit, (), 0.0)
+        ((rows, _),) = self._rows([edit], [()], 0.0)
         return [row for of_part in rows for row in sorted(of_part, key=lambda row: row.index)]
 
     def edit(self, point: Point | None) -> ModelEdit:
@@ -161,36 +217,68 @@ class Examiner:
         return self._fitted[point.key]
 
     def _rows(
-        self, edit: ModelEdit, rivals: Sequence[Rival], level: float
-    ) -> tuple[list[list[Prediction]], bool]:
-        """Per dataset its rows in the order of examination, and whether the trial was pruned.
+        self, edits: Sequence[ModelEdit], rivals: Sequence[Sequence[Rival]], level: float
+    ) -> list[tuple[list[list[Prediction]], bool]]:
+        """Of each edit per dataset its rows in the order of examination, and whether it was pruned.
 
         Stage after stage of one dataset and the other: a trial that has lost on any is pruned.
         """
-        matrices = {matrix for site in edit.sites for matrix in site.site.matrices}
-        lowest = min((layer for layer, _ in matrices), default=None)
-        ffn = any(layer == lowest and family(role) in FEED_FORWARD for layer, role in matrices)
-        ffn |= bool(edit.parameters)
-        races = self._races(rivals, level)
-        rows: dict[Part, list[Prediction]] = {part: [] for part in self.parts}
+        if not edits:
+            return []
+        if not self._can_be_side_by_side(edits):
+            pairs = zip(edits, rivals, strict=True)
+            return [found for e, r in pairs for found in self._rows([e], [r], level)]
+        races = [self._races(of_edit, level) for of_edit in rivals]
+        rows: list[dict[Part, list[Prediction]]] = [{p: [] for p in self.parts} for _ in edits]
+        stopped = [False] * len(edits)
+        going = dict.fromkeys(range(len(edits)))
         batches = [(part, batch) for part, stage in self.stages for batch in stage]
         left = len(self.stages)
         with (
-            applied(edit, self.roles, self.weights),
-            self.prefix.editing(lowest, ffn=ffn),
-            closing(score_all(ByPart(), batches, self.workers)) as scored,
+            self._applied(edits),
+            self.prefix.editing(*map(self._edited, edits)),
+            closing(score_all(ByPart(going), batches, self.workers)) as scored,
         ):
             for part, stage in self.stages:
-                new = [row for of_batch in islice(scored, len(stage)) for row in of_batch]
-                new = part.in_order(new)
-                rows[part] += new
+                of_batches = list(islice(scored, len(stage)))
                 left -= 1
-                lost = part in races and races[part].lost(
-                    [row.correct for row in new], [row.loss for row in new]
-                )
-                if lost and left:
-                    return list(rows.values()), True
-        return list(rows.values()), False
+                for lane in list(going):
+                    new = part.in_order([row for batch in of_batches for row in batch[lane]])
+                    rows[lane][part] += new
+                    lost = part in races[lane] and races[lane][part].lost(
+                        [row.correct for row in new], [row.loss for row in new]
+                    )
+                    if lost and left:
+                        stopped[lane] = True
+                        del going[lane]
+                if not going:
+                    break
+        return [(list(r.values()), pruned) for r, pruned in zip(rows, stopped, strict=True)]
+
+    def _can_be_side_by_side(self, edits: Sequence[ModelEdit]) -> bool:
+        if len(edits) < 2:
+            return True
+        return self.side_by_side > 1 and all(
+            rowwise(changed_by(edit, self.roles, self.weights), self.model) for edit in edits
+        )
+
+    @contextmanager
+    def _applied(self, edits: Sequence[ModelEdit]) -> Iterator[None]:
+        """One edit in the model's weights, several beside them."""
+        if len(edits) == 1:
+            with applied(edits[0], self.roles, self.weights):
+                yield
+            return
+        assert isinstance(self.forward, PrefixForward), "masked models run one edit at a time"
+        changed = [changed_by(edit, self.roles, self.weights) for edit in edits]
+        with self.forward.weights.installed(changed):
+            yield
+
+    def _edited(self, edit: ModelEdit) -> Edited:
+        matrices = {matrix for site in edit.sites for matrix in site.site.matrices}
+        lowest = min((layer for layer, _ in matrices), default=None)
+        ffn = any(layer == lowest and family(role) in FEED_FORWARD for layer, role in matrices)
+        return Edited(lowest, ffn or bool(edit.parameters))
 
     def _races(self, rivals: Sequence[Rival], level: float) -> dict[Part, Race]:
         """Each test has its share of the level, so that together they keep it."""
@@ -201,6 +289,21 @@ class Examiner:
             part: Race(rival, len(part.order), share if part.sequential else 0.0)
             for part, rival in zip(self.parts, rivals, strict=True)
         }
+
+
+def sizes(edit: ModelEdit) -> Sizes:
+    """What an edit does to the matrices."""
+    before, after = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
+    error = max((site.relative_error for site in edit.sites), default=0.0)
+    return Sizes(before / after if after else 1.0, before - after, error)
+
+
+def refusal(edit: ModelEdit, max_error: float | None, min_ratio: float) -> str | None:
+    """Why an edit is not tried; None: it is."""
+    found = sizes(edit)
+    if max_error is not None and found.relative_error > max_error:
+        return f"relative error {found.relative_error:.3f}, more than allowed"
+    return too_large(found.ratio, min_ratio) if found.ratio < min_ratio else None
 
 
 def too_large(ratio: float, least: float) -> str:

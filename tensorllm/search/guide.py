@@ -22,8 +22,8 @@ from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.forward import left_padded
 from tensorllm.search.decompositions import SiteEdit
 from tensorllm.search.examiner import Examiner
+from tensorllm.search.forwards import PrefixForward
 from tensorllm.search.parts import Part
-from tensorllm.search.prefix import PrefixForward
 from tensorllm.search.selection import finished
 from tensorllm.search.space import Matrices, Point
 from tensorllm.search.trial import TrialResult

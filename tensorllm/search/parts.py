@@ -1,7 +1,7 @@
 """One dataset of a search as trials ask it: its examples in random order, in stages of batches."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from tensorllm.data.example import Example
 from tensorllm.evaluation.causal import CausalBatch
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import Protocol
-from tensorllm.evaluation.scorer import Scorer
+from tensorllm.evaluation.scorer import CausalModelScorer, Scorer
 
 # After each of these shares of the validation set a losing trial may be pruned. More of them
 # would make batches small, which costs more than it saves.
@@ -30,6 +30,7 @@ class Part:
     Args:
         examples: in the order of the dataset.
         scorer: of these.
+        max_new_tokens: how long a generated answer may be.
         keys: numbers of batches, under which activations are kept: no two batches of a search have
             the same.
         seed: of the order of examination.
@@ -39,11 +40,13 @@ class Part:
         self,
         examples: Sequence[Example],
         scorer: Scorer,
+        max_new_tokens: int,
         protocol: Protocol,
         keys: Iterator[int],
         seed: int,
     ) -> None:
         self.scorer = scorer
+        self.max_new_tokens = max_new_tokens
         self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))
         self.sequential = protocol.unmasked_padding <= 1  # groups are no sample of examples
         self._place = {example.index: n for n, example in enumerate(self.order)}
@@ -59,12 +62,28 @@ class Part:
         return sorted(rows, key=lambda row: self._place[row.index])
 
 
-class ByPart:
-    """Scores a batch by the scorer of its dataset."""
+Lanes = list[list[Prediction]]  # rows by lane; none of those that have ended
 
-    def score(self, batch: tuple[Part, Any]) -> list[Prediction]:
+
+class ByPart:
+    """Scores a batch by the scorer of its dataset, for all edits that are still of interest.
+
+    Args:
+        lanes: their numbers; trials that have lost are taken out meanwhile.
+    """
+
+    def __init__(self, lanes: Mapping[int, Any]) -> None:
+        self.lanes = lanes
+        self.count = len(lanes)
+
+    def score(self, batch: tuple[Part, Any]) -> Lanes:
         part, own = batch
-        return part.scorer.score(own)
+        if self.count == 1:
+            return [part.scorer.score(own)]
+        assert isinstance(part.scorer, CausalModelScorer), "others run one at a time"
+        lanes = sorted(self.lanes)
+        found = part.scorer.side_by_side(own, lanes) if lanes else {}
+        return [found.get(lane, []) for lane in range(self.count)]
 
 
 def _numbered(batch: Any, keys: Iterator[int]) -> Any:

@@ -2,9 +2,9 @@
 
 What enters the lowest edited layer, and the keys and values below it, depend on unedited weights
 only; so does its FFN where attention and FFN read the same (GPT-J's parallel block). They are kept
-by batch, and for generated tokens by all that was read before them (`Paths`). Everything else
-(embedding, masks, rotary angles, the layers above) runs as the model's own code says, so that no
-architecture needs code of its own.
+by batch, and for generated tokens by all that was read before them (`Paths`). Several edits may be
+run side by side (`lanes`). Everything else (embedding, masks, rotary angles, the layers above) runs
+as the model's own code says, so that no architecture needs code of its own.
 
 Shapes: B rows, T tokens, S cached and new tokens, D model width, V vocabulary.
 """
@@ -15,17 +15,15 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorllm.evaluation.forward import ModelForward, Padded, Path
-from tensorllm.evaluation.masked import MaskedForward
 from tensorllm.models import RoleMatrices, Stored
 from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, Remembered
-from tensorllm.search.paths import Paths, Shortened
+from tensorllm.search.paths import Paths
 from tensorllm.tensors.stacking import FFN
 
 T = TypeVar("T")
@@ -48,12 +46,13 @@ def _ffn_module(layer: nn.Module, stored: Sequence[Stored]) -> nn.Module | None:
 
 
 @dataclass(slots=True)
-class _Pass:
+class Pass:
     """One pass through the model: what it need not compute, and what it notes.
 
     Attributes:
         skip: layers below are left out; `kept` holds what they would give.
         kept: of layer `skip`.
+        stop: layers from this one on are left out, too, and nobody looks at what comes out.
         noted: layers of which nothing is kept yet, with what came in; those asked for, until they
             have run, are None.
         ffns: what their FFNs were given and made.
@@ -62,8 +61,21 @@ class _Pass:
     skip: int
     kept: LayerInput | None
     noted: dict[int, Tensor | None]
+    stop: int | None = None
     tupled: bool = False
     ffns: dict[int, Remembered] = field(default_factory=dict)
+
+
+class Edited(NamedTuple):
+    """What of a model an edit leaves as it is.
+
+    Attributes:
+        lowest: layers below this one; None: all of them.
+        ffn: False: the FFN of this one, too.
+    """
+
+    lowest: int | None
+    ffn: bool
 
 
 class Prefix:
@@ -91,39 +103,65 @@ class Prefix:
         self.device = model.device
         self.candidates = frozenset(candidates) - {0}
         self.paths = Paths(self.store, self.candidates)
-        self.lowest = 0
+        self.edits: Sequence[Edited] = (Edited(0, True),)
         self.skipped = self.computed = 0  # layers
         self._parallel = True  # until an FFN is seen to read what an edit has changed
-        self._ffn_edited = False
         self._now = threading.local()  # batches may run side by side
 
     @contextmanager
-    def editing(self, lowest: int | None, *, ffn: bool) -> Iterator[None]:
-        """In here, layers below `lowest` are unedited, and its own FFN too unless `ffn`.
-
-        Args:
-            lowest: the lowest edited layer; None: no layer is edited.
-        """
-        self.lowest = len(self.layers) if lowest is None else lowest
-        self._ffn_edited = ffn
+    def editing(self, *edits: Edited) -> Iterator[None]:
+        """In here a pass is one of a model with one of these edits: the first, or that of `at`."""
+        self.edits = edits
         with ExitStack() as stack:
-            if self.active:
-                for i, layer in enumerate(self.layers[: self.lowest + 1]):
+            if any(self.active_at(number) for number in range(len(edits))):
+                for i, layer in enumerate(self.layers):
                     stack.enter_context(patched(layer, self._layer(i, layer.forward)))
                     whole = self.ffns[i]
-                    if whole is not None and self._remembers_ffn(i):
+                    if whole is not None and self._wants_ffn(i):
                         stack.enter_context(patched(whole, self._ffn(i, whole.forward)))
             yield
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """In here, and in this thread, passes are of the model with this edit."""
+        self._now.edit = number
+        try:
+            yield
+        finally:
+            self._now.edit = 0
+
+    @property
+    def _number(self) -> int:
+        return getattr(self._now, "edit", 0)
+
+    @property
+    def lowest(self) -> int:
+        """The lowest edited layer; as many as there are: none is edited."""
+        return self.lowest_at(self._number)
+
+    def lowest_at(self, number: int) -> int:
+        """The same for one of the edits."""
+        lowest = self.edits[number].lowest
+        return len(self.layers) if lowest is None else lowest
 
     @property
     def active(self) -> bool:
         """Whether there is anything to skip, and room to keep it."""
-        return bool(self.plain and self.lowest and self.store.budget.bytes)
+        return self.active_at(self._number)
+
+    def active_at(self, number: int) -> bool:
+        """The same for one of the edits."""
+        return bool(self.plain and self.lowest_at(number) and self.store.budget.bytes)
+
+    def _wants_ffn(self, layer: int) -> bool:
+        """Whether the FFN of a layer makes what it always makes under any of the edits."""
+        return layer in self.candidates or any(e.lowest == layer and not e.ffn for e in self.edits)
 
     def _remembers_ffn(self, layer: int) -> bool:
         """Whether the FFN of a layer makes what it always makes."""
         wanted = layer == self.lowest or layer in self.candidates
-        return self._parallel and wanted and not (layer == self.lowest and self._ffn_edited)
+        edited = layer == self.lowest and self.edits[self._number].ffn
+        return self._parallel and wanted and not edited
 
     @property
     def skip(self) -> int:
@@ -139,59 +177,23 @@ class Prefix:
             self.computed += len(self.layers)
             return forward()
         at, kept = self.store.nearest(key, self.lowest, grow)
-        call = _Pass(at, kept and kept.on(self.device), self._unknown(at, kept))
-        wanted, cache = self._run(call, forward)
+        call = Pass(at, kept and kept.on(self.device), self._unknown(at, kept))
+        wanted, cache = self.passed(call, forward)
         if grow and call.kept is not None:
             cache.layers[:at] = [copy.copy(layer) for layer in call.kept.below]
         self._admit(key, call, cache if grow else None)
         return wanted, cache
 
-    def _run(self, call: _Pass, forward: Callable[[], tuple[T, Any]]) -> tuple[T, Any]:
+    def passed(self, call: Pass, forward: Callable[[], tuple[T, Any]]) -> tuple[T, Any]:
+        """A pass that leaves layers out and notes what enters others, as `call` says."""
         self._now.call = call
         try:
             return forward()
         finally:
             self._now.call = None
-            self.skipped += call.skip
-            self.computed += len(self.layers) - call.skip
-
-    def known(self, paths: Sequence[Path | None]) -> list[bool]:
-        """Of which tokens it is known what enters the lowest edited layer."""
-        if not self.active:
-            return [False] * len(paths)
-        return [place is not None for place in self.paths.places(paths, self.lowest)]
-
-    def read(
-        self,
-        batch: Padded,
-        paths: Sequence[Path | None],
-        cache: Any,
-        forward: Callable[[Any], tuple[T, Any]],
-    ) -> tuple[T, Any]:
-        """A pass whose cache grows: above the lowest edited layer only, where all tokens are known.
-
-        Args:
-            paths: of the rows that have one new token.
-            forward: makes the pass with the cache that it is given.
-        """
-        places = self.paths.places(paths, self.lowest)
-        rows = zip(places, batch.mask_BT.any(1).tolist(), strict=True)
-        if all(place is not None for place, reads in rows if reads):
-            short = self.paths.shortened(cache, self.lowest)
-            # Rows without a token read some other one's, which nobody sees.
-            places_B = torch.tensor([place or 0 for place in places], device=self.device)
-            kept = LayerInput(self.paths.hidden(self.lowest, places_B), self.paths.tupled)
-            wanted, grown = self._run(_Pass(self.lowest, kept, {}), lambda: forward(short.cache))
-            return wanted, self.paths.read(short._replace(cache=grown), places_B)
-        layers = [layer for layer in self.candidates if layer <= self.lowest]
-        call = _Pass(0, None, dict.fromkeys(layers))
-        wanted, cache = self._run(call, lambda: forward(self.paths.whole(cache)))
-        hidden = {layer: noted for layer, noted in call.noted.items() if noted is not None}
-        if hidden and len(cache.layers) == len(self.layers):  # each with keys of its own
-            self.paths.tupled = call.tupled
-            depth = max(hidden)
-            self.paths.admit(paths, depth, hidden, cache.layers[:depth])
-        return wanted, cache
+            ran = (len(self.layers) if call.stop is None else call.stop) - call.skip
+            self.skipped += len(self.layers) - ran
+            self.computed += ran
 
     def _unknown(self, at: int, kept: LayerInput | None) -> dict[int, Tensor | None]:
         """Layers whose input this pass computes and nobody keeps, though it may be of use."""
@@ -199,7 +201,7 @@ class Prefix:
         wanted = {layer for layer in wanted if at <= layer < len(self.layers)}
         return dict.fromkeys(wanted if kept is None else wanted - {at})
 
-    def _admit(self, key: Hashable, call: _Pass, cache: Any) -> None:
+    def _admit(self, key: Hashable, call: Pass, cache: Any) -> None:
         """Keep what was noted: of the lowest edited layer, and of others if there is room."""
         for layer in sorted(call.noted, key=lambda layer: (layer != self.lowest, -layer)):
             hidden_BTD = call.noted[layer]
@@ -212,13 +214,18 @@ class Prefix:
         """A layer that hands on what is kept while it is skipped, and is noted when it is asked."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            call: _Pass | None = getattr(self._now, "call", None)
+            call: Pass | None = getattr(self._now, "call", None)
             if call is not None and call.kept is not None and index < call.skip:
                 return (call.kept.hidden_BTD,) if call.kept.tupled else call.kept.hidden_BTD
+            if call is None:
+                return forward(*args, **kwargs)
+            entered_BTD = args[0] if args else kwargs["hidden_states"]
+            if index in call.noted:
+                call.noted[index] = entered_BTD
+            if call.stop is not None and index >= call.stop:
+                return (entered_BTD,) if call.tupled else entered_BTD
             output = forward(*args, **kwargs)
-            if call is not None and index in call.noted:
-                call.noted[index] = args[0] if args else kwargs["hidden_states"]
-                call.tupled = isinstance(output, tuple)
+            call.tupled = isinstance(output, tuple)
             return output
 
         return run
@@ -227,7 +234,7 @@ class Prefix:
         """A layer's FFN: not computed again for what it was given before."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            call: _Pass | None = getattr(self._now, "call", None)
+            call: Pass | None = getattr(self._now, "call", None)
             if call is None or len(args) != 1 or kwargs or not self._remembers_ffn(index):
                 return forward(*args, **kwargs)
             same = call.kept.ffn if call.kept is not None and index == call.skip else None
@@ -256,60 +263,6 @@ def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.forward = before
-
-
-class PrefixForward(ModelForward):
-    """A causal model that skips unedited layers."""
-
-    def __init__(self, model: PreTrainedModel, prefix: Prefix) -> None:
-        super().__init__(model)
-        self.prefix = prefix
-
-    def __call__(
-        self,
-        batch: Padded,
-        *,
-        grow: bool = False,
-        key: Hashable = None,
-        cache: Any = None,
-        paths: Sequence[Path | None] = (),
-        **how: Any,
-    ) -> tuple[Tensor, Any]:
-        def forward(given: Any = cache) -> tuple[Tensor, Any]:
-            return super(PrefixForward, self).__call__(batch, grow=grow, cache=given, **how)
-
-        if any(paths) and self.prefix.active:
-            return self.prefix.read(batch, paths, cache, forward)
-        if isinstance(cache, Shortened):
-            return forward(self.prefix.paths.whole(cache))
-        return self.prefix.run(key, forward, grow=grow)
-
-    def known(self, paths: Sequence[Path | None]) -> list[bool]:
-        return self.prefix.known(paths)
-
-    def select(self, cache: Any, rows: Tensor) -> Any:
-        """Of layers that are skipped only the length will be asked."""
-        if isinstance(cache, Shortened):
-            return cache.select(rows)
-        narrowed = copy.copy(cache)
-        narrowed.layers = [copy.copy(layer) for layer in cache.layers]
-        for layer in narrowed.layers[self.prefix.skip :]:
-            layer.batch_select_indices(rows)
-        return narrowed
-
-
-class PrefixMaskedForward(MaskedForward):
-    """A masked model that skips unedited layers."""
-
-    def __init__(self, model: PreTrainedModel, prefix: Prefix) -> None:
-        super().__init__(model)
-        self.prefix = prefix
-
-    def __call__(self, ids_BT: Tensor, seen_BT: Tensor, key: Hashable = None) -> Tensor:
-        def forward() -> tuple[Tensor, Any]:
-            return super(PrefixMaskedForward, self).__call__(ids_BT, seen_BT), None
-
-        return self.prefix.run(key, forward, grow=False)[0]
 
 
 def default_budget(device: torch.device) -> int:

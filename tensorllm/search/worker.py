@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import optuna
 from optuna.trial import TrialState
@@ -20,6 +21,7 @@ from tensorllm.search.storage import stable
 from tensorllm.search.trial import TrialResult
 
 Report = Callable[[TrialQueue], None]
+FAILURES = (Incomplete, RuntimeError, ArithmeticError, UserError)  # of a trial, not of the search
 
 
 def make_sampler(name: str, seed: int, workers: int = 1) -> optuna.samplers.BaseSampler:
@@ -93,37 +95,70 @@ class Worker:
 
     def run(self, report: Report | None = None) -> None:
         """Work until the queue is empty or time is up; `report` is called after each trial."""
-        while not self.late and (trial := self.queue.take()) is not None:
-            self.examine(trial)
+        while not self.late and (trials := self._taken()):
+            self.examine(trials)
             if report is not None:
                 report(self.queue)
+
+    def _taken(self) -> list[optuna.Trial]:
+        """The next trials: those of a grid as many as are best examined at once, but no more than
+        this worker's share of what is left; a sampler wants to know each one's result first.
+        """
+        share = -(-self.queue.waiting() // max(1, self.request.workers))
+        most = min(self.examiner.side_by_side, share) if self.grid else 1
+        taken = (self.queue.take() for _ in range(max(1, most)))
+        return [trial for trial in takewhile(lambda trial: trial is not None, taken) if trial]
 
     @property
     def late(self) -> bool:
         return self.deadline is not None and time.time() >= self.deadline
 
-    def examine(self, trial: optuna.Trial) -> None:
-        """One trial, to its end: whatever goes wrong with it is its result."""
-        values = suggest(trial, self.space, grid=self.grid)
-        if (reason := self._infeasible(values)) is not None:
-            self.queue.finish(trial, TrialState.PRUNED, reason=reason)
-            return
-        point = self.space.point(values)
+    def examine(self, trials: Sequence[optuna.Trial]) -> None:
+        """Trials at once, to their ends: whatever goes wrong with one is its result."""
+        points: list[tuple[optuna.Trial, Point]] = []
+        for trial in trials:
+            values = suggest(trial, self.space, grid=self.grid)
+            if (reason := self._infeasible(values)) is not None:
+                self.queue.finish(trial, TrialState.PRUNED, reason=reason)
+                continue
+            points.append((trial, self.space.point(values)))
+        if len(points) > 1:
+            try:
+                found = self._examined([point for _, point in points])
+            except FAILURES:  # one of them, or too many for the memory
+                pass
+            else:
+                for (trial, _), result in zip(points, found, strict=True):
+                    self._end(trial, result)
+                return
+        for trial, point in points:
+            self._examine_alone(trial, point)
+
+    def _examine_alone(self, trial: optuna.Trial, point: Point) -> None:
         try:
-            result = self._known(point) or self.examiner(
-                point,
-                [] if self.request.level is None else self._rivals(point),
-                level=self.request.level or 0.0,
-                max_error=self.request.max_error,
-                min_ratio=self.request.least_ratio,
-            )
-        except Infeasible as error:
-            self.queue.finish(trial, TrialState.PRUNED, reason=str(error))
+            known = self._known(point)
+            (result,) = self._examined([point]) if known is None else [known]
         except Incomplete as error:
             self.queue.finish(trial, TrialState.FAIL, reason=str(error))
-        except (RuntimeError, ArithmeticError, UserError) as error:
+        except FAILURES as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             self.queue.finish(trial, TrialState.FAIL, reason=reason)
+        else:
+            self._end(trial, result)
+
+    def _examined(self, points: Sequence[Point]) -> list[TrialResult | Infeasible]:
+        none = self.request.level is None
+        return self.examiner.together(
+            points,
+            [[] if none else self._rivals(point) for point in points],
+            level=self.request.level or 0.0,
+            max_error=self.request.max_error,
+            min_ratio=self.request.least_ratio,
+        )
+
+    def _end(self, trial: optuna.Trial, result: TrialResult | Infeasible) -> None:
+        if isinstance(result, Infeasible):
+            self.queue.finish(trial, TrialState.PRUNED, reason=str(result))
         else:
             self._finish(trial, result)
 
