@@ -159,9 +159,12 @@ def main() -> None:
     if args.part == "real" and args.model is None:
         options.error("--part real needs --model FOLDER")
     if args.part in ("real", "all") and args.model is not None:
-        rows = real_rows(args, fewer)
-        name = f"{args.model.name}, {torch.get_num_threads()} threads"
-        save("runtime", name, compared(rows), args, note=args.note, rows=rows)
+        rows: dict[int, list[dict[str, Any]]] = {batch: [] for batch in args.batches}
+        for row in real_rows(args, fewer):
+            found = rows[row["batch"]]
+            found.append(row)  # an end before the last costs only what comes after
+            name = f"{args.model.name}, batch {row['batch']}, {torch.get_num_threads()} threads"
+            save("runtime", name, compared(found), args, note=args.note, rows=found)
 
 
 if __name__ == "__main__":

@@ -172,13 +172,13 @@ class RoleLinear(nn.Module):
         self.index, self.role = index, role
         if index == 0:
             self.factors = site
+        self.writes = is_output_projection(role)
         self._site = (site,)  # in a tuple, so that only the owner registers it
 
     def forward(self, x: Tensor) -> Tensor:
-        site = self._site[0]
-        if is_output_projection(self.role):
-            return site.output_projection(x, self.index)
-        return site.input_projection(x, self.index)
+        (site,) = self._site
+        project = site.output_projection if self.writes else site.input_projection
+        return project(x, self.index)
 
 
 _MODULES: dict[tuple[type[Factors], str], type[SiteModule]] = {}
