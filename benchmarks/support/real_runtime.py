@@ -1,13 +1,14 @@
 """A real model, whole, dense and compressed, as it runs: used by `runtime.py --part real`.
 
-Speed depends on shapes alone, so `svd-llm`'s form is made by truncation without a text, and what
-`export --format narrow` writes, an FFN that is less wide, with random numbers.
+Speed depends on shapes alone, so `svd-llm`'s form and what `export --format narrow` writes, an FFN
+that is less wide, hold random numbers.
 """
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +16,17 @@ from typing import Any
 
 import torch
 from support.results import Comparison
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tensorllm as tl
 from tensorllm.checkpoint.loading import choices_of, load, predicted_of
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.compression.publish import peak_resident_bytes
-from tensorllm.compressors import PlainSVD
+from tensorllm.compressors import COMPRESSORS, PlainSVD
 from tensorllm.runtime.measure import interleaved, measure, medians, weight_bytes
 from tensorllm.runtime.products import vector_times
+from tensorllm.tensors.factors import LowRank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WANTED_OF_BYTES = 0.9  # of the ratio of bytes read per token, what decoding is to gain
@@ -43,10 +46,21 @@ def narrow(source: Path, target: Path, ratio: float) -> None:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(target)
 
 
+@COMPRESSORS.register("drawn")
+@dataclass(frozen=True, kw_only=True)
+class Drawn(PlainSVD):
+    """Random factors in the shapes of a truncated SVD, which would take minutes."""
+
+    def decompose(self, w: Tensor, statistics: Any = None) -> LowRank:
+        rank, (rows, columns) = self.rank_of(w.shape), w.shape
+        u_IR, v_RD = torch.randn(rows, rank), torch.randn(rank, columns)
+        return LowRank(u_IR / rank, v_RD / columns)
+
+
 def low_rank(source: Path, target: Path, ratio: float) -> None:
     """All matrices truncated at the same share, as the field's methods do."""
     model = AutoModelForCausalLM.from_pretrained(source)
-    tl.compress(model, PlainSVD(kept=1 / ratio))
+    tl.compress(model, Drawn(kept=1 / ratio))
     tl.save(model, target)
 
 

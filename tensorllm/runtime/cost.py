@@ -1,9 +1,9 @@
 """What running a site costs, dense and factored, predicted per token.
 
 One new token reads every weight once; a long prompt is bound by products; and starting an operation
-takes as long as reading many weights. The constants were set from times of SmolLM2-135M whole and layer by
-layer on one core of an AMD EPYC; `benchmarks/runtime.py --part cost` and `--part real` hold
-predictions against times.
+takes as long as reading many weights. The constants were set from times of SmolLM2-135M, whole and
+by its layers, on one core of an AMD EPYC; `benchmarks/runtime.py --part cost` and `--part real`
+hold predictions against times.
 Shapes: D model width, H heads, G key/value heads, K head width.
 """
 
