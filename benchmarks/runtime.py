@@ -23,6 +23,7 @@ from support.caches import caches
 from support.caches import compared as of_caches
 from support.cost_model import KINDS, costs, least_gain
 from support.real_runtime import DTYPES, MADE
+from support.real_runtime import compared as of_real
 from support.real_runtime import real as real_rows
 from support.results import Comparison, begin, parser, save
 from support.tltorch_model import (
@@ -172,7 +173,7 @@ def main() -> None:
             batch = row["batch"]
             rows[batch].append(row)  # an end before the last costs only what comes after
             name = f"{args.model.name}, batch {batch}, {torch.get_num_threads()} threads"
-            save("runtime", name, compared(rows[batch]), args, note=args.note, rows=rows[batch])
+            save("runtime", name, of_real(rows[batch]), args, note=args.note, rows=rows[batch])
 
 
 if __name__ == "__main__":
