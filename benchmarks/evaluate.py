@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from support.naive import naive
+from support.questions import FILES
 from support.results import Comparison, begin, parser, real, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, PreTrainedTokenizerFast
@@ -25,12 +26,6 @@ from tensorllm.data.bios_profession import CHOICES
 from tensorllm.evaluation.evaluate import make_dataset, score
 from tensorllm.evaluation.scorer import context_of
 
-FILES = {
-    "wikidata_qa": "qa_wikidata.jsonl",
-    "hotpotqa": "hotpot_dev.jsonl",
-    "fever": "fever_paper_dev.jsonl",
-    "bios_profession": "bias_in_bios_1200.jsonl",
-}
 WANTED = {"wikidata_qa": 12, "hotpotqa": 12, "fever": 4, "bios_profession": 4}
 SLICES = 4
 

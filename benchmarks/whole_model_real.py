@@ -5,8 +5,9 @@
 The model is a folder; the recorded one is SmolLM2-135M-Instruct, de-quantised from four bits. All
 matrices of attention and FFN are compressed, `kept` of their numbers stored. Calibrated on the
 first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other); scored, in
-nats per token, on blocks of its last 40 % and on stories. Each text that is calibrated on is a part
-of docs/results/whole_model_real.json, written after every method; what other commands measured with
+nats per token, on blocks of its last 40 % and on stories, and zero-shot on the first `--questions`
+test rows of each of the four datasets (0: none). Each text that is calibrated on is a part of
+docs/results/whole_model_real.json, written after every method; what other commands measured with
 the same model, sequences and seed stays there, each row with its commit and command.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.questions import accuracies
 from support.results import RESULTS, Comparison, begin, made, parser, real, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,15 +100,25 @@ class Bench:
         drawn = tuple(tuple(self.texts[i]) for i in order)
         return Calibration(drawn, source=self.args.calibrated, seed=self.args.seed)
 
-    def loss(self, model: Any) -> dict[str, float]:
+    def loss(self, model: Any) -> dict[str, Any]:
         return {
             name: next_token_loss(model, Calibration(tuple(map(tuple, some))).batches())
             for name, some in self.scored.items()
         }
 
+    def answers(self, model: Any) -> dict[str, Any]:
+        """The part `questions` of a row: accuracy and loss on each dataset."""
+        limit = self.args.questions
+        return (
+            {"questions": accuracies(model, self.tokenizer, self.args, limit) | {"rows": limit}}
+            if limit
+            else {}
+        )
+
     def add(self, name: str, kept: float | None, seconds: float, stored: int, model: Any) -> None:
         row = {"method": name, "kept": kept, "seconds": seconds, "parameters": stored}
-        row |= self.loss(model) | {k: made()[k] for k in ("commit", "command")}
+        row |= self.loss(model) | self.answers(model)
+        row |= {k: made()[k] for k in ("commit", "command")}
         self.losses[f"{name} at {kept}"] = row
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
@@ -131,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
     bench = Bench(args)
     text = bench.calibration()
     dense = bench.loss(bench.model)
+    dense |= bench.answers(bench.model)
     print({"dense": dense, "tokens": sum(map(len, text.sequences))}, flush=True)
     kept = KEPT[:1] if args.quick else args.kept
     for name in args.methods:
@@ -156,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
             save_all(bench, dense, args)
 
 
-def save_all(bench: Bench, dense: dict[str, float], args: argparse.Namespace) -> None:
+def save_all(bench: Bench, dense: dict[str, Any], args: argparse.Namespace) -> None:
     save(
         "whole_model_real",
         args.calibrated,
@@ -170,13 +183,13 @@ def save_all(bench: Bench, dense: dict[str, float], args: argparse.Namespace) ->
     )
 
 
-def closed(losses: dict[str, dict[str, Any]], dense: dict[str, float]) -> dict[str, Comparison]:
+def closed(losses: dict[str, dict[str, Any]], dense: dict[str, Any]) -> dict[str, Comparison]:
     """What ours closes of the gap between the best other method and the dense model."""
     out = {}
     for kept in dict.fromkeys(row["kept"] for row in losses.values()):
         own = [row for row in losses.values() if row["kept"] == kept and "ours" in row["method"]]
         others = [r for r in losses.values() if r["kept"] == kept and "ours" not in r["method"]]
-        for text in dense:
+        for text in (name for name in dense if name != "questions"):
             if own and others:
                 best, rest = (min(row[text] for row in rows) for rows in (own, others))
                 share = 100 * (rest - best) / (rest - dense[text])
@@ -192,11 +205,12 @@ def main() -> None:
     options.add_argument("--sequences", type=int, default=64, help="of 512 tokens")
     options.add_argument("--kept", type=float, nargs="+", default=KEPT)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--questions", type=int, default=200, help="rows of each dataset")
     options.add_argument("--methods", nargs="+", default=[*BASELINES, *OURS])
     args = options.parse_args()
     begin(args)
     if args.quick:
-        args.sequences, args.methods = 32, ["svd", "svd-llm", "ours"]
+        args.sequences, args.methods, args.questions = 32, ["svd", "svd-llm", "ours"], 4
     elif not args.model.is_dir():
         options.error(f"--model must be a folder, got {args.model}")
     run(args)

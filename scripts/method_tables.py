@@ -107,7 +107,7 @@ def mixtures(value: Lookup, part: str, sizes: str) -> str:
 def real_model(value: Lookup, part: str) -> str:
     """Losses of a real model at equal size on two texts, a row per method; best other and ours."""
     found = value(part)
-    texts = list(found["dense"])
+    texts = [name for name in found["dense"] if name != "questions"]
     sizes = sorted({row["kept"] for row in found["rows"]}, reverse=True)
     head = ("method", *(f"{text}, {size:g} kept" for text in texts for size in sizes))
     cells = {(row["method"], row["kept"]): row for row in found["rows"]}
@@ -116,6 +116,21 @@ def real_model(value: Lookup, part: str) -> str:
         here = [(cells.get((method, size)), text) for text in texts for size in sizes]
         rows.append((method, *("" if one is None else f"{one[text]:.3f}" for one, text in here)))
     return table(head, rows)
+
+
+def real_model_questions(value: Lookup, part: str) -> str:
+    """Accuracy (per cent) and loss (nats) of a real model on questions, a row per method and size;
+    only what was asked of."""
+    found = value(part)
+    rows = [{"method": "dense", "kept": 1.0, **found["dense"]}, *found["rows"]]
+    asked = [row for row in rows if "questions" in row]
+    datasets = [name for name in asked[0]["questions"] if name != "rows"]
+    out = []
+    for row in sorted(asked, key=lambda row: -row["kept"]):
+        scores = [row["questions"][name] for name in datasets]
+        cells = (f"{score['accuracy']:.1f} / {score['loss']:.2f}" for score in scores)
+        out.append((f"{row['method']}, {row['kept']:g} kept", *cells))
+    return table(("method", *datasets), out)
 
 
 def tucker_front(value: Lookup, part: str) -> str:
