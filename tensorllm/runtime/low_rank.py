@@ -108,10 +108,11 @@ class PivotedSite(SiteModule):
         By the dictionaries of `nn.Module`: with weights to be read in between, its own look-ups
         take a token that is decoded as long as its products do.
         """
-        basis, mix = self._modules["basis"], self._modules["mix"]
+        held: Any = self._modules
+        basis, mix = held["basis"], held["mix"]
         if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
             return None
-        return basis._parameters["weight"], mix._parameters["weight"]  # type: ignore[return-value]
+        return basis._parameters["weight"], mix._parameters["weight"]
 
     def is_adapted(self) -> bool:
         """Whether one of the linears is another module by now, such as one with LoRA beside it."""
