@@ -109,7 +109,8 @@ class PivotedSite(SiteModule):
         take a token that is decoded as long as its products do.
         """
         held: Any = self._modules
-        basis, mix = held["basis"], held["mix"]
+        basis: Any = held["basis"]
+        mix: Any = held["mix"]
         if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
             return None
         return basis._parameters["weight"], mix._parameters["weight"]
