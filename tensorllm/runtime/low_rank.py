@@ -109,11 +109,10 @@ class PivotedSite(SiteModule):
         take a token that is decoded as long as its products do.
         """
         held: Any = self._modules
-        basis: Any = held["basis"]
-        mix: Any = held["mix"]
-        if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
+        kinds = type(held["basis"]), type(held["mix"])
+        if kinds not in ((TurnedLinear, TurnedLinear), (TurnedLinear, nn.ParameterDict)):
             return None
-        return basis._parameters["weight"], mix._parameters["weight"]
+        return held["basis"]._parameters["weight"], held["mix"]._parameters["weight"]
 
     def is_adapted(self) -> bool:
         """Whether one of the linears is another module by now, such as one with LoRA beside it."""
