@@ -116,9 +116,9 @@ class Bench:
         rows = tuple(tuple(row.tolist()) for row in self.training[: self.args.sequences])
         text = Calibration(rows, source=self.args.text, seed=0)
         model = copy.deepcopy(self.dense)
-        more = {"refit_epochs": 1} if self.args.quick else {}
+        refit = self.args.refit_epochs
         modes = {
-            "activation-hybrid": lambda: ActivationHybrid(target_ratio=RATIO, **more),
+            "activation-hybrid": lambda: ActivationHybrid(target_ratio=RATIO, refit_epochs=refit),
             "svd-llm": lambda: SVDLLM(kept=1 / RATIO),
         }
         started = time.process_time()
@@ -207,6 +207,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     options.add_argument("--sequences", type=int, default=128, help="to fit to")
     options.add_argument("--held-out", type=int, default=100, help="sequences that are scored")
+    options.add_argument("--refit-epochs", type=int, default=4, help="of activation-hybrid")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--factor-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     options.add_argument("--lora-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
@@ -216,6 +217,7 @@ def main() -> None:
         options.error("this needs peft: pip install 'tensorllm[peft]'")
     if args.quick:
         args.steps, args.batch, args.length, args.sequences, args.seeds = 8, 4, 32, 64, 1
+        args.refit_epochs = 1
         args.held_out, args.factor_rates, args.lora_rates = 16, [3e-3], [1e-2]
     else:
         args.model = args.model or real(args, "models/tinystories-656K")
@@ -226,7 +228,7 @@ def main() -> None:
     found = {way: measure(bench, way, rates[prepare]) for way, (_, prepare) in WAYS.items()}
     about = {
         name: getattr(args, name)
-        for name in ("text", "steps", "batch", "sequences", "held_out", "seeds")
+        for name in ("text", "steps", "batch", "sequences", "refit_epochs", "held_out", "seeds")
     }
     dense = bench.losses(bench.dense, bench.held_out)
     save(

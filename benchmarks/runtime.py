@@ -4,6 +4,7 @@
     python benchmarks/runtime.py --part block    # one attention block of GPT-J's size
     python benchmarks/runtime.py --part whole    # a 12-layer model, end to end
     python benchmarks/runtime.py --part cost     # the cost model of --policy auto, held to times
+    python benchmarks/runtime.py --part cache    # --cache auto beside latents and wide values
     python benchmarks/runtime.py --part real --model smollm2/ --hybrid compressed/
                                                  # a real model: speed, memory, what was predicted
 
@@ -18,8 +19,11 @@ from typing import Any
 
 import torch
 from support.attention_block import WANTED, block, gptj
+from support.caches import caches
+from support.caches import compared as of_caches
 from support.cost_model import KINDS, costs, least_gain
 from support.real_runtime import DTYPES, MADE
+from support.real_runtime import compared as of_real
 from support.real_runtime import real as real_rows
 from support.results import Comparison, begin, parser, save
 from support.tltorch_model import (
@@ -38,6 +42,8 @@ from tensorllm.commands.bench import bench
 from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime import SiteModule
 from tensorllm.runtime.measure import measure
+
+PARTS = ("block", "whole", "cost", "cache", "real", "all")
 
 
 def whole(repeats: int, quick: bool) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def print_cost(row: dict[str, Any]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--part", choices=("block", "whole", "cost", "real", "all"), default="all")
+    options.add_argument("--part", choices=PARTS, default="all")
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--note", default="", help="kept with the figures: how busy it was")
     more = options.add_argument_group("--part real")
@@ -156,12 +162,18 @@ def main() -> None:
         print(f"the least gain of what auto runs factored: {least}")
         about = {"note": args.note, "margin": SiteModule.margin, "least_gain_of_auto": least}
         save("runtime", "cost model", {}, args, **about, rows=rows)
+    if args.part in ("cache", "all"):
+        found = caches(fewer, args.quick)
+        save("runtime", "cache", of_caches(found), args, note=args.note, rows=found)
     if args.part == "real" and args.model is None:
         options.error("--part real needs --model FOLDER")
     if args.part in ("real", "all") and args.model is not None:
-        rows = real_rows(args, fewer)
-        name = f"{args.model.name}, {torch.get_num_threads()} threads"
-        save("runtime", name, compared(rows), args, note=args.note, rows=rows)
+        rows: dict[int, list[dict[str, Any]]] = {batch: [] for batch in args.batches}
+        for row in real_rows(args, fewer):
+            batch = row["batch"]
+            rows[batch].append(row)  # an end before the last costs only what comes after
+            name = f"{args.model.name}, batch {batch}, {torch.get_num_threads()} threads"
+            save("runtime", name, of_real(rows[batch]), args, note=args.note, rows=rows[batch])
 
 
 if __name__ == "__main__":

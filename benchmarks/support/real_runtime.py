@@ -1,28 +1,32 @@
 """A real model, whole, dense and compressed, as it runs: used by `runtime.py --part real`.
 
-Speed depends on shapes alone, so `svd-llm`'s form is made by truncation without a text, and what
-`export --format narrow` writes, an FFN that is less wide, with random numbers.
+Speed depends on shapes alone, so `svd-llm`'s form and what `export --format narrow` writes, an FFN
+that is less wide, hold random numbers.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from support.results import Comparison
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tensorllm as tl
 from tensorllm.checkpoint.loading import choices_of, load, predicted_of
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.compression.publish import peak_resident_bytes
-from tensorllm.compressors import PlainSVD
+from tensorllm.compressors import COMPRESSORS, PlainSVD
 from tensorllm.runtime.measure import interleaved, measure, medians, weight_bytes
 from tensorllm.runtime.products import vector_times
+from tensorllm.tensors.factors import LowRank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WANTED_OF_BYTES = 0.9  # of the ratio of bytes read per token, what decoding is to gain
@@ -42,10 +46,21 @@ def narrow(source: Path, target: Path, ratio: float) -> None:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(target)
 
 
+@COMPRESSORS.register("drawn")
+@dataclass(frozen=True, kw_only=True)
+class Drawn(PlainSVD):
+    """Random factors in the shapes of a truncated SVD, which would take minutes."""
+
+    def decompose(self, w: Tensor, statistics: Any = None) -> LowRank:
+        rank, (rows, columns) = self.rank_of(w.shape), w.shape
+        u_IR, v_RD = torch.randn(rows, rank), torch.randn(rank, columns)
+        return LowRank(u_IR / rank, v_RD / columns)
+
+
 def low_rank(source: Path, target: Path, ratio: float) -> None:
     """All matrices truncated at the same share, as the field's methods do."""
     model = AutoModelForCausalLM.from_pretrained(source)
-    tl.compress(model, PlainSVD(kept=1 / ratio))
+    tl.compress(model, Drawn(kept=1 / ratio))
     tl.save(model, target)
 
 
@@ -90,26 +105,35 @@ def folders(args: Any, ratio: float, made: Path) -> dict[str, tuple[Path, str]]:
     return out
 
 
-def real(args: Any, repeats: int) -> list[dict[str, Any]]:
+def real(args: Any, repeats: int) -> Iterator[dict[str, Any]]:
     """Every ratio, dtype and batch size: all models in turns, and the memory of each by itself."""
-    rows = []
     with TemporaryDirectory() as made:
         for ratio in args.ratios:
             found = folders(args, ratio, Path(made))
             for dtype in args.dtypes:
                 models = {name: opened(*where, dtype) for name, where in found.items()}
-                peaks = {n: peak(*w, dtype, args) if args.peak else None for n, w in found.items()}
+                sizes = args.prompt, min(args.new, 8)
+                peaks = {
+                    n: peak(*w, dtype, *sizes) if args.peak else None for n, w in found.items()
+                }
                 speed = read_speed(dtype)
                 for batch in args.batches:
-                    prompt = args.prompt if batch == 1 else args.prompt // 8
+                    prompt, new = args.prompt, args.new
+                    if batch > 1:  # else it would take an hour
+                        prompt, new = prompt // 8, new // 4
                     where = {name: folder for name, (folder, _) in found.items()}
-                    row = one(models, where, prompt, args.new, repeats, batch)
-                    row |= {"ratio": ratio, "dtype": dtype, "batch": batch, "prompt": prompt}
+                    row = one(models, where, prompt, new, repeats, batch)
+                    row |= {
+                        "ratio": ratio,
+                        "dtype": dtype,
+                        "batch": batch,
+                        "prompt": prompt,
+                        "new": new,
+                    }
                     row |= {"peak_bytes": peaks, "read_bytes_per_second": speed}
-                    rows.append(row)
                     for name, times in row["times_dense"].items():
                         print(ratio, dtype, batch, name, json.dumps(times), flush=True)
-    return rows
+                    yield row
 
 
 def one(
@@ -180,9 +204,10 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, Comparison]:
     return out
 
 
-def peak(folder: Path, how: str, dtype: str, args: Any) -> int:
+@cache
+def peak(folder: Path, how: str, dtype: str, prompt: int, new: int) -> int:
     """Peak resident bytes of a process that opens one model and runs it once."""
-    given = [str(folder), how, dtype, str(args.prompt), str(min(args.new, 8))]
+    given = [str(folder.absolute()), how, dtype, str(prompt), str(new)]
     line = "from support import real_runtime as r; import sys; r.print_peak(*sys.argv[1:])"
     run = subprocess.run(
         [sys.executable, "-c", line, *given],

@@ -1,8 +1,9 @@
 """What running a site costs, dense and factored, predicted per token.
 
 One new token reads every weight once; a long prompt is bound by products; and starting an operation
-takes as long as reading many weights. The constants were set by hand from a few measurements on one
-CPU core; `benchmarks/runtime.py --part cost` and `--part real` hold predictions against times.
+takes as long as reading many weights. The constants were set from times of SmolLM2-135M, whole and
+by its layers, on one core of an AMD EPYC; `benchmarks/runtime.py --part cost` and `--part real`
+hold predictions against times.
 Shapes: D model width, H heads, G key/value heads, K head width.
 """
 
@@ -29,9 +30,9 @@ Cache = Literal["auto", "latent", "dense"]
 # decoded starts, products that take as long as a score, and how much longer all that takes in a
 # prompt, beside products, where those are of 16 bits.
 LAYER_OPERATIONS, FUSED_SCORE, BESIDE_NARROW = 80, 22, 2.2
-# Weights of 16 bits are read 1.4 times as fast as those of 32: an operation is worth more of them.
+# Weights of 16 bits are read 1.2 times as fast as those of 32: an operation is worth more of them.
 # And the attention that `runtime.one_query` replaces takes as long as so many operations.
-FASTER_NARROW, REPEATING_ATTENTION = 1.4, 50
+FASTER_NARROW, REPEATING_ATTENTION = 1.2, 65
 
 
 @dataclass(frozen=True, slots=True)

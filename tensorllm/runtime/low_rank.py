@@ -4,9 +4,9 @@ Shapes: I rows of all roles, D model width, R rank, X = I - R rows that are mixe
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
@@ -27,6 +27,8 @@ from tensorllm.tensors.factors import Factors, LowRank, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
+
+FEW = 32  # tokens up to which a product with the weights transposed is slower than one as they lie
 
 
 @runs(LowRank, "matrix")
@@ -83,7 +85,7 @@ class PivotedSite(SiteModule):
         if rank == rows:
             return Cost(int(STREAMED * stored), 2, stored)
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
-        return Cost(int(STREAMED * stored), 6, stored + min(rank**2, moves * MOVE * rows))
+        return Cost(int(STREAMED * stored), 5, stored + moves * MOVE * rows)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -100,13 +102,21 @@ class PivotedSite(SiteModule):
         """What is selected by, of the numbers of the rows in the order in which they are made."""
         raise NotImplementedError
 
+    def plain_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Of both linears; None: one is adapted, or made anew for each use (`runtime.narrow`).
+
+        By the dictionaries of `nn.Module`: with weights to be read in between, its own look-ups
+        take a token that is decoded as long as its products do.
+        """
+        held: Any = self._modules
+        kinds = type(held["basis"]), type(held["mix"])
+        if kinds not in ((TurnedLinear, TurnedLinear), (TurnedLinear, nn.ParameterDict)):
+            return None
+        return held["basis"]._parameters["weight"], held["mix"]._parameters["weight"]
+
     def is_adapted(self) -> bool:
         """Whether one of the linears is another module by now, such as one with LoRA beside it."""
         return not (isinstance(self.basis, TurnedLinear) and isinstance(self.mix, TurnedLinear))
-
-    def is_cheap_in_order(self, moves: int) -> bool:
-        """Whether R² more products per token take less time than moving its I numbers so often."""
-        return len(self.rows_R) ** 2 <= moves * MOVE * len(self.order_I)
 
 
 class PivotedInputs(PivotedSite):
@@ -143,21 +153,24 @@ class PivotedInputs(PivotedSite):
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
         """(..., I) of each role."""
+        if decodes(x) and (weights := self.plain_weights()) is not None:
+            y = self._of_token(x.reshape(-1), *weights).view(*x.shape[:-1], -1)
+            return (y,) if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
         if not self.mix.weight.numel():
             return self.basis(x).split(self.sizes, dim=-1)
         if self.is_adapted():
             z_NR = self.basis(x.flatten(0, -2))
             return self._in_order(torch.cat([z_NR.mT, self.mix(z_NR).mT]), x.shape[:-1])
         lead, basis_DR, mix_RX = x.shape[:-1], self.basis.weight, self.mix.weight
-        if decodes(x):
-            z_R = vector_times(x.reshape(-1), basis_DR)
-            y_I = torch.cat([z_R, vector_times(z_R, mix_RX)]).index_select(0, self.order_I)
-            y = y_I.view(*lead, -1)
-            return (y,) if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
-        if self.is_cheap_in_order(2 if self.in_attention else 1):
-            mixed_IR = in_order(mix_RX.mT, self.order_I)
-            return F.linear(x @ basis_DR, mixed_IR).split(self.sizes, dim=-1)
         return self._in_order(latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX), lead)
+
+    def _of_token(self, x_D: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
+        """(I,): the outputs of all roles."""
+        z_R = vector_times(x_D, basis_DR)
+        if not mix_RX.numel():
+            return z_R
+        order_I: Any = self._buffers["order_I"]
+        return torch.cat([z_R, vector_times(z_R, mix_RX)]).index_select(0, order_I)
 
     def _in_order(self, made_IN: Tensor, lead: torch.Size) -> Sequence[Tensor]:
         """(..., I) of each role, of the outputs in the order in which they are made.
@@ -185,6 +198,8 @@ class PivotedOutput(PivotedSite):
         return made_I
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
+        if decodes(x) and (weights := self.plain_weights()) is not None:
+            return self._of_token(x.reshape(-1), *weights).view(*x.shape[:-1], -1)
         if not self.mix.weight.numel():
             return self.basis(x)
         rank = len(self.rows_R)
@@ -193,16 +208,20 @@ class PivotedOutput(PivotedSite):
             z_NR = x_NI[:, :rank] + self.mix(x_NI[:, rank:])
             return self.basis(z_NR).view(*x.shape[:-1], -1)
         basis_RD, mix_XR = self.basis.weight, self.mix.weight
-        if decodes(x):
-            x_I = x.reshape(-1).index_select(0, self.order_I)
-            z_R = x_I[:rank] + vector_times(x_I[rank:], mix_XR)
-            return vector_times(z_R, basis_RD).view(*x.shape[:-1], -1)
-        if self.is_cheap_in_order(1 if x.mT.is_contiguous() else 2):
-            mixed_IR = in_order(mix_XR, self.order_I.argsort())
-            return x @ mixed_IR @ basis_RD
         x_IN = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I)
-        z_RN = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:])
-        return (z_RN.mT @ basis_RD).view(*x.shape[:-1], -1)
+        if is_few(x):
+            z_NR = x_IN[:rank].mT + x_IN[rank:].mT @ mix_XR
+        else:
+            z_NR = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:]).mT
+        return (z_NR @ basis_RD).view(*x.shape[:-1], -1)
+
+    def _of_token(self, x_I: Tensor, basis_RD: Tensor, mix_XR: Tensor) -> Tensor:
+        """(D,)."""
+        if mix_XR.numel():
+            order_I: Any = self._buffers["order_I"]
+            chosen_R, mixed_X = x_I.index_select(0, order_I).split(mix_XR.shape[::-1])
+            x_I = chosen_R + vector_times(mixed_X, mix_XR)
+        return vector_times(x_I, basis_RD)
 
 
 def _merges_equal_products() -> bool:
@@ -210,15 +229,20 @@ def _merges_equal_products() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
-def in_order(mix_XR: Tensor, order_I: Tensor) -> Tensor:
-    """(I, R): what all rows are mixed with, in their own order; each chosen one is itself."""
-    eye_RR = torch.eye(mix_XR.shape[1], dtype=mix_XR.dtype, device=mix_XR.device)
-    return torch.cat([eye_RR, mix_XR]).index_select(0, order_I)
+def is_few(x: Tensor) -> bool:
+    """Whether x (..., I) is so few tokens that weights are better multiplied as they lie.
+
+    Never in a graph, which is for any number of tokens.
+    """
+    return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
 
 
 def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
     """(I, N): the chosen outputs, below them the mixed ones; no copy where none is needed."""
     rank, mixed = mix_RX.shape
+    if is_few(x_ND):
+        z_NR = x_ND @ basis_DR
+        return torch.cat([z_NR.mT, (z_NR @ mix_RX).mT])
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         z_RN = (x_ND @ basis_DR).mT
         return torch.cat([z_RN, mix_RX.mT @ z_RN])

@@ -4,11 +4,13 @@ On a shared machine one thread that waits for a core holds up the others at ever
 turn is kept with the time that this process waited, and medians are over the turns that did not.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,15 +147,15 @@ def measure(
     decodes = all(model.can_generate() for model in models.values())
     decode: dict[str, float] = {}
     decode_noise: dict[str, float] = {}
-    caches = dict.fromkeys(models)
+    caches: dict[str, Any] = dict.fromkeys(models)
     if decodes:
+        caches = {name: _read(model, whole) for name, model in models.items()}
         writes = interleaved(
             {name: _decode(model, ids, prompt) for name, model in models.items()},
             repeats,
-            {name: _read(model, whole) for name, model in models.items()},
+            {name: partial(copy.deepcopy, cache) for name, cache in caches.items()},
         )
         decode, decode_noise = medians(writes), noises(writes)
-        caches = {n: m(whole, use_cache=True).past_key_values for n, m in models.items()}
     return {
         name: Measured(
             batch * prompt / prefill[name],
@@ -189,9 +191,9 @@ def _prefill(model: Any, ids: Tensor) -> Callable[[], Any]:
     return lambda: model(ids, **last)
 
 
-def _read(model: Any, ids: Tensor) -> Callable[[], Any]:
+def _read(model: Any, ids: Tensor) -> Any:
     """The cache behind a prompt, which decoding begins with."""
-    return lambda: model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def _decode(model: Any, ids: Tensor, prompt: int) -> Callable[[Any], None]:

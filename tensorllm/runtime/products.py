@@ -13,7 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WIDEST = 600  # outputs whose sum in float32 fits the registers; BLAS reads wider rows as fast
+# Outputs up to which a sum of rows is faster than BLAS: in float32 what fits the registers, beyond
+# which BLAS reads as fast; in 16 bits always.
+WIDEST = {torch.float32: 600, torch.bfloat16: 2**31, torch.float16: 2**31}
 
 
 def decodes(x: Tensor) -> bool:
@@ -30,21 +32,20 @@ def vector_times(x_I: Tensor, w_IO: Tensor) -> Tensor:
     """`x_I @ w_IO` (O,), by the fastest kernel of the machine."""
     if not _summed(x_I, w_IO):
         return x_I @ w_IO
-    rows_I, starts = _bags(len(x_I), torch.get_num_threads())
+    rows_I, starts = _bags(w_IO.size(0), torch.get_num_threads())
     parts: Tensor = torch.embedding_bag(w_IO, rows_I, starts, False, 0, False, x_I)[0]
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    return parts.view(-1) if starts.numel() == 1 else parts.sum(0)
 
 
 def _summed(x_I: Tensor, w_IO: Tensor) -> bool:
     """Whether it is taken as a weighted sum of rows."""
     return (
-        w_IO.device.type == "cpu"
-        and (w_IO.dtype != torch.float32 or w_IO.shape[1] <= WIDEST)
-        and w_IO.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x_I.dtype == w_IO.dtype
+        w_IO.is_cpu
+        and 0 < w_IO.size(1) <= WIDEST.get(w_IO.dtype, 0)
+        and x_I.dtype is w_IO.dtype
         and w_IO.is_contiguous()
         and x_I.is_contiguous()
-        and w_IO.numel() > 0
+        and w_IO.size(0) > 0
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )

@@ -15,7 +15,7 @@ from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 OPERATION = 23_000  # weights that could be read while one operation is started, 8 microseconds
-STREAMED = 0.65  # time of a weight that `runtime.products` reads, beside one that BLAS does
+STREAMED = 0.85  # time of a weight that `runtime.products` reads, beside one that BLAS does
 MOVE = 25  # products that take as long as copying one number of a token of the prompt
 PROMPT = 512  # tokens of the prompt that a prediction is made for
 Order = tuple[int, ...] | None
@@ -172,13 +172,13 @@ class RoleLinear(nn.Module):
         self.index, self.role = index, role
         if index == 0:
             self.factors = site
+        self.writes = is_output_projection(role)
         self._site = (site,)  # in a tuple, so that only the owner registers it
 
     def forward(self, x: Tensor) -> Tensor:
-        site = self._site[0]
-        if is_output_projection(self.role):
-            return site.output_projection(x, self.index)
-        return site.input_projection(x, self.index)
+        (site,) = self._site
+        project = site.output_projection if self.writes else site.input_projection
+        return project(x, self.index)
 
 
 _MODULES: dict[tuple[type[Factors], str], type[SiteModule]] = {}
