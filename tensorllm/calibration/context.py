@@ -208,12 +208,9 @@ class Context:
         block = self.compressed.block
         return self.layers.run_remembering(self.layer, block, self.before[1], self._attention)
 
-    def output_error(self, every: int = 1) -> float:
+    def output_error(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        block, calls = self.compressed.block, self.layers.calls[self.layer]
-        for number in range(0, self.batches, every):
-            with torch.no_grad(), self._attention.within(number):
-                out_BTD = calls[number].run(block, self.before[1].at(number))
+        for number, out_BTD in enumerate(self.outputs()):
             target_BTD = self.run.output(number)
             total += self._distance(number, out_BTD.float(), target_BTD.float()).double()
         self.ranks.sum(total)

@@ -187,9 +187,9 @@ class LayerContext(Protocol):
         """Hidden states (B, T, D) after the compressed layer as it is now, per batch."""
         ...
 
-    def output_error(self, every: int = 1) -> float:
-        """How far these are from the original's: the squared distance per token relative to the
-        output's squared size; the sum over the first of `every` so many batches, by all tokens."""
+    def output_error(self) -> float:
+        """How far these are from the original's: the mean over tokens of the squared distance
+        relative to the output's squared size."""
         ...
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:

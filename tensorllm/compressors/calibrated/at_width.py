@@ -14,10 +14,17 @@ from tensorllm.compressors.layer import LayerContext
 from tensorllm.tensors.factors import wide
 from tensorllm.tensors.stacking import is_output_projection
 from tensorllm.tensors.unfold import gram_of_columns
-from tensorllm.tensors.weighted import Metric, as_dear, floor_of, projection, regression
+from tensorllm.tensors.weighted import (
+    Metric,
+    as_dear,
+    floor_of,
+    projection,
+    regression,
+    white_share,
+)
 
 # Of the width over the tokens that gradients were taken of: what of their covariance is left to the
-# plain mean square. On a real model with 7 tokens per number of its width 0.3 was best of all.
+# plain mean square. Set on a real model with 7 tokens per number of its width: 0.3 there.
 SAMPLED = 2.0
 
 
@@ -102,8 +109,11 @@ def share_of(context: LayerContext, roles: Group, plain: float | None) -> float:
 
 def written(context: LayerContext, roles: Group, plain: float | None) -> Tensor:
     """E[g gᵀ] (D, D) of the gradient where output projections write, drawn towards the identity of
-    its mean."""
+    its mean: by `share_of`, or further where the samples may well be of white gradients, as they
+    are where a matrix writes into a layer's own output."""
     gradient_DD = context.width_covariance(roles)
     eye_DD = torch.eye(len(gradient_DD)).to(gradient_DD)
     share = share_of(context, roles, plain)
+    if plain is None:
+        share = max(share, white_share(gradient_DD, context.gradient_tokens(roles)))
     return gradient_DD.lerp(gradient_DD.diagonal().mean() * eye_DD, share)
