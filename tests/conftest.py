@@ -67,6 +67,14 @@ def mutants_end() -> None:
 
 
 @pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small real runs of every kind that `tensorllm report` shows, to be read only."""
+    from report_runs import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Real models and data that are not in the repository; its tests skip where it is absent."""
     folder = Path(os.environ.get("TENSORLLM_SHARED", ROOT.parent / "shared"))

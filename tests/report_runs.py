@@ -1,7 +1,6 @@
 """Small real runs of every kind that `tensorllm report` shows."""
 
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ def run(*arguments: object) -> int:
         main([str(argument) for argument in arguments])
     assert isinstance(caught.value.code, int)
     return caught.value.code
-
-
-@cache
-def shared_runs(factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The runs of all tests of this process, to be read only."""
-    return make_runs(factory.mktemp("runs"))
 
 
 def make_runs(folder: Path) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import run, shared_runs
+from report_runs import run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTHS = (390, 1280)
@@ -69,10 +69,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One run of each kind, and a comparison."""
     folder = tmp_path_factory.mktemp("report")
-    runs = shared_runs(tmp_path_factory)
     other = folder / "laser"
     compress = ("compress", "--model", "demo", "--mode", "laser", "--limit", 20, "--out", other)
     assert run(*compress) == 0

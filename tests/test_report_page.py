@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from report_runs import run, shared_runs
+from report_runs import run
 from tiny_models import tiny_model
 
 from tensorllm.commands.report import report
@@ -38,11 +38,6 @@ class Seen(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return shared_runs(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
