@@ -71,10 +71,10 @@ class Said:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.told: list[tuple[float, float]] = []  # seconds, share
+        self.reported: list[tuple[float, float]] = []  # seconds, share
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        self.told.append((time.perf_counter() - self.start, done / total))
+        self.reported.append((time.perf_counter() - self.start, done / total))
 
     def over_truth(self) -> dict[str, float]:
         """By per cent of the whole time, from the second on: what was said over what was true."""
@@ -82,7 +82,7 @@ class Said:
         out = {}
         for per_cent in range(2, 100):
             now = whole * per_cent / 100
-            at, share = max(one for one in self.told if one[0] <= now)
+            at, share = max((one for one in self.reported if one[0] <= now), default=(0.0, 0.0))
             if share:
                 left = at * (1 - share) / share - (now - at)
                 out[str(per_cent)] = left / (whole - now)
