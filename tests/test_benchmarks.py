@@ -10,6 +10,8 @@ import forked
 import pytest
 import torch
 
+from tensorllm.compressors.base import COMPRESSORS
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 # Real rows and a trained model.
@@ -18,9 +20,11 @@ NEEDS_DATA = {"bytes", "energy", "evaluate", "finetune", "quantised", "whole_mod
 
 @pytest.fixture(autouse=True)
 def state() -> Iterator[None]:
-    threads = torch.get_num_threads()
+    """Threads as they were, and no strategies of a benchmark's own left behind."""
+    threads, known = torch.get_num_threads(), dict(COMPRESSORS._entries)
     yield
     torch.set_num_threads(threads)
+    COMPRESSORS._entries = known
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
