@@ -19,7 +19,7 @@ from tensorllm.compressors import ActivationHybrid
 from tensorllm.compressors.calibrated.at_width import AtWidth, share_of, written
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.tensors.weighted import as_dear, white_share
+from tensorllm.tensors.weighted import as_dear
 
 D, M, RANK = 24, 40, 8
 
@@ -142,36 +142,3 @@ def test_what_costs_nothing_gives_nothing() -> None:
 def test_a_share_is_between_none_and_all(plain: float) -> None:
     with pytest.raises(UserError, match=r"plain must be in 0\.\.1"):
         ActivationHybrid(target_ratio=2, plain=plain)
-
-
-def test_samples_of_white_gradients_are_taken_for_white_and_others_kept() -> None:
-    """The shrunk covariance is nearer the true one than the sample's, at every spread."""
-    for power, samples, low, high in (
-        (0.0, 60, 0.8, 1.0),
-        (0.5, 60, 0.6, 1.0),
-        (2.0, 60, 0.2, 0.5),
-        (0.5, 5000, 0.0, 0.1),
-    ):
-        true_D = torch.linspace(1, 0.02, D, dtype=torch.float64).pow(power)
-        far = {"sampled": 0.0, "drawn": 0.0}
-        shares = []
-        for seed in range(20):
-            x_ND = randn(samples, D, seed=seed) * true_D.sqrt()
-            sampled_DD = x_ND.mT @ x_ND / samples
-            shares.append(white_share(sampled_DD, samples))
-            mean = sampled_DD.trace() / D * torch.eye(D).double()
-            drawn_DD = sampled_DD.lerp(mean, shares[-1])
-            far["sampled"] += float((sampled_DD - true_D.diag()).square().sum())
-            far["drawn"] += float((drawn_DD - true_D.diag()).square().sum())
-        assert far["drawn"] < far["sampled"]
-        assert low <= min(shares) <= max(shares) <= high
-    assert white_share(torch.eye(D), 1) == 1.0
-
-
-def test_what_writes_into_the_output_itself_is_drawn_to_the_identity() -> None:
-    context = layer(randn(M, D, seed=1), covariance(D, 200, 2), covariance(M, 200, 3), 200)
-    g_ND = randn(200, D, seed=4)
-    context.width_covariance = lambda roles: g_ND.mT @ g_ND / 200
-    drawn_DD = written(context, ("out",), None)
-    eye_DD = torch.eye(D, dtype=torch.float64)
-    assert torch.dist(drawn_DD, eye_DD) < 0.3 * torch.dist(g_ND.mT @ g_ND / 200, eye_DD)

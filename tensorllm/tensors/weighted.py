@@ -117,20 +117,6 @@ def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
     return target_NN * ((metric_NN * carried_NN).sum() / whole if whole > 0 else 0.0)
 
 
-def white_share(covariance_NN: Tensor, samples: int) -> float:
-    """The share of the identity, of the covariance's mean, that brings a covariance of Gaussian
-    samples nearest the true one in expectation: 1 where it may be white, falling with the samples.
-
-    Oracle-approximating shrinkage (Chen, Wiesel, Eldar, Hero, arXiv 0907.4698, eq. 23).
-    """
-    width = len(covariance_NN)
-    trace, square = covariance_NN.trace(), covariance_NN.square().sum()
-    spread = square - trace.square() / width
-    over = (samples + 1 - 2 / width) * spread
-    above = (1 - 2 / width) * square + trace.square()
-    return 1.0 if over <= above else float(above / over)
-
-
 def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:
     """The (N, N) map T that minimises E|y - T x|² + ridge · mean(E x²) · |T - 1|².
 

@@ -109,11 +109,8 @@ def share_of(context: LayerContext, roles: Group, plain: float | None) -> float:
 
 def written(context: LayerContext, roles: Group, plain: float | None) -> Tensor:
     """E[g gᵀ] (D, D) of the gradient where output projections write, drawn towards the identity of
-    its mean: by `share_of`, or further where the samples may well be of white gradients, as they
-    are where a matrix writes into a layer's own output."""
+    its mean."""
     gradient_DD = context.width_covariance(roles)
     eye_DD = torch.eye(len(gradient_DD)).to(gradient_DD)
     share = share_of(context, roles, plain)
-    if plain is None:
-        share = max(share, white_share(gradient_DD, context.gradient_tokens(roles)))
     return gradient_DD.lerp(gradient_DD.diagonal().mean() * eye_DD, share)
