@@ -20,7 +20,6 @@ from tensorllm.tensors.weighted import (
     floor_of,
     projection,
     regression,
-    white_share,
 )
 
 # Of the width over the tokens that gradients were taken of: what of their covariance is left to the
