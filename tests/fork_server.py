@@ -1,4 +1,4 @@
-"""The process that forks for `forked.Popen`: it imports what it is told to, then serves requests.
+"""The process that forks for `forked.Popen`: it imports the modules named, then serves requests.
 
 Only what a fresh interpreter has is imported beside that.
 """

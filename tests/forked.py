@@ -69,16 +69,16 @@ class Popen:
         self.returncode: int | None = None
         self.seconds = 0.0
         env = dict(os.environ if env is None else env)
-        self._channel, theirs = socket.socketpair()
+        self._channel, remote = socket.socketpair()
         self._reader = self._channel.makefile()
         (self.stdin, read), (self.stdout, out), (self.stderr, err) = (
             _stream(stdin, 0), _stream(stdout, 1), _stream(stderr, 2),
         )  # fmt: skip
         request = {"arguments": self.args, "env": env, "cwd": str(cwd or Path.cwd())}
-        fds = [theirs.fileno(), *(fd for fd, _ in (read, out, err))]
+        fds = [remote.fileno(), *(fd for fd, _ in (read, out, err))]
         socket.send_fds(_server(bare or _differs(env)), [b"x"], fds)
         self._channel.sendall(json.dumps(request).encode() + b"\n")
-        theirs.close()
+        remote.close()
         for fd, ours in (read, out, err):
             if ours:
                 os.close(fd)
@@ -208,7 +208,7 @@ def context() -> Any:
 def spawn_off_a_server(patch: pytest.MonkeyPatch) -> None:
     """Until the patch is undone, processes are started by `context` where "spawn" is asked for.
 
-    Theirs is the same state, that of a process in which only libraries and tensorllm were imported.
+    They find the same state, that of a process in which only libraries and tensorllm were imported.
     """
     original = multiprocessing.get_context
 
@@ -223,8 +223,8 @@ def _stream(wanted: int | None, fd: int) -> tuple[IO[str] | None, tuple[int, boo
     """Our end of a pipe, and the descriptor for the child with whether it is ours to close."""
     if wanted == subprocess.PIPE:
         read, write = os.pipe()
-        ours, theirs = (write, read) if fd == 0 else (read, write)
-        return os.fdopen(ours, "w" if fd == 0 else "r"), (theirs, True)
+        ours, remote = (write, read) if fd == 0 else (read, write)
+        return os.fdopen(ours, "w" if fd == 0 else "r"), (remote, True)
     if wanted == subprocess.DEVNULL:
         return None, (os.open(os.devnull, os.O_RDWR), True)
     return None, (fd if wanted is None else wanted, False)
@@ -239,16 +239,16 @@ def _differs(env: Mapping[str, str]) -> bool:
 @cache
 def _server(bare: bool) -> socket.socket:
     """The way to a server of this worker, which ends with the worker."""
-    ours, theirs = socket.socketpair()
+    ours, remote = socket.socketpair()
     process = subprocess.Popen(
-        [sys.executable, SERVER, str(theirs.fileno()), *(BARE if bare else ALL)],
-        pass_fds=[theirs.fileno()],
+        [sys.executable, SERVER, str(remote.fileno()), *(BARE if bare else ALL)],
+        pass_fds=[remote.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "TORCH_LOGS": "-all"},  # as the command has it before it imports torch
         process_group=0,  # Ctrl-C at a terminal is for pytest
     )
-    theirs.close()
+    remote.close()
 
     def end() -> None:
         ours.close()

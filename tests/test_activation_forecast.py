@@ -10,7 +10,7 @@ LAYERS = 12
 
 
 class Walk:
-    """Planted layers that pass while a forecast is told of them.
+    """Planted layers that pass that a forecast is given.
 
     Args:
         seconds: of each layer of each stage.
@@ -19,7 +19,7 @@ class Walk:
     """
 
     def __init__(self, seconds, works, first=(0, 0)):
-        self.now, self.said, self.told = 0.0, [], []
+        self.now, self.said, self.reported = 0.0, [], []
         self.timer = Timer(lambda: self.now)
         names = (MEASURING, FITTING)[-len(seconds) :]
         stages = [Stage(n, len(s), w) for n, s, w in zip(names, seconds, works, strict=True)]
@@ -35,7 +35,7 @@ class Walk:
                     self.now += 0.4 * time if share < 1 else 0.2 * time
 
     def tell(self, done, total, what):
-        self.told.append((done, total, what))
+        self.reported.append((done, total, what))
         self.timer.update(done, total)
 
     def note(self, name, layer):
@@ -74,15 +74,15 @@ def test_layers_that_were_fitted_correct_what_was_thought_of_them(wrong):
 @pytest.mark.parametrize("first", [(0, 7), (1, 5)])
 def test_a_run_that_goes_on_takes_its_own_time(first):
     walk = Walk([uneven(30.0), uneven(200.0)], [30.0, 200.0], first)
-    assert 0 < walk.told[0][0] < PARTS
+    assert 0 < walk.reported[0][0] < PARTS
     later = [(MEASURING, n) for n in range(8, LAYERS)] + [(FITTING, n) for n in range(6, LAYERS)]
     assert walk.off(lambda name, layer: (name, layer) in later and (name, layer) != first) < RIGHT
 
 
 def test_parts_only_grow_to_the_whole():
     walk = Walk([uneven(30.0), uneven(200.0)], [30.0, 20.0])
-    parts = [done for done, *_ in walk.told]
+    parts = [done for done, *_ in walk.reported]
     assert parts == sorted(parts)
     assert parts[0] == 0
     assert 0.9 * PARTS < parts[-1] <= PARTS
-    assert {total for _, total, _ in walk.told} == {PARTS}
+    assert {total for _, total, _ in walk.reported} == {PARTS}

@@ -12,7 +12,8 @@ from test_activation_fit import text
 from tiny_models import TINY, tiny_model
 from torch import Tensor
 
-from tensorllm.calibration import fit
+from tensorllm.calibration import fit, sweeps
+from tensorllm.calibration.context import Context
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.compressors.applied import Kept, Product
@@ -85,6 +86,35 @@ def test_a_refit_that_comes_no_nearer_is_thrown_away(monkeypatch):
     same = fit(replace(wanted, refit_epochs=1), model, text(), [0])
     for a, b in zip(plain.sites, same.sites, strict=True):
         assert torch.equal(plain.factors(a).dense(), same.factors(b).dense())
+
+
+def test_an_eighth_of_the_batches_is_compared_and_not_trained_on(monkeypatch):
+    """Of more than that many; the best epoch by them is nearer there than the start."""
+    monkeypatch.setattr(sweeps, "BATCH", 20)
+    trained, compared, output_loss = set(), {}, Context.output_loss
+
+    def noted(self, batch, weights, parameters):
+        loss = output_loss(self, batch, weights, parameters)
+        if loss.requires_grad:
+            trained.add(batch)
+        else:
+            compared.setdefault(batch, []).append(float(loss))
+        return loss
+
+    monkeypatch.setattr(Context, "output_loss", noted)
+    epochs, model = 3, tiny_model("llama")
+    found = fit(ActivationHybrid(target_ratio=3, refit_epochs=epochs), model, text(), [0])
+    assert len(compared) > 1
+    assert set(compared) == set(range(0, len(trained) + len(compared), refit.HELD_OUT))
+    assert not trained & set(compared)
+    assert {len(losses) for losses in compared.values()} == {1 + epochs}
+    start, *later = (sum(losses) for losses in zip(*compared.values(), strict=True))
+    kept = any(
+        not torch.equal(found.factors(site).dense(), without.factors(site).dense())
+        for without in [fit(ActivationHybrid(target_ratio=3, refit_epochs=0), model, text(), [0])]
+        for site in found.sites
+    )
+    assert kept == (min(later) < start)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -127,9 +127,9 @@ def test_gradients_are_counted_and_the_count_is_kept() -> None:
     sample_B = sampled(layers.batches, roles.spec.geometry(0).D, GRADIENT_TOKENS)
     assert 0 < int(sample_B.sum()) < len(layers.batches)
     want = sum(b.count for b, yes in zip(layers.batches, sample_B, strict=True) if yes)
-    assert int(found.felt[key]) == want
+    assert int(found.gradient_tokens[key]) == want
     kept = Covariances.from_tensors(found.tensors(inputs=False), torch.device("cpu"))
-    assert int(kept.felt[key]) == want
+    assert int(kept.gradient_tokens[key]) == want
 
 
 def test_what_costs_nothing_gives_nothing() -> None:

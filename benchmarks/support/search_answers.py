@@ -109,13 +109,12 @@ def answers(
     peer = examiner(model, tokenizer, data, points)
     count = running(Counted, ours, tokenizer, data)
     running(Anew, peer, tokenizer, data)
-    crowd = generation.CROWD
     _, original = timed(ours, [None])
     before = len(ours.prefix.paths)
     count.tokens = 0
     size = ours.side_by_side
     groups = [points[at : at + size] for at in range(0, len(points), size)]
-    mine, plain, found = 0.0, 0.0, []
+    mine, found = 0.0, []
     for group in groups:
         first, one = timed(ours, group)
         mine += first
@@ -123,15 +122,7 @@ def answers(
         print(f"{len(found)} of {len(points)} trials: {mine:.1f} CPU s", flush=True)
     known = 1 - (len(ours.prefix.paths) - before) / count.tokens
     again, _ = timed(ours, groups[-1])
-    generation.CROWD = 0.5
-    timed(peer, [None])
-    others = []
-    for point in points:
-        second, other = timed(peer, [point])
-        plain += second
-        others += other
-        print(f"anew {len(others)} of {len(points)}: {plain:.1f} CPU s", flush=True)
-    generation.CROWD = crowd
+    plain, others = anew(peer, points)
     compared = Comparison(
         ours=mine / len(points),
         unit="CPU s",
@@ -163,6 +154,20 @@ def answers(
     )
     what = f"{dataset}, {mode}, {folder.name}"
     return {f"a trial of {what}": compared, f"the last ones again, {what}": all_known}, about
+
+
+def anew(peer: Examiner, points: Sequence[Point]) -> tuple[float, list[TrialResult]]:
+    """Seconds and results of the trials one by one, each answer read anew."""
+    seconds, found, crowd = 0.0, [], generation.CROWD
+    generation.CROWD = 0.5
+    timed(peer, [None])
+    for point in points:
+        more, one = timed(peer, [point])
+        seconds += more
+        found += one
+        print(f"anew {len(found)} of {len(points)}: {seconds:.1f} CPU s", flush=True)
+    generation.CROWD = crowd
+    return seconds, found
 
 
 def timed(examine: Examiner, points: Sequence[Point | None]) -> tuple[float, list[TrialResult]]:

@@ -119,7 +119,7 @@ class Context:
         return (here.gradients if is_output_projection(roles[0]) else here.inputs)[key].double()
 
     def gradient_tokens(self, roles: Sequence[str]) -> int:
-        return int(self.covariances.felt[self._key(roles[0])])
+        return int(self.covariances.gradient_tokens[self._key(roles[0])])
 
     def carried_covariance(self, roles: Sequence[str]) -> Tensor:
         key = self._key(roles[0])

@@ -37,7 +37,7 @@ class Covariances:
         inputs: E[x xᵀ] of that input.
         sizes: E|x|, per number of that input.
         tokens: that an expert was given, by its keys: (1,).
-        felt: tokens that gradients were taken of: (1,).
+        gradient_tokens: tokens that gradients were taken of: (1,).
         gradients: E[g gᵀ] over the joint outputs of its roles.
         carried: at the model's width, of input projections E[h hᵀ] of all roles' h = Wᵀ g, one role
             after the other (roles D, roles D); of output projections E[y yᵀ] of y = W x (D, D).
@@ -48,14 +48,21 @@ class Covariances:
     gradients: dict[Key, Tensor] = field(default_factory=dict)
     carried: dict[Key, Tensor] = field(default_factory=dict)
     tokens: dict[Key, Tensor] = field(default_factory=dict)
-    felt: dict[Key, Tensor] = field(default_factory=dict)
+    gradient_tokens: dict[Key, Tensor] = field(default_factory=dict)
 
     def __or__(self, other: "Covariances") -> "Covariances":
         return Covariances(*(a | b for a, b in zip(self._parts, other._parts, strict=True)))
 
     @property
     def _parts(self) -> tuple[dict[Key, Tensor], ...]:
-        return self.inputs, self.sizes, self.gradients, self.carried, self.tokens, self.felt
+        return (
+            self.inputs,
+            self.sizes,
+            self.gradients,
+            self.carried,
+            self.tokens,
+            self.gradient_tokens,
+        )
 
     def tensors(self, *, inputs: bool = True) -> dict[str, Tensor]:
         """By names for a store: in float32, of symmetric matrices one half.
@@ -67,7 +74,9 @@ class Covariances:
             f"{what}/{key[0]}/{'-'.join(key[1])}": _packed(t)
             for what, part in zip(PARTS, self._parts, strict=True)
             for key, t in part.items()
-            if inputs or what in ("gradients", "felt") or (what == "carried" and not writes(key[1]))
+            if inputs
+            or what in ("gradients", "gradient_tokens")
+            or (what == "carried" and not writes(key[1]))
         }
 
     @classmethod
@@ -96,8 +105,8 @@ def _unpacked(packed: Tensor) -> Tensor:
     return out_NN
 
 
-PARTS = ("inputs", "sizes", "gradients", "carried", "tokens", "felt")
-VECTORS = ("sizes", "tokens", "felt")  # of these; the others are symmetric matrices
+PARTS = ("inputs", "sizes", "gradients", "carried", "tokens", "gradient_tokens")
+VECTORS = ("sizes", "tokens", "gradient_tokens")  # of these; the others are symmetric matrices
 
 
 def writes(roles: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""How far a walk through layers is, told in shares of the time that it will take."""
+"""How far a walk through layers is, as a share of the time that it will take."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ StageName = Literal["measuring layers", "fitting layers"]
 MEASURING: Final = "measuring layers"
 FITTING: Final = "fitting layers"
 TELLING = 0.5  # share of a stage's first layer from which on it says how long the others take
-PARTS = 100_000  # of the whole; told as a share, as no part is anything one could count
+PARTS = 100_000  # of the whole; reported as a share, as no part is anything one could count
 # What measuring costs in passes forward, and what decompositions of the model's width cost in
 # multiply-adds over its cube, of curves and of factors (benchmarks/scaling_fit.py).
 PASSES, CURVES, FACTORS = 3, 110, 90
@@ -71,8 +71,8 @@ class Forecast:
     """Tells progress so that the time left at the mean speed so far is what is expected here.
 
     A layer takes as long as those of its stage took that are finished. In a stage of which none is,
-    it takes as its work says at the speed of all that was done; the first layer of all is told by
-    its own share. What an earlier run had done counts by its work.
+    it takes as its work says at the speed of all that was done; the first layer of all goes by its
+    own share. What an earlier run had done counts by its work.
 
     Args:
         stages: in their order.
@@ -88,10 +88,10 @@ class Forecast:
     _start: float = 0.0  # of this run
     _begun: float = 0.0  # the layer's
     _first: int = 0
-    _told: int = 0
+    _reported: int = 0
 
     def goes_on(self, name: StageName, layer: int) -> bool:
-        """Whether this layer comes after what was told so far."""
+        """Whether this layer comes after what was reported so far."""
         stages = [one.name for one in self.stages]
         return name in stages and (self._at is None or self._at < (stages.index(name), layer))
 
@@ -101,7 +101,7 @@ class Forecast:
         now = self.clock()
         if self._at is None:
             self._start = self._begun = now
-            self._first = self._told = round(PARTS * self._done(stage, layer) / self._done())
+            self._first = self._reported = round(PARTS * self._done(stage, layer) / self._done())
         elif self._at != (stage, layer):
             self._took.setdefault(self._at[0], []).append(now - self._begun)
             self._begun = now
@@ -109,8 +109,8 @@ class Forecast:
         passed, left = now - self._start, self._left(stage, layer, min(share, 1.0), now)
         if passed > 0 and left is not None:
             here = self._first + int((PARTS - self._first) * passed / (passed + left))
-            self._told = max(self._told, here)
-        self.tell(self._told, PARTS, name)
+            self._reported = max(self._reported, here)
+        self.tell(self._reported, PARTS, name)
 
     def _done(self, stage: int | None = None, layer: int = 0) -> float:
         """Work before a layer, or in all."""
@@ -130,7 +130,7 @@ class Forecast:
             return None
         here = self._layer(stage, seconds / work)
         if stage not in self._took and share >= TELLING:
-            here = max(here, inside / share)  # parts that were told are not taken back
+            here = max(here, inside / share)  # parts that were reported are not taken back
         of_this = max(here - inside, 0.0 if stage in self._took else here * (1 - share))
         layers = self.stages[stage].layers - layer - 1
         later = range(stage + 1, len(self.stages))

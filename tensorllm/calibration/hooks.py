@@ -125,7 +125,7 @@ class CovarianceHooks:
                 continue
             getattr(out, what)[tuple(key)] = total.div_(float(counts[int(of_gradients)]))
             if of_gradients:
-                out.felt[key[0], key[1]] = counts[1:].clone()
+                out.gradient_tokens[key[0], key[1]] = counts[1:].clone()
         return out
 
     def _fill(self) -> None:

@@ -204,7 +204,7 @@ class Sweeps:
         batches = self.measured_layers.batches if measures else self.batches
         if self._forecast is None or not self._forecast.goes_on(stage, layer):
             ahead = stages_ahead(self.planned, stage, batches, self.batches, alone=self.several)
-            self._forecast = Forecast(ahead, lambda *told: self.progress(*told))
+            self._forecast = Forecast(ahead, lambda *parts: self.progress(*parts))
         forecast = self._forecast
         reads = len(batches) * (1 if measures else self.planned.passes)
         return Counted(states, lambda read: forecast.at(stage, layer, read / reads))

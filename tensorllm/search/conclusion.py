@@ -87,15 +87,7 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
             "validation": _plain(winner),
             "test": mean_scores([d["winner"]["test"] for d in datasets]),
         },
-        "steps": [
-            {
-                "trial": step.number,
-                **step.point.recipe(),
-                "validation": _plain(step.result),
-                **({"guide": step.guide} if step.guide else {}),
-            }
-            for step in steps
-        ],
+        "steps": [_described(step) for step in steps],
         "test_looks": final["looks"],
         "selection": luck,
         "comparison": comparisons[0] if alone else None,
@@ -116,6 +108,16 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
     better = results["verdict"]["found"] == "better"
     keeps = better or sized or run.request.force_best
     return SearchResult(results, recipe_text(run, point, results), keeps)
+
+
+def _described(step: Step) -> dict[str, Any]:
+    """A step of a stack of edits: its trial, settings and scores."""
+    return {
+        "trial": step.number,
+        **step.point.recipe(),
+        "validation": _plain(step.result),
+        **({"guide": step.guide} if step.guide else {}),
+    }
 
 
 def _by_dataset(

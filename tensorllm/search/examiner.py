@@ -26,7 +26,7 @@ from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import NO_CACHE, CacheBudget
 from tensorllm.search.decompositions import Decompositions, ModelEdit, applied, edit_of_fit
 from tensorllm.search.forwards import PrefixForward, PrefixMaskedForward
-from tensorllm.search.lanes import changed_by, rowwise
+from tensorllm.search.lanes import changed_by, changed_names, rowwise
 from tensorllm.search.parts import Asked, ByPart, Part
 from tensorllm.search.prefix import Edited, Prefix
 from tensorllm.search.space import Point
@@ -259,7 +259,7 @@ class Examiner:
         if len(edits) < 2:
             return True
         return self.side_by_side > 1 and all(
-            rowwise(changed_by(edit, self.roles, self.weights), self.model) for edit in edits
+            rowwise(changed_names(edit, self.roles), self.model) for edit in edits
         )
 
     @contextmanager

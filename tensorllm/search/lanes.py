@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, D width.
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -84,17 +84,21 @@ def _with(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     return new
 
 
+def changed_names(edit: ModelEdit, roles: RoleMatrices) -> set[str]:
+    """The names of the parameters that an edit changes."""
+    matrices = [matrix for site in edit.sites for matrix in site.site.matrices]
+    return {*(roles.name(*matrix) for matrix in matrices), *edit.parameters}
+
+
 def changed_by(
     edit: ModelEdit, roles: RoleMatrices, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The parameters that an edit changes, as it leaves them; the model stays as it is."""
-    matrices = [matrix for site in edit.sites for matrix in site.site.matrices]
-    names = {*(roles.name(*matrix) for matrix in matrices), *edit.parameters}
     with applied(edit, roles, weights):
-        return {name: weights[name].detach().clone() for name in names}
+        return {name: weights[name].detach().clone() for name in changed_names(edit, roles)}
 
 
-def rowwise(changed: Mapping[str, Tensor], model: nn.Module) -> bool:
+def rowwise(names: Iterable[str], model: nn.Module) -> bool:
     """Whether every module whose parameters these are reads rows one by one."""
-    modules = (model.get_submodule(name.rpartition(".")[0]) for name in changed)
+    modules = (model.get_submodule(name.rpartition(".")[0]) for name in names)
     return all(isinstance(module, ROWWISE) for module in modules)
