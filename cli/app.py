@@ -91,7 +91,7 @@ WRONG_USE: type[Exception] = typer.BadParameter.__mro__[
 ]
 INTERRUPTED = 130
 # New ones after which Python looks for cycles, 700 by itself: imports make nearly a million, which
-# all stay, and looking among them again and again takes a fifth of a command's start.
+# all stay, and looking among them again and again takes a tenth of a command's start.
 OBJECTS = 20_000
 # Packages that the base installation leaves out, and the extras that bring them.
 EXTRAS = {
