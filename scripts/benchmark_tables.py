@@ -32,6 +32,14 @@ def amount(number: float, unit: str) -> str:
     return f"{figure(number)} {unit}"
 
 
+def span(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{figure(float(f'{seconds / size:.2g}'))} {unit}"
+    return f"{figure(float(f'{seconds:.2g}'))} s"
+
+
 def benchmark(value: Lookup, name: str) -> str:
     """All parts of a results file, each with how it was made."""
     out = []

@@ -10,7 +10,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from benchmark_tables import Lookup, amount, figure, table
+from benchmark_tables import Lookup, amount, figure, span, table
 from plan_layers import layers_table
 from plan_machines import ORDER, Machine, assumptions, machines, measured_layers, scaling
 from support.scaling_tensors import ranks_at  # plan_machines says where that lies
@@ -137,14 +137,6 @@ def tasks() -> list[Task]:
         Task("evaluate", evaluate, SIZE, 0),
         Task("search", search, SIZE + kept, 0),
     ]
-
-
-def span(seconds: float) -> str:
-    """A duration in the unit that suits it."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{figure(float(f'{seconds / size:.2g}'))} {unit}"
-    return f"{figure(float(f'{seconds:.2g}'))} s"
 
 
 def summary_table(value: Lookup) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmark_tables import Lookup, amount, figure, table
+from benchmark_tables import Lookup, amount, figure, span, table
 from plan_machines import CORE_SHARE, CORES, EIGEN_SPEEDUP, ROOT
 
 from tensorllm.tensors.stacking import Geometry
@@ -90,8 +90,6 @@ def server_seconds(cost: Cost, tokens: int) -> float:
 
 def layers_table(value: Lookup) -> str:
     """A layer's cost and the whole model's, by model."""
-    from plan import span  # which imports this module
-
     if not (ROOT / "docs" / "results" / f"{FILE}.json").is_file():
         return "Not measured yet: `python benchmarks/scaling_fit.py --parts widths layer`."
     layer = measured(value(f"{FILE}/widths/rows/4096"), value(f"{FILE}/layer"))

@@ -20,8 +20,9 @@ from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.commands.compress import run
 from tensorllm.compression.report import CompressionReport
 from tensorllm.compressors import COMPRESSORS, Job, PerLayer, Site
+from tensorllm.compressors.allocation import share_out
 from tensorllm.compressors.base import ErrorCurve
-from tensorllm.compressors.budget import Budget, share_out
+from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from tensorllm.calibration.covariances import Key, Wanted
+from tensorllm.compressors.allocation import share_out
 from tensorllm.compressors.base import Compressor, ErrorCurve, GradientOf, Job, LayerFit, Leaf, Ways
-from tensorllm.compressors.budget import share_out
 from tensorllm.compressors.layer import Site, Size
 from tensorllm.compressors.placing import placed
 from tensorllm.errors import UserError

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import Compressor, Job, Leaf
+from tensorllm.compressors.allocation import share_out
 from tensorllm.compressors.base import ErrorCurve
-from tensorllm.compressors.budget import Budget, share_out
+from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import Site, Size
 from tensorllm.compressors.per_layer import PerLayer
 from tensorllm.compressors.settings import settings_of

@@ -1,16 +1,9 @@
-"""A target size, and how it is shared out over the sites of a model."""
+"""A target size."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.allocation import Curve, allocate, error_of
-
-if TYPE_CHECKING:
-    from tensorllm.compressors.base import ErrorCurve, Ways
-    from tensorllm.compressors.layer import Site, Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,37 +92,3 @@ class Budget:
 
 
 TARGETS = ("target_ratio", "target_params", "target_bytes", "max_loss_increase")
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """The size of every site, and the summed error that the curves say is left."""
-
-    sizes: "dict[Site, Size]"
-    error: float
-
-
-def share_out(
-    ways: "Sequence[Ways]", curves: "Mapping[Site, ErrorCurve]", numbers: int
-) -> Allocation:
-    """Sizes that store at most `numbers` with about the least summed error.
-
-    Each size is worth the error that it takes away per number that it costs; layers and matrices
-    compete for one budget. Of several ways to group matrices one is chosen.
-
-    Raises:
-        UserError: even the smallest sizes store more.
-    """
-    clusters = [
-        [
-            [Curve(curves[job.site].cost_N, curves[job.site].error_N) for job in way]
-            for way in ways_here
-        ]
-        for ways_here in ways
-    ]
-    choices = allocate(clusters, numbers)
-    sizes: dict[Site, Size] = {}
-    for ways_here, choice in zip(ways, choices, strict=True):
-        for job, point in zip(ways_here[choice.way], choice.ranks, strict=True):
-            sizes[job.site] = tuple(curves[job.site].sizes_NC[point - 1].tolist())
-    return Allocation(sizes, error_of(clusters, choices))
