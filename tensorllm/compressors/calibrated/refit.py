@@ -26,7 +26,8 @@ from tensorllm.tensors.weighted import Metric
 
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
 SMALLEST = 1e-3  # of the largest component, for the same reason
-LEARNING_RATE = 0.015  # of a parameter's mean size, at the first step
+LEARNING_RATE = 0.04  # of a parameter's mean size, times the relative error of the layer's output:
+# steps longer than what is left to mend lead away
 TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
 HELD_OUT = 8  # one batch in so many is not trained on: it tells which epoch came nearest
 PASSES_OF_AN_EPOCH = 2.9  # forward, backward for inputs and weights, steps; held out: forward
@@ -127,17 +128,19 @@ def _train(context: LayerContext, moving: Mapping[Site, Moving], ends: Mapping[S
     epoch; whether any came nearer than the start."""
     held = list(range(0, context.batches, HELD_OUT)) if context.batches >= HELD_OUT else []
     seen = [batch for batch in range(context.batches) if batch not in held]
+    judged = held or seen
+    start = error = _error(context, moving, judged)
+    rate = LEARNING_RATE * math.sqrt(start * context.batches / len(judged))
     groups: list[dict[str, Any]] = []
     rates: list[Callable[[int], float]] = []
     for site, each in moving.items():
         for p in each.parameters():
             size = float(p.detach().square().mean().sqrt())
-            groups.append({"params": [p], "lr": LEARNING_RATE * size})
+            groups.append({"params": [p], "lr": rate * size})
             rates.append(partial(_rate, steps=ends[site] * len(seen)))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     draws = torch.Generator().manual_seed(context.layer)
-    start = error = _error(context, moving, held or seen)
     best = copy.deepcopy([each.state_dict() for each in moving.values()])
     for epoch in range(max(ends.values())):
         now = {site: each for site, each in moving.items() if epoch < ends[site]}
@@ -151,7 +154,7 @@ def _train(context: LayerContext, moving: Mapping[Site, Moving], ends: Mapping[S
             context.add_up([grad for grad in grads if grad is not None])
             optimizer.step()
             schedule.step()
-        found = _error(context, now, held or seen)
+        found = _error(context, now, judged)
         if found < error:
             error = found
             best = copy.deepcopy([each.state_dict() for each in moving.values()])
