@@ -26,7 +26,7 @@ from tensorllm.tensors.weighted import Metric
 
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
 SMALLEST = 1e-3  # of the largest component, for the same reason
-LEARNING_RATE = 0.04  # of a parameter's mean size, times the relative error of the layer's output:
+LEARNING_RATE = 0.03  # of a parameter's mean size, times the relative error of the layer's output:
 # steps longer than what is left to mend lead away
 TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
 HELD_OUT = 8  # one batch in so many is not trained on: it tells which epoch came nearest
