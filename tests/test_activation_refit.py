@@ -58,6 +58,17 @@ def test_the_layers_output_comes_nearer_on_every_architecture(name):
     assert found[8] < 0.95 * found[0]
 
 
+def test_a_layer_that_is_nearly_right_comes_nearer_too():
+    """Steps of one length, whatever is left to mend, would lead away from it."""
+    model, found = tiny_model("llama"), {}
+    for epochs in (0, 4):
+        smaller = copy.deepcopy(model)
+        wanted = ActivationHybrid(target_ratio=1.02, rank_multiple=1, refit_epochs=epochs)
+        compress(smaller, fit(wanted, model, text(), [0]), [0])
+        found[epochs] = relative(smaller, model)
+    assert found[4] < 0.8 * found[0]
+
+
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_map_starts_as_it_was_with_its_size_in_both_factors(writes):
     left_MR, right_RX = randn(9, 3), randn(3, 6, seed=1)
