@@ -36,7 +36,7 @@ from tensorllm.compressors.calibrated.maps import (
 )
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
-from tensorllm.compressors.layer import LayerContext, Site, Size
+from tensorllm.compressors.layer import LayerContext, OfGiven, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
@@ -220,6 +220,7 @@ class ActivationTucker(LayerFit):
         refits = self.correction and self.refit_epochs > 0
         moving: dict[Site, Moving] = {}
         factors: dict[Site, Factors] = {}
+        given: dict[Site, OfGiven | None] = {}
         for key in reading_together([role for site in context.sites for role in site.roles]):
             sites = {s: size for s, size in context.sites.items() if s.roles[0] in key}
             if not sites:
@@ -234,11 +235,11 @@ class ActivationTucker(LayerFit):
                         moving[site] = channels.balanced()
                     continue
                 fitted = here.fit(context, site.roles, size[0])
-                factors[site] = pivoted(*fitted, site.roles)
+                factors[site], given[site] = pivoted(*fitted.map, site.roles), fitted.given
                 if refits:
-                    moving[site] = Balanced(fitted, here.metric, site.roles)
+                    moving[site] = Balanced(fitted.map, here.metric, site.roles)
             for site in sites:
-                context.put(site, factors[site])
+                context.put(site, factors[site], given.get(site))
         if refits:
             return refit(context, moving, factors, self.refit_epochs)
         return LayerResult(factors)
