@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tensorllm.compressors.base import (
     COMPRESSORS,
@@ -205,6 +206,19 @@ class ActivationTucker(LayerFit):
         if is_narrowed(site):
             return kept_rows_outline(rows, width, size[0] * len(site.roles))
         return pivoted_outline(rows, width, size[0], not is_output_projection(site.roles[0]))
+
+    def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
+        return context.width_covariance((role,))
+
+    def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
+        """tr(E M Eᵀ) at the model's width; on the other side, which is not measured, as much as it
+        costs on average: the carried covariance's trace over the matrix's square."""
+        metric_DD = context.width_covariance((role,)).to(lost_ID.device)
+        carried_DD = context.carried_covariance((role,)).to(lost_ID.device)
+        w_ID = context.weight(role).float()
+        scale = float(carried_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
+        lost_ID = lost_ID.double()
+        return scale * float(((lost_ID @ metric_DD) * lost_ID).sum())
 
     def _ranks(self, full: int) -> list[int]:
         """The ranks that a site may have, ascending."""
