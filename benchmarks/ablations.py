@@ -3,10 +3,11 @@
     python benchmarks/ablations.py --model tinystories-656K/ --text tinystories_1000.json
     python benchmarks/ablations.py --model SmolLM2-first-3/ --text wikitext2_test.raw --quantity 16
 
-Parts of docs/results/ablations.json, named after the model's folder and the refit. `activation-hybrid` is fitted
-to sequences from the first 60 % of the text and scored on others from its last 40 %: nats per token
-of KL(original || compressed), and of the next token's loss. Every choice is a wrapper round the
-strategy or a setting of it; all else, the numbers stored included, stays the same:
+Parts of docs/results/ablations.json, named after the model's folder and the refit.
+`activation-hybrid` is fitted to sequences from the first 60 % of the text and scored on others from
+its last 40 %: nats per token of KL(original || compressed), and of the next token's loss. Every
+choice is a wrapper round the strategy or a setting of it; all else, the numbers stored included,
+stays the same:
 
 - *rank multiple*: ranks are multiples of it;
 - *least rank*: no matrix has less than this share of its full rank;
