@@ -15,7 +15,7 @@ import tensorllm as tl
 from tensorllm.calibration import fit
 from tensorllm.calibration.hooks import module_of
 from tensorllm.compression.engine import compress
-from tensorllm.compressors import AASVD, ASVD, SVDLLM, PlainSVD, SVDLLMSequential
+from tensorllm.compressors import AASVD, ASVD, SVDLLM, MoDeGPT, PlainSVD, SVDLLMSequential
 from tensorllm.compressors.budget import Budget
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
@@ -162,6 +162,22 @@ def test_what_does_not_fit_is_refused():
         compress(model, SVDLLM(kept=0.5))
     with pytest.raises(UserError, match="takes no calibration text"):
         fit(PlainSVD(kept=0.5), model, text())
-    with pytest.raises(UserError, match="cannot be shrunk to a target size"):
-        fit(AASVD(rank=1), model, text(), budget=Budget(target_ratio=2.0))
+    with pytest.raises(UserError, match=r"keeps one share \(kept\) of the dimensions"):
+        fit(MoDeGPT(kept=0.5), model, text(), budget=Budget(target_ratio=2.0))
     assert isinstance(tl.COMPRESSORS["aa-svd"](kept=0.5), AASVD)
+
+
+@pytest.mark.parametrize("strategy", [SVDLLMSequential(rank=1), AASVD(rank=1)])
+def test_a_budget_is_shared_out_over_the_matrices(strategy):
+    """Ranks differ where errors do, the budget holds, and more of it leaves less error."""
+    model, errors = tiny_model("llama"), []
+    for ratio in (3.0, 1.5):
+        smaller = copy.deepcopy(model)
+        found = fit(strategy, model, text(), budget=Budget(target_ratio=ratio))
+        report = compress(smaller, found)
+        assert 0.8 * ratio < ratio <= report.ratios()["matrices_compressed"] < 1.4 * ratio
+        assert len({found.factors(site).ranks for site in found.sites}) > 2
+        ids = torch.arange(3, 14)[None]
+        with torch.no_grad():
+            errors.append(float((smaller(ids).logits - model(ids).logits).norm()))
+    assert errors[1] < errors[0]

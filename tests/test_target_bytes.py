@@ -19,7 +19,17 @@ from tensorllm.commands.compress import run
 from tensorllm.compression.dry_run import dry_run
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
-from tensorllm.compressors import SVDLLM, ActivationHybrid, Hybrid, MoDeGPT, PlainSVD, Rounded, Site
+from tensorllm.compressors import (
+    AASVD,
+    SVDLLM,
+    ActivationHybrid,
+    Hybrid,
+    MoDeGPT,
+    PlainSVD,
+    Rounded,
+    Site,
+    SVDLLMSequential,
+)
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.rounded import HOW, RoundedLeaf, Sizes
@@ -197,6 +207,8 @@ FFN = PlainSVD(rank=1, matrices=("in", "gate", "out"))
     [
         Hybrid(ranks=(1, 1, 1), ffn=FFN),
         SVDLLM(rank=1),
+        SVDLLMSequential(rank=1),
+        AASVD(rank=1, refine_epochs=1),
         ActivationHybrid(target_bytes=130_000, refit_epochs=1),
     ],
 )
@@ -281,7 +293,7 @@ def test_a_dry_run_says_the_bytes(tmp_path: Path) -> None:
         (PlainSVD(rank=1), 20_000, "factored", r"20000 cannot be met: the least is \d+, of which"),
         (PlainSVD(rank=1), 10**9, "factored", "must be less than the weight files hold now, some"),
         (PlainSVD(rank=1), 150_000, "dense", "which --format factored stores; got --format dense"),
-        (MoDeGPT(kept=0.4), 150_000, "factored", "MoDeGPT cannot meet a target in bytes"),
+        (MoDeGPT(kept=0.4), 150_000, "factored", "keeps one share .kept. of the dimensions"),
     ],
 )
 def test_what_cannot_be_met_is_refused_in_a_line(

@@ -6,20 +6,22 @@ joint outputs, I rows of a role matrix.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from tensorllm.calibration.covariances import Covariances, Key
-from tensorllm.calibration.layers import Layers, Remembered, Tap
+from tensorllm.calibration.layers import Layers, Tap
 from tensorllm.calibration.original import LayerModule, Original
 from tensorllm.calibration.ranks import ALONE, Ranks
+from tensorllm.calibration.remembered import Remembered
 from tensorllm.calibration.store import Hidden
 from tensorllm.compressors.applied import Applied, standing_in
-from tensorllm.compressors.layer import MatrixStatistics, Site, Size
+from tensorllm.compressors.layer import MatrixStatistics, OfGiven, Site, Size
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.unfold import gram_of_columns
@@ -58,6 +60,8 @@ class Context:
         self.keys, self.before, self.run, self.sites = keys, before, run, sites
         self.ranks, self._measure = ranks, measure
         self._attention = Remembered(compressed.block, compressed.attention)
+        self._ffn = Remembered(compressed.block, compressed.ffn)
+        self._given: set[str] = set()  # output projections whose outputs are kept
         self._shifted: dict[tuple[Key, str], tuple[Tensor, Tensor]] = {}
         tokens = torch.tensor(sum(int(batch.mask_BT.sum()) for batch in layers.batches))
         tokens = tokens.to(layers.start[0].device)
@@ -173,8 +177,10 @@ class Context:
         if key not in self._shifted:
             tap, block = self.compressed.tap(key[0][1]), self.compressed.block
             hidden = self.before[1]
-            found = self.layers.signals(self.layer, block, hidden, tap, self._attention)
-            self._shifted[key] = self._moments(self.run.signals(key[0][1][0]), found)
+            name = key[0][1][0]
+            note = partial(self._note, name) if name in self._round else None
+            found = self.layers.signals(self.layer, block, hidden, tap, self._attention, note)
+            self._shifted[key] = self._moments(self.run.signals(name), found)
         return self._shifted[key]
 
     def _moments(self, x: Iterable[Tensor], y: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,26 +193,64 @@ class Context:
         self.ranks.sum(cross_XX, seen_XX)
         return cross_XX / self._tokens, seen_XX / self._tokens
 
-    def put(self, site: Site, factors: Factors) -> None:
+    def put(self, site: Site, factors: Factors, given: OfGiven | None = None) -> None:
         self.compressed.put(site, factors)
         self.run.drop(self._key(site.roles[0])[1][0])  # memory: its signals have been used
         if set(site.roles) & set(ATTENTION_ROLES):
             self._attention.forget()
+        self._ffn.forget()  # whatever is put runs before it or in it
+        if given is not None and site.roles[0] in self._given:
+            self._rebuild(site.roles[0], given)
         for key in list(self._shifted):
             if not set(site.roles) <= set(key[0][1]):
                 del self._shifted[key]  # an input below which a matrix has changed
+        self._drop_given()
 
     def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         weights = self.compressed.weights
         self._attention.forget()
+        self._ffn.forget()
         self._shifted.clear()
+        self._drop_given()
         for name, w in parameters.items():
             weights[f"{self.compressed.path}.{name}"].copy_(w)
 
+    @property
+    def _round(self) -> dict[str, Remembered]:
+        """By output projection, the module round it."""
+        found = {"o": self._attention, "out": self._ffn}
+        return {name: module for name, module in found.items() if name in self.run.inside}
+
+    def _note(self, name: str, number: int, given_BTD: Tensor) -> None:
+        """Keep what the original's output projection gives on the compressed model's inputs."""
+        self.run.store.save(f"compressed-{name}-{number}", {"given": given_BTD})
+        self._given.add(name)
+
+    def _rebuild(self, name: str, now: OfGiven) -> None:
+        """Let the module round an output projection give what it does with its factors, without
+        another run of what comes before the projection."""
+        rebuild = self.run.rebuilds.get(name)
+        if rebuild is None:
+            return
+        module: Any = self.compressed.block.get_submodule(self.compressed.below(name))
+        bias = getattr(module, "bias", None)
+        for number in range(self.batches):
+            given_BTD = self.run.store.load(f"compressed-{name}-{number}")["given"].to(self.device)
+            now_BTD = now(given_BTD.float()).to(given_BTD.dtype)
+            now_BTD = now_BTD if bias is None else now_BTD + bias
+            self._round[name].remember(number, rebuild(now_BTD))
+
+    def _drop_given(self) -> None:
+        for name in self._given:
+            for number in range(self.batches):
+                self.run.store.drop(f"compressed-{name}-{number}")
+        self._given.clear()
+
     def outputs(self) -> Iterator[Tensor]:
         """Hidden states after the compressed layer, as it is now."""
+        kept = [self._attention, *([self._ffn] if self._ffn.holds else [])]
         block = self.compressed.block
-        return self.layers.run_remembering(self.layer, block, self.before[1], self._attention)
+        return self.layers.run_remembering(self.layer, block, self.before[1], kept)
 
     def output_error(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)

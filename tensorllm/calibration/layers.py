@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tensorllm.calibration.remembered import Remembered
 from tensorllm.calibration.sequences import Batch
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.models import RoleMatrices, parameters_of
@@ -187,50 +188,6 @@ def without_bias(module: nn.Module, output: Tensor) -> Tensor:
     return output.detach() if bias is None else output.detach() - bias.detach()
 
 
-class Remembered:
-    """A module of a layer whose outputs are kept and given again as long as nothing changes them.
-
-    Args:
-        path: below the layer; "" for none.
-    """
-
-    def __init__(self, block: nn.Module, path: str) -> None:
-        self.path = path
-        self._module = block.get_submodule(path) if path else None
-        self._kept: dict[int, Any] = {}
-
-    def forget(self) -> None:
-        self._kept.clear()
-
-    @contextmanager
-    def within(self, number: int, usable: bool = True) -> Iterator[None]:
-        """While batch `number` runs."""
-        module: Any = self._module
-        if module is None or not usable:
-            yield
-        elif number in self._kept:
-            kept = self._kept[number]
-            module.forward = lambda *args, **kwargs: _copied(kept)
-            try:
-                yield
-            finally:
-                del module.forward
-        else:
-            keep = partial(self._kept.__setitem__, number)
-            handle = module.register_forward_hook(lambda module, args, output: keep(output))
-            try:
-                yield
-            finally:
-                handle.remove()
-
-
-def _copied(output: Any) -> Any:
-    """A layer may write into what its modules gave it."""
-    if isinstance(output, tuple):
-        return tuple(_copied(each) for each in output)
-    return output.clone() if isinstance(output, Tensor) else output
-
-
 @dataclass
 class Layers:
     """What a model passes its layers on each batch besides hidden states.
@@ -263,9 +220,19 @@ class Layers:
             yield out_BTD
 
     def signals(
-        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], tap: Tap, kept: Remembered
+        self,
+        layer: int,
+        block: nn.Module,
+        hidden: Iterable[Tensor],
+        tap: Tap,
+        kept: Remembered,
+        note: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
-        """What a tap of the layer gives (N, X), batch by batch; the layer runs only so far."""
+        """What a tap of the layer gives (N, X), batch by batch; the layer runs only so far.
+
+        Args:
+            note: gets each batch's number and what the tap gave, before padding is taken off.
+        """
         usable = not tap.path.startswith(f"{kept.path}.")
         every = zip(self.batches, self.calls[layer], hidden, strict=True)
         for number, (batch, call, hidden_BTD) in enumerate(every):
@@ -276,6 +243,8 @@ class Layers:
                 except _Reached as reached:
                     signal = reached.signal
             if signal is not None:
+                if note is not None:
+                    note(number, signal)
                 yield batch.tokens(signal)
 
     def run_tapped(
@@ -292,11 +261,13 @@ class Layers:
             yield out_BTD, {name: batch.tokens(signal) for name, signal in seen.items()}
 
     def run_remembering(
-        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], kept: Remembered
+        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], kept: Sequence[Remembered]
     ) -> Iterator[Tensor]:
         """As `run`, without running again what is remembered."""
         for number, (call, hidden_BTD) in enumerate(zip(self.calls[layer], hidden, strict=True)):
-            with torch.no_grad(), kept.within(number):
+            with torch.no_grad(), ExitStack() as remembering:
+                for each in kept:
+                    remembering.enter_context(each.within(number))
                 out_BTD = call.run(block, hidden_BTD)
             yield out_BTD
 

@@ -4,10 +4,13 @@ Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 from torch import Tensor, nn
 
-from tensorllm.calibration.layers import Layers, Remembered, Tap
+from tensorllm.calibration.layers import Layers, Tap
+from tensorllm.calibration.remembered import Rebuild, Remembered, watched
 from tensorllm.calibration.store import Store
 from tensorllm.compressors.layer import Site
 from tensorllm.models import RoleMatrices
@@ -58,6 +61,12 @@ class LayerModule:
         shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
         return ".".join(shared[: min(map(len, paths)) - 1])
 
+    @property
+    def ffn(self) -> str:
+        """The path of the module that holds the FFN's output matrix; "": none of its own."""
+        there = "out" in self.roles.spec.geometry(self.number).roles
+        return self.below("out").rpartition(".")[0] if there else ""
+
 
 class Original:
     """The original's layer on its own inputs, run once: its outputs, and what its matrices read or
@@ -65,6 +74,11 @@ class Original:
 
     Args:
         taps: by name, what is kept beside the outputs where a fit asks for it.
+
+    Attributes:
+        inside: by name of a tap at an output projection, the path of the module round it.
+        rebuilds: by name of such a tap, how what the module round it returns is made of what it
+            gave; known once the layer has run.
     """
 
     def __init__(
@@ -77,6 +91,9 @@ class Original:
     ) -> None:
         self.layers, self.module, self.hidden = layers, module, hidden
         self.store, self.taps = store, taps
+        paths = {"o": module.attention, "out": module.ffn}
+        self.inside = {name: path for name, path in paths.items() if path and name in taps}
+        self.rebuilds: dict[str, Rebuild | None] = {}
         self._first = next(iter(taps), "")  # little runs before it: it is run when it is asked for
         self._kept: set[str] = set()
 
@@ -117,11 +134,15 @@ class Original:
         kept = {each: tap for each, tap in self.taps.items() if each != self._first}
         taps = kept if name in kept else {}
         layer, block = self.module.number, self.module.block
-        for number, (out_BTD, seen) in enumerate(
-            self.layers.run_tapped(layer, block, self.hidden, taps)
-        ):
-            for each, signal in {"output": out_BTD, **seen}.items():
-                self.store.save(f"original-{each}-{number}", {each: signal})
+        with ExitStack() as watching:
+            for each, path in self.inside.items():
+                note = partial(self.rebuilds.__setitem__, each)
+                watching.enter_context(watched(block, path, self.taps[each].path, note))
+            for number, (out_BTD, seen) in enumerate(
+                self.layers.run_tapped(layer, block, self.hidden, taps)
+            ):
+                for each, signal in {"output": out_BTD, **seen}.items():
+                    self.store.save(f"original-{each}-{number}", {each: signal})
         self._kept |= {"output", *taps}
 
     def _load(self, name: str, number: int) -> Tensor:

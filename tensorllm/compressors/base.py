@@ -322,6 +322,21 @@ class LayerFit(Compressor):
         del site, geometry, size
         raise _no_outline(self)
 
+    def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
+        """Weights (D, D) of errors along the model's width, by which a whole matrix is rounded
+        where a budget in bytes leaves it one, float64.
+
+        Raises:
+            UserError: the strategy cannot meet a budget in bytes.
+        """
+        del context, role
+        raise _no_outline(self)
+
+    def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
+        """What an error of a whole role matrix (I, D) costs, in the unit of the curves."""
+        del context, role, lost_ID
+        raise _no_outline(self)
+
     def passes(self, sites: Sequence[Site]) -> float:
         """What a fit costs in passes of the layer forward on the text; for the time left."""
         del sites

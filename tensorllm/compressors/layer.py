@@ -1,6 +1,6 @@
 """What a strategy works on: sites, statistics of their matrices, a layer on a calibration text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,6 +89,7 @@ class MatrixStatistics:
         return self.gradient_covariance_YY if self.reads_rows else self.input_covariance_XX
 
 
+OfGiven = Callable[[Tensor], Tensor]  # (..., D) of (..., D)
 Size = tuple[int, ...]  # integers that say one size on an error curve: ranks, as a rule
 
 
@@ -173,9 +174,14 @@ class LayerContext(Protocol):
         """(N, X) per batch: what the compressed model gives it, with all that was `put` so far."""
         ...
 
-    def put(self, site: Site, factors: Factors) -> None:
+    def put(self, site: Site, factors: Factors, given: OfGiven | None = None) -> None:
         """Let factors, rounded as they are stored, take the place of the compressed layer's
-        matrices."""
+        matrices.
+
+        Args:
+            given: of an output projection, how what it gives with its factors is made of what the
+                original's matrix gives for the same input; saves another run of the layer.
+        """
         ...
 
     def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:

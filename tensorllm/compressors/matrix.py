@@ -16,13 +16,13 @@ from torch import Tensor
 
 from tensorllm.compressors.base import Dimension, ErrorCurve, Job, LayerFit, Leaf
 from tensorllm.compressors.checks import check_roles
-from tensorllm.compressors.layer import MatrixStatistics, Site, Size
+from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
 from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
-from tensorllm.tensors.stacking import MATRICES, ROUTED, family, is_output_projection
+from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, family, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -124,19 +124,7 @@ class MatrixSVD(KeptSettings, Leaf):
     ) -> ErrorCurve:
         """Squared error of the weighted map at every rank, relative to its size."""
         w_YX, _ = as_map(w, statistics)
-        root = self.root(w_YX, statistics[0] if statistics else None)
-        seen_YX = root.scale(w_YX)
-        wide = len(seen_YX) <= seen_YX.shape[1]
-        gram = seen_YX @ seen_YX.mT if wide else seen_YX.mT @ seen_YX
-        squares = eigenvalues(gram).clamp(min=0).cpu()
-        ranks = torch.arange(1, len(squares) + 1)
-        cost = ranks * sum(w.shape)
-        smaller = cost < w.numel()
-        error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w.numel() / squares.sum()
-        cost_N = torch.cat((cost[smaller], torch.tensor([w.numel()])))
-        error_N = torch.cat((error[smaller], error.new_zeros(1)))
-        sizes = torch.cat((ranks[smaller], ranks.new_zeros(1)))
-        return ErrorCurve(cost_N, error_N, sizes[:, None])
+        return weighted_curve(w_YX, self.root(w_YX, statistics[0] if statistics else None))
 
     def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
         return low_rank_outline(shape, size[0])
@@ -147,8 +135,7 @@ class MatrixSVD(KeptSettings, Leaf):
         w_YX, _ = as_map(w, statistics)
         lost_YX, _ = as_map(w.double() - near.double(), statistics)
         root = self.root(w_YX, statistics[0] if statistics else None)
-        whole = float(root.scale(w_YX).square().sum())
-        return float(root.scale(lost_YX).square().sum()) * w.numel() / whole if whole else 0.0
+        return weighted_error(w_YX, lost_YX, root)
 
     def at_size(self, site: Site, size: Size) -> Self:
         return replace(self, kept=None, rank=size[0], matrices=site.roles)
@@ -179,6 +166,85 @@ class MatrixFit(KeptSettings, LayerFit):
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int:
         return self.rank_of(shape) * sum(shape)
+
+    def rank_at(self, context: LayerContext, site: Site) -> int:
+        """The rank that a budget chose for a site, or that of the settings."""
+        size = context.sites[site]
+        return size[0] if size else self.rank_of(site.shape(context.geometry))
+
+    def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
+        """Squared error at every rank where the original's inputs are white, whatever the fit then
+        does on the compressed model's."""
+        return {
+            site: weighted_curve(
+                map_of(context.weight(site.roles[0]), site.roles[0]),
+                _whitening_of(context, site.roles[0]),
+            )
+            for site in sites
+        }
+
+    def outline(self, site: Site, geometry: Geometry, size: Size) -> Factors:
+        rows, columns = site.shape(geometry)
+        return low_rank_outline((rows, columns), size[0])
+
+    def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
+        width = context.weight(role).shape[1]
+        if is_output_projection(role):  # what it writes is not measured
+            return torch.eye(width, dtype=torch.float64, device=context.device)
+        return context.input_covariance(role)
+
+    def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
+        w_YX, lost_YX = map_of(context.weight(role), role), map_of(lost_ID, role)
+        return weighted_error(w_YX, lost_YX, _whitening_of(context, role))
+
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"rank": 1} | dict(settings)
+
+
+def _whitening_of(context: LayerContext, role: str) -> Root:
+    return whitening(context.input_covariance(role).to(context.device))
+
+
+def weighted_curve(w_YX: Tensor, root: Root) -> ErrorCurve:
+    """Squared error of a map at every rank that saves numbers, relative to its mean square, inputs
+    weighted; and at size 0 the matrix as it is."""
+    seen_YX = root.scale(w_YX)
+    wide = len(seen_YX) <= seen_YX.shape[1]
+    gram = seen_YX @ seen_YX.mT if wide else seen_YX.mT @ seen_YX
+    squares = eigenvalues(gram).clamp(min=0).cpu()
+    ranks = torch.arange(1, len(squares) + 1)
+    cost = ranks * sum(w_YX.shape)
+    smaller = cost < w_YX.numel()
+    error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w_YX.numel() / squares.sum()
+    cost_N = torch.cat((cost[smaller], torch.tensor([w_YX.numel()])))
+    error_N = torch.cat((error[smaller], error.new_zeros(1)))
+    sizes = torch.cat((ranks[smaller], ranks.new_zeros(1)))
+    return ErrorCurve(cost_N, error_N, sizes[:, None])
+
+
+def weighted_error(w_YX: Tensor, lost_YX: Tensor, root: Root) -> float:
+    """What an error of a map costs, in the unit of `weighted_curve`."""
+    whole = float(root.scale(w_YX).square().sum())
+    return float(root.scale(lost_YX).square().sum()) * w_YX.numel() / whole if whole else 0.0
+
+
+def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
+    """The Cholesky factor of a covariance; where that is not positive definite, its diagonal is
+    raised until it is, as in the authors' code.
+
+    Args:
+        ridge: of the mean variance, what is added to the diagonal in any case.
+    """
+    shift = ridge * float(covariance_XX.diagonal().mean())
+    eye_XX = torch.eye(len(covariance_XX)).to(covariance_XX)
+    while True:
+        root_XX, failed = torch.linalg.cholesky_ex(covariance_XX + shift * eye_XX)
+        if not failed:
+            inverse = torch.linalg.solve_triangular(root_XX, eye_XX, upper=False)
+            return Root(root_XX, inverse)
+        mean = float(covariance_XX.diagonal().mean()) or 1.0
+        shift = max(2 * shift, 1e-8 * mean)
 
 
 def matrix_sites(

@@ -232,12 +232,13 @@ class RoundedFit(WrappedFit):
         return True  # their covariances are what whole matrices are rounded by
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
+        plainly = self.inner.curves(sites, context)
         errs = {
-            role: _errors(context, role)
+            role: self._errors(context, role)
             for role in dict.fromkeys(role for site in sites for role in site.roles)
         }
         out, geometry = {}, context.geometry
-        for site, plain in self.inner.curves(sites, context).items():
+        for site, plain in plainly.items():
             mine = [errs[role] for role in site.roles]
             shape, dtype = site.shape(geometry), context.weight(site.roles[0]).dtype
             outline = partial(self.inner.outline, site, geometry)
@@ -257,7 +258,7 @@ class RoundedFit(WrappedFit):
             assert size is not None, "a budget gives every site its size"
             ranks[site], bits[site] = size[:-1], size[-1]
             if not any(ranks[site]):
-                found[site] = _whole(context, site, bits[site])
+                found[site] = self._whole(context, site, bits[site])
                 context.put(site, found[site])
         left = {site: size for site, size in ranks.items() if any(size)}
         if not left:
@@ -269,6 +270,22 @@ class RoundedFit(WrappedFit):
                 found[site] = quantise(factors, HOW[bits[site]])
                 context.put(site, found[site])
         return LayerResult(found, result.parameters)
+
+    def _errors(self, context: LayerContext, role: str) -> dict[int, float]:
+        """What rounding a matrix costs by bits, and at 0 what leaving it out does."""
+        w_ID = context.weight(role).float()
+        metric_DD = self.inner.rounding_metric(context, role).to(w_ID.device)
+        out = {0: self.inner.error_of(context, role, w_ID)}
+        for bits, how in HOW.items():
+            lost_ID = quantised_whole(w_ID, how, metric_DD).dense() - w_ID
+            out[bits] = self.inner.error_of(context, role, lost_ID)
+        return out
+
+    def _whole(self, context: LayerContext, site: Site, bits: int) -> Factors:
+        """A site's matrix in few bits, rounded by what its errors do."""
+        w_ID = context.weight(site.roles[0])
+        metric_DD = self.inner.rounding_metric(context, site.roles[0]).to(w_ID.device)
+        return quantised_whole(w_ID, HOW[bits], metric_DD)
 
 
 @dataclass(frozen=True)
@@ -282,30 +299,6 @@ class _With:
         return getattr(self.context, name)
 
 
-def _errors(context: LayerContext, role: str) -> dict[int, float]:
-    """What rounding a matrix costs by bits, and at 0 what leaving it out does.
-
-    The error E weighs tr(E M Eᵀ) at the model's width; on the other side, which is not measured, as
-    much as it does on average: the carried covariance's trace over the matrix's square.
-    """
-    w_ID = context.weight(role).float()
-    metric_DD = context.width_covariance((role,)).to(w_ID.device)
-    carried_DD = context.carried_covariance((role,)).to(w_ID.device)
-    scale = float(carried_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
-    out = {0: float((metric_DD * carried_DD).sum())}
-    for bits, how in HOW.items():
-        lost_ID = (quantised_whole(w_ID, how, metric_DD).dense() - w_ID).double()
-        out[bits] = scale * float(((lost_ID @ metric_DD) * lost_ID).sum())
-    return out
-
-
-def _whole(context: LayerContext, site: Site, bits: int) -> Factors:
-    """A site's matrix in few bits, rounded by what its errors do."""
-    metric_DD = context.width_covariance(site.roles)
-    w_ID = context.weight(site.roles[0])
-    return quantised_whole(w_ID, HOW[bits], metric_DD.to(w_ID.device))
-
-
 def in_bytes(compressor: Compressor, most: int) -> Wrapped:
     """The strategy with sizes that are ranks and bits, and costs that are bytes.
 
@@ -314,13 +307,6 @@ def in_bytes(compressor: Compressor, most: int) -> Wrapped:
     """
 
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
-        if isinstance(inner, Leaf):
-            return RoundedLeaf(inner, most)
-        if not inner.at_width:
-            raise UserError(
-                f"{type(inner.named).__name__} cannot meet a target in bytes: it does not measure "
-                "at the model's width what rounding would cost"
-            )
-        return RoundedFit(inner, most)
+        return RoundedLeaf(inner, most) if isinstance(inner, Leaf) else RoundedFit(inner, most)
 
     return Wrapped(compressor, wrap)

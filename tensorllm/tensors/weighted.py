@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
+from tensorllm.tensors.triangular import congruent, times_lower
 
 FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
 SHORT = 1.0  # the same where there are as many tokens as directions; falls by their cube
@@ -64,20 +65,19 @@ class Metric:
             raised_NN = self.raised.clone()
             raised_NN.diagonal().add_(floor * float(raised_NN.diagonal().mean()))
 
-    def seen(self, carried_NN: Tensor, through_NN: Tensor | None = None) -> Tensor:
+    def seen(self, carried_NN: Tensor, half_NN: Tensor | None = None) -> Tensor:
         """Lᵀ C L: its eigenvalues are what components cost when they are left out.
 
         From order `LARGE` on its products are made in float32, as its eigenvalues are.
 
         Args:
-            through_NN: another map T that C is carried across first: Lᵀ Tᵀ C T L.
+            half_NN: T L, where C is carried across another map T first: Lᵀ Tᵀ C T L.
         """
-        dtype = torch.float32 if len(carried_NN) >= LARGE else torch.float64
+        dtype = dtype_at(len(carried_NN))
         size = float(carried_NN.diagonal().mean()) or 1.0  # float32 may not reach so far down
-        root_NN = self.root.to(dtype)
-        half_NN = root_NN if through_NN is None else through_NN.to(root_NN) @ root_NN
-        seen_NN = half_NN.mT @ (carried_NN.to(half_NN.device) / size).to(dtype) @ half_NN
-        return (seen_NN + seen_NN.mT).double() * (size / 2)
+        whole_NN = self.root if half_NN is None else half_NN
+        carried_NN = (carried_NN.to(whole_NN.device) / size).to(dtype)
+        return congruent(carried_NN, whole_NN.to(dtype), lower=half_NN is None).double() * size
 
     def unroot(self, v_RN: Tensor) -> Tensor:
         """V L⁻¹."""
@@ -92,15 +92,27 @@ class Projection(NamedTuple):
 
 
 def projection(
-    metric: Metric, carried_NN: Tensor, rank: int, through_NN: Tensor | None = None
+    metric: Metric, carried_NN: Tensor, rank: int, half_NN: Tensor | None = None
 ) -> Projection:
     """The projection of this rank after which a map errs least.
 
     Args:
-        through_NN: another map T that the covariance is carried across first: Tᵀ C T.
+        half_NN: T L (see `through`), where the covariance is carried across T first: Tᵀ C T.
     """
-    v_NR = leading_eigenvectors(metric.seen(carried_NN, through_NN), rank)
-    return Projection(metric.root @ v_NR, metric.unroot(v_NR.mT.contiguous()))
+    v_NR = leading_eigenvectors(metric.seen(carried_NN, half_NN), rank)
+    into_NR = metric.root.to(dtype_at(len(v_NR))) @ v_NR.to(dtype_at(len(v_NR)))
+    return Projection(into_NR.double(), metric.unroot(v_NR.mT.contiguous()))
+
+
+def through(metric: Metric, map_NN: Tensor) -> Tensor:
+    """T L of a map T, L the metric's root; in float32 from order `LARGE` on."""
+    dtype = dtype_at(len(map_NN))
+    return times_lower(map_NN.to(dtype), metric.root.to(dtype))
+
+
+def dtype_at(order: int) -> torch.dtype:
+    """Of products beside eigenproblems of this order, which are in float32 from `LARGE` on."""
+    return torch.float32 if order >= LARGE else torch.float64
 
 
 def left_out(metric: Metric, carried_NN: Tensor, ranks: int) -> Tensor:

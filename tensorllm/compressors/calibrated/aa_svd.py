@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, LayerResult
-from tensorllm.compressors.calibrated.svd_llm import in_order, whitening
+from tensorllm.compressors.calibrated.svd_llm import in_order
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.compressors.matrix import (
     MatrixFit,
@@ -19,6 +19,7 @@ from tensorllm.compressors.matrix import (
     low_rank,
     map_of,
     truncated,
+    whitening,
 )
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import LowRank
@@ -64,7 +65,9 @@ class AASVD(MatrixFit):
             (role,) = site.roles
             w_ID = context.weight(role)
             factors = anchored(
-                map_of(w_ID, role), *context.shifted_covariances(role), self.rank_of(w_ID.shape)
+                map_of(w_ID, role),
+                *context.shifted_covariances(role),
+                self.rank_at(context, site),
             )
             out[site] = low_rank(*factors, transposed=is_output_projection(role), like=w_ID)
             context.put(site, out[site])

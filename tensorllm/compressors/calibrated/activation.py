@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tensorllm.compressors.base import (
     COMPRESSORS,
@@ -36,7 +37,7 @@ from tensorllm.compressors.calibrated.maps import (
 )
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
-from tensorllm.compressors.layer import LayerContext, Site, Size
+from tensorllm.compressors.layer import LayerContext, OfGiven, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
@@ -206,6 +207,19 @@ class ActivationTucker(LayerFit):
             return kept_rows_outline(rows, width, size[0] * len(site.roles))
         return pivoted_outline(rows, width, size[0], not is_output_projection(site.roles[0]))
 
+    def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
+        return context.width_covariance((role,))
+
+    def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
+        """tr(E M Eᵀ) at the model's width; on the other side, which is not measured, as much as it
+        costs on average: the carried covariance's trace over the matrix's square."""
+        metric_DD = context.width_covariance((role,)).to(lost_ID.device)
+        carried_DD = context.carried_covariance((role,)).to(lost_ID.device)
+        w_ID = context.weight(role).float()
+        scale = float(carried_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
+        lost_ID = lost_ID.double()
+        return scale * float(((lost_ID @ metric_DD) * lost_ID).sum())
+
     def _ranks(self, full: int) -> list[int]:
         """The ranks that a site may have, ascending."""
         step = self.rank_multiple or usual_multiple(full)
@@ -220,6 +234,7 @@ class ActivationTucker(LayerFit):
         refits = self.correction and self.refit_epochs > 0
         moving: dict[Site, Moving] = {}
         factors: dict[Site, Factors] = {}
+        given: dict[Site, OfGiven | None] = {}
         for key in reading_together([role for site in context.sites for role in site.roles]):
             sites = {s: size for s, size in context.sites.items() if s.roles[0] in key}
             if not sites:
@@ -234,11 +249,11 @@ class ActivationTucker(LayerFit):
                         moving[site] = channels.balanced()
                     continue
                 fitted = here.fit(context, site.roles, size[0])
-                factors[site] = pivoted(*fitted, site.roles)
+                factors[site], given[site] = pivoted(*fitted.map, site.roles), fitted.given
                 if refits:
-                    moving[site] = Balanced(fitted, here.metric, site.roles)
+                    moving[site] = Balanced(fitted.map, here.metric, site.roles)
             for site in sites:
-                context.put(site, factors[site])
+                context.put(site, factors[site], given.get(site))
         if refits:
             return refit(context, moving, factors, self.refit_epochs)
         return LayerResult(factors)

@@ -4,13 +4,14 @@ Shapes: D model width, M outputs of the stacked maps of a site, R rank.
 """
 
 from dataclasses import dataclass, field
-from typing import Self
+from functools import cached_property, partial
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from tensorllm.compressors.calibrated.maps import Group, Map, stacked
-from tensorllm.compressors.layer import LayerContext
+from tensorllm.compressors.layer import LayerContext, OfGiven
 from tensorllm.tensors.factors import wide
 from tensorllm.tensors.stacking import is_output_projection
 from tensorllm.tensors.unfold import gram_of_columns
@@ -20,11 +21,19 @@ from tensorllm.tensors.weighted import (
     floor_of,
     projection,
     regression,
+    through,
 )
 
 # Of the width over the tokens that gradients were taken of: what of their covariance is left to the
 # plain mean square. Set on a real model with 7 tokens per number of its width: 0.3 there.
 SAMPLED = 2.0
+
+
+class Fit(NamedTuple):
+    """A map, and of an output projection what it gives, made of what the original gives."""
+
+    map: Map
+    given: OfGiven | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +49,14 @@ class AtWidth:
         seen_DD: E[x xᵀ] of what is read; of output projections E[y yᵀ] of y = W x.
         correction_DD: of what is read, or written, from the compressed model's to the original's.
         plain: share of the plain mean square in what errors cost, 0 to 1; None: `share_of`.
+        writes: whether the roles are an output projection.
     """
 
     metric: Metric
     seen_DD: Tensor
     correction_DD: Tensor | None
     plain: float | None
+    writes: bool
     _grams: dict[str, Tensor] = field(default_factory=dict)  # of roles that stand in several sites
 
     @classmethod
@@ -63,12 +74,12 @@ class AtWidth:
             seen_DD = context.width_covariance(key)
         metric_DD = written(context, key, plain) if writes else seen_DD
         metric = Metric(metric_DD, floor_of(len(metric_DD), context.tokens))
-        return cls(metric, seen_DD, correction_DD, plain)
+        return cls(metric, seen_DD, correction_DD, plain, writes)
 
     def carried(self, context: LayerContext, roles: Group) -> Tensor:
         """The side that is not the metric, carried across the matrices of some of the roles to the
         model's width (D, D)."""
-        if is_output_projection(roles[0]):
+        if self.writes:
             return self.seen_DD
         carried_DD = context.carried_covariance(roles)
         share = share_of(context, roles, self.plain)
@@ -85,18 +96,36 @@ class AtWidth:
             self._grams[role] = as_dear(gram_DD, carried_DD, self.seen_DD)
         return self._grams[role]
 
-    def fit(self, context: LayerContext, roles: Group, rank: int) -> Map:
+    @cached_property
+    def _half(self) -> Tensor | None:
+        """The root of the metric behind the correction, for all sites of the roles; None: there is
+        no correction."""
+        correct_DD = self.correction_DD
+        if correct_DD is None:
+            return None
+        return through(self.metric, correct_DD.mT if self.writes else correct_DD)
+
+    def fit(self, context: LayerContext, roles: Group, rank: int) -> Fit:
         """The map of this rank that errs least, its large products in the dtype of the weights."""
         w_MX = stacked({role: context.weight(role) for role in roles}, roles)
-        correct, carried_DD = self.correction_DD, self.carried(context, roles)
-        if is_output_projection(roles[0]):
-            back = None if correct is None else correct.mT
-            into_DR, back_RD = projection(self.metric, carried_DD, rank, back)
-            turn_RD = into_DR.mT if correct is None else into_DR.mT @ correct
-            return Map(back_RD.mT.to(w_MX), turn_RD.to(w_MX) @ w_MX)
-        into_DR, back_RD = projection(self.metric, carried_DD, rank, correct)
-        turn_DR = into_DR if correct is None else correct @ into_DR
-        return Map(w_MX @ turn_DR.to(w_MX), back_RD.to(w_MX))
+        carried_DD = self.carried(context, roles)
+        into_DR, back_RD = projection(self.metric, carried_DD, rank, self._half)
+        into_DR, back_RD = into_DR.to(w_MX), back_RD.to(w_MX)
+        turn_DR = into_DR
+        if self.correction_DD is not None:
+            correct_DD = self.correction_DD.to(w_MX)
+            turn_DR = (correct_DD.mT if self.writes else correct_DD) @ into_DR
+        if self.writes:
+            return Fit(Map(back_RD.mT, turn_DR.mT @ w_MX), partial(_turned, turn_DR, back_RD))
+        return Fit(Map(w_MX @ turn_DR, back_RD), None)
+
+
+def _turned(turn_DR: Tensor, back_RD: Tensor, given: Tensor) -> Tensor:
+    """What was given (..., D), through a map of rank R at the model's width."""
+    width, rank = turn_DR.shape
+    if 2 * rank < width:
+        return given @ turn_DR @ back_RD
+    return given @ (turn_DR @ back_RD)
 
 
 def share_of(context: LayerContext, roles: Group, plain: float | None) -> float:

@@ -21,6 +21,7 @@ from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry, is_output_projection
+from tensorllm.tensors.triangular import transposed_lower_times
 from tensorllm.tensors.unfold import gram_of_columns
 from tensorllm.tensors.weighted import Metric, floor_of
 
@@ -70,7 +71,7 @@ def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
     order_F = _order(covariance_FF.diagonal(), out_FD, gradient_DD)
     floor = floor_of(len(order_F), context.tokens)
     root_FF = Metric(covariance_FF[order_F[:, None], order_F], floor).root
-    missed_FD = root_FF.mT.to(out_FD) @ out_FD[order_F]
+    missed_FD = transposed_lower_times(root_FF.to(out_FD), out_FD[order_F])
     left_F = _costs(missed_FD, gradient_DD).flip(0).cumsum(0).flip(0)
     step = _step(len(left_F))
     kept_S = torch.arange(step, len(left_F), step)

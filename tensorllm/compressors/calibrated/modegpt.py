@@ -11,7 +11,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, Dimension, Job, LayerFit, LayerResult
+from tensorllm.compressors.base import (
+    COMPRESSORS,
+    Dimension,
+    ErrorCurve,
+    Job,
+    LayerFit,
+    LayerResult,
+)
 from tensorllm.compressors.checks import check_roles
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.compressors.matrix import KEPT, kept_settings
@@ -74,6 +81,13 @@ class MoDeGPT(LayerFit):
             if role in spec.geometry(layer).roles
             and (self.matrices is None or role in self.matrices)
         ]
+
+    def curves(self, sites: Sequence[Site], context: LayerContext) -> Mapping[Site, ErrorCurve]:
+        raise _one_share()
+
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        raise _one_share()
 
     def passes(self, sites: Sequence[Site]) -> int:
         del sites
@@ -165,6 +179,13 @@ class MoDeGPT(LayerFit):
             refit = [nystrom(c, chosen_R, o) for c, o in zip(heads, o_GgKD[group], strict=True)]
             outputs.append(torch.stack(refit))
         return torch.stack(kept), torch.stack(values), torch.stack(outputs)
+
+
+def _one_share() -> UserError:
+    return UserError(
+        "modegpt keeps one share (kept) of the dimensions in all layers and meets no other target: "
+        "give kept; activation-hybrid drops FFN channels to a ratio or to bytes"
+    )
 
 
 def leverage(covariance_FF: Tensor) -> Tensor:

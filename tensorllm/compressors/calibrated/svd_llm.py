@@ -19,6 +19,7 @@ from tensorllm.compressors.matrix import (
     low_rank,
     map_of,
     truncated,
+    whitening,
 )
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import is_output_projection
@@ -60,31 +61,13 @@ class SVDLLMSequential(MatrixFit):
             w_ID = context.weight(role)
             w_YX = map_of(w_ID, role)
             root = whitening(context.input_covariance(role).to(w_YX))
-            _, v_RX = truncated(w_YX, root, self.rank_of(w_ID.shape))
+            _, v_RX = truncated(w_YX, root, self.rank_at(context, site))
             _, seen_XX = context.shifted_covariances(role)
             right_XR = seen_XX.to(w_YX) @ v_RX.mT
             u_YR = torch.linalg.lstsq(v_RX @ right_XR, (w_YX @ right_XR).mT).solution.mT
             out[site] = low_rank(u_YR, v_RX, transposed=is_output_projection(role), like=w_ID)
             context.put(site, out[site])
         return LayerResult(out)
-
-
-def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
-    """The Cholesky factor of a covariance; where that is not positive definite, its diagonal is
-    raised until it is, as in the authors' code.
-
-    Args:
-        ridge: of the mean variance, what is added to the diagonal in any case.
-    """
-    shift = ridge * float(covariance_XX.diagonal().mean())
-    eye_XX = torch.eye(len(covariance_XX)).to(covariance_XX)
-    while True:
-        root_XX, failed = torch.linalg.cholesky_ex(covariance_XX + shift * eye_XX)
-        if not failed:
-            inverse = torch.linalg.solve_triangular(root_XX, eye_XX, upper=False)
-            return Root(root_XX, inverse)
-        mean = float(covariance_XX.diagonal().mean()) or 1.0
-        shift = max(2 * shift, 1e-8 * mean)
 
 
 def in_order(sites: Mapping[Site, Any]) -> list[Site]:

@@ -1,0 +1,58 @@
+"""Products of triangular and symmetric matrices, without the half that is zero or known.
+
+In strips: each is one dense product, so that no kernel of its own is needed on any device.
+Shapes: N size of the triangular matrix L, M rows or columns of the other.
+"""
+
+import torch
+from torch import Tensor
+
+from tensorllm.tensors.unfold import STRIP
+
+
+def times_lower(x_MN: Tensor, lower_NN: Tensor) -> Tensor:
+    """X L of a lower triangular L: half the multiply-adds."""
+    width = len(lower_NN)
+    if width < 2 * STRIP:
+        return x_MN @ lower_NN
+    out_MN = x_MN.new_empty(len(x_MN), width)
+    for at in range(0, width, STRIP):
+        here = slice(at, at + STRIP)
+        torch.mm(x_MN[:, at:], lower_NN[at:, here], out=out_MN[:, here])
+    return out_MN
+
+
+def transposed_lower_times(lower_NN: Tensor, x_NM: Tensor) -> Tensor:
+    """Lᵀ X of a lower triangular L: half the multiply-adds."""
+    width = len(lower_NN)
+    if width < 2 * STRIP:
+        return lower_NN.mT @ x_NM
+    out_NM = x_NM.new_empty(width, x_NM.shape[1])
+    for at in range(0, width, STRIP):
+        here = slice(at, at + STRIP)
+        torch.mm(lower_NN[at:, here].mT, x_NM[at:], out=out_NM[here])
+    return out_NM
+
+
+def congruent(c_NN: Tensor, half_NN: Tensor, *, lower: bool) -> Tensor:
+    """Hᵀ C H of a symmetric C, exactly symmetric: a third of the multiply-adds of two products
+    where H is lower triangular, three quarters elsewhere.
+
+    Args:
+        lower: whether H is lower triangular.
+    """
+    width = len(c_NN)
+    if width < 2 * STRIP:
+        out_NN = half_NN.mT @ c_NN @ half_NN
+        return (out_NN + out_NN.mT) / 2
+    right_NN = times_lower(c_NN, half_NN) if lower else c_NN @ half_NN
+    out_NN = torch.empty_like(right_NN)
+    for at in range(0, width, STRIP):
+        here, end = slice(at, at + STRIP), min(at + STRIP, width)
+        first = at if lower else 0  # above it this strip of H is zero
+        strip = half_NN[first:, here].mT @ right_NN[first:, :end]
+        out_NN[here, :end] = strip
+        out_NN[:at, here] = strip[:, :at].mT
+        own = strip[:, at:]
+        out_NN[here, here] = (own + own.mT) / 2
+    return out_NN
