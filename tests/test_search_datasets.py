@@ -27,7 +27,7 @@ from tensorllm.search.objectives import OBJECTIVES, over_datasets
 from tensorllm.search.selection import optimism
 from tensorllm.search.stopping import Race, Rival, rivals_of
 from tensorllm.search.study import Study
-from tensorllm.search.trial import TrialResult, pack, together
+from tensorllm.search.trial import TrialResult, pack, together, unpack
 from tensorllm.search.verdict import overall
 from tensorllm_cli.app import main
 
@@ -340,6 +340,50 @@ def test_trials_at_once_find_what_each_finds_alone(opened: Study, right: int) ->
     assert any(one.stopped for one in found) == bool(right)
     refused = examine.together(points[:2], [()] * 2, max_error=1e-9)
     assert all(isinstance(one, Infeasible) for one in refused)
+
+
+def test_trials_at_once_are_pruned_beside_each_other(opened: Study) -> None:
+    """What is left is as without; a rule that prunes at once leaves one of them."""
+    examine = opened.examiner
+    points = [opened.space.point(values) for values in opened.points]
+    full = examine.together(points, [()] * len(points))
+    found = examine.together(points, [()] * len(points), level=1.9, duels=True)
+    kept = [one for one in found if isinstance(one, TrialResult) and not one.stopped]
+    assert 1 <= len(kept) < len(points)
+    for one, whole in zip(found, full, strict=True):
+        assert isinstance(one, TrialResult)
+        assert isinstance(whole, TrialResult)
+        assert unpack(one.correct, one.seen) == unpack(whole.correct, whole.seen)[: one.seen]
+
+
+@pytest.mark.parametrize(("sampler", "at_once"), [("tpe", 10), ("nsga2", 14)])
+def test_samplers_at_once_try_what_they_try_one_at_a_time(
+    opened: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, at_once: int
+) -> None:
+    """So an optimum is found after as many trials."""
+    tried = []
+    for size in (1, 16):
+        request = replace(
+            opened.request, rho=None, sampler=sampler, trials=14, limit=40, full=True, min_ratio=0
+        )
+        study = Study(request)
+        study.__dict__.update(model=opened.model, tokenizer=opened.tokenizer)
+        study.examiner.__dict__["side_by_side"] = size
+        sizes: list[int] = []
+        examine = study.examiner.together
+
+        def together_(*args: Any, note: Any = sizes.append, run: Any = examine, **how: Any) -> Any:
+            note(len(args[0]))
+            return run(*args, **how)
+
+        monkeypatch.setattr(study.examiner, "together", together_)
+        queue = study.queue(tmp_path / f"{sampler}-{size}")
+        study.fill(queue)
+        study.work(queue)
+        tried.append([trial.params for trial in queue.trials()])
+        assert len(tried[-1]) == 14
+        assert max(sizes) == (1 if size == 1 else at_once)
+    assert tried[0] == tried[1]
 
 
 def test_a_trial_that_fails_does_not_take_others_with_it(
