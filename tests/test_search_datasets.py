@@ -27,7 +27,7 @@ from tensorllm.search.objectives import OBJECTIVES, over_datasets
 from tensorllm.search.selection import optimism
 from tensorllm.search.stopping import Race, Rival, rivals_of
 from tensorllm.search.study import Study
-from tensorllm.search.trial import TrialResult, pack, together, unpack
+from tensorllm.search.trial import TrialResult, pack, together
 from tensorllm.search.verdict import overall
 from tensorllm_cli.app import main
 
@@ -340,20 +340,6 @@ def test_trials_at_once_find_what_each_finds_alone(opened: Study, right: int) ->
     assert any(one.stopped for one in found) == bool(right)
     refused = examine.together(points[:2], [()] * 2, max_error=1e-9)
     assert all(isinstance(one, Infeasible) for one in refused)
-
-
-def test_trials_at_once_are_pruned_beside_each_other(opened: Study) -> None:
-    """What is left is as without; a rule that prunes at once leaves one of them."""
-    examine = opened.examiner
-    points = [opened.space.point(values) for values in opened.points]
-    full = examine.together(points, [()] * len(points))
-    found = examine.together(points, [()] * len(points), level=1.9, duels=True)
-    kept = [one for one in found if isinstance(one, TrialResult) and not one.stopped]
-    assert 1 <= len(kept) < len(points)
-    for one, whole in zip(found, full, strict=True):
-        assert isinstance(one, TrialResult)
-        assert isinstance(whole, TrialResult)
-        assert unpack(one.correct, one.seen) == unpack(whole.correct, whole.seen)[: one.seen]
 
 
 @pytest.mark.parametrize(("sampler", "at_once"), [("tpe", 10), ("nsga2", 14)])

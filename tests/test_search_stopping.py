@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorllm.search.stopping import Duels, Race, Rival
+from tensorllm.search.stopping import Race, Rival
 
 N = 240
 
@@ -68,32 +68,3 @@ def test_losses_are_compared_only_when_certain(losses, mean):
     race = Race(Rival(None, mean), len(losses), 0.5)
     if race.lost([None] * len(losses), losses):
         assert sum(losses) / len(losses) > mean
-
-
-def duelled(columns, level, stage=30):
-    """Lanes that were pruned, of verdicts by lane."""
-    going = dict(enumerate(columns))
-    duels, out = Duels(list(going), len(columns[0]), level), set()
-    for at in range(0, len(columns[0]), stage):
-        out |= duels.lost({lane: own[at : at + stage] for lane, own in going.items()})
-        going = {lane: own for lane, own in going.items() if lane not in out}
-    return out
-
-
-def test_the_best_of_trials_at_once_is_pruned_with_at_most_the_stated_probability():
-    runs, level = 400, 0.2
-    rows = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)] * 15 + [(0,) * 4] * 60
-    wrong = 0
-    for seed in range(runs):  # all end equal: each is the best, and none need be spared more
-        random.Random(seed).shuffle(rows)
-        wrong += 0 in duelled(list(zip(*rows, strict=True)), level)
-    assert wrong / runs <= level + 3 * (level * (1 - level) / runs) ** 0.5
-
-
-def test_of_trials_at_once_clear_losers_go_and_one_always_stays():
-    good, bad = shuffled_pair(0, 96, 12, 48)
-    assert duelled([bad, good, bad], 0.001) == {0, 2}
-    assert duelled([[1] * N, [0] * N], 0.0) == {1}  # certain
-    for seed in range(30):
-        pairs = [shuffled_pair(seed, 60, 50, 20), shuffled_pair(seed + 99, 50, 60, 20)]
-        assert len(duelled([*pairs[0], *pairs[1]], 0.9)) < 4

@@ -30,7 +30,7 @@ from tensorllm.search.lanes import changed_by, changed_names, rowwise
 from tensorllm.search.parts import Asked, ByPart, Part
 from tensorllm.search.prefix import Edited, Prefix
 from tensorllm.search.space import Point
-from tensorllm.search.stopping import Duels, Race, Rival
+from tensorllm.search.stopping import Race, Rival
 from tensorllm.search.trial import Sizes, TrialResult, result_of, together
 from tensorllm.tensors.stacking import FEED_FORWARD, family
 
@@ -153,19 +153,17 @@ class Examiner:
         level: float = 0.0,
         max_error: float | None = None,
         min_ratio: float = 0.0,
-        duels: bool = False,
     ) -> list[TrialResult | Infeasible]:
         """Examine several points at once, at most `side_by_side`: the same results, in less time.
 
         Args:
             rivals: of each point; the rest as for one.
-            duels: a point may be pruned for another one of these, too (on one dataset).
         """
         started = time.perf_counter()
         edits = [self.edit(point) for point in points]
         refused = [refusal(edit, max_error, min_ratio) for edit in edits]
         tried = [n for n, reason in enumerate(refused) if reason is None]
-        rows = self._rows([edits[n] for n in tried], [rivals[n] for n in tried], level, duels)
+        rows = self._rows([edits[n] for n in tried], [rivals[n] for n in tried], level)
         seconds = (time.perf_counter() - started) / max(1, len(tried))
         found = dict(zip(tried, rows, strict=True))
         out: list[TrialResult | Infeasible] = []
@@ -219,11 +217,7 @@ class Examiner:
         return self._fitted[point.key]
 
     def _rows(
-        self,
-        edits: Sequence[ModelEdit],
-        rivals: Sequence[Sequence[Rival]],
-        level: float,
-        duels: bool = False,
+        self, edits: Sequence[ModelEdit], rivals: Sequence[Sequence[Rival]], level: float
     ) -> list[tuple[list[list[Prediction]], bool]]:
         """Of each edit per dataset its rows in the order of examination, and whether it was pruned.
 
@@ -234,11 +228,6 @@ class Examiner:
         if not self._can_be_side_by_side(edits):
             pairs = zip(edits, rivals, strict=True)
             return [found for e, r in pairs for found in self._rows([e], [r], level)]
-        part, several = self.parts[0], len(edits) > 1
-        beside = None  # at each other's side; they share the level with the races
-        if duels and several and len(self.parts) == 1 and part.sequential:
-            level /= 2
-            beside = Duels(range(len(edits)), len(part.order), level)
         races = [self._races(of_edit, level) for of_edit in rivals]
         rows: list[dict[Part, list[Prediction]]] = [{p: [] for p in self.parts} for _ in edits]
         stopped = [False] * len(edits)
@@ -253,20 +242,15 @@ class Examiner:
             for part, stage in self.stages:
                 of_batches = list(islice(scored, len(stage)))
                 left -= 1
-                verdicts = {}
-                lost = set()
-                for lane in going:
+                for lane in list(going):
                     new = part.in_order([row for batch in of_batches for row in batch[lane]])
                     rows[lane][part] += new
-                    verdicts[lane] = [row.correct for row in new]
-                    race = races[lane].get(part)
-                    if race is not None and race.lost(verdicts[lane], [row.loss for row in new]):
-                        lost.add(lane)
-                if beside is not None:
-                    lost |= beside.lost(verdicts)
-                for lane in lost if left else ():
-                    stopped[lane] = True
-                    del going[lane]
+                    lost = part in races[lane] and races[lane][part].lost(
+                        [row.correct for row in new], [row.loss for row in new]
+                    )
+                    if lost and left:
+                        stopped[lane] = True
+                        del going[lane]
                 if not going:
                     break
         return [(list(r.values()), pruned) for r, pruned in zip(rows, stopped, strict=True)]

@@ -11,11 +11,6 @@ from tensorllm.search.trial import TrialResult
 Direction = Literal["minimize", "maximize"]
 
 
-def always(other: TrialResult, ratio: float) -> bool:
-    """Any trial may be pruned because of any other."""
-    return True
-
-
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What is best, and how it is shown.
@@ -36,17 +31,12 @@ class Objective:
     values: Callable[[TrialResult], tuple[float, ...]]
     show: Callable[[TrialResult], str]
     prune_by: Literal["verdicts", "loss"] | None = None
-    comparable: Callable[[TrialResult, float], bool] = always
+    comparable: Callable[[TrialResult, float], bool] = lambda other, ratio: True
 
     @property
     def several(self) -> bool:
         """Whether there is no one best trial."""
         return len(self.directions) > 1
-
-    @property
-    def by_verdicts_alone(self) -> bool:
-        """Whether a trial may be pruned for the verdicts of any other."""
-        return self.prune_by == "verdicts" and self.comparable is always
 
     def order(self, result: TrialResult) -> tuple[Any, ...]:
         """Smaller is better: the first value, ties by loss, then by the numbers saved."""

@@ -13,7 +13,7 @@ from tensorllm.evaluation.scorer import CausalModelScorer, Scorer
 
 # After each of these shares of the validation set a losing trial may be pruned. More of them
 # would make batches small, which costs more than it saves.
-STAGES = tuple(n / 8 for n in range(1, 9))
+STAGES = (1 / 8, 1 / 4, 1 / 2, 1)
 LEAST = 32  # examples in a stage
 
 

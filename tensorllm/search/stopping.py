@@ -2,8 +2,7 @@
 
 The validation examples are examined in a random order, so those seen so far are a sample without
 replacement. Two rules, both against one trial that was examined in full, the rival (over several
-datasets, where the worst change counts, against what each one must reach for a trial to win), and
-on a single dataset against the trials that are examined at the same time:
+datasets, where the worst change counts, against what each one must reach for a trial to win):
 
 - certain: even if all that is left were right (loss 0), the trial would end below the rival;
 - betting: a test martingale for "the trial ends at least as well as the rival", on the paired
@@ -12,14 +11,13 @@ on a single dataset against the trials that are examined at the same time:
 
 If the hypothesis is true, the martingale ever exceeds 1 / level with probability at most `level`
 (Ville's inequality). So the trial that is best on all validation examples is pruned with
-probability at most `level`, however many trials there are: only its own tests, against the one
-rival and the trials at its side, can be wrong about it, and they share the level.
+probability at most `level`, however many trials there are: only its own test, against the one
+rival it met, can be wrong about it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Literal
 
 from tensorllm.search.trial import TrialResult, unpack
@@ -32,14 +30,13 @@ class Rival:
     """The trial to beat, examined in full.
 
     Attributes:
-        correct: its verdicts, in the order of examination, those that are known; None: compare
-            losses.
+        correct: its verdicts, in the order of examination; None: compare losses.
         loss: its mean loss, in nats per token.
         spare: how many right answers fewer than the rival are still as good: of several datasets
             the rival is better on all but one than it need be.
     """
 
-    correct: Sequence[bool] | None
+    correct: tuple[bool, ...] | None
     loss: float
     spare: float = 0.0
 
@@ -121,34 +118,3 @@ class Race:
         if self.rival.correct is None:
             return self.nats > self.rival.loss * self.total * (1 + 1e-9)
         return self.right + left < sum(self.rival.correct) - self.rival.spare - ROUNDING
-
-
-class Duels:
-    """Trials that are examined at the same time: the verdicts of each against each other's.
-
-    Args:
-        lanes: their numbers.
-        total: validation examples.
-        level: probability with which a trial that would end best of them is pruned.
-    """
-
-    def __init__(self, lanes: Sequence[int], total: int, level: float) -> None:
-        self._known: dict[int, list[bool]] = {lane: [] for lane in lanes}
-        share = level / max(1, len(lanes) - 1)
-        self._races = {
-            (lane, other): Race(Rival(self._known[other], 0.0), total, share)
-            for lane, other in permutations(lanes, 2)
-        }
-
-    def lost(self, verdicts: Mapping[int, Sequence[bool | None]]) -> set[int]:
-        """Take the next examples of all trials that are still of interest; those that have lost to
-        one that has not.
-        """
-        for lane, of_lane in verdicts.items():
-            self._known[lane] += map(bool, of_lane)
-        out: set[int] = set()
-        for lane, other in permutations(verdicts, 2):
-            lost = self._races[lane, other].lost(verdicts[lane], [0.0] * len(verdicts[lane]))
-            if lost and other not in out:
-                out.add(lane)
-        return out

@@ -183,7 +183,6 @@ class Worker:
             level=self.request.level or 0.0,
             max_error=self.request.max_error,
             min_ratio=self.request.least_ratio,
-            duels=not none and self.goal.by_verdicts_alone,
         )
 
     def _end(self, trials: Sequence[optuna.Trial], result: TrialResult | Infeasible) -> None:
