@@ -21,7 +21,8 @@ are generated, beside the same trials with every answer generated anew
 
     python benchmarks/support/counted_search.py search-ranks ... > FILE
 
-printed in an environment with that release; the same command is then run here.
+printed in an environment with that release; the same command is then run here, unless a second
+file has what it printed here.
 """
 
 import argparse
@@ -72,7 +73,9 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--model", type=Path, help="measure trials with generated answers")
     options.add_argument("--mode", default="laser", choices=("laser", "shared-tucker"))
     options.add_argument("--layers", default="18-29", help="of --model, as search-ranks has it")
-    options.add_argument("--beside", type=Path, help="what an older release's search printed")
+    options.add_argument(
+        "--beside", type=Path, nargs="+", help="what an older release's search printed (and ours)"
+    )
     options.add_argument("--folder", type=Path, help="of the model; a temporary one otherwise")
     args = options.parse_args()
     if args.quick:
@@ -221,7 +224,7 @@ def main() -> None:
     args = arguments()
     begin(args)
     if args.beside is not None:
-        part, found, about = beside(args.beside)
+        part, found, about = beside(*args.beside)
         save("search", part, found, args, **about)
         return
     if args.model is not None:

@@ -16,13 +16,17 @@ WANTED = 4.0
 COUNTED = Path(__file__).with_name("counted_search.py")
 
 
-def beside(file: Path) -> tuple[str, dict[str, Comparison], dict[str, Any]]:
-    """Run the search of this file again.
+def beside(file: Path, *ours: Path) -> tuple[str, dict[str, Comparison], dict[str, Any]]:
+    """Run the search of this file again, or take it from another file.
 
     Args:
         file: what `counted_search.py` printed in the older release's environment.
+        ours: what it printed in this one, right after or before: CPU time depends on what else the
+            machine does.
     """
     old = read(file.read_text())
+    if ours:
+        return compared(old, read(ours[0].read_text()))
     command = [sys.executable, str(COUNTED), *old["arguments"]]
     new = read(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return compared(old, new)
@@ -53,6 +57,7 @@ def compared(
     )
     about = {
         "search": [Path(word).name if word.startswith("/") else word for word in old["arguments"]],
+        "release": new["release"],
         "peer": {name: old[name] for name in ("release", "cpu_seconds", "threads")},
         "cpu_seconds": new["cpu_seconds"],
         "trials": len(pairs),
