@@ -10,11 +10,16 @@ test rows beside the best of the grid. By default the demo model, every point on
 
 `--points` takes so many points of the grid at random. What --folder has of a run that was stopped
 is not run again.
+
+`--search` measures something else: how long `search-ranks --guide gradient` takes over the grid,
+with the test parts of original and winner, as the command line does it.
 """
 
 import argparse
+import math
 import random
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,9 @@ from typing import Any
 from scipy.stats import spearmanr
 from support.guide_curvature import second_order
 from support.guide_grid import ORIGINAL, Examined, examined
-from support.results import Comparison, begin, parser, save
+from support.results import STARTED, Comparison, begin, parser, save
 
+from tensorllm.commands.search import run
 from tensorllm.io import Journal
 from tensorllm.options import layers, values
 from tensorllm.requests.search import SearchRequest
@@ -33,6 +39,7 @@ from tensorllm.search.study import Study
 
 NEAR = 0.5  # points of accuracy
 WANTED = 20.0  # times fewer trials than the grid
+MINUTES = 15.0  # that a search of all layers, matrices and ranks of a 135M model may take
 
 
 def arguments() -> argparse.Namespace:
@@ -48,20 +55,43 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--folder", type=Path, help="of what was examined; a temporary one")
     options.add_argument("--no-curvature", action="store_true", help="one backward pass less")
     options.add_argument("--seed", type=int, default=0, help="of the order of points")
+    options.add_argument("--search", action="store_true", help="time a guided search of the grid")
     args = options.parse_args()
     if args.quick:
         args.rows, args.points, args.layers = 24, 8, "2-3"
     return args
 
 
-def study_of(args: argparse.Namespace) -> Study:
+def request_of(args: argparse.Namespace) -> SearchRequest:
     """The search whose grid it is."""
-    return Study(
-        SearchRequest(
-            model=str(args.model), dataset=args.dataset, data_file=args.data, mode="laser",
-            layers=layers("--layers", args.layers), matrices=tuple(args.matrices.split(",")),
-            rho=values("--rho", args.rho), limit=args.rows, guide="gradient", min_ratio=0,
-        )
+    return SearchRequest(
+        model=str(args.model), dataset=args.dataset, data_file=args.data, mode="laser",
+        layers=layers("--layers", args.layers), matrices=tuple(args.matrices.split(",")),
+        rho=values("--rho", args.rho), limit=args.rows, guide="gradient",
+        min_ratio=None if args.search else 0,
+    )  # fmt: skip
+
+
+def part_of(args: argparse.Namespace) -> str:
+    """The name of what is saved."""
+    model = Path(args.model).name
+    return model if args.dataset == "demo" else f"{model}-{args.dataset}"
+
+
+def searched(args: argparse.Namespace) -> None:
+    """Time a guided search from the beginning of this process to its verdict."""
+    found = run(request_of(args)).results
+    cpu, wall = time.process_time() / 60, (time.monotonic() - STARTED) / 60
+    part = f"{part_of(args)}-search"
+    took = Comparison(
+        ours=cpu, unit="CPU min", peer=MINUTES, peer_name="the most it may take", wanted=1.0
+    )
+    save(
+        "guide", part, {f"a guided search, {part}": took}, args,
+        cpu_minutes=cpu, wall_minutes=wall,
+        points=math.prod(len(values) for values in found["space"]["choices"].values()),
+        **{key: found[key] for key in ("trials", "dtype", "original", "winner", "verdict")},
+        correlations=found["guide"],
     )  # fmt: skip
 
 
@@ -107,7 +137,10 @@ def held(
 def main() -> None:
     args = arguments()
     begin(args)
-    study = study_of(args)
+    if args.search:
+        searched(args)
+        return
+    study = Study(request_of(args))
     points = drawn(study, args.points, args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -138,11 +171,7 @@ def main() -> None:
     trials = Comparison(
         ours=until, unit="trials", peer=len(points), peer_name="the grid", wanted=WANTED
     )
-    part = (
-        Path(args.model).name
-        if args.dataset == "demo"
-        else f"{Path(args.model).name}-{args.dataset}"
-    )
+    part = part_of(args)
     save(
         "guide", part, {f"trials until within half a point, {part}": trials}, args,
         points=len(points), grid=len(study.feasible), examples=EXAMPLES,

@@ -16,6 +16,13 @@ answers. Three ways, side by side:
 `--model FOLDER` measures something else: trials of a model on disk on wikidata_qa, whose answers
 are generated, beside the same trials with every answer generated anew
 (`support/search_answers.py`).
+
+`--beside FILE` runs a search beside an older release's: FILE is what
+
+    python benchmarks/support/counted_search.py search-ranks ... > FILE
+
+printed in an environment with that release; the same command is then run here, unless a second
+file has what it printed here.
 """
 
 import argparse
@@ -28,6 +35,7 @@ from typing import Any, NamedTuple
 
 from support.results import Comparison, begin, parser, real, save
 from support.search_answers import answers
+from support.search_beside import beside
 from support.search_model import make_model
 from support.search_naive import naive_edit, one_by_one
 from transformers import AutoTokenizer, GPTJForCausalLM
@@ -65,6 +73,9 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--model", type=Path, help="measure trials with generated answers")
     options.add_argument("--mode", default="laser", choices=("laser", "shared-tucker"))
     options.add_argument("--layers", default="18-29", help="of --model, as search-ranks has it")
+    options.add_argument(
+        "--beside", type=Path, nargs="+", help="what an older release's search printed (and ours)"
+    )
     options.add_argument("--folder", type=Path, help="of the model; a temporary one otherwise")
     args = options.parse_args()
     if args.quick:
@@ -212,6 +223,10 @@ def measure(given: Given, args: argparse.Namespace) -> tuple[dict[str, float], d
 def main() -> None:
     args = arguments()
     begin(args)
+    if args.beside is not None:
+        part, found, about = beside(*args.beside)
+        save("search", part, found, args, **about)
+        return
     if args.model is not None:
         compared, about = answers(
             args.model, "wikidata_qa", real(args, WIKIDATA), mode=args.mode,

@@ -342,6 +342,36 @@ def test_trials_at_once_find_what_each_finds_alone(opened: Study, right: int) ->
     assert all(isinstance(one, Infeasible) for one in refused)
 
 
+@pytest.mark.parametrize(("sampler", "at_once"), [("tpe", 10), ("nsga2", 14)])
+def test_samplers_at_once_try_what_they_try_one_at_a_time(
+    opened: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, at_once: int
+) -> None:
+    """So an optimum is found after as many trials."""
+    tried = []
+    for size in (1, 16):
+        request = replace(
+            opened.request, rho=None, sampler=sampler, trials=14, limit=40, full=True, min_ratio=0
+        )
+        study = Study(request)
+        study.__dict__.update(model=opened.model, tokenizer=opened.tokenizer)
+        study.examiner.__dict__["side_by_side"] = size
+        sizes: list[int] = []
+        examine = study.examiner.together
+
+        def together_(*args: Any, note: Any = sizes.append, run: Any = examine, **how: Any) -> Any:
+            note(len(args[0]))
+            return run(*args, **how)
+
+        monkeypatch.setattr(study.examiner, "together", together_)
+        queue = study.queue(tmp_path / f"{sampler}-{size}")
+        study.fill(queue)
+        study.work(queue)
+        tried.append([trial.params for trial in queue.trials()])
+        assert len(tried[-1]) == 14
+        assert max(sizes) == (1 if size == 1 else at_once)
+    assert tried[0] == tried[1]
+
+
 def test_a_trial_that_fails_does_not_take_others_with_it(
     opened: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.evaluation.forward import Padded, Path
+from tensorllm.evaluation.forward import ORDINARY, Padded, Path, selected
 from tensorllm.search.activation_cache import LayerInput
 from tensorllm.search.lanes import LaneWeights
-from tensorllm.search.paths import ORDINARY
 from tensorllm.search.prefix import Pass, Prefix
 
 Run = Callable[..., tuple[Tensor, Any]]
@@ -214,7 +213,7 @@ class Decoder:
         depth = max(layers)
         cache = copy.copy(rows.groups[0].cache)
         origin_U = rows.origin_B[read_U]
-        below = [_selected_entry(entry, origin_U) for entry in rows.below[:depth]]
+        below = [selected(entry, origin_U) for entry in rows.below[:depth]]
         if rows.columns:
             places_UC = torch.stack([places_B[read_U] for places_B in rows.columns], 1)
             known = self.prefix.paths
@@ -238,13 +237,7 @@ def _counted(lanes: Sequence[int]) -> list[tuple[int, int]]:
 def _selected(cache: Any, rows: Tensor, lowest: int) -> Any:
     new = copy.copy(cache)
     new.layers = [_pretending(entry, 0, len(rows)) for entry in cache.layers[:lowest]]
-    new.layers += [_selected_entry(entry, rows) for entry in cache.layers[lowest:]]
-    return new
-
-
-def _selected_entry(entry: Any, rows: Tensor) -> Any:
-    new = copy.copy(entry)
-    new.batch_select_indices(rows)
+    new.layers += [selected(entry, rows) for entry in cache.layers[lowest:]]
     return new
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorllm.evaluation.forward import ModelForward, Padded, Path
+from tensorllm.evaluation.forward import ModelForward, Padded, Path, selected
 from tensorllm.evaluation.masked import MaskedForward
 from tensorllm.search.decoding import Decoder, Decoding
 from tensorllm.search.lanes import LaneWeights
@@ -57,9 +57,9 @@ class PrefixForward(ModelForward):
         if isinstance(cache, Decoding):
             return cache.select(rows)
         narrowed = copy.copy(cache)
-        narrowed.layers = [copy.copy(layer) for layer in cache.layers]
-        for layer in narrowed.layers[self.prefix.skip :]:
-            layer.batch_select_indices(rows)
+        skip = self.prefix.skip
+        narrowed.layers = [copy.copy(entry) for entry in cache.layers[:skip]]
+        narrowed.layers += [selected(entry, rows) for entry in cache.layers[skip:]]
         return narrowed
 
 

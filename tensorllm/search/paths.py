@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tensorllm.evaluation.forward import Path
 from tensorllm.search.activation_cache import ActivationCache
 
 LEAST = 256  # tokens that room is made for at once
 SHARE = 0.5  # of the memory at most: prompts are worth more
-ORDINARY = (DynamicLayer, DynamicSlidingWindowLayer)  # keys and values, and nothing else
 
 
 class Paths:
@@ -55,7 +53,7 @@ class Paths:
     def hidden(self, layer: int, places_B: Tensor) -> Tensor:
         """What enters a layer, (B, 1, D); anything where nothing is kept that enters it."""
         kept_RD = self._hidden_RD.get(layer, next(iter(self._hidden_RD.values())))
-        return kept_RD[places_B][:, None]
+        return kept_RD.index_select(0, places_B)[:, None]
 
     def admit(
         self,
@@ -132,6 +130,10 @@ class Paths:
 
     def extended(self, entry: Any, layer: int, places_BC: Tensor) -> Any:
         """A layer's entry of a cache with these tokens behind it."""
-        new = copy.copy(entry)
-        new.update(*(kept_RGK[places_BC].transpose(1, 2) for kept_RGK in self._below[layer]))
+        new, places = copy.copy(entry), places_BC.flatten()
+        read = (kept_RGK.index_select(0, places) for kept_RGK in self._below[layer])
+        shape = places_BC.shape
+        new.update(
+            *(of_token.view(*shape, *of_token.shape[1:]).transpose(1, 2) for of_token in read)
+        )
         return new

@@ -24,15 +24,35 @@ Report = Callable[[TrialQueue], None]
 FAILURES = (Incomplete, RuntimeError, ArithmeticError, UserError)  # of a trial, not of the search
 
 
+# Trials that a sampler draws without a look at each other's results: TPE its first ones, at random;
+# NSGA-II those of a generation.
+STARTUP, POPULATION = 10, 50
+
+
 def make_sampler(name: str, seed: int, workers: int = 1) -> optuna.samplers.BaseSampler:
     """The sampler of trials whose values are not queued."""
     one_of("--sampler", name, SAMPLERS)
     if name == "tpe":
         with stable():
-            return optuna.samplers.TPESampler(seed=seed, constant_liar=workers > 1)
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=STARTUP, constant_liar=workers > 1
+            )
     if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed)
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
     return optuna.samplers.RandomSampler(seed=seed)  # never asked: a grid is queued
+
+
+def independent(sampler: optuna.samplers.BaseSampler, done: int) -> int:
+    """How many of the next trials a sampler chooses alike whatever comes out of one of them.
+
+    Args:
+        done: trials that have ended.
+    """
+    if isinstance(sampler, optuna.samplers.TPESampler):
+        return max(1, STARTUP - done)
+    if isinstance(sampler, optuna.samplers.NSGAIISampler):
+        return POPULATION - done % POPULATION
+    return 1
 
 
 def suggest(trial: optuna.Trial, space: Space, *, grid: bool) -> dict[str, Value]:
@@ -101,11 +121,14 @@ class Worker:
                 report(self.queue)
 
     def _taken(self) -> list[optuna.Trial]:
-        """The next trials: those of a grid as many as are best examined at once, but no more than
-        this worker's share of what is left; a sampler wants to know each one's result first.
+        """The next trials: as many as are best examined at once, but no more than this worker's
+        share of what is left, and of a sampler's none that a result could have changed.
         """
         share = -(-self.queue.waiting() // max(1, self.request.workers))
-        most = min(self.examiner.side_by_side, share) if self.grid else 1
+        most = min(self.examiner.side_by_side, share)
+        if not self.grid and most > 1:
+            ended = self.queue.trials(TrialState.COMPLETE, TrialState.PRUNED)
+            most = min(most, independent(self.queue.study.sampler, len(ended)))
         taken = (self.queue.take() for _ in range(max(1, most)))
         return [trial for trial in takewhile(lambda trial: trial is not None, taken) if trial]
 
@@ -115,36 +138,42 @@ class Worker:
 
     def examine(self, trials: Sequence[optuna.Trial]) -> None:
         """Trials at once, to their ends: whatever goes wrong with one is its result."""
-        points: list[tuple[optuna.Trial, Point]] = []
+        new: dict[str, tuple[Point, list[optuna.Trial]]] = {}
         for trial in trials:
             values = suggest(trial, self.space, grid=self.grid)
             if (reason := self._infeasible(values)) is not None:
                 self.queue.finish(trial, TrialState.PRUNED, reason=reason)
                 continue
-            points.append((trial, self.space.point(values)))
-        if len(points) > 1:
+            point = self.space.point(values)
+            if (known := self._known(point)) is not None:
+                self._finish(trial, known)
+            else:
+                new.setdefault(point.key, (point, []))[1].append(trial)
+        if len(new) > 1:
             try:
-                found = self._examined([point for _, point in points])
+                found = self._examined([point for point, _ in new.values()])
             except FAILURES:  # one of them, or too many for the memory
                 pass
             else:
-                for (trial, _), result in zip(points, found, strict=True):
-                    self._end(trial, result)
+                for (_, own), result in zip(new.values(), found, strict=True):
+                    self._end(own, result)
                 return
-        for trial, point in points:
-            self._examine_alone(trial, point)
+        for point, own in new.values():
+            self._examine_alone(own, point)
 
-    def _examine_alone(self, trial: optuna.Trial, point: Point) -> None:
+    def _examine_alone(self, trials: Sequence[optuna.Trial], point: Point) -> None:
         try:
-            known = self._known(point)
-            (result,) = self._examined([point]) if known is None else [known]
+            (result,) = self._examined([point])
         except Incomplete as error:
-            self.queue.finish(trial, TrialState.FAIL, reason=str(error))
+            self._fail(trials, str(error))
         except FAILURES as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            self.queue.finish(trial, TrialState.FAIL, reason=reason)
+            self._fail(trials, f"{type(error).__name__}: {error}".splitlines()[0][:300])
         else:
-            self._end(trial, result)
+            self._end(trials, result)
+
+    def _fail(self, trials: Sequence[optuna.Trial], reason: str) -> None:
+        for trial in trials:
+            self.queue.finish(trial, TrialState.FAIL, reason=reason)
 
     def _examined(self, points: Sequence[Point]) -> list[TrialResult | Infeasible]:
         none = self.request.level is None
@@ -156,11 +185,13 @@ class Worker:
             min_ratio=self.request.least_ratio,
         )
 
-    def _end(self, trial: optuna.Trial, result: TrialResult | Infeasible) -> None:
-        if isinstance(result, Infeasible):
-            self.queue.finish(trial, TrialState.PRUNED, reason=str(result))
-        else:
-            self._finish(trial, result)
+    def _end(self, trials: Sequence[optuna.Trial], result: TrialResult | Infeasible) -> None:
+        """Of one point."""
+        for trial in trials:
+            if isinstance(result, Infeasible):
+                self.queue.finish(trial, TrialState.PRUNED, reason=str(result))
+            else:
+                self._finish(trial, result)
 
     def _infeasible(self, values: dict[str, Value]) -> str | None:
         if self.space.settings(values) is None:

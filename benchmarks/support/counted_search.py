@@ -1,0 +1,58 @@
+"""`python benchmarks/support/counted_search.py search-ranks ...`: a search as the command line has
+it, which ends after its trials and prints what they took and found as a line of JSON.
+
+Runs in any environment with a release of tensorllm, older ones too, and so imports nothing else of
+this folder.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tensorllm
+from tensorllm.search.worker import Worker
+from tensorllm_cli.app import main
+
+
+def counted(run: Any) -> Any:
+    """`Worker.run`, after which the process ends: the test part is of no interest here."""
+
+    def search(self: Any, report: Any = None) -> None:
+        before, started = time.process_time(), time.perf_counter()
+        run(self, report)
+        found = {
+            "arguments": sys.argv[1:],
+            "release": release(),
+            "cpu_seconds": time.process_time() - before,
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds_before": before,
+            "threads": torch.get_num_threads(),
+            "original": self.queue.study.user_attrs["original"],
+            "trials": [
+                {"params": trial.params, **trial.user_attrs.get("result", {})}
+                for trial in self.queue.trials()
+            ],
+        }
+        print(json.dumps(found), flush=True)
+        sys.exit(0)
+
+    return search
+
+
+def release() -> str:
+    """The commit that tensorllm is imported from, else its version."""
+    git = ["git", "-C", str(Path(tensorllm.__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return tensorllm.__version__
+
+
+if __name__ == "__main__":
+    Worker.run = counted(Worker.run)  # type: ignore[method-assign]
+    main()
