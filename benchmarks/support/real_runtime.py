@@ -157,7 +157,7 @@ def one(
             "prefill": mine.prefill_tokens_per_second / dense.prefill_tokens_per_second,
             "decode": mine.decode_tokens_per_second / dense.decode_tokens_per_second,
             "bytes_read": reads["dense"] / reads[name],
-            **(predicted(model, folders[name]) if batch == 1 else {}),
+            **predicted(model, folders[name]),  # of one text, whatever the batch
         }
     return {
         "models": {name: m.to_json() for name, m in found.items()},

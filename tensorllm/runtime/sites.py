@@ -165,7 +165,10 @@ def held_by(
 
 
 class RoleLinear(nn.Module):
-    """One matrix of a site; the site's module belongs to the first of them."""
+    """One matrix of a site; the site's module belongs to the first of them.
+
+    Hooks belong on the linear that it stands in: that may ask for `forward` alone.
+    """
 
     def __init__(self, site: SiteModule, index: int, role: str) -> None:
         super().__init__()
