@@ -13,6 +13,7 @@ from tensorllm.compressors.layer import Site
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     MOVE,
+    SHORT,
     STREAMED,
     Cost,
     Held,
@@ -35,10 +36,12 @@ FEW = 32  # tokens up to which a product with the weights transposed is slower t
 class LowRankSite(SiteModule):
     """Two ordinary linears, so that LoRA and quantisation find what they know."""
 
+    narrow_reads = 1.4
+
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         stored = parameters(factors)
-        return Cost(stored, 2, stored)
+        return Cost(int(SHORT * stored), 2, stored)
 
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
@@ -66,6 +69,7 @@ class PivotedSite(SiteModule):
     rows_R: Tensor
     order_I: Tensor
     margin = 1.0  # what is not predicted to be slower saves memory
+    narrow_reads = 0.65
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
@@ -82,11 +86,12 @@ class PivotedSite(SiteModule):
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         """Two products, and what puts the rows where they belong."""
         stored, (rank,) = parameters(factors), factors.ranks
+        reads = int(STREAMED * stored)
         rows = sum(geometry.inner(role) for _, role in site.matrices)
         if rank == rows:
-            return Cost(int(STREAMED * stored), 2, stored)
+            return Cost(reads, 2, stored)
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
-        return Cost(int(STREAMED * stored), 5, stored + moves * MOVE * rows)
+        return Cost(reads, 5, stored + moves * MOVE * rows)
 
     @torch.no_grad()
     def finish(self) -> None:
