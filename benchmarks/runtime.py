@@ -146,6 +146,7 @@ def main() -> None:
     more.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     more.add_argument("--prompt", type=int, default=PROMPT)
     more.add_argument("--new", type=int, default=NEW)
+    more.add_argument("--label", default="", help="of --part real: added to the part's name")
     more.add_argument("--layers", type=int, default=4, help="of --part compile: the first ones")
     more.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     more.add_argument(
@@ -191,6 +192,7 @@ def main() -> None:
             batch = row["batch"]
             rows[batch].append(row)  # an end before the last costs only what comes after
             name = f"{args.model.name}, batch {batch}, {torch.get_num_threads()} threads"
+            name += args.label and f", {args.label}"
             save("runtime", name, of_real(rows[batch]), args, note=args.note, rows=rows[batch])
 
 
