@@ -7,6 +7,8 @@
     python benchmarks/runtime.py --part cache    # --cache auto beside latents and wide values
     python benchmarks/runtime.py --part real --model smollm2/ --hybrid compressed/
                                                  # a real model: speed, memory, what was predicted
+    python benchmarks/runtime.py --part compile --model smollm2/ --hybrid compressed/
+                                                 # its first layers compiled by torch.compile
 
 Times are taken in turns, one side after the other. The part `whole` also measures tltorch's
 factorised linears where tensorly-torch is installed; else their column is left out.
@@ -21,6 +23,8 @@ import torch
 from support.attention_block import WANTED, block, gptj
 from support.caches import caches
 from support.caches import compared as of_caches
+from support.compiled import compared as of_compiled
+from support.compiled import compiled
 from support.cost_model import KINDS, costs, least_gain
 from support.real_runtime import DTYPES, MADE
 from support.real_runtime import compared as of_real
@@ -41,9 +45,10 @@ import tensorllm as tl
 from tensorllm.commands.bench import bench
 from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime import SiteModule
+from tensorllm.runtime.cost import POLICIES
 from tensorllm.runtime.measure import measure
 
-PARTS = ("block", "whole", "cost", "cache", "real", "all")
+PARTS = ("block", "whole", "cost", "cache", "real", "compile", "all")
 
 
 def whole(repeats: int, quick: bool) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def main() -> None:
     options.add_argument("--part", choices=PARTS, default="all")
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--note", default="", help="kept with the figures: how busy it was")
-    more = options.add_argument_group("--part real")
+    more = options.add_argument_group("--part real, --part compile")
     more.add_argument(
         "--model", type=Path, help="folder of a dense model; without it: not measured"
     )
@@ -141,10 +146,16 @@ def main() -> None:
     more.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     more.add_argument("--prompt", type=int, default=PROMPT)
     more.add_argument("--new", type=int, default=NEW)
-    more.add_argument("--no-peak", dest="peak", action="store_false", help="no memory")
+    more.add_argument("--label", default="", help="of --part real: added to the part's name")
+    more.add_argument("--layers", type=int, default=4, help="of --part compile: the first ones")
+    more.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    more.add_argument(
+        "--peaks", nargs="*", choices=tuple(DTYPES), default=list(DTYPES),
+        help="dtypes in which the memory of each is measured, in a process of its own",
+    )  # fmt: skip
     args = options.parse_args()
     begin(args)
-    repeats, fewer = (1, 1) if args.quick else (args.repeats, max(3, args.repeats // 3))
+    repeats, fewer = (1, 1) if args.quick else (args.repeats, max(2, args.repeats // 3))
     if args.part in ("block", "all"):
         small = [block((32, 8, 2), repeats, width=256, heads=4)] if args.quick else []
         rows = small or [block(ranks, repeats) for ranks in WANTED]
@@ -165,14 +176,23 @@ def main() -> None:
     if args.part in ("cache", "all"):
         found = caches(fewer, args.quick)
         save("runtime", "cache", of_caches(found), args, note=args.note, rows=found)
-    if args.part == "real" and args.model is None:
-        options.error("--part real needs --model FOLDER")
+    if args.part in ("real", "compile") and args.model is None:
+        options.error(f"--part {args.part} needs --model FOLDER")
+    if args.part == "compile":  # not of `all`: it takes long
+        if args.hybrid is None:
+            options.error("--part compile needs --hybrid OUT")
+        done = []
+        for row in compiled(args, fewer):
+            done.append(row)
+            name = f"{args.model.name} compiled, {torch.get_num_threads()} threads"
+            save("runtime", name, of_compiled(done), args, note=args.note, rows=done)
     if args.part in ("real", "all") and args.model is not None:
         rows: dict[int, list[dict[str, Any]]] = {batch: [] for batch in args.batches}
         for row in real_rows(args, fewer):
             batch = row["batch"]
             rows[batch].append(row)  # an end before the last costs only what comes after
             name = f"{args.model.name}, batch {batch}, {torch.get_num_threads()} threads"
+            name += args.label and f", {args.label}"
             save("runtime", name, of_real(rows[batch]), args, note=args.note, rows=rows[batch])
 
 

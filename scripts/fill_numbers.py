@@ -49,6 +49,7 @@ from method_tables import (
     tucker_front,
     variants,
 )
+from runtime_tables import compiled, real_runtime
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -70,6 +71,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "mixtures": mixtures,
     "tucker-front": tucker_front,
     "edits": edits,
+    "real-runtime": real_runtime,
+    "compiled": compiled,
     "claims": claims,
     "claim-cells": claim_cells,
     "claim-guards": claim_guards,

@@ -1,5 +1,6 @@
 """How factors are run: against float64, in every form, and what the cost model says of a model."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,34 @@ def test_pivoted_sites(roles: tuple[str, ...], lead: tuple[int, ...], rank: int,
             inputs = x.float()
             got = torch.cat([modules[0, role].module(inputs) for role in roles], dim=-1)
         assert (got.double() - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@torch.inference_mode()
+def test_a_token_runs_with_the_weights_that_are_there():
+    """What was asked of weights once is asked again of others, of another dtype or thread count."""
+    site = Site((0,), ("in",), "matrix")
+    factors = pivoted(random(40, 9), random(9, 24, seed=1), ("in",))
+    kind = module_for(site, factors)
+    assert kind is not None
+    module = kind.roles(site, factors, GEOMETRY)[0, "in"].module.float()
+    x = random(1, 1, 24, seed=2).float()
+    want = x @ factors.dense().float().mT
+    torch.testing.assert_close(module(x), want)
+    other = copy.deepcopy(module)
+    for weight in other.parameters():
+        weight.zero_()
+    assert not other(x).any()
+    torch.testing.assert_close(module(x), want)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.testing.assert_close(module(x), want)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(module.bfloat16()(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
+    (linear,) = (m for n, m in module.float().named_modules() if n.endswith("basis"))
+    linear.weight = torch.nn.Parameter(2 * linear.weight)
+    torch.testing.assert_close(module(x), 2 * want, rtol=0.1, atol=0.1)
 
 
 def test_ranks_are_even():

@@ -95,7 +95,7 @@ def folders(args: Any, ratio: float, made: Path) -> dict[str, tuple[Path, str]]:
     out = {"dense": (args.model, "plain")}
     hybrid = args.hybrid / f"{ratio:g}" if args.hybrid else None
     if hybrid is not None and hybrid.is_dir():
-        out |= {f"activation-hybrid, {how}": (hybrid, how) for how in ("always", "auto")}
+        out |= {f"activation-hybrid, {how}": (hybrid, how) for how in args.policies}
     for name, make in MADE.items():
         if name in args.methods:
             target = made / f"{name}-{ratio:g}"
@@ -114,7 +114,8 @@ def real(args: Any, repeats: int) -> Iterator[dict[str, Any]]:
                 models = {name: opened(*where, dtype) for name, where in found.items()}
                 sizes = args.prompt, min(args.new, 8)
                 peaks = {
-                    n: peak(*w, dtype, *sizes) if args.peak else None for n, w in found.items()
+                    n: peak(*w, dtype, *sizes) if dtype in args.peaks else None
+                    for n, w in found.items()
                 }
                 speed = read_speed(dtype)
                 for batch in args.batches:
@@ -157,7 +158,7 @@ def one(
             "prefill": mine.prefill_tokens_per_second / dense.prefill_tokens_per_second,
             "decode": mine.decode_tokens_per_second / dense.decode_tokens_per_second,
             "bytes_read": reads["dense"] / reads[name],
-            **(predicted(model, folders[name]) if batch == 1 else {}),
+            **predicted(model, folders[name]),  # of one text, whatever the batch
         }
     return {
         "models": {name: m.to_json() for name, m in found.items()},

@@ -282,9 +282,14 @@ class FactoredLinear(nn.Module):
         self.parts = nn.ModuleDict({part_name(role): part for role, part in parts.items()})
         self.bias = None if bias is None else nn.Parameter(bias)
         self.blocks = blocks
+        self.alone = len(parts) == 1 and bias is None and blocks == 1
 
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = self._modules["parts"]  # other ways cost microseconds per token and matrix
+        if self.alone:
+            (part,) = parts._modules.values()
+            y: Tensor = part.forward(x) if type(part) is RoleLinear else part(x)
+            return y
         outs = [part(x) for part in parts._modules.values()]
         if self.blocks > 1:  # such as each group's queries, its key, its value
             split = [out.view(*x.shape[:-1], self.blocks, -1) for out in outs]

@@ -4,15 +4,16 @@ Shapes: I rows of all roles, D model width, R rank, X = I - R rows that are mixe
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.products import decodes, vector_times
+from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     MOVE,
+    SHORT,
     STREAMED,
     Cost,
     Held,
@@ -35,10 +36,12 @@ FEW = 32  # tokens up to which a product with the weights transposed is slower t
 class LowRankSite(SiteModule):
     """Two ordinary linears, so that LoRA and quantisation find what they know."""
 
+    narrow_reads = 1.4
+
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         stored = parameters(factors)
-        return Cost(stored, 2, stored)
+        return Cost(int(SHORT * stored), 2, stored)
 
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
@@ -66,11 +69,13 @@ class PivotedSite(SiteModule):
     rows_R: Tensor
     order_I: Tensor
     margin = 1.0  # what is not predicted to be slower saves memory
+    narrow_reads = 0.65
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
+        self._token: Token | None = None
 
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
@@ -81,11 +86,12 @@ class PivotedSite(SiteModule):
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         """Two products, and what puts the rows where they belong."""
         stored, (rank,) = parameters(factors), factors.ranks
+        reads = int(STREAMED * stored)
         rows = sum(geometry.inner(role) for _, role in site.matrices)
         if rank == rows:
-            return Cost(int(STREAMED * stored), 2, stored)
+            return Cost(reads, 2, stored)
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
-        return Cost(int(STREAMED * stored), 5, stored + moves * MOVE * rows)
+        return Cost(reads, 5, stored + moves * MOVE * rows)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -102,21 +108,55 @@ class PivotedSite(SiteModule):
         """What is selected by, of the numbers of the rows in the order in which they are made."""
         raise NotImplementedError
 
-    def plain_weights(self) -> tuple[Tensor, Tensor] | None:
-        """Of both linears; None: one is adapted, or made anew for each use (`runtime.narrow`).
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to these very weights: a copy has its own."""
+        return {**self.__dict__, "_token": None}
 
-        By the dictionaries of `nn.Module`: with weights to be read in between, its own look-ups
-        take a token that is decoded as long as its products do.
+    def of_token(self, x: Tensor) -> "Token | None":
+        """How a token x (..., I) that is decoded runs.
+
+        None: a linear is adapted, or its weight made anew for each use (`runtime.narrow`). By the
+        dictionaries of `nn.Module`: with weights to be read in between, its own look-ups take a
+        token as long as its products do.
         """
         held: Any = self._modules
-        kinds = type(held["basis"]), type(held["mix"])
-        if kinds not in ((TurnedLinear, TurnedLinear), (TurnedLinear, nn.ParameterDict)):
+        basis, mix, where = held["basis"], held["mix"], setting(x)
+        if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
             return None
-        return held["basis"]._parameters["weight"], held["mix"]._parameters["weight"]
+        weights = basis._parameters["weight"], mix._parameters["weight"]
+        made = self._token
+        if made is None or not made.is_of(*weights, where):
+            made = Token.of(*weights, where)
+            if where is not None:
+                self._token = made
+        return made
 
     def is_adapted(self) -> bool:
         """Whether one of the linears is another module by now, such as one with LoRA beside it."""
         return not (isinstance(self.basis, TurnedLinear) and isinstance(self.mix, TurnedLinear))
+
+
+class Token(NamedTuple):
+    """How one token runs through both matrices of a site, in one setting.
+
+    Attributes:
+        mixed: the second product; None: all rows are chosen ones.
+    """
+
+    weights: tuple[Tensor, Tensor]
+    where: Setting | None
+    first: Product
+    mixed: Product | None
+
+    @classmethod
+    def of(cls, basis: Tensor, mix: Tensor, where: Setting | None) -> "Token":
+        mixed = times(mix, where) if mix.numel() else None
+        return cls((basis, mix), where, times(basis, where), mixed)
+
+    def is_of(self, basis: Tensor, mix: Tensor, where: Setting | None) -> bool:
+        """Whether the weights and the setting are still these."""
+        mine = self.weights
+        return mine[0] is basis and mine[1] is mix and self.where == where
 
 
 class PivotedInputs(PivotedSite):
@@ -143,7 +183,7 @@ class PivotedInputs(PivotedSite):
         return torch.argsort(made_I)
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        if _merges_equal_products() or len(self.sizes) == 1:
+        if len(self.sizes) == 1 or _merges_equal_products():
             return self._outputs(x)[index]
         held = self._held
         if held is None or held[0] is not x:
@@ -153,8 +193,8 @@ class PivotedInputs(PivotedSite):
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
         """(..., I) of each role."""
-        if decodes(x) and (weights := self.plain_weights()) is not None:
-            y = self._of_token(x.reshape(-1), *weights).view(*x.shape[:-1], -1)
+        if decodes(x) and (token := self.of_token(x)) is not None:
+            y = self._decoded(x.reshape(-1), token).view(*x.shape[:-1], -1)
             return (y,) if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
         if not self.mix.weight.numel():
             return self.basis(x).split(self.sizes, dim=-1)
@@ -164,13 +204,13 @@ class PivotedInputs(PivotedSite):
         lead, basis_DR, mix_RX = x.shape[:-1], self.basis.weight, self.mix.weight
         return self._in_order(latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX), lead)
 
-    def _of_token(self, x_D: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
+    def _decoded(self, x_D: Tensor, token: Token) -> Tensor:
         """(I,): the outputs of all roles."""
-        z_R = vector_times(x_D, basis_DR)
-        if not mix_RX.numel():
+        z_R = token.first(x_D)
+        if token.mixed is None:
             return z_R
         order_I: Any = self._buffers["order_I"]
-        return torch.cat([z_R, vector_times(z_R, mix_RX)]).index_select(0, order_I)
+        return torch.cat([z_R, token.mixed(z_R)]).index_select(0, order_I)
 
     def _in_order(self, made_IN: Tensor, lead: torch.Size) -> Sequence[Tensor]:
         """(..., I) of each role, of the outputs in the order in which they are made.
@@ -198,8 +238,8 @@ class PivotedOutput(PivotedSite):
         return made_I
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        if decodes(x) and (weights := self.plain_weights()) is not None:
-            return self._of_token(x.reshape(-1), *weights).view(*x.shape[:-1], -1)
+        if decodes(x) and (token := self.of_token(x)) is not None:
+            return self._decoded(x.reshape(-1), token).view(*x.shape[:-1], -1)
         if not self.mix.weight.numel():
             return self.basis(x)
         rank = len(self.rows_R)
@@ -215,13 +255,13 @@ class PivotedOutput(PivotedSite):
             z_NR = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:]).mT
         return (z_NR @ basis_RD).view(*x.shape[:-1], -1)
 
-    def _of_token(self, x_I: Tensor, basis_RD: Tensor, mix_XR: Tensor) -> Tensor:
+    def _decoded(self, x_I: Tensor, token: Token) -> Tensor:
         """(D,)."""
-        if mix_XR.numel():
+        if token.mixed is not None:
             order_I: Any = self._buffers["order_I"]
-            chosen_R, mixed_X = x_I.index_select(0, order_I).split(mix_XR.shape[::-1])
-            x_I = chosen_R + vector_times(mixed_X, mix_XR)
-        return vector_times(x_I, basis_RD)
+            x_I, rank = x_I.index_select(0, order_I), len(token.weights[0])
+            x_I = x_I[:rank] + token.mixed(x_I[rank:])
+        return token.first(x_I)
 
 
 def _merges_equal_products() -> bool:

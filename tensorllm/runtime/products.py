@@ -8,10 +8,14 @@ than half a MiB and a millisecond each, for each of the many ranks that a compre
 Shapes: I inputs, O outputs.
 """
 
+from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]  # of a contiguous vector (I,) and a matrix: (O,)
 
 # Outputs up to which a sum of rows is faster than BLAS: in float32 what fits the registers, beyond
 # which BLAS reads as fast; in 16 bits always.
@@ -30,24 +34,52 @@ def decodes(x: Tensor) -> bool:
 
 def vector_times(x_I: Tensor, w_IO: Tensor) -> Tensor:
     """`x_I @ w_IO` (O,), by the fastest kernel of the machine."""
-    if not _summed(x_I, w_IO):
-        return x_I @ w_IO
-    rows_I, starts = _bags(w_IO.size(0), torch.get_num_threads())
-    parts: Tensor = torch.embedding_bag(w_IO, rows_I, starts, False, 0, False, x_I)[0]
-    return parts.view(-1) if starts.numel() == 1 else parts.sum(0)
+    return times(w_IO, setting(x_I))(x_I)
 
 
-def _summed(x_I: Tensor, w_IO: Tensor) -> bool:
+class Setting(NamedTuple):
+    """What, beside the matrix, the kernel depends on."""
+
+    dtype: torch.dtype
+    on_cpu: bool
+    threads: int
+
+
+def setting(x: Tensor) -> Setting | None:
+    """In which a vector is multiplied now; None: its kernel is the compiler's choice or must know
+    its own gradient."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return Setting(x.dtype, x.is_cpu, torch.get_num_threads())
+
+
+def times(w_IO: Tensor, where: Setting | None) -> Product:
+    """x_I -> `x_I @ w_IO` (O,), by the fastest kernel there is in this setting.
+
+    What can be asked before the vector is there is asked here: between two products a processor has
+    forgotten what it knew, and each question then takes as long as reading kilobytes of weights.
+    """
+    if where is None or not _summed(w_IO, where):
+        return lambda x_I: x_I @ w_IO
+    rows_I, starts = _bags(w_IO.size(0), where.threads)
+    sums, alone = torch.embedding_bag, starts.numel() == 1
+
+    def product(x_I: Tensor) -> Tensor:
+        parts: Tensor = sums(w_IO, rows_I, starts, False, 0, False, x_I)[0]
+        return parts.view(-1) if alone else parts.sum(0)
+
+    return product
+
+
+def _summed(w_IO: Tensor, where: Setting) -> bool:
     """Whether it is taken as a weighted sum of rows."""
     return (
-        w_IO.is_cpu
+        where.on_cpu
+        and w_IO.is_cpu
         and 0 < w_IO.size(1) <= WIDEST.get(w_IO.dtype, 0)
-        and x_I.dtype is w_IO.dtype
+        and where.dtype is w_IO.dtype
         and w_IO.is_contiguous()
-        and x_I.is_contiguous()
         and w_IO.size(0) > 0
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
     )
 
 

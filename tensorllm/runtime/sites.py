@@ -16,6 +16,7 @@ from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 OPERATION = 23_000  # weights that could be read while one operation is started, 8 microseconds
 STREAMED = 0.85  # time of a weight that `runtime.products` reads, beside one that BLAS does
+SHORT = 1.15  # that of one of a thin factor, which BLAS reads
 MOVE = 25  # products that take as long as copying one number of a token of the prompt
 PROMPT = 512  # tokens of the prompt that a prediction is made for
 Order = tuple[int, ...] | None
@@ -90,6 +91,8 @@ class SiteModule(nn.Module):
         latent_attention: whether `runtime.attention` can run the whole attention in the latents of
             this module; it then asks for the members of `runtime.tucker.HeadsSite`.
         margin: predicted speed-up that a site has to reach for `--policy auto` to run it factored.
+        narrow_reads: how much longer reading its numbers takes, beside those of a matrix, where
+            both have 16 bits than `cost` says of 32.
         sizes: inner width I of each matrix, in the order of `site.matrices`.
     """
 
@@ -98,6 +101,7 @@ class SiteModule(nn.Module):
     # Predictions near 1 are up to a third too high, and every site of `benchmarks/runtime.py --part
     # cost` that reached this in prompt and decoding was measured to gain.
     margin: ClassVar[float] = 1.2
+    narrow_reads: ClassVar[float] = 1.0
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__()
@@ -165,7 +169,10 @@ def held_by(
 
 
 class RoleLinear(nn.Module):
-    """One matrix of a site; the site's module belongs to the first of them."""
+    """One matrix of a site; the site's module belongs to the first of them.
+
+    Hooks belong on the linear that it stands in: that may ask for `forward` alone.
+    """
 
     def __init__(self, site: SiteModule, index: int, role: str) -> None:
         super().__init__()

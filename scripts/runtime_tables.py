@@ -1,0 +1,52 @@
+"""Markdown tables of docs/run_compressed.md; see fill_numbers.py for how they get there."""
+
+from benchmark_tables import Lookup, figure, table
+
+FIGURES = {
+    "bytes_read": "bytes read",
+    "decode": "decode",
+    "predicted_decode": "predicted",
+    "prefill": "prefill",
+    "predicted_prefill": "predicted",
+}
+MIB = 2**20
+
+
+def real_runtime(value: Lookup, part: str) -> str:
+    """How many times better than dense a real model runs, a row per ratio, dtype and form."""
+    found = value(part)["rows"]
+    peaks = any(any(row["peak_bytes"].values()) for row in found)
+    given = {key for row in found for times in row["times_dense"].values() for key in times}
+    shown = [key for key in FIGURES if key in given and (row_of_one(found) or "pred" not in key)]
+    rows = []
+    for row in sorted(found, key=lambda row: (row["ratio"], row["dtype"])):
+        for name, times in row["times_dense"].items():
+            if name == "dense":
+                continue
+            cells = [f"{times[key]:.2f}" if key in times else "" for key in shown]
+            both = [row["peak_bytes"][n] for n in (name, "dense")]
+            if peaks:
+                text = " beside ".join(f"{peak / MIB:,.0f}" for peak in both if peak)
+                cells.append(text)
+            rows.append((f"{row['ratio']:g}", row["dtype"], name, *cells))
+    head = ["ratio", "dtype", "what runs", *(FIGURES[key] for key in shown)]
+    return table((*head, "peak, MiB") if peaks else tuple(head), rows)
+
+
+def row_of_one(rows: list[dict[str, object]]) -> bool:
+    """Whether one text is decoded, which predictions are of."""
+    return rows[0]["batch"] == 1
+
+
+def compiled(value: Lookup, part: str) -> str:
+    """Milliseconds of the first layers, as they are and compiled, and of the first call."""
+    rows = []
+    for row in value(part)["rows"]:
+        for tokens in (key for key in row if key.isdigit()):
+            seconds, first = row[tokens]["seconds"], row[tokens]["first_call_seconds"]
+            for name in ("dense", "factored"):
+                cells = [figure(1000 * seconds[n]) for n in (name, f"{name}, compiled")]
+                at = (f"{row['ratio']:g}", row["dtype"], tokens, name)
+                rows.append((*at, *cells, f"{first[name]:.0f}"))
+    head = ("ratio", "dtype", "tokens", "what runs", "ms", "ms, compiled", "compiling, s")
+    return table(head, rows)
