@@ -91,7 +91,8 @@ def cache_elsewhere(cache: Cache) -> None:
     Of this process: for what opens models by itself and takes no option of ours, such as a server.
     """
     global _cache_elsewhere
-    _cache_elsewhere = one_of("cache", cache, get_args(Cache))
+    one_of("cache", cache, get_args(Cache))
+    _cache_elsewhere = cache
 
 
 def choices_of(model: Any) -> list[Choice]:
