@@ -11,14 +11,17 @@ BENCHMARKS := $(wildcard benchmarks/*.py)
 # pip runs again only when one of these changes.
 WHAT_IT_NEEDS := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo setup test lint format types docs bench coverage mutants clean oldest
+.PHONY: demo setup test test-all lint format types docs bench coverage mutants clean oldest
 
 demo: $(VENV)/.base  ## compress the embedded demo model, before and after
 	$(BIN)/tensorllm compress --model demo --mode hybrid $(DEMO_ARGS)
 
 setup: $(VENV)/.dev  ## the environment for development
 
-test: $(VENV)/.dev  ## all tests, one process per core of a small machine
+test: $(VENV)/.dev  ## the tests that take no more than some seconds each
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev  ## all tests, one process per core of a small machine
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

@@ -9,6 +9,8 @@ LoRA (peft, rank 8) on every factor, as SVD-LLM's authors do. Same text, sequenc
 schedule. The learning rate of each way is the best of some on a validation text; what is reported
 is the mean over seeds, which draw the order of the text and LoRA's first numbers, on a third text.
 Time is that of all threads in the Trainer, with data and optimizer, without choosing a rate.
+The last model of each way is then saved, adapters merged, and loaded in its factors and dense:
+`apart` is how far the losses of four sequences are from those of the model in memory, at most.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import logging
 import math
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -157,6 +160,23 @@ class Bench:
         return model, seconds, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def handed_over(bench: Bench, model: Any) -> dict[str, float]:
+    """How far losses are, at most, after each step from a trained model to a dense one."""
+    blocks = bench.held_out[:4]
+    want = bench.losses(model, blocks)
+    found = {}
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+        found["merged"] = model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        found["loaded"] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        found["dense"] = tl.load(folder, dtype=torch.float32)
+        return {
+            name: float((bench.losses(m, blocks) - want).abs().max()) for name, m in found.items()
+        }
+
+
 def measure(bench: Bench, way: str, rates: Sequence[float]) -> dict[str, Any]:
     """One way at its best rate: losses before and after by seed, seconds, and their spread."""
     tried = {}
@@ -174,6 +194,8 @@ def measure(bench: Bench, way: str, rates: Sequence[float]) -> dict[str, Any]:
         runs[-1] |= {"standard_error": error, "per_minute": 60 * runs[-1]["gained"] / seconds}
         print(way, rate, {k: round(v, 4) for k, v in runs[-1].items()}, flush=True)
     found = {"rate": rate, "validation": tried, "trained": trained, "runs": runs}
+    found["apart"] = handed_over(bench, model)
+    print(way, "apart:", found["apart"], flush=True)
     found["before"] = before.mean().item()
     found["after"] = found["before"] - statistics.mean(run["gained"] for run in runs)
     for name in ("gained", "per_minute", "seconds"):

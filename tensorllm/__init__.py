@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tensorllm.compressors.budget import Budget
     from tensorllm.errors import UserError
     from tensorllm.evaluation.evaluate import evaluate_model
-    from tensorllm.runtime import train_only_factors
+    from tensorllm.runtime import factors_as_linears, train_only_factors
 
 # Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
 _HOME = {
@@ -53,6 +53,7 @@ _HOME = {
     "compressed": "tensorllm.compression.engine",
     "evaluate_model": "tensorllm.evaluation.evaluate",
     "factorize": "tensorllm.compression.factorize",
+    "factors_as_linears": "tensorllm.runtime",
     "fit": "tensorllm.calibration.fit",
     "fit_folder": "tensorllm.calibration.fit",
     "fit_sizes": "tensorllm.calibration.fit",
@@ -80,6 +81,7 @@ __all__ = [
     "compressed",
     "evaluate_model",
     "factorize",
+    "factors_as_linears",
     "fit",
     "fit_folder",
     "fit_sizes",

@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,16 @@ def versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            found[name] = _version(name)
         except PackageNotFoundError:  # run from a source tree that was never installed
             found[name] = "not installed"
     return found
+
+
+@cache
+def _version(name: str) -> str:
+    """Reading a package's metadata takes as long as compressing a small matrix."""
+    return version(name)
 
 
 def hardware() -> str:

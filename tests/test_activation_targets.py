@@ -47,7 +47,7 @@ def test_no_allocation_of_a_coarse_grid_is_better_by_one_per_cent_of_the_loss():
     shapes = {("q", "k", "v"): (64, 32), ("o",): (32, 32)}
     budget = sum(a * b for _, c in groups for a, b in [shapes[c]]) / 2.0
     losses = []
-    for ranks in itertools.product((2, 6, 10, 16, 32), repeat=len(groups)):
+    for ranks in itertools.product((2, 6, 12, 24), repeat=len(groups)):
         cost = sum(
             pivoted_parameters(shapes[c], r) for (_, c), r in zip(groups, ranks, strict=True)
         )
@@ -55,7 +55,7 @@ def test_no_allocation_of_a_coarse_grid_is_better_by_one_per_cent_of_the_loss():
             work.store = Store()
             sizes = {site_of(*key): (r,) for key, r in zip(groups, ranks, strict=True)}
             losses.append(loss(work.factors(sizes)))
-    assert len(losses) > 30
+    assert len(losses) > 15
     assert found <= 1.01 * min(losses)
     assert found < sum(losses) / len(losses)
 

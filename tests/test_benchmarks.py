@@ -27,6 +27,7 @@ def state() -> Iterator[None]:
     COMPRESSORS._entries = known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")
 def test_a_benchmark_runs(

@@ -65,7 +65,7 @@ def test_a_misbehaving_hub(what: str, status: int, word: str, tmp_path: Path) ->
             HF_ENDPOINT=address,
             HF_HUB_OFFLINE="0",
             HF_DATASETS_OFFLINE="0",
-            HF_HUB_ETAG_TIMEOUT="2",
+            HF_HUB_ETAG_TIMEOUT="1",
             HF_HOME=str(tmp_path),
         )
     assert time.monotonic() - started < BOUND

@@ -96,7 +96,7 @@ def test_mistyped_names_are_suggested(typed: str, suggested: str, capsys: Captur
     ("way", "arguments"),
     [
         (piped, ("compress", "--mode", "hybrid")),  # anew: test_packaging.py, from the wheel
-        (piped_anew, ("evaluate", "--dataset", "demo")),
+        pytest.param(piped_anew, ("evaluate", "--dataset", "demo"), marks=pytest.mark.slow),
     ],
 )
 def test_piped_it_is_quiet_and_json_alone(way: Any, arguments: tuple[str, ...]) -> None:

@@ -84,7 +84,10 @@ def bytes_of(model: Any) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "svd-llm"])  # as svd
+@pytest.mark.parametrize(
+    "kind",
+    ["svd", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if not k.startswith("svd"))],
+)  # svd-llm: as svd
 def test_onnxruntime_computes_the_factored_model(kind: str, tmp_path: Path):
     pytest.importorskip("onnxscript", reason="tensorllm[onnx]")
     source = saved(tmp_path / "source", kind, hidden_size=64)
@@ -118,7 +121,7 @@ def test_other_architectures_trace_too(architecture: str, tmp_path: Path):
     agree(in_torch(tmp_path / "out"), source)
 
 
-@pytest.mark.parametrize("kind", ["exported-program", "onnx"])
+@pytest.mark.parametrize("kind", ["exported-program", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_the_code_on_the_card_runs(kind: str, tmp_path: Path):
     if kind == "onnx":
         pytest.importorskip("onnxruntime", reason="tensorllm[onnx]")

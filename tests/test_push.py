@@ -12,13 +12,17 @@ from typing import Any
 import forked
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import tensorllm as tl
+from tensorllm.commands.export import run as export
 from tensorllm.commands.push import push
+from tensorllm.compression.export import quantise_folder
 from tensorllm.errors import UserError
-from tensorllm.requests.others import PushRequest
+from tensorllm.requests.others import ExportRequest, PushRequest
 
 TOKEN = "hf_" + "a" * 34
 REPO = "someone/small"
@@ -89,15 +93,48 @@ def hub(tmp_path: Path) -> Iterator[Any]:
     server.server_close()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A factored folder with the card and licence of its original."""
+def factored(out: Path) -> None:
     model = tiny_model("llama")
     tl.compress(model, tl.LaserSVD(rho=0.5, matrices=("in",)))
-    tl.save(model, tmp_path / "out")
-    (tmp_path / "out" / "LICENSE").write_text("Do as you like.\n")
-    (tmp_path / "out" / ".hidden").write_text("mine\n")
-    return tmp_path / "out"
+    tl.save(model, out)
+
+
+def dense(out: Path) -> None:
+    model = tiny_model("llama")
+    tl.compress(model, tl.LaserSVD(rho=0.5, matrices=("in",)))
+    tl.save(model, out, format="dense")
+
+
+def quantised(out: Path) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=256)
+    tl.compress(model, tl.LaserSVD(rho=0.5, matrices=("in",)))
+    tl.save(model, out.parent / "wide")
+    quantise_folder(out.parent / "wide", out, "int8")
+
+
+def narrow_of_an_ordinary_one(out: Path) -> None:
+    """Of a checkpoint that tensorllm never saw, with a card of its own."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, 40:] = 0  # 56 channels, of which 40 are read
+    source = out.parent / "original"
+    model.save_pretrained(source)
+    (source / "README.md").write_text("---\nbase_model: some/one\nlicense: mit\n---\n\nHello.\n")
+    export(ExportRequest(folder=source, out=out, format="narrow"))
+
+
+MADE = {f.__name__: f for f in (factored, dense, quantised, narrow_of_an_ordinary_one)}
+NAMED = ("narrow_of_an_ordinary_one",)  # whose original has a card
+
+
+@pytest.fixture
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder with a licence; by default factored."""
+    out = tmp_path / "out"
+    MADE[getattr(request, "param", "factored")](out)
+    (out / "LICENSE").write_text("Do as you like.\n")
+    (out / ".hidden").write_text("mine\n")
+    return out
 
 
 def run(hub: Any, folder: Path, *more: str, token: str | None = TOKEN) -> Any:
@@ -111,13 +148,17 @@ def run(hub: Any, folder: Path, *more: str, token: str | None = TOKEN) -> Any:
 
 
 @pytest.mark.slow
-def test_a_folder_arrives_whole_and_opens(hub: Any, folder: Path) -> None:
+@pytest.mark.parametrize("folder", MADE, indirect=True)
+def test_a_folder_arrives_whole_and_opens(
+    hub: Any, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    named = request.node.callspec.params["folder"] in NAMED
     done = run(hub, folder, "--private", "--message", "Ours", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "url": f"{hub.url}/{REPO}",
         "commit": "c" * 40,
-        "card_lacks": ["base_model", "license"],
+        "card_lacks": [] if named else ["base_model", "license"],
     }
     assert [made["name"] for made in hub.made] == ["small"]
     assert hub.made[0].get("private") is True or hub.made[0].get("visibility") == "private"
@@ -128,6 +169,29 @@ def test_a_folder_arrives_whole_and_opens(hub: Any, folder: Path) -> None:
     ids = torch.arange(3, 9)[None]
     got, want = (AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (hub.folder, folder))
     assert torch.equal(got, want)
+
+
+def test_a_narrow_export_of_an_ordinary_folder_says_what_it_is(tmp_path: Path) -> None:
+    narrow_of_an_ordinary_one(tmp_path / "out")
+    sizes = {n: tmp_path / n / "model.safetensors" for n in ("original", "out")}
+    before, after = (sum(w.numel() for w in load_file(path).values()) for path in sizes.values())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["ffn_width"] == {"before": 56, "after": 40}
+    assert (report["totals"]["parameters_before"], report["totals"]["parameters_after"]) == (
+        before,
+        after,
+    )
+    assert report["ratios"]["whole_model"] == pytest.approx(before / after)
+    assert report["ratios"]["bytes_on_disk"] == pytest.approx(
+        sizes["original"].stat().st_size / sizes["out"].stat().st_size
+    )
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.base_model, card.data.license) == ("some/one", "mit")
+    assert card.data.library_name == "transformers"
+    assert "FFNs of 40 channels in place of 56" in card.text
+    assert "tensorllm export MODEL FOLDER --format narrow" in card.text
+    assert card.text.rstrip().endswith("Hello.")
+    tl.load(tmp_path / "out", verify=True)
 
 
 @pytest.mark.slow
@@ -151,7 +215,10 @@ def test_what_cannot_be_pushed_is_refused(
     refused("hf auth login, or set HF_TOKEN")
     refused("no name on the hub", repo="a/b/c")
     tiny_model("llama").save_pretrained(tmp_path / "plain")
-    refused("push takes a folder that tensorllm wrote", place=tmp_path / "plain")
+    refused(
+        "no tensorllm.json and no report.json: push takes a folder that tensorllm wrote",
+        place=tmp_path / "plain",
+    )
     weights = folder / "factored.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     refused("factored.safetensors")

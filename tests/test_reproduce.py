@@ -213,7 +213,9 @@ def test_weights_and_data_are_found_in_the_hubs_layouts(small, tmp_path, monkeyp
         assert one.metrics["loss"] == other.metrics["loss"]
 
 
-@pytest.mark.parametrize("model", ["gptj", "llama2", "roberta"])
+@pytest.mark.parametrize(
+    "model", ["roberta", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gptj", "llama2"))]
+)
 def test_every_published_cell_runs_on_a_tiny_model(model, tmp_path):
     plan = rehearse(ReproduceRequest(model=model, datasets=["fever"], data=tmp_path))
     assert len(cells(model)) == 4 * len(plan.rehearsals)

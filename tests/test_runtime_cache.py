@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TINY, tiny_model
+from transformers import AutoModelForCausalLM
 
 import tensorllm as tl
+from tensorllm.checkpoint.loader import Loader
+from tensorllm.checkpoint.loading import cache_elsewhere
 from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
@@ -114,3 +117,23 @@ def test_an_unknown_cache_is_refused(tmp_path: Path):
         factorize(model, cache="latnt")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"cache.*latnt.*latent"):
         tl.load(tmp_path, cache="latnt")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_what_opens_folders_by_itself_caches_as_the_process_says(tmp_path: Path):
+    """A server calls `from_pretrained`, which takes no option of ours."""
+    tl.save(compressed("llama"), tmp_path / "out")
+    by_name = {}
+    try:
+        for cache in CACHES:
+            cache_elsewhere(cache)
+            by_name[cache] = cached(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+            for asked in CACHES:  # what is asked for goes first
+                loaded = tl.load(tmp_path / "out", policy="always", cache=asked)
+                assert cached(loaded) == cached(Loader(tmp_path / "out", cache=asked)())
+                assert (cached(loaded) == by_name["latent"]) is (asked == "latent")
+    finally:
+        cache_elsewhere("latent")
+    assert by_name["auto"] == by_name["dense"] != by_name["latent"]
+    with pytest.raises(UserError, match="cache must be"):
+        cache_elsewhere("wide")  # type: ignore[arg-type]

@@ -151,6 +151,7 @@ def test_bench_takes_what_fits_a_small_model(tmp_path: Path):
     assert found.to_json()["prompt_tokens"] == 24
 
 
+@pytest.mark.slow
 def test_bench_measures_peaks_of_its_own_processes(story_folder: Path):
     run = command(
         bench_command, "bench", "--model", str(story_folder), "--prompt-tokens", "16",

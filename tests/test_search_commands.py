@@ -46,6 +46,7 @@ def test_search_then_compress_with_what_was_found(tmp_path, capfd):
     assert json.loads((tmp_path / "results.json").read_text())["test_looks"] == 1
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_trials(tmp_path, capfd, monkeypatch):
     forked.spawn_off_a_server(monkeypatch)
     command("search-ranks", *SMALL, "--study", tmp_path, "--workers", 2, "--json")

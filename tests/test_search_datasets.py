@@ -228,6 +228,7 @@ def test_the_sentence_over_all(changes: Any, found: str, why: str) -> None:
 # From the request to the recipe
 
 
+@pytest.mark.slow
 def test_a_search_over_two_datasets_names_both_goes_on_and_refuses_others(
     wanted: SearchRequest, files: list[Path], tmp_path: Path
 ) -> None:
@@ -256,6 +257,7 @@ def test_a_search_over_two_datasets_names_both_goes_on_and_refuses_others(
         run(replace(asked, dataset="questions", data_file=files[0]))
 
 
+@pytest.mark.slow
 def test_the_guide_predicts_the_worst_change_and_what_is_on_top(
     wanted: SearchRequest, files: list[Path], tmp_path: Path
 ) -> None:

@@ -75,7 +75,7 @@ def _body(search: Study, folder: Path) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_continued(small, undisturbed, tmp_path, workers):
     context = multiprocessing.get_context("fork")  # the model is loaded already
     moments = random.Random(workers)

@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import tensorllm as tl
+from tensorllm.checkpoint.loading import cache_elsewhere
 from tensorllm.checkpoint.source import resolve
 from tensorllm.commands.generate import generate
 from tensorllm.commands.serve import serve
@@ -96,6 +97,26 @@ def test_a_pipeline_opens_a_folder_by_name_and_uses_its_chat_template(folder: Pa
     assert [written.strip()] == generate(asked)
 
 
+@pytest.mark.parametrize("cache", ["latent", "dense"])
+def test_the_server_opens_the_folder_with_the_cache_that_is_asked_for(
+    folder: Path, cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("uvicorn", reason="transformers' server (tensorllm[serve])")
+    latents = []
+
+    def opens(folder: str, **_: Any) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        latents.append(model.transformer.h[3].attn.latent_values)
+
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    monkeypatch.setattr("transformers.cli.serve.Serve", opens)
+    try:
+        serve(ServeRequest(model=str(folder), port=free_port(), cache=cache), lambda address: None)
+    finally:
+        cache_elsewhere("latent")
+    assert latents == [cache == "latent"]
+
+
 def refused(request: ServeRequest, match: str) -> None:
     with pytest.raises(UserError, match=match):
         serve(request, lambda address: pytest.fail(f"announced {address}"))
@@ -106,6 +127,7 @@ def test_what_cannot_be_served_is_refused_before_it_is_loaded(
 ) -> None:
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
     asked = ServeRequest(model=str(folder), port=free_port())
+    refused(replace(asked, cache="wide"), "--cache must be")  # type: ignore[arg-type]
     for port in (0, 2**16, -1):
         refused(replace(asked, port=port), f"--port must be in 1..65535, got {port}")
     with socket.socket() as held:

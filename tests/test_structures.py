@@ -59,6 +59,8 @@ KINDS = {
     "modernbert": Kind("q, k, v fused role by role", "gate and in fused", masked=True),
     "deberta-v2": Kind("separate q, k, v, o", "plain FFN (BERT)", masked=True),
 }
+# One of each way to store attention and FFN; the others are `slow`.
+EACH_WAY = ("cohere", "glm4", "falcon_h1", "gpt_bigcode", "openai-gpt", "modernbert")
 every_kind = pytest.mark.parametrize("name", KINDS)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -127,7 +129,9 @@ def test_heads_are_what_the_module_computes(name: str) -> None:
         assert_heads_are_the_modules(layer)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "name", [n if n in EACH_WAY else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
 def test_memory_folder_and_factors_agree(name: str, tmp_path: Path) -> None:
     """Compressed in memory, in a folder, dense or factored: the same logits."""
     model = made(name)

@@ -24,6 +24,7 @@ from tensorllm.checkpoint.whole import load_whole
 from tensorllm.errors import UserError
 from tensorllm.models.task import is_masked
 from tensorllm.registry import one_of
+from tensorllm.runtime.cost import Cache
 
 DTYPES = {
     "fp32": torch.float32,
@@ -47,6 +48,7 @@ class Loader:
         device: where the weights go; a Trainer moves them itself.
         language: with the head that predicts tokens; False: as it was saved.
         verify: compare checksums of what tensorllm wrote, which reads all of it once more.
+        cache: what attention keeps of the tokens so far, of a factored folder (`load`).
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Loader:
     device: str = "cpu"
     language: bool = True
     verify: bool = False
+    cache: Cache = "latent"
 
     def __call__(self) -> Any:
         manifest = read_manifest(self.folder)
@@ -65,7 +68,9 @@ class Loader:
             Checkpoint(self.folder).check_readable()  # says more of what is wrong
         try:
             if factored:
-                made: nn.Module = load(self.folder, policy="always", dtype=self.dtype)
+                made: nn.Module = load(
+                    self.folder, policy="always", cache=self.cache, dtype=self.dtype
+                )
             else:
                 made = load_whole(self.folder, config, self.dtype, language=self.language)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -26,6 +26,7 @@ from tensorllm.runtime.install import FactoredLinear
 
 How = Literal["always", "auto", "dense"]
 CHOICES = "tensorllm_choices"  # where a model keeps how each of its sites runs
+_cache_elsewhere: Cache = "latent"  # of models that `from_pretrained` opens by itself
 # Row numbers and quantised values, which no dtype of the model applies to.
 INTEGERS = {"I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 
@@ -76,11 +77,22 @@ def load(
         config = Checkpoint(folder, stem=STEM).config
         config.quantization_config["dense_cache"] = dense
         config.name_or_path = str(folder)
-        model = load_whole(folder, config, dtype, language=False, changed=bool(dense))
+        changed = bool(dense) or cache != _cache_elsewhere
+        model = load_whole(folder, config, dtype, language=False, changed=changed)
     else:
         model = _from_state(folder, manifest, wanted, dtype, dense)
     setattr(model, CHOICES, choices)
     return model.eval()
+
+
+def cache_elsewhere(cache: Cache) -> None:
+    """What attention caches in the models that `from_pretrained` opens from now on.
+
+    Of this process: for what opens models by itself and takes no option of ours, such as a server.
+    """
+    global _cache_elsewhere
+    one_of("cache", cache, get_args(Cache))
+    _cache_elsewhere = cache
 
 
 def choices_of(model: Any) -> list[Choice]:
@@ -155,14 +167,15 @@ def install_skeleton(
     files: Sequence[Path],
     sites: Sequence[str] | None = None,
     *,
-    dense_cache: Sequence[str] = (),
+    dense_cache: Sequence[str] | None = None,
 ) -> tuple[Manifest, list[Placement]]:
     """Give a model on the meta device the factored modules of a folder, empty.
 
     Args:
         files: of weights, in the folder.
         sites: names of those that run in their factors; None: all.
-        dense_cache: names of those whose attention caches no latents.
+        dense_cache: names of those whose attention caches no latents; None: as `cache_elsewhere`
+            says.
 
     Returns:
         The manifest of the model, and where the stored tensors go.
@@ -193,6 +206,14 @@ def install_skeleton(
         if got != want:
             raise UserError(f"{folder}: {entry.name} has factors of {got}, the config says {want}")
         found.append((entry.site, factors))
+    if dense_cache is None:
+        dense_cache = [
+            site.name
+            for site, factors in found
+            if keeps_dense_cache(
+                site, factors.plain(), roles.spec.geometry(site.layers[0]), _cache_elsewhere
+            )
+        ]
     placements = install(model, found, dense_cache=dense_cache)
     _nothing_to_initialise(model)
     return manifest, placements

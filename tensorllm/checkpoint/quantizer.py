@@ -24,7 +24,8 @@ class FactoredConfig(QuantizationConfigMixin):
     Args:
         folder, sites: while `load` makes a model that is partly dense: where it reads from, and
             the names of the sites that run in their factors.
-        dense_cache: names of the sites whose attention caches no latents.
+        dense_cache: names of the sites whose attention caches no latents; None: the process's
+            default.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class FactoredConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         folder: str | None = None,
         sites: Sequence[str] | None = None,
-        dense_cache: Sequence[str] = (),
+        dense_cache: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method: Any = quant_method  # a string, as for all methods of other packages

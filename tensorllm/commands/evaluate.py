@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
 from tensorllm.checkpoint.source import Source, resolve
@@ -33,8 +33,9 @@ from tensorllm.evaluation.scorer import context_of
 from tensorllm.lightning.loggers import make_logger
 from tensorllm.lightning.trainer import Devices, check_options, is_first, score_model
 from tensorllm.progress import Progress, quiet
-from tensorllm.registry import load_plugins
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.evaluate import EvaluateRequest
+from tensorllm.runtime.cost import Cache
 
 PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metrics
 
@@ -132,6 +133,7 @@ def _check(request: EvaluateRequest) -> Devices:
     """Refuse what needs no model to be refused; where it is to run."""
     load_plugins(request.plugins)
     check_options(request.trainer)
+    one_of("--cache", request.cache, get_args(Cache))
     devices = Devices(**{field.name: getattr(request, field.name) for field in fields(Devices)})
     if request.batch_tokens is not None and request.batch_tokens < 1:
         raise UserError(f"--batch-tokens must be at least 1, got {request.batch_tokens}")
@@ -149,14 +151,14 @@ def _loaders(request: EvaluateRequest, devices: Devices, source: Source) -> dict
     if dtype is None and devices.precision is None:
         stored = Loader(source.folder).config().dtype
         dtype = computing_dtype(stored, devices.kind)
-    original = Loader(source.folder, dtype, verify=request.verify)
+    original = Loader(source.folder, dtype, verify=request.verify, cache=request.cache)
     if request.compressed is None:
         return {"model": original}
     if not request.compressed.is_dir():
         raise UserError(
             f"--compressed must be a folder that tensorllm wrote, got {request.compressed}"
         )
-    compressed = Loader(request.compressed, dtype, verify=request.verify)
+    compressed = replace(original, folder=request.compressed)
     manifest = compressed.manifest()
     if manifest is None:
         raise UserError(f"--compressed: {request.compressed} has no tensorllm.json")

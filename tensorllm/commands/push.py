@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensorllm.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from tensorllm.compression.card import CARD, card_lacks, text_of
+from tensorllm.compression.card import CARD, REPORT, card_lacks, text_of
 from tensorllm.errors import UserError
 from tensorllm.hub import reason
 from tensorllm.requests.others import PushRequest
@@ -41,9 +41,12 @@ def push(request: PushRequest) -> Pushed:
 
     folder = request.folder
     manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder} has no {MANIFEST}: push takes a folder that tensorllm wrote")
-    check_files(folder, manifest, verify=True)
+    if manifest is not None:
+        check_files(folder, manifest, verify=True)
+    elif not (folder / REPORT).is_file():  # of a graph
+        raise UserError(
+            f"{folder} has no {MANIFEST} and no {REPORT}: push takes a folder that tensorllm wrote"
+        )
     try:
         validate_repo_id(request.repo)
     except HFValidationError as error:

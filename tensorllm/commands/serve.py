@@ -6,13 +6,15 @@
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
+from tensorllm.checkpoint.loading import cache_elsewhere
 from tensorllm.checkpoint.source import resolve
 from tensorllm.errors import UserError
-from tensorllm.registry import load_plugins
+from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import ServeRequest
+from tensorllm.runtime.cost import Cache
 
 PORTS = range(1, 2**16)
 MARK = "@"  # transformers' server reads a revision behind it
@@ -54,6 +56,7 @@ def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:
     load_plugins(request.plugins)
     if not is_serve_available():
         raise UserError("this needs transformers' server: pip install 'tensorllm[serve]'")
+    one_of("--cache", request.cache, get_args(Cache))
     dtype, device = dtype_of(request.dtype), device_of(request.device)
     _check_address(request.host, request.port)
     folder = resolve(request.model, request.revision).folder
@@ -71,6 +74,7 @@ def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:
     import uvicorn
     from transformers.cli.serve import Serve
 
+    cache_elsewhere(request.cache)
     # Standard output is for results.
     uvicorn.config.LOGGING_CONFIG["handlers"]["access"]["stream"] = "ext://sys.stderr"
     Serve(

@@ -5,7 +5,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +67,3 @@ def dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
     return config
-
-
-def exported_report(
-    source: Path, format: str, size: int, dtype: torch.dtype | None
-) -> dict[str, Any] | None:
-    """The report of a folder, as it is true of what was made of it; None where it has none.
-
-    Args:
-        size: bytes of the new weight files.
-        dtype: of the new weights; None: as they were.
-    """
-    if not (source / REPORT).is_file():
-        return None
-    report: dict[str, Any] = json.loads((source / REPORT).read_text())
-    report["format"] = format
-    report["totals"]["bytes_after"] = size
-    if before := report["totals"]["bytes_before"]:
-        report["ratios"]["bytes_on_disk"] = before / size
-    if dtype is not None:
-        report["dtype"] = str(dtype).removeprefix("torch.")
-    return report
-
-
-def exported_manifest(manifest: Manifest, files: dict[str, dict[str, Any]]) -> Manifest:
-    """The manifest of an ordinary checkpoint that was made of a folder of ours."""
-    return replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)

@@ -24,15 +24,16 @@ def body(
     measured: Sequence[BeforeAfter],
 ) -> str:
     """Markdown, without front matter; the arguments are those of `card.write_card`."""
+    decomposed = bool(report["sites"])
     parts = [
         f"# {report['model']}, compressed: {report['mode']}",
         _what(report, base),
         _loading(report["format"], task),
-        _sites(report["sites"]),
+        *([_sites(report["sites"])] if decomposed else []),
         _ratios(report["ratios"]),
         *([_measured(measured)] if measured else []),
-        _again(report),
-        _citation(report["mode"]),
+        _again(report) if decomposed else _exported(report),
+        *([_citation(report["mode"])] if decomposed else []),
     ]
     return "\n\n".join(parts)
 
@@ -40,9 +41,14 @@ def body(
 def _what(report: Mapping[str, Any], base: str | None) -> str:
     link = f"[{base}](https://huggingface.co/{base})" if base else f"`{report['model']}`"
     revision = f" at revision `{report['revision']}`" if report["revision"] else ""
+    done = done_in_words(report["sites"]) or _width(report["ffn_width"])
+    return f"{link}{revision} with {done}, by tensorllm. All other weights are as they were."
+
+
+def _width(width: Mapping[str, int]) -> str:
     return (
-        f"{link}{revision} with {done_in_words(report['sites'])}, by "
-        "tensorllm. All other weights are as they were."
+        f"FFNs of {width['after']:,} channels in place of {width['before']:,}, without those that "
+        "nothing reads"
     )
 
 
@@ -127,6 +133,15 @@ def _again(report: Mapping[str, Any]) -> str:
         f"## Make it again\n\nWith tensorllm {version}, this in `recipe.yaml`:\n\n"
         f"```yaml\n{text}```\n\n```\ntensorllm compress --config recipe.yaml{revision}{data} "
         f"--format {format} --out {out}{then}\n```{facts}"
+    )
+
+
+def _exported(report: Mapping[str, Any]) -> str:
+    """How a folder was made of an ordinary one, nothing of which was decomposed."""
+    version = report["environment"].get("versions", {}).get("tensorllm", "")
+    return (
+        f"## Make it again\n\nWith tensorllm {version}:\n\n```\ntensorllm export MODEL FOLDER "
+        f"--format {report['format']}\n```"
     )
 
 

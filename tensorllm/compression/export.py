@@ -21,12 +21,8 @@ from tensorllm.checkpoint.manifest import (
 )
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.beside import (
-    complete,
-    dense_config,
-    exported_manifest,
-    exported_report,
-)
+from tensorllm.compression.beside import complete, dense_config
+from tensorllm.compression.exported import exported_manifest, exported_report
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of

@@ -21,7 +21,8 @@ from tensorllm.checkpoint.factored import dense_tensors
 from tensorllm.checkpoint.manifest import check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint, Entry
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.beside import complete, dense_config, exported_manifest, exported_report
+from tensorllm.compression.beside import complete, dense_config
+from tensorllm.compression.exported import Cut, beside_narrow
 from tensorllm.compression.jobs import CompressedSite
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.task import FolderTask
@@ -88,14 +89,9 @@ def narrow(
             writer.add(name, {name: part.to(dtype) if dtype and part.is_floating_point() else part})
         writer.name_files()
         size = sum(facts["bytes"] for facts in writer.files.values())
-        manifest, before = read_manifest(source), exported_report(source, "narrow", size, dtype)
-        complete(
-            writer,
-            source,
-            config=cut.config,
-            manifest=exported_manifest(manifest, writer.files) if manifest else None,
-            report=cut.reported(before, removed) if before else None,
-        )
+        width = Cut(cut.before, cut.after, removed)
+        beside = beside_narrow(source, roles, width, writer.files, dtype)
+        complete(writer, source, config=cut.config, **beside)
     return Narrow(cut.before, cut.after, size)
 
 
@@ -135,16 +131,6 @@ class Narrowing:
         """Numbers that go from the parameters of a checkpoint."""
         cut = [e for name, e in entries.items() if name in self.weights or name in self.biases]
         return sum(entry.numel // self.before * (self.before - self.after) for entry in cut)
-
-    def reported(self, report: Mapping[str, Any], removed: int) -> dict[str, Any]:
-        """A report of a folder as it is true of the narrower one."""
-        before = report["totals"]["parameters_before"]
-        return {
-            **report,
-            "ffn_width": {"before": self.before, "after": self.after},
-            "totals": {**report["totals"], "parameters_after": before - removed},
-            "ratios": {**report["ratios"], "whole_model": before / (before - removed)},
-        }
 
 
 def narrowing(

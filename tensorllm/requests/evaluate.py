@@ -40,6 +40,7 @@ class EvaluateRequest:
     overwrite: shared.Overwrite = False
     revision: shared.Revision = None
     dtype: shared.DType = None
+    cache: shared.Cache = "auto"
     seed: Annotated[int, Option("Of the bootstrap.")] = 0
     batch_tokens: Annotated[
         int | None, Option("Tokens per batch; halved where memory runs out.")

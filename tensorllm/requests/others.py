@@ -63,6 +63,7 @@ class ServeRequest:
     model: Annotated[str, shared.MODEL]
     host: Annotated[str, Option("Address to listen at.", metavar="NAME")] = "localhost"
     port: Annotated[int, Option("Port to listen at.")] = 8000
+    cache: shared.Cache = "auto"
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "cpu"
     revision: shared.Revision = None

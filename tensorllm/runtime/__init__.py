@@ -9,6 +9,7 @@ from tensorllm.runtime import (  # noqa: F401  they register
     whole,
 )
 from tensorllm.runtime.install import Placement, install, train_only_factors
+from tensorllm.runtime.linears import factors_as_linears
 from tensorllm.runtime.sites import Cost, Held, SiteModule, module_for, runs
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Held",
     "Placement",
     "SiteModule",
+    "factors_as_linears",
     "install",
     "module_for",
     "runs",

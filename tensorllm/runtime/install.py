@@ -86,6 +86,15 @@ def install(
     return _hold_narrow(model, placed, {site.name: factors for site, factors in sites})
 
 
+def factors_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold factors; some of them hold others."""
+    return [
+        module if isinstance(module, SiteModule) else module.parts
+        for module in model.modules()
+        if isinstance(module, SiteModule | FactoredLinear | FactoredExperts)
+    ]
+
+
 def train_only_factors(model: nn.Module) -> int:
     """Let an optimizer change the factors of a factored model, and nothing else.
 
@@ -95,14 +104,9 @@ def train_only_factors(model: nn.Module) -> int:
     Raises:
         UserError: nothing of the model runs in factors that can be trained.
     """
-    owners = [
-        module if isinstance(module, SiteModule) else module.parts
-        for module in model.modules()
-        if isinstance(module, SiteModule | FactoredLinear | FactoredExperts)
-    ]
     held = {
         parameter
-        for owner in owners
+        for owner in factors_of(model)
         for parameter in owner.parameters()
         if parameter.is_floating_point() and parameter.requires_grad
     }

@@ -1,0 +1,120 @@
+"""Factors as linears for a while, which adapters such as LoRA (peft) find and know.
+
+A kind of factors whose tensors are parameters is multiplied as it likes: by slices, transposed, in
+batches. Adapters know linears alone, and take their place. So a parameter's numbers go into one,
+and the parameter is what this linear makes of the unit vectors, with whatever stands beside it by
+then: every kind of factors takes every adapter that is linear in its input.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from tensorllm.errors import UserError
+from tensorllm.runtime.install import factors_of
+from tensorllm.runtime.sites import SiteModule, TurnedLinear, linear
+
+
+class ThroughLinear(nn.Module):
+    """A parametrization: a parameter whose numbers a linear without a bias holds.
+
+    As a matrix (all modes but the last, the last), turned so that there are few unit vectors.
+    """
+
+    def __init__(self, held: Tensor) -> None:
+        super().__init__()
+        matrix = held.detach().flatten(0, -2)
+        self.shape, self.turned = held.shape, matrix.shape[0] < matrix.shape[1]
+        self.linear = linear(matrix.mT if self.turned else matrix)
+
+    def forward(self, nothing: Tensor) -> Tensor:
+        del nothing
+        inner: nn.Module = self.linear
+        if type(inner) is nn.Linear:
+            weight = inner.weight
+        else:
+            like = next(inner.parameters())
+            unit = torch.eye(min(self.shape.numel() // self.shape[-1], self.shape[-1])).to(like)
+            weight = inner(unit).mT
+        return (weight.mT if self.turned else weight).reshape(self.shape)
+
+    def right_inverse(self, held: Tensor) -> Tensor:
+        """What is stored in the parameter's own place: nothing."""
+        return held.new_empty(0)
+
+
+def factors_as_linears(model: nn.Module) -> list[str]:
+    """Let adapters find every factor of a model that runs in its factors, in place.
+
+    Call it before the adapters are made or loaded, each time: `peft.LoraConfig(target_modules=
+    tl.factors_as_linears(model))`. Nothing else changes: the logits are the same, and the model
+    saves itself as before once adapters are merged. Vectors, such as CP's weights of terms, and
+    what requires no gradients stay as they are.
+
+    Returns:
+        The names of the linears that hold factors.
+
+    Raises:
+        UserError: the model runs in no factors, or in quantised ones of a kind that has no linears.
+    """
+    owners = factors_of(model)
+    if not owners:
+        raise UserError("this model has no factors to adapt; load a factored folder")
+    for owner in owners:
+        for module in owner.modules():
+            if isinstance(module, SiteModule):
+                _open(module)
+    held = {id(m) for owner in owners for m in owner.modules()}
+    kinds = nn.Linear | TurnedLinear
+    return [n for n, m in model.named_modules() if id(m) in held and isinstance(m, kinds)]
+
+
+def _open(site: SiteModule) -> None:
+    steps: Any = getattr(site, "parametrizations", {})  # of torch, where there are any
+    narrow = any(not isinstance(step, ThroughLinear) for each in steps.values() for step in each)
+    if narrow:
+        raise UserError(
+            f"quantised factors of {type(site).__name__} take no adapters: adapt the folder that "
+            "was quantised, or train embeddings and norms"
+        )
+    for name, held in list(site.named_parameters(recurse=False)):
+        if held.ndim > 1 and held.numel() and held.requires_grad:
+            register_parametrization(site, name, ThroughLinear(held), unsafe=True)
+
+
+def any_through_linears(model: nn.Module) -> bool:
+    """Whether some of a model's factors are held as linears for adapters."""
+    return any(isinstance(module, ThroughLinear) for module in model.modules())
+
+
+def as_parameters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state by the names that its parameters had before `factors_as_linears`.
+
+    Raises:
+        UserError: an adapter stands beside a linear still.
+    """
+    out = dict(state)
+    for below, name, through in _through(model):
+        if type(through.linear) is not nn.Linear:
+            raise UserError(
+                "adapters stand beside the factors still: merge them first (merge_and_unload), or "
+                "save them alone, by peft's own save_pretrained"
+            )
+        start = f"{below}parametrizations.{name}."
+        weight = out.pop(f"{start}0.linear.weight")
+        out.pop(f"{start}original")
+        out[f"{below}{name}"] = (
+            (weight.mT if through.turned else weight).reshape(through.shape).contiguous()
+        )
+    return out
+
+
+def _through(model: nn.Module) -> Iterator[tuple[str, str, ThroughLinear]]:
+    """Path of the site with its dot, name of the parameter, what makes it."""
+    for path, module in model.named_modules():
+        if isinstance(module, ThroughLinear):
+            site, _, rest = path.rpartition("parametrizations.")
+            yield site, rest.partition(".")[0], module
