@@ -15,9 +15,10 @@ MIB = 2**20
 def real_runtime(value: Lookup, part: str) -> str:
     """How many times better than dense a real model runs, a row per ratio, dtype and form."""
     found = value(part)["rows"]
-    peaks = any(any(row["peak_bytes"].values()) for row in found)
+    one = found[0]["batch"] == 1  # text, which predictions and peaks are of
+    peaks = one and any(any(row["peak_bytes"].values()) for row in found)
     given = {key for row in found for times in row["times_dense"].values() for key in times}
-    shown = [key for key in FIGURES if key in given and (row_of_one(found) or "pred" not in key)]
+    shown = [key for key in FIGURES if key in given and (one or not key.startswith("predicted"))]
     rows = []
     for row in sorted(found, key=lambda row: (row["ratio"], row["dtype"])):
         for name, times in row["times_dense"].items():
@@ -26,16 +27,10 @@ def real_runtime(value: Lookup, part: str) -> str:
             cells = [f"{times[key]:.2f}" if key in times else "" for key in shown]
             both = [row["peak_bytes"][n] for n in (name, "dense")]
             if peaks:
-                text = " beside ".join(f"{peak / MIB:,.0f}" for peak in both if peak)
-                cells.append(text)
+                cells.append(" beside ".join(f"{peak / MIB:,.0f}" for peak in both if peak))
             rows.append((f"{row['ratio']:g}", row["dtype"], name, *cells))
     head = ["ratio", "dtype", "what runs", *(FIGURES[key] for key in shown)]
     return table((*head, "peak, MiB") if peaks else tuple(head), rows)
-
-
-def row_of_one(rows: list[dict[str, object]]) -> bool:
-    """Whether one text is decoded, which predictions are of."""
-    return rows[0]["batch"] == 1
 
 
 def compiled(value: Lookup, part: str) -> str:

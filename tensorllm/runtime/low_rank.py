@@ -123,7 +123,7 @@ class PivotedSite(SiteModule):
         basis, mix, where = held["basis"], held["mix"], setting(x)
         if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
             return None
-        weights = basis._parameters["weight"], mix._parameters["weight"]
+        weights: tuple[Any, Any] = basis._parameters["weight"], mix._parameters["weight"]
         made = self._token
         if made is None or not made.is_of(*weights, where):
             made = Token.of(*weights, where)
