@@ -51,7 +51,7 @@ def cost(w_MD: Tensor, fitted_MD: Tensor, inputs_DD: Tensor, gradients_MM: Tenso
 
 
 def fitted(context: Any, plain: float | None, roles: tuple[str, ...] = ("in",)) -> Tensor:
-    map_ = AtWidth.of(context, roles, plain).fit(context, roles, RANK)
+    map_ = AtWidth.of(context, roles, plain).fit(context, roles, RANK).map
     return map_.left_MR @ map_.right_RX
 
 

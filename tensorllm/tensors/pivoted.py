@@ -80,9 +80,9 @@ def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
         lower_IR[:rank], lower_IR[rank:], upper=False, left=False, unitriangular=True
     )
     mix_XR = mix[order_I[rank:].argsort()][:, order_I[:rank].argsort()]
+    basis_RO = u_IR[chosen_R].double() @ v_RO.double()
     dtype = wide_dtype(u_IR)
-    basis_RO = u_IR[chosen_R].to(dtype) @ v_RO.to(dtype)
-    return PivotedLowRank(basis_RO, mix_XR.to(dtype), chosen_R.int())
+    return PivotedLowRank(basis_RO.to(dtype), mix_XR.to(dtype), chosen_R.int())
 
 
 def _order(pivots: list[int], rows: int) -> Tensor:
