@@ -1,6 +1,6 @@
 """What was tried of the fit, one choice at a time: held-out KL divergence from the original model.
 
-    python benchmarks/ablations.py --model tinystories-656K/ --text tinystories_1000.json
+    python benchmarks/ablations.py
     python benchmarks/ablations.py --model SmolLM2-first-3/ --text wikitext2_test.raw --quantity 16
 
 Parts of docs/results/ablations.json, named after the model's folder and the refit.
@@ -28,7 +28,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from support.results import Comparison, begin, parser, save
+from support.results import Comparison, begin, parser, real, save
 from torch import nn
 
 from tensorllm.calibration import Calibration, fit
@@ -216,8 +216,8 @@ def tried(here: Bench, ratio: float, epochs: int, choices: Sequence[str]) -> dic
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--model", type=Path, required=True)
-    options.add_argument("--text", type=Path, required=True, help=".json of texts, or plain text")
+    options.add_argument("--model", type=Path, help="folder; tinystories-656K of --shared")
+    options.add_argument("--text", type=Path, help=".json of texts, or plain text; its stories")
     options.add_argument("--quantity", type=int, default=64, help="sequences that are fitted to")
     options.add_argument("--length", type=int, default=512, help="tokens of a sequence, at most")
     options.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.5])
@@ -226,6 +226,11 @@ def main() -> None:
     options.add_argument("--choices", nargs="+", default=["multiple", "floor", "depth", "start"])
     args = options.parse_args()
     begin(args)
+    args.model = args.model or real(args, "models/tinystories-656K")
+    args.text = args.text or real(args, "data/tinystories_1000.json")
+    if args.quick:
+        args.quantity, args.length, args.ratios, args.epochs, args.seeds = 8, 64, [2.0], [1], [0]
+        args.choices = ["floor", "start"]
     for epochs in args.epochs:
         rows: dict[str, Any] = {}
         shown: dict[str, Comparison] = {}

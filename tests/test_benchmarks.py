@@ -15,7 +15,15 @@ from tensorllm.compressors.base import COMPRESSORS
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 # Real rows and a trained model.
-NEEDS_DATA = {"bytes", "energy", "evaluate", "finetune", "quantised", "whole_model_real"}
+NEEDS_DATA = {
+    "ablations",
+    "bytes",
+    "energy",
+    "evaluate",
+    "finetune",
+    "quantised",
+    "whole_model_real",
+}
 
 
 @pytest.fixture(autouse=True)
