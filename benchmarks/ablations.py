@@ -35,8 +35,8 @@ from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.context import Context
 from tensorllm.calibration.smallest import with_factors
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.base import ErrorCurve, LayerFit, LayerResult, Leaf
-from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.base import ErrorCurve, LayerFit, Leaf
+from tensorllm.compressors.layer import LayerContext, LayerResult, Site
 from tensorllm.compressors.wrapped import Wrapped, WrappedFit
 from tensorllm.models import RoleMatrices, parameters_of
 

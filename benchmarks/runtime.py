@@ -14,6 +14,7 @@ Times are taken in turns, one side after the other. The part `whole` also measur
 factorised linears where tensorly-torch is installed; else their column is left out.
 """
 
+import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,8 @@ def print_cost(row: dict[str, Any]) -> None:
     print(row["site"], row["width"], row["ranks"], "predicted, measured:", ", ".join(both))
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """What is to be measured."""
     options = parser(__doc__)
     options.add_argument("--part", choices=PARTS, default="all")
     options.add_argument("--repeats", type=int, default=15)
@@ -154,6 +156,15 @@ def main() -> None:
         help="dtypes in which the memory of each is measured, in a process of its own",
     )  # fmt: skip
     args = options.parse_args()
+    if args.part in ("real", "compile") and args.model is None:
+        options.error(f"--part {args.part} needs --model FOLDER")
+    if args.part == "compile" and args.hybrid is None:
+        options.error("--part compile needs --hybrid OUT")
+    return args
+
+
+def main() -> None:
+    args = arguments()
     begin(args)
     repeats, fewer = (1, 1) if args.quick else (args.repeats, max(2, args.repeats // 3))
     if args.part in ("block", "all"):
@@ -176,11 +187,7 @@ def main() -> None:
     if args.part in ("cache", "all"):
         found = caches(fewer, args.quick)
         save("runtime", "cache", of_caches(found), args, note=args.note, rows=found)
-    if args.part in ("real", "compile") and args.model is None:
-        options.error(f"--part {args.part} needs --model FOLDER")
     if args.part == "compile":  # not of `all`: it takes long
-        if args.hybrid is None:
-            options.error("--part compile needs --hybrid OUT")
         done = []
         for row in compiled(args, fewer):
             done.append(row)

@@ -58,8 +58,8 @@ def test_the_layers_output_comes_nearer_on_every_architecture(name):
     assert found[8] < 0.95 * found[0]
 
 
-def test_a_layer_that_is_nearly_right_comes_nearer_too():
-    """Steps of one length, whatever is left to mend, would lead away from it."""
+def test_a_well_fitted_layer_comes_nearer_too():
+    """A learning rate that does not fall with the error would make it worse."""
     model, found = tiny_model("llama"), {}
     for epochs in (0, 4):
         smaller = copy.deepcopy(model)

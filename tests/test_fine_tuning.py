@@ -9,6 +9,7 @@ import torch
 from docs_blocks import ROOT, blocks
 from tiny_models import tiny_model
 from torch import nn
+from training import learn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import tensorllm as tl
@@ -194,22 +195,13 @@ def adapted(model: Any, **given: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings | given))
 
 
-def learn(model: Any, steps: int = 4) -> None:
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=0.03)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-
-
 def test_lora_on_pivoted_factors_is_what_its_paper_says(small: Path):
     """W + B A on both factors: held to the factors written anew, before and after merging."""
     model = opened(small)
     plain = copy.deepcopy(model)
     with_lora = adapted(model)
     assert torch.allclose(logits(with_lora), logits(plain), atol=1e-5)  # B begins as zero
-    learn(with_lora)
+    learn(with_lora, IDS, 4)
     linears = {n: m for n, m in with_lora.base_model.model.named_modules() if hasattr(m, "lora_A")}
     own = {n: m for n, m in plain.named_modules() if isinstance(m, TurnedLinear)}
     assert linears.keys() == own.keys()
@@ -234,7 +226,7 @@ def test_all_linears_of_a_factored_model_take_lora_and_it_is_merged_back(
     model = opened(folder)
     start = logits(model)
     with_lora = adapted(model, fan_in_fan_out="pivoted" in str(folder))
-    learn(with_lora)
+    learn(with_lora, IDS, 4)
     assert (logits(with_lora) - start).abs().max() > 1e-3
     with_lora.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(opened(folder), tmp_path / "adapter")
@@ -260,7 +252,7 @@ def test_an_adapter_of_transformers_is_saved_alone(small: Path, tmp_path: Path):
     peft = pytest.importorskip("peft")
     model = opened(small)
     model.add_adapter(peft.LoraConfig(target_modules=r".*factors\.basis", fan_in_fan_out=True))
-    learn(model)
+    learn(model, IDS, 4)
     model.save_pretrained(tmp_path / "adapter")
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert "adapter_model.safetensors" in names
@@ -279,7 +271,7 @@ def test_lora_stays_beside_quantised_factors(tmp_path: Path, safe_merge: bool):
     model = opened(tmp_path / "narrow")
     start = loss_of(model)
     with_lora = adapted(model)
-    learn(with_lora)
+    learn(with_lora, IDS, 4)
     assert with_lora(IDS, labels=IDS).loss < start
     with pytest.raises(tl.UserError, match="cannot be merged into quantised factors"):
         with_lora.merge_and_unload(safe_merge=safe_merge)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch import Tensor, nn
+from training import learn
 from transformers import AutoModelForCausalLM
 
 import tensorllm as tl
@@ -97,15 +98,6 @@ def logits(model: Any) -> Tensor:
     return model.eval()(IDS).logits
 
 
-def learn(model: Any, steps: int = 3) -> None:
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=0.03)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-
-
 def lora(model: Any, **given: Any) -> Any:
     names = tl.factors_as_linears(model)
     return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=names, **given))
@@ -128,7 +120,7 @@ def test_lora_is_trained_saved_loaded_and_merged_back(
     start, parameters = logits(model), {n: p.clone() for n, p in model.named_parameters()}
     adapted = lora(model)
     assert torch.allclose(logits(adapted), start, atol=1e-5)  # B begins as zero
-    learn(adapted)
+    learn(adapted, IDS, 3)
     outputs = [m.lora_B["default"].weight for m in adapted.modules() if hasattr(m, "lora_B")]
     assert outputs
     assert all(b.abs().sum() > 0 for b in outputs)  # each one is in the model's way
@@ -159,7 +151,7 @@ def test_what_lora_adds_is_its_papers_formula(name: str, folders: dict[str, Path
     """W + (alpha / r) B A on the factor as a matrix, whichever way it is turned."""
     plain = opened(folders[name])
     adapted = lora(copy_of := opened(folders[name]), lora_alpha=6)
-    learn(adapted)
+    learn(adapted, IDS, 3)
     held = dict(copy_of.named_modules())
     changed = 0
     for path, site in plain.named_modules():
@@ -185,7 +177,7 @@ def test_other_adapters_and_dropout_and_checkpointing(folders: dict[str, Path]):
         model = opened(folders["shared-tucker"])
         start = logits(model)
         adapted = peft.get_peft_model(model, settings(tl.factors_as_linears(model)))
-        learn(adapted.train())
+        learn(adapted.train(), IDS, 3)
         want = logits(adapted)
         assert (want - start).abs().max() > 1e-4
         assert (logits(adapted.merge_and_unload()) - want).abs().max() < 1e-4
@@ -201,7 +193,7 @@ def test_it_may_be_called_twice_and_the_model_trained_and_saved_without_adapters
     assert all(isinstance(model.get_submodule(n), nn.Linear | TurnedLinear) for n in names)
     assert torch.equal(logits(model), start)
     tl.train_only_factors(model)
-    learn(model)
+    learn(model, IDS, 3)
     want = logits(model)
     assert not torch.equal(want, start)
     model.save_pretrained(tmp_path / "tuned")

@@ -8,13 +8,13 @@ writes, counts, searches, budgets, saves or runs works on this contract, never o
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor
 
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
+from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
@@ -253,20 +253,6 @@ class Leaf(Compressor):
 
 class Composite(Compressor):
     """A strategy that plans jobs for others and decomposes nothing itself."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerResult:
-    """What a `LayerFit` made of one layer.
-
-    Attributes:
-        factors: of the layer's sites; what has none stays as it is.
-        parameters: other parameters of the layer that were changed (norms, biases), by their names
-            below the layer.
-    """
-
-    factors: Mapping[Site, Factors]
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LayerFit(Compressor):

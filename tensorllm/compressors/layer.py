@@ -1,7 +1,7 @@
 """What a strategy works on: sites, statistics of their matrices, a layer on a calibration text."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -228,3 +228,17 @@ class LayerContext(Protocol):
     def other_parameters(self) -> dict[str, Tensor]:
         """Norms and biases of the layer, by their names below it."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """What a `LayerFit` made of one layer.
+
+    Attributes:
+        factors: of the layer's sites; what has none stays as it is.
+        parameters: other parameters of the layer that were changed (norms, biases), by their names
+            below the layer.
+    """
+
+    factors: Mapping[Site, Factors]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)

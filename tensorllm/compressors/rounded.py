@@ -20,12 +20,11 @@ from tensorllm.compressors.base import (
     ErrorCurve,
     Job,
     LayerFit,
-    LayerResult,
     Leaf,
     Needs,
 )
 from tensorllm.compressors.checks import check_roles
-from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
+from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site, Size
 from tensorllm.compressors.matrix import matrix_sites
 from tensorllm.compressors.wrapped import Wrapped, WrappedFit
 from tensorllm.errors import UserError

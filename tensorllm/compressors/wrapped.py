@@ -15,13 +15,12 @@ from tensorllm.compressors.base import (
     GradientOf,
     Job,
     LayerFit,
-    LayerResult,
     Leaf,
     Needs,
     Ways,
 )
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.layer import LayerContext, LayerResult, Site
 from tensorllm.models.spec import ModelSpec
 from tensorllm.tensors.shared_input import NARROWED
 from tensorllm.tensors.stacking import Geometry

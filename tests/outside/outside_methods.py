@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tensorllm import COMPRESSORS, UserError
 from tensorllm.compressors import Job, LayerFit, Leaf, Site
-from tensorllm.compressors.base import Dimension, ErrorCurve, LayerResult
-from tensorllm.compressors.layer import LayerContext
+from tensorllm.compressors.base import Dimension, ErrorCurve
+from tensorllm.compressors.layer import LayerContext, LayerResult
 from tensorllm.models import ModelSpec
 from tensorllm.runtime import SiteModule, runs
 from tensorllm.tensors.factors import FACTORS, Factors, LowRank

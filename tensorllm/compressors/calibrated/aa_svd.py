@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, LayerResult
+from tensorllm.compressors.base import COMPRESSORS
 from tensorllm.compressors.calibrated.svd_llm import in_order
-from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.layer import LayerContext, LayerResult, Site
 from tensorllm.compressors.matrix import (
     MatrixFit,
     Root,

@@ -16,7 +16,6 @@ from tensorllm.compressors.base import (
     GradientOf,
     Job,
     LayerFit,
-    LayerResult,
     Needs,
     Ways,
 )
@@ -37,7 +36,7 @@ from tensorllm.compressors.calibrated.maps import (
 )
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
-from tensorllm.compressors.layer import LayerContext, OfGiven, Site, Size
+from tensorllm.compressors.layer import LayerContext, LayerResult, OfGiven, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of

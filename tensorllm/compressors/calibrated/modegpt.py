@@ -17,10 +17,9 @@ from tensorllm.compressors.base import (
     ErrorCurve,
     Job,
     LayerFit,
-    LayerResult,
 )
 from tensorllm.compressors.checks import check_roles
-from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.layer import LayerContext, LayerResult, Site
 from tensorllm.compressors.matrix import KEPT, kept_settings
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec

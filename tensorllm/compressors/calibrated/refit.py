@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from tensorllm.compressors.applied import Applied, Product, Reading
-from tensorllm.compressors.base import LayerResult
 from tensorllm.compressors.calibrated.maps import Map, pivoted
-from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.layer import LayerContext, LayerResult, Site
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric
@@ -27,7 +26,7 @@ from tensorllm.tensors.weighted import Metric
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
 SMALLEST = 1e-3  # of the largest component, for the same reason
 LEARNING_RATE = 0.03  # of a parameter's mean size, times the relative error of the layer's output:
-# steps longer than what is left to mend lead away
+# where that is small, longer steps make it larger
 TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
 HELD_OUT = 8  # one batch in so many is not trained on: it tells which epoch came nearest
 PASSES_OF_AN_EPOCH = 2.9  # forward, backward for inputs and weights, steps; held out: forward

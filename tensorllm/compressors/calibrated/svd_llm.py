@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.base import COMPRESSORS, LayerResult, Needs
-from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site
+from tensorllm.compressors.base import COMPRESSORS, Needs
+from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site
 from tensorllm.compressors.matrix import (
     MatrixFit,
     MatrixSVD,
