@@ -37,6 +37,7 @@ from tensorllm.search.guide import Guided, guided, in_order, trials_for
 from tensorllm.search.objectives import OBJECTIVES, Objective, over_datasets
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
+from tensorllm.search.samplers import ROWS, Sampler
 from tensorllm.search.space import (
     LAYER,
     Matrices,
@@ -49,7 +50,7 @@ from tensorllm.search.space import (
 )
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.trial import TrialResult
-from tensorllm.search.worker import Worker, make_sampler
+from tensorllm.search.worker import Worker
 
 GRID = 100  # points up to which a space is searched whole
 TRIALS = 100
@@ -179,6 +180,10 @@ class Study:
         return self.request.sampler or ("grid" if self.grid else "nsga2" if several else "tpe")
 
     @property
+    def sampling(self) -> Sampler:
+        return ROWS[self.sampler]
+
+    @property
     def trials(self) -> int:
         return len(self.points) if self.grid else self.request.trials or TRIALS
 
@@ -293,7 +298,7 @@ class Study:
                 self.request.storage,
                 name,
                 self.goal.directions,
-                make_sampler(self.sampler, self.request.seed + worker, self.request.workers),
+                self.sampling.make(self.request.seed + worker, self.request.workers),
             )
             queue.identify(self.identity())
             return queue
@@ -315,7 +320,7 @@ class Study:
             self.request,
             goal=self.goal_of(queue),
             original=self.reference(queue) if len(self.datasets) > 1 else None,
-            grid=self.grid,
+            sampler=self.sampling,
             excluded=self.excluded,
             deadline=self.deadline,
         )
