@@ -96,7 +96,7 @@ def _asked(run: Study, goal: Objective) -> dict[str, Any]:
         "dtype": str(run.dtype).removeprefix("torch."),
         "objective": run.request.objective,
         "several_objectives": goal.several,
-        "sampler": run.sampler,
+        "sampler": run.sampler.name,
         "space": run.space.describe(),
     }
 

@@ -15,12 +15,14 @@ class Sampler:
     """A way to choose values.
 
     Attributes:
+        name: what `--sampler` calls it.
         make: Optuna's sampler of a seed and a number of workers.
         queued: the values of all trials are known, and queued, before the first one.
         independent: how many of the next trials are chosen alike whatever comes out of one of
             them, by the number of trials that have ended.
     """
 
+    name: str
     make: Callable[[int, int], optuna.samplers.BaseSampler]
     queued: bool
     independent: Callable[[int], int]
@@ -43,10 +45,11 @@ def _nsga2(seed: int, workers: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
 
 
-ROWS = {  # by the names of requests.search.SAMPLERS
-    "grid": Sampler(_random, queued=True, independent=lambda ended: 2**31),
-    "tpe": Sampler(_tpe, queued=False, independent=lambda ended: max(1, STARTUP - ended)),
-    "nsga2": Sampler(
-        _nsga2, queued=False, independent=lambda ended: POPULATION - ended % POPULATION
+ROWS = (
+    Sampler("grid", _random, queued=True, independent=lambda ended: 2**31),
+    Sampler("tpe", _tpe, queued=False, independent=lambda ended: max(1, STARTUP - ended)),
+    Sampler(
+        "nsga2", _nsga2, queued=False, independent=lambda ended: POPULATION - ended % POPULATION
     ),
-}
+)
+SAMPLERS = {row.name: row for row in ROWS}  # of all names in requests.search.SAMPLERS

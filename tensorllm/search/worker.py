@@ -11,11 +11,12 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.options import Value
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.examiner import Examiner, Infeasible, too_large
+from tensorllm.search.feasible import collides, ratio_of
 from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.samplers import Sampler
 from tensorllm.search.selection import finished
-from tensorllm.search.space import LAYER, Matrices, Point, Space, collides, ratio_of
+from tensorllm.search.space import LAYER, Matrices, Point, Space
 from tensorllm.search.stopping import Rival, rivals_of
 from tensorllm.search.trial import TrialResult
 
