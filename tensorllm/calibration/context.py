@@ -188,8 +188,8 @@ class Context:
         cross_XX = seen_XX = torch.zeros((), dtype=torch.float64, device=self.device)
         for x_NX, y_NX in zip(x, y, strict=True):
             x_NX, y_NX = x_NX.float(), y_NX.float()
-            cross_XX = cross_XX + (x_NX.mT @ y_NX).double()
-            seen_XX = seen_XX + gram_of_columns(y_NX).double()
+            cross_XX = _plus(cross_XX, x_NX.mT @ y_NX)
+            seen_XX = _plus(seen_XX, gram_of_columns(y_NX))
         self.ranks.sum(cross_XX, seen_XX)
         return cross_XX / self._tokens, seen_XX / self._tokens
 
@@ -313,3 +313,8 @@ class Context:
             for name, w in module.weights.items()
             if name not in matrices
         }
+
+
+def _plus(total_XX: Tensor, product_XX: Tensor) -> Tensor:
+    """A float64 sum with a product added in place; it begins as a number."""
+    return total_XX.add_(product_XX) if total_XX.ndim else product_XX.double()

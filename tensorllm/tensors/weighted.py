@@ -77,7 +77,8 @@ class Metric:
         size = float(carried_NN.diagonal().mean()) or 1.0  # float32 may not reach so far down
         whole_NN = self.root if half_NN is None else half_NN
         carried_NN = (carried_NN.to(whole_NN.device) / size).to(dtype)
-        return congruent(carried_NN, whole_NN.to(dtype), lower=half_NN is None).double() * size
+        found_NN = congruent(carried_NN, whole_NN.to(dtype), lower=half_NN is None)
+        return found_NN.double().mul_(size)
 
     def unroot(self, v_RN: Tensor) -> Tensor:
         """V L⁻¹."""
@@ -85,7 +86,7 @@ class Metric:
 
 
 class Projection(NamedTuple):
-    """A projection `into @ back` of rank R at the model's width."""
+    """A projection `into @ back` of rank R at the model's width; behind a map T, T times it."""
 
     into_NR: Tensor
     back_RN: Tensor
@@ -100,7 +101,9 @@ def projection(
         half_NN: T L (see `through`), where the covariance is carried across T first: Tᵀ C T.
     """
     v_NR = leading_eigenvectors(metric.seen(carried_NN, half_NN), rank)
-    into_NR = metric.root.to(dtype_at(len(v_NR))) @ v_NR.to(dtype_at(len(v_NR)))
+    dtype = dtype_at(len(v_NR))
+    whole_NN = metric.root if half_NN is None else half_NN
+    into_NR = whole_NN.to(dtype) @ v_NR.to(dtype)
     return Projection(into_NR.double(), metric.unroot(v_NR.mT.contiguous()))
 
 
@@ -132,6 +135,9 @@ def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
 def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:
     """The (N, N) map T that minimises E|y - T x|² + ridge · mean(E x²) · |T - 1|².
 
+    From order `LARGE` on it is solved for in float32, in which the covariances' products were made:
+    what that rounds is as little beside the ridge as what they did.
+
     Args:
         cross_NN: E[y xᵀ].
         seen_NN: E[x xᵀ].
@@ -141,5 +147,6 @@ def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:
     raised_NN, wanted_NN = seen_NN.double().clone(), cross_NN.double().clone()
     raised_NN.diagonal().add_(added)
     wanted_NN.diagonal().add_(added)
-    root_NN = Metric(raised_NN, 0.0).root
-    return torch.cholesky_solve(wanted_NN.mT, root_NN).mT
+    dtype = dtype_at(len(raised_NN))
+    root_NN = Metric(raised_NN, 0.0).root.to(dtype)
+    return torch.cholesky_solve(wanted_NN.mT.to(dtype), root_NN).mT
