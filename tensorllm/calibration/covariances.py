@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.tensors.stacking import is_output_projection
-from tensorllm.tensors.unfold import STRIP
+from tensorllm.tensors.unfold import mirror
 
 Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
 
@@ -102,12 +102,7 @@ def _unpacked(packed: Tensor) -> Tensor:
     out_NN = packed.new_empty(size, size)
     for number, row in enumerate(packed.split(list(range(size, 0, -1)))):
         out_NN[number, number:] = row
-    for at in range(0, size, STRIP):  # the other half: a column at a time is slow
-        end = min(at + STRIP, size)
-        own = out_NN[at:end, at:end].triu()
-        out_NN[at:end, at:end] = own + own.triu(1).mT
-        out_NN[end:, at:end] = out_NN[at:end, end:].mT
-    return out_NN
+    return mirror(out_NN)
 
 
 PARTS = ("inputs", "sizes", "gradients", "carried", "tokens", "gradient_tokens")

@@ -85,6 +85,19 @@ class Metric:
         return torch.linalg.solve_triangular(self.root, v_RN, upper=False, left=False)
 
 
+def narrow_root(covariance_NN: Tensor, floor: float) -> Tensor:
+    """The root of a `Metric`, for curves: from order `LARGE` on in float32, as eigenvalues are,
+    unless rounding makes the covariance indefinite there."""
+    mean = float(covariance_NN.diagonal().mean())
+    if dtype_at(len(covariance_NN)) == torch.float32 and mean > 0:
+        raised_NN = (covariance_NN / mean).float()  # float32 may not reach so far down
+        raised_NN.diagonal().add_(floor)
+        root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
+        if not int(failed):
+            return root_NN.mul_(mean**0.5)
+    return Metric(covariance_NN, floor).root
+
+
 class Projection(NamedTuple):
     """A projection `into @ back` of rank R at the model's width; behind a map T, T times it."""
 
@@ -128,8 +141,9 @@ def left_out(metric: Metric, carried_NN: Tensor, ranks: int) -> Tensor:
 def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
     """The target in the size in which all costs as much by the metric as by what was carried:
     tr(A T) = tr(A C). What costs nothing gives zero."""
-    whole = (metric_NN * target_NN).sum()
-    return target_NN * ((metric_NN * carried_NN).sum() / whole if whole > 0 else 0.0)
+    metric = metric_NN.flatten()
+    whole = metric @ target_NN.flatten()
+    return target_NN * (metric @ carried_NN.flatten() / whole if whole > 0 else 0.0)
 
 
 def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: D model width, M outputs of the stacked maps of a site, R rank.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import NamedTuple, Self
 
 import torch
@@ -85,7 +85,7 @@ class AtWidth:
         share = share_of(context, roles, self.plain)
         if not share:
             return carried_DD
-        plain_DD = torch.stack([self._plain(context, role) for role in roles]).sum(0)
+        plain_DD = reduce(torch.add, [self._plain(context, role) for role in roles])
         return carried_DD.lerp(plain_DD, share)
 
     def _plain(self, context: LayerContext, role: str) -> Tensor:
