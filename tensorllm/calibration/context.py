@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tensorllm.calibration.covariances import Covariances, Key
+from tensorllm.calibration.heap import give_back
 from tensorllm.calibration.layers import Layers, Tap
 from tensorllm.calibration.original import LayerModule, Original
 from tensorllm.calibration.ranks import ALONE, Ranks
@@ -208,6 +209,7 @@ class Context:
             if not set(site.roles) <= set(key[0][1]):
                 del self._shifted[key]  # an input below which a matrix has changed
         self._drop_given()
+        give_back()
 
     def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         weights = self.compressed.weights
