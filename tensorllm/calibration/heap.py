@@ -2,7 +2,7 @@
 
 glibc returns freed memory only from the end of its heap. A fit leaves small tensors of each layer
 (factors, covariances) between large ones that come and go, so that what lies below them stays with
-the process: a third of a whole model's peak before it was given back layer by layer.
+the process: about a third of a whole model's peak, before it was given back layer by layer.
 """
 
 import ctypes
