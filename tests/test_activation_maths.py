@@ -18,7 +18,14 @@ from tensorllm.tensors import pivoted
 from tensorllm.tensors.allocation import Curve, allocate, error_of
 from tensorllm.tensors.factors import FACTORS, cast, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
-from tensorllm.tensors.weighted import Metric, left_out, projection, regression
+from tensorllm.tensors.weighted import (
+    Metric,
+    left_out,
+    narrow_root,
+    projection,
+    regression,
+    through,
+)
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (40, 3)]
 
@@ -125,6 +132,29 @@ def test_large_covariances_give_the_same_subspace_in_float32():
     assert torch.allclose(into @ back, q[:, :rank] @ q[:, :rank].mT, atol=1e-5)
     errors = left_out(metric, carried, size)
     assert torch.allclose(errors[:-1], values.flip(0).cumsum(0).flip(0)[1:], atol=1e-4)
+
+
+def test_behind_a_map_a_projection_comes_with_it():
+    inputs, carried, map_DD = moment(7, 40, 1), moment(7, 40, 2), randn(7, 7, seed=3)
+    metric = Metric(inputs)
+    plain = projection(metric, map_DD.mT @ carried @ map_DD, 3)
+    into, back = projection(metric, carried, 3, through(metric, map_DD))
+    assert torch.allclose(into @ back, map_DD @ plain.into_NR @ plain.back_RN)
+
+
+def test_wide_regressions_and_roots_of_curves_are_as_exact_as_float32():
+    size = 1100
+    seen, cross = moment(size, 3 * size, 1), moment(size, 3 * size, 1) + moment(size, size, 2)
+    ridge = 1e-2 * float(seen.diagonal().mean()) * torch.eye(size).double()
+    found = regression(cross, seen, 1e-2)
+    wanted = torch.linalg.solve(seen + ridge, (cross + ridge).mT).mT
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    root = narrow_root(seen, 1e-6)
+    assert root.dtype == torch.float32
+    assert float((root.double() @ root.double().mT - seen).norm() / seen.norm()) < 1e-5
+    flat = torch.ones(size, size).double()  # of rank 1: float32 makes it indefinite
+    assert narrow_root(flat, 1e-8).dtype == torch.float64
+    assert torch.isfinite(narrow_root(torch.zeros(size, size).double(), 1e-6)).all()
 
 
 @pytest.mark.parametrize("samples", [0, 1, 3])

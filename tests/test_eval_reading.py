@@ -13,10 +13,11 @@ from support.naive import naive
 from tiny_models import TINY, tiny_model
 from transformers.activations import ACT2FN
 
+from tensorllm.evaluation.activations import fuse_activations
 from tensorllm.evaluation.causal import CausalBatch
 from tensorllm.evaluation.encoding import Encoder
 from tensorllm.evaluation.evaluate import score
-from tensorllm.evaluation.forward import ModelForward, fuse_activations
+from tensorllm.evaluation.forward import ModelForward
 from tensorllm.evaluation.prompts import branched, read
 from tensorllm.evaluation.scorer import make_scorer
 

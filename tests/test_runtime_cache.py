@@ -124,16 +124,13 @@ def test_what_opens_folders_by_itself_caches_as_the_process_says(tmp_path: Path)
     """A server calls `from_pretrained`, which takes no option of ours."""
     tl.save(compressed("llama"), tmp_path / "out")
     by_name = {}
-    try:
-        for cache in CACHES:
-            cache_elsewhere(cache)
+    for cache in CACHES:
+        with cache_elsewhere(cache):
             by_name[cache] = cached(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
             for asked in CACHES:  # what is asked for goes first
                 loaded = tl.load(tmp_path / "out", policy="always", cache=asked)
                 assert cached(loaded) == cached(Loader(tmp_path / "out", cache=asked)())
                 assert (cached(loaded) == by_name["latent"]) is (asked == "latent")
-    finally:
-        cache_elsewhere("latent")
     assert by_name["auto"] == by_name["dense"] != by_name["latent"]
-    with pytest.raises(UserError, match="cache must be"):
-        cache_elsewhere("wide")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="cache must be"), cache_elsewhere("wide"):  # type: ignore[arg-type]
+        pass

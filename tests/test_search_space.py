@@ -11,7 +11,8 @@ from tensorllm.compression.engine import compress
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.search.space import feasible, make_space, ratio_of
+from tensorllm.search.feasible import feasible, ratio_of
+from tensorllm.search.space import make_space
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import tensorllm as tl
-from tensorllm.checkpoint.loading import cache_elsewhere
 from tensorllm.checkpoint.source import resolve
 from tensorllm.commands.generate import generate
 from tensorllm.commands.serve import serve
@@ -110,11 +109,9 @@ def test_the_server_opens_the_folder_with_the_cache_that_is_asked_for(
 
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
     monkeypatch.setattr("transformers.cli.serve.Serve", opens)
-    try:
-        serve(ServeRequest(model=str(folder), port=free_port(), cache=cache), lambda address: None)
-    finally:
-        cache_elsewhere("latent")
-    assert latents == [cache == "latent"]
+    serve(ServeRequest(model=str(folder), port=free_port(), cache=cache), lambda address: None)
+    opens(str(folder))  # afterwards the process is as it was
+    assert latents == [cache == "latent", True]
 
 
 def refused(request: ServeRequest, match: str) -> None:

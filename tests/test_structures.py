@@ -16,7 +16,7 @@ from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress, compress_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.settings import make_compressor
-from tensorllm.evaluation.forward import _last_matrices
+from tensorllm.evaluation.last_layer import last_matrices
 from tensorllm.models import RoleMatrices, layout_of, parameters_of
 from tensorllm.models.shrink import shrunk
 
@@ -195,5 +195,5 @@ def test_an_output_gate_stays_as_it_is() -> None:
 
 def test_shortcuts_of_scoring_are_for_rows_alone() -> None:
     """Of a structure nobody knows that positions and layers can be left out."""
-    assert not list(_last_matrices(untouched("cohere")))
+    assert not list(last_matrices(untouched("cohere")))
     assert not roles_of(untouched("cohere")).layout.plain

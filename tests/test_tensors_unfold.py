@@ -273,3 +273,16 @@ def test_reduced_precision_of_the_process_is_left_out_and_left_alone() -> None:
 def test_a_gram_matrix_of_columns_is_whole(width: int) -> None:
     x_NX = torch.randn(5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(unfold.gram_of_columns(x_NX), x_NX.mT @ x_NX)
+
+
+@pytest.mark.parametrize("width", [3, 700, 1023, 1024, 1300])
+def test_a_sum_of_gram_matrices_is_whole_once_it_is_mirrored(width: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    parts = [torch.randn(5, width, generator=draws) for _ in range(2)]
+    total_XX = torch.zeros(width, width, dtype=torch.float64)
+    for x_NX in parts:
+        unfold.add_gram(total_XX, x_NX)
+    assert unfold.mirror(total_XX) is total_XX
+    wide_NX = torch.cat(parts).double()
+    torch.testing.assert_close(total_XX, wide_NX.mT @ wide_NX, rtol=0, atol=1e-5)
+    assert torch.equal(total_XX, total_XX.mT)

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.data.base import ReasoningDataModule
-from tensorllm.evaluation import generation
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.forward import Padded, last_columns
 from tensorllm.evaluation.protocol import PROTOCOLS
@@ -75,13 +74,21 @@ def examiner(model: Any, tokenizer: Any, data: ReasoningDataModule, points: list
 
 
 def running(
-    forward: type[PrefixForward], made: Examiner, tokenizer: Any, data: ReasoningDataModule
+    forward: type[PrefixForward],
+    made: Examiner,
+    tokenizer: Any,
+    data: ReasoningDataModule,
+    **how: Any,
 ) -> Any:
-    """Let the examiner run its model so."""
+    """Let the examiner run its model so.
+
+    Args:
+        how: other arguments of `make_scorer`.
+    """
     made.forward = forward(made.model, made.prefix)
     made.parts[0].scorer = make_scorer(
         made.model, tokenizer, protocol=PROTOCOLS["strict"],
-        max_new_tokens=data.max_new_tokens, forward=made.forward,
+        max_new_tokens=data.max_new_tokens, forward=made.forward, **how,
     )  # fmt: skip
     return made.forward
 
@@ -108,7 +115,7 @@ def answers(
     ours = examiner(model, tokenizer, data, points)
     peer = examiner(model, tokenizer, data, points)
     count = running(Counted, ours, tokenizer, data)
-    running(Anew, peer, tokenizer, data)
+    running(Anew, peer, tokenizer, data, compact_below=0.5)
     _, original = timed(ours, [None])
     before = len(ours.prefix.paths)
     count.tokens = 0
@@ -158,15 +165,13 @@ def answers(
 
 def anew(peer: Examiner, points: Sequence[Point]) -> tuple[float, list[TrialResult]]:
     """Seconds and results of the trials one by one, each answer read anew."""
-    seconds, found, crowd = 0.0, [], generation.CROWD
-    generation.CROWD = 0.5
+    seconds, found = 0.0, []
     timed(peer, [None])
     for point in points:
         more, one = timed(peer, [point])
         seconds += more
         found += one
         print(f"anew {len(found)} of {len(points)}: {seconds:.1f} CPU s", flush=True)
-    generation.CROWD = crowd
     return seconds, found
 
 

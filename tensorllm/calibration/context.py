@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tensorllm.calibration.covariances import Covariances, Key
+from tensorllm.calibration.heap import give_back
 from tensorllm.calibration.layers import Layers, Tap
 from tensorllm.calibration.original import LayerModule, Original
 from tensorllm.calibration.ranks import ALONE, Ranks
@@ -24,7 +25,7 @@ from tensorllm.compressors.applied import Applied, standing_in
 from tensorllm.compressors.layer import MatrixStatistics, OfGiven, Site, Size
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
-from tensorllm.tensors.unfold import gram_of_columns
+from tensorllm.tensors.unfold import add_gram, mirror
 
 ONE = torch.ones(1)
 SMALLEST = 1e-20  # of a token's output: its size is divided by
@@ -188,10 +189,13 @@ class Context:
         cross_XX = seen_XX = torch.zeros((), dtype=torch.float64, device=self.device)
         for x_NX, y_NX in zip(x, y, strict=True):
             x_NX, y_NX = x_NX.float(), y_NX.float()
-            cross_XX = cross_XX + (x_NX.mT @ y_NX).double()
-            seen_XX = seen_XX + gram_of_columns(y_NX).double()
+            if not cross_XX.ndim:
+                size = x_NX.shape[1], y_NX.shape[1]
+                cross_XX, seen_XX = (cross_XX.new_zeros(size) for _ in range(2))
+            cross_XX += x_NX.mT @ y_NX
+            add_gram(seen_XX, y_NX)
         self.ranks.sum(cross_XX, seen_XX)
-        return cross_XX / self._tokens, seen_XX / self._tokens
+        return cross_XX.div_(self._tokens), mirror(seen_XX).div_(self._tokens)
 
     def put(self, site: Site, factors: Factors, given: OfGiven | None = None) -> None:
         self.compressed.put(site, factors)
@@ -205,6 +209,7 @@ class Context:
             if not set(site.roles) <= set(key[0][1]):
                 del self._shifted[key]  # an input below which a matrix has changed
         self._drop_given()
+        give_back()
 
     def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         weights = self.compressed.weights

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.tensors.stacking import is_output_projection
+from tensorllm.tensors.unfold import mirror
 
 Key = tuple[int, tuple[str, ...]]  # a layer, and roles of it that read the same input
 
@@ -101,8 +102,7 @@ def _unpacked(packed: Tensor) -> Tensor:
     out_NN = packed.new_empty(size, size)
     for number, row in enumerate(packed.split(list(range(size, 0, -1)))):
         out_NN[number, number:] = row
-        out_NN[number:, number] = row
-    return out_NN
+    return mirror(out_NN)
 
 
 PARTS = ("inputs", "sizes", "gradients", "carried", "tokens", "gradient_tokens")

@@ -17,7 +17,7 @@ from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Batch
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
-from tensorllm.tensors.unfold import gram_of_columns
+from tensorllm.tensors.unfold import add_gram, mirror
 
 
 def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> nn.Module:
@@ -117,6 +117,8 @@ class CovarianceHooks:
         out = Covariances()
         for (what, *key), total in self._sums.sums.items():
             self.ranks.sum(total)
+            if what != "sizes":
+                mirror(total)
             of_gradients = what == "gradients" or (what == "carried" and not writes(key[1]))
             tokens = given.get((key[0], key[1]))
             if tokens is not None:
@@ -155,7 +157,7 @@ class CovarianceHooks:
         return x_NX
 
     def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
-        self._sums.add((what, *key), gram_of_columns(x_NX))
+        self._sums.add_gram((what, *key), x_NX)
 
     def _matrix(self, layer: int, role: str) -> Tensor:
         name = self.roles.name(layer, role)
@@ -219,7 +221,7 @@ class CovarianceHooks:
 
 
 class _Sums:
-    """Sums in float64 where their products are made, or in files."""
+    """Sums in float64 where their products are made, or in files; of symmetric ones one half."""
 
     def __init__(self, spill: Path | None) -> None:
         self.spill = spill
@@ -228,14 +230,21 @@ class _Sums:
             spill.mkdir(parents=True, exist_ok=True)
 
     def add(self, key: tuple[Any, ...], product: Tensor) -> None:
-        if key not in self.sums:
-            self.sums[key] = self._zeros(product)
-        self.sums[key].add_(product.to(self.sums[key].device))
+        total = self._sum(key, product.shape, product.device)
+        total.add_(product.to(total.device))
 
-    def _zeros(self, product: Tensor) -> Tensor:
-        shape = product.shape
+    def add_gram(self, key: tuple[Any, ...], x_NX: Tensor) -> None:
+        width = x_NX.shape[1]
+        add_gram(self._sum(key, torch.Size((width, width)), x_NX.device), x_NX)
+
+    def _sum(self, key: tuple[Any, ...], shape: torch.Size, device: torch.device) -> Tensor:
+        if key not in self.sums:
+            self.sums[key] = self._zeros(shape, device)
+        return self.sums[key]
+
+    def _zeros(self, shape: torch.Size, device: torch.device) -> Tensor:
         if self.spill is None:
-            return torch.zeros(shape, dtype=torch.float64, device=product.device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
         path = self.spill / f"covariance-{len(self.sums)}.bin"
         file = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=torch.float64)
         return file.zero_().view(shape)

@@ -185,8 +185,8 @@ class Sweeps:
         self, layer: int, block: nn.Module, covariances: Covariances, sites: Sequence[Site]
     ) -> Curves:
         own = LayerModule(self.source.roles, layer, block)
-        nothing = States(self.store, "", 0, self.all_layers.start[0].device)
         measured = self.measured_layers
+        nothing = States(self.store, "", 0, measured.start[0].device)
         context = self._context(measured, own, own, lambda: covariances, (nothing, nothing), {})
         out: Curves = {}
         for strategy, mine in self.planned.strategies(layer, sites):

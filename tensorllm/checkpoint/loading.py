@@ -4,7 +4,8 @@ transformers does the work. A factored folder opens by `from_pretrained` itself,
 modules through `install_skeleton` before it reads weights and calls `finish` behind that.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -85,14 +86,20 @@ def load(
     return model.eval()
 
 
-def cache_elsewhere(cache: Cache) -> None:
-    """What attention caches in the models that `from_pretrained` opens from now on.
+@contextmanager
+def cache_elsewhere(cache: Cache) -> Iterator[None]:
+    """What attention caches in the models that `from_pretrained` opens inside this block.
 
-    Of this process: for what opens models by itself and takes no option of ours, such as a server.
+    For what opens models by itself and takes no option of ours, such as a server: it may do so in
+    any thread, so the choice holds for the whole process until the block ends.
     """
     global _cache_elsewhere
     one_of("cache", cache, get_args(Cache))
-    _cache_elsewhere = cache
+    before, _cache_elsewhere = _cache_elsewhere, cache
+    try:
+        yield
+    finally:
+        _cache_elsewhere = before
 
 
 def choices_of(model: Any) -> list[Choice]:

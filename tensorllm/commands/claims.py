@@ -41,6 +41,8 @@ RESULTS = "claims.json"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
+    """One search of the study: a dataset, a draw of its rows, and a method."""
+
     dataset: str
     draw: int
     method: Method

@@ -74,16 +74,16 @@ def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:
     import uvicorn
     from transformers.cli.serve import Serve
 
-    cache_elsewhere(request.cache)
     # Standard output is for results.
     uvicorn.config.LOGGING_CONFIG["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    Serve(
-        str(folder),
-        host=request.host,
-        port=request.port,
-        device=device,
-        dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
-    )
+    with cache_elsewhere(request.cache):
+        Serve(
+            str(folder),
+            host=request.host,
+            port=request.port,
+            device=device,
+            dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
+        )
 
 
 def _check_address(host: str, port: int) -> None:

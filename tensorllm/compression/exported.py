@@ -44,75 +44,79 @@ def exported_manifest(manifest: Manifest, files: dict[str, dict[str, Any]]) -> M
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """FFN width before and after, and how many numbers went."""
+class Narrowed:
+    """A model that lost FFN channels, and the new weight files.
 
-    before: int
-    after: int
-    removed: int
-
-
-def beside_narrow(
-    source: Path,
-    roles: RoleMatrices,
-    cut: Cut,
-    files: Mapping[str, Mapping[str, Any]],
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """What `complete` puts beside narrow weights: of a folder of ours as it was, but narrower.
-
-    Args:
+    Attributes:
+        source: folder of the model as it was.
         roles: of the source.
-        files: of the new weights.
+        width: of an FFN, before and after.
+        removed: how many numbers went.
+        files: facts of the new weight files, by name.
         dtype: they were cast to; None: as they were.
     """
-    held = {name: dict(facts) for name, facts in files.items()}
-    manifest, size = read_manifest(source), sum(facts["bytes"] for facts in held.values())
+
+    source: Path
+    roles: RoleMatrices
+    width: tuple[int, int]
+    removed: int
+    files: Mapping[str, Mapping[str, Any]]
+    dtype: torch.dtype | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the new weight files."""
+        return sum(facts["bytes"] for facts in self.files.values())
+
+    @property
+    def held(self) -> dict[str, dict[str, Any]]:
+        """The files as a manifest holds them."""
+        return {name: dict(facts) for name, facts in self.files.items()}
+
+
+def beside_narrow(new: Narrowed) -> dict[str, Any]:
+    """What `complete` puts beside narrow weights: of a folder of ours as it was, but narrower."""
+    manifest = read_manifest(new.source)
     if manifest is None:
-        return _of_an_ordinary_one(source, roles, cut, held, dtype)
-    report = exported_report(source, "narrow", size, dtype)
+        return _of_an_ordinary_one(new)
+    report = exported_report(new.source, "narrow", new.size, new.dtype)
     return {
-        "manifest": exported_manifest(manifest, held),
-        "report": None if report is None else _narrower(report, cut),
+        "manifest": exported_manifest(manifest, new.held),
+        "report": None if report is None else _narrower(report, new),
     }
 
 
-def _narrower(report: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
+def _narrower(report: Mapping[str, Any], new: Narrowed) -> dict[str, Any]:
     """A report of a folder as it is true of the narrower one."""
+    wide, narrow = new.width
     before = report["totals"]["parameters_before"]
+    after = before - new.removed
     return {
         **report,
-        "ffn_width": {"before": cut.before, "after": cut.after},
-        "totals": {**report["totals"], "parameters_after": before - cut.removed},
-        "ratios": {**report["ratios"], "whole_model": before / (before - cut.removed)},
+        "ffn_width": {"before": wide, "after": narrow},
+        "totals": {**report["totals"], "parameters_after": after},
+        "ratios": {**report["ratios"], "whole_model": before / after},
     }
 
 
-def _of_an_ordinary_one(
-    source: Path,
-    roles: RoleMatrices,
-    cut: Cut,
-    files: dict[str, dict[str, Any]],
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
+def _of_an_ordinary_one(new: Narrowed) -> dict[str, Any]:
     """Nothing was decomposed: the channels are all that went."""
-    checkpoint, known = Checkpoint(source), origin(source)
-    spec, parameters = roles.spec, checkpoint.parameters
-    size = sum(facts["bytes"] for facts in files.values())
+    checkpoint, known = Checkpoint(new.source), origin(new.source)
+    spec, parameters = new.roles.spec, checkpoint.parameters
     report = CompressionReport(
-        model=known.get("base_model", source.absolute().name),
+        model=known.get("base_model", new.source.absolute().name),
         revision=None,
         mode="narrow",
         settings={},
         layers=tuple(range(spec.layers)),
-        dtype=str(dtype or checkpoint.dtype).removeprefix("torch."),
+        dtype=str(new.dtype or checkpoint.dtype).removeprefix("torch."),
         format="narrow",
         sites=[],
         spec=spec,
-        totals=Totals(parameters, parameters - cut.removed, checkpoint.bytes, size),
+        totals=Totals(parameters, parameters - new.removed, checkpoint.bytes, new.size),
         seconds=0.0,
         environment=environment(),
-        ffn_width=(cut.before, cut.after),
+        ffn_width=new.width,
     ).to_json()
     report["ratios"].pop("matrices_compressed")  # there are none
     manifest = Manifest(
@@ -126,6 +130,6 @@ def _of_an_ordinary_one(
         mode="narrow",
         settings={},
         versions=versions(),
-        files=files,
+        files=new.held,
     )
     return {"manifest": manifest, "report": report, "origin": known}

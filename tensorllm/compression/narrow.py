@@ -22,7 +22,7 @@ from tensorllm.checkpoint.manifest import check_files, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint, Entry
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.beside import complete, dense_config
-from tensorllm.compression.exported import Cut, beside_narrow
+from tensorllm.compression.exported import Narrowed, beside_narrow
 from tensorllm.compression.jobs import CompressedSite
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.task import FolderTask
@@ -88,11 +88,11 @@ def narrow(
             removed += tensor.numel() - part.numel()
             writer.add(name, {name: part.to(dtype) if dtype and part.is_floating_point() else part})
         writer.name_files()
-        size = sum(facts["bytes"] for facts in writer.files.values())
-        width = Cut(cut.before, cut.after, removed)
-        beside = beside_narrow(source, roles, width, writer.files, dtype)
-        complete(writer, source, config=cut.config, **beside)
-    return Narrow(cut.before, cut.after, size)
+        width = (cut.before, cut.after)
+        new = Narrowed(source, roles, width, removed, writer.files, dtype)
+        found = Narrow(*width, new.size)
+        complete(writer, source, config=cut.config, **beside_narrow(new))
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import Forward, Padded, left_padded
-from tensorllm.evaluation.generation import Generated, Greedy
+from tensorllm.evaluation.generation import COMPACT_BELOW, Generated, Greedy
 from tensorllm.evaluation.predictions import Prediction, chosen_prediction
 from tensorllm.evaluation.prompts import Reading, choice_scores, read
 from tensorllm.evaluation.protocol import Protocol
@@ -41,6 +41,7 @@ class CausalScorer:
         max_new_tokens: how long a generated answer may be.
         eos: tokens that end a generation.
         stop_early: stop a generation when its verdict is certain.
+        compact_below: as `Greedy` has it.
     """
 
     def __init__(
@@ -52,11 +53,14 @@ class CausalScorer:
         max_new_tokens: int,
         eos: frozenset[int] = frozenset(),
         stop_early: bool = True,
+        compact_below: float = COMPACT_BELOW,
     ) -> None:
         self.forward = forward
         self.tokenizer = tokenizer
         self.protocol = protocol
-        self.greedy = Greedy(forward, tokenizer, protocol, max_new_tokens, eos, stop_early)
+        self.greedy = Greedy(
+            forward, tokenizer, protocol, max_new_tokens, eos, stop_early, compact_below
+        )
 
     def __call__(self, batch: CausalBatch) -> list[Prediction]:
         """The rows of the model as it is."""

@@ -1,8 +1,8 @@
 """Running a causal model on padded batches with a cache that can be narrowed to some of its rows.
 
 Three things make it cheaper without changing what it computes: columns without logits skip the wide
-matrices of the last layer (`LastLayer`), the output embedding reads only columns that are wanted
-(`Head`), and activations run as one kernel (`fuse_activations`).
+matrices of the last layer (`last_layer.py`), the output embedding reads only wanted columns
+(`head.py`), and activations run as one kernel (`activations.py`).
 
 Shapes: B rows, T new tokens, S cached and new tokens, V vocabulary, N wanted columns (the last
 ones, whose logits are read), M wanted columns of all rows, D model width.
@@ -10,23 +10,20 @@ ones, whose logits are read), M wanted columns of all rows, D model width.
 
 import copy
 import inspect
-import threading
-import weakref
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tensorllm.errors import UserError
+from tensorllm.evaluation.activations import fuse_activations
 from tensorllm.evaluation.head import Head
-from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.evaluation.last_layer import LastLayer
 
 PAD = 0  # any token: it is masked out
 
@@ -242,93 +239,3 @@ class ModelForward:
         narrowed = copy.copy(cache)
         narrowed.layers = [selected(entry, rows) for entry in cache.layers]
         return narrowed
-
-
-# Where wanted columns may be picked out, and where their place must be filled again.
-PICKED, FILLED = ("o", "in", "gate"), ("o", "out")
-
-
-class LastLayer:
-    """Narrows the last layer's `o`, `in` and `gate` to the wanted columns; `o` and `out` are
-    widened again by zeros.
-
-    Nothing above the last layer looks at the columns whose logits nobody wants, and nothing within
-    it but keys and values comes from them. So they need no output projection and no FFN.
-
-    The hooks do nothing outside `keeping`, and go with this object. A model whose matrices are not
-    found where its architecture has them (a factored one) runs as it is.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._now = threading.local()  # batches may run side by side
-        for role, module in _last_matrices(model):
-            handles = []
-            if role in PICKED:
-                handles.append(module.register_forward_pre_hook(self._narrow()))
-            if role in FILLED:
-                handles.append(module.register_forward_hook(self._widen()))
-            for handle in handles:
-                weakref.finalize(self, handle.remove)
-
-    @contextmanager
-    def keeping(self, columns: int) -> Iterator[None]:
-        """In here, and in this thread, only the last `columns` are wanted."""
-        self._now.columns, self._now.width = columns, None
-        try:
-            yield
-        finally:
-            self._now.columns = None
-
-    def _narrow(self) -> Any:
-        now = self._now
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            columns = getattr(now, "columns", None)
-            if columns is None or args[0].ndim != 3:
-                return None
-            x_BTD = args[0]
-            now.width = x_BTD.shape[1]
-            return (x_BTD[:, -columns:].contiguous(), *args[1:])  # Conv1D views it as flat
-
-        return hook
-
-    def _widen(self) -> Any:
-        now = self._now
-
-        def hook(module: nn.Module, args: tuple[Any, ...], y_BND: Tensor) -> Tensor | None:
-            if getattr(now, "columns", None) is None or now.width is None or y_BND.ndim != 3:
-                return None
-            y_BTD = y_BND.new_zeros(y_BND.shape[0], now.width, y_BND.shape[2])
-            y_BTD[:, now.width - y_BND.shape[1] :] = y_BND
-            return y_BTD
-
-        return hook
-
-
-def _last_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    try:
-        roles = RoleMatrices(model.config, parameters_of(model))
-    except UserError:
-        return
-    if not roles.layout.plain:
-        return
-    # Only what is there: a layer may have no FFN, or one of another kind.
-    for stored in roles.stored_in(roles.layers - 1):
-        role = stored.roles[0]  # a module that holds several roles has one input
-        if role in {*PICKED, *FILLED}:
-            name = roles.name(roles.layers - 1, role).removesuffix(".weight")
-            yield role, model.get_submodule(name)
-
-
-# Transformers spells GELU by its tanh approximation in eight passes over memory (`gelu_new` of
-# GPT-2 and GPT-J, `gelu_fast` of others); torch has it as one kernel, equal but for rounding. In a
-# small GPT-J on a CPU the eight passes take a quarter of the time.
-TANH_GELU = (NewGELUActivation, FastGELUActivation)
-
-
-def fuse_activations(model: nn.Module, owner: object) -> None:
-    """Let the model's activations run as one kernel for as long as `owner` lives."""
-    for module in model.modules():
-        if isinstance(module, TANH_GELU) and "forward" not in module.__dict__:
-            module.forward = partial(nn.functional.gelu, approximate="tanh")  # type: ignore[method-assign]
-            weakref.finalize(owner, module.__dict__.pop, "forward", None)

@@ -27,7 +27,7 @@ from tensorllm.evaluation.protocol import Protocol
 # Steps between looks at the text: decoding it costs as much as a step of a small model.
 CHECK_EVERY = 4
 # Finished rows are carried along while they are few: to leave them out, the cache must be copied.
-CROWD = 0.85
+COMPACT_BELOW = 0.85
 
 
 class Generated(NamedTuple):
@@ -61,7 +61,11 @@ class _Generation:
 
 
 class Greedy:
-    """Continues a batch from its teacher-forced pass until every verdict is known."""
+    """Continues a batch from its teacher-forced pass until every verdict is known.
+
+    Args:
+        compact_below: finished rows leave the cache once this share of its rows, or less, goes on.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Greedy:
         max_new_tokens: int,
         eos: frozenset[int],
         stop_early: bool,
+        compact_below: float = COMPACT_BELOW,
     ) -> None:
         self.forward = forward
         self.tokenizer = tokenizer
@@ -78,6 +83,7 @@ class Greedy:
         self.max_new_tokens = max_new_tokens
         self.eos = eos
         self.stop_early = stop_early
+        self.compact_below = compact_below
         bounded = stop_early and max_new_tokens > 0 and not protocol.substring
         self.bound = token_bound(tokenizer) if bounded else None
 
@@ -167,7 +173,7 @@ class Greedy:
             going = self._unfinished(rows, going, look=step % CHECK_EVERY == 0)
             if not going:
                 return
-            if len(going) <= CROWD * len(live):
+            if len(going) <= self.compact_below * len(live):
                 keep = [at for at, i in enumerate(live) if i in going]
                 kept = torch.tensor(keep, device=device)
                 cache, mask_BS = self.forward.select(cache, kept), mask_BS[kept]

@@ -19,6 +19,7 @@ from tensorllm.evaluation.batching import fill, finite, halving
 from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
 from tensorllm.evaluation.forward import Forward, ModelForward
+from tensorllm.evaluation.generation import COMPACT_BELOW
 from tensorllm.evaluation.masked import (
     MaskedEncoder,
     MaskedForward,
@@ -82,6 +83,7 @@ def make_scorer(
     batch_tokens: int | None = None,
     forward: Forward | MaskedForward | None = None,
     stop_early: bool = True,
+    compact_below: float = COMPACT_BELOW,
     device: torch.device | None = None,
 ) -> Scorer:
     """The scorer for this kind of model.
@@ -95,6 +97,8 @@ def make_scorer(
             what suits the device.
         forward: how the model is run, if not as it is.
         stop_early: stop a generation when its verdict is certain.
+        compact_below: finished rows leave a generation's cache once this share of its rows, or
+            less, goes on.
         device: where the model will be when it scores; None: where it is.
     """
     if model.get_output_embeddings() is None:
@@ -113,6 +117,7 @@ def make_scorer(
         max_new_tokens=max_new_tokens,
         eos=eos_of(model),
         stop_early=stop_early,
+        compact_below=compact_below,
     )
     encoder = Encoder(tokenizer, context, max_new_tokens)
     return CausalModelScorer(causal, encoder, budget, embedding_rows(model))

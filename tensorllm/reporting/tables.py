@@ -211,6 +211,7 @@ def _scores(evaluation: Mapping[str, Any]) -> Table:
 
 
 def new_table(*columns: str, number_from: int) -> Table:
+    """A table whose columns hold numbers from the one at `number_from` on."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = index >= number_from

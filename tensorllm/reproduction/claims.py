@@ -31,12 +31,13 @@ from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import Decompositions, ModelEdit, SiteEdit, edit_of_sites
 from tensorllm.search.examiner import Examiner, Infeasible
+from tensorllm.search.feasible import feasible
 from tensorllm.search.guide import LEAST, Gradient, loss_gradient, predicted
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.parts import Asked
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.selection import optimism
-from tensorllm.search.space import LAYER, Point, feasible, make_space
+from tensorllm.search.space import LAYER, Point, make_space
 from tensorllm.search.stopping import Rival, rivals_of
 from tensorllm.search.trial import TrialResult
 

@@ -57,6 +57,7 @@ class Choice:
 
 
 def dense_cost(site: Site, geometry: Geometry) -> Cost:
+    """Of the site's matrices as they are without a compression."""
     size = sum(geometry.numel(role) for _, role in site.matrices)
     if site.stacking == "heads":
         return attention_cost(geometry, size, geometry.K)

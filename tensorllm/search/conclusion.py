@@ -52,55 +52,32 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         run, queue: of the first step.
         steps: each on top of those before it.
     """
-    first, point = steps[0], composed(steps)
+    first, point, goal = steps[0], composed(steps), run.goal_of(queue)
     final = final_scores(run, queue, point)
-    goal = run.goal_of(queue)
-    order = ranked(first.trials, goal)
     luck = selection(steps, run.request.seed)
     winner = whole(steps, final["ratio"])
     datasets = _by_dataset(run, first.original, winner, final, luck)
-    labels, verdicts = [d["name"] for d in datasets], [d["verdict"] for d in datasets]
-    comparisons = [d["comparison"] for d in datasets]
-    alone = len(datasets) == 1
-    least = min(d["validation_examples"] for d in datasets)
-    results = {
-        "model": run.source.name,
-        "dataset": run.dataset,
-        "protocol": run.protocol.name,
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "objective": run.request.objective,
-        "several_objectives": goal.several,
-        "sampler": run.sampler,
-        "space": run.space.describe(),
-        "trials": _counts([trial for step in steps for trial in step.trials]),
-        "too_large": {"points": run.too_large, "min_ratio": run.request.least_ratio},
-        "stop_level": run.request.level,
-        "validation_examples": sum(d["validation_examples"] for d in datasets),
-        "half_width": half_width(least),
+    results: dict[str, Any] = {
+        **_asked(run, goal),
+        **_tried(run, steps, min(each["validation_examples"] for each in datasets)),
         "original": {
             "validation": _plain(first.original),
-            "test": mean_scores([d["original"]["test"] for d in datasets]),
+            "test": mean_scores([each["original"]["test"] for each in datasets]),
         },
         "winner": {
             "trial": first.number if len(steps) == 1 else None,
             **point.recipe(),
             "validation": _plain(winner),
-            "test": mean_scores([d["winner"]["test"] for d in datasets]),
+            "test": mean_scores([each["winner"]["test"] for each in datasets]),
         },
         "steps": [_described(step) for step in steps],
         "test_looks": final["looks"],
         "selection": luck,
-        "comparison": comparisons[0] if alone else None,
-        "guards": datasets[0]["guards"] if alone else None,
-        "verdict": overall(labels, comparisons, verdicts, goal),
+        **_judged(datasets, goal),
         "datasets": datasets,
         "guide": first.guide,
         "late": run.late and queue.waiting() > 0,
-        "top": [_row(t, f, goal) for t, f in order[:10]],
-        "front": [
-            _row(t, f, goal)
-            for t, f in front(first.trials, goal if goal.several else run.goal_of(queue, "pareto"))
-        ],
+        **_best(first, goal, goal if goal.several else run.goal_of(queue, "pareto")),
         "cache": _cache(run),
         "environment": environment(),
     }
@@ -108,6 +85,63 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
     better = results["verdict"]["found"] == "better"
     keeps = better or sized or run.request.force_best
     return SearchResult(results, recipe_text(run, point, results), keeps)
+
+
+def _asked(run: Study, goal: Objective) -> dict[str, Any]:
+    """What was searched, and how."""
+    return {
+        "model": run.source.name,
+        "dataset": run.dataset,
+        "protocol": run.protocol.name,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "objective": run.request.objective,
+        "several_objectives": goal.several,
+        "sampler": run.sampler.name,
+        "space": run.space.describe(),
+    }
+
+
+def _tried(run: Study, steps: Sequence[Step], examples: int) -> dict[str, Any]:
+    """How many trials of how many questions.
+
+    Args:
+        examples: of the smallest dataset's validation part.
+    """
+    return {
+        "trials": _counts([trial for step in steps for trial in step.trials]),
+        "too_large": {"points": run.too_large, "min_ratio": run.request.least_ratio},
+        "stop_level": run.request.level,
+        "validation_examples": examples,
+        "half_width": half_width(examples),
+    }
+
+
+def _judged(datasets: Sequence[Mapping[str, Any]], goal: Objective) -> dict[str, Any]:
+    """The verdict of all datasets; of a single one also what it is made of."""
+    comparisons = [each["comparison"] for each in datasets]
+    alone = len(datasets) == 1
+    return {
+        "comparison": comparisons[0] if alone else None,
+        "guards": datasets[0]["guards"] if alone else None,
+        "verdict": overall(
+            [each["name"] for each in datasets],
+            comparisons,
+            [each["verdict"] for each in datasets],
+            goal,
+        ),
+    }
+
+
+def _best(step: Step, goal: Objective, trade: Objective) -> dict[str, Any]:
+    """The first of a step's trials in their order, and those that no other one beats in all.
+
+    Args:
+        trade: the objectives that are traded against each other.
+    """
+    return {
+        "top": [_row(*each, goal) for each in ranked(step.trials, goal)[:10]],
+        "front": [_row(*each, goal) for each in front(step.trials, trade)],
+    }
 
 
 def _described(step: Step) -> dict[str, Any]:

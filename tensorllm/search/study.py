@@ -32,24 +32,25 @@ from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.datasets import Questions, need_answers, questions_of, sources_of
 from tensorllm.search.decompositions import ModelEdit, edit_of_fit, edit_of_sites
 from tensorllm.search.examiner import Examiner
+from tensorllm.search.feasible import feasible
 from tensorllm.search.fingerprints import examples_fingerprint, model_fingerprint
 from tensorllm.search.guide import Guided, guided, in_order, trials_for
 from tensorllm.search.objectives import OBJECTIVES, Objective, over_datasets
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.queue import TrialQueue
+from tensorllm.search.samplers import SAMPLERS, Sampler
 from tensorllm.search.space import (
     LAYER,
     Matrices,
     Point,
     Space,
     corners,
-    feasible,
     make_space,
     spread,
 )
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.trial import TrialResult
-from tensorllm.search.worker import Worker, make_sampler
+from tensorllm.search.worker import Worker
 
 GRID = 100  # points up to which a space is searched whole
 TRIALS = 100
@@ -170,13 +171,14 @@ class Study:
         if self.request.guide is not None:
             return True
         if self.request.sampler is not None:
-            return self.request.sampler == "grid"
+            return SAMPLERS[self.request.sampler].queued
         return len(self.feasible) <= (self.request.trials or GRID)
 
     @property
-    def sampler(self) -> str:
+    def sampler(self) -> Sampler:
         several = self.goal.several
-        return self.request.sampler or ("grid" if self.grid else "nsga2" if several else "tpe")
+        name = self.request.sampler or ("grid" if self.grid else "nsga2" if several else "tpe")
+        return SAMPLERS[name]
 
     @property
     def trials(self) -> int:
@@ -293,7 +295,7 @@ class Study:
                 self.request.storage,
                 name,
                 self.goal.directions,
-                make_sampler(self.sampler, self.request.seed + worker, self.request.workers),
+                self.sampler.make(self.request.seed + worker, self.request.workers),
             )
             queue.identify(self.identity())
             return queue
@@ -315,7 +317,7 @@ class Study:
             self.request,
             goal=self.goal_of(queue),
             original=self.reference(queue) if len(self.datasets) > 1 else None,
-            grid=self.grid,
+            sampler=self.sampler,
             excluded=self.excluded,
             deadline=self.deadline,
         )

@@ -9,57 +9,26 @@ from optuna.trial import TrialState
 
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.options import Value
-from tensorllm.registry import one_of
-from tensorllm.requests.search import SAMPLERS, SearchRequest
+from tensorllm.requests.search import SearchRequest
 from tensorllm.search.examiner import Examiner, Infeasible, too_large
+from tensorllm.search.feasible import collides, ratio_of
 from tensorllm.search.objectives import Objective
 from tensorllm.search.queue import RESULT, TrialQueue
+from tensorllm.search.samplers import Sampler
 from tensorllm.search.selection import finished
-from tensorllm.search.space import LAYER, Matrices, Point, Space, collides, ratio_of
+from tensorllm.search.space import LAYER, Matrices, Point, Space
 from tensorllm.search.stopping import Rival, rivals_of
-from tensorllm.search.storage import stable
 from tensorllm.search.trial import TrialResult
 
 Report = Callable[[TrialQueue], None]
 FAILURES = (Incomplete, RuntimeError, ArithmeticError, UserError)  # of a trial, not of the search
 
 
-# Trials that a sampler draws without a look at each other's results: TPE its first ones, at random;
-# NSGA-II those of a generation.
-STARTUP, POPULATION = 10, 50
-
-
-def make_sampler(name: str, seed: int, workers: int = 1) -> optuna.samplers.BaseSampler:
-    """The sampler of trials whose values are not queued."""
-    one_of("--sampler", name, SAMPLERS)
-    if name == "tpe":
-        with stable():
-            return optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=STARTUP, constant_liar=workers > 1
-            )
-    if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
-    return optuna.samplers.RandomSampler(seed=seed)  # never asked: a grid is queued
-
-
-def independent(sampler: optuna.samplers.BaseSampler, done: int) -> int:
-    """How many of the next trials a sampler chooses alike whatever comes out of one of them.
-
-    Args:
-        done: trials that have ended.
-    """
-    if isinstance(sampler, optuna.samplers.TPESampler):
-        return max(1, STARTUP - done)
-    if isinstance(sampler, optuna.samplers.NSGAIISampler):
-        return POPULATION - done % POPULATION
-    return 1
-
-
-def suggest(trial: optuna.Trial, space: Space, *, grid: bool) -> dict[str, Value]:
+def suggest(trial: optuna.Trial, space: Space, *, queued: bool) -> dict[str, Value]:
     """Values of all dimensions: the queued ones, those that the user named, or the sampler's
     within the bounds of the strategy's own."""
     return {
-        name: _suggest(trial, name, values, grid or name in space.given, name in space.log)
+        name: _suggest(trial, name, values, queued or name in space.given, name in space.log)
         for name, values in space.choices.items()
     }
 
@@ -85,7 +54,7 @@ class Worker:
         request: says what is left out or pruned.
         goal: what is best.
         original: the unedited model's result, where the goal counts changes from it.
-        grid: whether all values are queued.
+        sampler: of the trials' values.
         excluded: matrices that are not edited again.
         deadline: `time.time()` after which no trial is begun; None: none.
     """
@@ -99,7 +68,7 @@ class Worker:
         *,
         goal: Objective,
         original: TrialResult | None,
-        grid: bool,
+        sampler: Sampler,
         excluded: Matrices = frozenset(),
         deadline: float | None = None,
     ) -> None:
@@ -109,7 +78,7 @@ class Worker:
         self.request = request
         self.goal = goal
         self.original = original
-        self.grid = grid
+        self.sampler = sampler
         self.excluded = excluded
         self.deadline = deadline
 
@@ -126,9 +95,9 @@ class Worker:
         """
         share = -(-self.queue.waiting() // max(1, self.request.workers))
         most = min(self.examiner.side_by_side, share)
-        if not self.grid and most > 1:
+        if most > 1:
             ended = self.queue.trials(TrialState.COMPLETE, TrialState.PRUNED)
-            most = min(most, independent(self.queue.study.sampler, len(ended)))
+            most = min(most, self.sampler.independent(len(ended)))
         taken = (self.queue.take() for _ in range(max(1, most)))
         return [trial for trial in takewhile(lambda trial: trial is not None, taken) if trial]
 
@@ -140,7 +109,7 @@ class Worker:
         """Trials at once, to their ends: whatever goes wrong with one is its result."""
         new: dict[str, tuple[Point, list[optuna.Trial]]] = {}
         for trial in trials:
-            values = suggest(trial, self.space, grid=self.grid)
+            values = suggest(trial, self.space, queued=self.sampler.queued)
             if (reason := self._infeasible(values)) is not None:
                 self.queue.finish(trial, TrialState.PRUNED, reason=reason)
                 continue
@@ -213,7 +182,7 @@ class Worker:
 
     def _known(self, point: Point) -> TrialResult | None:
         """What another trial found for the same point: samplers repeat themselves."""
-        if self.grid:
+        if self.sampler.queued:
             return None
         for other in self.queue.trials(TrialState.COMPLETE, TrialState.PRUNED):
             if RESULT in other.user_attrs and self.space.point(other.params).key == point.key:

@@ -109,6 +109,25 @@ def gram_of_columns(x_NX: Tensor) -> Tensor:
     return out_XX
 
 
+def add_gram(total_XX: Tensor, x_NX: Tensor) -> None:
+    """Add xᵀ x to a sum on and above its diagonal, strip by strip; `mirror` makes the rest."""
+    width = x_NX.shape[1]
+    step = width if width < 2 * STRIP else STRIP
+    for at in range(0, width, step):
+        strip = x_NX[:, at : at + step].mT @ x_NX[:, at:]
+        total_XX[at : at + step, at:] += strip.to(total_XX.device)
+
+
+def mirror(total_XX: Tensor) -> Tensor:
+    """What is above the diagonal of a sum of Gram matrices, copied below it; in place. A number
+    stays as it is."""
+    for at in range(0, len(total_XX) if total_XX.ndim else 0, STRIP):
+        here, rest = slice(at, at + STRIP), slice(at + STRIP, None)
+        total_XX[here, here] = total_XX[here, here].triu() + total_XX[here, here].triu(1).mT
+        total_XX[rest, here] = total_XX[here, rest].mT
+    return total_XX
+
+
 def _fold(long: int, short: int) -> int:
     """The largest power of two that divides `long` and keeps `short` times it within FOLDED."""
     fold = 1

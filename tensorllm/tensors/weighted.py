@@ -77,15 +77,29 @@ class Metric:
         size = float(carried_NN.diagonal().mean()) or 1.0  # float32 may not reach so far down
         whole_NN = self.root if half_NN is None else half_NN
         carried_NN = (carried_NN.to(whole_NN.device) / size).to(dtype)
-        return congruent(carried_NN, whole_NN.to(dtype), lower=half_NN is None).double() * size
+        found_NN = congruent(carried_NN, whole_NN.to(dtype), lower=half_NN is None)
+        return found_NN.double().mul_(size)
 
     def unroot(self, v_RN: Tensor) -> Tensor:
         """V L⁻¹."""
         return torch.linalg.solve_triangular(self.root, v_RN, upper=False, left=False)
 
 
+def narrow_root(covariance_NN: Tensor, floor: float) -> Tensor:
+    """The root of a `Metric`, for curves: from order `LARGE` on in float32, as eigenvalues are,
+    unless rounding makes the covariance indefinite there."""
+    mean = float(covariance_NN.diagonal().mean())
+    if dtype_at(len(covariance_NN)) == torch.float32 and mean > 0:
+        raised_NN = (covariance_NN / mean).float()  # float32 may not reach so far down
+        raised_NN.diagonal().add_(floor)
+        root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
+        if not int(failed):
+            return root_NN.mul_(mean**0.5)
+    return Metric(covariance_NN, floor).root
+
+
 class Projection(NamedTuple):
-    """A projection `into @ back` of rank R at the model's width."""
+    """A projection `into @ back` of rank R at the model's width; behind a map T, T times it."""
 
     into_NR: Tensor
     back_RN: Tensor
@@ -100,7 +114,9 @@ def projection(
         half_NN: T L (see `through`), where the covariance is carried across T first: Tᵀ C T.
     """
     v_NR = leading_eigenvectors(metric.seen(carried_NN, half_NN), rank)
-    into_NR = metric.root.to(dtype_at(len(v_NR))) @ v_NR.to(dtype_at(len(v_NR)))
+    dtype = dtype_at(len(v_NR))
+    whole_NN = metric.root if half_NN is None else half_NN
+    into_NR = whole_NN.to(dtype) @ v_NR.to(dtype)
     return Projection(into_NR.double(), metric.unroot(v_NR.mT.contiguous()))
 
 
@@ -125,12 +141,16 @@ def left_out(metric: Metric, carried_NN: Tensor, ranks: int) -> Tensor:
 def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
     """The target in the size in which all costs as much by the metric as by what was carried:
     tr(A T) = tr(A C). What costs nothing gives zero."""
-    whole = (metric_NN * target_NN).sum()
-    return target_NN * ((metric_NN * carried_NN).sum() / whole if whole > 0 else 0.0)
+    metric = metric_NN.flatten()
+    whole = metric @ target_NN.flatten()
+    return target_NN * (metric @ carried_NN.flatten() / whole if whole > 0 else 0.0)
 
 
 def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:
     """The (N, N) map T that minimises E|y - T x|² + ridge · mean(E x²) · |T - 1|².
+
+    From order `LARGE` on it is solved for in float32, in which the covariances' products were made:
+    what that rounds is as little beside the ridge as what they did.
 
     Args:
         cross_NN: E[y xᵀ].
@@ -141,5 +161,6 @@ def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:
     raised_NN, wanted_NN = seen_NN.double().clone(), cross_NN.double().clone()
     raised_NN.diagonal().add_(added)
     wanted_NN.diagonal().add_(added)
-    root_NN = Metric(raised_NN, 0.0).root
-    return torch.cholesky_solve(wanted_NN.mT, root_NN).mT
+    dtype = dtype_at(len(raised_NN))
+    root_NN = Metric(raised_NN, 0.0).root.to(dtype)
+    return torch.cholesky_solve(wanted_NN.mT.to(dtype), root_NN).mT

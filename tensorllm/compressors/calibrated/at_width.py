@@ -4,7 +4,7 @@ Shapes: D model width, M outputs of the stacked maps of a site, R rank.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import NamedTuple, Self
 
 import torch
@@ -85,7 +85,7 @@ class AtWidth:
         share = share_of(context, roles, self.plain)
         if not share:
             return carried_DD
-        plain_DD = torch.stack([self._plain(context, role) for role in roles]).sum(0)
+        plain_DD = reduce(torch.add, [self._plain(context, role) for role in roles])
         return carried_DD.lerp(plain_DD, share)
 
     def _plain(self, context: LayerContext, role: str) -> Tensor:
@@ -109,12 +109,8 @@ class AtWidth:
         """The map of this rank that errs least, its large products in the dtype of the weights."""
         w_MX = stacked({role: context.weight(role) for role in roles}, roles)
         carried_DD = self.carried(context, roles)
-        into_DR, back_RD = projection(self.metric, carried_DD, rank, self._half)
-        into_DR, back_RD = into_DR.to(w_MX), back_RD.to(w_MX)
-        turn_DR = into_DR
-        if self.correction_DD is not None:
-            correct_DD = self.correction_DD.to(w_MX)
-            turn_DR = (correct_DD.mT if self.writes else correct_DD) @ into_DR
+        turn_DR, back_RD = projection(self.metric, carried_DD, rank, self._half)
+        turn_DR, back_RD = turn_DR.to(w_MX), back_RD.to(w_MX)
         if self.writes:
             return Fit(Map(back_RD.mT, turn_DR.mT @ w_MX), partial(_turned, turn_DR, back_RD))
         return Fit(Map(w_MX @ turn_DR, back_RD), None)

@@ -22,8 +22,8 @@ from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 from tensorllm.tensors.triangular import transposed_lower_times
-from tensorllm.tensors.unfold import gram_of_columns
-from tensorllm.tensors.weighted import Metric, floor_of
+from tensorllm.tensors.unfold import add_gram, mirror
+from tensorllm.tensors.weighted import Metric, floor_of, narrow_root
 
 MULTIPLE = 8  # widths that kernels like
 ORDERED = 4  # one batch in so many tells the order of the channels
@@ -70,7 +70,7 @@ def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
     gradient_DD = gradient_DD.to(out_FD.device)
     order_F = _order(covariance_FF.diagonal(), out_FD, gradient_DD)
     floor = floor_of(len(order_F), context.tokens)
-    root_FF = Metric(covariance_FF[order_F[:, None], order_F], floor).root
+    root_FF = narrow_root(covariance_FF[order_F[:, None], order_F], floor)
     missed_FD = transposed_lower_times(root_FF.to(out_FD), out_FD[order_F])
     left_F = _costs(missed_FD, gradient_DD).flip(0).cumsum(0).flip(0)
     step = _step(len(left_F))
@@ -182,10 +182,11 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: AtWidth) -
     tokens = torch.zeros((), dtype=torch.float64, device=out_FD.device)
     for y_ND, x_NF in zip(context.original_at_width("out"), given("out"), strict=True):
         kept_NR = x_NF[:, rows_R].float()
-        given_RR += gram_of_columns(kept_NR)
+        add_gram(given_RR, kept_NR)
         wanted_RD += kept_NR.mT @ y_ND.float()
         tokens += len(kept_NR)
     context.add_up([given_RR, wanted_RD, tokens])
+    mirror(given_RR)
     ridge = RIDGE * float(given_RR.diagonal().mean())
     given_RR.diagonal().add_(ridge)
     root_RR = Metric(given_RR, 0.0).root

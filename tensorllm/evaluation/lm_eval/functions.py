@@ -24,6 +24,7 @@ def claims(docs: Any) -> Any:
 
 
 def claim_target(doc: Mapping[str, Any]) -> int:
+    """The index of the right choice: 0 true, 1 false."""
     return ("true", "false").index(ANSWERS[str(doc["label"]).lower()])
 
 
@@ -33,11 +34,13 @@ def biographies(docs: Any) -> Any:
 
 
 def profession(doc: Mapping[str, Any]) -> str:
+    """The name of a row's profession, which some versions of the dataset give by its number."""
     value = str(doc["profession"]).strip()
     return PROFESSIONS[int(value)] if value.isdigit() else value.lower().replace(" ", "_")
 
 
 def biography_prompt(doc: Mapping[str, Any]) -> str:
+    """The biography, and a sentence that its profession ends."""
     text = str(doc.get("hard_text") or doc.get("bio")).strip()
     mark = "" if text.endswith((".", "?")) else "."
     return (
@@ -47,10 +50,12 @@ def biography_prompt(doc: Mapping[str, Any]) -> str:
 
 
 def profession_target(doc: Mapping[str, Any]) -> int:
+    """The index of the right choice."""
     return CHOICES.index(profession(doc))
 
 
 def question_prompt(doc: Mapping[str, Any]) -> str:
+    """The question, and the beginning of its answer."""
     question = str(doc["question"]).strip()
     return f"{question}{'' if question.endswith(('?', '.')) else '?'} The answer is"
 

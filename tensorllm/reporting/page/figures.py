@@ -13,6 +13,7 @@ def short_name(model: str) -> str:
 
 
 def times(ratio: float) -> str:
+    """A ratio to three digits or two decimals."""
     return f"{ratio:.3g}×" if ratio >= 100 else f"{ratio:.2f}×"
 
 
@@ -27,6 +28,7 @@ def signed(x: float, digits: int) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Milliseconds below a second."""
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 

@@ -21,6 +21,12 @@ TAIL = 420  # characters of a prompt: its end, where the question is
 def scores_section(
     found: BeforeAfter, run: Evaluated | None, canvas: Canvas, prefix: str
 ) -> dict[str, Any]:
+    """Every metric before and after, with the interval of its change.
+
+    Args:
+        run: the evaluation, where its predictions are there to be shown too.
+        prefix: of the ids of the section's pictures.
+    """
     rows = []
     for metric, shown in SHOWN.items():
         if metric not in found.after:
@@ -110,6 +116,7 @@ def _example(before: Prediction, after: Prediction) -> dict[str, str]:
 
 
 def speed_section(run: Benched, canvas: Canvas, prefix: str) -> dict[str, Any]:
+    """What running dense and in factors took, as `tensorllm bench` measured it."""
     models, ratios = run.found["models"], run.found["ratios"]
     rows = []
     for name, field, key, unit in ROWS:

@@ -108,6 +108,7 @@ def _ratio(name: str, meaning: str, pair: Sequence[str], value: float) -> dict[s
 
 
 def site_row(site: Json) -> dict[str, str]:
+    """A site of a compression report as a row of the table."""
     return {
         "name": site["name"],
         "shape": "×".join(map(str, site["shape"])),
@@ -122,6 +123,7 @@ def site_row(site: Json) -> dict[str, str]:
 
 
 def weight_pictures(subject: Subject, canvas: Canvas, prefix: str) -> list[Any]:
+    """Spectra and errors of what was compressed; none where nothing was."""
     if subject.compressed is None:
         return []
     details = subject.compressed.details
