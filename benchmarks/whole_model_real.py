@@ -4,7 +4,8 @@
 
 The model is a folder; the recorded one is SmolLM2-135M-Instruct, de-quantised from four bits. All
 matrices of attention and FFN are compressed, `kept` of their numbers stored. Calibrated on the
-first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other); scored, in
+first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other), with
+`--sampled FILE` (of `tensorllm sample`) on what the model wrote too; scored, in
 nats per token, on blocks of its last 40 % and on stories, and zero-shot on the first `--questions`
 test rows of each of the four datasets (0: none). Each text that is calibrated on is a part of
 docs/results/whole_model_real.json, written after every method; what other commands measured with
@@ -23,7 +24,7 @@ from support.questions import accuracies
 from support.results import RESULTS, Comparison, begin, made, parser, real, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tensorllm.calibration import Calibration
+from tensorllm.calibration import Calibration, read_calibration
 from tensorllm.calibration.fit import fit_sizes, next_token_loss
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid
@@ -95,10 +96,16 @@ class Bench:
         return [text for together in zip(*texts, strict=False) for text in together]
 
     def calibration(self) -> Calibration:
+        """The drawn text, and what the model wrote where a file of that is given."""
         draws = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(self.texts), generator=draws)[: self.args.sequences].tolist()
         drawn = tuple(tuple(self.texts[i]) for i in order)
-        return Calibration(drawn, source=self.args.calibrated, seed=self.args.seed)
+        text = Calibration(drawn, source=self.args.calibrated, seed=self.args.seed)
+        if self.args.sampled is None:
+            return text
+        return text.with_all_of(
+            read_calibration(self.args.sampled, self.tokenizer, sequences=None, length=self.length)
+        )
 
     def loss(self, model: Any) -> dict[str, Any]:
         return {
@@ -116,6 +123,8 @@ class Bench:
         )
 
     def add(self, name: str, kept: float | None, seconds: float, stored: int, model: Any) -> None:
+        if self.args.sampled is not None:
+            name = f"{name}, with sampled text"
         row = {"method": name, "kept": kept, "seconds": seconds, "parameters": stored}
         row |= self.loss(model) | self.answers(model)
         row |= {k: made()[k] for k in ("commit", "command")}
@@ -203,6 +212,7 @@ def main() -> None:
     options.add_argument("--model", type=Path, default=Path("smollm2"), help="folder of the model")
     options.add_argument("--calibrated", choices=("own", "other"), default="own")
     options.add_argument("--sequences", type=int, default=64, help="of 512 tokens")
+    options.add_argument("--sampled", type=Path, help="text that the model wrote, to add")
     options.add_argument("--kept", type=float, nargs="+", default=KEPT)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--questions", type=int, default=200, help="rows of each dataset")

@@ -27,6 +27,7 @@ from tensorllm_cli.placeholders import Command, Group
 from tensorllm_cli.push import push
 from tensorllm_cli.report import report
 from tensorllm_cli.reproduce import reproduce
+from tensorllm_cli.sample import sample
 from tensorllm_cli.search import search_ranks
 from tensorllm_cli.serve import serve
 
@@ -73,6 +74,7 @@ COMMANDS = {
     "reproduce": reproduce,
     "inspect": inspect,
     "generate": generate,
+    "sample": sample,
     "serve": serve,
     "export": export,
     "push": push,

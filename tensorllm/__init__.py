@@ -12,6 +12,7 @@ from tensorllm.checkpoint.hook import watch
 
 if TYPE_CHECKING:
     from tensorllm.calibration.fit import fit, fit_folder, fit_sizes
+    from tensorllm.calibration.sampled import sampled_text
     from tensorllm.calibration.sequences import Calibration, read_calibration
     from tensorllm.checkpoint.loading import load
     from tensorllm.checkpoint.trainer import FactoredCheckpoints
@@ -59,6 +60,7 @@ _HOME = {
     "fit_sizes": "tensorllm.calibration.fit",
     "load": "tensorllm.checkpoint.loading",
     "read_calibration": "tensorllm.calibration.sequences",
+    "sampled_text": "tensorllm.calibration.sampled",
     "save": "tensorllm.compression.save",
     "train_only_factors": "tensorllm.runtime",
 }
@@ -87,6 +89,7 @@ __all__ = [
     "fit_sizes",
     "load",
     "read_calibration",
+    "sampled_text",
     "save",
     "train_only_factors",
 ]

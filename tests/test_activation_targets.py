@@ -173,6 +173,16 @@ def test_distillation_brings_predictions_nearer_and_trains_nothing_else(name):
     assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_several_sizes_are_distilled_as_one_is():
+    model = tiny_model("llama")
+    wanted = ActivationHybrid(target_ratio=2.0, refit_epochs=0, distill_steps=5)
+    (found,) = fit_sizes(wanted, model, text(), [Budget(target_ratio=2.0)])
+    alone = fit(wanted, model, text())
+    for site in alone.sites:
+        w = alone.factors(site).dense()
+        assert torch.allclose(found.factors(site).dense(), w, atol=1e-3 * float(w.abs().max()))
+
+
 def test_several_sizes_come_from_one_measurement(monkeypatch):
     """Each is what a fit of its own finds; layers are measured once."""
     model, measured = tiny_model("llama"), []

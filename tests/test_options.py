@@ -24,6 +24,7 @@ from tensorllm.requests.others import (
     ListRequest,
     PushRequest,
     ReportRequest,
+    SampleRequest,
     ServeRequest,
 )
 from tensorllm.requests.reproduce import ReproduceRequest
@@ -39,6 +40,7 @@ REQUESTS: dict[str, Any] = {
     "reproduce": ReproduceRequest,
     "inspect": InspectRequest,
     "generate": GenerateRequest,
+    "sample": SampleRequest,
     "serve": ServeRequest,
     "export": ExportRequest,
     "push": PushRequest,

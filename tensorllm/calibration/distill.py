@@ -22,7 +22,8 @@ from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 from tensorllm.weights import dense_matrices
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-3  # of a parameter's mean size: a fixed one of that size ruins a real model
+WARM_UP = 0.1  # of the steps
 TOKENS = 1024  # padded positions of a step
 
 
@@ -88,8 +89,16 @@ class Distiller(LightningModule):
         return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        sizes = [float(p.detach().square().mean().sqrt()) for p in self.numbers]
+        groups = [
+            {"params": [p], "lr": LEARNING_RATE * size}
+            for p, size in zip(self.numbers, sizes, strict=True)
+        ]
+        optimizer = torch.optim.Adam(groups)
+        warm = max(1, round(WARM_UP * self.steps))
+        rises = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, total_iters=warm)
+        falls = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps - warm))
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rises, falls], [warm])
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 

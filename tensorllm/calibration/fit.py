@@ -114,13 +114,7 @@ def fit(
         if target is not None and target.max_loss_increase is not None:
             return _smallest(work, model, calibration, target)
         sites = work.run(target)
-        steps = compressor.training_steps
-        if steps:
-            from tensorllm.calibration.distill import distill  # Lightning takes seconds to import
-
-            made = _fitted(work, sites, budget, {})
-            before = {site: made.factors(site) for site in sites}
-            work.keep(distill(model, work.source.roles, before, calibration, steps, progress))
+        _train(work, sites, budget, calibration)
         return _fitted(work, sites, budget, _facts(work, calibration))
 
 
@@ -155,10 +149,25 @@ def fit_sizes(
         out = []
         for strategy, target, chosen in zip(own, targets, sizes, strict=True):
             work.store = Store()
-            found = _fitted(work, work.factors(chosen), target, calibration.facts())
+            sites = work.factors(chosen)
+            _train(work, sites, target, calibration)
+            found = _fitted(work, sites, target, calibration.facts())
             given = None if strategy.budget is not None else target
             out.append(replace(found, compressor=strategy, budget=given))
     return out
+
+
+def _train(work: Sweeps, sites: list[Site], budget: Budget | None, text: Calibration) -> None:
+    """The factors trained as long as the strategy asks for; they take the place of the fitted."""
+    steps = work.compressor.training_steps
+    if not steps:
+        return
+    from tensorllm.calibration.distill import distill  # Lightning takes seconds to import
+
+    made = _fitted(work, sites, budget, {})
+    before = {site: made.factors(site) for site in sites}
+    model = work.source.model
+    work.keep(distill(model, work.source.roles, before, text, steps, work.progress))
 
 
 def _aimed_at(compressor: Compressor, target: Budget) -> Compressor:

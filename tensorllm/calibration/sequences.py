@@ -5,7 +5,7 @@ Shapes: B sequences of a batch, T their padded length.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Calibration:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.sequences))
+
+    def with_all_of(self, other: "Calibration") -> "Calibration":
+        """Both texts as one."""
+        source = f"{self.source} + {other.source}"
+        return replace(self, sequences=self.sequences + other.sequences, source=source)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the text."""
@@ -139,7 +144,7 @@ def read_calibration(
     file: Path | str,
     tokenizer: Any,
     *,
-    sequences: int = 128,
+    sequences: int | None = 128,
     length: int = 512,
     seed: int = 0,
 ) -> Calibration:
@@ -149,12 +154,13 @@ def read_calibration(
 
     Args:
         file: see the dataset `text`.
+        sequences: None for all.
         length: at most the model's context.
         seed: of the draw.
     """
     from tensorllm.data.text import Text
 
-    if sequences < 1 or length < 2:
+    if (sequences is not None and sequences < 1) or length < 2:
         raise UserError(
             f"calibration needs 1 or more sequences of 2 or more tokens, got {sequences} × {length}"
         )

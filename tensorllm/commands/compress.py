@@ -169,6 +169,10 @@ def _text(
 ) -> Calibration | None:
     """The calibration text; it must not be what is scored afterwards."""
     if request.calibration is None:
+        if request.sampled is not None:
+            raise UserError(
+                "--sampled adds to --calibration FILE; to fit to it alone, give it as --calibration"
+            )
         return None
     loader = Loader(source.folder, dtype)
     tokenizer = loader.tokenizer()
@@ -181,6 +185,10 @@ def _text(
         length=length,
         seed=request.seed or 0,
     )
+    if request.sampled is not None:
+        text = text.with_all_of(
+            read_calibration(request.sampled, tokenizer, sequences=None, length=length)
+        )
     if dataset is not None and not request.allow_overlap:
         refuse_evaluated(text, tokenizer, dataset, request.data_file)
     return text

@@ -16,7 +16,7 @@ from tensorllm.evaluation.forward import PAD, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
-from tensorllm.requests.others import GenerateRequest
+from tensorllm.requests.others import GenerateRequest, SampleRequest
 from tensorllm.runtime.cost import Cache, Policy
 
 
@@ -32,7 +32,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     """
     load_plugins(request.plugins)
     _check(request)
-    model, tokenizer = _loaded(request)
+    model, tokenizer = loaded(request, policy=request.policy, cache=request.cache)
     if request.chat:
         prompts = as_messages(tokenizer, request.prompts, request.model)
     else:
@@ -70,7 +70,9 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]
 
 
-def _loaded(request: GenerateRequest) -> tuple[Any, Any]:
+def loaded(
+    request: GenerateRequest | SampleRequest, *, policy: Policy = "always", cache: Cache = "auto"
+) -> tuple[Any, Any]:
     """The model on its device, in its factors where it has them, and its tokenizer."""
     folder = resolve(request.model, request.revision).folder
     loader = Loader(folder, verify=request.verify)
@@ -80,13 +82,7 @@ def _loaded(request: GenerateRequest) -> tuple[Any, Any]:
     tokenizer = loader.tokenizer()
     manifest = loader.manifest()
     if manifest is not None and manifest.format == "factored":
-        model = load(
-            folder,
-            policy=request.policy,
-            cache=request.cache,
-            dtype=loader.dtype,
-            verify=request.verify,
-        )
+        model = load(folder, policy=policy, cache=cache, dtype=dtype, verify=request.verify)
     else:
         model = loader()
     if is_masked(model):

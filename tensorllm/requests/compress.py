@@ -75,6 +75,10 @@ class CompressRequest:
     calibration: Annotated[Path | None, Option("Modes that use data: a text file to fit to.")] = (
         None
     )
+    sampled: Annotated[
+        Path | None,
+        Option("With --calibration: text of the model's own to add (`tensorllm sample`)."),
+    ] = None
     max_loss_increase: Annotated[
         float | None,
         Option("With --calibration, instead: nats per token the loss may rise there."),

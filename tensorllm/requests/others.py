@@ -1,4 +1,4 @@
-"""What the smaller commands may be asked: inspect, generate, serve, export, push, bench, report."""
+"""What the smaller commands may be asked: from inspect to report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +49,25 @@ class GenerateRequest:
     seed: Annotated[int, Option("Of the sampling.")] = 0
     policy: shared.Policy = "always"
     cache: shared.Cache = "auto"
+    dtype: shared.DType = None
+    device: Annotated[str, shared.DEVICE] = "cpu"
+    revision: shared.Revision = None
+    plugins: shared.Plugins = ()
+    verify: shared.Verify = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """A model, and how much it is to write into which file."""
+
+    model: Annotated[str, shared.MODEL]
+    out: Annotated[Path, Option("The file to make, FILE.jsonl.", metavar="FILE")]
+    sequences: Annotated[int, Option("Sequences to write.", least=1)] = 96
+    length: Annotated[
+        int | None, Option("Tokens of each (default: 512, or the model's context).", least=2)
+    ] = None
+    seed: Annotated[int, Option("Of the sampling.")] = 0
+    overwrite: shared.Overwrite = False
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "cpu"
     revision: shared.Revision = None

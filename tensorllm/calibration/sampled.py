@@ -1,0 +1,78 @@
+"""A calibration set that the model writes itself.
+
+Shapes: B sequences of a batch, T their length, at most so far.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from tensorllm.calibration.sequences import Calibration
+from tensorllm.errors import UserError
+from tensorllm.models.task import context_length, is_masked, text_config_of
+from tensorllm.progress import Progress, quiet, silenced
+
+BATCH = 32  # sequences written at once
+
+
+def sampled_text(
+    model: PreTrainedModel,
+    *,
+    sequences: int = 96,
+    length: int = 512,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> Calibration:
+    """Sequences of `length` tokens, each begun with a token drawn from the whole vocabulary and
+    continued by what the model predicts (temperature 1).
+
+    A short text shows few of the inputs that a matrix will meet; the model's own samples show
+    more. The token that ends a text is one like the others: documents follow each other.
+
+    Source: LLM-QAT (arXiv 2305.17888), section 3.1; for pruning, Williams et al. (arXiv
+    2410.17170).
+
+    Args:
+        length: at most the model's context.
+        progress: called with (tokens written, tokens in all, what is done).
+
+    Raises:
+        UserError: numbers out of range, or a model that fills masks and writes no text.
+    """
+    if sequences < 1 or length < 2:
+        raise UserError(
+            f"a sample is 1 or more sequences of 2 or more tokens, got {sequences} × {length}"
+        )
+    if is_masked(model.config):
+        raise UserError("the model fills masks and writes no text; a causal model is needed")
+    context = context_length(model.config)
+    if context is not None and length > context:
+        raise UserError(f"a sequence has at most the model's {context} tokens, got {length}")
+    written: list[tuple[int, ...]] = []
+
+    def report(ids_BT: Tensor, scores: Any) -> Tensor:
+        progress(len(written) * length + ids_BT.numel(), sequences * length, "writing")
+        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)  # no reason to stop
+
+    with torch.random.fork_rng(), silenced("transformers.generation"):
+        torch.manual_seed(seed)
+        first_N1 = torch.randint(text_config_of(model.config).vocab_size, (sequences, 1))
+        for first_B1 in first_N1.to(model.device).split(BATCH):
+            ids_BT: Any = model.generate(
+                first_B1,
+                attention_mask=torch.ones_like(first_B1),
+                max_new_tokens=length - 1,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_beams=1,
+                repetition_penalty=1.0,
+                eos_token_id=-1,  # none: a text's end is gone on from
+                pad_token_id=0,  # of no use: all are of one length
+                stopping_criteria=StoppingCriteriaList([report]),
+            )
+            written += [tuple(row) for row in ids_BT.tolist()]
+    return Calibration(tuple(written), source="sampled", seed=seed)

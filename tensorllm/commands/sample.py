@@ -1,0 +1,60 @@
+"""`tensorllm sample`: a calibration set that the model writes itself."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorllm.calibration.sampled import sampled_text
+from tensorllm.commands.generate import loaded
+from tensorllm.errors import UserError
+from tensorllm.io import replacing
+from tensorllm.models.task import context_length
+from tensorllm.progress import Progress, quiet
+from tensorllm.registry import load_plugins
+from tensorllm.requests.others import SampleRequest
+
+LENGTH = 512  # tokens of a sequence, as of a calibration sequence that is read
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was written where."""
+
+    file: Path
+    sequences: int
+    tokens: int
+    seed: int
+    model: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"file": str(self.file)}
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.sequences} sequences, {self.tokens:,} tokens, seed {self.seed}"
+
+
+def sample(request: SampleRequest, progress: Progress = quiet) -> Sampled:
+    """A file of JSON lines, one sequence per line in the field `text`; whole or not there.
+
+    Raises:
+        UserError: numbers out of range, a file that is there already, no tokenizer, or a model
+            that writes no text.
+    """
+    load_plugins(request.plugins)
+    if request.out.exists() and not request.overwrite:
+        raise UserError(f"{request.out} is there already; choose another name, or --overwrite")
+    if not request.out.parent.is_dir():
+        raise UserError(f"the folder {request.out.parent} of --out is not there")
+    if request.out.suffix != ".jsonl":
+        raise UserError(f"--out must be named *.jsonl, got {request.out.name}")
+    model, tokenizer = loaded(request)
+    length = request.length or min(LENGTH, context_length(model.config) or LENGTH)
+    text = sampled_text(
+        model, sequences=request.sequences, length=length, seed=request.seed, progress=progress
+    )
+    with replacing(request.out) as part, part.open("w", encoding="utf-8") as file:
+        for sequence in text.sequences:
+            row = {"text": tokenizer.decode(sequence), "model": request.model, "seed": request.seed}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return Sampled(request.out, len(text.sequences), text.tokens, request.seed, request.model)
