@@ -38,7 +38,8 @@ def dying(self, site, factors, given=None):
 context.Context.put = dying
 try:
     with joined():
-        found = fit(ActivationHybrid(target_ratio=2, refit_epochs=1), tiny_model("llama"), text())
+        wanted = ActivationHybrid(target_ratio=2, refit_epochs={epochs})
+        found = fit(wanted, tiny_model("llama"), text())
         dense = {{site.name: found.factors(site).dense() for site in found.sites}}
         torch.save(dense, {out!r} + os.environ["RANK"])
 except Incomplete as error:
@@ -62,12 +63,12 @@ main()
 """
 
 
-def started(size: int, out: Path, dies: str = "") -> list[forked.Popen]:
+def started(size: int, out: Path, dies: str = "", epochs: int = 1) -> list[forked.Popen]:
     """As torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = WORK.format(tests=str(Path(__file__).parent), out=str(out), dies=dies)
+    code = WORK.format(tests=str(Path(__file__).parent), out=str(out), dies=dies, epochs=epochs)
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         forked.Popen(
@@ -79,11 +80,15 @@ def started(size: int, out: Path, dies: str = "") -> list[forked.Popen]:
     ]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_several_processes_find_what_one_finds(size, tmp_path):
-    wanted = ActivationHybrid(target_ratio=2, refit_epochs=1)
+# Adam divides a gradient by its own size: where that is rounding, a step of the refit is too.
+@pytest.mark.parametrize(
+    ("size", "epochs", "tolerance"),
+    [(2, 0, 1e-4), (2, 1, 1e-2), pytest.param(3, 1, 1e-2, marks=pytest.mark.slow)],
+)
+def test_several_processes_find_what_one_finds(size, epochs, tolerance, tmp_path):
+    wanted = ActivationHybrid(target_ratio=2, refit_epochs=epochs)
     alone = fit(wanted, tiny_model("llama"), text())
-    for process in (running := started(size, tmp_path / "rank")):
+    for process in (running := started(size, tmp_path / "rank", epochs=epochs)):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     assert len(running) == size
@@ -92,7 +97,7 @@ def test_several_processes_find_what_one_finds(size, tmp_path):
         assert found.keys() == {site.name for site in alone.sites}
         for site in alone.sites:
             w = alone.factors(site).dense()
-            assert torch.allclose(found[site.name], w, atol=1e-3 * float(w.abs().max()))
+            assert torch.allclose(found[site.name], w, atol=tolerance * float(w.abs().max()))
 
 
 def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
