@@ -7,9 +7,10 @@ matrices of attention and FFN are compressed, `kept` of their numbers stored. Ca
 first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other), with
 `--sampled FILE` (of `tensorllm sample`) on what the model wrote too; scored, in
 nats per token, on blocks of its last 40 % and on stories, and zero-shot on the first `--questions`
-test rows of each of the four datasets (0: none). Each text that is calibrated on is a part of
-docs/results/whole_model_real.json, written after every method; what other commands measured with
-the same model, sequences and seed stays there, each row with its commit and command.
+test rows of each of the four datasets (0: none). Each text that is calibrated on, and each number
+of sequences, is a part of docs/results/whole_model_real.json, written after every method; what
+other commands measured with the same model and seed stays there, each row with its commit and
+command.
 """
 
 import argparse
@@ -137,11 +138,15 @@ def earlier(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     path = args.out or RESULTS / "whole_model_real.json"
     if args.quick or not path.is_file():
         return {}
-    part = json.loads(path.read_text()).get(args.calibrated, {})
-    asked = {"model": args.model.name, "sequences": args.sequences, "seed": args.seed}
+    part = json.loads(path.read_text()).get(part_of(args), {})
+    asked = {"model": args.model.name, "seed": args.seed}
     if any(part.get(name) != value for name, value in asked.items()):
         return {}
     return {f"{row['method']} at {row['kept']}": row for row in part["rows"]}
+
+
+def part_of(args: argparse.Namespace) -> str:
+    return f"{args.calibrated}, {args.sequences} sequences"
 
 
 def stored_of(report: Any) -> int:
@@ -181,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
 def save_all(bench: Bench, dense: dict[str, Any], args: argparse.Namespace) -> None:
     save(
         "whole_model_real",
-        args.calibrated,
+        part_of(args),
         closed(bench.losses, dense),
         args,
         model=args.model.name,

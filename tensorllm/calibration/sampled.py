@@ -51,6 +51,7 @@ def sampled_text(
     if context is not None and length > context:
         raise UserError(f"a sequence has at most the model's {context} tokens, got {length}")
     written: list[tuple[int, ...]] = []
+    generate: Any = model.generate
 
     def report(ids_BT: Tensor, scores: Any) -> Tensor:
         progress(len(written) * length + ids_BT.numel(), sequences * length, "writing")
@@ -60,7 +61,7 @@ def sampled_text(
         torch.manual_seed(seed)
         first_N1 = torch.randint(text_config_of(model.config).vocab_size, (sequences, 1))
         for first_B1 in first_N1.to(model.device).split(BATCH):
-            ids_BT: Any = model.generate(
+            ids_BT = generate(
                 first_B1,
                 attention_mask=torch.ones_like(first_B1),
                 max_new_tokens=length - 1,
