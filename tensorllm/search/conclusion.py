@@ -59,7 +59,7 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
     datasets = _by_dataset(run, first.original, winner, final, luck)
     results: dict[str, Any] = {
         **_asked(run, goal),
-        **_tried(run, steps, min(each["validation_examples"] for each in datasets)),
+        **_tried(run, steps, [each["validation_examples"] for each in datasets]),
         "original": {
             "validation": _plain(first.original),
             "test": mean_scores([each["original"]["test"] for each in datasets]),
@@ -101,18 +101,18 @@ def _asked(run: Study, goal: Objective) -> dict[str, Any]:
     }
 
 
-def _tried(run: Study, steps: Sequence[Step], examples: int) -> dict[str, Any]:
+def _tried(run: Study, steps: Sequence[Step], examples: Sequence[int]) -> dict[str, Any]:
     """How many trials of how many questions.
 
     Args:
-        examples: of the smallest dataset's validation part.
+        examples: of each dataset's validation part; the smallest is the least certain.
     """
     return {
         "trials": _counts([trial for step in steps for trial in step.trials]),
         "too_large": {"points": run.too_large, "min_ratio": run.request.least_ratio},
         "stop_level": run.request.level,
-        "validation_examples": examples,
-        "half_width": half_width(examples),
+        "validation_examples": sum(examples),
+        "half_width": half_width(min(examples)),
     }
 
 
