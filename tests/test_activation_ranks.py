@@ -80,10 +80,9 @@ def started(size: int, out: Path, dies: str = "", epochs: int = 1) -> list[forke
     ]
 
 
-# Adam divides a gradient by its own size: where that is rounding, a step of the refit is too.
 @pytest.mark.parametrize(
     ("size", "epochs", "tolerance"),
-    [(2, 0, 1e-4), (2, 1, 1e-2), pytest.param(3, 1, 1e-2, marks=pytest.mark.slow)],
+    [(2, 0, 1e-4), (2, 1, 1e-3), pytest.param(3, 1, 1e-3, marks=pytest.mark.slow)],
 )
 def test_several_processes_find_what_one_finds(size, epochs, tolerance, tmp_path):
     wanted = ActivationHybrid(target_ratio=2, refit_epochs=epochs)

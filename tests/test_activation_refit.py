@@ -20,6 +20,7 @@ from tensorllm.compressors.applied import Kept, Product
 from tensorllm.compressors.calibrated import refit
 from tensorllm.compressors.calibrated.maps import Map
 from tensorllm.compressors.calibrated.refit import Balanced
+from tensorllm.compressors.steps import damp_rounding
 from tensorllm.errors import UserError
 from tensorllm.tensors.weighted import Metric
 
@@ -168,3 +169,18 @@ def test_without_correction_nothing_is_refitted():
         assert torch.equal(one.factors(a).dense(), other.factors(b).dense())
     with pytest.raises(UserError, match="refit_epochs must be 0 or more, got -1"):
         ActivationHybrid(target_ratio=3, refit_epochs=-1)
+
+
+def test_where_a_gradient_is_rounding_a_step_is_short() -> None:
+    """Adam divides it by its own size; the other entries take the step that they take without."""
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = torch.optim.Adam([{"params": [p], "lr": 1.0}])
+    p.grad = torch.tensor([1.0, 1e-6], dtype=torch.float64)
+    damp_rounding(optimizer)
+    optimizer.step()
+    assert float(p.detach()[0]) == pytest.approx(-1, abs=2e-3)
+    assert -2e-3 < float(p.detach()[1]) < 0
+    p.grad.zero_()
+    damp_rounding(optimizer)
+    optimizer.step()
+    assert torch.isfinite(p).all()

@@ -13,6 +13,7 @@ from test_activation_fit import distance, logits, text
 from tiny_models import tiny_model
 
 from tensorllm.calibration import fit
+from tensorllm.calibration.distill import distill
 from tensorllm.calibration.fit import Fitted, fit_sizes
 from tensorllm.calibration.layers import InMemory
 from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
@@ -22,7 +23,9 @@ from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.calibrated.maps import site_of
+from tensorllm.compressors.calibrated.svd_llm import SVDLLM
 from tensorllm.errors import UserError
+from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.pivoted import pivoted_parameters
 
 
@@ -171,6 +174,21 @@ def test_distillation_brings_predictions_nearer_and_trains_nothing_else(name):
     assert found[30][1] == found[0][1]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_distillation_steps_are_shares_of_each_parameters_size():
+    """Fixed ones ruin real models: a factor that is eight times smaller would move as far."""
+    model = tiny_model("llama")
+    fitted = fit(SVDLLM(kept=0.5), model, text())
+    roles, few = InMemory(model).roles, text(3, 60, 12)
+    even = {site: fitted.factors(site) for site in fitted.sites}
+    uneven = {site: LowRank(8 * low.u_IR, low.v_RO / 8) for site, low in even.items()}
+    found, other = (distill(model, roles, factors, few, 6) for factors in (even, uneven))
+    for site, low in found.items():
+        before, after = even[site].dense(), low.dense()
+        moved = float((after - before).norm())
+        assert moved > 1e-3 * float(before.norm())
+        assert float((other[site].dense() - after).norm()) < 0.05 * moved
 
 
 def test_several_sizes_are_distilled_as_one_is():

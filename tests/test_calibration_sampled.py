@@ -105,8 +105,13 @@ def test_a_sample_adds_to_a_text_from_file_to_file(tinystories: Path, tmp_path: 
     report = compress(request)
     assert isinstance(report, CompressionReport)
     facts = report.settings["calibration"]
-    assert facts["source"] == "mine.json + sampled.jsonl"
+    assert (facts["source"], facts["sequences"]) == ("mine.json", 5)  # as they were asked for
+    added = len(both.sequences) - 5
+    assert facts["added"] == {"source": "sampled.jsonl", "sequences": added}
     assert (facts["tokens"], facts["sha256"]) == (both.tokens, both.sha256)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--calibration FILE --sequences 5 --seed 0 --sampled SAMPLED" in card
+    assert f"SAMPLED `sampled.jsonl`, with {added}" in card
 
 
 def test_what_is_asked_wrongly_is_refused_at_once(tmp_path: Path) -> None:

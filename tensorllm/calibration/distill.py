@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from tensorllm.calibration.sequences import Batch, Calibration
 from tensorllm.compressors.layer import Site
+from tensorllm.compressors.steps import mean_size, warmed_up
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 from tensorllm.weights import dense_matrices
 
 LEARNING_RATE = 1e-3  # of a parameter's mean size: a fixed one of that size ruins a real model
-WARM_UP = 0.1  # of the steps
 TOKENS = 1024  # padded positions of a step
 
 
@@ -89,16 +90,10 @@ class Distiller(LightningModule):
         return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
     def configure_optimizers(self) -> Any:
-        sizes = [float(p.detach().square().mean().sqrt()) for p in self.numbers]
-        groups = [
-            {"params": [p], "lr": LEARNING_RATE * size}
-            for p, size in zip(self.numbers, sizes, strict=True)
-        ]
+        groups = [{"params": [p], "lr": LEARNING_RATE * mean_size(p)} for p in self.numbers]
         optimizer = torch.optim.Adam(groups)
-        warm = max(1, round(WARM_UP * self.steps))
-        rises = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, total_iters=warm)
-        falls = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps - warm))
-        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rises, falls], [warm])
+        share = partial(warmed_up, steps=self.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 

@@ -39,30 +39,39 @@ class Batch:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token sequences and where they come from."""
+    """Token sequences and where they come from.
+
+    Attributes:
+        source: what they were drawn from, by `seed`.
+        added: how many of them, at the end, are all of another text, and `added_from` which.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     source: str = "given"
     seed: int = 0
+    added: int = 0
+    added_from: str = ""
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.sequences))
 
     def with_all_of(self, other: "Calibration") -> "Calibration":
-        """Both texts as one."""
-        source = f"{self.source} + {other.source}"
-        return replace(self, sequences=self.sequences + other.sequences, source=source)
+        """This text, with another one added."""
+        both = self.sequences + other.sequences
+        return replace(self, sequences=both, added=len(other.sequences), added_from=other.source)
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of the text."""
-        return {
+        """What the manifest says of the text; hash and tokens are of all sequences."""
+        facts = {
             "source": self.source,
             "sha256": self.sha256,
-            "sequences": len(self.sequences),
+            "sequences": len(self.sequences) - self.added,
             "tokens": self.tokens,
             "seed": self.seed,
         }
+        added = {"added": {"source": self.added_from, "sequences": self.added}}
+        return facts | (added if self.added else {})
 
     @property
     def sha256(self) -> str:

@@ -122,7 +122,8 @@ def _again(report: Mapping[str, Any]) -> str:
     revision = f" --revision {report['revision']}" if report["revision"] else ""
     fitted = report["settings"].get("calibration")
     draw = "--sequences {sequences} --seed {seed}".format_map(fitted) if fitted else ""
-    data = f" --calibration FILE {draw}" if fitted else ""
+    more = " --sampled SAMPLED" if fitted and "added" in fitted else ""
+    data = f" --calibration FILE {draw}{more}" if fitted else ""
     facts = f"\n\n{_fitted_to(fitted)}" if fitted else ""
     version = report["environment"].get("versions", {}).get("tensorllm", "")
     format, out, then = report["format"], "FOLDER", ""
@@ -146,12 +147,19 @@ def _exported(report: Mapping[str, Any]) -> str:
 
 
 def _fitted_to(text: Mapping[str, Any]) -> str:
-    """What FILE was, and what was drawn of it."""
+    """What FILE was, and what was drawn of it; what SAMPLED was."""
     lost = (
         " The loss on them rose by {loss_increase:.4f} from {loss:.4f} nats per token."
         if "loss_increase" in text
         else ""
     ).format_map(text)
+    if "added" in text:
+        added = text["added"]
+        return (
+            f"FILE was `{text['source']}`, from which {text['sequences']:,} sequences were drawn, "
+            f"and SAMPLED `{added['source']}`, with {added['sequences']:,}: {text['tokens']:,} "
+            f"tokens in all. SHA-256 of the sequences: `{text['sha256']}`.{lost}"
+        )
     return (
         f"FILE was `{text['source']}`: {text['sequences']:,} sequences of {text['tokens']:,} "
         f"tokens in all were drawn from it. SHA-256 of these: `{text['sha256']}`.{lost}"

@@ -19,6 +19,7 @@ from torch import nn
 from tensorllm.compressors.applied import Applied, Product, Reading
 from tensorllm.compressors.calibrated.maps import Map, pivoted
 from tensorllm.compressors.layer import LayerContext, LayerResult, Site
+from tensorllm.compressors.steps import damp_rounding, mean_size, warmed_up
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.weighted import Metric
@@ -134,9 +135,8 @@ def _train(context: LayerContext, moving: Mapping[Site, Moving], ends: Mapping[S
     rates: list[Callable[[int], float]] = []
     for site, each in moving.items():
         for p in each.parameters():
-            size = float(p.detach().square().mean().sqrt())
-            groups.append({"params": [p], "lr": rate * size})
-            rates.append(partial(_rate, steps=ends[site] * len(seen)))
+            groups.append({"params": [p], "lr": rate * mean_size(p)})
+            rates.append(partial(warmed_up, steps=ends[site] * len(seen)))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     draws = torch.Generator().manual_seed(context.layer)
@@ -151,6 +151,8 @@ def _train(context: LayerContext, moving: Mapping[Site, Moving], ends: Mapping[S
                 context.output_loss(seen[place], _applied(context, now), {}).backward()
             grads = [p.grad for each in now.values() for p in each.parameters()]
             context.add_up([grad for grad in grads if grad is not None])
+            if not schedule.last_epoch:
+                damp_rounding(optimizer)
             optimizer.step()
             schedule.step()
         found = _error(context, now, judged)
@@ -178,13 +180,3 @@ def _error(context: LayerContext, moving: Mapping[Site, Moving], batches: Sequen
     assert isinstance(total, torch.Tensor)
     context.add_up([total])
     return float(total)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Warm-up over a tenth of the steps, then a cosine."""
-    warm = max(1, steps // 10)
-    if step < warm:
-        return (step + 1) / warm
-    if step >= steps:
-        return 0.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
