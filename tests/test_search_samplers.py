@@ -12,7 +12,7 @@ def test_every_sampler_that_may_be_asked_for_has_a_row():
 
 
 def drawn(sampler: Sampler, count: int, sign: int) -> list[float]:
-    """Values of trials one after another; the result of each is known before the next is asked for."""
+    """Values of trials one after another, each asked for when the last one has its result."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=sampler.make(7, 1))
     out = []
