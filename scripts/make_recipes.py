@@ -3,8 +3,8 @@
     python scripts/make_recipes.py
 
 The facts are in published.yaml and in nowhere else; a recipe is one published experiment said in
-the fields of its compressor. tests/test_recipes.py fails where the files differ from what this
-writes.
+the fields of its compressor. tests/reproduction/test_recipes.py fails where the files differ from
+what this writes.
 """
 
 from pathlib import Path

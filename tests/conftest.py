@@ -12,6 +12,8 @@ import gc
 import os
 import time
 
+from repository import ROOT
+
 gc.disable()
 os.fsync = lambda fd: None
 
@@ -25,9 +27,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-
 
 VERBOSITY = "TRANSFORMERS_VERBOSITY"  # which --verbose sets
 

@@ -1,7 +1,7 @@
 """Which model types of transformers are read, and how: a committed table, and what makes it.
 
-`tests/test_coverage.py` makes it anew and compares. Each type's default config is shrunk, so that
-all of them take a minute.
+`tests/models/test_coverage.py` makes it anew and compares. Each type's default config is shrunk,
+so that all of them take a minute.
 """
 
 import json

@@ -1,0 +1,193 @@
+"""vLLM's quantisation interface: its linears run in our factors, or dense where they must.
+
+The first tests need no vLLM (tests/helpers/vllm_stand_in.py); the last one runs vLLM's own loader
+and model where vLLM can be imported.
+"""
+
+import importlib
+import json
+from importlib.metadata import distribution
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm_stand_in as stand_in
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from torch import nn
+
+import tensorllm as tl
+from tensorllm.errors import UserError
+
+SIZES = {"attention_bias": False, "max_position_embeddings": 64}
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+X = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+INNER = torch.randn(5, 56, generator=torch.Generator().manual_seed(1))
+METHODS = {
+    "shared Tucker and one FFN matrix": tl.Hybrid(ranks=(20, 3, 2), rho=0.4, matrices=("in",)),
+    "both inputs of the FFN": tl.LaserSVD(rho=0.5, matrices=("gate", "in", "out", "o")),
+    "one of three": tl.LaserSVD(rho=0.5, matrices=("k",)),
+    "over layers": tl.Trawl(rank=9, across_layers=True),
+}
+
+
+def folder(compressor: Any, out: Path) -> Any:
+    """A factored folder, and the dense model that it stands for."""
+    model = tiny_model("llama", **SIZES)
+    tl.compress(model, compressor)
+    tl.save(model, out)
+    return model
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Our module, imported as vLLM would import it."""
+    stand_in.install(monkeypatch)
+    return importlib.import_module("tensorllm.checkpoint.vllm")
+
+
+def config_of(ours: Any, out: Path) -> Any:
+    ours.register()
+    values = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = stand_in.REGISTERED[values["quant_method"]].from_config(values)  # type: ignore[attr-defined]
+    config.maybe_update_config(str(out), hf_config=SimpleNamespace(), revision=None)
+    config.packed_modules_mapping.update(PACKED)
+    return config
+
+
+def layers_of(config: Any, number: int) -> dict[str, Any]:
+    """The linears of one layer, as vLLM's LLaMA declares them."""
+    at = f"model.layers.{number}"
+    join, qkv = stand_in.LinearBase, stand_in.QKVParallelLinear
+    return {
+        "qkv": qkv(32, [32, 16, 16], config, f"{at}.self_attn.qkv_proj"),
+        "o": join(32, [32], config, f"{at}.self_attn.o_proj"),
+        "gate_up": join(32, [56, 56], config, f"{at}.mlp.gate_up_proj"),
+        "down": join(56, [32], config, f"{at}.mlp.down_proj"),
+    }
+
+
+def load(layers: dict[str, Any], config: Any, out: Path, number: int) -> None:
+    """What vLLM does: weights by name into the layers, then each layer's own last step."""
+    mapper = config.get_checkpoint_weight_mapper()
+    stored = mapper.apply(load_file(out / "factored.safetensors").items())
+    places = {
+        f"self_attn.{name}_proj": ("qkv", shard) for name, shard in zip("qkv", "qkv", strict=True)
+    }
+    places |= {"self_attn.o_proj": ("o", None), "mlp.down_proj": ("down", None)}
+    places |= {"mlp.gate_proj": ("gate_up", 0), "mlp.up_proj": ("gate_up", 1)}
+    for name, t in stored:
+        path = name.removesuffix(".weight").removeprefix(f"model.layers.{number}.")
+        if path in places:
+            layer, shard = places[path]
+            layers[layer].weight.weight_loader(layers[layer].weight, t, shard)
+    for layer in layers.values():
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def wanted(model: Any, number: int) -> dict[str, Any]:
+    block = model.model.layers[number]
+    a, f = block.self_attn, block.mlp
+    return {
+        "qkv": torch.cat([a.q_proj(X), a.k_proj(X), a.v_proj(X)], dim=-1),
+        "o": a.o_proj(X),
+        "gate_up": torch.cat([f.gate_proj(X), f.up_proj(X)], dim=-1),
+        "down": f.down_proj(INNER),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("split", [1, 2])
+def test_linears_give_what_the_dense_weights_give(
+    name: str, split: int, ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = folder(METHODS[name], tmp_path / "out")
+    monkeypatch.setattr(ours, "get_tensor_model_parallel_world_size", lambda: split)
+    config = config_of(ours, tmp_path / "out")
+    for number in range(2):
+        layers = layers_of(config, number)
+        load(layers, config, tmp_path / "out", number)
+        for kind, want in wanted(model, number).items():
+            got, _ = layers[kind](INNER if kind == "down" else X)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            factored = hasattr(layers[kind], "factored")
+            assert not (factored and split > 1)
+            assert factored != hasattr(layers[kind], "weight")
+
+
+def test_which_linears_run_in_factors(ours: Any, tmp_path: Path) -> None:
+    folder(METHODS["shared Tucker and one FFN matrix"], tmp_path / "out")
+    layers = layers_of(config_of(ours, tmp_path / "out"), 0)
+    kinds = {name: type(layer.quant_method) for name, layer in layers.items()}
+    assert kinds == {
+        "qkv": ours.FactoredMethod,
+        "o": ours.FactoredMethod,
+        "gate_up": ours.DenseMethod,  # the gate is dense
+        "down": stand_in.UnquantizedLinearMethod,
+    }
+
+
+def test_other_layers_and_folders(ours: Any, tmp_path: Path) -> None:
+    folder(METHODS["one of three"], tmp_path / "out")
+    config = config_of(ours, tmp_path / "out")
+    assert config.get_quant_method(nn.Embedding(3, 4), "model.embed_tokens") is None
+    assert config.get_supported_act_dtypes() == [torch.float32, torch.bfloat16, torch.float16]
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    for place in (tmp_path / "dense", "someone/absent"):
+        with pytest.raises(UserError, match="is no factored folder on this machine"):
+            type(config)().maybe_update_config(str(place))
+
+
+def test_vllm_finds_the_entry_point() -> None:
+    points = distribution("tensorllm").entry_points
+    values = [point.value for point in points if point.group == "vllm.general_plugins"]
+    assert values == ["tensorllm.checkpoint.vllm:register"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_vllm_itself_loads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own config, model and loader, linear by linear; its attention needs its kernels."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: its model and loader are not run")
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    if not vllm.platforms.current_platform.device_type:  # a build for GPUs, where there is none
+        monkeypatch.setattr(vllm.platforms, "_current_platform", CpuPlatform())
+        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader import get_model
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    folder(METHODS["shared Tucker and one FFN matrix"], tmp_path / "out")
+    tl.load(tmp_path / "out").save_pretrained(tmp_path / "dense")
+    models = []
+    for name in ("dense", "out"):
+        settings = {"skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True}
+        config = EngineArgs(str(tmp_path / name), **settings).create_engine_config()
+        with set_current_vllm_config(config):
+            if not models:
+                init_distributed_environment(1, 0, "tcp://127.0.0.1:29527", 0, "gloo")
+                initialize_model_parallel(1)
+            models.append(get_model(vllm_config=config))
+    dense, ours = models
+    linears = {name: m for name, m in dense.named_modules() if isinstance(m, LinearBase)}
+    assert len(linears) == 8
+    found = dict(ours.named_modules())
+    for name, linear in linears.items():
+        x = INNER if name.endswith("down_proj") else X
+        torch.testing.assert_close(found[name](x)[0], linear(x)[0], rtol=1e-4, atol=1e-5)
+    kinds = {type(found[name].quant_method).__name__ for name in linears}
+    assert kinds == {"FactoredMethod", "DenseMethod", "UnquantizedLinearMethod"}
+    plain = {name: p for name, p in dense.named_parameters() if "norm" in name or "emb" in name}
+    assert plain
+    assert all(torch.equal(dict(ours.named_parameters())[n], plain[n]) for n in plain)

@@ -1,0 +1,168 @@
+"""A narrower checkpoint is an ordinary one that computes what the wider one does."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibration_text import text
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+
+import tensorllm as tl
+from tensorllm.commands.export import run
+from tensorllm.compression import prepare
+from tensorllm.compression.dry_run import dry_run
+from tensorllm.compression.engine import compress_folder
+from tensorllm.compression.narrow import narrow
+from tensorllm.compression.task import FolderTask
+from tensorllm.compressors import SVDLLM, ActivationHybrid
+from tensorllm.compressors.calibrated.modegpt import MoDeGPT
+from tensorllm.compressors.wrapped import channels_only
+from tensorllm.errors import UserError
+from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.requests.others import ExportRequest
+
+IDS = torch.arange(3, 14)[None]
+FFN = ("in", "gate", "out")
+
+
+def bloom() -> BloomForCausalLM:  # its FFN is always four times as wide as the model
+    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=120))
+
+
+def saved(architecture: str, folder: Path, format: str, kept: float = 0.4) -> torch.Tensor:
+    """Logits of a model whose FFN channels were dropped, saved to the folder."""
+    model = tiny_model(architecture)
+    roles = RoleMatrices(model.config, parameters_of(model)).spec.roles
+    matrices = tuple(role for role in FFN if role in roles)
+    tl.compress(model, MoDeGPT(kept=kept, matrices=matrices), calibration=text())
+    tl.save(model, folder, format=format)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gptj", "opt"])
+@pytest.mark.parametrize("format", ["dense", "factored"])
+def test_plain_transformers_gets_the_same_logits(architecture: str, format: str, tmp_path: Path):
+    want = saved(architecture, tmp_path / "wide", format)
+    made = narrow(tmp_path / "wide", tmp_path / "narrow")
+    assert made.after % 8 == 0
+    assert made.after < made.before
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-5, rtol=1e-5)
+    config = json.loads((tmp_path / "narrow" / "config.json").read_text())
+    assert made.after in config.values()
+
+
+def test_the_command_says_the_width(tmp_path: Path):
+    saved("llama", tmp_path / "wide", "factored")
+    done = run(ExportRequest(folder=tmp_path / "wide", out=tmp_path / "out", format="narrow"))
+    assert done.to_json()["ffn_width"] == 24
+    assert "FFN width 56 → 24" in str(done)
+
+
+def test_what_has_no_dead_channel_is_refused(tmp_path: Path):
+    tiny_model("llama").save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"reads 56 of its 56 FFN channels.*--mode modegpt"):
+        narrow(tmp_path / "whole", tmp_path / "narrow")
+    assert not (tmp_path / "narrow").exists()
+
+
+def task(folder: Path, architecture: str, compressor: Any, **more: Any) -> FolderTask:
+    if not (folder / "whole").exists():
+        model = bloom() if architecture == "bloom" else tiny_model(architecture)
+        model.save_pretrained(folder / "whole")
+    return FolderTask(
+        source=folder / "whole",
+        target=folder / "out",
+        compressor=compressor,
+        format="narrow",
+        **{"calibration": text()} | more,
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_compress_writes_what_the_two_commands_would(architecture: str, tmp_path: Path):
+    roles = RoleMatrices(tiny_model(architecture).config, parameters_of(tiny_model(architecture)))
+    matrices = tuple(role for role in FFN if role in roles.spec.roles)
+    asked = task(tmp_path, architecture, MoDeGPT(kept=0.4, matrices=matrices))
+    planned = dry_run(asked)
+    report = compress_folder(asked)
+    saved(architecture, tmp_path / "wide", "factored")
+    narrow(tmp_path / "wide", tmp_path / "by export")
+    names = {"model.safetensors", "config.json", "tensorllm.json", "report.json", "README.md"}
+    for folder in ("out", "by export"):
+        assert names <= {path.name for path in (tmp_path / folder).iterdir()}
+    weights = [load_file(tmp_path / f / "model.safetensors") for f in ("out", "by export")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, w in weights[0].items():
+        torch.testing.assert_close(w, weights[1][name])
+    stored = sum(w.numel() for w in weights[0].values())
+    assert report.totals.parameters_after == planned.parameters_after == stored
+    assert planned.bytes_after == pytest.approx(report.totals.bytes_after, rel=0.02)
+    reports = [json.loads((tmp_path / f / "report.json").read_text()) for f in ("out", "by export")]
+    assert reports[0]["ffn_width"] == reports[1]["ffn_width"]
+    assert reports[0]["ffn_width"]["after"] < reports[0]["ffn_width"]["before"]
+    assert reports[1]["totals"]["parameters_after"] == stored
+    assert reports[1]["ratios"]["whole_model"] == pytest.approx(report.ratios()["whole_model"])
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.library_name == "transformers"
+    tl.load(tmp_path / "out", verify=True)
+
+
+def test_low_rank_beside_narrow_ffns_is_written_dense(tmp_path: Path):
+    strategy = ActivationHybrid(target_ratio=2.0, refit_epochs=0)
+    made = compress_folder(task(tmp_path, "llama", strategy))
+    kinds = {site.kind for site in made.sites if "out" in site.roles}
+    assert kinds == {"kept-rows"}  # no layer's FFN is low-rank: it would keep the others as wide
+    assert any(set(site.roles) <= set("qkvo") for site in made.sites)
+    again = replace(task(tmp_path, "llama", strategy), target=tmp_path / "dense", format="dense")
+    wide = task(tmp_path, "llama", channels_only(strategy))
+    compress_folder(replace(wide, target=tmp_path / "dense", format="dense"))
+    assert dry_run(replace(again, format="narrow")).bytes_after is None  # the fit will tell
+    models = [tl.load(tmp_path / folder) for folder in ("out", "dense")]
+    assert models[0].config.intermediate_size < models[1].config.intermediate_size
+    with torch.no_grad():
+        narrower, dense = (model(IDS).logits for model in models)
+    torch.testing.assert_close(narrower, dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "strategy", "message"),
+    [
+        ("bloom", MoDeGPT(kept=0.4), "the class of bloom takes no other FFN width"),
+        ("llama", SVDLLM(kept=0.5), "layer 0 reads 56 of its 56 FFN channels"),
+        ("llama", MoDeGPT(kept=0.99), "layer 0 reads 55 of its 56 FFN channels"),
+        ("llama", MoDeGPT(kept=0.4, matrices=("v", "o")), "layer 0 reads 56 of its 56"),
+    ],
+)
+def test_what_cannot_be_narrower_is_refused_before_the_fit(
+    architecture: str, strategy: Any, message: str, tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setattr(prepare, "_fitted", lambda *_: pytest.fail("fitted"))
+    asked = task(tmp_path, architecture, strategy)
+    for run_it in (compress_folder, dry_run):
+        with pytest.raises(UserError, match=f"^--format narrow: {message}"):
+            run_it(asked)
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_layer_that_is_left_out_keeps_all_as_wide(tmp_path: Path):
+    with pytest.raises(UserError, match="layer 0 reads 56 of its 56"):
+        compress_folder(task(tmp_path, "llama", MoDeGPT(kept=0.4), layers=[1]))
+
+
+def test_a_model_in_memory_is_saved_narrow(tmp_path: Path):
+    model = tiny_model("llama")
+    tl.compress(model, MoDeGPT(kept=0.4, matrices=FFN), calibration=text())
+    tl.save(model, tmp_path / "out", format="narrow")
+    with torch.no_grad():
+        got, want = tl.load(tmp_path / "out")(IDS).logits, model(IDS).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
