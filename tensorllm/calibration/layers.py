@@ -161,25 +161,27 @@ class Tap:
 
     Attributes:
         path: of the module, below the layer.
+        others: modules that read the same input: whichever runs first gives it.
     """
 
     path: str
     of_output: bool = False
+    others: tuple[str, ...] = ()
 
     @contextmanager
     def attached(self, block: nn.Module, give: Callable[[Tensor], None]) -> Iterator[None]:
-        """Within it, `give` gets the signal whenever the module runs."""
-        module = block.get_submodule(self.path)
-        if self.of_output:
-            handle = module.register_forward_hook(
-                lambda module, args, output: give(without_bias(module, output))
-            )
-        else:
-            handle = module.register_forward_pre_hook(lambda module, args: give(args[0]))
-        try:
+        """Within it, `give` gets the signal whenever the module runs, and of `others`, too."""
+        with ExitStack() as attached:
+            for path in (self.path, *self.others):
+                module = block.get_submodule(path)
+                if self.of_output:
+                    handle = module.register_forward_hook(
+                        lambda module, args, output: give(without_bias(module, output))
+                    )
+                else:
+                    handle = module.register_forward_pre_hook(lambda module, args: give(args[0]))
+                attached.callback(handle.remove)
             yield
-        finally:
-            handle.remove()
 
 
 def without_bias(module: nn.Module, output: Tensor) -> Tensor:

@@ -49,7 +49,10 @@ class LayerModule:
 
     def tap(self, roles: Sequence[str]) -> Tap:
         """Where roles that read one input meet the model's width."""
-        return Tap(self.below(roles[0]), of_output=is_output_projection(roles[0]))
+        if is_output_projection(roles[0]):
+            return Tap(self.below(roles[0]), of_output=True)
+        path, *others = dict.fromkeys(map(self.below, roles))
+        return Tap(path, others=tuple(others))
 
     @property
     def attention(self) -> str:

@@ -6,6 +6,7 @@ from tiny_models import tiny_model
 
 from tensorllm.calibration.layers import InMemory, Layers
 from tensorllm.calibration.original import LayerModule, Original
+from tensorllm.calibration.remembered import Remembered
 from tensorllm.calibration.store import Store, Sweep
 
 
@@ -42,6 +43,23 @@ def test_what_the_layer_reads_first_is_run_and_not_kept():
     assert not store.has("original-q-0")
     run.output(0)
     assert not store.has("original-q-0")
+
+
+def test_a_shared_input_is_given_by_whichever_module_runs_first():
+    run, _, layers = made()
+    block, ran = run.module.block, []
+    for role in ("in", "gate"):
+        module = block.get_submodule(run.module.below(role))
+        module.register_forward_hook(lambda module, args, output: ran.append(module))
+    for roles in (("in", "gate"), ("gate", "in")):
+        tap, nothing = run.module.tap(roles), Remembered(block, "")
+        found = layers.signals(0, block, layers.start, tap, nothing)
+        alone = layers.signals(0, block, layers.start, run.module.tap(roles[:1]), nothing)
+        for one, other in zip(found, alone, strict=True):
+            assert torch.equal(one, other)
+        ran.clear()
+        next(layers.signals(0, block, layers.start, tap, nothing))
+        assert not ran
 
 
 def test_outputs_are_the_same_kept_or_run():
