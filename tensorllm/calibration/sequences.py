@@ -4,7 +4,7 @@ Shapes: B sequences of a batch, T their padded length.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.errors import UserError
+from tensorllm.models.task import context_length
 
 WINDOW = 64  # tokens: stories begin alike, but not for so long
+LENGTH = 512  # tokens of a sequence, where the model's context is no shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,37 @@ class Calibration:
             last = groups.pop()
             groups[-1] += last
         return [_pad(group, ranks) for group in groups]
+
+
+def usual_length(config: Any) -> int:
+    """Tokens of a calibration sequence of a model."""
+    return min(LENGTH, context_length(config) or LENGTH)
+
+
+def text_asked_for(
+    file: Path | None,
+    sampled: Path | None,
+    tokenizer: Callable[[], Any],
+    config: Callable[[], Any],
+    sequences: int,
+    seed: int,
+) -> Calibration | None:
+    """The text of a request: sequences drawn from a file, and all that the model wrote in another.
+
+    Raises:
+        UserError: `sampled` without `file`, or files that cannot be read.
+    """
+    if file is None:
+        if sampled is not None:
+            raise UserError(
+                "--sampled adds to --calibration FILE; to fit to it alone, give it as --calibration"
+            )
+        return None
+    length, reading = usual_length(config()), tokenizer()
+    text = read_calibration(file, reading, sequences=sequences, length=length, seed=seed)
+    if sampled is None:
+        return text
+    return text.with_all_of(read_calibration(sampled, reading, sequences=None, length=length))
 
 
 def read_calibration(

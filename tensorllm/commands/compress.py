@@ -7,7 +7,7 @@ from typing import Any, cast
 from tensorllm.calibration.fit import fit_sizes
 from tensorllm.calibration.overlap import refuse_evaluated
 from tensorllm.calibration.ranks import joined
-from tensorllm.calibration.sequences import Calibration, read_calibration
+from tensorllm.calibration.sequences import Calibration, text_asked_for
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.source import Source, check_name, resolve
 from tensorllm.checkpoint.writer import check_target
@@ -27,13 +27,10 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
-from tensorllm.models.task import context_length
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, completed, recipe_of, short_names
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
-
-LENGTH = 512  # tokens of a calibration sequence, at most
 
 
 def run(request: CompressRequest, progress: Progress = quiet) -> CompressionReport | DryRun | None:
@@ -168,29 +165,17 @@ def _text(
     request: CompressRequest, source: Source, dtype: Any, dataset: str | None
 ) -> Calibration | None:
     """The calibration text; it must not be what is scored afterwards."""
-    if request.calibration is None:
-        if request.sampled is not None:
-            raise UserError(
-                "--sampled adds to --calibration FILE; to fit to it alone, give it as --calibration"
-            )
-        return None
     loader = Loader(source.folder, dtype)
-    tokenizer = loader.tokenizer()
-    context = context_length(loader.config()) or LENGTH
-    length = min(LENGTH, context)
-    text = read_calibration(
+    text = text_asked_for(
         request.calibration,
-        tokenizer,
-        sequences=request.sequences or SEQUENCES,
-        length=length,
-        seed=request.seed or 0,
+        request.sampled,
+        loader.tokenizer,
+        loader.config,
+        request.sequences or SEQUENCES,
+        request.seed or 0,
     )
-    if request.sampled is not None:
-        text = text.with_all_of(
-            read_calibration(request.sampled, tokenizer, sequences=None, length=length)
-        )
-    if dataset is not None and not request.allow_overlap:
-        refuse_evaluated(text, tokenizer, dataset, request.data_file)
+    if text is not None and dataset is not None and not request.allow_overlap:
+        refuse_evaluated(text, loader.tokenizer(), dataset, request.data_file)
     return text
 
 

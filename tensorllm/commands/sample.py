@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.calibration.sampled import sampled_text
+from tensorllm.calibration.sequences import usual_length
 from tensorllm.commands.generate import loaded
 from tensorllm.errors import UserError
 from tensorllm.io import replacing
-from tensorllm.models.task import context_length
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins
 from tensorllm.requests.others import SampleRequest
-
-LENGTH = 512  # tokens of a sequence, as of a calibration sequence that is read
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,12 @@ def sample(request: SampleRequest, progress: Progress = quiet) -> Sampled:
     if request.out.suffix != ".jsonl":
         raise UserError(f"--out must be named *.jsonl, got {request.out.name}")
     model, tokenizer = loaded(request)
-    length = request.length or min(LENGTH, context_length(model.config) or LENGTH)
     text = sampled_text(
-        model, sequences=request.sequences, length=length, seed=request.seed, progress=progress
+        model,
+        sequences=request.sequences,
+        length=request.length or usual_length(model.config),
+        seed=request.seed,
+        progress=progress,
     )
     with replacing(request.out) as part, part.open("w", encoding="utf-8") as file:
         for sequence in text.sequences:

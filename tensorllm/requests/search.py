@@ -66,6 +66,10 @@ class SearchRequest:
     calibration: Annotated[Path | None, Option("Text file, for modes that are fitted to text.")] = (
         None
     )
+    sampled: Annotated[
+        Path | None,
+        Option("With --calibration: text of the model's own to add (`tensorllm sample`)."),
+    ] = None
     allow_overlap: Annotated[bool, Option("Let the calibration text hold rows scored.")] = False
     max_error: Annotated[float | None, Option("Largest relative error of a decomposition.")] = None
     min_ratio: Annotated[

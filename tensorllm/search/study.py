@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorllm.calibration.fit import Fitted
 from tensorllm.calibration.overlap import refuse_evaluated
-from tensorllm.calibration.sequences import Calibration, read_calibration
+from tensorllm.calibration.sequences import Calibration, text_asked_for
 from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
 from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.engine import compress
@@ -25,7 +25,6 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.models.task import context_length
 from tensorllm.registry import one_of
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.activation_cache import CacheBudget
@@ -55,7 +54,6 @@ from tensorllm.search.worker import Worker
 GRID = 100  # points up to which a space is searched whole
 TRIALS = 100
 GIB = 2**30
-LENGTH = 512  # tokens of a calibration sequence, at most
 
 OnTrial = Callable[["Study", TrialQueue], None]
 
@@ -233,17 +231,15 @@ class Study:
     def calibration_of(self, model: PreTrainedModel) -> Calibration | None:
         """The same for a model that may still be without the edits of `base`."""
         request = self.request
-        if request.calibration is None:
-            return None
-        context = context_length(model.config) or LENGTH
-        text = read_calibration(
+        text = text_asked_for(
             request.calibration,
-            self.tokenizer,
-            sequences=request.sequences,
-            length=min(LENGTH, context),
-            seed=request.seed,
+            request.sampled,
+            lambda: self.tokenizer,
+            lambda: model.config,
+            request.sequences,
+            request.seed,
         )
-        if not request.allow_overlap:
+        if text is not None and not request.allow_overlap:
             for source in self.asked:
                 refuse_evaluated(text, self.tokenizer, source.name, source.data_file)
         return text

@@ -21,6 +21,7 @@ from tensorllm.search.composition import Step
 from tensorllm.search.objectives import OBJECTIVES, Objective
 from tensorllm.search.prefix import Prefix
 from tensorllm.search.space import make_space
+from tensorllm.search.study import Study
 from tensorllm.tensors.factors import LowRank
 
 SMALL = SearchRequest(model="demo", dataset="demo", limit=60, layers=(2, 3), cache_gib=2**-6)
@@ -104,6 +105,13 @@ def test_a_method_that_sees_a_text_is_searched_with_one(tmp_path: Path) -> None:
     plain = run(replace(SMALL, mode="key-cut", vary=wanted.vary)).results
     for part in ("validation", "test"):
         assert found["winner"][part]["loss"] == pytest.approx(plain["winner"][part]["loss"], 1e-4)
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "Nobody sings ."}\n' * 3)
+    drawn = Study(replace(wanted, calibration=text, sampled=own, sequences=64)).calibration
+    assert drawn is not None
+    assert (len(drawn.sequences), drawn.added) == (67, 3)
+    with pytest.raises(UserError, match="--sampled adds to --calibration FILE"):
+        run(replace(wanted, sampled=own))
 
 
 @pytest.mark.usefixtures("registered")
