@@ -198,17 +198,17 @@ def save_all(bench: Bench, dense: dict[str, Any], args: argparse.Namespace) -> N
 
 
 def closed(losses: dict[str, dict[str, Any]], dense: dict[str, Any]) -> dict[str, Comparison]:
-    """What ours closes of the gap between the best other method and the dense model."""
+    """What each variant of ours closes of the gap between the best other method and the dense
+    model."""
     out = {}
-    for kept in dict.fromkeys(row["kept"] for row in losses.values()):
-        own = [row for row in losses.values() if row["kept"] == kept and "ours" in row["method"]]
-        others = [r for r in losses.values() if r["kept"] == kept and "ours" not in r["method"]]
-        for text in (name for name in dense if name != "questions"):
-            if own and others:
-                best, rest = (min(row[text] for row in rows) for rows in (own, others))
-                share = 100 * (rest - best) / (rest - dense[text])
-                name = f"kept {kept:g}, {text}"
-                out[name] = Comparison(ours=share, unit="% of the gap", wanted=100 * HALF)
+    for row in (row for row in losses.values() if "ours" in row["method"]):
+        same = (other for other in losses.values() if other["kept"] == row["kept"])
+        others = [other for other in same if "ours" not in other["method"]]
+        for text in (name for name in dense if name != "questions" and others):
+            rest = min(other[text] for other in others)
+            share = 100 * (rest - row[text]) / (rest - dense[text])
+            name = f"{row['method']}, kept {row['kept']:g}, {text}"
+            out[name] = Comparison(ours=share, unit="% of the gap", wanted=100 * HALF)
     return out
 
 
