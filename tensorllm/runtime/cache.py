@@ -1,7 +1,6 @@
 """A cache that grows in place: a step writes its own keys and values, and copies no others.
 
-transformers' own layer copies all that is cached at every token, into memory that is new each time:
-on a CPU that takes longer than reading what is cached, and as long as a good part of the weights.
+transformers' own layer copies all that is cached at every token, into memory that is new each time.
 Shapes: B batch, G key/value heads, N cached tokens, T new tokens, E and R key and value widths.
 """
 
@@ -29,7 +28,7 @@ class Room:
     values: Tensor
     used: int
 
-    def takes(self, layer: DynamicLayer, after: int) -> bool:
+    def takes(self, layer: Any, after: int) -> bool:
         """Whether a layer's tokens lie here, at the beginning, and are the last ones that do.
 
         They do not once beams were reordered, or rows chosen.
@@ -43,9 +42,11 @@ class Room:
         )
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no types
+class GrowingLayer(DynamicLayer):
     """transformers' growing layer with room behind what is cached; `of` makes it of one."""
 
+    keys: Any
+    values: Any
     room: Room | None = None
 
     @classmethod
@@ -63,7 +64,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers' has no 
         room = self.room
         if room is None or not room.takes(self, after):
             length = after + min(ROOM, 1 + after // 4)
-            room = self.room = Room(*(_with_room(t, length) for t in (self.keys, self.values)), 0)
+            keys, values = (_with_room(t, length) for t in (self.keys, self.values))
+            room = self.room = Room(keys, values, 0)
         room.keys[..., before:after, :] = key_states
         room.values[..., before:after, :] = value_states
         room.used = after
@@ -90,7 +92,7 @@ def _growing(module: nn.Module, rest: tuple[Any, ...], given: dict[str, Any]) ->
     past = getattr(past, "self_attention_cache", past)
     if past is None or torch.compiler.is_compiling() or getattr(past, "offloading", False):
         return  # or layers are moved between devices
-    layers = getattr(past, "layers", ())
+    layers: Any = getattr(past, "layers", ())
     for number, held in enumerate(layers):
         if type(held) is DynamicLayer and held.is_initialized:
             layers[number] = GrowingLayer.of(held)

@@ -211,13 +211,16 @@ class PivotedInputs(PivotedSite):
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         held = self._held
         if held is None or held[0] is not x:
-            run, alone = self.step(x), len(self.sizes) == 1
-            if run is None and (alone or _merges_equal_products()):
-                return self._outputs(x)[index]
-            if alone:
+            run, readers = self.step(x), len(self.sizes)
+            if run is None:
+                made = self._outputs(x)
+                if readers == 1 or _merges_equal_products():
+                    return made[index]
+            elif readers == 1:
                 return run(x)
-            made = self._outputs(x) if run is None else run(x).split_with_sizes(self.sizes, -1)
-            held = (x, made, len(self.sizes))
+            else:
+                made = run(x).split_with_sizes(self.sizes, -1)
+            held = (x, made, readers)
         self._held = None if held[2] == 1 else (held[0], held[1], held[2] - 1)
         return held[1][index]
 
