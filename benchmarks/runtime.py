@@ -149,6 +149,9 @@ def arguments() -> argparse.Namespace:
     more.add_argument("--prompt", type=int, default=PROMPT)
     more.add_argument("--new", type=int, default=NEW)
     more.add_argument("--label", default="", help="of --part real: added to the part's name")
+    more.add_argument(
+        "--own-cache", action="store_true", help="also the dense model with a cache as ours grows"
+    )
     more.add_argument("--layers", type=int, default=4, help="of --part compile: the first ones")
     more.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     more.add_argument(
