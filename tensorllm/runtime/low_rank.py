@@ -89,9 +89,9 @@ class PivotedSite(SiteModule):
         reads = int(STREAMED * stored)
         rows = sum(geometry.inner(role) for _, role in site.matrices)
         if rank == rows:
-            return Cost(reads, 2, stored)
+            return Cost(reads, 1, stored)
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
-        return Cost(reads, 5, stored + moves * MOVE * rows)
+        return Cost(reads, 3, stored + moves * MOVE * rows)
 
     @torch.no_grad()
     def finish(self) -> None:
