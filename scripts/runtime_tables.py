@@ -35,7 +35,12 @@ def real_runtime(value: Lookup, part: str) -> str:
 
 def one_token(value: Lookup, part: str) -> str:
     """Milliseconds of each part of a decoded token; the dense model once for each dtype."""
-    found = [row for i, row in enumerate(value(part)["rows"]) if row["what"] != "dense" or i == 0]
+    dense: set[str] = set()
+    found = []
+    for row in value(part)["rows"]:
+        if row["what"] != "dense" or row["dtype"] not in dense:
+            found.append(row)
+        dense |= {row["dtype"]}
     parts = list(found[0]["ms"])
     rows = [
         (
