@@ -7,6 +7,8 @@
     python benchmarks/runtime.py --part cache    # --cache auto beside latents and wide values
     python benchmarks/runtime.py --part real --model smollm2/ --hybrid compressed/
                                                  # a real model: speed, memory, what was predicted
+    python benchmarks/runtime.py --part token --model smollm2/ --hybrid compressed/
+                                                 # where the time of one decoded token goes
     python benchmarks/runtime.py --part compile --model smollm2/ --hybrid compressed/
                                                  # its first layers compiled by torch.compile
 
@@ -40,6 +42,7 @@ from support.tltorch_model import (
     peak_of,
     tltorch_model,
 )
+from support.token_parts import token_parts
 from transformers import GPTJForCausalLM
 
 import tensorllm as tl
@@ -49,7 +52,7 @@ from tensorllm.runtime import SiteModule
 from tensorllm.runtime.cost import POLICIES
 from tensorllm.runtime.measure import measure
 
-PARTS = ("block", "whole", "cost", "cache", "real", "compile", "all")
+PARTS = ("block", "whole", "cost", "cache", "real", "token", "compile", "all")
 
 
 def whole(repeats: int, quick: bool) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--part", choices=PARTS, default="all")
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--note", default="", help="kept with the figures: how busy it was")
-    more = options.add_argument_group("--part real, --part compile")
+    more = options.add_argument_group("--part real, --part token, --part compile")
     more.add_argument(
         "--model", type=Path, help="folder of a dense model; without it: not measured"
     )
@@ -149,6 +152,9 @@ def arguments() -> argparse.Namespace:
     more.add_argument("--prompt", type=int, default=PROMPT)
     more.add_argument("--new", type=int, default=NEW)
     more.add_argument("--label", default="", help="of --part real: added to the part's name")
+    more.add_argument(
+        "--own-cache", action="store_true", help="also the dense model with a cache as ours grows"
+    )
     more.add_argument("--layers", type=int, default=4, help="of --part compile: the first ones")
     more.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     more.add_argument(
@@ -156,10 +162,10 @@ def arguments() -> argparse.Namespace:
         help="dtypes in which the memory of each is measured, in a process of its own",
     )  # fmt: skip
     args = options.parse_args()
-    if args.part in ("real", "compile") and args.model is None:
+    if args.part in ("real", "token", "compile") and args.model is None:
         options.error(f"--part {args.part} needs --model FOLDER")
-    if args.part == "compile" and args.hybrid is None:
-        options.error("--part compile needs --hybrid OUT")
+    if args.part in ("token", "compile") and args.hybrid is None:
+        options.error(f"--part {args.part} needs --hybrid OUT")
     return args
 
 
@@ -187,6 +193,10 @@ def main() -> None:
     if args.part in ("cache", "all"):
         found = caches(fewer, args.quick)
         save("runtime", "cache", of_caches(found), args, note=args.note, rows=found)
+    if args.part == "token":
+        rows = list(token_parts(args, 4 * repeats))
+        name = f"{args.model.name}, one token, {torch.get_num_threads()} threads"
+        save("runtime", name, {}, args, note=args.note, rows=rows)
     if args.part == "compile":  # not of `all`: it takes long
         done = []
         for row in compiled(args, fewer):

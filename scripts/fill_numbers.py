@@ -49,7 +49,7 @@ from method_tables import (
     tucker_front,
     variants,
 )
-from runtime_tables import compiled, real_runtime
+from runtime_tables import compiled, one_token, real_runtime
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
@@ -73,6 +73,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "edits": edits,
     "real-runtime": real_runtime,
     "compiled": compiled,
+    "one-token": one_token,
     "claims": claims,
     "claim-cells": claim_cells,
     "claim-guards": claim_guards,

@@ -33,6 +33,28 @@ def real_runtime(value: Lookup, part: str) -> str:
     return table((*head, "peak, MiB") if peaks else tuple(head), rows)
 
 
+def one_token(value: Lookup, part: str) -> str:
+    """Milliseconds of each part of a decoded token; the dense model once for each dtype."""
+    dense: set[str] = set()
+    found = []
+    for row in value(part)["rows"]:
+        if row["what"] != "dense" or row["dtype"] not in dense:
+            found.append(row)
+        dense |= {row["dtype"]}
+    parts = list(found[0]["ms"])
+    rows = [
+        (
+            "" if row["what"] == "dense" else f"{row['ratio']:g}",
+            row["dtype"],
+            row["what"],
+            *(f"{row['ms'][name]:.1f}" for name in parts),
+            f"{row['bytes_per_token'] / MIB:,.0f}",
+        )
+        for row in found
+    ]
+    return table(("ratio", "dtype", "what runs", *parts, "read, MiB"), rows)
+
+
 def compiled(value: Lookup, part: str) -> str:
     """Milliseconds of the first layers, as they are and compiled, and of the first call."""
     rows = []

@@ -24,6 +24,7 @@ from tensorllm.checkpoint.loading import choices_of, load, predicted_of
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.compressors import COMPRESSORS, PlainSVD
+from tensorllm.runtime.cache import grow_in_place
 from tensorllm.runtime.measure import interleaved, measure, medians, weight_bytes
 from tensorllm.runtime.products import vector_times
 from tensorllm.tensors.factors import LowRank
@@ -68,10 +69,13 @@ MADE = {"svd-llm": low_rank, "narrow": narrow}
 
 
 def opened(folder: Path, how: str, dtype: str) -> Any:
-    """A folder as transformers loads it (`plain`), or by one of our policies."""
+    """A folder as transformers loads it (`plain`; `growing`: with our caches), or by a policy."""
     kind = DTYPES[dtype]
-    if how == "plain":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    if how in ("plain", "growing"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+        if how == "growing":
+            grow_in_place(model)
+        return model
     return load(folder, policy=how, dtype=kind)  # type: ignore[arg-type]
 
 
@@ -93,6 +97,8 @@ def read_speed(dtype: str) -> float:
 def folders(args: Any, ratio: float, made: Path) -> dict[str, tuple[Path, str]]:
     """name -> (folder, how it is opened) of what is compared at a ratio."""
     out = {"dense": (args.model, "plain")}
+    if args.own_cache:
+        out["dense, cache in place"] = (args.model, "growing")
     hybrid = args.hybrid / f"{ratio:g}" if args.hybrid else None
     if hybrid is not None and hybrid.is_dir():
         out |= {f"activation-hybrid, {how}": (hybrid, how) for how in args.policies}

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from tensorllm.evaluation.activations import fuse_activations
 from tensorllm.evaluation.head import Head
 from tensorllm.evaluation.last_layer import LastLayer
+from tensorllm.runtime.cache import GrowingLayer
 
 PAD = 0  # any token: it is masked out
 
@@ -66,7 +67,7 @@ ORDINARY = (DynamicLayer, DynamicSlidingWindowLayer)  # keys and values, and not
 def selected(entry: Any, rows: Tensor) -> Any:
     """A layer's entry of a cache with these rows, which may repeat."""
     new = copy.copy(entry)
-    if type(entry) in ORDINARY:
+    if type(entry) in (*ORDINARY, GrowingLayer):
         new.reorder_cache(rows)  # on a CPU ten times faster than by indexing
     else:
         new.batch_select_indices(rows)

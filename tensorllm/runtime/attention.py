@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.runtime.adapters import AttentionAdapter, rotary_function
-from tensorllm.runtime.cache import append
 from tensorllm.runtime.tucker import HeadsSite
 from tensorllm.tensors.stacking import Geometry
 
@@ -99,7 +98,7 @@ class FactoredAttention:
         past = past_key_values if past_key_values is not None else layer_past
         if past is not None:
             past = getattr(past, "self_attention_cache", past)
-            k_BGTE, v_BGTV = append(past, k_BGTE, v_BGTV, self.layer_idx)
+            k_BGTE, v_BGTV = past.update(k_BGTE, v_BGTV, self.layer_idx)
         y_BTHV, weights = self._attend(
             q_BHTE, k_BGTE, v_BGTV, attention_mask, output_attentions, kwargs
         )

@@ -1,63 +1,106 @@
 """A cache that grows in place: a step writes its own keys and values, and copies no others.
 
-transformers' own layer copies all that is cached at every token, which costs as much as reading it.
+transformers' own layer copies all that is cached at every token, into memory that is new each time.
 Shapes: B batch, G key/value heads, N cached tokens, T new tokens, E and R key and value widths.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens that a layer has room for, at first and whenever it is full
+ROOM = 64  # tokens that a layer has room for at most, at first and whenever it is full
 
 
-def append(past: Any, k_BGTE: Tensor, v_BGTR: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Cache new keys and values; returns all of that layer's. Any kind of cache will do.
+@dataclass(slots=True, eq=False)
+class Room:
+    """Memory for more tokens than are cached.
 
-    Only transformers' plain growing layers are written in place, and only where nothing needs the
-    copies: no gradients, no compiler, no moving of layers between devices.
+    Attributes:
+        keys, values: (B, G, N, E) and (B, G, N, R), N what there is room for.
+        used: tokens that were written by whoever wrote the most. What is behind them is free; a
+            cache that was cut back, or its copy, may be looked at by others up to here.
     """
-    layers = getattr(past, "layers", ())
-    if layer < len(layers) and not getattr(past, "offloading", False):
-        held = layers[layer]
-        if is_plain(held) and _in_place(k_BGTE, held):
-            return _grow(held, k_BGTE, v_BGTR)
-    keys, values = past.update(k_BGTE, v_BGTR, layer)
-    return keys, values
+
+    keys: Tensor
+    values: Tensor
+    used: int
+
+    def takes(self, layer: Any, after: int) -> bool:
+        """Whether a layer's tokens lie here, at the beginning, and are the last ones that do.
+
+        They do not once beams were reordered, or rows chosen.
+        """
+        return (
+            self.keys.data_ptr() == layer.keys.data_ptr()
+            and self.values.data_ptr() == layer.values.data_ptr()
+            and self.keys.shape[:2] == layer.keys.shape[:2]
+            and self.used == layer.keys.shape[-2]
+            and after <= self.keys.shape[-2]
+        )
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' growing layer with room behind what is cached; `of` makes it of one."""
+
+    keys: Any
+    values: Any
+    room: Room | None = None
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> "GrowingLayer":
+        made = cls()
+        made.__dict__.update(layer.__dict__)
+        return made
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """All keys (B, G, N, E) and values (B, G, N, R) with the new ones."""
+        if not self._in_place(key_states):
+            return super().update(key_states, value_states, *args, **kwargs)
+        before = self.keys.shape[-2]
+        after = before + key_states.shape[-2]
+        room = self.room
+        if room is None or not room.takes(self, after):
+            length = after + min(ROOM, 1 + after // 4)
+            keys, values = (_with_room(t, length) for t in (self.keys, self.values))
+            room = self.room = Room(keys, values, 0)
+        room.keys[..., before:after, :] = key_states
+        room.values[..., before:after, :] = value_states
+        room.used = after
+        self.keys, self.values = room.keys[..., :after, :], room.values[..., :after, :]
+        return self.keys, self.values
+
+    def _in_place(self, new: Tensor) -> bool:
+        """Only where nothing needs the copies: no gradients, no compiler."""
+        if not self.is_initialized or torch.compiler.is_compiling():
+            return False
+        if new.requires_grad or self.keys.requires_grad or not self.keys.numel():
+            return False
+        return not self.keys.is_inference() or torch.is_inference_mode_enabled()
+
+
+def grow_in_place(model: nn.Module) -> None:
+    """Let whatever plain cache a model is given grow so, from its second use on."""
+    model.register_forward_pre_hook(_growing, with_kwargs=True)
+
+
+def _growing(module: nn.Module, rest: tuple[Any, ...], given: dict[str, Any]) -> None:
+    del module, rest
+    past = given.get("past_key_values")
+    past = getattr(past, "self_attention_cache", past)
+    if past is None or torch.compiler.is_compiling() or getattr(past, "offloading", False):
+        return  # or layers are moved between devices
+    layers: Any = getattr(past, "layers", ())
+    for number, held in enumerate(layers):
+        if type(held) is DynamicLayer and held.is_initialized:
+            layers[number] = GrowingLayer.of(held)
 
 
 def is_plain(held: Any) -> bool:
     """Whether it is what transformers caches a layer with by default, and holds something."""
-    from transformers.cache_utils import DynamicLayer
-
-    return type(held) is DynamicLayer and held.is_initialized
-
-
-def _in_place(new: Tensor, held: Any) -> bool:
-    if torch.compiler.is_compiling() or new.requires_grad or held.keys.requires_grad:
-        return False
-    return not held.keys.is_inference() or torch.is_inference_mode_enabled()
-
-
-def _grow(held: Any, k_BGTE: Tensor, v_BGTR: Tensor) -> tuple[Tensor, Tensor]:
-    before = held.keys.shape[-2]
-    after = before + k_BGTE.shape[-2]
-    if not _fits(held, after):
-        held.room = [_with_room(t, after + ROOM) for t in (held.keys, held.values)]
-    for room, new in zip(held.room, (k_BGTE, v_BGTR), strict=True):
-        room[..., before:after, :] = new
-    held.keys, held.values = (room[..., :after, :] for room in held.room)
-    return held.keys, held.values
-
-
-def _fits(held: Any, length: int) -> bool:
-    """Whether what is cached still begins where the room does: not once beams were reordered."""
-    room = getattr(held, "room", None)
-    return room is not None and all(
-        r.data_ptr() == t.data_ptr() and r.shape[:2] == t.shape[:2] and r.shape[-2] >= length
-        for r, t in zip(room, (held.keys, held.values), strict=True)
-    )
+    return type(held) in (DynamicLayer, GrowingLayer) and held.is_initialized
 
 
 def _with_room(t_BGNE: Tensor, length: int) -> Tensor:

@@ -15,6 +15,7 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.spec import Stored
 from tensorllm.runtime.adapters import ADAPTERS
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
+from tensorllm.runtime.cache import grow_in_place
 from tensorllm.runtime.experts import (
     Apart,
     FactoredExperts,
@@ -155,6 +156,7 @@ class _Installation:
             self._experts(layer, by_role)
         for module in self.model.modules():
             pack_groups(module)
+        grow_in_place(self.model)
         return self.placed
 
     def _linear(

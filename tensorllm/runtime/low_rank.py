@@ -75,7 +75,7 @@ class PivotedSite(SiteModule):
         super().__init__(factors, site, geometry)
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
-        self._token: Token | None = None
+        self._step: Step | None = None
 
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
@@ -89,13 +89,14 @@ class PivotedSite(SiteModule):
         reads = int(STREAMED * stored)
         rows = sum(geometry.inner(role) for _, role in site.matrices)
         if rank == rows:
-            return Cost(reads, 2, stored)
+            return Cost(reads, 1, stored)
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
-        return Cost(reads, 5, stored + moves * MOVE * rows)
+        return Cost(reads, 3, stored + moves * MOVE * rows)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Find where each row belongs, once the numbers of the chosen ones are there."""
+        self._step = None
         if self.rows_R.is_meta:
             return
         self.rows_R = self.rows_R.clone()  # else it keeps the file that it was read from in memory
@@ -110,53 +111,78 @@ class PivotedSite(SiteModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to these very weights: a copy has its own."""
-        return {**self.__dict__, "_token": None}
+        return {**self.__dict__, "_step": None}
 
-    def of_token(self, x: Tensor) -> "Token | None":
-        """How a token x (..., I) that is decoded runs.
+    def step(self, x: Tensor) -> Product | None:
+        """What gives the outputs (..., O) of x (..., I), one token that is decoded.
 
-        None: a linear is adapted, or its weight made anew for each use (`runtime.narrow`). By the
-        dictionaries of `nn.Module`: with weights to be read in between, its own look-ups take a
-        token as long as its products do.
+        None: x is another number of tokens, or in a graph, gradients are wanted, a linear is
+        adapted, or its weight made anew for each use (`runtime.narrow`). With weights to be read in
+        between, look-ups take a token as long as its products do: so there are few here, of
+        dictionaries and of what is written in C.
         """
-        held: Any = self._modules
-        basis, mix, where = held["basis"], held["mix"], setting(x)
+        if (
+            x.numel() != x.shape[-1]
+            or torch.is_grad_enabled()
+            or type(x) is not Tensor  # what `torch.export` sends through, for one
+            or torch.compiler.is_dynamo_compiling()
+        ):
+            return None
+        held = self._step
+        if held is not None:
+            basis, mix, places, where, run = held
+            modules: Any = self._modules
+            if (
+                modules["basis"]._parameters.get("weight") is basis
+                and modules["mix"]._parameters.get("weight") is mix
+                and (basis.data_ptr(), mix.data_ptr()) == places
+                and x.dtype is where.dtype
+                and torch.get_num_threads() == where.threads
+            ):
+                return run
+        where = setting(x)
+        held = self._made(where)
+        self._step = None if where is None else held
+        return None if held is None else held.run
+
+    def _in_graph(self, x: Tensor) -> Product | None:
+        """The same where a compiler or gradients look on; never kept."""
+        made = self._made(None) if decodes(x) else None
+        return None if made is None else made.run
+
+    def _made(self, where: Setting | None) -> "Step | None":
+        basis, mix = self.basis, self.mix
         if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
             return None
-        weights: tuple[Any, Any] = basis._parameters["weight"], mix._parameters["weight"]
-        made = self._token
-        if made is None or not made.is_of(*weights, where):
-            made = Token.of(*weights, where)
-            if where is not None:
-                self._token = made
-        return made
+        weights = basis.weight, mix.weight
+        mixed = times(mix.weight, where) if mix.weight.numel() else None
+        run = self._through(times(basis.weight, where), mixed)
+        places = (0, 0) if where is None else (basis.weight.data_ptr(), mix.weight.data_ptr())
+        return Step(*weights, places, where, run)
+
+    def _through(self, first: Product, mixed: Product | None) -> Product:
+        """`step`, by the products with both matrices; mixed None: all rows are chosen ones."""
+        raise NotImplementedError
 
     def is_adapted(self) -> bool:
         """Whether one of the linears is another module by now, such as one with LoRA beside it."""
         return not (isinstance(self.basis, TurnedLinear) and isinstance(self.mix, TurnedLinear))
 
 
-class Token(NamedTuple):
+class Step(NamedTuple):
     """How one token runs through both matrices of a site, in one setting.
 
     Attributes:
-        mixed: the second product; None: all rows are chosen ones.
+        basis, mix: the parameters.
+        places: where their numbers are in memory.
+        where: None: made for one use.
     """
 
-    weights: tuple[Tensor, Tensor]
-    where: Setting | None
-    first: Product
-    mixed: Product | None
-
-    @classmethod
-    def of(cls, basis: Tensor, mix: Tensor, where: Setting | None) -> "Token":
-        mixed = times(mix, where) if mix.numel() else None
-        return cls((basis, mix), where, times(basis, where), mixed)
-
-    def is_of(self, basis: Tensor, mix: Tensor, where: Setting | None) -> bool:
-        """Whether the weights and the setting are still these."""
-        mine = self.weights
-        return mine[0] is basis and mine[1] is mix and self.where == where
+    basis: Tensor
+    mix: Tensor
+    places: tuple[int, int]
+    where: Any
+    run: Product
 
 
 class PivotedInputs(PivotedSite):
@@ -183,19 +209,25 @@ class PivotedInputs(PivotedSite):
         return torch.argsort(made_I)
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        if len(self.sizes) == 1 or _merges_equal_products():
-            return self._outputs(x)[index]
         held = self._held
         if held is None or held[0] is not x:
-            held = (x, self._outputs(x), len(self.sizes))
+            run, readers = self.step(x), len(self.sizes)
+            if run is None:
+                made = self._outputs(x)
+                if readers == 1 or _merges_equal_products():
+                    return made[index]
+            elif readers == 1:
+                return run(x)
+            else:
+                made = run(x).split_with_sizes(self.sizes, -1)
+            held = (x, made, readers)
         self._held = None if held[2] == 1 else (held[0], held[1], held[2] - 1)
         return held[1][index]
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
         """(..., I) of each role."""
-        if decodes(x) and (token := self.of_token(x)) is not None:
-            y = self._decoded(x.reshape(-1), token).view(*x.shape[:-1], -1)
-            return (y,) if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
+        if (run := self._in_graph(x)) is not None:
+            return run(x).split_with_sizes(self.sizes, -1)
         if not self.mix.weight.numel():
             return self.basis(x).split(self.sizes, dim=-1)
         if self.is_adapted():
@@ -204,13 +236,17 @@ class PivotedInputs(PivotedSite):
         lead, basis_DR, mix_RX = x.shape[:-1], self.basis.weight, self.mix.weight
         return self._in_order(latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX), lead)
 
-    def _decoded(self, x_D: Tensor, token: Token) -> Tensor:
-        """(I,): the outputs of all roles."""
-        z_R = token.first(x_D)
-        if token.mixed is None:
-            return z_R
-        order_I: Any = self._buffers["order_I"]
-        return torch.cat([z_R, token.mixed(z_R)]).index_select(0, order_I)
+    def _through(self, first: Product, mixed: Product | None) -> Product:
+        if mixed is None:
+            return lambda x: first(x.view(1, -1)).view(*x.shape[:-1], -1)
+        order_I, cat = self.order_I, torch.cat
+
+        def run(x: Tensor) -> Tensor:
+            z_1R = first(x.view(1, -1))
+            y_1I = cat((z_1R, mixed(z_1R)), 1).index_select(1, order_I)
+            return y_1I.view(*x.shape[:-1], -1)
+
+        return run
 
     def _in_order(self, made_IN: Tensor, lead: torch.Size) -> Sequence[Tensor]:
         """(..., I) of each role, of the outputs in the order in which they are made.
@@ -219,7 +255,7 @@ class PivotedInputs(PivotedSite):
         faster than columns. What goes into elementwise functions are views of it; attention kernels
         want each token's numbers side by side.
         """
-        y_IN = made_IN.index_select(0, self.order_I)
+        y_IN = rows_of(made_IN, self.order_I)
         if self.in_attention:
             return y_IN.mT.contiguous().view(*lead, -1).split(self.sizes, dim=-1)
         return [y.mT.view(*lead, -1) for y in y_IN.split(self.sizes)]
@@ -238,8 +274,8 @@ class PivotedOutput(PivotedSite):
         return made_I
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        if decodes(x) and (token := self.of_token(x)) is not None:
-            return self._decoded(x.reshape(-1), token).view(*x.shape[:-1], -1)
+        if (run := self.step(x) or self._in_graph(x)) is not None:
+            return run(x)
         if not self.mix.weight.numel():
             return self.basis(x)
         rank = len(self.rows_R)
@@ -248,20 +284,25 @@ class PivotedOutput(PivotedSite):
             z_NR = x_NI[:, :rank] + self.mix(x_NI[:, rank:])
             return self.basis(z_NR).view(*x.shape[:-1], -1)
         basis_RD, mix_XR = self.basis.weight, self.mix.weight
-        x_IN = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I)
+        x_IN = rows_of(x.flatten(0, -2).mT.contiguous(), self.order_I)
         if is_few(x):
             z_NR = x_IN[:rank].mT + x_IN[rank:].mT @ mix_XR
-        else:
+        elif is_watched():
             z_NR = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:]).mT
+        else:
+            z_NR = x_IN[:rank].addmm_(mix_XR.mT, x_IN[rank:]).mT
         return (z_NR @ basis_RD).view(*x.shape[:-1], -1)
 
-    def _decoded(self, x_I: Tensor, token: Token) -> Tensor:
-        """(D,)."""
-        if token.mixed is not None:
-            order_I: Any = self._buffers["order_I"]
-            x_I, rank = x_I.index_select(0, order_I), len(token.weights[0])
-            x_I = x_I[:rank] + token.mixed(x_I[rank:])
-        return token.first(x_I)
+    def _through(self, first: Product, mixed: Product | None) -> Product:
+        if mixed is None:
+            return lambda x: first(x.view(1, -1)).view(*x.shape[:-1], -1)
+        order_I, sizes = self.order_I, (len(self.rows_R), len(self.order_I) - len(self.rows_R))
+
+        def run(x: Tensor) -> Tensor:
+            x_1R, x_1X = x.view(1, -1).index_select(1, order_I).split_with_sizes(sizes, 1)
+            return first(mixed(x_1X).add_(x_1R)).view(*x.shape[:-1], -1)
+
+        return run
 
 
 def _merges_equal_products() -> bool:
@@ -277,13 +318,26 @@ def is_few(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
 
 
+def is_watched() -> bool:
+    """Whether gradients or a compiler look on, which numbers written in place are lost to."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def rows_of(y_IN: Tensor, order_I: Tensor) -> Tensor:
+    """Rows in an order: on a CPU as fast as a copy, for which `index_select` takes half as long
+    again."""
+    if is_watched():
+        return y_IN.index_select(0, order_I)
+    return y_IN.gather(0, order_I.long()[:, None].expand(-1, y_IN.shape[1]))
+
+
 def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
     """(I, N): the chosen outputs, below them the mixed ones; no copy where none is needed."""
     rank, mixed = mix_RX.shape
     if is_few(x_ND):
         z_NR = x_ND @ basis_DR
         return torch.cat([z_NR.mT, (z_NR @ mix_RX).mT])
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if is_watched():
         z_RN = (x_ND @ basis_DR).mT
         return torch.cat([z_RN, mix_RX.mT @ z_RN])
     y_IN = x_ND.new_empty(rank + mixed, len(x_ND))

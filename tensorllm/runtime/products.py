@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]  # of a contiguous vector (I,) and a matrix: (O,)
+Product = Callable[[Tensor], Tensor]  # of a row (1, I) and a matrix: (1, O)
 
 # Outputs up to which a sum of rows is faster than BLAS: in float32 what fits the registers, beyond
 # which BLAS reads as fast; in 16 bits always.
@@ -34,7 +34,7 @@ def decodes(x: Tensor) -> bool:
 
 def vector_times(x_I: Tensor, w_IO: Tensor) -> Tensor:
     """`x_I @ w_IO` (O,), by the fastest kernel of the machine."""
-    return times(w_IO, setting(x_I))(x_I)
+    return times(w_IO, setting(x_I))(x_I.unsqueeze(0)).squeeze(0)
 
 
 class Setting(NamedTuple):
@@ -54,21 +54,24 @@ def setting(x: Tensor) -> Setting | None:
 
 
 def times(w_IO: Tensor, where: Setting | None) -> Product:
-    """x_I -> `x_I @ w_IO` (O,), by the fastest kernel there is in this setting.
+    """x_1I -> `x_1I @ w_IO` (1, O), by the fastest kernel there is in this setting.
 
     What can be asked before the vector is there is asked here: between two products a processor has
     forgotten what it knew, and each question then takes as long as reading kilobytes of weights.
+    In a setting it is a product with the numbers that the matrix has where it lies now.
     """
-    if where is None or not _summed(w_IO, where):
-        return lambda x_I: x_I @ w_IO
+    if where is None:
+        return lambda x_1I: x_1I @ w_IO
+    w_IO = w_IO.detach()  # else the kernel prepares for a gradient, in four more operations
+    if not _summed(w_IO, where):
+        return lambda x_1I: torch.mm(x_1I, w_IO)
     rows_I, starts = _bags(w_IO.size(0), where.threads)
-    sums, alone = torch.embedding_bag, starts.numel() == 1
-
-    def product(x_I: Tensor) -> Tensor:
-        parts: Tensor = sums(w_IO, rows_I, starts, False, 0, False, x_I)[0]
-        return parts.view(-1) if alone else parts.sum(0)
-
-    return product
+    sums = torch.embedding_bag
+    if starts.numel() == 1:
+        return lambda x_1I: sums(w_IO, rows_I, starts, False, 0, False, x_1I.view(-1))[0]
+    return lambda x_1I: sums(w_IO, rows_I, starts, False, 0, False, x_1I.view(-1))[0].sum(
+        0, keepdim=True
+    )
 
 
 def _summed(w_IO: Tensor, where: Setting) -> bool:

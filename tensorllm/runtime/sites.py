@@ -15,7 +15,7 @@ from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 
 OPERATION = 23_000  # weights that could be read while one operation is started, 8 microseconds
-STREAMED = 0.85  # time of a weight that `runtime.products` reads, beside one that BLAS does
+STREAMED = 0.75  # time of a weight that `runtime.products` reads, beside one that BLAS does
 SHORT = 1.15  # that of one of a thin factor, which BLAS reads
 MOVE = 25  # products that take as long as copying one number of a token of the prompt
 PROMPT = 512  # tokens of the prompt that a prediction is made for

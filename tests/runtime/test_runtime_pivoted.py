@@ -13,7 +13,8 @@ import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
 from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.runtime.low_rank import PivotedInputs, PivotedSite
+from tensorllm.runtime.cache import GrowingLayer
+from tensorllm.runtime.low_rank import FEW, PivotedInputs, PivotedSite
 from tensorllm.runtime.sites import RoleLinear
 
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -105,3 +106,64 @@ def test_it_compiles_without_a_break():
         want = model(ids, use_cache=False).logits
         got = torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False).logits
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_prompt_longer_than_a_few_tokens(dtype: torch.dtype):
+    """Rows put in order by another kernel, sums written in place: the same as with gradients."""
+    model = fitted("llama")
+    factorize(model)
+    model.to(dtype)
+    ids = torch.randint(3, 100, (2, 30), generator=torch.Generator().manual_seed(2))
+    assert ids.numel() > FEW
+    got = model(ids).logits
+    with torch.enable_grad():
+        want = model(ids).logits.detach()
+    tol = 1e-6 if dtype == torch.float32 else 2e-2
+    assert (got - want).abs().max() <= tol * want.abs().max()
+    assert torch.equal(model(ids).logits, got)  # nothing that is used again was written to
+
+
+def decoded(model: Any, cache: Any, start: int, stop: int) -> torch.Tensor:
+    """Logits of tokens one by one."""
+    steps = [model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(start, stop)]
+    return torch.cat(steps, dim=1)
+
+
+@torch.no_grad()
+def test_caches_that_share_their_beginning_do_not_write_over_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One of two copies that share tensors is cut back and goes on with other tokens."""
+    monkeypatch.setattr("tensorllm.runtime.cache.ROOM", 5)
+    dense = fitted("llama")
+    model = copy.deepcopy(dense)
+    factorize(model)
+    caches = [of(IDS[:, :6], use_cache=True).past_key_values for of in (model, dense)]
+    decoded(model, caches[0], 6, 8), decoded(dense, caches[1], 6, 8)
+    layers = caches[0].layers
+    assert all(isinstance(layer, GrowingLayer) and layer.room is not None for layer in layers)
+    other = copy.copy(caches[0])
+    other.layers = [copy.copy(layer) for layer in layers]
+    before = layers[0].keys.clone()
+    other.crop(-1)
+    model(IDS[:, :2].flip(0), past_key_values=other)
+    assert torch.equal(layers[0].keys, before)
+    got, want = decoded(model, caches[0], 8, 11), decoded(dense, caches[1], 8, 11)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_beams_and_a_compiler_take_a_cache_that_grows():
+    dense = fitted("llama")
+    model = copy.deepcopy(dense)
+    factorize(model)
+    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(IDS, **settings), dense.generate(IDS, **settings))
+    cache = model(IDS[:, :8], use_cache=True).past_key_values
+    decoded(model, cache, 8, 9)
+    want = model(IDS[:, 9:10], past_key_values=copy.deepcopy(cache)).logits
+    compiled = torch.compile(model, backend="eager")
+    got = compiled(IDS[:, 9:10], past_key_values=cache).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

@@ -103,6 +103,40 @@ def test_a_token_runs_with_the_weights_that_are_there():
     (linear,) = (m for n, m in module.float().named_modules() if n.endswith("basis"))
     linear.weight = torch.nn.Parameter(2 * linear.weight)
     torch.testing.assert_close(module(x), 2 * want, rtol=0.1, atol=0.1)
+    linear.weight.data = 2 * linear.weight.data  # the same parameter, other numbers
+    torch.testing.assert_close(module(x), 4 * want, rtol=0.1, atol=0.1)
+    linear.weight.mul_(2)  # where they are, as an optimizer does
+    torch.testing.assert_close(module(x), 8 * want, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("role", ["in", "out"])
+def test_a_token_in_any_place_of_memory_and_with_gradients_wanted(role: str):
+    """Numbers that lie apart; what is kept for decoding hides no gradient and no other dtype."""
+    site = Site((0,), (role,), "matrix")
+    left, right = random(40, 9), random(9, 24, seed=1)
+    factors = pivoted(left, right, (role,)) if role == "in" else pivoted(right.mT, left.mT, (role,))
+    kind = module_for(site, factors)
+    assert kind is not None
+    module = kind.roles(site, factors, GEOMETRY)[0, role].module.float()
+    w_ID = factors.dense().double()
+    width = w_ID.shape[1 if role == "in" else 0]
+    apart = random(width, 3, seed=2).float()[:, 1].view(1, 1, -1)
+    assert not apart.is_contiguous()
+    want = apart.double() @ (w_ID.mT if role == "in" else w_ID)
+    with torch.no_grad():
+        torch.testing.assert_close(module(apart).double(), want, rtol=1e-5, atol=1e-4)
+    kept = module._site[0]._step
+    module(apart).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    x = apart.clone().requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+    assert module._site[0]._step is kept  # neither looked at nor made anew
+    with torch.no_grad():
+        torch.testing.assert_close(module(apart).double(), want, rtol=1e-5, atol=1e-4)
+        assert module._site[0]._step is kept
+        with pytest.raises(RuntimeError):
+            module(apart.bfloat16())
 
 
 def test_ranks_are_even():
