@@ -53,6 +53,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, no narrowing": {"narrowing": False},
     "ours": {},
 }
+SAMPLED = ", with sampled text"  # ends the name of a method for which the model wrote some
 HALF = 0.5  # of the gap between the best other method and the dense model: what ours is to close
 
 
@@ -125,7 +126,7 @@ class Bench:
 
     def add(self, name: str, kept: float | None, seconds: float, stored: int, model: Any) -> None:
         if self.args.sampled is not None:
-            name = f"{name}, with sampled text"
+            name += SAMPLED
         row = {"method": name, "kept": kept, "seconds": seconds, "parameters": stored}
         row |= self.loss(model) | self.answers(model)
         row |= {k: made()[k] for k in ("commit", "command")}
@@ -199,11 +200,16 @@ def save_all(bench: Bench, dense: dict[str, Any], args: argparse.Namespace) -> N
 
 def closed(losses: dict[str, dict[str, Any]], dense: dict[str, Any]) -> dict[str, Comparison]:
     """What each variant of ours closes of the gap between the best other method and the dense
-    model."""
+    model. Where the model wrote no text of its own for ours, it wrote none for the others."""
     out = {}
     for row in (row for row in losses.values() if "ours" in row["method"]):
         same = (other for other in losses.values() if other["kept"] == row["kept"])
-        others = [other for other in same if "ours" not in other["method"]]
+        others = [
+            other
+            for other in same
+            if "ours" not in other["method"]
+            and (SAMPLED in row["method"] or SAMPLED not in other["method"])
+        ]
         for text in (name for name in dense if name != "questions" and others):
             rest = min(other[text] for other in others)
             share = 100 * (rest - row[text]) / (rest - dense[text])
