@@ -165,6 +165,8 @@ def _text(
     request: CompressRequest, source: Source, dtype: Any, dataset: str | None
 ) -> Calibration | None:
     """The calibration text; it must not be what is scored afterwards."""
+    if request.calibration is request.sampled is None:
+        return None
     loader = Loader(source.folder, dtype)
     text = text_asked_for(
         request.calibration,

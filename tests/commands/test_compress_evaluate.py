@@ -7,6 +7,7 @@ from typing import Any
 import eval_world as world
 import forked
 import pytest
+from printed import shown
 
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.commands.compress import run
@@ -69,8 +70,6 @@ def test_before_and_after_are_those_of_evaluate(
 
 
 def test_one_table_shows_both(model: Path, questions: Path):
-    from test_eval_tables import shown
-
     request = CompressRequest(
         model=str(model),
         mode="laser",
@@ -93,8 +92,6 @@ def test_one_table_shows_both(model: Path, questions: Path):
 
 
 def test_running_text_has_a_loss_and_no_accuracy(model: Path, tmp_path: Path):
-    from test_eval_tables import shown
-
     text = tmp_path / "text.txt"
     text.write_text("One day a girl found a needle in her room. " * 20)
     request = CompressRequest(

@@ -1,11 +1,9 @@
 """The tables of evaluations at 80 columns: every figure whole, every line within the width."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from printed import shown
 from tiny_models import tiny_model
 
 import tensorllm as tl
@@ -43,16 +41,6 @@ RESULTS = {
     "notes": ["answers counted by the tokenizer of meta-llama/Llama-2-7b-hf"],
     "truncated_prompts": 3,
 }
-
-
-def shown(table: RenderableType) -> str:
-    """As a terminal of 80 columns shows it."""
-    with Path(os.devnull).open("w") as nowhere:
-        console = Console(width=80, highlight=False, record=True, file=nowhere)
-        console.print(table)
-        text = console.export_text()
-    assert max(len(line) for line in text.splitlines()) <= 80
-    return text
 
 
 def test_one_evaluation():
