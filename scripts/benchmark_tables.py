@@ -41,9 +41,10 @@ def span(seconds: float) -> str:
 
 
 def benchmark(value: Lookup, name: str) -> str:
-    """All parts of a results file, each with how it was made."""
+    """All parts of a results file that compare something, each with how it was made."""
     out = []
-    for title, part in value(name).items():
+    compared = {title: part for title, part in value(name).items() if part["comparisons"]}
+    for title, part in compared.items():
         out += [f"**{title}**", "", _table(part["comparisons"]), "", made(part), ""]
     return "\n".join(out).rstrip()
 

@@ -1,8 +1,8 @@
 """Where the time of one decoded token goes, dense and factored: used by `runtime.py --part token`.
 
-Processor time, the lower quartile of some tokens. What is not the linears' is seen by letting them
-return constants; what of theirs is their weights', by their products alone, one after another in
-the model's order, with the output head in between so that no cache holds them.
+Processor time, the lower quartile of some tokens. Time outside the linears is measured by letting
+them return constants; time of products, by running these alone, one after another in the model's
+order, with the output head in between so that no cache holds their weights.
 Shapes: D model width, I inputs and O outputs of a product.
 """
 

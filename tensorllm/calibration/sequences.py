@@ -4,7 +4,7 @@ Shapes: B sequences of a batch, T their padded length.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,12 +159,12 @@ def usual_length(config: Any) -> int:
 def text_asked_for(
     file: Path | None,
     sampled: Path | None,
-    tokenizer: Callable[[], Any],
-    config: Callable[[], Any],
+    tokenizer: Any,
+    config: Any,
     sequences: int,
     seed: int,
 ) -> Calibration | None:
-    """The text of a request: sequences drawn from a file, and all that the model wrote in another.
+    """The calibration text of a request: sequences drawn from `file`, and all of `sampled`.
 
     Raises:
         UserError: `sampled` without `file`, or files that cannot be read.
@@ -175,11 +175,11 @@ def text_asked_for(
                 "--sampled adds to --calibration FILE; to fit to it alone, give it as --calibration"
             )
         return None
-    length, reading = usual_length(config()), tokenizer()
-    text = read_calibration(file, reading, sequences=sequences, length=length, seed=seed)
+    length = usual_length(config)
+    text = read_calibration(file, tokenizer, sequences=sequences, length=length, seed=seed)
     if sampled is None:
         return text
-    return text.with_all_of(read_calibration(sampled, reading, sequences=None, length=length))
+    return text.with_all_of(read_calibration(sampled, tokenizer, sequences=None, length=length))
 
 
 def read_calibration(

@@ -165,19 +165,20 @@ def _text(
     request: CompressRequest, source: Source, dtype: Any, dataset: str | None
 ) -> Calibration | None:
     """The calibration text; it must not be what is scored afterwards."""
-    if request.calibration is request.sampled is None:
+    if not (request.calibration or request.sampled):
         return None
     loader = Loader(source.folder, dtype)
+    tokenizer = loader.tokenizer()
     text = text_asked_for(
         request.calibration,
         request.sampled,
-        loader.tokenizer,
-        loader.config,
+        tokenizer,
+        loader.config(),
         request.sequences or SEQUENCES,
         request.seed or 0,
     )
     if text is not None and dataset is not None and not request.allow_overlap:
-        refuse_evaluated(text, loader.tokenizer(), dataset, request.data_file)
+        refuse_evaluated(text, tokenizer, dataset, request.data_file)
     return text
 
 

@@ -20,8 +20,8 @@ class Room:
 
     Attributes:
         keys, values: (B, G, N, E) and (B, G, N, R), N what there is room for.
-        used: tokens that were written by whoever wrote the most. What is behind them is free; a
-            cache that was cut back, or its copy, may be looked at by others up to here.
+        used: tokens written so far. Memory behind them is free; those before may belong to
+            another cache too: a copy of one that was cut back shares them.
     """
 
     keys: Tensor
@@ -43,7 +43,7 @@ class Room:
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' growing layer with room behind what is cached; `of` makes it of one."""
+    """transformers' growing layer, with free memory behind what is cached."""
 
     keys: Any
     values: Any
@@ -82,7 +82,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def grow_in_place(model: nn.Module) -> None:
-    """Let whatever plain cache a model is given grow so, from its second use on."""
+    """Let every plain cache that the model is given grow in place, from its second use on."""
     model.register_forward_pre_hook(_growing, with_kwargs=True)
 
 

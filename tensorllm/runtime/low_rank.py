@@ -146,7 +146,7 @@ class PivotedSite(SiteModule):
         return None if held is None else held.run
 
     def _in_graph(self, x: Tensor) -> Product | None:
-        """The same where a compiler or gradients look on; never kept."""
+        """The same where gradients are recorded or a compiler traces; never cached."""
         made = self._made(None) if decodes(x) else None
         return None if made is None else made.run
 
@@ -319,7 +319,7 @@ def is_few(x: Tensor) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether gradients or a compiler look on, which numbers written in place are lost to."""
+    """Whether gradients are recorded or a compiler traces: then nothing is written in place."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 

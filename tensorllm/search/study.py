@@ -234,8 +234,8 @@ class Study:
         text = text_asked_for(
             request.calibration,
             request.sampled,
-            lambda: self.tokenizer,
-            lambda: model.config,
+            self.tokenizer,
+            model.config,
             request.sequences,
             request.seed,
         )
