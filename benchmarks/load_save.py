@@ -2,15 +2,18 @@
 
     python benchmarks/load_save.py
     python benchmarks/load_save.py --layers 12 --width 2048     # 1.3 GB
+    python benchmarks/load_save.py --model SmolLM2-135M-Instruct/
 
-A random GPT-J in bfloat16. Ours: a folder streamed into another one, of which one layer is
+A random GPT-J in bfloat16, or with `--model` a real model, of which every matrix is factored and
+only loading is measured. Ours: a folder streamed into another one, of which one layer is
 compressed; all layers' attention compressed to a factored folder, and that exported as a dense one;
 both loaded. Peer: `from_pretrained` and `save_pretrained` of the same model. Floor: the bytes
 copied to another file and synced, or only read. Files are in the page cache when they are read, on
 both sides; what is written is synced before the clock stops (transformers' for it). Ours checks
-every number for NaN and every file by SHA-256, which transformers does not. Where dtypes agree
-transformers maps a dense file instead of reading it, so that touching its pages is all that the
-clock sees. Peak memory is that of a fresh process.
+every number that it writes for NaN and writes every file's SHA-256, which transformers does not;
+loading compares sizes, and checksums where it is asked to. Where dtypes agree transformers maps a
+dense file instead of reading it, so that touching its pages is all that the clock sees. Peak memory
+is that of a fresh process.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.export import export
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.compression.task import FolderTask
+from tensorllm.compressors.settings import make_compressor
 
 REPEATS = 3
 CHUNK = 2**24
@@ -89,8 +93,12 @@ def compressed(source: Path, target: Path, form: Any, layers: Sequence[int] | No
 
 
 def loaded(folder: Path) -> Any:
-    """Through transformers, as users do; every weight is touched, mapped ones too."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """Through transformers, as users do."""
+    return touched(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+
+
+def touched(model: Any) -> Any:
+    """The model, after every page of its weights has been read: mapped files are read by that."""
     for p in model.parameters():
         p.view(-1)[:: 2**9].sum()
     return model
@@ -150,11 +158,29 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     clock.read("read dense", lambda: read(dense))
     clock.read("read factored", lambda: read(factored))
     clock.read("transformers, load dense", lambda: loaded(source))
-    clock.read("load dense", lambda: tl.load(dense))
+    clock.read("load dense", lambda: touched(tl.load(dense)))
+    clock.read("load dense, checksums compared", lambda: touched(tl.load(dense, verify=True)))
     clock.read("load factored", lambda: loaded(factored))
     sizes = {"dense": size, "factored": weight_bytes(factored)}
     peaks = {} if args.quick else {"dense": peak(source), "factored": peak(factored)}
     return {"seconds": clock.seconds, "bytes": sizes, "peak_bytes": peaks}
+
+
+def measure_real(model: Path, folder: Path) -> dict[str, Comparison]:
+    """A real model with two factors in the place of every matrix."""
+    factored = folder / "factored"
+    svd = make_compressor("svd", {"kept": 0.6})
+    compress_folder(FolderTask(source=model, target=factored, compressor=svd, format="factored"))
+    clock = Clock(folder, 3 * REPEATS)
+    clock.read("read", lambda: read(factored))
+    clock.read("dense", lambda: loaded(model))
+    clock.read("factored", lambda: loaded(factored))
+    s = clock.seconds
+    row = Comparison(
+        ours=s["factored"], unit="s", peer=s["dense"], peer_name="transformers, dense", wanted=1,
+        floor=s["read"],
+    )  # fmt: skip
+    return {"load factored": row}
 
 
 def comparisons(found: dict[str, Any]) -> dict[str, Comparison]:
@@ -166,6 +192,11 @@ def comparisons(found: dict[str, Any]) -> dict[str, Comparison]:
         "stream to dense, one layer compressed": (s["stream to dense"], rewrite, floor),
         "export to dense": (s["export to dense"], rewrite, floor),
         "load dense": (s["load dense"], load, s["read dense"]),
+        "load dense, checksums compared": (
+            s["load dense, checksums compared"],
+            load,
+            s["read dense"],
+        ),
         "load factored": (s["load factored"], load, s["read factored"]),
     }
     rows = {
@@ -188,6 +219,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--layers", type=int, default=8)
     options.add_argument("--width", type=int, default=1536)
+    options.add_argument("--model", type=Path, help="folder of a real model")
     options.add_argument("--folder", type=Path, help="on the disk to measure; by default /tmp")
     options.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -199,6 +231,10 @@ def main() -> None:
     if args.quick:
         args.layers, args.width = 2, 128
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.model:
+            shown = measure_real(args.model, Path(folder))
+            save("load_save", args.model.resolve().name, shown, args, model=args.model.name)
+            return
         found = measure(Path(folder), args)
     sizes = {"layers": args.layers, "width": args.width}
     save("load_save", f"{args.layers} x {args.width}", comparisons(found), args, **sizes, **found)

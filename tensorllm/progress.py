@@ -12,12 +12,14 @@ def quiet(done: int, total: int, what: str) -> None:
 
 
 @contextmanager
-def silenced(library: str) -> Iterator[None]:
-    """No warnings of a library's logger meanwhile; errors stay."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def silenced(*libraries: str) -> Iterator[None]:
+    """No warnings of libraries' loggers meanwhile; errors stay."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_save import compressed, copied, loaded, make_model, read, weight_bytes
+from load_save import compressed, copied, loaded, make_model, read, touched, weight_bytes
 from support.curves import Curve, seconds
 from support.scaling_tensors import ranks_at
 from transformers import (
@@ -177,8 +177,9 @@ def files(quick: bool) -> dict[str, Any]:
             ),
             "read": lambda n: lambda: read(source[n]),
             "load by transformers": lambda n: lambda: loaded(source[n]),
-            "load, checksums compared": lambda n: lambda: tl.load(dense[n]),
-            "load factored, checksums compared": lambda n: lambda: loaded(factored[n]),
+            "load": lambda n: lambda: touched(tl.load(dense[n])),
+            "load, checksums compared": lambda n: lambda: touched(tl.load(dense[n], verify=True)),
+            "load factored": lambda n: lambda: loaded(factored[n]),
         }
         for name, prepare in ways.items():
             found[f"{name} over bytes"] = Curve(

@@ -115,37 +115,9 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def conversions(manifest: Manifest, placements: Iterable[Placement]) -> list[Any]:
     """How transformers gets from stored tensors to parameters: names, and the order of modes."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+    from tensorllm.checkpoint import renaming  # it imports transformers, which takes seconds
 
-    class Reorder(ConversionOps):
-        """Permutes a tensor's modes."""
-
-        def __init__(self, order: tuple[int, ...]) -> None:
-            self.order = order
-
-        def convert(
-            self,
-            input_dict: dict[str, Any],
-            source_patterns: list[str],
-            target_patterns: list[str],
-            **kwargs: Any,
-        ) -> Any:
-            (found,) = input_dict.values()
-            tensor = found[0] if isinstance(found, list) else found
-            return {target_patterns[0]: tensor.permute(self.order).contiguous()}
-
-        @property
-        def reverse_op(self) -> "Reorder":
-            return Reorder(tuple(sorted(range(len(self.order)), key=lambda n: self.order[n])))
-
-    out: list[Any] = []
-    for name, place in _stored_names(manifest, placements):
-        source = f"^{name}"  # a pattern, which ends at the end of a name by itself
-        if place.order is None:
-            out.append(WeightRenaming(source, place.parameter))
-        else:
-            out.append(WeightConverter(source, place.parameter, [Reorder(place.order)]))
-    return out
+    return renaming.conversions(_stored_names(manifest, placements))
 
 
 def _stored_names(

@@ -13,6 +13,9 @@ from tensorllm.models.task import language_model_class, saved_class
 from tensorllm.progress import silenced
 
 ADAPTER = "adapter_config.json"
+# The first prints a table of names, which `judge` says in a line. Once it has a level of its own,
+# transformers has the second list what is not shared out over GPUs, which nobody asked for.
+NOISY = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
 
 
 def load_whole(
@@ -75,7 +78,7 @@ def without_bar() -> Iterator[None]:
 
 
 def _made(kind: Any, source: Path | None, folder: Path, **given: Any) -> Any:
-    with silenced("transformers.modeling_utils"):  # its table of names: `judge` says it in a line
+    with silenced(*NOISY):
         model, info = kind.from_pretrained(
             source,
             output_loading_info=True,

@@ -143,3 +143,17 @@ def test_a_base_model_without_a_head_is_refused_where_one_is_needed(tmp_path: Pa
     with pytest.raises(UserError, match=r"lacks lm_head.*RobertaForMaskedLM needs"):
         Loader(tmp_path)()
     assert type(Loader(tmp_path, language=False)()).__name__ == "RobertaModel"
+
+
+def test_what_is_whole_is_loaded_without_a_word(tmp_path: Path) -> None:
+    """transformers lists what is not shared out over GPUs where its logger has a level."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    library = logging.getLogger("transformers")
+    library.addHandler(listener)
+    try:
+        Loader(saved(tmp_path, "llama", lambda weights: weights))()
+    finally:
+        library.removeHandler(listener)
+    assert said == []

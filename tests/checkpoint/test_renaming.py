@@ -1,0 +1,56 @@
+"""Names in a folder and names in a model: tables in place of a pattern for each."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.core_model_loading import WeightRenaming, WeightTransform, rename_source_key
+
+from tensorllm.checkpoint.renaming import NO_NAME, Permute, Renaming, Reordering, conversions
+from tensorllm.runtime import Placement
+
+NAMES = {"a.b": "x.y", "a.b.c": "x", "a+b.(c)[0]": "z*", "x": "q"}
+ORDERS = {"t": ("model.t", (2, 0, 1)), "u": ("model.u", (1, 0))}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a", "a.b.", "b.a.b", ".", ""])
+def test_a_name_is_looked_up_whole(name: str) -> None:
+    assert Renaming(NAMES).rename_source_key(name)[0] == NAMES.get(name, name)
+
+
+@given(names=st.dictionaries(st.text(), st.text(), max_size=8), asked=st.text())
+def test_what_is_renamed_comes_back(names: dict[str, str], asked: str) -> None:
+    there = {old: new for new, old in {new: old for old, new in names.items()}.items()}
+    rule, back = Renaming(there), Renaming(there).reverse_transform()
+    for name in there:
+        assert back.rename_source_key(rule.rename_source_key(name)[0])[0] == name
+    if asked not in there:
+        assert rule.rename_source_key(asked) == (asked, None)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_modes_are_permuted_and_permuted_back(name: str) -> None:
+    tensor = torch.randn(*range(2, 2 + len(ORDERS[name][1])))
+    rule: WeightTransform = Reordering(NO_NAME, NO_NAME, [Permute(ORDERS)])
+    wanted = {ORDERS[name][0]: tensor.permute(ORDERS[name][1]), name: tensor}
+    for target, expected in wanted.items():
+        key, pattern = rule.rename_source_key(name if target != name else ORDERS[name][0])
+        assert key == target
+        assert pattern is not None
+        rule.add_tensor(key, name, pattern, tensor)  # type: ignore[arg-type]
+        made = rule.convert(key)  # type: ignore[attr-defined]
+        assert list(made) == [target]
+        (tensor,) = made[target]
+        assert torch.equal(tensor, expected)
+        assert tensor.is_contiguous()
+        rule = rule.reverse_transform()
+
+
+def test_one_rule_of_each_kind_serves_any_number_of_tensors() -> None:
+    """A rule for each made loading take time that grew with the square of a model's sites."""
+    named = [(f"n{i}", Placement("s", "t", f"p{i}", (1, 0) if i % 2 else None)) for i in range(500)]
+    renamings, converters = conversions(named)
+    assert isinstance(renamings, WeightRenaming)
+    for stored, place in named:
+        found, _ = rename_source_key(stored, [renamings], [converters])
+        assert found == place.parameter
