@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
-from tensorllm.evaluation.forward import Forward, Padded, left_padded
+from tensorllm.evaluation.forward import ModelForward, Padded, left_padded
 from tensorllm.evaluation.generation import COMPACT_BELOW, Generated, Greedy
 from tensorllm.evaluation.predictions import Prediction, chosen_prediction
 from tensorllm.evaluation.prompts import Reading, choice_scores, read
@@ -46,7 +46,7 @@ class CausalScorer:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelForward,
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
         *,
@@ -68,7 +68,7 @@ class CausalScorer:
 
     @torch.inference_mode()
     def side_by_side(self, batch: CausalBatch, lanes: Sequence[int]) -> dict[int, list[Prediction]]:
-        """The rows of every lane (see `Forward.lane`)."""
+        """The rows of every lane (see `ModelForward.lane`)."""
         first = batch.items[0].example
         if not first.tokens and not first.choices:
             return self._generated(batch, lanes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
-from tensorllm.evaluation.forward import Forward, Path, left_padded
+from tensorllm.evaluation.forward import ModelForward, Path, left_padded
 from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_bound, token_f1
 from tensorllm.evaluation.prompts import Reading
 from tensorllm.evaluation.protocol import Protocol
@@ -69,7 +69,7 @@ class Greedy:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelForward,
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
         max_new_tokens: int,

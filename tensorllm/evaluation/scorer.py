@@ -18,7 +18,7 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.batching import fill, finite, halving
 from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
-from tensorllm.evaluation.forward import Forward, ModelForward
+from tensorllm.evaluation.forward import ModelForward
 from tensorllm.evaluation.generation import COMPACT_BELOW
 from tensorllm.evaluation.masked import (
     MaskedEncoder,
@@ -81,7 +81,7 @@ def make_scorer(
     protocol: Protocol = STRICT,
     max_new_tokens: int = 0,
     batch_tokens: int | None = None,
-    forward: Forward | MaskedForward | None = None,
+    forward: ModelForward | MaskedForward | None = None,
     stop_early: bool = True,
     compact_below: float = COMPACT_BELOW,
     device: torch.device | None = None,
