@@ -88,6 +88,12 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise UserError(f"{path} is not a tensorllm manifest: {error}") from None
 
 
+def factored_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder that holds factors; None for every other folder."""
+    manifest = read_manifest(folder)
+    return manifest if manifest is not None and manifest.format == "factored" else None
+
+
 def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
     """Refuse files that are missing, truncated or changed since they were written.
 

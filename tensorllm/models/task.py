@@ -69,6 +69,11 @@ def saved_class(config: Any) -> Any:
     return language_model_class(config)
 
 
+def name_of(config: Any) -> str:
+    """What a model was loaded from, as transformers notes it in its config; else its type."""
+    return str(getattr(config, "_name_or_path", "") or config.model_type)
+
+
 def base_class(config: Any) -> Any:
     """The same model without a head; None where transformers has none."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
