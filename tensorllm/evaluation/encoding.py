@@ -41,14 +41,6 @@ class Encoded:
     def length(self) -> int:
         return max(map(len, self.full))
 
-    @property
-    def continues(self) -> bool:
-        """Whether the gold sequence begins with the prompt's own tokens.
-
-        Not so with tokenizers whose tokens end in a space: "is" and "is " differ.
-        """
-        return self.full[0][: len(self.prompt)] == self.prompt
-
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading items all sequences share."""

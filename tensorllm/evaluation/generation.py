@@ -64,6 +64,12 @@ class Greedy:
     """Continues a batch from its teacher-forced pass until every verdict is known.
 
     Args:
+        forward: the model.
+        tokenizer: its tokenizer.
+        protocol: what counts as right.
+        max_new_tokens: how long a generated answer may be.
+        eos: tokens that end a generation.
+        stop_early: stop a generation when its verdict is certain.
         compact_below: finished rows leave the cache once this share of its rows, or less, goes on.
     """
 
@@ -72,9 +78,10 @@ class Greedy:
         forward: ModelForward,
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
+        *,
         max_new_tokens: int,
-        eos: frozenset[int],
-        stop_early: bool,
+        eos: frozenset[int] = frozenset(),
+        stop_early: bool = True,
         compact_below: float = COMPACT_BELOW,
     ) -> None:
         self.forward = forward
@@ -126,7 +133,7 @@ class Greedy:
         best = self._best(logits_MV, [at for at, n in zip(first, after, strict=True) if n >= 0])
         rows = []
         for e, ids, at, end in zip(items, sequences, first, ends, strict=True):
-            if ids[: len(e.prompt)] != e.prompt:
+            if ids[: len(e.prompt)] != e.prompt:  # its last token may hold the space, too
                 same = min(common_prefix((e.prompt, ids)), len(e.prompt) - 1)
                 rows.append(_Generation(e, same, e.prompt[same:]))
                 continue
