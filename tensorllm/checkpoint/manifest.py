@@ -60,6 +60,11 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = VERSION
 
+    @property
+    def compressor(self) -> dict[str, Any]:
+        """What was done, as results of the folder name it."""
+        return {"mode": self.mode, **self.settings, "layers": self.source.get("layers")}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

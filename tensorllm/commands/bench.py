@@ -91,7 +91,6 @@ def bench(request: BenchRequest) -> Bench:
     if request.peak and request.device == "cpu":
         del dense, factored, models
         found = {k: replace(m, peak_bytes=_peak(request, k, prompt, new)) for k, m in found.items()}
-    made = {"mode": manifest.mode, **manifest.settings, "layers": manifest.source.get("layers")}
     return Bench(
         found,
         choices,
@@ -101,7 +100,7 @@ def bench(request: BenchRequest) -> Bench:
         request.repeats,
         environment(),
         str(manifest.source.get("model")),
-        made,
+        manifest.compressor,
     )
 
 
