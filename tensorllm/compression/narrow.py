@@ -248,7 +248,8 @@ def _planned_channels(
     roles: RoleMatrices,
     dtype: torch.dtype | None,
 ) -> dict[int, Tensor]:
-    """The same of what a compression is going to write.
+    """Of each layer with an FFN which channels will be read, (F,) bool, by what a compression is
+    going to write.
 
     Args:
         done: factors that are there already, by the site's name.

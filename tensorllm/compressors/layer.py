@@ -127,7 +127,7 @@ class LayerContext(Protocol):
         ...
 
     def compressed_weight(self, role: str) -> Tensor:
-        """That of the compressed layer, as it is now."""
+        """The compressed layer's role matrix (I, D), as it is now."""
         ...
 
     def statistics(self, site: Site) -> list[MatrixStatistics]:
@@ -212,7 +212,7 @@ class LayerContext(Protocol):
         weights: Mapping[str, Tensor | Applied],
         parameters: Mapping[str, Tensor],
     ) -> Tensor:
-        """The same distance on one batch as a scalar that gradients flow from.
+        """`output_error` on one batch, as a scalar that gradients flow from.
 
         Args:
             batch: 0 to `batches` - 1.

@@ -291,7 +291,7 @@ def as_map(
 
 
 def map_of(w_ID: Tensor, role: str) -> Tensor:
-    """The same for a role."""
+    """The map (Y, X) of a role's matrix, float64."""
     return w_ID.double().mT if is_output_projection(role) else w_ID.double()
 
 

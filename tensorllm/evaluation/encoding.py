@@ -129,7 +129,7 @@ class Encoder:
     def _fitted(
         self, prompt: list[int], full: tuple[list[int], ...], shared: int, new: int
     ) -> tuple[list[int], tuple[list[int], ...], int]:
-        """The same without so many of the prompt's first tokens as the context cannot hold."""
+        """Prompt and answers without as many of the first tokens as the context cannot hold."""
         longest = max(len(prompt) + new, *map(len, full))
         cut = longest - self.context
         if cut <= 0:

@@ -200,7 +200,7 @@ def _one_by_one(
     found: Reading,
     key: Hashable,
 ) -> Further:
-    """The same by further passes, for models that a mask cannot tell what a column sees."""
+    """What follows in each branch, by further passes: for models that obey no such mask."""
     places = [(i, c) for i, of in enumerate(branches) for c, b in enumerate(of) if len(b) > 1]
     further: Further = {}
     size = max(len(items), len(places) // 4)  # the cache is repeated: not for all choices at once
