@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from tensorllm.compressors.base import Dimension, ErrorCurve, Job, LayerFit, Leaf
-from tensorllm.compressors.checks import check_roles
+from tensorllm.compressors.checks import check_exist, check_roles
 from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
 from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
-from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, family, is_output_projection
+from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -251,12 +251,7 @@ def matrix_sites(
     spec: ModelSpec, layers: Sequence[int], matrices: Sequence[str] | None
 ) -> list[Site]:
     """Every matrix alone, of layers that have it; None: all that a layer has."""
-    missing = [role for role in matrices or () if family(role) not in spec.roles]
-    if missing:
-        raise UserError(
-            f"matrix {missing[0]!r} does not exist in this architecture; "
-            f"it has {', '.join(spec.roles)}"
-        )
+    check_exist(matrices or (), spec)
     return [
         Site((layer,), (role,), "matrix")
         for layer in layers
