@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration
+from tensorllm.calibration.smallest import next_token_loss
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import ActivationHybrid, PlainSVD, Rounded
@@ -76,7 +77,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
         self.source, self.work = real(args, MODEL), work
         self.texts: Texts = stories(AutoTokenizer.from_pretrained(self.source), args.shared)
-        self.scored = self.texts.scored["stories"][: 4 if args.quick else None]
+        scored = self.texts.scored["stories"][: 4 if args.quick else None]
+        self.scored = Calibration(tuple(map(tuple, scored))).batches()
         self.drawn = 8 if args.quick else args.drawn
 
     def model(self) -> Any:
@@ -91,13 +93,7 @@ class Bench:
 
     @torch.inference_mode()
     def loss(self, model: Any) -> float:
-        """Nats per token."""
-        total = count = 0.0
-        for row in self.scored:
-            ids = torch.tensor([row])
-            total += float(model(ids, labels=ids).loss) * (len(row) - 1)
-            count += len(row) - 1
-        return total / count
+        return next_token_loss(model, self.scored)
 
     def written(self, strategy: Any, **more: Any) -> tuple[int, float]:
         """Bytes of the file, and the loss of what it holds."""

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
+from tensorllm.calibration.smallest import next_token_loss
 from tensorllm.compression.engine import compression_of
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.errors import UserError
@@ -39,7 +40,8 @@ class Bench:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         stories = json.loads(texts.read_text())
-        self.scored = [self.tokens(s) for s in stories[-scored:]]
+        rows = tuple(tuple(self.tokens(s)) for s in stories[-scored:])
+        self.scored = Calibration(rows).batches()
         rows = tuple(tuple(self.tokens(s)) for s in stories[:fitted])
         self.text = Calibration(rows, source="tinystories", seed=0)
         self.weights = sum(p.numel() for p in self.matrices(self.model))
@@ -56,12 +58,7 @@ class Bench:
 
     @torch.inference_mode()
     def perplexity(self, model: Any) -> float:
-        total = count = 0.0
-        for row in self.scored:
-            ids = torch.tensor([row])
-            total += float(model(ids, labels=ids).loss) * (len(row) - 1)
-            count += len(row) - 1
-        return math.exp(total / count)
+        return math.exp(next_token_loss(model, self.scored))
 
     def dense(self, how: str | None) -> dict[str, Any]:
         """All weights in full, or rounded."""

@@ -31,8 +31,7 @@ class Model:
     @property
     def numbers(self) -> int:
         """Of one layer's seven matrices."""
-        g = self.geometry
-        return 2 * g.D * g.K * (g.H + g.G) + 3 * g.D * g.F
+        return sum(map(self.geometry.numel, self.geometry.roles))
 
 
 SMALL = Model("LLaMA-2-7B", 32, Geometry(D=4096, H=32, G=32, K=128, F=11_008, gated=True))

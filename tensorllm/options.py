@@ -111,7 +111,7 @@ def layers(flag: str, text: str) -> tuple[int, ...] | str:
 
 
 def candidates(flag: str, text: str) -> tuple[int, ...] | None:
-    """The same, where all is the default."""
+    """As `layers`, where all is the default: None."""
     found = layers(flag, text)
     return found if isinstance(found, tuple) else None
 

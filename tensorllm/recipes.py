@@ -1,6 +1,6 @@
 """Recipes: YAML files that say which model, layers and settings, and where these come from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
@@ -110,19 +110,11 @@ def parse_recipe(text: str, name: str) -> Recipe:
     return recipe
 
 
-def per_layer_recipe(edits: Sequence[Mapping[str, Any]], *, model: str, **notes: Any) -> str:
-    """YAML of a recipe with settings per layer.
-
-    Args:
-        edits: each with `layers`, `mode` and its settings.
-        notes: what else a recipe says, such as `origin`.
-    """
+def as_yaml(recipe: Mapping[str, Any]) -> str:
+    """The text of a recipe file, keys in their order."""
     import yaml
 
-    layers = sorted({layer for edit in edits for layer in edit["layers"]})
-    recipe = {"model": model, "mode": "per-layer", "layers": layers}
-    recipe |= {"edits": [dict(edit) for edit in edits]} | notes
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
+    return yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=76)
 
 
 def _of_run(values: dict[str, Any]) -> list[str]:

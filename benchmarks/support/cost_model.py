@@ -12,7 +12,7 @@ from torch import nn
 from tensorllm.compressors import Site
 from tensorllm.models import RoleMatrices
 from tensorllm.runtime import SiteModule, module_for
-from tensorllm.runtime.cost import Choice, Cost, dense_cost, factored_cost
+from tensorllm.runtime.cost import Choice, Cost, costs_of
 from tensorllm.runtime.measure import interleaved, medians
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import Geometry
@@ -46,7 +46,7 @@ def costs(repeats: int, widest: int = 4096) -> list[dict[str, Any]]:
             {name: prefill(module, TOKENS) for name, module in both.items()},
             {name: decode(module, 64)[0] for name, module in both.items()},
         )
-        cost = dense_cost(SITE, geometry), factored_cost(SITE, tucker, geometry)
+        cost = costs_of(SITE, tucker, geometry)
         rows.append({"site": "qkvo", "width": width, "ranks": ranks} | row(*cost, *calls, repeats))
     for width, rank in (site for site in LOW_RANKS if site[0] <= widest):
         rows.append(
@@ -60,7 +60,7 @@ def low_rank(width: int, rank: int, repeats: int) -> dict[str, Any]:
     factors = LowRank(torch.randn(4 * width, rank), torch.randn(rank, width))
     geometry = Geometry(D=width, H=4, G=4, K=width // 4, F=4 * width, gated=False)
     site = Site((0,), ("in",), "matrix")
-    cost = dense_cost(site, geometry), factored_cost(site, factors, geometry)
+    cost = costs_of(site, factors, geometry)
     both = {
         "dense": nn.Linear(width, 4 * width, bias=False),
         "factored": module_for(site, factors).roles(site, factors, geometry)[0, "in"].module,

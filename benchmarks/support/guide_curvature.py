@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.evaluation.batching import fill
-from tensorllm.search.guide import EXAMPLES, TOKENS, _cost, _items, _loss
+from tensorllm.search.guide import EXAMPLES, TOKENS, cost_of, items_of, loss_of
 from tensorllm.search.lanes import changed_by
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
@@ -29,7 +29,7 @@ def curvatures(study: Study, points: Sequence[Point]) -> dict[str, tuple[Tensor,
         for job in examiner.jobs(point)
         for matrix in job.site.matrices
     }
-    items = _items(examiner.parts[0])[:EXAMPLES]
+    items = items_of(examiner.parts[0])[:EXAMPLES]
     sums: dict[str, list[Any]] = {}
     handles = []
 
@@ -58,8 +58,8 @@ def curvatures(study: Study, points: Sequence[Point]) -> dict[str, tuple[Tensor,
         first.requires_grad_(True)
         embedding = examiner.model.get_input_embeddings().weight
         embedding.requires_grad_(True)
-        for batch in fill(items, _cost, TOKENS):
-            torch.autograd.grad(_loss(examiner, batch), [embedding])
+        for batch in fill(items, cost_of, TOKENS):
+            torch.autograd.grad(loss_of(examiner, batch), [embedding])
         embedding.requires_grad_(False)
         first.requires_grad_(False)
     for handle in handles:

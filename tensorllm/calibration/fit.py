@@ -56,17 +56,13 @@ class Fitted:
 
     def factors(self, site: Site) -> Factors:
         """The site's factors."""
-        prefix = f"{site.name}/"
-        tensors = self.store.load(f"factors-{site.layers[0]}", prefix)
-        named = {name.removeprefix(prefix): t for name, t in tensors.items()}
+        named = self.store.part(f"factors-{site.layers[0]}", f"{site.name}/")
         kind = next(iter(named)).partition("/")[0]
         return kind_named(kind).from_tensors({n.partition("/")[2]: t for n, t in named.items()})
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Norms and biases that were fitted with a layer, by their names below it."""
-        prefix = "parameters/"
-        tensors = self.store.load(f"factors-{layer}", prefix)
-        return {name.removeprefix(prefix): t for name, t in tensors.items()}
+        return self.store.part(f"factors-{layer}", "parameters/")
 
     @property
     def settings(self) -> tuple[str, dict[str, Any]]:
@@ -197,7 +193,7 @@ def fit_folder(
     device: str = "cpu",
     progress: Progress = quiet,
 ) -> Fitted:
-    """The same for a checkpoint that does not fit in memory: one layer is read at a time.
+    """`fit` for a checkpoint that does not fit in memory: one layer is read at a time.
 
     Args:
         work: a folder for hidden states and finished factors. An interrupted fit goes on from what

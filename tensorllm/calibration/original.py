@@ -108,7 +108,7 @@ class Original:
         yield from self.signals("output")
 
     def output(self, number: int) -> Tensor:
-        """Those of one batch."""
+        """Hidden states (B, T, D) after the layer, of one batch."""
         self._keep("output")
         return self._load("output", number)
 

@@ -77,7 +77,7 @@ class Store:
             return {key: held.get_tensor(key) for key in held.keys() if key.startswith(prefix)}  # noqa: SIM118
 
     def part(self, name: str, prefix: str) -> dict[str, Tensor]:
-        """The same by their names without the prefix."""
+        """What `load` gives, by the names without the prefix."""
         return {key.removeprefix(prefix): t for key, t in self.load(name, prefix).items()}
 
     def holds(self, name: str, prefix: str) -> bool:
@@ -85,7 +85,7 @@ class Store:
         return bool(self.load(name, prefix))
 
     def drop(self, name: str) -> None:
-        """Forget a tensor, whether it is there or not."""
+        """Forget what was saved under `name`, whether it is there or not."""
         self._held.pop(name, None)
         if self.folder is not None:
             self.path(name).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ class States:
             yield self[number]
 
     def at(self, number: int) -> Tensor:
-        """Those of one batch, for a pass forward."""
+        """The states of one batch, for a pass forward."""
         return self[number]
 
     def __getitem__(self, number: int) -> Tensor:

@@ -18,6 +18,7 @@ from tensorllm.weights import sharing, touched, write_dense
 
 STEM = "factored"
 METHOD = "tensorllm"
+MARKS = ("quantization_config", "transformers_weights")  # of a factored folder, in its config
 NOT_WITHOUT_US = "these-weights-are-factored-first-import-tensorllm.safetensors"
 README = """---
 library_name: tensorllm
@@ -66,7 +67,7 @@ def mark_config(config: Mapping[str, Any], weights: str) -> dict[str, Any]:
 
 def unmark_config(config: Any) -> Any:
     """The config, in memory, of the dense model that a factored folder stands for."""
-    for name in ("quantization_config", "transformers_weights"):
+    for name in MARKS:
         if hasattr(config, name):
             delattr(config, name)
     return config

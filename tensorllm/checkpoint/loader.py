@@ -17,7 +17,7 @@ from tensorllm.checkpoint.config import read_config
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.identity import files_identity
 from tensorllm.checkpoint.loading import load
-from tensorllm.checkpoint.manifest import Manifest, check_files, read_manifest
+from tensorllm.checkpoint.manifest import Manifest, check_files, factored_manifest, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source
 from tensorllm.checkpoint.whole import load_whole
@@ -111,9 +111,8 @@ class Loader:
 
     def fingerprint(self) -> str:
         """Changes when weights, config or tokenizer do, and not with the place of the folder."""
-        manifest = read_manifest(self.folder)
-        factored = manifest is not None and manifest.format == "factored"
-        checkpoint = Checkpoint(self.folder, stem=STEM if factored else "model")
+        stem = "model" if factored_manifest(self.folder) is None else STEM
+        checkpoint = Checkpoint(self.folder, stem=stem)
         facts = [str(self.dtype), checkpoint.identity, files_identity(self.folder, NOTES)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -60,6 +60,11 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = VERSION
 
+    @property
+    def compressor(self) -> dict[str, Any]:
+        """What was done, as results of the folder name it."""
+        return {"mode": self.mode, **self.settings, "layers": self.source.get("layers")}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -86,6 +91,12 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a tensorllm manifest: {error}") from None
+
+
+def factored_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder that holds factors; None for every other folder."""
+    manifest = read_manifest(folder)
+    return manifest if manifest is not None and manifest.format == "factored" else None
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:

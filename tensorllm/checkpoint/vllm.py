@@ -29,7 +29,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from tensorllm.checkpoint.factored import METHOD, FactoredFolder
-from tensorllm.checkpoint.manifest import StoredSite, read_manifest
+from tensorllm.checkpoint.manifest import StoredSite, factored_manifest
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
 from tensorllm.runtime.sites import module_for
@@ -158,8 +158,7 @@ class FactoredConfig(QuantizationConfig):
         del hf_config
         here = Path(model_name)
         folder = here if here.is_dir() else local_copy(model_name, "model", revision=revision)
-        manifest = None if folder is None else read_manifest(folder)
-        if folder is None or manifest is None or manifest.format != "factored":
+        if folder is None or factored_manifest(folder) is None:
             raise UserError(
                 f"{model_name} is no factored folder on this machine; fetch all of its files "
                 f"first (hf download {model_name}) and give the folder"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensorllm.checkpoint.reader import index_name
@@ -29,6 +30,11 @@ from tensorllm.io import (
 
 JOURNAL = "journal.json"
 SHARD_BYTES = 2**29
+
+
+def as_written(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in main memory; floating point numbers in this dtype, or as they are (None)."""
+    return t.to("cpu", dtype if t.is_floating_point() else None)
 
 
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
@@ -100,6 +106,11 @@ class ShardWriter:
         self._settle()
         shards = [shard for shard in self._journal["shards"] if shard["names"]]
         return {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
+
+    @property
+    def bytes(self) -> int:
+        """Of all these files."""
+        return sum(facts["bytes"] for facts in self.files.values())
 
     def add(self, unit: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Take the tensors of one unit of work; one that an earlier run finished is passed over."""

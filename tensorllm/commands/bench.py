@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from tensorllm.checkpoint.loader import device_of, dtype_of
 from tensorllm.checkpoint.loading import How, choices_of, load, predicted_of
-from tensorllm.checkpoint.manifest import read_manifest
+from tensorllm.checkpoint.manifest import factored_manifest
 from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
@@ -79,8 +79,8 @@ def bench(request: BenchRequest) -> Bench:
     one_of("--policy", request.policy, get_args(Policy))
     one_of("--cache", request.cache, get_args(Cache))
     load_plugins(request.plugins)
-    manifest = read_manifest(request.model)
-    if manifest is None or manifest.format != "factored":
+    manifest = factored_manifest(request.model)
+    if manifest is None:
         raise UserError(f"{request.model} is not factored; there is nothing to compare")
     request = replace(request, device=device_of(request.device))
     dense, factored = _load(request, "dense"), _load(request, request.policy)
@@ -91,7 +91,6 @@ def bench(request: BenchRequest) -> Bench:
     if request.peak and request.device == "cpu":
         del dense, factored, models
         found = {k: replace(m, peak_bytes=_peak(request, k, prompt, new)) for k, m in found.items()}
-    made = {"mode": manifest.mode, **manifest.settings, "layers": manifest.source.get("layers")}
     return Bench(
         found,
         choices,
@@ -101,7 +100,7 @@ def bench(request: BenchRequest) -> Bench:
         request.repeats,
         environment(),
         str(manifest.source.get("model")),
-        made,
+        manifest.compressor,
     )
 
 

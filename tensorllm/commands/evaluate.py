@@ -175,15 +175,11 @@ def _made_with(
 ) -> dict[str, Any]:
     """What names the model and the machine in results.json."""
     manifest = loader.manifest()
-    compressor = None
-    if manifest is not None:
-        layers = manifest.source.get("layers")
-        compressor = {"mode": manifest.mode, **manifest.settings, "layers": layers}
     return {
         "model": source.name,
         "revision": source.revision,
         "compressed": None if request.compressed is None else str(request.compressed),
-        "compressor": compressor,
+        "compressor": None if manifest is None else manifest.compressor,
         "dtype": str(loader.dtype or loader.config().dtype).removeprefix("torch."),
         "stored_dtype": str(loader.config().dtype).removeprefix("torch."),
         "devices": asdict(devices),

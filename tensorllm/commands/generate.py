@@ -9,6 +9,7 @@ from transformers import StoppingCriteriaList
 
 from tensorllm.checkpoint.loader import Loader, computing_dtype, device_of, dtype_of
 from tensorllm.checkpoint.loading import load
+from tensorllm.checkpoint.manifest import factored_manifest
 from tensorllm.checkpoint.source import resolve
 from tensorllm.data.tokens import as_messages, check_ids, open_ended
 from tensorllm.errors import UserError
@@ -80,8 +81,7 @@ def loaded(
     dtype = dtype_of(request.dtype) or computing_dtype(stored, device)
     loader = replace(loader, dtype=dtype)
     tokenizer = loader.tokenizer()
-    manifest = loader.manifest()
-    if manifest is not None and manifest.format == "factored":
+    if factored_manifest(folder) is not None:
         model = load(folder, policy=policy, cache=cache, dtype=dtype, verify=request.verify)
     else:
         model = loader()

@@ -177,7 +177,7 @@ def _path(cell: Cell, request: ReproduceRequest) -> Path:
 
 
 def _file(cell: Cell, request: ReproduceRequest) -> CellFile:
-    """The same with what another run must agree with."""
+    """The file of a cell, with what another run must agree with."""
     facts = {
         "weights_identity": weights_identity(request.model, request.weights),
         "data_identity": data_identity(cell.dataset, request.data),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tensorllm.checkpoint.beside import small_files
+from tensorllm.checkpoint.factored import MARKS
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card, text_of
@@ -61,7 +62,7 @@ def complete(
 def dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """The config.json of a folder's model, without what says that it is factored."""
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    for name in ("quantization_config", "transformers_weights"):
+    for name in MARKS:
         config.pop(name, None)
     if dtype is not None:
         config.pop("torch_dtype", None)

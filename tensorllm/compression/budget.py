@@ -16,6 +16,7 @@ from tensorllm.compressors.settings import settings_of
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
+from tensorllm.weights import stacked
 
 Read = Callable[[Iterable[str]], Mapping[str, Tensor]]  # parameters by name
 
@@ -84,11 +85,9 @@ def _curves(
         site = job.site
         progress(index, len(jobs), f"spectrum of {site.name}")
         weights = read(sorted({roles.name(*matrix) for matrix in site.matrices}))
-        geometry = roles.spec.geometry(site.layers[0])
-        w = site.stack([roles.read(weights, *m) for m in site.matrices], geometry)
         assert isinstance(job.compressor, Leaf), "what needs a text was refused"
         try:
-            out[site] = job.compressor.curve(site, w)
+            out[site] = job.compressor.curve(site, stacked(site, roles, weights))
         except UserError as error:
             raise UserError(f"{site.name}: {error}") from None
     progress(len(jobs), len(jobs), "spectra done")

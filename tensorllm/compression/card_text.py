@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from tensorllm.compression.citations import bibtex
 from tensorllm.compression.descriptions import done_in_words
 from tensorllm.compression.formats import FORMATS
@@ -12,6 +10,7 @@ from tensorllm.compression.report import RATIO_NAMES
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN
+from tensorllm.recipes import as_yaml
 
 AUTO = {"fill-mask": "AutoModelForMaskedLM"}
 
@@ -118,7 +117,7 @@ def _again(report: Mapping[str, Any]) -> str:
     """The recipe holds what the shipped one and the command line's options came to."""
     settings = {key: v for key, v in report["settings"].items() if key != "calibration"}
     recipe = {"model": report["model"], "mode": report["mode"], "layers": report["layers"]}
-    text = yaml.safe_dump(recipe | settings, sort_keys=False, default_flow_style=None, width=76)
+    text = as_yaml(recipe | settings)
     revision = f" --revision {report['revision']}" if report["revision"] else ""
     fitted = report["settings"].get("calibration")
     draw = "--sequences {sequences} --seed {seed}".format_map(fitted) if fitted else ""

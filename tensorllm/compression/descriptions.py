@@ -10,7 +10,7 @@ from typing import Any
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import Factors, Picture
 from tensorllm.tensors.quantised import kind_named
-from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, family
+from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, families
 
 Sites = Sequence[Mapping[str, Any]]
 Group = tuple[tuple[tuple[str, ...], str], Sites]  # roles and kind of factors, and their sites
@@ -43,7 +43,7 @@ def numbers(layers: Iterable[int]) -> str:
 def _grouped(sites: Sites) -> list[Group]:
     groups: dict[tuple[tuple[str, ...], str], list[Mapping[str, Any]]] = {}
     for site in sites:
-        groups.setdefault((_families(site["roles"]), site["kind"]), []).append(site)
+        groups.setdefault((families(site["roles"]), site["kind"]), []).append(site)
     return list(groups.items())
 
 
@@ -52,14 +52,9 @@ def _by_kind(sites: Sites) -> list[Group]:
     out: list[Group] = []
     for kind in dict.fromkeys(site["kind"] for site in sites):
         together = [site for site in sites if site["kind"] == kind]
-        roles = _families(role for site in together for role in site["roles"])
+        roles = families(role for site in together for role in site["roles"])
         out.append(((roles, kind), together))
     return out
-
-
-def _families(roles: Iterable[str]) -> tuple[str, ...]:
-    """The roles, the same matrix of all experts once."""
-    return tuple(dict.fromkeys(map(family, roles)))
 
 
 def _matrices(roles: tuple[str, ...]) -> str:

@@ -114,10 +114,8 @@ def _bytes_after(
         rest: numbers that no job touches.
         written: numbers in all; None: not known.
     """
-    own = task.compressor.budget if isinstance(task.compressor, Compressor) else None
-    target = task.budget or own
-    if target is not None and target.target_bytes is not None:
-        return target.target_bytes  # or a little less
+    if task.aim is not None and task.aim.target_bytes is not None:
+        return task.aim.target_bytes  # or a little less
     if task.format == "factored":
         shapes = [job.site.shape(roles.spec.geometry(job.site.layers[0])) for job in jobs]
         sizes = [

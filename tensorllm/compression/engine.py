@@ -32,6 +32,7 @@ from tensorllm.compressors.budget import Budget
 from tensorllm.environment import environment, versions
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.task import name_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.weights import restored, write_dense
 
@@ -118,7 +119,7 @@ def _report(
     sites = [compressed.report for compressed in done]
     mode, settings = planned.settings
     return CompressionReport(
-        model=getattr(config, "_name_or_path", "") or config.model_type,
+        model=name_of(config),
         revision=getattr(config, "_commit_hash", None),
         mode=mode,
         settings=settings,

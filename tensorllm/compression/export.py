@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tensorllm.checkpoint.factored import STEM, dense_tensors, mark_config, store_site
 from tensorllm.checkpoint.manifest import (
     Manifest,
     StoredSite,
     check_files,
+    factored_manifest,
     read_manifest,
 )
 from tensorllm.checkpoint.reader import Checkpoint
-from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
+from tensorllm.checkpoint.writer import ShardWriter, as_written, check_target, exclusive
 from tensorllm.compression.beside import complete, dense_config
 from tensorllm.compression.exported import exported_manifest, exported_report
 from tensorllm.errors import UserError
@@ -64,18 +64,16 @@ def export(
         total = _dense_count(source, manifest)
         for done, (name, tensor) in enumerate(dense_tensors(source)):
             progress(done, total, name)
-            writer.add(name, {name: _cast(tensor, dtype)})
+            writer.add(name, {name: as_written(tensor, dtype)})
         writer.name_files()
-        files = writer.files
-        size = sum(facts["bytes"] for facts in files.values())
         complete(
             writer,
             source,
             config=dense_config(source, dtype),
-            manifest=exported_manifest(manifest, files),
-            report=exported_report(source, "dense", size, dtype),
+            manifest=exported_manifest(manifest, writer.files),
+            report=exported_report(source, "dense", writer.bytes, dtype),
         )
-    return size
+    return writer.bytes
 
 
 def _dense_count(source: Path, manifest: Manifest) -> int:
@@ -83,10 +81,6 @@ def _dense_count(source: Path, manifest: Manifest) -> int:
     special = {t for site in manifest.sites for t in site.tensors.values()}
     special |= set(manifest.rest.values())
     return len(set(Checkpoint(source, stem=STEM).entries) - special) + len(manifest.replaced)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +108,8 @@ def quantise_folder(
     """
     one_of("--quantize", how, tuple(BITS))
     check_target(target, overwrite=overwrite, source=source)
-    manifest = read_manifest(source)
-    if manifest is None or manifest.format != "factored":
+    manifest = factored_manifest(source)
+    if manifest is None:
         raise UserError(f"{source} is not factored; --quantize takes a factored folder")
     check_files(source, manifest, verify=True)
     fingerprint = {"quantise": how, "files": manifest.files}
@@ -132,8 +126,7 @@ def quantise_folder(
         config = json.loads((source / "config.json").read_text())
         about = {**manifest.source, "quantised": how}
         made = replace(manifest, sites=sites, files=writer.files, source=about)
-        size = sum(facts["bytes"] for facts in writer.files.values())
-        report = exported_report(source, "factored", size, None)
+        report = exported_report(source, "factored", writer.bytes, None)
         complete(
             writer,
             source,

@@ -10,6 +10,7 @@ from tensorllm.compressors import Site
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.models.task import name_of
 from tensorllm.runtime import install
 from tensorllm.runtime.cost import Cache, Choice, Policy, choose, keeps_dense_cache
 from tensorllm.weights import touched
@@ -58,7 +59,7 @@ def factorize(model: Any, policy: Policy = "always", cache: Cache = "latent") ->
     manifest = Manifest(
         format="factored",
         source={
-            "model": getattr(model.config, "_name_or_path", "") or model.config.model_type,
+            "model": name_of(model.config),
             "revision": getattr(model.config, "_commit_hash", None),
             "layers": list(compression.plan.layers),
         },

@@ -18,9 +18,9 @@ from transformers import AutoConfig
 
 from tensorllm.calibration.fit import Fitted
 from tensorllm.checkpoint.factored import dense_tensors
-from tensorllm.checkpoint.manifest import check_files, read_manifest
+from tensorllm.checkpoint.manifest import check_files, factored_manifest
 from tensorllm.checkpoint.reader import Checkpoint, Entry
-from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
+from tensorllm.checkpoint.writer import ShardWriter, as_written, check_target, exclusive
 from tensorllm.compression.beside import complete, dense_config
 from tensorllm.compression.exported import Narrowed, beside_narrow
 from tensorllm.compression.jobs import CompressedSite
@@ -86,7 +86,7 @@ def narrow(
             progress(done, len(names), name)
             part = cut(name, tensor)
             removed += tensor.numel() - part.numel()
-            writer.add(name, {name: part.to(dtype) if dtype and part.is_floating_point() else part})
+            writer.add(name, {name: as_written(part, dtype)})
         writer.name_files()
         width = (cut.before, cut.after)
         new = Narrowed(source, roles, width, removed, writer.files, dtype)
@@ -227,8 +227,8 @@ def _common_width(counts: Mapping[int, int], full: int) -> int:
 
 def _opened(source: Path) -> tuple[Tensors, set[str]]:
     """The dense tensors one by one, and their names."""
-    manifest = read_manifest(source)
-    if manifest is not None and manifest.format == "factored":
+    manifest = factored_manifest(source)
+    if manifest is not None:
         check_files(source, manifest, verify=True)
         return lambda: dense_tensors(source), {name for name, _ in dense_tensors(source)}
     checkpoint = Checkpoint(source)
@@ -248,7 +248,8 @@ def _planned_channels(
     roles: RoleMatrices,
     dtype: torch.dtype | None,
 ) -> dict[int, Tensor]:
-    """The same of what a compression is going to write.
+    """Of each layer with an FFN which channels will be read, (F,) bool, by what a compression is
+    going to write.
 
     Args:
         done: factors that are there already, by the site's name.

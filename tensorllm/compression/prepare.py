@@ -66,8 +66,7 @@ def aimed(task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices) -> Fold
     Raises:
         UserError: a format that stores neither factors nor few bits, or a target without room.
     """
-    strategy = task.strategy
-    target = task.budget or strategy.budget
+    target = task.aim
     if target is None or target.target_bytes is None:
         return task
     if task.target is not None and task.format != "factored":
@@ -76,7 +75,9 @@ def aimed(task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices) -> Fold
             f"got --format {task.format}"
         )
     tensors = stored_in(checkpoint, task.dtype)
-    strategy, budget = with_room(strategy, target, roles, tensors, task.layers, task.shard_bytes)
+    strategy, budget = with_room(
+        task.strategy, target, roles, tensors, task.layers, task.shard_bytes
+    )
     return replace(task, compressor=strategy, budget=budget)
 
 
@@ -167,8 +168,7 @@ def check_fit(
     config = checkpoint.config.get_text_config()
     widest = max(geometry(layer).inputs(role) for layer, role in matrices)
     task.calibration.check(config.vocab_size, widest, context_length(config))
-    strategy = task.strategy
-    target = task.budget or strategy.budget
+    strategy, target = task.strategy, task.aim
     if target is None or target.max_loss_increase is not None:
         return None
     if target.target_bytes is not None:

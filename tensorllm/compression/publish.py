@@ -40,7 +40,6 @@ def publish(
     notes = [note for note in writer.finished.values() if note]
     mode, settings = plan.settings
     sites = [site_report(record) for note in notes for record in note["reports"]]
-    size = sum(facts["bytes"] for facts in files.values())
     before = checkpoint.parameters
     if narrowing is not None:
         after = before - narrowing.removed(checkpoint.weights)
@@ -56,7 +55,7 @@ def publish(
         format=task.format,
         sites=sites,
         spec=roles.spec,
-        totals=Totals(before, after, checkpoint.bytes, size),
+        totals=Totals(before, after, checkpoint.bytes, writer.bytes),
         seconds=time.perf_counter() - started,
         peak_resident_bytes=peak_resident_bytes(),
         environment=environment(),

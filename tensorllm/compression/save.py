@@ -17,6 +17,7 @@ from tensorllm.compression.units import open_checkpoint
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.models.access import StoredOtherwise
+from tensorllm.models.task import name_of
 from tensorllm.weights import dense_matrices
 
 
@@ -69,7 +70,7 @@ def save(
             layers=compression.plan.layers,
             format=format,
             overwrite=overwrite,
-            model=getattr(model.config, "_name_or_path", "") or model.config.model_type,
+            model=name_of(model.config),
             revision=getattr(model.config, "_commit_hash", None),
             original=False,
             done={site.site.name: site for site in compression.sites},

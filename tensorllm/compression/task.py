@@ -62,6 +62,12 @@ class FolderTask:
         return channels_only(self.compressor) if self.format == "narrow" else self.compressor
 
     @property
+    def aim(self) -> Budget | None:
+        """The target size, of the task or the strategy's own; None: sizes are given or fitted."""
+        own = self.compressor.budget if isinstance(self.compressor, Compressor) else None
+        return self.budget or own
+
+    @property
     def folder(self) -> Path:
         """The folder to make, of a task that makes one."""
         assert self.target is not None, "only a plan needs no folder"

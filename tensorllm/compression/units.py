@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tensorllm.checkpoint.factored import rest_of, store_site
-from tensorllm.checkpoint.manifest import read_manifest
+from tensorllm.checkpoint.manifest import factored_manifest
 from tensorllm.checkpoint.reader import Checkpoint
+from tensorllm.checkpoint.writer import as_written
 from tensorllm.compression.jobs import run_job
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.task import FolderTask
@@ -32,8 +32,7 @@ class Unit:
 
 def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
     """A checkpoint that can be compressed, its shapes checked against its config."""
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest.format == "factored":
+    if factored_manifest(folder) is not None:
         raise UserError(f"{folder} is factored already; give the model it was made from")
     checkpoint = Checkpoint(folder)
     roles = RoleMatrices(checkpoint.config, checkpoint.entries)
@@ -87,7 +86,7 @@ def run_unit(
         unused = checkpoint.unused
         out = {n: w if n in unused else _copied(n, w, plan, roles) for n, w in weights.items()}
     dtypes = {n: None if n in checkpoint.unused else task.dtype for n in out}
-    return {name: _stored(t, dtypes[name]) for name, t in out.items()}, note
+    return {name: as_written(t, dtypes[name]) for name, t in out.items()}, note
 
 
 def _copied(name: str, w: Tensor, plan: Plan, roles: RoleMatrices) -> Tensor:
@@ -96,8 +95,3 @@ def _copied(name: str, w: Tensor, plan: Plan, roles: RoleMatrices) -> Tensor:
         raise UserError(f"{name} has NaN or infinite values")
     changed = plan.changed(roles)
     return plan.parameter(*changed[name]).to(w.dtype) if name in changed else w
-
-
-def _stored(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As it is written: in the wanted dtype, in main memory."""
-    return t.to("cpu", dtype if t.is_floating_point() else None)

@@ -178,7 +178,7 @@ class Compressor(ABC):
             UserError: the strategy cannot be shrunk to a budget.
         """
         del spec, settings
-        raise UserError(f"{cls.__name__} cannot be shrunk to a target size: it has no error curve")
+        raise _no_curve(cls)
 
 
 class Leaf(Compressor):
@@ -210,9 +210,7 @@ class Leaf(Compressor):
             UserError: the strategy has none.
         """
         del site, w, statistics
-        raise UserError(
-            f"{type(self).__name__} cannot be shrunk to a target size: it has no error curve"
-        )
+        raise _no_curve(type(self))
 
     def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
         """The factors of a stacked tensor at one size of the curve without their numbers, on the
@@ -299,9 +297,7 @@ class LayerFit(Compressor):
             UserError: the strategy has no curves.
         """
         del sites, context
-        raise UserError(
-            f"{type(self).__name__} cannot be shrunk to a target size: it has no error curve"
-        )
+        raise _no_curve(type(self))
 
     def outline(self, site: Site, geometry: Geometry, size: Size) -> Factors:
         """As `Leaf.outline`, of a site of one layer."""
@@ -332,6 +328,12 @@ class LayerFit(Compressor):
         """Numbers stored at the smallest sizes; None: only the curves can tell."""
         del spec, layers
         return None
+
+
+def _no_curve(strategy: type[Compressor]) -> UserError:
+    return UserError(
+        f"{strategy.__name__} cannot be shrunk to a target size: it has no error curve"
+    )
 
 
 def _no_outline(strategy: Compressor) -> UserError:

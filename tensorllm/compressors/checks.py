@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tensorllm.errors import UserError
+from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import did_you_mean
 from tensorllm.tensors.stacking import family
 
@@ -16,6 +17,16 @@ def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
             + ("." + did_you_mean(str(wrong[0]), list(known)) if wrong else "")
         )
     return tuple(roles)
+
+
+def check_exist(roles: Sequence[str], spec: ModelSpec) -> None:
+    """Refuse a matrix that no layer of the model has."""
+    missing = [role for role in roles if family(role) not in spec.roles]
+    if missing:
+        raise UserError(
+            f"matrix {missing[0]!r} does not exist in this architecture; "
+            f"it has {', '.join(spec.roles)}"
+        )
 
 
 def check_seed(seed: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.compressors.base import COMPRESSORS, Dimension, ErrorCurve, Job, Leaf
-from tensorllm.compressors.checks import check_roles, check_seed
+from tensorllm.compressors.checks import check_exist, check_roles, check_seed
 from tensorllm.compressors.layer import MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
@@ -18,7 +18,7 @@ from tensorllm.tensors.blocks import BlockLowRank, block_shape, row_blocks
 from tensorllm.tensors.energy import Energy, matrix_energy
 from tensorllm.tensors.factors import Factors, low_rank_outline
 from tensorllm.tensors.ranks import laser_rank, low_rank_parameters
-from tensorllm.tensors.stacking import FEED_FORWARD, MATRICES, family
+from tensorllm.tensors.stacking import FEED_FORWARD, MATRICES
 from tensorllm.tensors.svd import METHODS, truncated_svd
 
 MOST_BLOCKS = 2**16
@@ -66,12 +66,7 @@ class LaserSVD(Leaf):
         object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        missing = [role for role in self.matrices if family(role) not in spec.roles]
-        if missing:
-            raise UserError(
-                f"matrix {missing[0]!r} does not exist in this architecture; "
-                f"it has {', '.join(spec.roles)}"
-            )
+        check_exist(self.matrices, spec)
         return [
             Job(Site((layer,), (role,), "matrix"), self)
             for layer in layers

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tensorllm.compressors.applied import Applied
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry, family
+from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry, families
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Site:
     @property
     def families(self) -> tuple[str, ...]:
         """The roles, the same matrix of all experts once."""
-        return tuple(dict.fromkeys(map(family, self.roles)))
+        return families(self.roles)
 
     def stack(self, w_ID: Sequence[Tensor], geometry: Geometry) -> Tensor:
         """The tensor to decompose, from the role matrices in the order of `matrices`."""
@@ -51,6 +51,10 @@ class Site:
     def unstack(self, w: Tensor, geometry: Geometry) -> list[Tensor]:
         """The role matrices that the tensor stands for."""
         return STACKINGS[self.stacking].unstack(w, geometry, len(self.matrices))
+
+    def numel(self, geometry: Geometry) -> int:
+        """Numbers in its matrices, of layers with this geometry."""
+        return sum(geometry.numel(role) for _, role in self.matrices)
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
         """The stacked tensor's shape; refuses what cannot be stacked."""
@@ -123,7 +127,7 @@ class LayerContext(Protocol):
         ...
 
     def compressed_weight(self, role: str) -> Tensor:
-        """That of the compressed layer, as it is now."""
+        """The compressed layer's role matrix (I, D), as it is now."""
         ...
 
     def statistics(self, site: Site) -> list[MatrixStatistics]:
@@ -208,7 +212,7 @@ class LayerContext(Protocol):
         weights: Mapping[str, Tensor | Applied],
         parameters: Mapping[str, Tensor],
     ) -> Tensor:
-        """The same distance on one batch as a scalar that gradients flow from.
+        """`output_error` on one batch, as a scalar that gradients flow from.
 
         Args:
             batch: 0 to `batches` - 1.

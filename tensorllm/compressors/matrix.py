@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from tensorllm.compressors.base import Dimension, ErrorCurve, Job, LayerFit, Leaf
-from tensorllm.compressors.checks import check_roles
+from tensorllm.compressors.checks import check_exist, check_roles
 from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
 from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
-from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, family, is_output_projection
+from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, is_output_projection
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -73,11 +73,18 @@ class KeptSettings:
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        return kept_space(spec, settings)
+        out = {"kept": Dimension(KEPT, (0.0, 1.0), log=False)}
+        if "matrices" not in settings:
+            out["matrices"] = Dimension(spec.roles)
+        return out
 
     @classmethod
     def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any]:
         return kept_settings(point)
+
+    @classmethod
+    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {"rank": 1} | dict(settings)
 
     def rank_of(self, shape: Sequence[int]) -> int:
         """The rank of a matrix of this shape."""
@@ -86,10 +93,13 @@ class KeptSettings:
         assert self.kept is not None
         return max(1, int(self.kept * shape[0] * shape[1] / sum(shape)))
 
-    def check_shape(self, shape: tuple[int, ...]) -> None:
+    def check(self, shape: tuple[int, ...]) -> None:
         """Refuse a rank that no matrix of this shape has."""
         if self.rank is not None and self.rank > min(shape):
             raise UserError(f"rank must be in 1..{min(shape)}, got {self.rank}")
+
+    def stored_parameters(self, shape: tuple[int, ...]) -> int:
+        return self.rank_of(shape) * sum(shape)
 
     def sites(self, spec: ModelSpec, layers: Sequence[int]) -> list[Site]:
         """Every matrix alone, of layers that have it."""
@@ -106,12 +116,6 @@ class MatrixSVD(KeptSettings, Leaf):
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         return [Job(site, self) for site in self.sites(spec, layers)]
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        self.check_shape(shape)
-
-    def stored_parameters(self, shape: tuple[int, ...]) -> int:
-        return self.rank_of(shape) * sum(shape)
 
     def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> LowRank:
         w_YX, transposed = as_map(w, statistics)
@@ -140,10 +144,6 @@ class MatrixSVD(KeptSettings, Leaf):
     def at_size(self, site: Site, size: Size) -> Self:
         return replace(self, kept=None, rank=size[0], matrices=site.roles)
 
-    @classmethod
-    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {"rank": 1} | dict(settings)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFit(KeptSettings, LayerFit):
@@ -160,12 +160,6 @@ class MatrixFit(KeptSettings, LayerFit):
                 "expert-tucker or activation-expert-tucker for them"
             )
         return [Job(site, self) for site in sites if site not in routed]
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        self.check_shape(shape)
-
-    def stored_parameters(self, shape: tuple[int, ...]) -> int:
-        return self.rank_of(shape) * sum(shape)
 
     def rank_at(self, context: LayerContext, site: Site) -> int:
         """The rank that a budget chose for a site, or that of the settings."""
@@ -196,10 +190,6 @@ class MatrixFit(KeptSettings, LayerFit):
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
         w_YX, lost_YX = map_of(context.weight(role), role), map_of(lost_ID, role)
         return weighted_error(w_YX, lost_YX, _whitening_of(context, role))
-
-    @classmethod
-    def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {"rank": 1} | dict(settings)
 
 
 def _whitening_of(context: LayerContext, role: str) -> Root:
@@ -251,12 +241,7 @@ def matrix_sites(
     spec: ModelSpec, layers: Sequence[int], matrices: Sequence[str] | None
 ) -> list[Site]:
     """Every matrix alone, of layers that have it; None: all that a layer has."""
-    missing = [role for role in matrices or () if family(role) not in spec.roles]
-    if missing:
-        raise UserError(
-            f"matrix {missing[0]!r} does not exist in this architecture; "
-            f"it has {', '.join(spec.roles)}"
-        )
+    check_exist(matrices or (), spec)
     return [
         Site((layer,), (role,), "matrix")
         for layer in layers
@@ -265,16 +250,8 @@ def matrix_sites(
     ]
 
 
-def kept_space(spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-    """What a search may vary of `KeptSettings`."""
-    out = {"kept": Dimension(KEPT, (0.0, 1.0), log=False)}
-    if "matrices" not in settings:
-        out["matrices"] = Dimension(spec.roles)
-    return out
-
-
 def kept_settings(point: Mapping[str, Value]) -> dict[str, Any]:
-    """The settings of a point of `kept_space`; several matrices are joined by `+`."""
+    """The settings of a point of `KeptSettings`; several matrices are joined by `+`."""
     out: dict[str, Any] = {"kept": float(f"{point['kept']:.6g}")}
     if "matrices" in point:
         out["matrices"] = tuple(str(point["matrices"]).split("+"))
@@ -291,7 +268,7 @@ def as_map(
 
 
 def map_of(w_ID: Tensor, role: str) -> Tensor:
-    """The same for a role."""
+    """The map (Y, X) of a role's matrix, float64."""
     return w_ID.double().mT if is_output_projection(role) else w_ID.double()
 
 

@@ -10,7 +10,7 @@ from tensorllm.compressors.base import Compressor, Job
 from tensorllm.errors import UserError
 from tensorllm.models.access import RoleMatrices
 from tensorllm.models.spec import ModelSpec
-from tensorllm.tensors.stacking import MLA, Geometry, family
+from tensorllm.tensors.stacking import MLA, Geometry, families
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
     jobs = _whole(jobs, lacking)
     if lacking and (layers is not None or not jobs):
         layer, missing = next(iter(lacking.items()))
-        missing = _named(missing)
+        missing = families(missing)
         there = spec.having(missing)
         where = f"of layers, {', '.join(map(str, there))} have" if there else "no layer has"
         raise UserError(
@@ -56,16 +56,11 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
             f" (it has {', '.join(spec.geometry(layer).families) or 'none'}); {where} all of them"
             f"{_latent(spec.geometry(layer))}"
         )
-    passed_over = {layer: _named(missing) for layer, missing in lacking.items()}
+    passed_over = {layer: families(missing) for layer, missing in lacking.items()}
     gone = set(lacking) - {layer for job in jobs for layer in job.site.layers}
     for job in jobs:
         _check_alike(job, spec)
     return Placed(jobs, tuple(n for n in wanted if n not in gone), passed_over)
-
-
-def _named(roles: Sequence[str]) -> tuple[str, ...]:
-    """As a user names them: the same matrix of all experts once."""
-    return tuple(dict.fromkeys(map(family, roles)))
 
 
 def _latent(geometry: Geometry) -> str:

@@ -21,12 +21,11 @@ from tensorllm.compressors.base import (
     Job,
     LayerFit,
     Leaf,
-    Needs,
 )
 from tensorllm.compressors.checks import check_roles
 from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site, Size
 from tensorllm.compressors.matrix import matrix_sites
-from tensorllm.compressors.wrapped import Wrapped, WrappedFit
+from tensorllm.compressors.wrapped import Wrapped, WrappedFit, of_inner
 from tensorllm.errors import UserError
 from tensorllm.io import entry_bytes
 from tensorllm.models.spec import ModelSpec
@@ -106,19 +105,10 @@ class RoundedLeaf(Leaf):
 
     source: ClassVar[str] = ""
 
-    @property
-    def needs(self) -> Needs:  # type: ignore[override]  # of the class elsewhere, here of `inner`
-        return self.inner.needs
-
-    @property
-    def named(self) -> Compressor:
-        return self.inner.named
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        self.inner.check(shape)
-
-    def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Factors:
-        return self.inner.decompose(w, statistics)
+    needs = of_inner()
+    named = of_inner()
+    check = of_inner()
+    decompose = of_inner()
 
     def curve(
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None

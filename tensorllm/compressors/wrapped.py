@@ -4,28 +4,32 @@
 `WrappedFit` is the wrapper of a `LayerFit` that changes nothing yet.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from tensorllm.compressors.base import (
-    Composite,
-    Compressor,
-    ErrorCurve,
-    GradientOf,
-    Job,
-    LayerFit,
-    Leaf,
-    Needs,
-    Ways,
-)
-from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.layer import LayerContext, LayerResult, Site
+from tensorllm.compressors.base import Composite, Compressor, Job, LayerFit, Leaf, Ways
+from tensorllm.compressors.layer import Site
 from tensorllm.models.spec import ModelSpec
 from tensorllm.tensors.shared_input import NARROWED
 from tensorllm.tensors.stacking import Geometry
 
 Wrap = Callable[[Leaf | LayerFit], Leaf | LayerFit]
+
+
+class _OfInner:
+    """A member of the wrapped strategy, `inner`, under its own name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(instance.inner, self.name)
+
+
+def of_inner() -> Any:
+    """An attribute or method that a wrapper leaves to what it wraps, `inner`."""
+    return _OfInner()  # as Any: each stands for a member of another type
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,10 @@ class Wrapped(Composite):
     wrap: Wrap
 
     source: ClassVar[str] = ""
-
-    @property
-    def named(self) -> Compressor:
-        return self.inner.named
-
-    @property
-    def training_steps(self) -> int:
-        return self.inner.training_steps
-
-    @property
-    def draws_by(self) -> int:
-        return self.inner.draws_by
-
-    @property
-    def budget(self) -> Budget | None:
-        return self.inner.budget
+    named = of_inner()
+    training_steps = of_inner()
+    draws_by = of_inner()
+    budget = of_inner()
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         made: dict[int, Leaf | LayerFit] = {}  # one wrapper of each strategy: they go by identity
@@ -69,62 +61,31 @@ class Wrapped(Composite):
 
 
 class WrappedFit(LayerFit):
-    """A `LayerFit` that leaves everything to another one; wrappers override what they change."""
+    """A `LayerFit` that does as another one; wrappers override what they change.
+
+    What bounds or holds its sizes is not the other one's: wrappers change which sizes there are.
+    """
 
     def __init__(self, inner: LayerFit) -> None:
         self.inner = inner
 
-    @property
-    def source(self) -> str:  # type: ignore[override]  # of the class elsewhere, here of `inner`
-        return self.inner.source
-
-    @property
-    def needs(self) -> Needs:  # type: ignore[override]
-        return self.inner.needs
-
-    @property
-    def at_width(self) -> bool:  # type: ignore[override]
-        return self.inner.at_width
-
-    @property
-    def named(self) -> Compressor:
-        return self.inner.named
-
-    @property
-    def gradient_of(self) -> GradientOf:
-        return self.inner.gradient_of
-
-    @property
-    def whole_inputs(self) -> tuple[str, ...]:
-        return self.inner.whole_inputs
-
-    @property
-    def keeps_inputs(self) -> bool:
-        return self.inner.keeps_inputs
+    source = of_inner()
+    needs = of_inner()
+    at_width = of_inner()
+    named = of_inner()
+    gradient_of = of_inner()
+    whole_inputs = of_inner()
+    keeps_inputs = of_inner()
+    check = of_inner()
+    stored_parameters = of_inner()
+    ffn_channels = of_inner()
+    ways = of_inner()
+    curves = of_inner()
+    passes = of_inner()
+    fit_layer = of_inner()
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         return [Job(job.site, self) for job in self.inner.jobs(spec, layers)]
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        self.inner.check(shape)
-
-    def stored_parameters(self, shape: tuple[int, ...]) -> int | None:
-        return self.inner.stored_parameters(shape)
-
-    def ffn_channels(self, geometry: Geometry) -> int | None:
-        return self.inner.ffn_channels(geometry)
-
-    def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
-        return self.inner.ways(geometry, layer, sites)
-
-    def curves(self, sites: Sequence[Site], context: LayerContext) -> Mapping[Site, ErrorCurve]:
-        return self.inner.curves(sites, context)
-
-    def passes(self, sites: Sequence[Site]) -> float:
-        return self.inner.passes(sites)
-
-    def fit_layer(self, context: LayerContext) -> LayerResult:
-        return self.inner.fit_layer(context)
 
 
 class ChannelsOnly(WrappedFit):

@@ -9,14 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
-from tensorllm.evaluation.forward import Forward, Padded, left_padded
-from tensorllm.evaluation.generation import COMPACT_BELOW, Generated, Greedy
+from tensorllm.evaluation.forward import Padded, left_padded
+from tensorllm.evaluation.generation import Generated, Greedy
 from tensorllm.evaluation.predictions import Prediction, chosen_prediction
 from tensorllm.evaluation.prompts import Reading, choice_scores, read
-from tensorllm.evaluation.protocol import Protocol
 
 
 class CausalBatch(NamedTuple):
@@ -35,32 +33,14 @@ class CausalScorer:
     """Turns batches into rows.
 
     Args:
-        forward: the model.
-        tokenizer: its tokenizer.
-        protocol: what counts as right.
-        max_new_tokens: how long a generated answer may be.
-        eos: tokens that end a generation.
-        stop_early: stop a generation when its verdict is certain.
-        compact_below: as `Greedy` has it.
+        greedy: how answers are generated, and by which model.
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        tokenizer: PreTrainedTokenizerBase,
-        protocol: Protocol,
-        *,
-        max_new_tokens: int,
-        eos: frozenset[int] = frozenset(),
-        stop_early: bool = True,
-        compact_below: float = COMPACT_BELOW,
-    ) -> None:
-        self.forward = forward
-        self.tokenizer = tokenizer
-        self.protocol = protocol
-        self.greedy = Greedy(
-            forward, tokenizer, protocol, max_new_tokens, eos, stop_early, compact_below
-        )
+    def __init__(self, greedy: Greedy) -> None:
+        self.greedy = greedy
+        self.forward = greedy.forward
+        self.tokenizer = greedy.tokenizer
+        self.protocol = greedy.protocol
 
     def __call__(self, batch: CausalBatch) -> list[Prediction]:
         """The rows of the model as it is."""
@@ -68,7 +48,7 @@ class CausalScorer:
 
     @torch.inference_mode()
     def side_by_side(self, batch: CausalBatch, lanes: Sequence[int]) -> dict[int, list[Prediction]]:
-        """The rows of every lane (see `Forward.lane`)."""
+        """The rows of every lane (see `ModelForward.lane`)."""
         first = batch.items[0].example
         if not first.tokens and not first.choices:
             return self._generated(batch, lanes)

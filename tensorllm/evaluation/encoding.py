@@ -41,14 +41,6 @@ class Encoded:
     def length(self) -> int:
         return max(map(len, self.full))
 
-    @property
-    def continues(self) -> bool:
-        """Whether the gold sequence begins with the prompt's own tokens.
-
-        Not so with tokenizers whose tokens end in a space: "is" and "is " differ.
-        """
-        return self.full[0][: len(self.prompt)] == self.prompt
-
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading items all sequences share."""
@@ -137,7 +129,7 @@ class Encoder:
     def _fitted(
         self, prompt: list[int], full: tuple[list[int], ...], shared: int, new: int
     ) -> tuple[list[int], tuple[list[int], ...], int]:
-        """The same without so many of the prompt's first tokens as the context cannot hold."""
+        """Prompt and answers without as many of the first tokens as the context cannot hold."""
         longest = max(len(prompt) + new, *map(len, full))
         cut = longest - self.context
         if cut <= 0:

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,15 +74,24 @@ def selected(entry: Any, rows: Tensor) -> Any:
     return new
 
 
-class Forward(Protocol):
-    """What a scorer needs of a model; a search may bring its own that keeps what does not
-    change.
+class ModelForward:
+    """A transformers model as scorers run it; a search derives one that keeps what does not change.
+
+    Args:
+        model: causal.
     """
 
-    vocabulary: int
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self._accepts = set(inspect.signature(model.forward).parameters)
+        self._last_layer = LastLayer(model)
+        self._head = Head(model)
+        fuse_activations(model, self)
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        return self.model.device  # read anew: a Trainer moves the model
 
     def __call__(
         self,
@@ -117,58 +126,7 @@ class Forward(Protocol):
             paths: where each row has one new token, all its tokens up to this one, so that the same
                 can be done for tokens that no plan has; None: nobody will look at this row.
         """
-        ...
-
-    def lane(self, number: int) -> AbstractContextManager[None]:
-        """In here the model is that of one of the edits that are run side by side."""
-        ...
-
-    def merged(self, caches: Sequence[Any], lanes: Sequence[int]) -> Any:
-        """A cache of the rows of all these, which were read in these lanes."""
-        ...
-
-    def hides(self, columns: int) -> bool:
-        """Whether columns among so many may be hidden and nothing else changes."""
-        ...
-
-    def tells_apart(self, columns: int) -> bool:
-        """Whether `sees_BTS` is obeyed in rows of so many columns."""
-        ...
-
-    def select(self, cache: Any, rows: Tensor) -> Any:
-        """A new cache of these rows, which may repeat."""
-        ...
-
-
-class ModelForward:
-    """A transformers model as a `Forward`."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.vocabulary = model.config.get_text_config().vocab_size
-        self._accepts = set(inspect.signature(model.forward).parameters)
-        self._last_layer = LastLayer(model)
-        self._head = Head(model)
-        fuse_activations(model, self)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device  # read anew: a Trainer moves the model
-
-    def __call__(
-        self,
-        batch: Padded,
-        *,
-        keep: int | Sequence[int],
-        best: bool = False,
-        mask_BS: Tensor | None = None,
-        cache: Any = None,
-        rows: Tensor | None = None,
-        sees_BTS: Tensor | None = None,
-        grow: bool = False,
-        key: Hashable = None,
-        paths: Sequence[Path | None] = (),
-    ) -> tuple[Tensor, Any]:
+        del key, paths  # nothing is kept here
         columns = keep if isinstance(keep, int) else max(keep)
         wanted_BN = None if isinstance(keep, int) else last_columns(keep, self.device)
         extra: dict[str, Any] = {"logits_to_keep": columns, "position_ids": batch.positions_BT}
@@ -198,18 +156,22 @@ class ModelForward:
         return None if cache is None and bool(seen.all()) else seen.long()
 
     def lane(self, number: int) -> AbstractContextManager[None]:
+        """In here the model is that of one of the edits that are run side by side."""
         return nullcontext()
 
     def merged(self, caches: Sequence[Any], lanes: Sequence[int]) -> Any:
+        """A cache of the rows of all these, which were read in these lanes."""
         (cache,) = caches  # there is one model
         return cache
 
     def hides(self, columns: int) -> bool:
+        """Whether columns among so many may be hidden and nothing else changes."""
         # A sliding window counts hidden columns, too.
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         return window is None or columns <= window
 
     def tells_apart(self, columns: int) -> bool:
+        """Whether `sees_BTS` is obeyed in rows of so many columns."""
         return self._obeys_masks and self.hides(columns)
 
     @cached_property
@@ -237,6 +199,7 @@ class ModelForward:
         return bool(10 * (got - want).norm() < (plain - want).norm())
 
     def select(self, cache: Any, rows: Tensor) -> Any:
+        """A new cache of these rows, which may repeat."""
         narrowed = copy.copy(cache)
         narrowed.layers = [selected(entry, rows) for entry in cache.layers]
         return narrowed

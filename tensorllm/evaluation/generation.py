@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
-from tensorllm.evaluation.forward import Forward, Path, left_padded
+from tensorllm.evaluation.forward import ModelForward, Path, left_padded
 from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, token_bound, token_f1
 from tensorllm.evaluation.prompts import Reading
 from tensorllm.evaluation.protocol import Protocol
@@ -64,17 +64,24 @@ class Greedy:
     """Continues a batch from its teacher-forced pass until every verdict is known.
 
     Args:
+        forward: the model.
+        tokenizer: its tokenizer.
+        protocol: what counts as right.
+        max_new_tokens: how long a generated answer may be.
+        eos: tokens that end a generation.
+        stop_early: stop a generation when its verdict is certain.
         compact_below: finished rows leave the cache once this share of its rows, or less, goes on.
     """
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelForward,
         tokenizer: PreTrainedTokenizerBase,
         protocol: Protocol,
+        *,
         max_new_tokens: int,
-        eos: frozenset[int],
-        stop_early: bool,
+        eos: frozenset[int] = frozenset(),
+        stop_early: bool = True,
         compact_below: float = COMPACT_BELOW,
     ) -> None:
         self.forward = forward
@@ -126,7 +133,7 @@ class Greedy:
         best = self._best(logits_MV, [at for at, n in zip(first, after, strict=True) if n >= 0])
         rows = []
         for e, ids, at, end in zip(items, sequences, first, ends, strict=True):
-            if ids[: len(e.prompt)] != e.prompt:
+            if ids[: len(e.prompt)] != e.prompt:  # its last token may hold the space, too
                 same = min(common_prefix((e.prompt, ids)), len(e.prompt) - 1)
                 rows.append(_Generation(e, same, e.prompt[same:]))
                 continue

@@ -132,7 +132,7 @@ class MaskedForward:
         return self.model.device  # read anew: a Trainer moves the model
 
     def __call__(self, ids_BT: Tensor, seen_BT: Tensor, key: Hashable = None) -> Tensor:
-        """Logits (B, T, V); `key` is the same for the same tokens, see `Forward`."""
+        """Logits (B, T, V); `key` is the same for the same tokens, see `ModelForward`."""
         return self.model(input_ids=ids_BT, attention_mask=seen_BT).logits
 
 

@@ -149,7 +149,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Those of a table that `write_predictions` wrote.
+    """The predictions of a table that `write_predictions` wrote.
 
     Raises:
         UserError: it is damaged or not there.

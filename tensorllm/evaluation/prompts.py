@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.evaluation.encoding import Encoded, common_prefix
-from tensorllm.evaluation.forward import Forward, Padded, left_padded
+from tensorllm.evaluation.forward import ModelForward, Padded, left_padded
 
 WORTH = 0.05  # share of the batch's tokens that must be saved: repeating the cache costs, too
 
@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 
 
 def read(
-    forward: Forward,
+    forward: ModelForward,
     sequences: Sequence[Tokens],
     *,
     keep: int | Sequence[int],
@@ -47,13 +47,13 @@ def read(
     key: Hashable = None,
     branches: Sequence[Sequence[Tokens]] | None = None,
 ) -> Reading:
-    """Read rows of tokens; see `Forward` for `keep`, `grow` and `key`.
+    """Read rows of tokens; see `ModelForward` for `keep`, `grow` and `key`.
 
     Args:
         sequences: tokens of each row.
         apart: how many leading tokens of the rows may be read apart from the rest.
         branches: continuations of each row, whose tokens follow it one after the other; only for
-            models that tell columns apart (`Forward.tells_apart`).
+            models that tell columns apart (`ModelForward.tells_apart`).
     """
     rows, device = len(sequences), forward.device
     heads: Sequence[Sequence[Tokens]] = branches or [()] * rows
@@ -114,14 +114,14 @@ Further = dict[tuple[int, int], list[float]]  # (example, choice) -> of its toke
 
 
 def choice_scores(
-    forward: Forward, items: Sequence[Encoded], key: Hashable
+    forward: ModelForward, items: Sequence[Encoded], key: Hashable
 ) -> list[tuple[list[float], int]]:
     """Per example the log-probability of every choice, and the rank of the gold one's first token.
 
     Args:
         forward: the model.
         items: examples with choices.
-        key: of the batch, see `Forward`.
+        key: of the batch, see `ModelForward`.
     """
     branches = [[ids[e.shared :] for ids in e.full] for e in items]
     prompts = [e.full[0][: e.shared] for e in items]
@@ -194,13 +194,13 @@ def _left_padded_to(width: int, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _one_by_one(
-    forward: Forward,
+    forward: ModelForward,
     items: Sequence[Encoded],
     branches: Branches,
     found: Reading,
     key: Hashable,
 ) -> Further:
-    """The same by further passes, for models that a mask cannot tell what a column sees."""
+    """What follows in each branch, by further passes: for models that obey no such mask."""
     places = [(i, c) for i, of in enumerate(branches) for c, b in enumerate(of) if len(b) > 1]
     further: Further = {}
     size = max(len(items), len(places) // 4)  # the cache is repeated: not for all choices at once

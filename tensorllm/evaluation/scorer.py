@@ -18,8 +18,8 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.batching import fill, finite, halving
 from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded, Encoder
-from tensorllm.evaluation.forward import Forward, ModelForward
-from tensorllm.evaluation.generation import COMPACT_BELOW
+from tensorllm.evaluation.forward import ModelForward
+from tensorllm.evaluation.generation import COMPACT_BELOW, Greedy
 from tensorllm.evaluation.masked import (
     MaskedEncoder,
     MaskedForward,
@@ -81,7 +81,7 @@ def make_scorer(
     protocol: Protocol = STRICT,
     max_new_tokens: int = 0,
     batch_tokens: int | None = None,
-    forward: Forward | MaskedForward | None = None,
+    forward: ModelForward | MaskedForward | None = None,
     stop_early: bool = True,
     compact_below: float = COMPACT_BELOW,
     device: torch.device | None = None,
@@ -110,7 +110,7 @@ def make_scorer(
         run = forward if isinstance(forward, MaskedForward) else MaskedForward(model)
         return MaskedModelScorer(run, tokenizer, protocol, context, budget)
     assert not isinstance(forward, MaskedForward)
-    causal = CausalScorer(
+    greedy = Greedy(
         forward or ModelForward(model),
         tokenizer,
         protocol,
@@ -120,7 +120,7 @@ def make_scorer(
         compact_below=compact_below,
     )
     encoder = Encoder(tokenizer, context, max_new_tokens)
-    return CausalModelScorer(causal, encoder, budget, embedding_rows(model))
+    return CausalModelScorer(CausalScorer(greedy), encoder, budget, embedding_rows(model))
 
 
 class CausalModelScorer:

@@ -176,12 +176,11 @@ def kept_in(experts: Experts, layer_path: str, names: Collection[str]) -> Kept:
     below = {n.removeprefix(f"{layer_path}."): n for n in names if n.startswith(f"{layer_path}.")}
     fused = {}
     for parameter in (experts.inputs, experts.outputs):
-        ways = [f"{experts.path}.{parameter}"]
-        known = [way for way in ways if way in below] + [
-            n for end in ELSEWHERE.get(parameter, ()) for n in below if n.endswith(f".{end}")
-        ]
-        if known:
-            fused[parameter] = below[known[0]]
+        own = f"{experts.path}.{parameter}"
+        others = (n for end in ELSEWHERE.get(parameter, ()) for n in below if n.endswith(f".{end}"))
+        found = own if own in below else next(others, None)
+        if found is not None:
+            fused[parameter] = below[found]
     apart = {r: n for r, n in _apart(below) if experts.parameter(r.split(".")[2]) not in fused}
     return Kept(fused, apart)
 

@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Those of any layer, each once."""
+        """The families of all layers, each once."""
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.families))
 
     @property

@@ -70,7 +70,7 @@ def saved_class(config: Any) -> Any:
 
 
 def base_class(config: Any) -> Any:
-    """The same model without a head; None where transformers has none."""
+    """The class of the model without a head; None where transformers has none."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     return MODEL_MAPPING.get(type(config), None)
@@ -105,6 +105,11 @@ def _class_for(task: Task, config: Any) -> Any:
     if task == "masked":
         mapping = auto.MODEL_FOR_MASKED_LM_MAPPING
     return mapping.get(type(config), None)
+
+
+def name_of(config: Any) -> str:
+    """What a model was loaded from, as transformers notes it in its config; else its type."""
+    return str(getattr(config, "_name_or_path", "") or config.model_type)
 
 
 def context_length(config: Any) -> int | None:

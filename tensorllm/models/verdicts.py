@@ -94,7 +94,7 @@ def _tiny(config: Any, layers: int) -> Any:
 
 
 def _tried(model: Any, blocks: list[Any], tiny: Any, propose: Candidates) -> Verdicts:
-    """As `_verified`, on this model."""
+    """`verified` on a tiny model that is made, whose layers are these."""
     call = functools.partial(_call, model)
     _check_order(call, blocks, tiny)
     verdicts = Verdicts()

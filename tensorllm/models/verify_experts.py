@@ -19,6 +19,7 @@ from tensorllm.models.families import Match
 from tensorllm.models.mixture import Mixture
 from tensorllm.models.naming import stored_names
 from tensorllm.models.verify import EXACT, GAIN, Mismatch, Probe, check_ffn
+from tensorllm.tensors.stacking import expert_role
 
 STEP = 0.5  # by which a channel's matrix row is changed, relative to its norm
 
@@ -176,7 +177,7 @@ def check_files(model: Any, path: str, experts: Experts, stored: Mapping[str, Te
         name = experts.parameter(kind)
         w_EFD = experts.view(getattr(module, name), kind)
         for expert in range(experts.count):
-            role = f"experts.{expert}.{kind}"
+            role = expert_role(kind, expert)
             if name in kept.fused:
                 there = experts.view(stored[kept.fused[name]], kind)[expert]
             elif role in kept.apart:

@@ -69,7 +69,7 @@ def weights_identity(model: str, given: str | None) -> str | None:
 
 
 def data_identity(dataset: str, root: Path | None) -> str | None:
-    """The same of a dataset's local rows."""
+    """What a dataset's local rows are by their content; None where there are none."""
     found = None if root is None else _local_data(dataset, root)
     if found is None:
         return None
@@ -114,7 +114,7 @@ def fetch_weights(model: str) -> str:
 
 
 def fetch_data(dataset: str) -> str:
-    """The same for a dataset, or its rows in a file of one's own."""
+    """The command that fetches a dataset, or where to put rows of one's own, and the option."""
     return (
         f"{_source(dataset).fetch} (or rows of one's own as FOLDER/{dataset}.jsonl), then "
         "--data FOLDER"

@@ -27,7 +27,8 @@ def rotate_halves(
 def rotate_pairs(
     module: Any, q_BHTJ: Tensor, k_BGTJ: Tensor, position_embeddings: Any, position_ids: Any
 ) -> tuple[Tensor, Tensor]:
-    """The same where each layer keeps a table of sines and cosines, heads after tokens."""
+    """By the model's function, too, where each layer keeps a table of sines and cosines, and heads
+    come after tokens."""
     sin, cos = (
         module.embed_positions.to(position_ids.device)[position_ids]
         .to(k_BGTJ.dtype)

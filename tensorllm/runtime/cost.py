@@ -17,9 +17,7 @@ from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
-from tensorllm.runtime.experts import USED
 from tensorllm.runtime.sites import MOVE, PROMPT, Cost, SiteModule, module_for
-from tensorllm.runtime.tucker import attention_cost
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry
 
@@ -56,20 +54,11 @@ class Choice:
         return dense.prefill / small.prefill, dense.decode / small.decode
 
 
-def dense_cost(site: Site, geometry: Geometry) -> Cost:
-    """Of the site's matrices as they are without a compression."""
-    size = sum(geometry.numel(role) for _, role in site.matrices)
-    if site.stacking == "heads":
-        return attention_cost(geometry, size, geometry.K)
-    if site.stacking == "experts":  # a token sees few of them
-        used = size * USED // geometry.experts
-        return Cost(used, USED * len(site.families), used)
-    return Cost(size, len(site.matrices), size)
-
-
-def factored_cost(site: Site, factors: Factors, geometry: Geometry) -> Cost:
-    """Of the module that runs the site; where there is none, a guess by what is stored."""
-    return (module_for(site, factors) or SiteModule).cost(site, factors, geometry)
+def costs_of(site: Site, factors: Factors, geometry: Geometry) -> tuple[Cost, Cost]:
+    """Of the site's matrices without a compression, and of the module that runs it; where there is
+    none, a guess by what is stored."""
+    module = module_for(site, factors) or SiteModule
+    return module.dense_cost(site, geometry), module.cost(site, factors, geometry)
 
 
 def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> Choice:
@@ -80,7 +69,7 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
     """
     if policy not in POLICIES:
         raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    dense, small = dense_cost(site, geometry), factored_cost(site, factors, geometry)
+    dense, small = costs_of(site, factors, geometry)
     module = module_for(site, factors)
     if module is None:
         why = f"no module for {factors.kind!r} factors stacked as {site.stacking!r}"
@@ -88,7 +77,7 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
     choice = Choice(site.name, True, "smaller and faster", dense, small, module.narrow_reads)
     if policy == "always":
         return replace(choice, why="by --policy always")
-    if parameters(factors) >= sum(geometry.numel(role) for _, role in site.matrices):
+    if parameters(factors) >= site.numel(geometry):
         return replace(choice, factored=False, why="the factors are not smaller")
     if min(choice.speedups) < module.margin:
         why = "predicted {:.2f} times as fast at a prompt, {:.2f} at decoding".format(

@@ -53,6 +53,12 @@ class ExpertsSite(SiteModule):
         used = parameters(factors) - core + USED * core // geometry.experts
         return Cost(used, USED * len(site.families) + 2, used)
 
+    @classmethod
+    def dense_cost(cls, site: Site, geometry: Geometry) -> Cost:
+        """Of as many experts: a token sees no others."""
+        used = site.numel(geometry) * USED // geometry.experts
+        return Cost(used, USED * len(site.families), used)
+
     def begin(self, x_ND: Tensor) -> Tensor:
         """(N, D) -> (N, R): once per token."""
         return x_ND if self.u_DR is None else x_ND @ self.u_DR

@@ -149,6 +149,12 @@ class SiteModule(nn.Module):
         return Cost(stored, 3 * len(site.matrices), stored)
 
     @classmethod
+    def dense_cost(cls, site: Site, geometry: Geometry) -> Cost:
+        """What it costs in the matrices themselves; by default each is one product."""
+        size = site.numel(geometry)
+        return Cost(size, len(site.matrices), size)
+
+    @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
         """(layer, role) -> the module that stands for that matrix; they share one `SiteModule`."""
         return held_by(cls, site, factors, geometry)

@@ -75,6 +75,10 @@ class HeadsSite(SiteModule):
         expand = (geometry.H + geometry.G) * r * geometry.K
         return attention_cost(geometry, 2 * width + (inner + outer) * stack, r, expand)
 
+    @classmethod
+    def dense_cost(cls, site: Site, geometry: Geometry) -> Cost:
+        return attention_cost(geometry, site.numel(geometry), geometry.K)
+
     @torch.no_grad()
     def finish(self) -> None:
         """Multiply the stack factor into the core where both have the same size."""

@@ -64,8 +64,9 @@ def best_of(run: Study, queue: TrialQueue) -> Step:
     original = run.original(queue)
     guide = None
     if run.guide is not None:
-        key_of = lambda trial: run.space.point(trial.params).key  # noqa: E731
-        guide = agreement(run.guide, trials, key_of, original)
+        guide = agreement(
+            run.guide, trials, lambda trial: run.space.point(trial.params).key, original
+        )
     return Step(point, result, original, trials, winner.number, guide)
 
 

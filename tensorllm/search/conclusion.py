@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tensorllm.environment import environment
 from tensorllm.io import replacing, write_text
 from tensorllm.metrics import MAIN
+from tensorllm.recipes import as_yaml
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.composition import Step, composed, selection, whole
 from tensorllm.search.final import final_scores, mean_scores
@@ -188,8 +189,6 @@ def _by_dataset(
 
 def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
     """The winner as YAML that `tensorllm compress --config` takes."""
-    import yaml
-
     recipe = {
         "model": run.request.model,
         "dataset": run.request.dataset or run.dataset,
@@ -199,7 +198,7 @@ def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
         f"{results['validation_examples']} validation examples; "
         f"{_test_scores(results['datasets'])} ({results['verdict']['found']})",
     }
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=76)
+    return as_yaml(recipe)
 
 
 def _test_scores(datasets: Sequence[Mapping[str, Any]]) -> str:

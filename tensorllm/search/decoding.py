@@ -129,8 +129,8 @@ class Decoder:
         """Logits or most probable tokens of every row, and the cache with what was read.
 
         Args:
-            paths, keep, mask_BS, best: as in `Forward`.
-            run: the model, as a `ModelForward` runs it.
+            paths, keep, mask_BS, best: as in `ModelForward`.
+            run: the model, as that runs it.
         """
         rows, entered = self._below(batch, rows, paths, mask_BS, run)
         found, groups = [], []

@@ -92,7 +92,8 @@ def loss_gradient(
     The loss of a question with choices is the cross-entropy of the right one among them: what
     changes all alike changes no answer. That of others is in nats per token of the answer.
     """
-    items = [item for item in _items(part or examiner.parts[0]) if not item.example.tokens][:count]
+    asked = items_of(part or examiner.parts[0])
+    items = [item for item in asked if not item.example.tokens][:count]
     if len(items) < LEAST:
         raise UserError(f"--guide needs {LEAST} questions with answers or more, got {len(items)}")
     names = {examiner.roles.name(*matrix) for matrix in matrices}
@@ -107,8 +108,8 @@ def loss_gradient(
         for p in parameters.values():
             p.requires_grad_(True)
         with torch.inference_mode(False), torch.enable_grad():
-            for batch in fill(items, _cost, TOKENS):
-                loss = _loss(examiner, batch) / len(items)
+            for batch in fill(items, cost_of, TOKENS):
+                loss = loss_of(examiner, batch) / len(items)
                 found = torch.autograd.grad(loss, list(parameters.values()))
                 for name, new in zip(parameters, found, strict=True):
                     sums[name] += new.float()
@@ -120,7 +121,7 @@ def loss_gradient(
     return {matrix: examiner.roles.read(sums, *matrix) for matrix in matrices}, len(items)
 
 
-def _items(part: Part) -> list[Encoded]:
+def items_of(part: Part) -> list[Encoded]:
     """The encoded examples of a dataset in the order of examination."""
     batches = [batch for stage in part.stages for batch in stage]
     if not all(isinstance(batch, CausalBatch) for batch in batches):
@@ -130,7 +131,7 @@ def _items(part: Part) -> list[Encoded]:
     return sorted(items, key=lambda item: place[item.example.index])
 
 
-def _cost(item: Encoded) -> tuple[int, int]:
+def cost_of(item: Encoded) -> tuple[int, int]:
     """Tokens to be read, and columns whose logits count."""
     rows = _inputs(item)
     return len(rows) * item.length, len(rows) * (item.length - _start(item))
@@ -148,7 +149,7 @@ def _inputs(item: Encoded) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(ids[:-1]) for ids in item.full))
 
 
-def _loss(examiner: Examiner, items: Sequence[Encoded]) -> Tensor:
+def loss_of(examiner: Examiner, items: Sequence[Encoded]) -> Tensor:
     """The sum of the examples' losses, with a graph."""
     inputs = [_inputs(item) for item in items]
     rows = [ids for of_one in inputs for ids in of_one]

@@ -126,7 +126,7 @@ def eigh(g_SS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigenvalues(g_NN: Tensor) -> Tensor:
-    """Those of a float64 covariance, largest first.
+    """The eigenvalues of a float64 covariance, largest first.
 
     From order `LARGE` on in float32: what is small against the largest is then rounding, about a
     millionth of it, and no curve of errors needs it.

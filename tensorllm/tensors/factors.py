@@ -258,7 +258,7 @@ class LowRank(Factors):
 
 
 def low_rank_outline(shape: Sequence[int], rank: int) -> LowRank:
-    """Those of a matrix without their numbers, on the meta device."""
+    """The factors of a matrix without their numbers, on the meta device."""
     rows, columns = shape
     return LowRank(
         torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta")
@@ -266,7 +266,7 @@ def low_rank_outline(shape: Sequence[int], rank: int) -> LowRank:
 
 
 def tucker_outline(shape: Sequence[int], ranks: Mapping[int, int]) -> Tucker:
-    """The same of a tensor whose modes `ranks` have a factor."""
+    """Those of a tensor whose modes `ranks` have a factor, on the meta device."""
     core = [ranks.get(mode, size) for mode, size in enumerate(shape)]
     factors = {n: torch.empty(shape[n], rank, device="meta") for n, rank in ranks.items()}
     return Tucker(torch.empty(core, device="meta"), factors)

@@ -5,7 +5,7 @@ M matrices, I inner width of a role matrix (heads x K, or the FFN width).
 A role matrix is always (I, D); those of the output projections are transposed `nn.Linear` weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,11 @@ def family(role: str) -> str:
     """`experts.in` of `experts.3.in`, the same matrix of all experts; another role itself."""
     owner, _, kind = role.rpartition(".")
     return f"experts.{kind}" if owner.startswith("experts.") else role
+
+
+def families(roles: Iterable[str]) -> tuple[str, ...]:
+    """The roles, the same matrix of all experts once."""
+    return tuple(dict.fromkeys(map(family, roles)))
 
 
 def is_output_projection(role: str) -> bool:
@@ -74,7 +79,7 @@ class Geometry:
     @property
     def families(self) -> tuple[str, ...]:
         """The roles, the same matrix of all experts once."""
-        return tuple(dict.fromkeys(map(family, self.roles)))
+        return families(self.roles)
 
     def members(self, name: str) -> tuple[str, ...]:
         """The roles of a family, expert by expert; of another role itself; none: it is not here."""
@@ -213,8 +218,7 @@ def _unstack_experts(w_EFDS: Tensor, geo: Geometry, count: int) -> list[Tensor]:
 
 def _check_experts(roles: Sequence[str], geo: Geometry) -> None:
     """Each kind of matrix of all experts, kind after kind, all of one shape."""
-    kinds = list(dict.fromkeys(family(role) for role in roles))
-    want = [role for kind in kinds for role in geo.members(kind)]
+    want = [role for kind in families(roles) for role in geo.members(kind)]
     if not geo.experts or list(roles) != want:
         raise UserError(
             "stacking experts needs the same matrices of all experts of a layer, kind after kind, "

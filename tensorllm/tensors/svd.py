@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.eigen import all_singular_values, leading_vectors, require_finite
+from tensorllm.tensors.eigen import leading_vectors, require_finite
 from tensorllm.tensors.factors import LowRank, wide, wide_dtype
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import exact_float32
@@ -39,11 +39,6 @@ def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0)
     u_IR, v_RO = METHODS[method](w_IO, rank, seed)
     dtype = wide_dtype(w_IO)
     return _balanced(u_IR.to(dtype), v_RO.to(dtype))
-
-
-def singular_values(w_IO: Tensor) -> Tensor:
-    """All singular values, float64, largest first."""
-    return all_singular_values(w_IO, 0)
 
 
 def _exact(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:

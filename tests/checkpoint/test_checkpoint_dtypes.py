@@ -1,6 +1,5 @@
 """Bfloat16 is computed in float32 on a CPU that only emulates it, and results say so."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,13 +44,11 @@ def test_results_say_in_which(
 ):
     world.model("gptj").to(torch.bfloat16).save_pretrained(tmp_path / "model")
     world.tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"prompt": e.prompt, "answer": e.answer} for e in world.questions(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(loader, "seconds_of_product", seconds(slow))
     asked = EvaluateRequest(
         model=str(tmp_path / "model"),
         dataset="questions",
-        data_file=tmp_path / "rows.jsonl",
+        data_file=world.save_questions(tmp_path / "rows.jsonl", 6),
         split="all",
         accelerator="cpu",
     )

@@ -28,12 +28,6 @@ def saved(folder: Path, seed: int = 0, **sizes: str) -> Path:
     return folder
 
 
-def model_folder(path: Path) -> Path:
-    world.model("gptj").save_pretrained(path)
-    world.tokenizer().save_pretrained(path)
-    return path
-
-
 def test_a_copy_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = saved(tmp_path / "a")
     shutil.copytree(first, tmp_path / "b" / "c", copy_function=shutil.copyfile)
@@ -78,7 +72,7 @@ def test_one_trained_layer_is_another_model(tmp_path: Path) -> None:
 
 
 def test_a_compressed_folder_knows_its_model_wherever_that_is(tmp_path: Path) -> None:
-    original = model_folder(tmp_path / "one")
+    original = world.save_model(tmp_path / "one")
     small = tmp_path / "small"
     compress_folder(
         FolderTask(source=original, target=small, compressor=LaserSVD(rho=0.5), layers=(0,))
@@ -96,7 +90,7 @@ def test_a_compressed_folder_knows_its_model_wherever_that_is(tmp_path: Path) ->
         )
 
     assert evaluate(asked(moved)).before is not None
-    other = model_folder(tmp_path / "one")  # the old path, but another model
+    other = world.save_model(tmp_path / "one")  # the old path, but another model
     path = other / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_epsilon": 0.1}))
     with pytest.raises(UserError, match="was made from"):

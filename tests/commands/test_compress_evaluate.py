@@ -21,18 +21,18 @@ KEYS = {"accuracy", "loss", "perplexity", "token_f1", "top_1", "examples", "data
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    world.model("gptj").save_pretrained(folder)
-    world.tokenizer().save_pretrained(folder)
-    return folder
+    return world.save_model(tmp_path / "model")
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    rows = [{"prompt": e.prompt, "answer": e.answer} for e in world.questions(40)]
-    file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return world.save_questions(tmp_path / "questions.jsonl", 40)
+
+
+def laser(model: Path, **asked: Any) -> CompressRequest:
+    """A request to edit one matrix."""
+    edit = {"layers": (1,), "settings": {"rank": 2, "matrices": ["in"]}}
+    return CompressRequest(model=str(model), mode="laser", **edit, **asked)
 
 
 @pytest.mark.parametrize("form", [None, "dense", "factored"])
@@ -70,15 +70,7 @@ def test_before_and_after_are_those_of_evaluate(
 
 
 def test_one_table_shows_both(model: Path, questions: Path):
-    request = CompressRequest(
-        model=str(model),
-        mode="laser",
-        layers=(1,),
-        settings={"rank": 2, "matrices": ["in"]},
-        evaluate="questions",
-        data_file=questions,
-    )
-    report = run(request)
+    report = run(laser(model, evaluate="questions", data_file=questions))
     assert report.evaluation is not None
     before, after = report.evaluation["before"], report.evaluation["after"]
     text = shown(result_tables(report))
@@ -94,15 +86,7 @@ def test_one_table_shows_both(model: Path, questions: Path):
 def test_running_text_has_a_loss_and_no_accuracy(model: Path, tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_text("One day a girl found a needle in her room. " * 20)
-    request = CompressRequest(
-        model=str(model),
-        mode="laser",
-        layers=(1,),
-        settings={"rank": 2, "matrices": ["in"]},
-        evaluate="text",
-        data_file=text,
-    )
-    report = run(request)
+    report = run(laser(model, evaluate="text", data_file=text))
     printed = shown(result_tables(report))
     assert "loss, nats per token" in printed
     assert "accuracy" not in printed
@@ -129,26 +113,15 @@ def test_both_models_are_scored_on_the_device_that_was_asked_for(
         return Loader(folder, dtype, device)
 
     monkeypatch.setattr("tensorllm.commands.compress.Loader", loader)
-    request = CompressRequest(
-        model=str(model),
-        mode="laser",
-        settings={"rank": 2},
-        out=tmp_path / "out",
-        evaluate="questions",
-        data_file=questions,
-        limit=5,
-        device="cpu:0",
-    )
-    run(request)
+    scored = {"evaluate": "questions", "data_file": questions, "limit": 5}
+    run(laser(model, out=tmp_path / "out", device="cpu:0", **scored))
     assert devices == ["cpu:0", "cpu:0"]
 
 
 def test_a_dataset_of_ones_own_can_be_scored(model: Path, questions: Path, tmp_path: Path):
     described = tmp_path / "own.yaml"
     described.write_text(f"data_file: {questions.name}\n")
-    asked = CompressRequest(
-        model=str(model), mode="laser", rank=2, evaluate=str(described), limit=5
-    )
+    asked = laser(model, evaluate=str(described), limit=5)
     assert run(asked).evaluation["after"]["examples"] == 5
     described.write_text("data_fil: x\n")
     with pytest.raises(UserError, match="unknown key 'data_fil'"):

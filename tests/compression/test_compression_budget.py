@@ -27,7 +27,7 @@ from tensorllm.compressors.settings import make_compressor, settings_of
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.recipes import parse_recipe, per_layer_recipe
+from tensorllm.recipes import as_yaml, parse_recipe
 from tensorllm.requests.compress import CompressRequest
 from tensorllm.tensors.energy import Energy, matrix_energy, tucker_energy, tucker_stored
 from tensorllm.tensors.stacking import ATTENTION
@@ -199,7 +199,7 @@ def test_settings_per_layer_survive_a_recipe(tmp_path: Path) -> None:
     )
     assert report.mode == "per-layer"
     edits = report.settings["edits"]
-    text = per_layer_recipe(edits, model="demo", origin="searched")
+    text = as_yaml({"model": "demo", "mode": "per-layer", "layers": [1], "edits": edits})
     recipe = parse_recipe(text, "best.yaml")
     assert recipe.layers == (1,)
     compressor = recipe.compressor()

@@ -139,8 +139,7 @@ def test_a_context_too_small_for_the_answer(tmp_path: Path):
 
 
 def model_folder(path: Path, **manifest: Any) -> Path:
-    world.model("gptj").save_pretrained(path)
-    world.tokenizer().save_pretrained(path)
+    world.save_model(path)
     if manifest:
         (path / "tensorllm.json").write_text(json.dumps(manifest))
     return path

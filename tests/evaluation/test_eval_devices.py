@@ -3,7 +3,6 @@ callbacks and loggers, and what a dead worker leaves.
 """
 
 import csv
-import json
 import os
 import signal
 from dataclasses import asdict, replace
@@ -34,22 +33,13 @@ EXAMPLES = 101
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-J checkpoint with its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    world.model("gptj").save_pretrained(path)
-    world.tokenizer().save_pretrained(path)
-    return path
+    return world.save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def questions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    rows = [
-        {"prompt": e.prompt, "answer": e.answer, "choices": list(e.choices)}
-        for e in world.questions(EXAMPLES)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    return world.save_questions(file, EXAMPLES, choices=True)
 
 
 def quiet_trainer(*callbacks: Callback, logger: Any = False) -> Trainer:

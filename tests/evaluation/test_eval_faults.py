@@ -29,15 +29,10 @@ FILLED = 77  # exit code of a child whose disk was full
 @pytest.fixture
 def asked(tmp_path: Path) -> EvaluateRequest:
     """An evaluation of many small batches."""
-    world.model("gptj").save_pretrained(tmp_path / "model")
-    world.tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"prompt": e.prompt, "answer": e.answer} for e in world.questions(EXAMPLES)]
-    file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return EvaluateRequest(
-        model=str(tmp_path / "model"),
+        model=str(world.save_model(tmp_path / "model")),
         dataset="questions",
-        data_file=file,
+        data_file=world.save_questions(tmp_path / "questions.jsonl", EXAMPLES),
         split="all",
         out=tmp_path / "out",
         batch_tokens=60,

@@ -35,24 +35,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*treespec
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    world.model("gptj").save_pretrained(path)
-    world.tokenizer().save_pretrained(path)
-    return path
+    return world.save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def request_of(folder: Path, tmp_path: Path) -> EvaluateRequest:
-    file = tmp_path / "questions.jsonl"
-    made = [
-        {"prompt": e.prompt, "answer": e.answer, "choices": list(e.choices)}
-        for e in world.questions(40)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in made))
     return EvaluateRequest(
         model=str(folder),
         dataset="questions",
-        data_file=file,
+        data_file=world.save_questions(tmp_path / "questions.jsonl", 40, choices=True),
         split="all",
         out=tmp_path / "out",
         batch_tokens=150,

@@ -15,6 +15,7 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.causal import CausalScorer
 from tensorllm.evaluation.evaluate import score
 from tensorllm.evaluation.forward import ModelForward
+from tensorllm.evaluation.generation import Greedy
 from tensorllm.evaluation.protocol import PAPER, STRICT
 from tensorllm.evaluation.scorer import eos_of, make_scorer
 
@@ -229,13 +230,9 @@ def test_stopping_early_reads_less():
     read = []
     for early in (True, False):
         forward = Counting(model)
+        eos = eos_of(model)
         scorer = CausalScorer(
-            forward,
-            tokenizer,
-            STRICT,
-            max_new_tokens=30,
-            eos=eos_of(model),
-            stop_early=early,
+            Greedy(forward, tokenizer, STRICT, max_new_tokens=30, eos=eos, stop_early=early)
         )
         plan = make_scorer(model, tokenizer, max_new_tokens=30).plan(examples)
         verdicts = [row.correct for batch in plan for row in scorer(batch)]

@@ -1,7 +1,9 @@
 """Tokenizers, models and questions for the tests of evaluation: tiny, random, seeded."""
 
+import json
 import random
 import string
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -93,3 +95,20 @@ def questions(count: int, seed: int = 1) -> list[Example]:
         answer = rng.choice(choices) if choices else said
         made.append(Example(f"{sentence} is", answer, choices, i))
     return made
+
+
+def save_model(folder: Path) -> Path:
+    """A GPT-J checkpoint with its tokenizer."""
+    model("gptj").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_questions(file: Path, count: int, *, choices: bool = False) -> Path:
+    """Questions as the dataset `questions` reads them, with their choices or to be answered."""
+    rows = [
+        {"prompt": e.prompt, "answer": e.answer} | ({"choices": e.choices} if choices else {})
+        for e in questions(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

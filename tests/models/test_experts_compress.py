@@ -32,7 +32,7 @@ from tensorllm.compressors.settings import make_compressor
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.runtime.cost import dense_cost, factored_cost
+from tensorllm.runtime.cost import costs_of
 from tensorllm.tensors.stacking import expert_role
 from tensorllm_cli.app import main
 
@@ -285,8 +285,8 @@ def test_the_cost_of_a_token_is_that_of_few_experts() -> None:
     for done in compression.sites:
         geometry = RoleMatrices(model.config, parameters_of(model)).spec.geometry(0)
         kinds = len(done.site.families)
-        assert dense_cost(done.site, geometry).reads == 2 * kinds * 24 * 32
-        factored = factored_cost(done.site, done.factors, geometry)
+        dense, factored = costs_of(done.site, done.factors, geometry)
+        assert dense.reads == 2 * kinds * 24 * 32
         assert factored.reads == 2 * kinds * 24 * 8 + 8 * 32
 
 

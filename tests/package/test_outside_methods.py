@@ -12,7 +12,6 @@ import pytest
 
 from tensorllm.data.demo import MODEL_DIR, questions
 
-HERE = Path(__file__).parent
 SOURCE = Path(__file__).with_name("outside_methods.py")
 INFO = """\
 [tensorllm.compressors]

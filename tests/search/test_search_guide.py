@@ -11,7 +11,7 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.decompositions import ModelEdit, SiteEdit, applied
-from tensorllm.search.guide import _items, _loss, guided, in_order, loss_gradient
+from tensorllm.search.guide import guided, in_order, items_of, loss_gradient, loss_of
 from tensorllm.search.study import Study
 
 SMALL = SearchRequest(
@@ -25,9 +25,9 @@ def study() -> Study:
 
 
 def mean_loss(study: Study) -> float:
-    items = _items(study.examiner.parts[0])[:20]
+    items = items_of(study.examiner.parts[0])[:20]
     with torch.no_grad():
-        return float(sum(_loss(study.examiner, [item]) for item in items) / len(items))
+        return float(sum(loss_of(study.examiner, [item]) for item in items) / len(items))
 
 
 def test_the_gradient_is_that_of_the_loss(study: Study) -> None:
@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_loss(study: Study) -> None:
 @pytest.mark.parametrize("dataset", ["choices", "answers"])
 def test_the_loss_is_the_naive_one(study: Study, dataset: str) -> None:
     """One whole sequence at a time, nothing padded and nothing shared."""
-    model, item = study.examiner.model, _items(study.examiner.parts[0])[0]
+    model, item = study.examiner.model, items_of(study.examiner.parts[0])[0]
     prompt = item.prompt
     if dataset == "choices":
         example = Example("", "b", choices=("a", "b", "c"))
@@ -65,7 +65,7 @@ def test_the_loss_is_the_naive_one(study: Study, dataset: str) -> None:
         for ids in item.full:
             log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             sums.append(sum(log_p[t - 1, ids[t]] for t in range(item.start, len(ids))))
-        got = float(_loss(study.examiner, [item]))
+        got = float(loss_of(study.examiner, [item]))
     want = torch.logsumexp(torch.stack(sums), 0) - sums[1] if example.choices else -sums[0] / 3
     assert got == pytest.approx(float(want), rel=1e-5)
 

@@ -13,6 +13,7 @@ from tensorllm.data.example import Example
 from tensorllm.evaluation.causal import CausalBatch, CausalScorer
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.forward import ModelForward
+from tensorllm.evaluation.generation import Greedy
 from tensorllm.evaluation.protocol import STRICT
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
@@ -41,6 +42,12 @@ def make(name):
         for weight in model.parameters():
             weight.mul_(1.5 if weight.ndim > 1 else 1.0)
     return model, RoleMatrices(model.config, parameters_of(model)), parameters_of(model)
+
+
+def scorer_of(forward, eos=frozenset()):
+    """Nothing ends before its last token but by `eos`."""
+    greedy = Greedy(forward, Numbers(), STRICT, max_new_tokens=NEW, eos=eos, stop_early=False)
+    return CausalScorer(greedy)
 
 
 def naive(model, prompt, eos):
@@ -80,10 +87,7 @@ def test_answers_are_those_of_the_naive_loop_whatever_is_known(name):
     model, roles, weights = make(name)
     items, eos = questions(model)
     prefix = Prefix(model, roles, CacheBudget(2**24), candidates={1, 2})
-    scorers = [
-        CausalScorer(f, Numbers(), STRICT, max_new_tokens=NEW, eos=eos, stop_early=False)
-        for f in (PrefixForward(model, prefix), ModelForward(model))
-    ]
+    scorers = [scorer_of(f, eos) for f in (PrefixForward(model, prefix), ModelForward(model))]
     ends, answers = 0, []
     for edit in (None, *EDITS):
         with Edit(roles, weights, *(edit or (2, "out", 1.0))):
@@ -104,10 +108,10 @@ def test_answers_are_those_of_the_naive_loop_whatever_is_known(name):
 @torch.no_grad()
 def test_unedited_layers_of_a_known_answer_are_not_run():
     model, roles, weights = make("llama")
-    items = tuple(item for item in questions(model)[0] if item.continues)
+    items = tuple(i for i in questions(model)[0] if i.full[0][: len(i.prompt)] == i.prompt)
     prefix = Prefix(model, roles, CacheBudget(2**24), candidates={1, 2})
     forward = PrefixForward(model, prefix)
-    scorer = CausalScorer(forward, Numbers(), STRICT, max_new_tokens=NEW, stop_early=False)
+    scorer = scorer_of(forward)
     computed = []
     steps = NEW - 1
     for lowest, scale in ((None, 1.0), (2, 1.0), (1, -3.0), (1, -3.0), (2, 1.0)):
@@ -131,7 +135,7 @@ def test_where_there_is_no_room_nothing_is_known():
     items, _ = questions(model)
     prefix = Prefix(model, roles, CacheBudget(2**16), candidates={1, 2})
     forward = PrefixForward(model, prefix)
-    scorer = CausalScorer(forward, Numbers(), STRICT, max_new_tokens=NEW, stop_early=False)
+    scorer = scorer_of(forward)
     for _ in range(2):
         with prefix.editing(Edited(2, ffn=True)):
             rows = scorer(CausalBatch(0, items))
@@ -152,10 +156,8 @@ def test_edits_side_by_side_answer_as_one_by_one(name, room):
     items, eos = questions(model)
     prefix = Prefix(model, roles, CacheBudget(room), candidates={1, 2})
     forward = PrefixForward(model, prefix)
-    scorer = CausalScorer(forward, Numbers(), STRICT, max_new_tokens=NEW, eos=eos, stop_early=False)
-    plain = CausalScorer(
-        ModelForward(model), Numbers(), STRICT, max_new_tokens=NEW, eos=eos, stop_early=False
-    )
+    scorer = scorer_of(forward, eos)
+    plain = scorer_of(ModelForward(model), eos)
     edits = [(2, "out", 1.0), (2, "o", -1.5), (1, "o", 1.3), (2, "out", -3.0), (0, "out", 1.2)]
     edits.sort(key=lambda edit: -edit[0])
     changed, wanted, losses = [], [], []

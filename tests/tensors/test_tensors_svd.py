@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.svd import singular_values, truncated_svd
+from tensorllm.tensors.eigen import all_singular_values
+from tensorllm.tensors.svd import truncated_svd
 
 SPECTRA = {
     "flat": torch.ones(60),
@@ -50,11 +51,11 @@ def test_singular_values(spectrum: str) -> None:
     for shape in ((60, 200), (200, 60)):
         w_IO = with_spectrum(SPECTRA[spectrum], *shape)
         torch.testing.assert_close(
-            singular_values(w_IO), torch.linalg.svdvals(w_IO), rtol=1e-4, atol=1e-14
+            all_singular_values(w_IO, 0), torch.linalg.svdvals(w_IO), rtol=1e-4, atol=1e-14
         )
         w_IO = w_IO.float()
         torch.testing.assert_close(
-            singular_values(w_IO), torch.linalg.svdvals(w_IO.double()), rtol=1e-4, atol=1e-7
+            all_singular_values(w_IO, 0), torch.linalg.svdvals(w_IO.double()), rtol=1e-4, atol=1e-7
         )
 
 
@@ -184,4 +185,4 @@ def test_not_finite(value: float, method: str, dtype: torch.dtype) -> None:
     with pytest.raises(UserError, match="finite"):
         truncated_svd(w_IO, 2, method)
     with pytest.raises(UserError, match="finite"):
-        singular_values(w_IO)
+        all_singular_values(w_IO, 0)

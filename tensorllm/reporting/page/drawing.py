@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from tensorllm.compression.descriptions import picture_of
 from tensorllm.reporting.page.figures import times
-from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, ROUTED, SHARED, family
+from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, ROUTED, SHARED, families, family
 
 Json = Mapping[str, Any]
 CELL, GAP, RIGHT = 26, 4, 84
@@ -20,7 +20,7 @@ HEIGHT = 520  # of all layers together, at most; then their rows get thinner
 def model_drawing(report: Json) -> Markup:
     """Every layer with its matrices; of those that were edited the part that is left is filled."""
     left = _left(report)
-    there = [list(dict.fromkeys(map(family, layer))) for layer in report["layer_roles"]]
+    there = [families(layer) for layer in report["layer_roles"]]
     known = (*ATTENTION_ROLES, *FFN, *SHARED, *ROUTED)
     roles = [role for role in known if any(role in layer for layer in there)]
     layers = len(there)

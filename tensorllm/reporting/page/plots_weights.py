@@ -7,7 +7,7 @@ from typing import Any
 from tensorllm.compression.descriptions import numbers
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, Picture, colour, shades
-from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FEED_FORWARD, family
+from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FEED_FORWARD, families, family
 
 Json = Mapping[str, Any]
 MODE_NAMES = ("model width", "head width", "stacked matrices", "heads")
@@ -22,7 +22,7 @@ def spectra_pictures(
     groups: dict[tuple[str, int, bool], list[tuple[Json, Json]]] = {}
     for site in sites:
         for spectrum in details.get(site["name"], {}).get("spectra", ()):
-            roles = "".join(_families(site["roles"]))
+            roles = "".join(families(site["roles"]))
             key = (roles, spectrum["mode"], len(site["shape"]) == 2)
             groups.setdefault(key, []).append((site, spectrum))
     return [
@@ -70,17 +70,12 @@ def _spectra(
 
 def _title(site: Json, roles: str, mode: int | None) -> str:
     part = "Attention" if set(roles) <= set(ATTENTION_ROLES) else "FFN"
-    named = "+".join(_families(site["roles"]))
+    named = "+".join(families(site["roles"]))
     if mode is None:
         return f"{part} matrix {named} ({site['shape'][0]} × {site['shape'][1]})"
     matrix = "" if set(roles) == set(ATTENTION) else f" {named}"
     modes = EXPERT_MODES if site["stacking"] == "experts" else MODE_NAMES
     return f"{part}{matrix}, mode {mode + 1}: {modes[mode]}"
-
-
-def _families(roles: Sequence[str]) -> list[str]:
-    """The roles, the same matrix of all experts once."""
-    return list(dict.fromkeys(map(family, roles)))
 
 
 def _cut(pairs: Sequence[tuple[Json, Json]]) -> str:

@@ -12,7 +12,7 @@ from tensorllm.reporting.page.runs import Benched, Json
 from tensorllm.reporting.page.subjects import Subject
 from tensorllm.reporting.page.theme import Canvas
 from tensorllm.reporting.tables import count, size
-from tensorllm.tensors.stacking import family
+from tensorllm.tensors.stacking import families
 
 MEANING = {
     "matrices_compressed": "only the matrices that were decomposed",
@@ -51,7 +51,7 @@ def _factor_rows(site: Json) -> list[tuple[str, str]]:
 
 
 def _roles(site: Json) -> str:
-    roles = "+".join(dict.fromkeys(map(family, site["roles"])))
+    roles = "+".join(families(site["roles"]))
     return "Attention: q, k, v and o together" if roles == "q+k+v+o" else f"Matrix “{roles}”"
 
 

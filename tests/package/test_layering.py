@@ -1,6 +1,6 @@
-"""The house of docs/architecture.md: its table of floors is the rule, and the code keeps to it.
+"""The layers of docs/architecture.md: its table is the rule, and the code keeps to it.
 
-A module imports from its own floor or lower ones, inside functions and for types too.
+A module imports from its own layer or lower ones, inside functions and for types too.
 """
 
 import ast
@@ -13,22 +13,22 @@ from repository import ROOT
 
 TABLE = (ROOT / "docs" / "architecture.md").read_text()
 SOURCES = [*(ROOT / "tensorllm").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
-FACADE = "tensorllm"  # __init__.py and __main__.py: they show what is on all floors
+FACADE = "tensorllm"  # __init__.py and __main__.py: they show what is in all layers
 PURE = {"transformers", "lightning", "safetensors", "datasets", "huggingface_hub"}
 
 
-def floors() -> dict[str, int]:
+def layers() -> dict[str, int]:
     """`tensors` -> 0, `cli` -> 5: the first two columns of the table."""
     rows = re.findall(r"^\| (\d) \| ([^|]*) \|", TABLE, re.MULTILINE)
     places = {
-        Path(name).stem: int(floor)
-        for floor, names in rows
+        Path(name).stem: int(layer)
+        for layer, names in rows
         for name in re.findall(r"`([^`]+)`", names)
     }
     return {**places, "configs": 0}  # data only
 
 
-FLOORS = floors()
+LAYERS = layers()
 
 
 def place(path: Path) -> str:
@@ -44,7 +44,7 @@ def place_of_module(module: str) -> str | None:
     top, _, rest = module.partition(".")
     if top != "tensorllm":
         return "cli" if top == "tensorllm_cli" else None
-    return rest.partition(".")[0] if rest.partition(".")[0] in FLOORS else FACADE
+    return rest.partition(".")[0] if rest.partition(".")[0] in LAYERS else FACADE
 
 
 def modules(path: Path) -> Iterator[tuple[int, str]]:
@@ -59,12 +59,12 @@ def modules(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, ".".join([*names, alias.name])) for alias in node.names)
 
 
-def test_every_source_has_a_floor():
-    assert {place(path) for path in SOURCES} - {FACADE} <= FLOORS.keys()
+def test_every_source_has_a_layer():
+    assert {place(path) for path in SOURCES} - {FACADE} <= LAYERS.keys()
 
 
 def upward(path: Path) -> Iterator[str]:
-    """What a source imports from a floor above its own, or through the facade."""
+    """What a source imports from a layer above its own, or through the facade."""
     here = place(path)
     if here == FACADE:
         return
@@ -72,11 +72,11 @@ def upward(path: Path) -> Iterator[str]:
         there = place_of_module(module)
         if there is None or there == here:
             continue
-        where = f"{path.relative_to(ROOT)}:{line} (floor {FLOORS[here]}) imports {module}"
+        where = f"{path.relative_to(ROOT)}:{line} (layer {LAYERS[here]}) imports {module}"
         if there == FACADE and here != "cli":
             yield f"{where} through the facade: name its module"
-        elif there != FACADE and FLOORS[there] > FLOORS[here]:
-            yield f"{where} (floor {FLOORS[there]})"
+        elif there != FACADE and LAYERS[there] > LAYERS[here]:
+            yield f"{where} (layer {LAYERS[there]})"
 
 
 def test_imports_go_down():
@@ -87,7 +87,7 @@ def test_no_places_import_each_other():
     graph: dict[str, set[str]] = {}
     for path in SOURCES:
         needs = {place_of_module(module) for _, module in modules(path)}
-        graph.setdefault(place(path), set()).update(needs & FLOORS.keys() - {place(path)})
+        graph.setdefault(place(path), set()).update(needs & LAYERS.keys() - {place(path)})
     graph.pop(FACADE, None)
     TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
 
