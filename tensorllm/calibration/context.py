@@ -100,9 +100,6 @@ class Context:
         path = self.original.roles.stored(self.layer, role).path
         return f"{self.original.path}.{path}.bias" in self.original.parameters
 
-    def compressed_weight(self, role: str) -> Tensor:
-        return self.compressed.roles.read(self.compressed.weights, self.layer, role)
-
     def _key(self, role: str) -> Key:
         return next(key for key in self.keys if role in key[1])
 

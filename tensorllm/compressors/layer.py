@@ -126,10 +126,6 @@ class LayerContext(Protocol):
         """Whether a bias is added to what the role's matrix gives."""
         ...
 
-    def compressed_weight(self, role: str) -> Tensor:
-        """The compressed layer's role matrix (I, D), as it is now."""
-        ...
-
     def statistics(self, site: Site) -> list[MatrixStatistics]:
         """Of the original's inputs, one per matrix of the site."""
         ...

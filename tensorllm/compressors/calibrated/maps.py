@@ -41,15 +41,6 @@ def stacked(weights: Mapping[str, Tensor], roles: Group) -> Tensor:
     return torch.cat([w.mT if is_output_projection(roles[0]) else w for w in parts])
 
 
-def unstacked(map_: Map, roles: Group, geometry: Geometry) -> dict[str, Tensor]:
-    """The role matrices (I, D) that a map stands for."""
-    w_MX = map_.left_MR @ map_.right_RX
-    if is_output_projection(roles[0]):
-        return {roles[0]: w_MX.mT}
-    parts = w_MX.split([geometry.outputs(role) for role in roles])
-    return dict(zip(roles, parts, strict=True))
-
-
 def pivoted(left_MR: Tensor, right_RX: Tensor, roles: Group) -> PivotedLowRank:
     """A map's factors as those of the site's tensor: o and out are stacked transposed."""
     if is_output_projection(roles[0]):
