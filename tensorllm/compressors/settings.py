@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -80,7 +80,7 @@ def fields_of(mode: str) -> list[str]:
 
 def _required(kind: type[Compressor]) -> list[str]:
     """The names of the settings without a default."""
-    of_kind = fields(kind) if is_dataclass(kind) else ()
+    of_kind: tuple[Field[Any], ...] = fields(kind) if is_dataclass(kind) else ()
     return [f.name for f in of_kind if f.init and f.default is f.default_factory is MISSING]
 
 
