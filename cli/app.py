@@ -155,8 +155,12 @@ def line_of(error: BaseException) -> tuple[str, int]:
 
 
 def _wrong_use(error: Any) -> str:
-    """Typer's words; of what is missing also what it would have been."""
+    """Typer's words, and what was typed; of what is missing also what it would have been."""
+    from pydantic import ValidationError
+
     said: str = error.format_message()
+    if isinstance(error.__cause__, ValidationError):  # its words name no value
+        said = f"{said}, got {error.__cause__.errors()[0]['input']!r}"
     takes = (
         getattr(getattr(error, "param", None), "help", None)
         if said.startswith("Missing ")

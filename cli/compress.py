@@ -14,9 +14,9 @@ def compress(request: CompressRequest, *, json: bool) -> None:
 
       tensorllm compress --model demo --mode hybrid
 
-      tensorllm compress --model llama/ --mode shared-tucker --ranks 1920,60,3 --out o/
+      tensorllm compress --model m/ --mode shared-tucker --ranks 960,60,3 --out o/
 
-      tensorllm compress --model llama/ --mode activation-tucker --target-ratio 1.5 \
+      tensorllm compress --model m/ --mode activation-tucker --target-ratio 1.5 \
           --calibration stories.txt --out o/
 
       tensorllm compress --model gptj --mode hybrid --out out/ --format factored

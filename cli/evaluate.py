@@ -27,7 +27,7 @@ def evaluate(
 
       tensorllm evaluate --model demo --dataset demo
 
-      tensorllm evaluate --model gptj --dataset fever --compressed out/ --out runs/fever
+      tensorllm evaluate --model gptj --dataset fever --compressed o/ --out runs/f
 
       tensorllm evaluate --compare runs/before runs/after
     """

@@ -9,7 +9,7 @@ from tensorllm_cli.signature import takes
 def report(request: ReportRequest, *, json: bool) -> None:
     """Show runs as one web page: what was changed, what is left, and what came of it.
 
-    Several runs of one model make one story; several models are put side by side.
+    Several runs of one model make one story; several models stand side by side.
 
     Examples:
 

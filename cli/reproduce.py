@@ -10,14 +10,14 @@ from tensorllm_cli.signature import takes
 def reproduce(request: ReproduceRequest, *, json: bool) -> None:
     """Run the published experiments beside what was published, or the study of the claim itself.
 
-    --study claims chooses edits of any causal model on drawn rows of each dataset, and tells each
-    once on other rows: better, no better, or not known.
+    --study claims chooses edits of any causal model on drawn rows of each
+    dataset, and tells each once on other rows: better, no better, not known.
 
     Examples:
 
       tensorllm reproduce --model gptj --dry-run
 
-      tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out reproduction/
+      tensorllm reproduce --model gptj --dataset fever,wikidata_qa --out runs/r
 
       tensorllm reproduce --study claims
     """

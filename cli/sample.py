@@ -14,7 +14,7 @@ def sample(request: SampleRequest, *, json: bool) -> None:
       tensorllm sample --model my-llama/ --sequences 96 --out sampled.jsonl
 
       tensorllm compress --model my-llama/ --mode activation-hybrid
-          --target-ratio 1.5 --calibration mine.txt --sampled sampled.jsonl --out o/
+          --target-ratio 1.5 --calibration my.txt --sampled sampled.jsonl --out o/
     """
     with progress_bar("loading") as progress:
         from tensorllm.commands.sample import sample

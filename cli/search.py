@@ -16,9 +16,9 @@ def search_ranks(request: SearchRequest, *, json: bool) -> None:
 
       tensorllm search-ranks --model demo --dataset demo --mode shared-tucker
 
-      tensorllm search-ranks --model gptj --dataset fever --mode hybrid --trials 500 --study runs/f
+      tensorllm search-ranks --model gptj --dataset fever --mode laser --study r/
 
-      tensorllm compress --config runs/f/best.yaml
+      tensorllm compress --config r/best.yaml
     """
     if request.storage is None:
         INTERRUPT.keeps(request.study, "--study")

@@ -32,7 +32,8 @@ RUN = {
 }
 
 # Settings of which one excludes the others: giving one drops the recipe's.
-EXCLUSIVE = (("ranks", "energy", "error", *TARGETS), ("rho", "rank", *TARGETS))
+SIZES = (("ranks", "energy", "error"), ("rho", "rank", "kept"))
+EXCLUSIVE = tuple((*names, *TARGETS) for names in SIZES)
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,14 @@ def recipe_of(request: CompressRequest) -> Recipe:
             f"the layer of {base.name} was never published; give --layers, or find the best with "
             "`tensorllm search-ranks`"
         )
-    return replace(base, model=model, layers=layers, settings=kept | given)
+    settings = kept | given
+    target = next((name for name in TARGETS if name in settings), None)
+    sizes = [name for names in SIZES for name in names if name in settings]
+    if target is not None and sizes:
+        raise UserError(
+            f"{target} chooses the sizes itself: give it or {' and '.join(sizes)}, not both"
+        )
+    return replace(base, model=model, layers=layers, settings=settings)
 
 
 def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:

@@ -29,6 +29,7 @@ from tensorllm.io import (
 )
 
 JOURNAL = "journal.json"
+CONFIG = "config.json"
 SHARD_BYTES = 2**29
 
 
@@ -48,6 +49,8 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise UserError(f"the output {target} exists and is not a folder")
     if target.exists() and not overwrite:
         raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
+    if target.exists() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise UserError(f"--overwrite replaces models only, and {target} has no {CONFIG}")
     parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to {parent}: not a writable folder")

@@ -44,9 +44,10 @@ def sized(
     if budget.max_loss_increase is not None:
         raise UserError("max_loss_increase is measured on a text: give --calibration FILE")
     jobs = plan_jobs(compressor, roles, layers)
-    curves = _curves(jobs, roles, read, progress)
     geometry = roles.spec.geometry
     before = sum(geometry(n).numel(r) for job in jobs for n, r in job.site.matrices)
+    budget.numbers(before, total)  # what no sizes can meet is refused before spectra are computed
+    curves = _curves(jobs, roles, read, progress)
     least = sum(int(curve.cost_N[0]) for curve in curves.values())
     numbers = budget.numbers(before, total, least)
     sizes = share_out([[[job]] for job in jobs], curves, numbers).sizes

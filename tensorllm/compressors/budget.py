@@ -84,10 +84,10 @@ class Budget:
             return numbers
         assert self.target_params is not None, "a limit of the loss is met by trying sizes"
         if not rest + (least or 0) <= self.target_params < total:
-            raise UserError(
-                f"target_params must be in {rest + (least or 0)}..{total - 1}, "
-                f"got {self.target_params}"
-            )
+            reach = f"in {rest + (least or 0)}..{total - 1}"
+            if least is None:
+                reach = f"above {rest} and below {total}"
+            raise UserError(f"target_params must be {reach}, got {self.target_params}")
         return self.target_params - rest
 
 

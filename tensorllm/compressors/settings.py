@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -52,11 +52,10 @@ def make_compressor(mode: str, settings: Mapping[str, Any]) -> Compressor:
     if problems:
         known = ", ".join(fields_of(mode))
         raise UserError(f"mode {mode!r}: {'; '.join(problems)}. Settings: {known}")
+    if missing := [name for name in _required(kind) if name not in settings]:
+        raise UserError(f"mode {mode!r} needs {', '.join(missing)}")
     hints = _hints(kind)
-    try:
-        return kind(**{name: checked(hints.get(name, Any), v) for name, v in settings.items()})
-    except TypeError as error:  # a field without a default is missing
-        raise UserError(f"mode {mode!r}: {error}") from None
+    return kind(**{name: checked(hints.get(name, Any), v) for name, v in settings.items()})
 
 
 def setting_problems(mode: str, settings: Mapping[str, Any]) -> list[str]:
@@ -77,6 +76,12 @@ def fields_of(mode: str) -> list[str]:
     """The names of a mode's settings."""
     kind = COMPRESSORS[mode]
     return [field.name for field in fields(kind) if field.init] if is_dataclass(kind) else []
+
+
+def _required(kind: type[Compressor]) -> list[str]:
+    """The names of the settings without a default."""
+    of_kind: tuple[Field[Any], ...] = fields(kind) if is_dataclass(kind) else ()
+    return [f.name for f in of_kind if f.init and f.default is f.default_factory is MISSING]
 
 
 def problem(name: str, value: Any, hint: Any) -> str | None:

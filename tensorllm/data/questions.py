@@ -85,6 +85,8 @@ def _choices(values: Any, what: str) -> tuple[str, ...]:
         values = [str(v) if n else v for v, n in zip(values, numbers, strict=True)]
     if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
         raise UserError(f'{what} must be a list of texts such as ["yes", "no"], got {values!r:.60}')
+    if values and not 1 < len(set(values)) == len(values):
+        raise UserError(f"{what} must be two or more, each once, got {values!r:.60}")
     return tuple(values)
 
 
@@ -98,7 +100,8 @@ def questions_from_yaml(path: Path, **options: Any) -> Questions:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the dataset {path}: {str(error).splitlines()[0]}") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot read the dataset {path}: {reason}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold keys and values, got {settings!r:.60}")
     for key, value in settings.items():

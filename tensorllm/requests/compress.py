@@ -95,7 +95,7 @@ class CompressRequest:
     sequences: Annotated[
         int | None, Option(f"Calibration sequences to draw (default: {SEQUENCES}).", least=1)
     ] = None
-    seed: Annotated[int | None, Option("Of that draw (default: 0).")] = None
+    seed: Annotated[int | None, Option("Of that draw (default: 0).", least=0)] = None
     settings: Annotated[
         Mapping[str, Any],
         Option(

@@ -46,7 +46,7 @@ class GenerateRequest:
     temperature: Annotated[float, Option("0: always the likeliest token.")] = 0.0
     top_p: Annotated[float, Option("Share of probability to sample from.")] = 1.0
     beams: Annotated[int, Option("Of the beam search.")] = 1
-    seed: Annotated[int, Option("Of the sampling.")] = 0
+    seed: Annotated[int, Option("Of the sampling.", least=0)] = 0
     policy: shared.Policy = "always"
     cache: shared.Cache = "auto"
     dtype: shared.DType = None
@@ -66,7 +66,7 @@ class SampleRequest:
     length: Annotated[
         int | None, Option("Tokens of each (default: 512, or the model's context).", least=2)
     ] = None
-    seed: Annotated[int, Option("Of the sampling.")] = 0
+    seed: Annotated[int, Option("Of the sampling.", least=0)] = 0
     overwrite: shared.Overwrite = False
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "cpu"

@@ -139,6 +139,21 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--mode", "trawl", "--rank", "2", "--matrices", "q,in"),
         ("unequal shapes",),
     ),
+    "ranks and a target": (
+        (*SHARED, "--ranks", "8,4,2", "--target-ratio", "2"),
+        ("target_ratio chooses the sizes itself", "ranks"),
+    ),
+    "rho and a target": (
+        (*LASER, "--rho", "0.5", "--target-params", "9"),
+        ("target_params chooses the sizes itself", "rho"),
+    ),
+    "no number": ((*LASER, "--target-params", "1e6"), ("--target-params", "integer", "got '1e6'")),
+    "too few sequences": ((*LASER, "--sequences", "0"), ("--sequences", "got '0'")),
+    "seed of the draw": ((*LASER, "--seed=-1"), ("--seed", "got '-1'")),
+    "target above the model": (
+        (*LASER, "--target-params", "9" * 20),
+        ("target_params must be", "9" * 20),
+    ),
     "format unknown": ((*LASER, "--rho", "1", "--format", "gguf"), ("dense, factored", "gguf")),
     "dtype unknown": ((*LASER, "--rho", "1", "--dtype", "int8"), ("bf16", "int8")),
     "dataset unknown": ((*LASER, "--rho", "1", "--evaluate", "fevr"), ("fevr",)),
@@ -342,6 +357,7 @@ def test_a_factored_folder_is_not_compressed_again(
 OUTPUTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "exists": (lambda f: f / "full", ("full exists", "--overwrite")),
     "exists and is empty": (lambda f: f / "empty", ("empty exists", "--overwrite")),
+    "holds no model": (lambda f: f / "full", ("full", "--overwrite")),
     "is a file": (lambda f: f / "full" / "notes.txt", ("not a folder",)),
     "is below a file": (lambda f: f / "full" / "notes.txt" / "out", ("not a writable folder",)),
     "is the input": (lambda f: f / "model", ("model",)),

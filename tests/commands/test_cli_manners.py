@@ -12,6 +12,7 @@ import forked
 import pytest
 from cli_runs import CONTROL, in_terminal, lines_of, piped, piped_anew
 
+from tensorllm.commands.catalog import catalog
 from tensorllm_cli.app import COMMANDS, main
 from tensorllm_cli.show import Timer
 
@@ -41,6 +42,22 @@ def test_help_fits_and_tells_all(
     if name:
         assert f"tensorllm {name} " in out  # an example beside the usage line
         assert "Example" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_line_of_the_help_is_broken_in_80_columns(name: str) -> None:
+    """Behind the first one lines are printed as they stand, within a margin of one column."""
+    _, *lines = (inspect.getdoc(COMMANDS[name]) or "").splitlines()
+    assert [line for line in lines if len(line) > 78] == []
+
+
+def test_no_word_of_the_compressors_is_broken_in_80_columns(capsys: Capture) -> None:
+    code, out, err = run(capsys, "list", "compressors")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for row in catalog("compressors"):
+        for text in row.values():
+            assert all(word in out for word in text.split())
 
 
 def options_of(name: str) -> list[str]:

@@ -169,7 +169,7 @@ def test_a_number_of_parameters_is_met_and_refused_with_its_range() -> None:
     assert isinstance(report, CompressionReport)
     assert 0.99 * 400_000 < report.totals.parameters_after <= 400_000
     for asked in (1000, 10**9):
-        with pytest.raises(UserError, match=rf"must be in \d+..\d+, got {asked}"):
+        with pytest.raises(UserError, match=rf"must be above \d+ and below \d+, got {asked}"):
             run(
                 CompressRequest(
                     model=str(MODEL_DIR), mode="hybrid", settings={"target_params": asked}
@@ -241,3 +241,16 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"layers\.1\.out: the weights must be finite"):
         run(CompressRequest(model=str(tmp_path), mode="laser", settings={"target_ratio": 2.0}))
+
+
+@pytest.mark.parametrize("target", [{"target_params": 10**12}, {"target_bytes": 10}])
+def test_what_no_sizes_can_meet_is_refused_before_spectra(
+    target: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a spectrum was computed")
+
+    monkeypatch.setattr(tl.LaserSVD, "curve", never)
+    model = tiny_model("gptj")
+    with pytest.raises(tl.UserError, match=r"must be above|cannot be met"):
+        tl.compress(model, tl.LaserSVD(rank=1), budget=tl.Budget(**target))

@@ -46,6 +46,7 @@ def tensorllm(*arguments, fails=None):
 given = ["--calibration", text, "--sequences", 24, "--allow-overlap"] if needs_text else []
 compress = ["compress", "--model", model, "--mode", mode, "--layers", "1,2", *given]
 at = ["--set", "rank=6"]
+tensorllm(*compress, fails=f"mode {mode!r} needs rank")
 
 if needs_text:
     tensorllm(*compress[:7], *at, fails="give --calibration FILE")
