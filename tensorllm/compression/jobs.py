@@ -17,6 +17,7 @@ from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.runtime.cost import choose
 from tensorllm.tensors.factors import Factors, cast, parameters
+from tensorllm.tensors.stacking import is_output_projection
 from tensorllm.tensors.unfold import all_finite
 
 
@@ -46,7 +47,8 @@ def run_job(
     w_ID = [_finite(roles, weights, *m) for m in site.matrices]
     w = site.stack(w_ID, geometry)
     started = time.perf_counter()
-    factors = cast(planned.factors(site, w), dtype or w.dtype)
+    factors = planned.factors(site, w).as_run(output=is_output_projection(site.roles[0]))
+    factors = cast(factors, dtype or w.dtype)
     if w.is_cuda:
         torch.cuda.synchronize(w.device)
     seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ rebuilds, runs or reports weights works on these members and never asks which ki
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -111,6 +111,17 @@ class Factors(ABC):
         """
         del w, modes
         return None
+
+    def as_run(self, *, output: bool) -> "Factors":
+        """The same factors, stored as the module that runs them holds them.
+
+        Else loading copies them, beside the pages of the file that they are read from.
+
+        Args:
+            output: whether they stand for an output projection.
+        """
+        del output
+        return self
 
     # Factors that are held in few bits override these.
 
@@ -228,24 +239,37 @@ class Tucker(Factors):
 @FACTORS.register("low-rank")
 @dataclass(frozen=True, eq=False)
 class LowRank(Factors):
-    """A matrix as `u_IR @ v_RO`; the singular values are shared evenly between the two."""
+    """A matrix as `u_IR @ v_RO`; the singular values are shared evenly between the two.
+
+    Attributes:
+        transposed: both are stored transposed, as `u_t` and `v_t`: the weights of an output
+            projection's two linears.
+    """
 
     nouns = ("a product", "products")
     picture = "product"
 
     u_IR: Tensor
     v_RO: Tensor
+    transposed: bool = False
 
     @exact_float32()
     def dense(self) -> Tensor:
         return wide(self.u_IR) @ wide(self.v_RO)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"u": self.u_IR, "v": self.v_RO}
+        if not self.transposed:
+            return {"u": self.u_IR, "v": self.v_RO}
+        return {"u_t": self.u_IR.mT, "v_t": self.v_RO.mT}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        return cls(tensors["u"], tensors["v"])
+        if "u" in tensors:
+            return cls(tensors["u"], tensors["v"])
+        return cls(tensors["u_t"].mT, tensors["v_t"].mT, transposed=True)
+
+    def as_run(self, *, output: bool) -> "LowRank":
+        return replace(self, transposed=output)
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -24,9 +24,11 @@ from transformers import (
 import tensorllm as tl
 from tensorllm.checkpoint import loading, saving
 from tensorllm.compression.factorize import factorize
+from tensorllm.compressors import PlainSVD
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.cost import choose
+from tensorllm.tensors.factors import Factors, LowRank
 
 HYBRID = tl.Hybrid(ranks=(20, 3, 2), rho=0.4, matrices=("in", "out"))
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -72,6 +74,26 @@ def test_what_was_factored_in_memory_saves_itself(tmp_path: Path):
     model.save_pretrained(tmp_path / "out")
     same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
     same(tl.load(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize(
+    "compressor", [PlainSVD(kept=0.5), tl.LaserSVD(rho=0.4, matrices=("in", "out"))]
+)
+def test_what_a_folder_holds_is_run_as_it_lies_there(compressor: Any, tmp_path: Path):
+    """A turned copy would be in memory beside the pages of the file that it was made from."""
+    saved("llama", tmp_path / "out", compressor)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any("role_out" in name for name, _ in opened.named_parameters())
+    assert not [rule for rule in opened._weight_conversions if getattr(rule, "operations", None)]
+
+
+def test_folders_from_before_output_factors_were_turned_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(LowRank, "as_run", Factors.as_run)
+    dense = saved("llama", tmp_path / "out", PlainSVD(kept=0.5))
+    monkeypatch.undo()
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), dense)
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
