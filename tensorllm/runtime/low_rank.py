@@ -46,12 +46,12 @@ class LowRankSite(SiteModule):
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
         ((layer, role),) = site.matrices
-        assert isinstance(factors, LowRank), "what it is registered for"
-        u_IR, v_RD = factors.u_IR, factors.v_RO
+        low_rank: Any = factors  # of the kind that this is registered for
+        u_IR, v_RD = low_rank.u_IR, low_rank.v_RO
         output = is_output_projection(role)
         pair = (u_IR.mT, v_RD.mT) if output else (v_RD, u_IR)
         # Of folders from before those of output projections were stored transposed: turned.
-        order: Order = None if factors.transposed == output else (1, 0)
+        order: Order = None if low_rank.transposed == output else (1, 0)
         names = ("0.weight", "1.weight") if output else ("1.weight", "0.weight")
         held = {stored: (n, order) for stored, n in zip(factors.tensors(), names, strict=True)}
         return {(layer, role): Held(nn.Sequential(*map(linear, pair)), held)}
