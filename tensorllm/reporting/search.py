@@ -17,12 +17,12 @@ def search_tables(results: Mapping[str, Any]) -> RenderableType:
     datasets = results.get("datasets") or [results]
     names = [each["name"] for each in datasets] if len(datasets) > 1 else []
     top = results["front" if results.get("several_objectives") else "top"]
-    of_datasets = "loss" if results["objective"] == "loss" else "accuracy"
-    parts: list[RenderableType] = [_sentence(results), _trials(top, names, of_datasets)]
+    metric = results["metric"]
+    parts: list[RenderableType] = [_sentence(results), _trials(top, names, metric)]
     if results.get("several_objectives"):
         parts.insert(1, "accuracy against ratio: no trial beats these in both")
     if len(results["steps"]) > 1:
-        parts.append(_steps(results["steps"], names, of_datasets))
+        parts.append(_steps(results["steps"], names, metric))
     parts += [_scores(each, each["name"] if names else "") for each in datasets]
     if results["selection"] is not None:
         parts.append(_selection(results["selection"]))

@@ -96,6 +96,7 @@ def _asked(run: Study, goal: Objective) -> dict[str, Any]:
         "protocol": run.protocol.name,
         "dtype": str(run.dtype).removeprefix("torch."),
         "objective": run.request.objective,
+        "metric": goal.metric,
         "several_objectives": goal.several,
         "sampler": run.sampler.name,
         "space": run.space.describe(),

@@ -38,6 +38,11 @@ class Objective:
         """Whether there is no one best trial."""
         return len(self.directions) > 1
 
+    @property
+    def metric(self) -> Literal["accuracy", "loss"]:
+        """What is tested, and shown of each trial where there is room for one."""
+        return "loss" if self.prune_by == "loss" else "accuracy"
+
     def order(self, result: TrialResult) -> tuple[Any, ...]:
         """Smaller is better: the first value, ties by loss, then by the numbers saved."""
         value, direction = self.values(result)[0], self.directions[0]

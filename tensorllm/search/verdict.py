@@ -106,7 +106,7 @@ def _names(named: Sequence[tuple[str, Any]]) -> str:
 
 def _tested(comparison: Mapping[str, Any], goal: Objective) -> tuple[str, float, float]:
     """What is tested, its change (above 0: for the better), and p."""
-    if goal.prune_by == "loss" or not comparison["asked"]:
+    if goal.metric == "loss" or not comparison["asked"]:
         return "loss", -comparison["loss"]["difference"], comparison["loss_p"]
     return "accuracy", comparison["accuracy"]["difference"], comparison["mcnemar_p"]
 

@@ -158,6 +158,7 @@ def found_by_a_search(ratio: float) -> dict[str, Any]:
         "dataset": "demo",
         "protocol": "strict",
         "objective": "accuracy",
+        "metric": "accuracy",
         "trials": dict.fromkeys(("examined", "pruned", "infeasible", "failed"), 0),
         "stop_level": 0.001,
         "validation_examples": 100,

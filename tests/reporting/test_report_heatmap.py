@@ -64,7 +64,7 @@ def test_a_search_of_sampled_values(tmp_path: Path, drawn: Any) -> None:
     ]
     original = {"validation": {"accuracy": 0.5, "loss": 0.5}}
     space = {"choices": {"layer": list(range(12)), "matrices": ["in"], "rho": [0.01, 1.2]}}
-    found = {"objective": "accuracy", "original": original, "space": space}
+    found = {"metric": "accuracy", "original": original, "space": space}
     search_pictures(Canvas(tmp_path), rows, found)
     assert len(drawn[1][1]) == 8
 

@@ -18,7 +18,7 @@ def search_pictures(
     """The plots of a study; none where no trial was examined in full."""
     # Sums over fewer examples than all are no fair figures: pruned trials are left out.
     full = [r for r in rows if r["state"] == "complete" and not r["stopped"]]
-    measure = "loss" if results["objective"] == "loss" else "accuracy"
+    measure = results["metric"]
     if len({r["accuracy"] for r in full}) < 2:  # all alike, or running text: it tells nothing
         measure = "loss"
     full = [r for r in full if r[measure] is not None]
