@@ -10,7 +10,7 @@ from typing import Any
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import Factors, Picture
 from tensorllm.tensors.quantised import kind_named
-from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, families
+from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, STACKINGS, families
 
 Sites = Sequence[Mapping[str, Any]]
 Group = tuple[tuple[tuple[str, ...], str], Sites]  # roles and kind of factors, and their sites
@@ -75,6 +75,11 @@ def _factors(kind: str, sites: Sites) -> str:
     known = _known(kind)
     of = Factors.describe if known is None else known.describe
     return of(kind, ranks, several)
+
+
+def modes_of(stacking: str) -> tuple[str, ...]:
+    """What each mode runs over; nothing for a stacking that is not known here."""
+    return STACKINGS[stacking].modes if stacking in STACKINGS else ()
 
 
 def picture_of(kind: str) -> Picture | None:

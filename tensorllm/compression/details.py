@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensorllm.compressors import Site
 from tensorllm.tensors.factors import Factors, wide
-from tensorllm.tensors.stacking import ATTENTION, Geometry
+from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry
 from tensorllm.tensors.tucker import relative_error, spectra
 from tensorllm.tensors.unfold import energy
 
@@ -67,7 +67,8 @@ def norms_of_heads(
         w_ID: the role matrices it was stacked from, in the order of `site.matrices`.
         factors: as they are stored.
     """
-    found = factors.slice_errors(w, (0, 1)) if site.stacking == "heads" else None
+    by_head = STACKINGS[site.stacking].slices_are_heads
+    found = factors.slice_errors(w, (0, 1)) if by_head else None
     if found is not None:
         one = replace(geometry, D=1, K=1)  # where a head is one number
         errors, norms = (site.unstack(x_MG[None, None], one) for x_MG in found)

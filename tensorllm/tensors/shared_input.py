@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.stacking import STACKINGS, Geometry, Stacking
+from tensorllm.tensors.stacking import MATRIX, STACKINGS, Geometry, Stacking
 
 READERS = (("q", "q_a", "k", "kv_a", "v"), ("in", "gate"))  # roles that read the same input
 NARROWED = (("in", "gate", "out"), ("in", "out"))  # roles whose rows are the same channels
@@ -61,5 +61,5 @@ ROWS_STACKINGS = tuple(map(rows_stacking, _GROUPS))
 CHANNEL_STACKINGS = tuple(map(rows_stacking, NARROWED))
 for _roles in (*_GROUPS, *NARROWED):
     STACKINGS.register(rows_stacking(_roles))(
-        Stacking(_stack, partial(_unstack, _roles), partial(_check, _roles))
+        Stacking(_stack, partial(_unstack, _roles), partial(_check, _roles), MATRIX)
     )

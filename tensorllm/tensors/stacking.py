@@ -122,11 +122,19 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Stacking:
-    """A bijection between role matrices (I, D) and one tensor."""
+    """A bijection between role matrices (I, D) and one tensor.
+
+    Attributes:
+        modes: what each mode of the tensor runs over, in words, for reports.
+        slices_are_heads: whether the slices over the first two modes are the matrices' heads, so
+            that `unstack` with D = K = 1 sorts one number per head.
+    """
 
     stack: Callable[[Sequence[Tensor], Geometry], Tensor]
     unstack: Callable[[Tensor, Geometry, int], list[Tensor]]
     check: Callable[[Sequence[str], Geometry], None]
+    modes: tuple[str, ...]
+    slices_are_heads: bool = False
 
 
 STACKINGS: Registry[Stacking] = Registry("stacking")
@@ -231,16 +239,36 @@ def _stack_matrices(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
     return torch.stack(list(w_ID), dim=2)  # (I, D, M)
 
 
-STACKINGS.register("heads")(Stacking(_stack_heads, _unstack_heads, _check_all_four))
+HEADS = "heads"
+MATRIX = ("inner width", "model width")
+_OF_ALL_FOUR = ("model width", "head width", "stacked matrices", HEADS)
+_OF_ONE = ("model width", "head width", HEADS)
+
+STACKINGS.register("heads")(
+    Stacking(_stack_heads, _unstack_heads, _check_all_four, _OF_ALL_FOUR, slices_are_heads=True)
+)
 STACKINGS.register("official-heads")(
-    Stacking(_stack_official_heads, _unstack_official_heads, _check_official)
+    Stacking(_stack_official_heads, _unstack_official_heads, _check_official, _OF_ALL_FOUR)
 )
-STACKINGS.register("head")(Stacking(_stack_head, _unstack_head, _check_heads))
+STACKINGS.register("head")(
+    Stacking(_stack_head, _unstack_head, _check_heads, _OF_ONE, slices_are_heads=True)
+)
 STACKINGS.register("official-head")(
-    Stacking(_stack_official_head, _unstack_official_head, _check_official)
+    Stacking(_stack_official_head, _unstack_official_head, _check_official, _OF_ONE)
 )
-STACKINGS.register("matrix")(Stacking(lambda w, geo: w[0], lambda w, geo, count: [w], _no_check))
+STACKINGS.register("matrix")(
+    Stacking(lambda w, geo: w[0], lambda w, geo, count: [w], _no_check, MATRIX)
+)
 STACKINGS.register("matrices")(
-    Stacking(_stack_matrices, lambda w, geo, count: list(w.unbind(2)), _check_equal_shapes)
+    Stacking(
+        _stack_matrices,
+        lambda w, geo, count: list(w.unbind(2)),
+        _check_equal_shapes,
+        (*MATRIX, "stacked matrices"),
+    )
 )
-STACKINGS.register("experts")(Stacking(_stack_experts, _unstack_experts, _check_experts))
+STACKINGS.register("experts")(
+    Stacking(
+        _stack_experts, _unstack_experts, _check_experts, ("experts", *MATRIX, "stacked matrices")
+    )
+)

@@ -3,6 +3,7 @@
 Shapes: D model width, H query heads, G key/value heads, g = H / G, K head width, I inner width.
 """
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -82,6 +83,34 @@ def test_unstack_undoes_stack(name: str) -> None:
     assert len(fitting) >= 6
     for kind in fitting:
         undoes(layer, kind)
+
+
+UNGROUPED = Geometry(D=12, H=3, G=3, K=4, F=12, gated=True)
+
+
+def random_matrices(kind: str) -> list[Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    shapes = [UNGROUPED.shape(role) for role in ROLES[kind]]
+    return [torch.randn(shape, generator=draws) for shape in shapes]
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_each_mode_has_a_name(kind: str) -> None:
+    stacking = STACKINGS[kind]
+    assert len(stacking.modes) == stacking.stack(random_matrices(kind), UNGROUPED).ndim
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROLES if STACKINGS[kind].slices_are_heads])
+def test_slices_are_heads(kind: str) -> None:
+    """Their norms, sorted by `unstack` as heads of one number, are those of the matrices' heads."""
+    stacking, matrices = STACKINGS[kind], random_matrices(kind)
+    norms_MG = stacking.stack(matrices, UNGROUPED).square().sum((0, 1))
+    one = replace(UNGROUPED, D=1, K=1)
+    for got, w_ID in zip(
+        stacking.unstack(norms_MG[None, None], one, len(matrices)), matrices, strict=True
+    ):
+        wanted = w_ID.view(-1, UNGROUPED.K * UNGROUPED.D).square().sum(1)
+        torch.testing.assert_close(got.flatten(), wanted)
 
 
 def undoes(layer: Layer, kind: str) -> None:

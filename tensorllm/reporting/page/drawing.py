@@ -6,9 +6,17 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from tensorllm.compression.descriptions import picture_of
+from tensorllm.compression.descriptions import modes_of, picture_of
 from tensorllm.reporting.page.figures import times
-from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, ROUTED, SHARED, families, family
+from tensorllm.tensors.stacking import (
+    ATTENTION_ROLES,
+    FFN,
+    HEADS,
+    ROUTED,
+    SHARED,
+    families,
+    family,
+)
 
 Json = Mapping[str, Any]
 CELL, GAP, RIGHT = 26, 4, 84
@@ -88,7 +96,7 @@ def _gains(left: Mapping[tuple[int, str], float], layer: int) -> str:
 def factor_drawing(site: Json) -> Markup | None:
     """A decomposition as boxes in proportion (areas are: sides are square roots of sizes)."""
     shape, ranks = site["shape"], site["ranks"]
-    by_head = site["stacking"].endswith(("head", "heads"))  # the last mode counts heads, undivided
+    by_head = modes_of(site["stacking"])[-1:] == (HEADS,)  # of which none is divided
     picture = picture_of(site["kind"])
     if picture == "core" and by_head and len(ranks) == len(shape) - 1:
         return _tucker(shape, ranks)

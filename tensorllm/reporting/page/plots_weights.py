@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from math import hypot, prod
 from typing import Any
 
-from tensorllm.compression.descriptions import numbers
+from tensorllm.compression.descriptions import modes_of, numbers
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, Picture, colour, shades
 from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FEED_FORWARD, families, family
 
 Json = Mapping[str, Any]
-MODE_NAMES = ("model width", "head width", "stacked matrices", "heads")
-EXPERT_MODES = ("experts", "inner width", "model width", "stacked matrices")
 NAMED = 6  # lines that a legend names one by one
 
 
@@ -74,8 +72,8 @@ def _title(site: Json, roles: str, mode: int | None) -> str:
     if mode is None:
         return f"{part} matrix {named} ({site['shape'][0]} × {site['shape'][1]})"
     matrix = "" if set(roles) == set(ATTENTION) else f" {named}"
-    modes = EXPERT_MODES if site["stacking"] == "experts" else MODE_NAMES
-    return f"{part}{matrix}, mode {mode + 1}: {modes[mode]}"
+    name = "".join(f": {modes}" for modes in modes_of(site["stacking"])[mode : mode + 1])
+    return f"{part}{matrix}, mode {mode + 1}{name}"
 
 
 def _cut(pairs: Sequence[tuple[Json, Json]]) -> str:
