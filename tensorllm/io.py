@@ -132,9 +132,11 @@ def locked(path: Path, *, refusal: str | None = None) -> Iterator[None]:
 
     Raises:
         UserError: another process, or other code of this one, holds it, and there is a `refusal`.
+        OSError: it cannot be made there.
     """
     from filelock import FileLock, Timeout
 
+    path.touch()  # a file that cannot be made is to FileLock as one that is held: it waits
     lock = FileLock(path, timeout=-1 if refusal is None else 0, poll_interval=0.02)
     try:
         lock.acquire()

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,16 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Refuse a second run that would write the same folder at the same time."""
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    refusal = f"another run is writing {target}; give another --out"
-    with locked(target.parent / f".{target.name}.lock", refusal=refusal):
+    parent, refusal = (
+        target.absolute().parent,
+        f"another run is writing {target}; give another --out",
+    )
+    with ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(parent / f".{target.name}.lock", refusal=refusal))
+        except OSError as error:
+            raise UserError(f"cannot write to {parent}: {error.strerror}") from None
         yield
 
 
