@@ -99,7 +99,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "error 1": ((*SHARED, "--error", "1"), ("error", "[0, 1)")),
     "layer too large": ((*LASER, "--rho", "0.5", "--layers", "2"), ("0..1", "got 2")),
     "layer negative": ((*LASER, "--rho", "0.5", "--layers=-1"), ("--layers", "-1")),
-    "layer repeated": ((*LASER, "--rho", "0.5", "--layers", "1,1"), ("each once", "[1, 1]")),
+    "layer repeated": (
+        (*LASER, "--rho", "0.5", "--layers", "1,1"),
+        ("0..1 each once, got 1 more than once",),
+    ),
     "layers are words": ((*LASER, "--rho", "0.5", "--layers", "last"), ("--layers", "last")),
     "layers backwards": ((*LASER, "--rho", "0.5", "--layers", "1-0"), ("1-0", "no layer")),
     "no layer is so high": ((*LASER, "--rho", "1", "--layers", "0-99999999999"), ("0..1",)),
@@ -154,11 +157,25 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*LASER, "--target-params", "9" * 20),
         ("target_params must be", "9" * 20),
     ),
+    "target of no bytes": ((*LASER, "--target-bytes", "0"), ("1 byte or more", "TiB", "got '0'")),
+    "target above the model, in TB": ((*LASER, "--target-bytes", "900TB"), ("target_bytes", "9")),
     "format unknown": ((*LASER, "--rho", "1", "--format", "gguf"), ("dense, factored", "gguf")),
     "dtype unknown": ((*LASER, "--rho", "1", "--dtype", "int8"), ("bf16", "int8")),
     "dataset unknown": ((*LASER, "--rho", "1", "--evaluate", "fevr"), ("fevr",)),
     "plugin missing": ((*LASER, "--rho", "1", "--plugin", PLUGIN), (PLUGIN, "PYTHONPATH")),
     "plugin nameless": ((*LASER, "--rho", "1", "--plugin", ""), ("cannot import",)),
+    "draw of no text": (
+        (*LASER, "--rho", "1", "--sequences", "3"),
+        ("--sequences does nothing without --calibration",),
+    ),
+    "rows of no scores": (
+        (*LASER, "--rho", "1", "--limit", "3"),
+        ("--limit does nothing without --evaluate",),
+    ),
+    "file of no scores": (
+        (*LASER, "--rho", "1", "--data-file", "x.csv"),
+        ("--data-file does nothing without --evaluate",),
+    ),
     "option unknown": ((*LASER, "--rhoo", "1"), ("No such option", "--rhoo")),
     "argument too many": ((*LASER, "here"), ("unexpected", "here")),
 }
