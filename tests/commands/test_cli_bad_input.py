@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers.utils.logging import disable_progress_bar
 
+from tensorllm import COMPRESSORS
+from tensorllm.compressors import Leaf
 from tensorllm_cli.app import main
 
 PLUGIN = "no_such_plugin_anywhere"
@@ -429,6 +432,23 @@ def test_wrong_recipes(name: str, tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     refused(("compress", "--config", path), "recipe.yaml", *words)
+
+
+class Broken(Leaf):
+    def decompose(self, w: torch.Tensor, statistics: Any = None) -> Any:
+        return torch.linalg.cholesky(-torch.eye(3))
+
+
+def test_an_exception_of_a_plugin_names_it(
+    gptj: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = COMPRESSORS._entries  # type: ignore[attr-defined]
+    monkeypatch.setitem(entries, "broken", dataclass(frozen=True)(Broken))
+    assert run("compress", "--model", gptj, "--mode", "broken") == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"the code of compressor 'broken' ({__file__}, line" in err
+    assert "raised _LinAlgError: linalg.cholesky" in err
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path, refused: Refused) -> None:
