@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -106,6 +107,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made; where it is not there, what it would lie in."""
+    above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {above}: {error.strerror}") from None
 
 
 def no_space(folder: Path, error: Exception, what: str = "file") -> Incomplete:

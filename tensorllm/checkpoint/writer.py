@@ -5,7 +5,6 @@ again, a killed run skips what the journal has.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from torch import Tensor
 from tensorllm.checkpoint.reader import index_name
 from tensorllm.errors import UserError
 from tensorllm.io import (
+    check_writable,
     locked,
     no_space,
     remove_temporary,
@@ -51,9 +51,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
     if target.exists() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise UserError(f"--overwrite replaces models only, and {target} has no {CONFIG}")
-    parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to {parent}: not a writable folder")
+    check_writable(target.absolute().parent)
 
 
 @contextmanager

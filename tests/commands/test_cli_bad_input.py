@@ -379,7 +379,10 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "exists and is empty": (lambda f: f / "empty", ("empty exists", "--overwrite")),
     "holds no model": (lambda f: f / "full", ("full", "--overwrite")),
     "is a file": (lambda f: f / "full" / "notes.txt", ("not a folder",)),
-    "is below a file": (lambda f: f / "full" / "notes.txt" / "out", ("not a writable folder",)),
+    "is below a file": (
+        lambda f: f / "full" / "notes.txt" / "out",
+        ("cannot write to", "Not a directory"),
+    ),
     "is the input": (lambda f: f / "model", ("model",)),
     "is where we are": (lambda f: Path(), ("give another --out",)),
     "holds all": (lambda f: Path("/"), ("give another --out",)),
@@ -432,6 +435,21 @@ def test_wrong_recipes(name: str, tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     refused(("compress", "--config", path), "recipe.yaml", *words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compress", *LASER, "--rho", "1", "--out", "/proc/x"),
+        ("compress", *LASER, "--rho", "1", "--logger", "csv", "--log-dir", "/proc/x"),
+        ("search-ranks", "--dataset", "demo", "--study", "/proc/x"),
+        ("sample", "--out", "/proc/x.jsonl"),
+    ],
+)
+def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
+    arguments: tuple[str, ...], gptj: Path, refused: Refused
+) -> None:
+    refused((*arguments, "--model", gptj), "cannot write to /proc: No such file or directory")
 
 
 class Broken(Leaf):
