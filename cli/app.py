@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.registry import raised_by
 from tensorllm_cli import volume
 from tensorllm_cli.bench import bench
 from tensorllm_cli.compress import compress
@@ -151,6 +152,8 @@ def line_of(error: BaseException) -> tuple[str, int]:
         if package in EXTRAS:
             return f"this needs {package}: pip install 'tensorllm[{EXTRAS[package]}]'", 2
     what = f"{type(error).__name__}: {error}".rstrip(": ")
+    if plugin := raised_by(error):
+        return f"the code of {plugin} raised {what}; with --verbose the traceback is printed", 1
     return f"this should not happen: {what}; with --verbose the traceback is printed", 1
 
 

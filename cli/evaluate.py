@@ -32,6 +32,8 @@ def evaluate(
       tensorllm evaluate --compare runs/before runs/after
     """
     if compare is not None:
+        if request != EvaluateRequest(seed=request.seed):
+            raise UserError("--compare takes two folders, and beside them --seed and --json only")
         _compare(compare, request.seed, as_json=json)
         return
     if request.model is None or request.dataset is None:

@@ -23,7 +23,7 @@ def report(request: ReportRequest, *, json: bool) -> None:
     if json:
         print_json(made.to_json())
         return
-    plots = f"{request.out.stem}_plots"
-    print_result(f"written: {made.page}, and {len(made.plots)} plots in {plots}")
+    plots = f", and {len(made.plots)} plots in {made.plots[0].parent}" if made.plots else ""
+    print_result(f"written: {made.page}{plots}")
     for path in made.cards:
         print_result(f"extended: {path}")

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -108,6 +109,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made; where it is not there, what it would lie in."""
+    above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {above}: {error.strerror}") from None
+
+
 def no_space(folder: Path, error: Exception, what: str = "file") -> Incomplete:
     """The error for a disk that is full or gone.
 
@@ -132,9 +143,11 @@ def locked(path: Path, *, refusal: str | None = None) -> Iterator[None]:
 
     Raises:
         UserError: another process, or other code of this one, holds it, and there is a `refusal`.
+        OSError: it cannot be made there.
     """
     from filelock import FileLock, Timeout
 
+    path.touch()  # a file that cannot be made is to FileLock as one that is held: it waits
     lock = FileLock(path, timeout=-1 if refusal is None else 0, poll_interval=0.02)
     try:
         lock.acquire()

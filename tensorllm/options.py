@@ -28,6 +28,7 @@ class Option:
         repeated: may be given several times; `parse` gets all the texts.
         argument: has no flag: its place says what it is.
         least: of a whole number.
+        needs: fields of the request of which one must be given, or this one does nothing.
     """
 
     help: str
@@ -37,6 +38,7 @@ class Option:
     repeated: bool = False
     argument: bool = False
     least: int | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,17 @@ def above(request: Any, name: str, bound: float) -> None:
     value = getattr(request, name)
     if value is not None and value <= bound:
         raise UserError(f"{flag_of(name)} must be more than {bound}, got {value:g}")
+
+
+def refuse_idle(request: Any) -> None:
+    """Refuse an option that was given without what it is for."""
+    declared = {field.name: field for field in option_fields(type(request))}
+    given = {name for name, field in declared.items() if getattr(request, name) != field.default}
+    for name, field in declared.items():
+        needs = field.option.needs
+        if name in given and needs and given.isdisjoint(needs):
+            wanted = " or ".join(declared[need].flag for need in needs)
+            raise UserError(f"{field.flag} does nothing without {wanted}")
 
 
 def flag_of(name: str) -> str:
@@ -195,15 +208,18 @@ def _value(text: str) -> Value:
 
 
 def size(flag: str, text: str) -> int:
-    """`60MiB`, `60MB`, `1.5GB`, or a number of bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b|b?)\s*", text, re.IGNORECASE)
+    """`60MiB`, `60MB`, `1.5TB`, or a number of bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b|b?)\s*", text, re.IGNORECASE)
     found = 0
     if match is not None:
         unit = match[2].lower()
         base = 1024 if "i" in unit else 1000
-        found = int(float(match[1]) * base ** " kmg".index(unit[0] if len(unit) > 1 else " "))
+        found = int(float(match[1]) * base ** " kmgt".index(unit[0] if len(unit) > 1 else " "))
     if found < 1:
-        raise UserError(f"{flag} takes bytes such as 60MiB, 60MB, 1.5GiB or 60000000; got {text!r}")
+        raise UserError(
+            f"{flag} takes 1 byte or more, in B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as "
+            f"60MiB or 60000000; got {text!r}"
+        )
     return found
 
 

@@ -221,12 +221,12 @@ def recipe_of(request: CompressRequest) -> Recipe:
 
 
 def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:
-    """The request with what its recipe says of the run, where it says nothing itself."""
+    """The request with what its recipe says of the run, or else its model's short name, where it
+    says nothing itself.
+    """
     own = {field.name: field.default for field in fields(request)}
-    return replace(
-        request,
-        **{k: v for k, v in recipe.run.items() if getattr(request, k) == own[k]},
-    )
+    said = {"evaluate": short_names().get(recipe.model, {}).get("evaluate"), **recipe.run}
+    return replace(request, **{k: v for k, v in said.items() if getattr(request, k) == own[k]})
 
 
 def _excluded(key: str, given: Mapping[str, Any]) -> bool:

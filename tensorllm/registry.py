@@ -1,10 +1,12 @@
 """Names for interchangeable things; unknown names fail with a suggestion."""
 
 import importlib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from types import FrameType
+from typing import Any, ClassVar, Generic, TypeVar
 
 from tensorllm.errors import UserError
 
@@ -33,11 +35,15 @@ class Registry(Generic[T]):
     module or object whose import registers what it defines.
     """
 
+    every: ClassVar[list["Registry[Any]"]] = []
+
     def __init__(self, kind: str, group: str | None = None) -> None:
         self.kind = kind
         self.group = group
+        self.takes_plugins = group is not None
         self._entries: dict[str, T] = {}
         self._aliases: dict[str, str] = {}
+        self.every.append(self)
 
     def register(self, name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[T], T]:
         """Decorator: make the entry known under `name` and `aliases`; a taken name raises."""
@@ -68,7 +74,11 @@ class Registry(Generic[T]):
         if name not in self:
             known = self.names()
             hint = did_you_mean(name, known + list(self._aliases))
-            raise UserError(f"Unknown {self.kind} {name!r}.{hint} Known: {', '.join(known)}")
+            more = "; of a plugin: import its module first (--plugin MODULE)"
+            raise UserError(
+                f"Unknown {self.kind} {name!r}.{hint} Known: {', '.join(known)}"
+                f"{more if self.takes_plugins else ''}"
+            )
         return self._entries[self._aliases.get(name, name)]
 
     def name_of(self, entry: T) -> str:
@@ -77,6 +87,19 @@ class Registry(Generic[T]):
             if known is entry:
                 return name
         raise UserError(f"{entry!r} is not a registered {self.kind}")
+
+    def running_in(self, frame: FrameType) -> str | None:
+        """The entry from outside the package whose own code, a method or function, a frame runs."""
+        module, names = frame.f_globals.get("__name__", ""), frame.f_locals
+        if module.partition(".")[0] == __package__:
+            return None
+        for name, entry in self._entries.items():
+            holders = (entry, type(entry))
+            method = type(names.get("self")) in holders or names.get("cls") is entry
+            code = getattr(entry, "__code__", None)
+            if code is frame.f_code or (method and module in {h.__module__ for h in holders}):
+                return name
+        return None
 
     def _load_plugins(self) -> None:
         group, self.group = self.group, None  # once; an entry point may look names up itself
@@ -102,3 +125,15 @@ def load_plugins(modules: Sequence[str]) -> None:
                 f"cannot import the plugin {name!r}: {type(error).__name__}: {error}. It must be "
                 "importable: install it, or add its folder to PYTHONPATH"
             ) from None
+
+
+def raised_by(error: BaseException) -> str | None:
+    """Such as `compressor 'mine' (mine.py, line 7)`: the plugin's code that an error came out of.
+
+    None: no code of an entry from outside the package was running.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for registry in Registry.every:
+            if (name := registry.running_in(frame)) is not None:
+                return f"{registry.kind} {name!r} ({frame.f_code.co_filename}, line {line})"
+    return None

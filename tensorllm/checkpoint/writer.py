@@ -5,11 +5,10 @@ again, a killed run skips what the journal has.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from tensorllm.checkpoint.reader import index_name
 from tensorllm.errors import UserError
 from tensorllm.io import (
+    check_writable,
     locked,
     no_space,
     remove_temporary,
@@ -51,17 +51,22 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
     if target.exists() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise UserError(f"--overwrite replaces models only, and {target} has no {CONFIG}")
-    parent = next(p for p in [target.absolute().parent, *target.absolute().parents] if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to {parent}: not a writable folder")
+    check_writable(target.absolute().parent)
 
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Refuse a second run that would write the same folder at the same time."""
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    refusal = f"another run is writing {target}; give another --out"
-    with locked(target.parent / f".{target.name}.lock", refusal=refusal):
+    parent, refusal = (
+        target.absolute().parent,
+        f"another run is writing {target}; give another --out",
+    )
+    with ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(parent / f".{target.name}.lock", refusal=refusal))
+        except OSError as error:
+            raise UserError(f"cannot write to {parent}: {error.strerror}") from None
         yield
 
 

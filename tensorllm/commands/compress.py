@@ -27,8 +27,9 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
+from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
-from tensorllm.recipes import Recipe, completed, recipe_of, short_names
+from tensorllm.recipes import Recipe, completed, recipe_of
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
@@ -46,7 +47,7 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
     recipe = recipe_of(request)
     request = completed(request, recipe)
     with joined() as ranks, metric_log(request.logger, request.log_dir, "compress") as log:
-        task, source, dataset = _task(request, recipe)
+        task, source = _task(request, recipe)
         if ranks.size > 1 and (task.calibration is None or task.target is None):
             raise UserError(
                 "several processes (torchrun) are for --calibration FILE and --out FOLDER"
@@ -57,7 +58,7 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
         if request.dry_run:
             return dry_run(task)
         score = None
-        if dataset is not None:
+        if (dataset := request.evaluate) is not None:
             scorer = dataset_scorer(request.data_file, request.limit, progress)
             score = lambda model, tokenizer: scorer(model, tokenizer, dataset)  # noqa: E731
         if request.out is None:
@@ -101,8 +102,8 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
     ]
 
 
-def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source, str | None]:
-    """What is to be made, of which model, and the dataset that it is scored on.
+def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]:
+    """What is to be made, of which model; the request is a completed one.
 
     All that can be refused without the model is refused before it is fetched.
     """
@@ -111,6 +112,7 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
     usual = "factored" if "target_bytes" in recipe.settings else "dense"
     format = cast(Format, one_of("--format", request.format or usual, COMPRESSED))
     dtype = dtype_of(request.dtype)
+    refuse_idle(request)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
     if request.stream and request.calibration is None:
@@ -120,14 +122,15 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
     if budget is None:
         make_compressor(recipe.mode, recipe.settings)
     source = resolve(recipe.model, request.revision)
-    dataset = scored_on(request, recipe.model)
+    if request.evaluate is not None:
+        make_dataset(request.evaluate, data_file=request.data_file)
     task = FolderTask(
         source=source.folder,
         target=request.out,
         compressor=compressor_of(recipe, budget, source),
         layers=recipe.layers,
         budget=budget,
-        calibration=_text(request, source, dtype, dataset),
+        calibration=_text(request, source, dtype),
         stream=request.stream,
         format=format,
         device=device_of(request.device or "auto"),
@@ -136,7 +139,7 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source,
         model=source.name,
         revision=source.revision,
     )
-    return task, source, dataset
+    return task, source
 
 
 def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
@@ -154,16 +157,7 @@ def compressor_of(recipe: Recipe, budget: Budget | None, source: Source) -> Comp
     return make_compressor(recipe.mode, COMPRESSORS[recipe.mode].budget_settings(roles.spec, rest))
 
 
-def scored_on(request: CompressRequest, model: str) -> str | None:
-    """The dataset that the result is scored on; refused before any work where it cannot be."""
-    if request.evaluate is not None:
-        make_dataset(request.evaluate, data_file=request.data_file)
-    return request.evaluate or short_names().get(model, {}).get("evaluate")
-
-
-def _text(
-    request: CompressRequest, source: Source, dtype: Any, dataset: str | None
-) -> Calibration | None:
+def _text(request: CompressRequest, source: Source, dtype: Any) -> Calibration | None:
     """The calibration text; it must not be what is scored afterwards."""
     if not (request.calibration or request.sampled):
         return None
@@ -177,8 +171,8 @@ def _text(
         request.sequences or SEQUENCES,
         request.seed or 0,
     )
-    if text is not None and dataset is not None and not request.allow_overlap:
-        refuse_evaluated(text, tokenizer, dataset, request.data_file)
+    if text is not None and request.evaluate is not None and not request.allow_overlap:
+        refuse_evaluated(text, tokenizer, request.evaluate, request.data_file)
     return text
 
 

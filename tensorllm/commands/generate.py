@@ -15,6 +15,7 @@ from tensorllm.data.tokens import as_messages, check_ids, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.forward import PAD, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
+from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import GenerateRequest, SampleRequest
@@ -108,3 +109,4 @@ def _check(request: GenerateRequest) -> None:
         raise UserError(f"temperature must be 0 or more, got {request.temperature}")
     if not 0 < request.top_p <= 1:
         raise UserError(f"top_p must be in (0, 1], got {request.top_p}")
+    refuse_idle(request)

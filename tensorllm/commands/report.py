@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorllm.compression.card import rewrite_card
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.io import write_text
+from tensorllm.io import check_writable, write_text
 from tensorllm.reporting.page.render import GENERATOR, render
 from tensorllm.reporting.page.runs import Run, read_run
 from tensorllm.reporting.page.subjects import put_together
@@ -76,6 +76,7 @@ def _check(out: Path) -> None:
         raise UserError(f"--out must be a file such as report.html, {out} is a folder")
     if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.absolute().parent}")
+    check_writable(out.parent)
     if out.exists() and GENERATOR not in out.read_text(errors="replace")[:2000]:
         raise UserError(f"{out} exists and is no page of tensorllm; give another --out")
 

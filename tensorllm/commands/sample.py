@@ -9,7 +9,7 @@ from tensorllm.calibration.sampled import sampled_text
 from tensorllm.calibration.sequences import usual_length
 from tensorllm.commands.generate import loaded
 from tensorllm.errors import UserError
-from tensorllm.io import replacing
+from tensorllm.io import check_writable, replacing
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins
 from tensorllm.requests.others import SampleRequest
@@ -44,6 +44,7 @@ def sample(request: SampleRequest, progress: Progress = quiet) -> Sampled:
         raise UserError(f"{request.out} is there already; choose another name, or --overwrite")
     if not request.out.parent.is_dir():
         raise UserError(f"the folder {request.out.parent} of --out is not there")
+    check_writable(request.out.parent)
     if request.out.suffix != ".jsonl":
         raise UserError(f"--out must be named *.jsonl, got {request.out.name}")
     model, tokenizer = loaded(request)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
+from tensorllm.io import check_writable
 from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins
@@ -65,6 +66,7 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
 def _folder(request: SearchRequest, stack: ExitStack) -> Path:
     """The study's folder: the given one, or a temporary one that goes with `stack`."""
     if request.study is not None:
+        check_writable(request.study)
         return request.study
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorllm-search-")))
 

@@ -201,6 +201,11 @@ def results_of(
     return results
 
 
+def count_of_examples(number: int) -> str:
+    """`1 example`, `2,000 examples`."""
+    return f"{number:,} example{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class BeforeAfter:
     """One measurement, with the original beside it where there is one.
@@ -229,7 +234,7 @@ class BeforeAfter:
         """Such as `fever, test part, protocol strict, 2,000 examples`."""
         return (
             f"{self.dataset}, {self.split} part, protocol {self.protocol}, "
-            f"{self.examples:,} examples"
+            f"{count_of_examples(self.examples)}"
         )
 
 

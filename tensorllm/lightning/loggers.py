@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorllm.errors import UserError
+from tensorllm.io import check_writable
 from tensorllm.registry import one_of
 
 if TYPE_CHECKING:  # Optuna is an extra
@@ -113,6 +114,8 @@ def make_logger(name: str | None, folder: Path | None, command: str) -> Any:
     kind = getattr(loggers, kinds[one_of("--logger", name, sorted(kinds))])
     given = {"save_dir": str(folder or FOLDER), "name": command}
     known = inspect.signature(kind).parameters
+    if "save_dir" in known:
+        check_writable(Path(given["save_dir"]))
     try:
         return kind(**{key: value for key, value in given.items() if key in known})
     except ModuleNotFoundError as error:

@@ -100,7 +100,8 @@ class Devices:
             "enable_model_summary": False,
             "enable_progress_bar": self.several and sys.stderr.isatty(),  # else ours
         }
-        what = f"--devices {self.devices} --strategy {self.strategy} --precision {self.precision}"
+        own_flags = ((name, getattr(self, name)) for name in self.__slots__)
+        what = " ".join(f"{TAKEN[name]} {value}" for name, value in own_flags if value is not None)
         what += "".join(f" --trainer {name}={value}" for name, value in (options or {}).items())
         every = [*callbacks, *map(_callback, named)]
         try:
@@ -117,8 +118,7 @@ class Devices:
                     **{**defaults, **chosen},
                 )
         except Exception as error:  # Lightning has kinds of its own for what it refuses
-            reason = first_line(error)[:200]
-            raise UserError(f"cannot run on {what}: {reason}") from None
+            raise UserError(f"cannot run on {what}: {first_line(error)}") from None
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Shapes: I rows of a role matrix, C its columns (mostly the model width D), G key
 g queries per group, K head width.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -122,8 +123,12 @@ class RoleMatrices:
         wrong = [i for i in layers if not 0 <= i < self.layers]
         if wrong:
             raise UserError(f"layers must be in 0..{self.layers - 1}, got {wrong[0]}")
-        if len(set(layers)) != len(layers) or not layers:
-            raise UserError(f"layers must be given, each once, got {list(layers)}")
+        if not layers:
+            raise UserError(f"layers must be some of 0..{self.layers - 1}, got none")
+        if twice := [i for i, times in Counter(layers).items() if times > 1]:
+            raise UserError(
+                f"layers must be of 0..{self.layers - 1} each once, got {twice[0]} more than once"
+            )
         return tuple(layers)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from tensorllm.evaluation.results import count_of_examples
 from tensorllm.evaluation.statistics import LEAST_P
 from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.tables import new_table, p_value
@@ -37,7 +38,7 @@ def comparison_tables(changes: Mapping[str, Any]) -> RenderableType:
     metrics, comparison = changes["metrics"], changes["comparison"]
     parts: list[RenderableType] = [_headline(before), _headline(after)]
     if not before["examples"] == after["examples"] == comparison["examples"]:
-        parts.append(f"over the {comparison['examples']} examples that both have:")
+        parts.append(f"over the {count_of_examples(comparison['examples'])} that both have:")
     parts += [
         _side_by_side(metrics["before"], metrics["after"], comparison),
         _tests(metrics["after"], comparison),
@@ -62,7 +63,7 @@ def _headline(results: Mapping[str, Any]) -> Text:
         text.append(f" ({results['compressor']['mode']})")
     text.append(
         f" on {results['dataset']}, {results['split']}, protocol {results['protocol']}, "
-        f"{results['examples']} examples, {results['dtype']}"
+        f"{count_of_examples(results['examples'])}, {results['dtype']}"
         f"{', prior taken out' if results.get('calibrated_prior') else ''}"
     )
     return text

@@ -1,7 +1,7 @@
 """What `tensorllm compress` may be asked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ SETTINGS = (
 # Fields that only the command line says; a recipe may say all others.
 ONLY_TYPED = ("config", "settings", "plugins", "dry_run")
 SEQUENCES = 128
+OF_TEXT, OF_SCORES = ("calibration",), ("evaluate",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +90,14 @@ class CompressRequest:
     stream: Annotated[bool, Option("Calibrate layer by layer from disk: too big for memory.")] = (
         False
     )
-    allow_overlap: Annotated[bool, Option("Let --evaluate score rows of the calibration text.")] = (
-        False
-    )
+    allow_overlap: Annotated[
+        bool, Option("Let --evaluate score rows of the calibration text.", needs=OF_TEXT)
+    ] = False
     sequences: Annotated[
-        int | None, Option(f"Calibration sequences to draw (default: {SEQUENCES}).", least=1)
+        int | None,
+        Option(f"Calibration sequences to draw (default: {SEQUENCES}).", least=1, needs=OF_TEXT),
     ] = None
-    seed: Annotated[int | None, Option("Of that draw (default: 0).", least=0)] = None
+    seed: Annotated[int | None, Option("Of that draw (default: 0).", least=0, needs=OF_TEXT)] = None
     settings: Annotated[
         Mapping[str, Any],
         Option(
@@ -110,15 +112,16 @@ class CompressRequest:
         str | None,
         Option(
             "dense (loads anywhere; the default), factored (small on disk), or narrow: an ordinary "
-            "checkpoint whose FFN is less wide, of modes that drop channels."
+            "checkpoint whose FFN is less wide, of modes that drop channels.",
+            needs=("out", "dry_run"),
         ),
     ] = None
     dtype: shared.DType = None
     device: Annotated[str | None, shared.DEVICE] = None
     overwrite: shared.Overwrite = False
     evaluate: Annotated[str | None, Option("Score on this dataset before and after.")] = None
-    data_file: shared.DataFile = None
-    limit: shared.Limit = None
+    data_file: Annotated[Path | None, replace(shared.DATA_FILE, needs=OF_SCORES)] = None
+    limit: Annotated[int | None, replace(shared.LIMIT, needs=OF_SCORES)] = None
     dry_run: Annotated[bool, Option("Print the plan and its cost; do nothing.")] = False
     revision: shared.Revision = None
     plugins: shared.Plugins = ()

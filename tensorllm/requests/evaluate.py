@@ -66,3 +66,6 @@ class EvaluateRequest:
     logger: Annotated[Any, *shared.Logger.__metadata__] = None
     log_dir: shared.LogDir = None
     verify: shared.Verify = False
+
+    def __post_init__(self) -> None:
+        options.refuse_idle(self)

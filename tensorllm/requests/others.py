@@ -44,9 +44,11 @@ class GenerateRequest:
     ] = False
     max_new_tokens: Annotated[int, Option("Tokens to write at most.")] = 64
     temperature: Annotated[float, Option("0: always the likeliest token.")] = 0.0
-    top_p: Annotated[float, Option("Share of probability to sample from.")] = 1.0
+    top_p: Annotated[
+        float, Option("Share of probability to sample from.", needs=("temperature",))
+    ] = 1.0
     beams: Annotated[int, Option("Of the beam search.")] = 1
-    seed: Annotated[int, Option("Of the sampling.", least=0)] = 0
+    seed: Annotated[int, Option("Of the sampling.", least=0, needs=("temperature",))] = 0
     policy: shared.Policy = "always"
     cache: shared.Cache = "auto"
     dtype: shared.DType = None

@@ -70,7 +70,9 @@ class SearchRequest:
         Path | None,
         Option("With --calibration: text of the model's own to add (`tensorllm sample`)."),
     ] = None
-    allow_overlap: Annotated[bool, Option("Let the calibration text hold rows scored.")] = False
+    allow_overlap: Annotated[
+        bool, Option("Let the calibration text hold rows scored.", needs=("calibration",))
+    ] = False
     max_error: Annotated[float | None, Option("Largest relative error of a decomposition.")] = None
     min_ratio: Annotated[
         float | None,
@@ -125,6 +127,7 @@ class SearchRequest:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        options.refuse_idle(self)
         for name in ("trials", "compose"):
             at_least(self, name, 1)
         for name in ("min_ratio", "cache_gib", "disk_cache_gib"):

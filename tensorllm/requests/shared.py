@@ -9,6 +9,8 @@ from tensorllm.options import Option
 MODEL = Option("Short name (`tensorllm list models`), local folder, or hub id.", metavar="MODEL")
 MODE = Option("Strategy: `tensorllm list compressors`.", metavar="NAME")
 LAYOUT = Option("How heads are cut: paper or official (authors' code).", metavar="NAME")
+DATA_FILE = Option("Local jsonl, json, csv or parquet in place of the hub.", metavar="FILE")
+LIMIT = Option("Examples to score at most.", metavar="N", least=1)
 DEVICE = Option("auto, cpu, cuda, cuda:1, mps.", metavar="NAME")
 
 Policy = Annotated[
@@ -22,10 +24,8 @@ Cache = Annotated[
         metavar="NAME",
     ),
 ]
-DataFile = Annotated[
-    Path | None, Option("Local jsonl, json, csv or parquet in place of the hub.", metavar="FILE")
-]
-Limit = Annotated[int | None, Option("Examples to score at most.", metavar="N", least=1)]
+DataFile = Annotated[Path | None, DATA_FILE]
+Limit = Annotated[int | None, LIMIT]
 Protocol = Annotated[
     str, Option("strict, or paper: with the quirks of the papers' scripts.", metavar="NAME")
 ]
@@ -33,7 +33,7 @@ Revision = Annotated[str | None, Option("Branch, tag or commit on the hub.", met
 DType = Annotated[
     str | None, Option("Weights as fp32, bf16 or fp16; default: as stored.", metavar="NAME")
 ]
-Overwrite = Annotated[bool, Option("Replace what is there.")]
+Overwrite = Annotated[bool, Option("Replace what is there.", needs=("out",))]
 Plugins = Annotated[
     Sequence[str],
     Option(

@@ -302,6 +302,13 @@ def test_a_lock_deleted_by_the_run_that_held_it_is_none(
         pass
 
 
+@pytest.mark.parametrize("target", [Path("/proc/x"), Path("/proc/x/y")])
+def test_a_place_where_no_file_can_be_made_is_said(target: Path) -> None:
+    said = f"cannot write to {target.parent}: No such file"
+    with pytest.raises(tl.UserError, match=said), exclusive(target):
+        pass
+
+
 def task_for(folder: Path, target: Path) -> FolderTask:
     return FolderTask(
         source=folder, target=target, compressor=HYBRID, format="factored", shard_bytes=60_000

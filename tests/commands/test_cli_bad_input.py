@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers.utils.logging import disable_progress_bar
 
+from tensorllm import COMPRESSORS
+from tensorllm.compressors import Leaf
 from tensorllm_cli.app import main
 
 PLUGIN = "no_such_plugin_anywhere"
@@ -99,7 +102,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "error 1": ((*SHARED, "--error", "1"), ("error", "[0, 1)")),
     "layer too large": ((*LASER, "--rho", "0.5", "--layers", "2"), ("0..1", "got 2")),
     "layer negative": ((*LASER, "--rho", "0.5", "--layers=-1"), ("--layers", "-1")),
-    "layer repeated": ((*LASER, "--rho", "0.5", "--layers", "1,1"), ("each once", "[1, 1]")),
+    "layer repeated": (
+        (*LASER, "--rho", "0.5", "--layers", "1,1"),
+        ("0..1 each once, got 1 more than once",),
+    ),
     "layers are words": ((*LASER, "--rho", "0.5", "--layers", "last"), ("--layers", "last")),
     "layers backwards": ((*LASER, "--rho", "0.5", "--layers", "1-0"), ("1-0", "no layer")),
     "no layer is so high": ((*LASER, "--rho", "1", "--layers", "0-99999999999"), ("0..1",)),
@@ -154,11 +160,25 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*LASER, "--target-params", "9" * 20),
         ("target_params must be", "9" * 20),
     ),
+    "target of no bytes": ((*LASER, "--target-bytes", "0"), ("1 byte or more", "TiB", "got '0'")),
+    "target above the model, in TB": ((*LASER, "--target-bytes", "900TB"), ("target_bytes", "9")),
     "format unknown": ((*LASER, "--rho", "1", "--format", "gguf"), ("dense, factored", "gguf")),
     "dtype unknown": ((*LASER, "--rho", "1", "--dtype", "int8"), ("bf16", "int8")),
     "dataset unknown": ((*LASER, "--rho", "1", "--evaluate", "fevr"), ("fevr",)),
     "plugin missing": ((*LASER, "--rho", "1", "--plugin", PLUGIN), (PLUGIN, "PYTHONPATH")),
     "plugin nameless": ((*LASER, "--rho", "1", "--plugin", ""), ("cannot import",)),
+    "draw of no text": (
+        (*LASER, "--rho", "1", "--sequences", "3"),
+        ("--sequences does nothing without --calibration",),
+    ),
+    "rows of no scores": (
+        (*LASER, "--rho", "1", "--limit", "3"),
+        ("--limit does nothing without --evaluate",),
+    ),
+    "file of no scores": (
+        (*LASER, "--rho", "1", "--data-file", "x.csv"),
+        ("--data-file does nothing without --evaluate",),
+    ),
     "option unknown": ((*LASER, "--rhoo", "1"), ("No such option", "--rhoo")),
     "argument too many": ((*LASER, "here"), ("unexpected", "here")),
 }
@@ -359,7 +379,10 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "exists and is empty": (lambda f: f / "empty", ("empty exists", "--overwrite")),
     "holds no model": (lambda f: f / "full", ("full", "--overwrite")),
     "is a file": (lambda f: f / "full" / "notes.txt", ("not a folder",)),
-    "is below a file": (lambda f: f / "full" / "notes.txt" / "out", ("not a writable folder",)),
+    "is below a file": (
+        lambda f: f / "full" / "notes.txt" / "out",
+        ("cannot write to", "Not a directory"),
+    ),
     "is the input": (lambda f: f / "model", ("model",)),
     "is where we are": (lambda f: Path(), ("give another --out",)),
     "holds all": (lambda f: Path("/"), ("give another --out",)),
@@ -412,6 +435,38 @@ def test_wrong_recipes(name: str, tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     refused(("compress", "--config", path), "recipe.yaml", *words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compress", *LASER, "--rho", "1", "--out", "/proc/x"),
+        ("compress", *LASER, "--rho", "1", "--logger", "csv", "--log-dir", "/proc/x"),
+        ("search-ranks", "--dataset", "demo", "--study", "/proc/x"),
+        ("sample", "--out", "/proc/x.jsonl"),
+    ],
+)
+def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
+    arguments: tuple[str, ...], gptj: Path, refused: Refused
+) -> None:
+    refused((*arguments, "--model", gptj), "cannot write to /proc: No such file or directory")
+
+
+class Broken(Leaf):
+    def decompose(self, w: torch.Tensor, statistics: Any = None) -> Any:
+        return torch.linalg.cholesky(-torch.eye(3))
+
+
+def test_an_exception_of_a_plugin_names_it(
+    gptj: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = COMPRESSORS._entries  # type: ignore[attr-defined]
+    monkeypatch.setitem(entries, "broken", dataclass(frozen=True)(Broken))
+    assert run("compress", "--model", gptj, "--mode", "broken") == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"the code of compressor 'broken' ({__file__}, line" in err
+    assert "raised _LinAlgError: linalg.cholesky" in err
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path, refused: Refused) -> None:

@@ -46,7 +46,7 @@ def test_before_and_after_are_those_of_evaluate(
         layers=(1,),
         settings={"ranks": (8, 4, 2)},
         out=out,
-        format=form or "dense",
+        format=form,
         evaluate="questions",
         data_file=questions,
         limit=20,

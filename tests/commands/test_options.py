@@ -173,3 +173,35 @@ def test_layers_are_read_as_they_are_written(layers: list[int]) -> None:
     assert options.layers("--layers", ",".join(map(str, layers))) == tuple(layers)
     first = layers[0]
     assert options.layers("--layers", f"{first}-{first + 3}") == tuple(range(first, first + 4))
+
+
+@pytest.mark.parametrize(
+    ("request_type", "given", "needed"),
+    [
+        (EvaluateRequest, {"overwrite": True}, {"out": Path("o")}),
+        (SearchRequest, {"model": "m", "allow_overlap": True}, {"calibration": Path("c.txt")}),
+        (GenerateRequest, {"model": "m", "prompts": ("a",), "seed": 3}, {"temperature": 0.5}),
+        (CompressRequest, {"format": "dense"}, {"dry_run": True}),
+        (CompressRequest, {"format": "dense"}, {"out": Path("o")}),
+    ],
+)
+def test_an_option_without_what_it_is_for_is_refused(
+    request_type: Any, given: dict[str, Any], needed: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=f"does nothing without .*--{next(iter(needed))[:3]}"):
+        options.refuse_idle(request_type(**given))
+    options.refuse_idle(request_type(**given, **needed))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_an_option_needs_is_another_one(name: str) -> None:
+    fields = option_fields(REQUESTS[name])
+    known = {field.name for field in fields}
+    assert all(known.issuperset(field.option.needs) for field in fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("1", 1), ("2kB", 2000), ("1.5TB", 15 * 10**11), ("1tib", 2**40)]
+)
+def test_sizes(text: str, bytes_: int) -> None:
+    assert options.size("--target-bytes", text) == bytes_

@@ -322,8 +322,21 @@ def test_options_of_the_trainer_and_own_callbacks_reach_it(folder: Path, questio
 
 @pytest.mark.parametrize("wrong", [{"strategy": "nonsense"}, {"precision": "7"}, {"devices": "x"}])
 def test_what_the_trainer_refuses_is_one_line(wrong: dict[str, str]):
-    with pytest.raises(UserError, match=r"^cannot run on --devices [^\n]*$"):
+    with pytest.raises(UserError, match=r"^cannot run on --accelerator [^\n]*$"):
         Devices(accelerator="cpu", **wrong).trainer()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named", "end"),
+    [
+        ({"accelerator": "gpuu"}, "--accelerator gpuu --devices 1", r"mps\.$"),
+        ({"precision": "17"}, "--precision 17", r"\)$"),
+    ],
+)
+def test_what_the_trainer_says_is_whole(wrong: dict[str, str], named: str, end: str):
+    with pytest.raises(UserError, match=f"cannot run on .*{named}.*{end}") as caught:
+        Devices(**wrong).trainer()
+    assert "None" not in str(caught.value)
 
 
 def test_examples_are_plain_data():

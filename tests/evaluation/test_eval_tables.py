@@ -63,6 +63,11 @@ def test_before_and_after_in_one_table():
     assert "loss, paired bootstrap p ≤ 0.001" in joined  # 2,000 resamples tell no smaller one
 
 
+def test_one_example_is_one():
+    text = " ".join(shown(score_tables({**RESULTS, "examples": 1})).split())
+    assert " 1 example, " in text
+
+
 def test_two_folders_name_what_changed():
     row = {"prompt": "word " * 60 + "end of it", "answer": "Paris", "generation": "in\nRome"}
     changes: dict[str, Any] = {
@@ -81,7 +86,7 @@ def test_two_folders_name_what_changed():
     assert "that both have" not in text
     changes["after"] = {**RESULTS, "examples": 20000}
     text = " ".join(shown(comparison_tables(changes)).split())
-    assert "over the 16257 examples that both have" in text
+    assert "over the 16,257 examples that both have" in text
 
 
 def outcome(**changed: Any) -> dict[str, Any]:

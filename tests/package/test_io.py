@@ -99,6 +99,12 @@ def test_a_lock_refuses_a_second_holder_until_its_process_is_killed(tmp_path: Pa
     assert not path.exists()
 
 
+@pytest.mark.parametrize("refusal", [None, "busy"])
+def test_a_lock_that_cannot_be_made_is_not_one_that_is_held(refusal: str | None) -> None:
+    with pytest.raises(FileNotFoundError), io.locked(Path("/proc/x.lock"), refusal=refusal):
+        pass
+
+
 def append(folder: Path, number: int) -> None:
     for n in range(50):
         with io.locked(folder / "x.lock"):

@@ -1,11 +1,12 @@
 """Names: canonical ones, aliases, plugins, suggestions."""
 
+from functools import partial
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from tensorllm.errors import UserError
-from tensorllm.registry import Registry
+from tensorllm.registry import Registry, raised_by
 
 
 @pytest.fixture
@@ -51,3 +52,40 @@ def test_a_plugin_that_cannot_be_imported_is_told_every_time(monkeypatch):
     for _ in range(2):
         with pytest.raises(UserError, match=r"'not_there\.anywhere' .* cannot be imported"):
             list(shapes)
+
+
+def test_where_a_plugin_may_bring_a_name_that_is_said() -> None:
+    advice = r"import its module first \(--plugin MODULE\)"
+    with pytest.raises(UserError, match=advice):
+        Registry("shape", group="tests.shapes")["zzz"]
+    with pytest.raises(UserError) as caught:
+        Registry("shape")["zzz"]
+    assert "plugin" not in str(caught.value)
+
+
+class Broken:
+    def area(self) -> float:
+        return helper(0)
+
+    @classmethod
+    def made(cls) -> float:
+        return helper(0)
+
+
+def helper(x: int) -> float:
+    return 1 / x
+
+
+@pytest.mark.parametrize("fails", [Broken().area, Broken.made, partial(helper, 0)])
+def test_an_error_out_of_an_entrys_code_is_the_entrys(fails, monkeypatch):
+    monkeypatch.setattr(Registry, "every", [])
+    shapes = Registry("shape")
+    with pytest.raises(ZeroDivisionError) as caught:
+        fails()
+    assert raised_by(caught.value) is None
+    shapes.register("round")(helper if isinstance(fails, partial) else Broken)
+    said = raised_by(caught.value)
+    assert said is not None
+    assert said.startswith("shape 'round' (" + __file__)
+    monkeypatch.setitem(globals(), "__name__", "tensorllm.shapes")  # as if it were of the package
+    assert raised_by(caught.value) is None

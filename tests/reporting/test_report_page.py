@@ -20,6 +20,7 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.results import PREDICTIONS, RESULTS, read_predictions, write_predictions
 from tensorllm.reporting.page.runs import read_run
 from tensorllm.tensors.stacking import ATTENTION, Geometry
+from tensorllm_cli.app import main
 
 GEOMETRY = Geometry(D=12, H=4, G=2, K=6, F=20, gated=True)
 
@@ -275,3 +276,13 @@ def test_every_strategy_has_a_page(tmp_path: Path) -> None:
         tl.save(model, tmp_path / name)
         made = report([tmp_path / name], tmp_path / f"{name}.html")
         assert made.plots, name
+
+
+def test_the_command_says_where_the_plots_lie(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(runs["compressed"]), "--out", str(tmp_path / "page.html")])
+    assert ended.value.code == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert f"plotsin{tmp_path / 'page_plots'}" in said

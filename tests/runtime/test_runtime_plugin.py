@@ -156,6 +156,7 @@ def test_a_kind_from_outside_runs_saves_exports_and_is_reported(
     assert run(packages, WITH, tmp_path / "model") == "done"
     said = run(tmp_path, WITHOUT, tmp_path / "model")
     assert said.startswith("Unknown factor kind 'mean-and-residual'.")
+    assert said.endswith("import its module first (--plugin MODULE)")
 
 
 @pytest.mark.slow
