@@ -7,10 +7,10 @@ matrices of attention and FFN are compressed, `kept` of their numbers stored. Ca
 first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other), with
 `--sampled FILE` (of `tensorllm sample`) on what the model wrote too; scored, in
 nats per token, on blocks of its last 40 % and on stories, and zero-shot on the first `--questions`
-test rows of each of the four datasets (0: none). Each text that is calibrated on, and each number
-of sequences, is a part of docs/results/whole_model_real.json, written after every method; what
-other commands measured with the same model and seed stays there, each row with its commit and
-command.
+test rows of each of the four datasets (0: none). Each text that is calibrated on, each number of
+sequences and each draw of them (`--seed`) is a part of docs/results/whole_model_real.json, written
+after every method; what other commands measured with the same model stays there, each row with its
+commit and command.
 """
 
 import argparse
@@ -147,7 +147,8 @@ def earlier(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def part_of(args: argparse.Namespace) -> str:
-    return f"{args.calibrated}, {args.sequences} sequences"
+    another = f", seed {args.seed}" if args.seed else ""
+    return f"{args.calibrated}, {args.sequences} sequences{another}"
 
 
 def stored_of(report: Any) -> int:
