@@ -112,13 +112,13 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
     usual = "factored" if "target_bytes" in recipe.settings else "dense"
     format = cast(Format, one_of("--format", request.format or usual, COMPRESSED))
     dtype = dtype_of(request.dtype)
-    refuse_idle(request)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
     if request.stream and request.calibration is None:
         raise UserError("--stream is for --calibration FILE; without data, disk is streamed always")
     if request.stream and request.out is None:
         raise UserError("--stream needs --out FOLDER: what is fitted is kept beside it meanwhile")
+    refuse_idle(request)
     if budget is None:
         make_compressor(recipe.mode, recipe.settings)
     source = resolve(recipe.model, request.revision)

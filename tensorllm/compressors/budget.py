@@ -67,10 +67,12 @@ class Budget:
                     "(tl.compress, tensorllm compress)"
                 )
             if self.target_bytes < self.other_bytes + (least or 0):
+                known = (
+                    "" if least is None else f"the least is {self.other_bytes + least}, of which "
+                )
                 raise UserError(
-                    f"target_bytes {self.target_bytes} cannot be met: the least is "
-                    f"{self.other_bytes + (least or 0)}{'' if least else ' and more'}, of which "
-                    f"{self.other_bytes} are not compressed (embeddings, norms, headers of files)"
+                    f"target_bytes {self.target_bytes} cannot be met: {known}{self.other_bytes} "
+                    "are not compressed (embeddings, norms, headers of files)"
                 )
             return self.target_bytes - self.other_bytes
         rest = total - before

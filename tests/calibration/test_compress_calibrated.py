@@ -56,7 +56,7 @@ def test_the_target_ratio_is_met_and_the_text_named(text):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"text": None, "target_ratio": 1.5}, "give --calibration FILE"),
+        ({"text": None, "target_ratio": 1.5}, "--sequences does nothing without --calibration"),
         ({"mode": "laser", "rho": 0.1}, "decomposes weights alone and takes no calibration"),
         ({"target_ratio": 1.5, "max_loss_increase": 0.1}, "give one of target_ratio"),
         ({"target_ratio": 1e9}, "target_ratio 1e.09 cannot be met: the best reachable is"),
