@@ -13,8 +13,8 @@ from tensorllm.models.task import language_model_class, saved_class
 from tensorllm.progress import silenced
 
 ADAPTER = "adapter_config.json"
-# The first prints a table of names, which `judge` says in a line. Once it has a level of its own,
-# transformers has the second list what is not shared out over GPUs, which nobody asked for.
+# The first prints a table of names, which `judge` says in a line. Where its logger has a level of
+# its own, transformers also has the second list the layers that are not sharded over GPUs.
 NOISY = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
 
 

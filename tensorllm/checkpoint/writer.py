@@ -50,17 +50,15 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
     if target.exists() and not overwrite:
         raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
     if target.exists() and any(target.iterdir()) and not (target / CONFIG).is_file():
-        raise UserError(f"--overwrite replaces models only, and {target} has no {CONFIG}")
+        raise UserError(f"--overwrite replaces a model's folder only, but {target} has no {CONFIG}")
     check_writable(target.absolute().parent)
 
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Refuse a second run that would write the same folder at the same time."""
-    parent, refusal = (
-        target.absolute().parent,
-        f"another run is writing {target}; give another --out",
-    )
+    parent = target.absolute().parent
+    refusal = f"another run is writing {target}; give another --out"
     with ExitStack() as stack:
         try:
             parent.mkdir(parents=True, exist_ok=True)

@@ -124,10 +124,10 @@ class RoleMatrices:
         if wrong:
             raise UserError(f"layers must be in 0..{self.layers - 1}, got {wrong[0]}")
         if not layers:
-            raise UserError(f"layers must be some of 0..{self.layers - 1}, got none")
+            raise UserError(f"layers must be in 0..{self.layers - 1}, got none")
         if twice := [i for i, times in Counter(layers).items() if times > 1]:
             raise UserError(
-                f"layers must be of 0..{self.layers - 1} each once, got {twice[0]} more than once"
+                f"layers must be different ones of 0..{self.layers - 1}, got {twice[0]} more than once"
             )
         return tuple(layers)
 

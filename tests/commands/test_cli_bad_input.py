@@ -104,7 +104,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "layer negative": ((*LASER, "--rho", "0.5", "--layers=-1"), ("--layers", "-1")),
     "layer repeated": (
         (*LASER, "--rho", "0.5", "--layers", "1,1"),
-        ("0..1 each once, got 1 more than once",),
+        ("different ones of 0..1, got 1 more than once",),
     ),
     "layers are words": ((*LASER, "--rho", "0.5", "--layers", "last"), ("--layers", "last")),
     "layers backwards": ((*LASER, "--rho", "0.5", "--layers", "1-0"), ("1-0", "no layer")),
