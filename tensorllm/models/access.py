@@ -127,7 +127,8 @@ class RoleMatrices:
             raise UserError(f"layers must be in 0..{self.layers - 1}, got none")
         if twice := [i for i, times in Counter(layers).items() if times > 1]:
             raise UserError(
-                f"layers must be different ones of 0..{self.layers - 1}, got {twice[0]} more than once"
+                f"layers must be different ones of 0..{self.layers - 1}, "
+                f"got {twice[0]} more than once"
             )
         return tuple(layers)
 
