@@ -329,7 +329,7 @@ def test_what_the_trainer_refuses_is_one_line(wrong: dict[str, str]):
 @pytest.mark.parametrize(
     ("wrong", "named", "end"),
     [
-        ({"accelerator": "gpuu"}, "--accelerator gpuu --devices 1", r"mps\.$"),
+        ({"accelerator": "gpuu"}, "--accelerator gpuu --devices 1", r"names are: .*cpu.*\.$"),
         ({"precision": "17"}, "--precision 17", r"\)$"),
     ],
 )
