@@ -147,7 +147,7 @@ def fit_sizes(
             work.store = Store()
             sites = work.factors(chosen)
             _train(work, sites, target, calibration)
-            found = _fitted(work, sites, target, calibration.facts())
+            found = _fitted(work, sites, target, _facts(work, calibration))
             given = None if strategy.budget is not None else target
             out.append(replace(found, compressor=strategy, budget=given))
     return out
@@ -224,9 +224,12 @@ def fit_folder(
 
 
 def _facts(work: Sweeps, calibration: Calibration) -> dict[str, Any]:
-    """What reports say of the text, and of the experts that it did not reach."""
+    """What reports say of the text, of the dtype that it was run in, and of the experts that it did
+    not reach."""
+    dtype = str(work.source.dtype).removeprefix("torch.")
     missed = {str(layer): sorted(experts) for layer, experts in sorted(work.unreached.items())}
-    return calibration.facts() | ({"experts_not_reached": missed} if missed else {})
+    unreached = {"experts_not_reached": missed} if missed else {}
+    return calibration.facts() | {"dtype": dtype} | unreached
 
 
 def _fitted(
@@ -264,7 +267,7 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
     (sites, work.store), lost = smallest(
         work.planned.least(curves), work.planned.numbers, limit, attempt
     )
-    facts = calibration.facts() | {"loss": before, "loss_increase": lost}
+    facts = _facts(work, calibration) | {"loss": before, "loss_increase": lost}
     given = None if work.compressor.budget is not None else target
     return _fitted(work, sites, given, facts)
 

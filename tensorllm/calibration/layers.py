@@ -28,9 +28,11 @@ class LayerSource(Protocol):
 
     Attributes:
         parameters: numbers of the whole model.
+        dtype: in which layers run.
     """
 
     model: nn.Module
+    dtype: torch.dtype
     roles: RoleMatrices
     parameters: int
 
@@ -46,6 +48,7 @@ class InMemory:
         self.model = model
         self.roles = RoleMatrices(model.config, parameters_of(model))
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.dtype = next(model.parameters()).dtype
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tensorllm.checkpoint.config import read_config
@@ -82,6 +83,16 @@ class Loader:
     def config(self) -> Any:
         return read_config(self.folder)
 
+    def quickest(self, device: str | None = None) -> "Loader":
+        """With the dtype that was asked for, or else the one that the model is best computed in.
+
+        Args:
+            device: where it will run, if not where the weights go first.
+        """
+        if self.dtype is not None:
+            return self
+        return replace(self, dtype=computing_dtype(self.config().dtype, device or self.device))
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self.folder)
@@ -124,8 +135,8 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return DTYPES[one_of("--dtype", name, list(DTYPES))]
 
 
-def computing_dtype(stored: torch.dtype, device: str) -> torch.dtype:
-    """The dtype that a model is best scored in: as stored, or for bfloat16 the faster on a CPU.
+def computing_dtype(stored: torch.dtype | None, device: str) -> torch.dtype | None:
+    """The dtype that a model is best run in: as stored, or for bfloat16 the faster on a CPU.
 
     CPUs without instructions for bfloat16 emulate it, many times slower. Float16 stays: what
     overflows in it must be seen.
@@ -143,7 +154,7 @@ def seconds_of_product(dtype: torch.dtype) -> float:
     found = []
     for _ in range(5):
         started = time.perf_counter()
-        x_ND @ w_DD
+        linear(x_ND, w_DD)  # the other way round bfloat16 may take eight times as long again
         found.append(time.perf_counter() - started)
     return min(found)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.loader import Loader, computing_dtype, device_of, dtype_of
+from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.data.base import DATASETS
@@ -80,10 +80,8 @@ class ClaimStudy:
         self.request = request
         self.methods = methods
         self.source: Source = resolve(request.model)
-        stored = Loader(self.source.folder).config().dtype
-        self.device = device_of(request.device)
-        self.dtype = dtype_of(request.dtype) or computing_dtype(stored, self.device)
-        self.loader = Loader(self.source.folder, self.dtype, self.device)
+        device, dtype = device_of(request.device), dtype_of(request.dtype)
+        self.loader = Loader(self.source.folder, dtype, device).quickest()
         if self.loader.masked:
             raise UserError(f"{request.model} fills masks in: the study's guide needs a causal one")
         own = short_names().get(request.model, {}).get("evaluate")
@@ -142,7 +140,7 @@ class ClaimStudy:
         cells = corrected([self._result(cell) for cell in self.cells])
         return {
             "model": self.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.loader.dtype).removeprefix("torch."),
             "protocol": PROTOCOL,
             "settings": {
                 name: getattr(self.request, name) for name in ("validation", "trials", "draws")
@@ -219,5 +217,5 @@ class ClaimStudy:
 
     @property
     def _facts(self) -> dict[str, Any]:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.loader.dtype).removeprefix("torch.")
         return {"model": self.identity, "dtype": dtype, "protocol": PROTOCOL}

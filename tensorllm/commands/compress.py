@@ -91,7 +91,7 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
     assert first.calibration is not None
     assert isinstance(first.compressor, Compressor)
     targets = [Budget(target_ratio=ratio) for ratio in ratios]
-    model = Loader(first.source, first.dtype, first.device, language=False)()
+    model = Loader(first.source, first.dtype, first.device, language=False).quickest()()
     fits = fit_sizes(
         first.compressor, model, first.calibration, targets, first.layers, progress=progress
     )
@@ -187,7 +187,7 @@ def _in_memory(
     assert isinstance(strategy, Compressor), "the command line fits nothing beforehand"
     plan_jobs(strategy, roles, task.layers)
     loader = Loader(task.source, task.dtype, task.device, language=score is not None)
-    model = loader()
+    model = loader.quickest()()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None
     report = compress(
@@ -205,12 +205,12 @@ def _in_memory(
 
 
 def _to_folder(task: FolderTask, progress: Progress, score: Score | None) -> CompressionReport:
-    original = Loader(task.source, task.dtype, task.device)
+    original = Loader(task.source, task.dtype, task.device).quickest()
     tokenizer = original.tokenizer() if score else None
     report = compress_folder(task, progress)
     if score:
         before = score(original(), tokenizer)
-        after = score(Loader(task.folder, device=task.device)(), tokenizer)
+        after = score(Loader(task.folder, original.dtype, task.device)(), tokenizer)
         report.evaluation = {"before": before, "after": after}
         write_json(task.folder / REPORT, report.to_json())
         rewrite_card(task.folder)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.environment import environment
@@ -147,11 +147,11 @@ def _check(request: EvaluateRequest) -> Devices:
 
 
 def _loaders(request: EvaluateRequest, devices: Devices, source: Source) -> dict[str, Loader]:
-    dtype = dtype_of(request.dtype)
-    if dtype is None and devices.precision is None:
-        stored = Loader(source.folder).config().dtype
-        dtype = computing_dtype(stored, devices.kind)
-    original = Loader(source.folder, dtype, verify=request.verify, cache=request.cache)
+    original = Loader(
+        source.folder, dtype_of(request.dtype), verify=request.verify, cache=request.cache
+    )
+    if devices.precision is None:
+        original = original.quickest(devices.kind)
     if request.compressed is None:
         return {"model": original}
     if not request.compressed.is_dir():

@@ -1,13 +1,12 @@
 """`tensorllm generate`: text from any folder, a factored one in its factors."""
 
-from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from tensorllm.checkpoint.loader import Loader, computing_dtype, device_of, dtype_of
+from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.manifest import factored_manifest
 from tensorllm.checkpoint.source import resolve
@@ -77,13 +76,11 @@ def loaded(
 ) -> tuple[Any, Any]:
     """The model on its device, in its factors where it has them, and its tokenizer."""
     folder = resolve(request.model, request.revision).folder
-    loader = Loader(folder, verify=request.verify)
-    stored, device = loader.config().dtype or torch.float32, device_of(request.device)
-    dtype = dtype_of(request.dtype) or computing_dtype(stored, device)
-    loader = replace(loader, dtype=dtype)
+    device = device_of(request.device)
+    loader = Loader(folder, dtype_of(request.dtype), verify=request.verify).quickest(device)
     tokenizer = loader.tokenizer()
     if factored_manifest(folder) is not None:
-        model = load(folder, policy=policy, cache=cache, dtype=dtype, verify=request.verify)
+        model = load(folder, policy=policy, cache=cache, dtype=loader.dtype, verify=request.verify)
     else:
         model = loader()
     if is_masked(model):

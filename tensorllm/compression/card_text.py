@@ -152,16 +152,17 @@ def _fitted_to(text: Mapping[str, Any]) -> str:
         if "loss_increase" in text
         else ""
     ).format_map(text)
+    ran = f" The model ran in {text['dtype']}." if "dtype" in text else ""  # older folders: not said
     if "added" in text:
         added = text["added"]
         return (
             f"FILE was `{text['source']}`, from which {text['sequences']:,} sequences were drawn, "
             f"and SAMPLED `{added['source']}`, with {added['sequences']:,}: {text['tokens']:,} "
-            f"tokens in all. SHA-256 of the sequences: `{text['sha256']}`.{lost}"
+            f"tokens in all. SHA-256 of the sequences: `{text['sha256']}`.{ran}{lost}"
         )
     return (
         f"FILE was `{text['source']}`: {text['sequences']:,} sequences of {text['tokens']:,} "
-        f"tokens in all were drawn from it. SHA-256 of these: `{text['sha256']}`.{lost}"
+        f"tokens in all were drawn from it. SHA-256 of these: `{text['sha256']}`.{ran}{lost}"
     )
 
 

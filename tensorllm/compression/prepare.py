@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from tensorllm.calibration.fit import Fitted, fit, fit_folder, store_for
+from tensorllm.calibration.ranks import all_ranks
 from tensorllm.calibration.sequences import Calibration
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.whole import load_whole
 from tensorllm.compression.budget import sized
@@ -99,12 +101,12 @@ def _fitted(
             task.layers,
             work=work,
             budget=task.budget,
-            dtype=task.dtype,
+            dtype=_computing_dtype(task),
             device=task.device,
             progress=progress,
         )
-    config = Checkpoint(task.source).config
-    model = load_whole(task.source, config, task.dtype, language=False).to(task.device)
+    config, dtype = Checkpoint(task.source).config, _computing_dtype(task)
+    model = load_whole(task.source, config, dtype, language=False).to(task.device)
     store = None
     if work is not None:
         dtype = next(model.parameters()).dtype
@@ -118,6 +120,17 @@ def _fitted(
         store=store,
         progress=progress,
     )
+
+
+def _computing_dtype(task: FolderTask) -> torch.dtype | None:
+    """The dtype that the model runs in while it is fitted, the same in every process.
+
+    What is written has the dtype that was asked for, or that it was stored in.
+    """
+    found = Loader(task.source, task.dtype, task.device).quickest().dtype
+    wide_1 = torch.tensor([float(found == torch.float32)], device=task.device)
+    all_ranks().sum(wide_1)  # of several machines the slowest decides
+    return torch.float32 if wide_1.item() else found
 
 
 def help_to_fit(task: FolderTask) -> None:

@@ -94,7 +94,7 @@ def _asked(run: Study, goal: Objective) -> dict[str, Any]:
         "model": run.source.name,
         "dataset": run.dataset,
         "protocol": run.protocol.name,
-        "dtype": str(run.dtype).removeprefix("torch."),
+        "dtype": str(run.loader.dtype).removeprefix("torch."),
         "objective": run.request.objective,
         "metric": goal.metric,
         "several_objectives": goal.several,

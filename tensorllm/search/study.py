@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tensorllm.calibration.fit import Fitted
 from tensorllm.calibration.overlap import refuse_evaluated
 from tensorllm.calibration.sequences import Calibration, text_asked_for
-from tensorllm.checkpoint.loader import Loader, computing_dtype, dtype_of
+from tensorllm.checkpoint.loader import Loader, dtype_of
 from tensorllm.checkpoint.source import resolve
 from tensorllm.compression.engine import compress
 from tensorllm.compression.jobs import CompressedSite, decomposed
@@ -80,10 +80,7 @@ class Study:
         self.asked = sources_of(request)
         self._questions = questions_of(self.asked, request.limit)
         self.source = resolve(request.model, request.revision)
-        dtype = dtype_of(request.dtype)
-        stored = Loader(self.source.folder).config().dtype
-        self.dtype: torch.dtype = dtype or computing_dtype(stored, self.device)
-        self.loader = Loader(self.source.folder, self.dtype)
+        self.loader = Loader(self.source.folder, dtype_of(request.dtype)).quickest(self.device)
         self.protocol: Protocol = PROTOCOLS[request.protocol]
         _ = self.points  # a ratio that cannot be met is refused now
 

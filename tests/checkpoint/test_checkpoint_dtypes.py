@@ -6,10 +6,13 @@ from pathlib import Path
 import eval_world as world
 import pytest
 import torch
+from safetensors import safe_open
 
 from tensorllm.checkpoint import loader
 from tensorllm.checkpoint.loader import computing_dtype
+from tensorllm.commands.compress import run
 from tensorllm.commands.evaluate import evaluate
+from tensorllm.requests.compress import CompressRequest
 from tensorllm.requests.evaluate import EvaluateRequest
 
 
@@ -56,3 +59,36 @@ def test_results_say_in_which(
     assert (results["dtype"], results["stored_dtype"]) == (computed, "bfloat16")
     results = evaluate(replace(asked, dtype="fp32")).results
     assert results["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("slow", "computed"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")]
+)
+def test_a_fit_runs_in_the_faster_one_and_is_written_as_it_was_stored(
+    slow: torch.dtype,
+    computed: str,
+    stream: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    world.model("gptj").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    world.tokenizer().save_pretrained(tmp_path / "model")
+    words = " ".join(q.prompt for q in world.questions(200))
+    (tmp_path / "text.txt").write_text("\n".join([words] * 20))
+    monkeypatch.setattr(loader, "seconds_of_product", seconds(slow))
+    asked = CompressRequest(
+        model=str(tmp_path / "model"),
+        mode="svd-llm",
+        settings={"kept": 0.6},
+        calibration=tmp_path / "text.txt",
+        sequences=8,
+        stream=stream,
+        out=tmp_path / "out",
+    )
+    report = run(asked)
+    assert report.settings["calibration"]["dtype"] == computed
+    assert f"The model ran in {computed}." in (tmp_path / "out/README.md").read_text()
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as held:
+        kept = {held.get_tensor(name).dtype for name in held.keys()}  # noqa: SIM118
+    assert kept == {torch.bfloat16}
