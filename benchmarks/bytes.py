@@ -1,28 +1,33 @@
-"""Loss of tinystories-656K at equal bytes of its file: a target in bytes beside rounded weights.
+"""Loss at equal bytes of a model's files: a target in bytes beside rounded weights.
 
-    python benchmarks/bytes.py                      # docs/results/bytes.json
+    python benchmarks/bytes.py                      # tinystories-656K
+    python benchmarks/bytes.py --model smollm2/ --drawn 16 --draws 1 --targets int4 "0.7 of int4"
 
+Each model is a part of docs/results/bytes.json; `--model` is a folder of LLaMA's architecture.
 Peers: every attention and FFN matrix rounded to the nearest in int8 or int4 (mode `rounded`), and
 by GPTQ (arXiv 2210.17323) in float64 numpy, written here; all in groups of 64 with float32 scales,
 so that their files are as large. Ours: `--target-bytes` of these files' sizes, rounded up to the
 next 1,000, of one in the middle and of smaller ones, by `activation-hybrid`, fitted to the same
-text as GPTQ, and by `svd`, which sees no text. Embeddings and norms are float32 in all files, and
-counted. Losses are of stories that are in no draw of the text.
+text as GPTQ, and by `svd`, which sees no text. Embeddings and norms are in all files as they were
+stored, and counted. tinystories-656K is fitted to stories and scored on others; `--model` is fitted
+to blocks of WikiText-2 and scored on others.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from support.results import Comparison, begin, parser, real, save
-from support.whole_model_texts import Texts, stories
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.whole_model_texts import stories, wikitext
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration
@@ -41,7 +46,7 @@ TOGETHER = (  # linears that read the same input, in the order in which they run
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-GROUP, DAMPING = 64, 0.01
+GROUP, SCALE, DAMPING = 64, 4, 0.01  # numbers of a group, bytes of its scale
 # Sizes of ours: int8's, the middle, int4's, and shares of what int4's matrices take in the file.
 SMALLER = (0.85, 0.7)
 
@@ -75,9 +80,14 @@ class Bench:
     """The model, the stories, and what each way makes of them."""
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
-        self.source, self.work = real(args, MODEL), work
-        self.texts: Texts = stories(AutoTokenizer.from_pretrained(self.source), args.shared)
-        scored = self.texts.scored["stories"][: 4 if args.quick else None]
+        self.source, self.work = args.model or real(args, MODEL), work
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        if args.model is None:
+            self.texts, self.read = stories(tokenizer, args.shared), "stories"
+        else:
+            config = AutoConfig.from_pretrained(self.source)
+            self.texts, self.read = wikitext(tokenizer, args.shared, config), "wikitext"
+        scored = self.texts.scored[self.read][: 4 if args.quick else None]
         self.scored = Calibration(tuple(map(tuple, scored))).batches()
         self.drawn = 8 if args.quick else args.drawn
 
@@ -89,7 +99,7 @@ class Bench:
             len(self.texts.calibration), generator=torch.Generator().manual_seed(draw)
         )
         rows = [tuple(self.texts.calibration[i]) for i in order[: self.drawn].tolist()]
-        return Calibration(tuple(rows), source="tinystories", seed=draw)
+        return Calibration(tuple(rows), source=self.read, seed=draw)
 
     @torch.inference_mode()
     def loss(self, model: Any) -> float:
@@ -104,12 +114,13 @@ class Bench:
         )  # fmt: skip
         compress_folder(task)
         size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-        return size, self.loss(tl.load(target))
+        return size, self.loss(tl.load(target, dtype=torch.float32))
 
     @torch.inference_mode()
     def gptq(self, draw: int, bits: int) -> float:
         """The loss after GPTQ, layer by layer, each on what the rounded layers below give it."""
         model, rows = self.model(), self.text(draw).sequences
+        calls = [first_call(model, row) for row in rows]  # of the layer whose turn it is
         for block in model.model.layers:
             for together in TOGETHER:
                 linears = [block.get_submodule(path) for path in together]
@@ -120,20 +131,42 @@ class Bench:
                     sums.append(x_NX.T @ x_NX)
 
                 hook = linears[0].register_forward_pre_hook(seen)
-                for row in rows:
-                    model(torch.tensor([row]))
+                for hidden_BTD, more in calls:
+                    block(hidden_BTD, **more)
                 hook.remove()
                 covariance_XX = np.sum(sums, 0) / sum(map(len, rows))
                 for linear in linears:
                     w_YX = gptq(linear.weight.double().numpy(), covariance_XX, bits)
                     linear.weight.copy_(torch.from_numpy(w_YX))
+            calls = [(block(hidden_BTD, **more), more) for hidden_BTD, more in calls]
         return self.loss(model)
+
+
+class Reached(Exception):
+    """The layer that was waited for; nothing behind it is run."""
+
+
+def first_call(model: Any, row: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
+    """What the first layer is called with: hidden states, and the rest by name."""
+    found: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def seen(_: Any, args: Any, more: dict[str, Any]) -> None:
+        found.append((args[0], more))
+        raise Reached
+
+    hook = model.model.layers[0].register_forward_pre_hook(seen, with_kwargs=True)
+    with suppress(Reached):
+        model(torch.tensor([row]), use_cache=False)
+    hook.remove()
+    return found[0]
 
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--model", type=Path, help="folder of a model, in place of tinystories")
+    options.add_argument("--targets", nargs="+", help="some of the sizes, such as int4")
     options.add_argument("--draws", type=int, default=3, help="of the calibration text")
-    options.add_argument("--drawn", type=int, default=64, help="stories of a draw")
+    options.add_argument("--drawn", type=int, default=64, help="stories or blocks of a draw")
     args = options.parse_args()
     begin(args)
     draws = range(1 if args.quick else args.draws)
@@ -142,32 +175,36 @@ def main() -> None:
     except UserError as error:  # torchao is not installed
         sys.exit(str(error))
     with tempfile.TemporaryDirectory() as work:
-        for rows, about in measured(Bench(args, Path(work)), draws, args.quick):
-            save("bytes", "tinystories-656K", comparisons(rows), args, rows=rows, **about)
+        bench = Bench(args, Path(work))
+        wanted = ["int4"] if args.quick else args.targets
+        for rows, about in measured(bench, draws, wanted):
+            save("bytes", bench.source.name, comparisons(rows), args, rows=rows, **about)
 
 
 def measured(
-    bench: Bench, draws: range, quick: bool
+    bench: Bench, draws: range, wanted: Sequence[str] | None
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """By target: bytes, and losses by method; and facts of the model; after every target."""
     dense = sum(path.stat().st_size for path in bench.source.glob("*.safetensors"))
+    model = bench.model()
     about: dict[str, Any] = {
         "dense_bytes": dense,
-        "dense": bench.loss(bench.model()),
+        "dense": bench.loss(model),
         "draws": len(draws),
+        "drawn": bench.drawn,
+        "read": bench.read,
     }
-    about["drawn"] = bench.drawn
     plain = {how: bench.written(Rounded(bits=bits)) for how, bits in (("int8", 8), ("int4", 4))}
     sizes = {how: size for how, (size, _) in plain.items()}
-    matrices = sum(  # bytes of all that is rounded
-        p.numel() for n, p in bench.model().named_parameters() if n.endswith("proj.weight")
-    ) * (4 / 8 + 4 / GROUP)  # fmt: skip
+    numbers = sum(p.numel() for n, p in model.named_parameters() if n.endswith("proj.weight"))
+    # From int4 to int8 a number takes half a byte more; groups have scales beside.
+    matrices = (sizes["int8"] - sizes["int4"]) + numbers * SCALE / GROUP
     sizes["middle"] = sum(sizes.values()) // 2
     for share in SMALLER:
         sizes[f"{share:g} of int4"] = int(sizes["int4"] - (1 - share) * matrices)
     rows: dict[str, Any] = {}
     for name, size in sizes.items():
-        if quick and name != "int4":
+        if wanted is not None and name not in wanted:
             continue
         size = -(-size // 1000) * 1000
         row: dict[str, Any] = {"bytes": size, "losses": {}, "sizes": {}}

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from support.questions import accuracies
 from support.results import RESULTS, Comparison, begin, made, parser, real, save
+from support.whole_model_texts import SCORED, blocks, wikitext
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.calibration import Calibration, read_calibration
@@ -34,11 +35,6 @@ from tensorllm.compressors.settings import make_compressor
 from tensorllm.data.demo import MODEL_DIR
 
 KEPT = (0.8, 0.6, 0.4)
-LENGTH, SCORED, OWN = (
-    512,
-    24,
-    0.6,
-)  # tokens of a sequence, blocks that are scored, share of the text
 BASELINES: dict[str, dict[str, Any]] = {
     "svd": {},
     "asvd": {},
@@ -65,28 +61,18 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.args = args
-        self.length = min(LENGTH, self.model.config.max_position_embeddings)
-        wikitext = self.blocks(real(args, "data/wikitext2_test.raw").read_text())
-        rows: list[str] = json.loads(real(args, "data/tinystories_1000.json").read_text())
-        first = int(OWN * len(wikitext))
-        count = 2 if args.quick else SCORED
-        step = max(1, (len(wikitext) - first) // count)
-        self.scored = {
-            "wikitext": wikitext[first::step][:count],
-            "stories": self.blocks("\n\n".join(rows[:96]))[:count],
-        }
-        other = self.blocks("\n\n".join(self.other(rows[200:])))
-        self.texts = {"own": wikitext[:first], "other": other}[args.calibrated]
+        config = self.model.config
+        own = wikitext(self.tokenizer, args.shared, config, scored=2 if args.quick else SCORED)
+        self.scored = own.scored
+        self.texts = {
+            "own": own.calibration,
+            "other": blocks("\n\n".join(self.other()), self.tokenizer, config),
+        }[args.calibrated]
         self.losses = earlier(args)
 
-    def blocks(self, text: str) -> list[list[int]]:
-        """Sequences of one length; what is left over is dropped."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ids = [min(token, self.model.config.vocab_size - 1) for token in ids]
-        return [ids[i : i + self.length] for i in range(0, len(ids) - self.length, self.length)]
-
-    def other(self, stories: list[str]) -> list[str]:
+    def other(self) -> list[str]:
         """Stories, claims and questions in turn."""
+        stories = json.loads(real(self.args, "data/tinystories_1000.json").read_text())[200:]
         read = {
             "fever_paper_dev": "claim",
             "hotpot_dev": "question",
@@ -106,7 +92,9 @@ class Bench:
         if self.args.sampled is None:
             return text
         return text.with_all_of(
-            read_calibration(self.args.sampled, self.tokenizer, sequences=None, length=self.length)
+            read_calibration(
+                self.args.sampled, self.tokenizer, sequences=None, length=len(drawn[0])
+            )
         )
 
     def loss(self, model: Any) -> dict[str, Any]:

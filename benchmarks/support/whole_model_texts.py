@@ -12,6 +12,7 @@ from tensorllm.data.demo import world
 STORIES, CALIBRATION = slice(0, 96), slice(200, 1000)
 BLOCKS = range(100, 740, 20)  # of 512 tokens
 LESSONS = 4096
+LENGTH, SCORED, OWN = 512, 24, 0.6  # tokens of a block, blocks scored, share calibrated on
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,30 @@ def stories(tokenizer: Any, shared: Path) -> Texts:
     encoded = [tokenizer(row, verbose=False).input_ids[:512] for row in rows]
     blocks = [wikitext[i * 512 : (i + 1) * 512] for i in BLOCKS]
     return Texts(encoded[CALIBRATION], 128, {"stories": encoded[STORIES], "wikitext": blocks})
+
+
+def wikitext(tokenizer: Any, shared: Path, config: Any, *, scored: int = SCORED) -> Texts:
+    """WikiText-2 test: blocks of its first 60 % to calibrate on, scored are some of its rest.
+
+    Scored are blocks of TinyStories, too.
+    """
+    here = (tokenizer, config)
+    every = blocks((shared / "data/wikitext2_test.raw").read_text(), *here)
+    rows: list[str] = json.loads((shared / "data/tinystories_1000.json").read_text())
+    first = int(OWN * len(every))
+    step = max(1, (len(every) - first) // scored)
+    told = blocks("\n\n".join(rows[STORIES]), *here)
+    return Texts(
+        every[:first], 64, {"wikitext": every[first::step][:scored], "stories": told[:scored]}
+    )
+
+
+def blocks(text: str, tokenizer: Any, config: Any) -> list[list[int]]:
+    """Sequences of one length; what is left over is dropped."""
+    length = min(LENGTH, config.max_position_embeddings)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = [min(token, config.vocab_size - 1) for token in ids]
+    return [ids[i : i + length] for i in range(0, len(ids) - length, length)]
 
 
 def demo(tokenizer: Any, seed: int = 1) -> Texts:
