@@ -29,7 +29,6 @@ from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
-from tensorllm.tensors.quantised import kind_named
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +55,7 @@ class Fitted:
 
     def factors(self, site: Site) -> Factors:
         """The site's factors."""
-        named = self.store.part(f"factors-{site.layers[0]}", f"{site.name}/")
-        kind = next(iter(named)).partition("/")[0]
-        return kind_named(kind).from_tensors({n.partition("/")[2]: t for n, t in named.items()})
+        return self.store.factors(site)
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Norms and biases that were fitted with a layer, by their names below it."""

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from tensorllm.calibration.heap import give_back
+from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
 from tensorllm.io import TEMPORARY, no_space, write_tensors, write_text
+from tensorllm.tensors.factors import Factors
+from tensorllm.tensors.quantised import kind_named
 
 FINGERPRINT = "fit.json"
 BACKWARDS = 3  # passes forward that a step of training costs, for which single states are read
@@ -80,9 +83,15 @@ class Store:
         """What `load` gives, by the names without the prefix."""
         return {key.removeprefix(prefix): t for key, t in self.load(name, prefix).items()}
 
-    def holds(self, name: str, prefix: str) -> bool:
-        """Whether a tensor was saved under `name` whose own name begins with `prefix`."""
-        return bool(self.load(name, prefix))
+    def has_factors(self, site: Site) -> bool:
+        """Whether a site has some among those of its layer."""
+        return bool(self.load(f"factors-{site.layers[0]}", f"{site.name}/"))
+
+    def factors(self, site: Site) -> Factors:
+        """Those of a site, of its layer's, which are kept as `as_stored` names them."""
+        named = self.part(f"factors-{site.layers[0]}", f"{site.name}/")
+        kind = next(iter(named)).partition("/")[0]
+        return kind_named(kind).from_tensors({n.partition("/")[2]: t for n, t in named.items()})
 
     def drop(self, name: str) -> None:
         """Forget what was saved under `name`, whether it is there or not."""
@@ -93,6 +102,12 @@ class Store:
     def path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
+
+
+def as_stored(site: Site, factors: Factors) -> dict[str, Tensor]:
+    """The tensors of a site's factors by the names that they have among those of its layer."""
+    kind = factors.kind
+    return {f"{site.name}/{kind}/{name}": t for name, t in factors.tensors().items()}
 
 
 @dataclass(frozen=True, slots=True)

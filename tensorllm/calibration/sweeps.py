@@ -22,7 +22,7 @@ from tensorllm.calibration.planned import Planned
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.statistics import MEASURED_TOKENS, Measurement, measure_loss, sampled
-from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep
+from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep, as_stored
 from tensorllm.compressors.base import Compressor, ErrorCurve, LayerFit
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import Site, Size
@@ -291,9 +291,7 @@ class Sweeps:
         self.ranks.sum(torch.zeros(1, device=layers.start[0].device))  # none ends before the others
         if not self.several:
             self._layers = None  # made again for another fit: their start is forgotten
-        return [
-            site for site in sizes if self.store.holds(f"factors-{site.layers[0]}", f"{site.name}/")
-        ]
+        return [site for site in sizes if self.store.has_factors(site)]
 
     def keep(self, factors: Mapping[Site, Factors]) -> None:
         """Let these factors take the place of those in the store."""
@@ -301,7 +299,7 @@ class Sweeps:
             held = self.store.load(f"factors-{layer}")
             for site, now in factors.items():
                 if site.layers == (layer,):
-                    held |= _named(site, now)
+                    held |= as_stored(site, now)
             self.store.save(f"factors-{layer}", held)
 
     def _fit_layer(self, context: Context) -> dict[str, Tensor]:
@@ -322,7 +320,7 @@ class Sweeps:
                     if context.compressed is not context.original:
                         context.put(site, found[site])
             for site, factors in found.items():
-                out |= _named(site, factors)
+                out |= as_stored(site, factors)
         return out
 
     def _context(
@@ -343,8 +341,3 @@ class Sweeps:
 def _tensor_and_statistics(context: Context, site: Site) -> tuple[Tensor, list[Any]]:
     w = site.stack([context.weight(role) for role in site.roles], context.geometry)
     return w, context.statistics(site)
-
-
-def _named(site: Site, factors: Factors) -> dict[str, Tensor]:
-    kind = factors.kind
-    return {f"{site.name}/{kind}/{name}": t for name, t in factors.tensors().items()}

@@ -152,7 +152,8 @@ def _fitted_to(text: Mapping[str, Any]) -> str:
         if "loss_increase" in text
         else ""
     ).format_map(text)
-    ran = f" The model ran in {text['dtype']}." if "dtype" in text else ""  # older folders: not said
+    # Folders from before this was noted do not say it.
+    ran = f" The model ran in {text['dtype']}." if "dtype" in text else ""
     if "added" in text:
         added = text["added"]
         return (

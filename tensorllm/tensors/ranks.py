@@ -96,11 +96,6 @@ def low_rank_parameters(shape: Sequence[int], rank: int) -> int:
     return rank * sum(shape)
 
 
-def compression_ratio(sizes: Sequence[int], ranks: Mapping[int, int]) -> float:
-    """Numbers in the tensor over numbers in its factors."""
-    return math.prod(sizes) / tucker_parameters(sizes, ranks)
-
-
 def marchenko_pastur_edge(shape: Sequence[int], sigma: float) -> float:
     """The largest singular value that a matrix of independent noise of deviation `sigma` has.
 
