@@ -10,12 +10,13 @@ LOSSES = {
     "SVD": "svd",
     "ASVD": "asvd",
     "SVD-LLM": "svd-llm",
+    "its update": "svd-llm-sequential",
+    "AA-SVD": "aa-svd",
     "ours": "ours",
 }
-PIVOTED = "svd-llm pivoted"
 VARIANTS = {
     "default": "ours",
-    "without refit": "ours refit_steps=0",  # as it was called when this was measured
+    "without refit": "ours refit_epochs=0",
     "`weighting=loss`": "ours weighting=loss",
     "`distill_steps=300`": "ours distill_steps=300",
 }
@@ -24,14 +25,14 @@ VARIANTS = {
 def closed(value: Lookup, part: str, text: str) -> str:
     """Losses on a text, and the share of the gap closed: mean and deviation over seeds, least."""
     cells = {(e["scope"], e["ratio"], e["method"]): e for e in value(part)["summary"]}
-    head = ("scope", "ratio", *LOSSES, "SVD-LLM, pivoted: closed", "ours: closed", "least")
+    head = ("scope", "ratio", *LOSSES, "closed", "least")
     rows = []
     for scope, ratio in dict.fromkeys(key[:2] for key in sorted(cells)):
         found = [cells.get((scope, ratio, method)) for method in LOSSES.values()]
         losses = ["" if one is None else f"{one[text]['mean']:.3f}" for one in found]
-        theirs, ours = (cells[scope, ratio, m][f"{text} closed"] for m in (PIVOTED, "ours"))
-        shares = f"{100 * theirs['mean']:.0f} %", _spread(ours), f"{100 * ours['least']:.1f} %"
-        rows.append((scope, f"{ratio:g}", *losses, *shares))
+        ours = cells[scope, ratio, "ours"][f"{text} closed"]
+        share = _spread(ours), f"{100 * ours['least']:.1f} %"
+        rows.append((scope, f"{ratio:g}", *losses, *share))
     return table(head, rows)
 
 
