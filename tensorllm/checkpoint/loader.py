@@ -83,15 +83,17 @@ class Loader:
     def config(self) -> Any:
         return read_config(self.folder)
 
-    def quickest(self, device: str | None = None) -> "Loader":
+    def quickest(self, device: str | None = None, *, overflows: bool = True) -> "Loader":
         """With the dtype that was asked for, or else the one that the model is best computed in.
 
         Args:
             device: where it will run, if not where the weights go first.
+            overflows: as of `computing_dtype`.
         """
         if self.dtype is not None:
             return self
-        return replace(self, dtype=computing_dtype(self.config().dtype, device or self.device))
+        stored, device = self.config().dtype, device or self.device
+        return replace(self, dtype=computing_dtype(stored, device, overflows=overflows))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
@@ -135,13 +137,18 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return DTYPES[one_of("--dtype", name, list(DTYPES))]
 
 
-def computing_dtype(stored: torch.dtype | None, device: str) -> torch.dtype | None:
-    """The dtype that a model is best run in: as stored, or for bfloat16 the faster on a CPU.
+def computing_dtype(
+    stored: torch.dtype | None, device: str, *, overflows: bool = True
+) -> torch.dtype | None:
+    """The dtype that a model is best run in: as stored, or of 16 bits the faster on a CPU.
 
-    CPUs without instructions for bfloat16 emulate it, many times slower. Float16 stays: what
-    overflows in it must be seen.
+    CPUs without instructions for 16 bits emulate them, many times slower.
+
+    Args:
+        overflows: whether what overflows in float16 is to be seen, as in a score: it then stays.
     """
-    if device != "cpu" or stored != torch.bfloat16:
+    narrow = (torch.bfloat16,) if overflows else (torch.bfloat16, torch.float16)
+    if device != "cpu" or stored not in narrow:
         return stored
     wide = seconds_of_product(torch.float32)
     return stored if seconds_of_product(stored) <= MUCH_FASTER * wide else torch.float32

@@ -91,7 +91,8 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
     assert first.calibration is not None
     assert isinstance(first.compressor, Compressor)
     targets = [Budget(target_ratio=ratio) for ratio in ratios]
-    model = Loader(first.source, first.dtype, first.device, language=False).quickest()()
+    loader = Loader(first.source, first.dtype, first.device, language=False)
+    model = loader.quickest(overflows=False)()
     fits = fit_sizes(
         first.compressor, model, first.calibration, targets, first.layers, progress=progress
     )
@@ -187,7 +188,7 @@ def _in_memory(
     assert isinstance(strategy, Compressor), "the command line fits nothing beforehand"
     plan_jobs(strategy, roles, task.layers)
     loader = Loader(task.source, task.dtype, task.device, language=score is not None)
-    model = loader.quickest()()
+    model = loader.quickest(overflows=score is not None)()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None
     report = compress(

@@ -1,4 +1,4 @@
-"""Bfloat16 is computed in float32 on a CPU that only emulates it, and results say so."""
+"""16 bits are computed in float32 on a CPU that only emulates them, and results say so."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ def test_the_faster_one_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
     assert computing_dtype(torch.float64, "cpu") == torch.float64
     monkeypatch.setattr(loader, "seconds_of_product", seconds(slow=torch.float16))
     assert computing_dtype(torch.float16, "cpu") == torch.float16  # an overflow must be seen
+    assert computing_dtype(torch.float16, "cpu", overflows=False) == torch.float32
 
 
 def test_the_measurement_takes_no_time_to_speak_of():
@@ -63,16 +64,22 @@ def test_results_say_in_which(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("slow", "computed"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")]
+    ("stored", "slow", "computed"),
+    [
+        (torch.bfloat16, torch.bfloat16, "float32"),
+        (torch.bfloat16, torch.float32, "bfloat16"),
+        (torch.float16, torch.float16, "float32"),
+    ],
 )
 def test_a_fit_runs_in_the_faster_one_and_is_written_as_it_was_stored(
+    stored: torch.dtype,
     slow: torch.dtype,
     computed: str,
     stream: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    world.model("gptj").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    world.model("gptj").to(stored).save_pretrained(tmp_path / "model")
     world.tokenizer().save_pretrained(tmp_path / "model")
     words = " ".join(q.prompt for q in world.questions(200))
     (tmp_path / "text.txt").write_text("\n".join([words] * 20))
@@ -91,4 +98,4 @@ def test_a_fit_runs_in_the_faster_one_and_is_written_as_it_was_stored(
     assert f"The model ran in {computed}." in (tmp_path / "out/README.md").read_text()
     with safe_open(tmp_path / "out/model.safetensors", "pt") as held:
         kept = {held.get_tensor(name).dtype for name in held.keys()}  # noqa: SIM118
-    assert kept == {torch.bfloat16}
+    assert kept == {stored}
