@@ -32,7 +32,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.factors import cast as cast_factors
-from tensorllm.tensors.quantised import quantise, quantised_whole, shapes_held
+from tensorllm.tensors.quantised import compensation, quantise, quantised_whole, shapes_held
 from tensorllm.tensors.stacking import MATRICES
 from tensorllm.tensors.whole import Whole
 
@@ -265,8 +265,9 @@ class RoundedFit(WrappedFit):
         w_ID = context.weight(role).float()
         metric_DD = self.inner.rounding_metric(context, role).to(w_ID.device)
         out = {0: self.inner.error_of(context, role, w_ID)}
+        by = compensation(metric_DD)
         for bits, how in HOW.items():
-            lost_ID = quantised_whole(w_ID, how, metric_DD).dense() - w_ID
+            lost_ID = quantised_whole(w_ID, how, by).dense() - w_ID
             out[bits] = self.inner.error_of(context, role, lost_ID)
         return out
 
@@ -274,7 +275,7 @@ class RoundedFit(WrappedFit):
         """A site's matrix in few bits, rounded by what its errors do."""
         w_ID = context.weight(site.roles[0])
         metric_DD = self.inner.rounding_metric(context, site.roles[0]).to(w_ID.device)
-        return quantised_whole(w_ID, HOW[bits], metric_DD)
+        return quantised_whole(w_ID, HOW[bits], compensation(metric_DD))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.factors import FACTORS, Factors
@@ -25,6 +26,8 @@ SMALLEST = 1024  # tensors with fewer numbers stay as they are: there is nothing
 BITS = {"int8": 8, "int4": 4}
 PARTS = ("values", "scales", "rest")
 DAMPING = 1e-2  # of the mean of a metric's diagonal, as GPTQ has it
+LAZY = 64  # columns after which those behind are changed
+TINY = torch.finfo(torch.float32).smallest_normal  # the least scale, torchao's
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,38 +145,67 @@ def _is_rounded(t: Tensor) -> bool:
     return t.is_floating_point() and t.ndim > 1 and t.numel() >= SMALLEST
 
 
-def quantised_whole(w: Tensor, how: str, metric_DD: Tensor) -> Factors:
-    """A matrix (I, D) in `int8` or `int4`, rounded so that tr(E M Eᵀ) of its error E stays small.
+class Compensation(NamedTuple):
+    """How what rounding one column of a matrix loses is made up for by the others.
 
-    Columns are rounded one after the other, those that count most first, and what rounding one has
-    lost is made up for, as far as the metric M allows, by those that are still to come: GPTQ
-    (Frantar et al., arXiv 2210.17323, Algorithm 1; OBS, Hassibi and Stork 1993). With the
-    covariance of the inputs as the metric that is its error; with that of the gradients at the
-    outputs, of a matrix that writes to D, the same on the other side.
+    Shapes: D columns, those first whose errors count most.
 
-    Args:
-        metric_DD: symmetric, positive semidefinite.
+    Attributes:
+        order_D: the columns' numbers.
+        root_DD: upper triangular; Rᵀ R is the inverse of the metric of their errors.
     """
-    whole = Whole(w)
-    if not _is_rounded(w):
-        return quantise(whole, how)
-    left_ID = w.float().clone()
+
+    order_D: Tensor
+    root_DD: Tensor
+
+
+def compensation(metric_DD: Tensor) -> Compensation:
+    """From the metric M of errors E, which cost tr(E M Eᵀ): symmetric, positive semidefinite."""
     order_D = metric_DD.diagonal().argsort(descending=True)
     raised_DD = metric_DD.double()[order_D][:, order_D]
     mean = float(raised_DD.diagonal().mean())
     raised_DD.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     inverse_DD = torch.cholesky_inverse(Metric(raised_DD, 0.0).root)
-    root_DD = torch.linalg.cholesky(inverse_DD, upper=True).float()
-    parts: list[tuple[Tensor, ...]] = [()] * len(order_D)
-    for place, column in enumerate(order_D.tolist()):
-        w_I1 = left_ID[:, column, None]
-        parts[column] = narrow(w_I1, BITS[how])
-        later_X = order_D[place + 1 :]
-        lost_I1 = (w_I1 - widen(*parts[column])) / root_DD[place, place]
-        left_ID[:, later_X] -= lost_I1 * root_DD[place, place + 1 :]
-    joined = [torch.cat(each, 1) for each in zip(*parts, strict=True)]
-    stored = {f"w_{part}": t for part, t in zip(PARTS, joined, strict=False)}
-    return quantised_kind(Whole, how).from_tensors(stored)
+    return Compensation(order_D, torch.linalg.cholesky(inverse_DD, upper=True).float())
+
+
+def quantised_whole(w: Tensor, how: str, by: Compensation) -> Factors:
+    """A matrix (I, D) in `int8` or `int4`, rounded so that tr(E M Eᵀ) of its error E stays small.
+
+    Columns are rounded one after the other, those that count most first, and what rounding one has
+    lost is made up for, as far as the metric M allows, by those that are still to come: GPTQ
+    (Frantar et al., arXiv 2210.17323, Algorithm 1; OBS, Hassibi and Stork 1993), with its lazy
+    batches: columns far behind are changed once for `LAZY` others, by a product. With the
+    covariance of the inputs as the metric that is its error; with that of the gradients at the
+    outputs, of a matrix that writes to D, the same on the other side.
+    """
+    whole = Whole(w)
+    if not _is_rounded(w):
+        return quantise(whole, how)
+    root_DD = by.root_DD
+    left_DI = w.float().mT[by.order_D].contiguous()  # what is still to be rounded, a row each
+    for start in range(0, len(left_DI), LAZY):
+        here_BI, later_XI = left_DI[start : start + LAZY], left_DI[start + LAZY :]
+        root_BB = root_DD[start : start + LAZY, start : start + LAZY]
+        lost_BI = torch.empty_like(here_BI)
+        for place, w_I in enumerate(here_BI):
+            lost_BI[place] = (w_I - rounded_column(w_I, BITS[how])) / root_BB[place, place]
+            here_BI[place + 1 :].addr_(root_BB[place, place + 1 :], lost_BI[place], alpha=-1)
+        later_XI.addmm_(root_DD[start : start + LAZY, start + LAZY :].mT, lost_BI, alpha=-1)
+    changed_ID = torch.empty_like(left_DI)
+    changed_ID[by.order_D] = left_DI
+    # No column has changed since it was rounded, so it is rounded as it was then.
+    return quantise(Whole(changed_ID.mT), how)
+
+
+def rounded_column(w_I: Tensor, bits: int) -> Tensor:
+    """What `narrow` makes of one column, widened; for a matrix of single columns it is slow."""
+    most = 2 ** (bits - 1)
+    groups = pad(w_I, (0, -len(w_I) % GROUP)).view(-1, GROUP)
+    scales = groups.abs().amax(1, keepdim=True).div_(most - 0.5).clamp_(min=TINY)
+    # A group's largest number lies half-way between two values: as in torchao, a product decides.
+    rounded = (groups * (1.0 / scales)).round_().clamp_(-most, most - 1).mul_(scales)
+    return rounded.view(-1)[: len(w_I)]
 
 
 def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:

@@ -37,7 +37,14 @@ from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.requests.compress import CompressRequest
 from tensorllm.tensors.factors import cast
-from tensorllm.tensors.quantised import quantise, quantised_whole, shapes_held
+from tensorllm.tensors.quantised import (
+    BITS,
+    compensation,
+    quantise,
+    quantised_whole,
+    rounded_column,
+    shapes_held,
+)
 from tensorllm.tensors.whole import Whole
 
 IDS = torch.arange(3, 14)[None]
@@ -73,10 +80,12 @@ def gptq(w: np.ndarray, metric: np.ndarray, bits: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_whole_matrices_are_rounded_as_gptq_does(bits: int) -> None:
-    w, root = random(96, 40), random(40, 40, seed=1) * torch.linspace(0.1, 3, 40)
-    metric = root.mT @ root / 40
-    found = quantised_whole(w.float(), HOW[bits], metric)
+@pytest.mark.parametrize("columns", [40, 150])  # 150: more than are changed at once
+def test_whole_matrices_are_rounded_as_gptq_does(columns: int, bits: int) -> None:
+    w = random(96, columns)
+    root = random(columns, columns, seed=1) * torch.linspace(0.1, 3, columns)
+    metric = root.mT @ root / columns
+    found = quantised_whole(w.float(), HOW[bits], compensation(metric))
     want = gptq(w.numpy(), metric.numpy(), bits)
     first = int(metric.diagonal().argmax())  # what follows depends on how ties were rounded
     same = np.isclose(found.dense()[:, first].numpy(), want[:, first], atol=1e-5)
@@ -90,10 +99,21 @@ def test_whole_matrices_are_rounded_as_gptq_does(bits: int) -> None:
     assert error(found.dense()) < 0.7 * error(nearest(w.numpy(), bits))
 
 
+@pytest.mark.parametrize("rows", [64, 130, 200])
+def test_a_column_is_rounded_to_what_is_stored(rows: int) -> None:
+    """Else what is made up for is not what was lost; each group's largest number is a tie."""
+    w = random(rows, 50).float()
+    w[:, 7] = 0
+    for how, bits in BITS.items():
+        stored = quantise(Whole(w), how).dense()
+        for column in range(50):
+            assert torch.equal(rounded_column(w[:, column], bits), stored[:, column])
+
+
 def test_without_a_metric_to_speak_of_it_is_plain_rounding() -> None:
     w = random(130, 33).float()
     for how in HOW.values():
-        plain, found = quantise(Whole(w), how), quantised_whole(w, how, torch.eye(33))
+        plain, found = quantise(Whole(w), how), quantised_whole(w, how, compensation(torch.eye(33)))
         assert type(found) is type(plain)
         for name, t in plain.tensors().items():
             assert torch.equal(found.tensors()[name], t)
