@@ -144,9 +144,9 @@ def test_test_rows_are_never_drawn(small: ReproduceRequest) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, "--layer is of the published cells"),
-        ({"weights": "w"}, "--weights is of the published cells"),
-        ({"dry_run": True}, "--dry-run is of the published cells"),
+        ({"layer": 3}, "--layer does nothing without --study published"),
+        ({"weights": "w"}, "--weights does nothing without --study published"),
+        ({"dry_run": True}, "--dry-run does nothing without --study published"),
         ({"study": "clams"}, "--study must be one of published, claims"),
     ],
 )
