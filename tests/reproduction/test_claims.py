@@ -155,6 +155,14 @@ def test_options_of_the_other_study_are_refused(options: dict[str, Any], message
         ReproduceRequest(**{"study": "claims", **options})
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
+    small: ReproduceRequest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to"):
+        claims(replace(small, out=tmp_path / "file"), methods=())
+
+
 def test_too_few_rows_are_refused_before_anything_runs(small: ReproduceRequest) -> None:
     with pytest.raises(UserError, match="8 rows or more, got 4 of demo"):
         claims(replace(small, validation=4), methods=METHODS)
