@@ -1,10 +1,8 @@
 """`tensorllm search-ranks`."""
 
-import typer
-
 from tensorllm.requests.search import SearchRequest
 from tensorllm_cli.interrupt import INTERRUPT
-from tensorllm_cli.show import print_json, print_result, progress_bar
+from tensorllm_cli.show import print_json, print_lines, print_result, progress_bar
 from tensorllm_cli.signature import takes
 
 
@@ -34,7 +32,7 @@ def search_ranks(request: SearchRequest, *, json: bool) -> None:
     from tensorllm.reporting.search import search_tables
 
     print_result(search_tables(result.results))
-    typer.echo(result.recipe)  # as it is: rich would break its lines
+    print_lines(result.recipe)
     if not result.keeps:
         print_result("the original stays the best: this recipe is not kept (--force-best keeps it)")
     elif request.study is not None:

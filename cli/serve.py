@@ -1,6 +1,5 @@
 """`tensorllm serve`."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from tensorllm.requests.others import ServeRequest
@@ -28,6 +27,5 @@ def serve(request: ServeRequest, *, json: bool) -> None:
             print_json(address.to_json())
         else:
             print_result(str(address))
-        sys.stdout.flush()  # whoever started it may wait for this line
 
     serve(request, announce)

@@ -1,12 +1,13 @@
 """Printing: tables for people, JSON for machines, progress with time left."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -17,15 +18,53 @@ Update = Callable[[int, int, str], None]
 SECONDS = 30  # between two lines of progress in a log
 COUNTABLE = 10_000  # steps; of more (numbers read, say) a share tells more
 
+_results: TextIO | None = None  # standard output, while `results_alone`
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Only what is printed here is on standard output meanwhile.
+
+    What plugins and libraries print, and processes that they start, goes to standard error.
+    """
+    global _results
+    own = sys.stdout
+    own.flush()
+    with ExitStack() as stack:
+        try:
+            number, error = own.fileno(), sys.stderr.fileno()
+        except (AttributeError, OSError):  # a stream of Python's alone, or closed
+            _results = own
+        else:
+            _results = stack.enter_context(
+                os.fdopen(os.dup(number), "w", encoding=own.encoding, errors=own.errors)
+            )
+            stack.callback(os.dup2, _results.fileno(), number)
+            os.dup2(error, number)
+        stack.enter_context(redirect_stdout(sys.stderr))
+        try:
+            yield
+        finally:
+            _results = None
+
 
 def print_result(value: RenderableType) -> None:
     """A table or text on standard output; brackets in a text mean nothing."""
-    Console(highlight=False).print(Text(value) if isinstance(value, str) else value)
+    out = _results or sys.stdout
+    Console(file=out, highlight=False).print(Text(value) if isinstance(value, str) else value)
+    out.flush()  # whoever started the command may wait for this
+
+
+def print_lines(text: str) -> None:
+    """A text on standard output whose lines stay as they are, however long."""
+    out = _results or sys.stdout
+    out.write(f"{text}\n")
+    out.flush()
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    print_lines(json.dumps(value, indent=2))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import typer
 
 from tensorllm.options import OptionField, option_fields
 from tensorllm_cli import names
+from tensorllm_cli.show import results_alone
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -25,7 +26,8 @@ def takes(request: type) -> Callable[[Callable[..., None]], Callable[..., None]]
         @wraps(command)
         def run(**given: Any) -> None:
             read = {field.name: _read(field, given.pop(field.name)) for field in declared}
-            command(request(**{k: v for k, v in read.items() if v is not None}), **given)
+            with results_alone():
+                command(request(**{k: v for k, v in read.items() if v is not None}), **given)
 
         own = inspect.signature(command).parameters
         parameters = [_parameter(field) for field in declared]

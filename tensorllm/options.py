@@ -28,7 +28,8 @@ class Option:
         repeated: may be given several times; `parse` gets all the texts.
         argument: has no flag: its place says what it is.
         least: of a whole number.
-        needs: fields of the request of which one must be given, or this one does nothing.
+        needs: fields of the request of which one must be given, or have the value behind a `=`
+            (`study=claims`), or this one does nothing.
     """
 
     help: str
@@ -89,9 +90,10 @@ def refuse_idle(request: Any) -> None:
     declared = {field.name: field for field in option_fields(type(request))}
     given = {name for name, field in declared.items() if getattr(request, name) != field.default}
     for name, field in declared.items():
-        needs = field.option.needs
-        if name in given and needs and given.isdisjoint(needs):
-            wanted = " or ".join(declared[need].flag for need in needs)
+        needs = [need.partition("=") for need in field.option.needs]
+        met = [getattr(request, n) == value if value else n in given for n, _, value in needs]
+        if name in given and needs and not any(met):
+            wanted = " or ".join(f"{declared[n].flag} {value}".rstrip() for n, _, value in needs)
             raise UserError(f"{field.flag} does nothing without {wanted}")
 
 

@@ -17,7 +17,7 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.predictions import Prediction, prediction_of
 from tensorllm.evaluation.scorer import context_of
-from tensorllm.io import write_json
+from tensorllm.io import check_writable, write_json
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names
 from tensorllm.reproduction.claims import METHODS, PROTOCOL, Method, Questions, Subject
@@ -62,6 +62,7 @@ def claims(
     Raises:
         UserError: the model is masked, data are missing, or the folder holds another run's cells.
     """
+    check_writable(request.out)
     study = ClaimStudy(request, methods)
     try:
         study.run(progress)

@@ -9,6 +9,8 @@ import torch
 
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.commands import search
+from tensorllm.errors import UserError
+from tensorllm.io import check_writable
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names
 from tensorllm.reproduction.inputs import (
@@ -43,10 +45,12 @@ def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Out
     """Run every published cell that is not finished yet; each is kept as soon as it is.
 
     Raises:
-        UserError: weights or data are missing, or the folder holds another run's cells.
+        UserError: weights or data are missing, the folder holds another run's cells or cannot be
+            written, or no cell takes the layer.
     """
     request = replace(request, device=device_of(request.device))
-    return _reproduce(cells(request.model, request.datasets), request, progress)
+    check_writable(request.out)
+    return _reproduce(_wanted(request), request, progress)
 
 
 def rehearse(request: ReproduceRequest) -> ReproductionPlan:
@@ -54,7 +58,7 @@ def rehearse(request: ReproduceRequest) -> ReproductionPlan:
     predict what the real run takes.
     """
     request = replace(request, device=device_of(request.device))
-    wanted = cells(request.model, request.datasets)
+    wanted = _wanted(request)
     datasets = list(dict.fromkeys(cell.dataset for cell in wanted))
     lacking = missing(request.model, datasets, request.weights, request.data)
     with tiny_inputs(request.model, wanted) as tiny:
@@ -80,6 +84,17 @@ def rehearse(request: ReproduceRequest) -> ReproductionPlan:
     seconds, other = (sum(r.seconds for r in every) for every in (predicted, plain))
     faster = other if other < seconds / 2 else None
     return ReproductionPlan(request.model, hub_id(request.model), predicted, lacking, faster)
+
+
+def _wanted(request: ReproduceRequest) -> list[Cell]:
+    """The cells that were asked for; a layer that none of them can take is refused."""
+    wanted = cells(request.model, request.datasets)
+    layers = short_names()[request.model]["sizes"]["layers"]
+    if request.layer is not None and not 0 <= request.layer < layers:
+        raise UserError(f"--layer must be in 0..{layers - 1}, got {request.layer}")
+    if request.layer is not None and not any(cell.searched for cell in wanted):
+        raise UserError("--layer does nothing here: the layers of all these cells were published")
+    return wanted
 
 
 def _reproduce(

@@ -71,11 +71,8 @@ def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:
     chat = bool(getattr(loader.tokenizer(), "chat_template", None))
     announce(Address(f"http://{request.host}:{request.port}/v1", str(folder), chat))
 
-    import uvicorn
     from transformers.cli.serve import Serve
 
-    # Standard output is for results.
-    uvicorn.config.LOGGING_CONFIG["handlers"]["access"]["stream"] = "ext://sys.stderr"
     with cache_elsewhere(request.cache):
         Serve(
             str(folder),

@@ -38,6 +38,7 @@ ROUGH = 5e-2  # in float16 and bfloat16
 class GraphFormat(ABC):
     """A file format of graphs."""
 
+    file: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()  # beside torch; those of the extra of that name
     extra: ClassVar[str] = ""
 
@@ -57,17 +58,20 @@ class GraphFormat(ABC):
 class Program(GraphFormat):
     """`model.pt2`: a zip of JSON and raw weights, without a pickle; plain torch runs it."""
 
+    file = "model.pt2"
+
     def write(self, program: ExportedProgram, folder: Path) -> None:
-        torch.export.save(program, folder / "model.pt2")
+        torch.export.save(program, folder / self.file)
 
     def logits(self, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = torch.export.load(folder / "model.pt2").module()(**inputs)
+        found: Tensor = torch.export.load(folder / self.file).module()(**inputs)
         return found
 
 
 class Onnx(GraphFormat):
     """`model.onnx` and its weights, `model.onnx.data`."""
 
+    file = "model.onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnx"
 
@@ -79,12 +83,12 @@ class Onnx(GraphFormat):
         names: dict[str, Any] = {"input_names": list(NAMES), "output_names": ["logits"]}
         made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         assert made is not None
-        made.save(folder / "model.onnx", external_data=True)
+        made.save(folder / self.file, external_data=True)
 
     def logits(self, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:
         import onnxruntime
 
-        path, providers = str(folder / "model.onnx"), ["CPUExecutionProvider"]
+        path, providers = str(folder / self.file), ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(path, providers=providers)
         given = {name: value.numpy() for name, value in inputs.items()}
         return torch.from_numpy(session.run(None, given)[0])

@@ -122,7 +122,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Prediction]]:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         return results, read_predictions(folder / PREDICTIONS)
     except (OSError, ValueError) as error:
-        reason = first_line(error)[:120]
+        reason = getattr(error, "strerror", None) or first_line(error)[:120]
         raise UserError(f"{folder} is not a folder of results: {reason}") from None
 
 

@@ -46,7 +46,7 @@ def _cells(
                 cell["edit"],
                 "→".join(map(_percent, both)),
                 _percent(cell["test"]["accuracy"]["value"]),
-                f"{change['difference']:+.1f}±{(high - low) / 2:.1f}",
+                f"{change['difference']:+z.1f}±{(high - low) / 2:.1f}",
             ]
         table.add_row(*row, *[""] * (6 - len(row)), cell["found"])
     return table

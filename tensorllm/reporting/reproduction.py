@@ -73,5 +73,5 @@ def _beside(row: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     return (
         "-" if published is None else f"{published:.2f}",
         "-" if measured is None else f"{measured:.2f}",
-        "-" if published is None or measured is None else f"{measured - published:+.2f}",
+        "-" if published is None or measured is None else f"{measured - published:+z.2f}",
     )

@@ -82,7 +82,7 @@ def _side_by_side(
             shown.title,
             shown.exact(value),
             shown.exact(after[name]),
-            f"{after[name] - value:+.{shown.digits}f}",
+            f"{after[name] - value:+z.{shown.digits}f}",
             _interval(spread, shown.digits),
         )
     return table

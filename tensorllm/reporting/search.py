@@ -141,7 +141,7 @@ def _scores(results: Mapping[str, Any], title: str) -> RenderableType:
 def _guide(guide: Mapping[str, Any], edit: int) -> str:
     """How well the gradient has ranked the trials, of an edit where there are several."""
     known = [
-        f"{guide[f'spearman_{name}']:+.2f} with {name}"
+        f"{guide[f'spearman_{name}']:+z.2f} with {name}"
         for name in ("loss", "accuracy")
         if guide[f"spearman_{name}"] is not None
     ]
@@ -185,6 +185,6 @@ def _selection(gain: Mapping[str, Any]) -> str:
     low, high = gain["interval"]
     what = "worst gain" if "datasets" in gain else "gain"
     return (
-        f"{what} on validation {gain['gain']:+.1f} points, of which selection alone is worth "
-        f"{gain['optimism']:.1f} (95 % of resamples {low:.1f} to {high:.1f})"
+        f"{what} on validation {gain['gain']:+z.1f} points, of which selection alone is worth "
+        f"{gain['optimism']:z.1f} (95 % of resamples {low:z.1f} to {high:z.1f})"
     )

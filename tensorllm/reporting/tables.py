@@ -205,7 +205,7 @@ def _scores(evaluation: Mapping[str, Any]) -> Table:
     for name in MAIN:
         if name in after:  # running text has no accuracy
             shown, one, other = SHOWN[name], before[name], after[name]
-            change = Text(f"{other - one:+.{shown.digits}f}", style="bold")
+            change = Text(f"{other - one:+z.{shown.digits}f}", style="bold")
             table.add_row(shown.title, shown.exact(one), shown.exact(other), change)
     return table
 

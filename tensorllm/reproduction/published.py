@@ -51,7 +51,10 @@ def cells(model: str, datasets: Sequence[str] | None = None) -> list[Cell]:
     if not recipes:
         known = sorted({r.model for r in shipped().values() if "published" in r.notes})
         hint = did_you_mean(model, known)
-        raise UserError(f"nothing was published for {model!r}.{hint} Known: {', '.join(known)}")
+        raise UserError(
+            f"nothing was published for {model!r}.{hint} Known: {', '.join(known)}; --study claims "
+            "takes any causal model"
+        )
     known = list(dict.fromkeys(str(r.dataset) for r in recipes))
     for name in datasets or ():
         if name not in known:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 from tensorllm import options
-from tensorllm.errors import UserError
 from tensorllm.options import Option
 from tensorllm.registry import one_of
 from tensorllm.requests import shared
 
 STUDIES = ("published", "claims")
+OF_PUBLISHED, OF_CLAIMS = ("study=published",), ("study=claims",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,10 @@ class ReproduceRequest:
     ] = None
     weights: Annotated[
         str | None,
-        Option("Local folder of the weights, or of copies from the hub, or its cache."),
+        Option(
+            "Local folder of the weights, or of copies from the hub, or its cache.",
+            needs=OF_PUBLISHED,
+        ),
     ] = None
     data: Annotated[
         Path | None,
@@ -48,28 +51,37 @@ class ReproduceRequest:
     ] = None
     layer: Annotated[
         int | None,
-        Option("Layer for the cells whose layer was never published; else searched."),
+        Option(
+            "Layer for the cells whose layer was never published; else searched.",
+            needs=OF_PUBLISHED,
+        ),
     ] = None
     limit: shared.Limit = None
     validation: Annotated[
-        int, Option("Claims: rows an edit is chosen on, at most half of those left.", least=1)
+        int,
+        Option(
+            "Claims: rows an edit is chosen on, at most half of those left.",
+            least=1,
+            needs=OF_CLAIMS,
+        ),
     ] = 200
-    trials: Annotated[int, Option("Claims: edits examined, best predicted first.", least=1)] = 4
-    draws: Annotated[int, Option("Claims: draws of the rows an edit is chosen on.", least=1)] = 3
+    trials: Annotated[
+        int, Option("Claims: edits examined, best predicted first.", least=1, needs=OF_CLAIMS)
+    ] = 4
+    draws: Annotated[
+        int, Option("Claims: draws of the rows an edit is chosen on.", least=1, needs=OF_CLAIMS)
+    ] = 3
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "auto"
     out: Annotated[
         Path, Option("Folder that keeps each finished cell; these are not run again.")
     ] = Path("reproduction")
     dry_run: Annotated[
-        bool, Option("Run each cell on a tiny model; print what the real ones take.")
+        bool,
+        Option("Run each cell on a tiny model; print what the real ones take.", needs=OF_PUBLISHED),
     ] = False
     candidates: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         one_of("--study", self.study, STUDIES)
-        if self.study == "claims":
-            given = {"--weights": self.weights, "--layer": self.layer, "--dry-run": self.dry_run}
-            for flag, value in given.items():
-                if value not in (None, False):
-                    raise UserError(f"{flag} is of the published cells: --study claims has none")
+        options.refuse_idle(self)

@@ -136,6 +136,8 @@ class SearchRequest:
             above(self, name, 0)
         if not 0 <= self.stop_level < 1:
             raise UserError(f"--stop-level must be in [0, 1), got {self.stop_level}")
+        if self.full and self.stop_level != SearchRequest.stop_level:
+            raise UserError("--stop-level does nothing with --full, which stops no trial early")
         if self.sampler is not None:
             one_of("--sampler", self.sampler, SAMPLERS)
         if self.guide is not None:

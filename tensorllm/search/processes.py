@@ -79,5 +79,5 @@ def _work(request: SearchRequest, number: int, folder: Path | None, deadline: fl
     if device == "cpu":
         torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // request.workers))
     study = Study(replace(request, device=device, study=folder), deadline)
-    with closing(study.queue(request.study, worker=number)) as queue:
+    with closing(study.queue(request.study)) as queue:
         study.work(queue)

@@ -62,24 +62,30 @@ class FileLock(BaseJournalFileLock):
 class Claims:
     """Which trials a living process of this machine is at work on: one byte of a file for each.
 
-    A record lock ends with its process, however that ends.
+    A record lock ends with its process, however that ends. It keeps out other processes alone, so
+    what this one has is remembered.
     """
 
     def __init__(self, path: Path) -> None:
         self._descriptor = _descriptor(path)
+        self._own: set[int] = set()
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
     def take(self, number: int) -> bool:
-        """Claim a trial; False where another process has it."""
+        """Claim a trial; False where another process has it, or this one already."""
+        if number in self._own:
+            return False
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except BlockingIOError:
             return False
+        self._own.add(number)
         return True
 
     def free(self, number: int) -> None:
+        self._own.discard(number)
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)
 
 

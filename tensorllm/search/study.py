@@ -279,7 +279,7 @@ class Study:
             "seed": self.request.seed,
         }
 
-    def queue(self, folder: Path, worker: int = 0) -> TrialQueue:
+    def queue(self, folder: Path) -> TrialQueue:
         """The study, opened and checked."""
         with storage_errors("opening the study"):
             name = self.request.study.name if self.request.study else "search"
@@ -288,7 +288,7 @@ class Study:
                 self.request.storage,
                 name,
                 self.goal.directions,
-                self.sampler.make(self.request.seed + worker, self.request.workers),
+                self.sampler.make(self.request.seed, self.request.workers),
             )
             queue.identify(self.identity())
             return queue

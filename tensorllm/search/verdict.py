@@ -116,8 +116,8 @@ def _why(comparison: Mapping[str, Any], metric: str, p: float) -> str:
     unit, digits = (" nats", 4) if metric == "loss" else (" points", 1)
     text = (
         f"on {comparison['examples']:,} test examples {metric} changes by "
-        f"{comparison[metric]['difference']:+.{digits}f}{unit} (95 % interval {low:+.{digits}f} to "
-        f"{high:+.{digits}f}"
+        f"{comparison[metric]['difference']:+z.{digits}f}{unit} "
+        f"(95 % interval {low:+z.{digits}f} to {high:+z.{digits}f}"
     )
     if metric == "accuracy":
         text += (

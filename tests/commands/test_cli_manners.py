@@ -124,6 +124,18 @@ def test_piped_it_is_quiet_and_json_alone(way: Any, arguments: tuple[str, ...]) 
     assert json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("more", [("--json",), ()], ids=["json", "table"])
+def test_what_a_plugin_or_its_processes_print_is_no_result(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    (tmp_path / "chatty.py").write_text("import os\nprint('hello')\nos.system('echo there')\n")
+    arguments = ("list", "models", *more)
+    done = piped(*arguments, "--plugin", "chatty", PYTHONPATH=f"{tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == piped(*arguments).stdout != ""
+    assert sorted(done.stderr.split()) == ["hello", "there"]
+
+
 def test_a_terminal_gets_a_bar_with_the_time_left_and_80_columns() -> None:
     code, sent = in_terminal("compress", "--mode", "laser", *SMALL)
     assert code == 0

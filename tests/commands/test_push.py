@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -202,6 +203,32 @@ def test_a_token_that_the_hub_refuses_is_one_line(hub: Any, folder: Path) -> Non
     assert hub.made == []
 
 
+@pytest.mark.parametrize(
+    ("lost", "match"),
+    [
+        ("tensorllm.json", "has no tensorllm.json and no graph"),
+        ("config.json", "no config.json"),
+        ("factored.safetensors", "lacks factored.safetensors"),
+    ],
+)
+def test_a_folder_that_nobody_could_open_is_refused(folder: Path, lost: str, match: str) -> None:
+    for cut in (lambda path: path.write_bytes(path.read_bytes()[:20]), Path.unlink):
+        cut(folder / lost)
+        with pytest.raises(UserError, match=f"{match}|{lost} is "):
+            push(PushRequest(folder=folder, repo=REPO))
+
+
+def test_a_hub_that_cannot_be_reached_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+    nowhere = partial(HfApi, endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.HfApi", nowhere)
+    with pytest.raises(UserError, match=r"cannot push to http://127.0.0.1:9 \(.*; push again"):
+        push(PushRequest(folder=folder, repo=REPO))
+
+
 def test_what_cannot_be_pushed_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,14 +236,14 @@ def test_what_cannot_be_pushed_is_refused(
         with pytest.raises(UserError, match=match):
             push(PushRequest(folder=place, repo=repo))
 
-    refused("HF_HUB_OFFLINE is set")
+    refused("HF_HUB_OFFLINE is set: unset it")
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     refused("hf auth login, or set HF_TOKEN")
     refused("no name on the hub", repo="a/b/c")
     tiny_model("llama").save_pretrained(tmp_path / "plain")
     refused(
-        "no tensorllm.json and no report.json: push takes a folder that tensorllm wrote",
+        "no tensorllm.json and no graph: push takes a folder that tensorllm wrote",
         place=tmp_path / "plain",
     )
     weights = folder / "factored.safetensors"

@@ -193,7 +193,7 @@ def test_a_composition_is_told_edit_by_edit_and_the_gain_with_its_luck():
     scores = [{"accuracy": 62.5, "loss": 0.8312}, {"accuracy": 71.25, "loss": 0.7644}]
     results["steps"] = [{**e, "validation": s} for e, s in zip(edits, scores, strict=True)]
     results["trials"] = {"examined": 40, "pruned": 12, "infeasible": 0, "failed": 2}
-    results["selection"] = {"gain": 42.92, "optimism": 1.26, "interval": [-0.4, 3.1]}
+    results["selection"] = {"gain": 42.92, "optimism": -0.04, "interval": [-0.4, 3.1]}
     results |= {"objective": "pareto", "several_objectives": True, "front": []}
     lines = shown(search_tables(results)).splitlines()
     assert max(map(len, lines)) <= 80
@@ -202,7 +202,7 @@ def test_a_composition_is_told_edit_by_edit_and_the_gain_with_its_luck():
     assert ["2", "0,1", "shared-tucker:", "ranks", "64,16,4", "71.25", "0.7644"] in rows
     text = " ".join(" ".join(lines).split())
     assert "12 pruned early (the best one with probability at most 0.001), 2 failed" in text
-    assert "gain on validation +42.9 points, of which selection alone is worth 1.3" in text
+    assert "gain on validation +42.9 points, of which selection alone is worth 0.0" in text
     assert "(95 % of resamples -0.4 to 3.1)" in text
     assert "no trial beats these in both" in text
 

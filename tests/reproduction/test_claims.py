@@ -144,15 +144,23 @@ def test_test_rows_are_never_drawn(small: ReproduceRequest) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, "--layer is of the published cells"),
-        ({"weights": "w"}, "--weights is of the published cells"),
-        ({"dry_run": True}, "--dry-run is of the published cells"),
+        ({"layer": 3}, "--layer does nothing without --study published"),
+        ({"weights": "w"}, "--weights does nothing without --study published"),
+        ({"dry_run": True}, "--dry-run does nothing without --study published"),
         ({"study": "clams"}, "--study must be one of published, claims"),
     ],
 )
 def test_options_of_the_other_study_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ReproduceRequest(**{"study": "claims", **options})
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
+    small: ReproduceRequest, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to"):
+        claims(replace(small, out=tmp_path / "file"), methods=())
 
 
 def test_too_few_rows_are_refused_before_anything_runs(small: ReproduceRequest) -> None:

@@ -18,7 +18,7 @@ from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.recipes import parse_recipe
+from tensorllm.recipes import parse_recipe, short_names
 from tensorllm.reproduction import inputs as inputs_module
 from tensorllm.reproduction import published as published_module
 from tensorllm.reproduction.inputs import missing
@@ -45,6 +45,7 @@ def small(tmp_path, monkeypatch):
     ]
     parsed = {f"small/wikidata_qa/{i}": parse_recipe(r, f"r/{i}") for i, r in enumerate(recipes)}
     monkeypatch.setattr(published_module, "shipped", lambda: parsed)
+    monkeypatch.setitem(short_names(), "small", {"sizes": {"layers": 2}})
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     weights, data = tmp_path / "weights", tmp_path / "data"
     tiny_model("gptj", vocab_size=len(tokenizer)).save_pretrained(weights)
@@ -127,6 +128,28 @@ def test_a_layer_that_was_not_published_is_the_best_on_validation(small):
             found = evaluate_model(model, tokenizer, data, "paper")
         validation[candidate] = (found["accuracy"], -found["loss"])
     assert layer == max(validation, key=validation.__getitem__)
+
+
+@pytest.mark.parametrize("run", [reproduce, rehearse])
+def test_a_layer_that_no_cell_can_take_is_refused_before_any_work(small, run):
+    for layer in (-1, 2):
+        with pytest.raises(UserError, match=rf"--layer must be in 0\.\.1, got {layer}"):
+            run(replace(small, layer=layer))
+    assert not small.out.exists()
+
+
+@pytest.mark.parametrize("run", [reproduce, rehearse])
+def test_a_layer_is_refused_where_all_were_published(tmp_path, run):
+    asked = ReproduceRequest(model="gptj", datasets=["fever"], layer=3, out=tmp_path)
+    with pytest.raises(UserError, match="--layer does nothing here"):
+        run(asked)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(small, monkeypatch):
+    monkeypatch.setattr(reproduce_module, "_run", lambda *_: pytest.fail("worked"))
+    (small.data / "file").touch()
+    with pytest.raises(UserError, match="cannot write to"):
+        reproduce(replace(small, out=small.data / "file"))
 
 
 def test_a_killed_run_goes_on_from_its_finished_cells(small, monkeypatch):
@@ -234,7 +257,7 @@ def test_a_plan_counts_local_examples_and_takes_the_limit(tmp_path):
 
 
 def test_unknown_names_are_answered_with_the_closest():
-    with pytest.raises(UserError, match=r"nothing was published for 'gptjj'. Did you mean 'gptj'"):
+    with pytest.raises(UserError, match=r"Did you mean 'gptj'.*--study claims takes any"):
         cells("gptjj")
     with pytest.raises(UserError, match=r"on 'fevr'. Did you mean 'fever'"):
         cells("gptj", ["fevr"])

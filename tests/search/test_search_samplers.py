@@ -44,6 +44,26 @@ def test_independent_trials_are_drawn_alike_whatever_comes_out(name: str):
     assert sampler.independent(count) >= 1
 
 
+@pytest.mark.parametrize("name", [name for name, row in SAMPLERS.items() if not row.queued])
+def test_a_study_that_goes_on_draws_what_it_would_have_drawn(name: str):
+    def points(stops: set[int], count: int = 120) -> list[dict[str, float]]:
+        study = optuna.create_study(sampler=SAMPLERS[name].make(7, 1))
+        for number in range(count):
+            if number in stops:  # another process, killed in the middle of a trial's values
+                study.sampler = SAMPLERS[name].make(7, 1)
+            trial = study.ask()
+            first = trial.suggest_float("x", 0.0, 1.0)
+            if number in stops:
+                study.sampler = SAMPLERS[name].make(7, 1)
+                trial = optuna.Trial(study, trial._trial_id)
+            study.tell(trial, first + trial.suggest_float("y", 0.0, 1.0))
+        return [trial.params for trial in study.trials]
+
+    undisturbed = points(set())
+    assert points({3, 8, 20, 61, 62}) == undisturbed
+    assert len({tuple(values.items()) for values in undisturbed[:10]}) == 10
+
+
 LAYERS, TRIALS, SEEDS = 30, 60, 16
 DECOY = LAYERS - 1  # a layer that gains a little with any rank
 

@@ -295,6 +295,11 @@ def test_bad_rules_are_refused(wrong):
         replace(SMALL, **wrong)
 
 
+def test_when_to_stop_trials_and_to_stop_none_are_not_given_both():
+    with pytest.raises(UserError, match="--stop-level does nothing with --full"):
+        replace(SMALL, stop_level=0.1, full=True)
+
+
 def test_optuna_is_quiet():
     assert optuna.logging.get_verbosity() == optuna.logging.ERROR
 

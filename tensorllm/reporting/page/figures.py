@@ -24,7 +24,7 @@ def smaller(ratio: float) -> tuple[float, str]:
 
 def signed(x: float, digits: int) -> str:
     """With a sign that is as wide as a plus."""
-    return f"{x:+.{digits}f}".replace("-", "−")
+    return f"{x:+z.{digits}f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:

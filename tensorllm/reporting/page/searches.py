@@ -103,8 +103,8 @@ def _gain(selection: Mapping[str, Any] | None) -> str:
         return ""
     what = "The worst gain" if "datasets" in selection else "The gain"
     return (
-        f"{what} on validation is {selection['gain']:+.1f} points, of which choosing the best of "
-        f"many is worth {selection['optimism']:.1f} by itself (95 % of resamples: "
+        f"{what} on validation is {selection['gain']:+z.1f} points, of which choosing the best of "
+        f"many is worth {selection['optimism']:z.1f} by itself (95 % of resamples: "
         f"{between(selection['interval'], 1)}). The test part was looked at for the winner alone."
     )
 
