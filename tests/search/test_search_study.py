@@ -98,6 +98,16 @@ def test_killed_at_random_moments_and_continued(small, undisturbed, tmp_path, wo
         assert correct in ("", undisturbed[0][key][1]) or undisturbed[0][key][1] == ""
 
 
+def test_nobody_takes_a_trial_twice(small, tmp_path):
+    """As where another process has emptied the queue while this one takes several at once."""
+    queue = opened(small, tmp_path)
+    taken = [queue.take() for _ in range(POINTS)]
+    assert len({trial.number for trial in taken}) == POINTS
+    assert queue.take() is None
+    dead = opened(small, tmp_path)  # of the same process, which the lock does not keep out
+    assert dead.take().number == taken[0].number
+
+
 def test_everything_runs_again_without_work(small, tmp_path):
     small.work(opened(small, tmp_path))
     before = (tmp_path / JOURNAL).read_bytes()
