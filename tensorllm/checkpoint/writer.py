@@ -41,10 +41,10 @@ def as_written(t: Tensor, dtype: torch.dtype | None) -> Tensor:
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Refuse an output folder that exists, is a file, is the input, or cannot be written."""
     if source is not None and target.resolve() == source.resolve():
-        raise UserError(f"the output folder {target} is the input folder; give another --out")
+        raise UserError(f"the output folder {target} is the input folder; give another folder")
     inside = [p for p in (Path.cwd(), source) if p and p.resolve().is_relative_to(target.resolve())]
     if inside:
-        raise UserError(f"the output folder {target} holds {inside[0]}; give another --out")
+        raise UserError(f"the output folder {target} holds {inside[0]}; give another folder")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(f"the output {target} exists and is not a folder")
     if target.exists() and not overwrite:
@@ -58,7 +58,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
 def exclusive(target: Path) -> Iterator[None]:
     """Refuse a second run that would write the same folder at the same time."""
     parent = target.absolute().parent
-    refusal = f"another run is writing {target}; give another --out"
+    refusal = f"another run is writing {target}; give another folder"
     with ExitStack() as stack:
         try:
             parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
+from tensorllm.checkpoint.writer import CONFIG
+from tensorllm.errors import UserError
 from tensorllm.io import check_writable
 from tensorllm.lightning.loggers import metric_log
 from tensorllm.progress import Progress, quiet
@@ -66,6 +68,8 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
 def _folder(request: SearchRequest, stack: ExitStack) -> Path:
     """The study's folder: the given one, or a temporary one that goes with `stack`."""
     if request.study is not None:
+        if (request.study / CONFIG).is_file():
+            raise UserError(f"--study {request.study} is a model's folder; give another folder")
         check_writable(request.study)
         return request.study
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorllm-search-")))

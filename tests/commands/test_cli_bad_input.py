@@ -384,8 +384,8 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
         ("cannot write to", "Not a directory"),
     ),
     "is the input": (lambda f: f / "model", ("model",)),
-    "is where we are": (lambda f: Path(), ("give another --out",)),
-    "holds all": (lambda f: Path("/"), ("give another --out",)),
+    "is where we are": (lambda f: Path(), ("give another folder",)),
+    "holds all": (lambda f: Path("/"), ("give another folder",)),
 }
 
 
@@ -450,6 +450,11 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
     arguments: tuple[str, ...], gptj: Path, refused: Refused
 ) -> None:
     refused((*arguments, "--model", gptj), "cannot write to /proc: No such file or directory")
+
+
+def test_a_model_s_folder_is_no_study(gptj: Path, refused: Refused) -> None:
+    asked = ("search-ranks", "--model", gptj, "--dataset", "demo", "--study", gptj)
+    refused(asked, "is a model's folder; give another folder")
 
 
 class Broken(Leaf):
