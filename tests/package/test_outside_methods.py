@@ -108,7 +108,7 @@ if needs_text:  # questions of the demo, too
     asked += ["--allow-overlap"]
 found = json.loads(tensorllm(*asked, *given[:2], "--trials", 3, "--json"))
 assert found["trials"]["examined"] == 3, found["trials"]
-assert found["winner"]["rank"] in (2, 8, 24), found["winner"]
+assert 2 <= found["winner"]["rank"] <= 24, found["winner"]  # of its own values, between them
 assert found["winner"]["mode"] == mode
 """
 
