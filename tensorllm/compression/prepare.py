@@ -77,8 +77,9 @@ def aimed(task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices) -> Fold
             f"got --format {task.format}"
         )
     tensors = stored_in(checkpoint, task.dtype)
+    written = (task.dtype or checkpoint.config.dtype) if task.calibration is not None else None
     strategy, budget = with_room(
-        task.strategy, target, roles, tensors, task.layers, task.shard_bytes
+        task.strategy, target, roles, tensors, task.layers, task.shard_bytes, written
     )
     return replace(task, compressor=strategy, budget=budget)
 

@@ -51,11 +51,13 @@ def with_room(
     tensors: Mapping[str, Stored],
     layers: Sequence[int] | None,
     shard_bytes: int = SHARD_BYTES,
+    written: torch.dtype | None = None,
 ) -> tuple[Wrapped, Budget]:
     """The strategy with sizes that are ranks and bits, and the target with all else subtracted.
 
     Args:
         tensors: of the model, as they will be written.
+        written: dtype of the matrices there, where the model runs in another.
 
     Raises:
         UserError: nothing is to be gained, or not even what stays as it is has room.
@@ -77,4 +79,4 @@ def with_room(
             f"target_bytes must be less than the weight files hold now, some {now}, got {most}"
         )
     other += SHARD * (most // shard_bytes + 1)
-    return in_bytes(compressor, most), replace(budget, other_bytes=other)
+    return in_bytes(compressor, most, written), replace(budget, other_bytes=other)

@@ -98,10 +98,12 @@ class RoundedLeaf(Leaf):
     Attributes:
         inner: the leaf.
         most: bytes of the file, at most.
+        written: dtype of the file's matrices; None: that of the weights that are decomposed.
     """
 
     inner: Leaf
     most: int
+    written: torch.dtype | None = None
 
     source: ClassVar[str] = ""
 
@@ -114,7 +116,7 @@ class RoundedLeaf(Leaf):
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> ErrorCurve:
         """Each size in full and in few bits, and the tensor itself."""
-        inner, shape, dtype = self.inner, tuple(w.shape), w.dtype
+        inner, shape, dtype = self.inner, tuple(w.shape), self.written or w.dtype
         errs = {
             bits: inner.error_of(w, quantise(Whole(w), how).dense(), statistics)
             for bits, how in HOW.items()
@@ -212,9 +214,9 @@ class RoundedFit(WrappedFit):
     rounded once they are fitted, and the layers above see what that did.
     """
 
-    def __init__(self, inner: LayerFit, most: int) -> None:
+    def __init__(self, inner: LayerFit, most: int, written: torch.dtype | None = None) -> None:
         super().__init__(inner)
-        self.most = most
+        self.most, self.written = most, written
 
     @property
     def keeps_inputs(self) -> bool:
@@ -229,7 +231,8 @@ class RoundedFit(WrappedFit):
         out, geometry = {}, context.geometry
         for site, plain in plainly.items():
             mine = [errs[role] for role in site.roles]
-            shape, dtype = site.shape(geometry), context.weight(site.roles[0]).dtype
+            shape = site.shape(geometry)
+            dtype = self.written or context.weight(site.roles[0]).dtype
             outline = partial(self.inner.outline, site, geometry)
             out[site] = Sizes(site, shape, dtype, self.most, outline).with_bits(
                 ErrorCurve(*(t.cpu() for t in plain)),
@@ -289,14 +292,17 @@ class _With:
         return getattr(self.context, name)
 
 
-def in_bytes(compressor: Compressor, most: int) -> Wrapped:
+def in_bytes(compressor: Compressor, most: int, written: torch.dtype | None = None) -> Wrapped:
     """The strategy with sizes that are ranks and bits, and costs that are bytes.
 
     Args:
         most: bytes of the file, at most.
+        written: dtype of the file's matrices, where the model runs in another; None: in that.
     """
 
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
-        return RoundedLeaf(inner, most) if isinstance(inner, Leaf) else RoundedFit(inner, most)
+        if isinstance(inner, Leaf):
+            return RoundedLeaf(inner, most, written)
+        return RoundedFit(inner, most, written)
 
     return Wrapped(compressor, wrap)

@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 
 import tensorllm as tl
 from tensorllm import options
+from tensorllm.checkpoint import loader
 from tensorllm.commands.compress import run
 from tensorllm.compression.dry_run import dry_run
 from tensorllm.compression.engine import compress_folder
@@ -246,6 +247,22 @@ def test_other_modes_fit_too(strategy: Any, tmp_path: Path) -> None:
     for site in report.sites:  # numbers are counted, not bytes
         assert site.kind.endswith("whole") == (site.parameters_after == site.parameters_before)
     tl.load(tmp_path / "out", verify=True)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_bytes_are_those_of_the_file_whatever_the_model_runs_in(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bfloat16 model is fitted in float32 where that is faster, and written in bfloat16."""
+    monkeypatch.setattr(loader, "seconds_of_product", lambda dtype: 4.0 / dtype.itemsize)
+    source = folder_of(tmp_path, dtype=torch.bfloat16, **BIG)
+    size = int(0.7 * weights(source))
+    strategy = ActivationHybrid(target_bytes=size, refit_epochs=0) if own else SVDLLM(rank=1)
+    report = compressed(
+        source, tmp_path / "out", strategy, None if own else size, calibration=text()
+    )
+    assert report.settings["calibration"]["dtype"] == "float32"
+    assert 0.95 * size < weights(tmp_path / "out") == report.totals.bytes_after <= size
 
 
 def test_more_bytes_leave_less_error(tmp_path: Path) -> None:
