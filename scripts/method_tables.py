@@ -10,7 +10,7 @@ LOSSES = {
     "SVD": "svd",
     "ASVD": "asvd",
     "SVD-LLM": "svd-llm",
-    "its update": "svd-llm-sequential",
+    "SVD-LLM, sequential": "svd-llm-sequential",
     "AA-SVD": "aa-svd",
     "ours": "ours",
 }

@@ -12,7 +12,8 @@ from tensorllm.data.demo import world
 STORIES, CALIBRATION = slice(0, 96), slice(200, 1000)
 BLOCKS = range(100, 740, 20)  # of 512 tokens
 LESSONS = 4096
-LENGTH, SCORED, OWN = 512, 24, 0.6  # tokens of a block, blocks scored, share calibrated on
+LENGTH, SCORED, DRAWN = 512, 24, 64  # tokens of a block; blocks that are scored, and drawn
+OWN = 0.6  # of WikiText-2 test is calibrated on
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ def wikitext(tokenizer: Any, shared: Path, config: Any, *, scored: int = SCORED)
     rows: list[str] = json.loads((shared / "data/tinystories_1000.json").read_text())
     first = int(OWN * len(every))
     step = max(1, (len(every) - first) // scored)
-    told = blocks("\n\n".join(rows[STORIES]), *here)
-    return Texts(
-        every[:first], 64, {"wikitext": every[first::step][:scored], "stories": told[:scored]}
-    )
+    read = {
+        "wikitext": every[first::step][:scored],
+        "stories": blocks("\n\n".join(rows[STORIES]), *here)[:scored],
+    }
+    return Texts(every[:first], DRAWN, read)
 
 
 def blocks(text: str, tokenizer: Any, config: Any) -> list[list[int]]:

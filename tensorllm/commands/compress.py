@@ -188,7 +188,10 @@ def _in_memory(
     assert isinstance(strategy, Compressor), "the command line fits nothing beforehand"
     plan_jobs(strategy, roles, task.layers)
     loader = Loader(task.source, task.dtype, task.device, language=score is not None)
-    model = loader.quickest(overflows=score is not None)()
+    in_bytes = task.aim is not None and task.aim.target_bytes is not None
+    if (score or task.calibration) and not in_bytes:  # bytes are counted as the model is held
+        loader = loader.quickest(overflows=score is not None)
+    model = loader()
     tokenizer = loader.tokenizer() if score else None
     before = score(model, tokenizer) if score else None
     report = compress(

@@ -102,11 +102,11 @@ def _fitted(
             task.layers,
             work=work,
             budget=task.budget,
-            dtype=_computing_dtype(task),
+            dtype=computing_dtype_of(task),
             device=task.device,
             progress=progress,
         )
-    config, dtype = Checkpoint(task.source).config, _computing_dtype(task)
+    config, dtype = Checkpoint(task.source).config, computing_dtype_of(task)
     model = load_whole(task.source, config, dtype, language=False).to(task.device)
     store = None
     if work is not None:
@@ -123,14 +123,14 @@ def _fitted(
     )
 
 
-def _computing_dtype(task: FolderTask) -> torch.dtype | None:
+def computing_dtype_of(task: FolderTask) -> torch.dtype | None:
     """The dtype that the model runs in while it is fitted, the same in every process.
 
     What is written has the dtype that was asked for, or that it was stored in.
     """
     found = Loader(task.source, task.dtype, task.device).quickest(overflows=False).dtype
     wide_1 = torch.tensor([float(found == torch.float32)], device=task.device)
-    all_ranks().sum(wide_1)  # of several machines the slowest decides
+    all_ranks().sum(wide_1)  # one process for which float32 is faster decides
     return torch.float32 if wide_1.item() else found
 
 

@@ -192,14 +192,15 @@ def quantised_whole(w: Tensor, how: str, by: Compensation) -> Factors:
             lost_BI[place] = (w_I - rounded_column(w_I, BITS[how])) / root_BB[place, place]
             here_BI[place + 1 :].addr_(root_BB[place, place + 1 :], lost_BI[place], alpha=-1)
         later_XI.addmm_(root_DD[start : start + LAZY, start + LAZY :].mT, lost_BI, alpha=-1)
-    changed_ID = torch.empty_like(left_DI)
-    changed_ID[by.order_D] = left_DI
+    changed_DI = torch.empty_like(left_DI)
+    changed_DI[by.order_D] = left_DI
     # No column has changed since it was rounded, so it is rounded as it was then.
-    return quantise(Whole(changed_ID.mT), how)
+    return quantise(Whole(changed_DI.mT), how)
 
 
 def rounded_column(w_I: Tensor, bits: int) -> Tensor:
-    """What `narrow` makes of one column, widened; for a matrix of single columns it is slow."""
+    """What `narrow` makes of one column (I,), widened: in few operations, as it is asked for every
+    column of a matrix, one after the other."""
     most = 2 ** (bits - 1)
     groups = pad(w_I, (0, -len(w_I) % GROUP)).view(-1, GROUP)
     scales = groups.abs().amax(1, keepdim=True).div_(most - 0.5).clamp_(min=TINY)
