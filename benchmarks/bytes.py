@@ -5,8 +5,8 @@
 
 Each model is a part of docs/results/bytes.json; `--model` is a folder of LLaMA's architecture.
 Peers: every attention and FFN matrix rounded to the nearest in int8 or int4 (mode `rounded`), and
-by GPTQ (arXiv 2210.17323) in float64 numpy, written here; all in groups of 64 with float32 scales,
-so that their files are as large. Ours: `--target-bytes` of these files' sizes, rounded up to the
+by GPTQ (arXiv 2210.17323) in float64 numpy, written here; all in groups of 64, each with a scale in
+the dtype of the model, so that their files are as large. Ours: `--target-bytes` of these files' sizes, rounded up to the
 next 1,000, of one in the middle and of smaller ones, by `activation-hybrid`, fitted to the same
 text as GPTQ, and by `svd`, which sees no text. Embeddings and norms are in all files as they were
 stored, and counted. tinystories-656K is fitted to stories and scored on others; `--model` is fitted
@@ -46,7 +46,7 @@ TOGETHER = (  # linears that read the same input, in the order in which they run
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-GROUP, SCALE, DAMPING = 64, 4, 0.01  # numbers of a group, bytes of its scale
+GROUP, DAMPING = 64, 0.01
 # Sizes of ours: int8's, the middle, int4's, and shares of what int4's matrices take in the file.
 SMALLER = (0.85, 0.7)
 
@@ -81,12 +81,13 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
         self.source, self.work = args.model or real(args, MODEL), work
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        tokenizer, shared = AutoTokenizer.from_pretrained(self.source), real(args, "data").parent
+        config = AutoConfig.from_pretrained(self.source)
+        self.width = config.dtype.itemsize  # bytes of a number, and of a group's scale
         if args.model is None:
-            self.texts, self.read = stories(tokenizer, args.shared), "stories"
+            self.texts, self.read = stories(tokenizer, shared), "stories"
         else:
-            config = AutoConfig.from_pretrained(self.source)
-            self.texts, self.read = wikitext(tokenizer, args.shared, config), "wikitext"
+            self.texts, self.read = wikitext(tokenizer, shared, config), "wikitext"
         scored = self.texts.scored[self.read][: 4 if args.quick else None]
         self.scored = Calibration(tuple(map(tuple, scored))).batches()
         self.drawn = 8 if args.quick else args.drawn
@@ -198,7 +199,7 @@ def measured(
     sizes = {how: size for how, (size, _) in plain.items()}
     numbers = sum(p.numel() for n, p in model.named_parameters() if n.endswith("proj.weight"))
     # From int4 to int8 a number takes half a byte more; groups have scales beside.
-    matrices = (sizes["int8"] - sizes["int4"]) + numbers * SCALE / GROUP
+    matrices = (sizes["int8"] - sizes["int4"]) + numbers * bench.width / GROUP
     sizes["middle"] = sum(sizes.values()) // 2
     for share in SMALLER:
         sizes[f"{share:g} of int4"] = int(sizes["int4"] - (1 - share) * matrices)

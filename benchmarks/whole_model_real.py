@@ -62,7 +62,8 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.args = args
         config = self.model.config
-        own = wikitext(self.tokenizer, args.shared, config, scored=2 if args.quick else SCORED)
+        shared = real(args, "data").parent
+        own = wikitext(self.tokenizer, shared, config, scored=2 if args.quick else SCORED)
         self.scored = own.scored
         self.texts = {
             "own": own.calibration,

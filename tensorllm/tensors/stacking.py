@@ -125,7 +125,7 @@ class Stacking:
     """A bijection between role matrices (I, D) and one tensor.
 
     Attributes:
-        modes: what each mode of the tensor runs over, in words, for reports; (): they number it.
+        modes: what each mode of the tensor runs over, in words, for reports; none: their numbers.
         slices_are_heads: whether the slices over the first two modes are the matrices' heads, so
             that `unstack` with D = K = 1 sorts one number per head.
     """
