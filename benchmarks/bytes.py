@@ -6,11 +6,11 @@
 Each model is a part of docs/results/bytes.json; `--model` is a folder of LLaMA's architecture.
 Peers: every attention and FFN matrix rounded to the nearest in int8 or int4 (mode `rounded`), and
 by GPTQ (arXiv 2210.17323) in float64 numpy, written here; all in groups of 64, each with a scale in
-the dtype of the model, so that their files are as large. Ours: `--target-bytes` of these files' sizes, rounded up to the
-next 1,000, of one in the middle and of smaller ones, by `activation-hybrid`, fitted to the same
-text as GPTQ, and by `svd`, which sees no text. Embeddings and norms are in all files as they were
-stored, and counted. tinystories-656K is fitted to stories and scored on others; `--model` is fitted
-to blocks of WikiText-2 and scored on others.
+the dtype of the model, so that their files are as large. Ours: `--target-bytes` of these files'
+sizes, rounded up to the next 1,000, of one in the middle and of smaller ones, by
+`activation-hybrid`, fitted to the same text as GPTQ, and by `svd`, which sees no text. Embeddings
+and norms are in all files as they were stored, and counted. tinystories-656K is fitted to stories
+and scored on others; `--model` is fitted to blocks of WikiText-2 and scored on others.
 """
 
 import argparse
