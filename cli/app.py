@@ -175,6 +175,9 @@ def _wrong_use(error: Any) -> str:
 def stop() -> NoReturn:
     """The end after Ctrl-C; pressing it again changes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Where Ctrl-C came inside code that was a string (each dataclass runs some), Python remembers
+    # that until the next such code, and `python -m` would end by the signal, not by our exit code.
+    exec("")
     fail(f"interrupted; {INTERRUPT.leaves()}", INTERRUPTED)
 
 

@@ -118,3 +118,17 @@ def test_what_is_not_kept_is_told() -> None:
     assert err == (
         "error: interrupted; nothing was kept: with --study FOLDER the same command would go on\n"
     )
+
+
+def test_ctrl_c_inside_code_from_a_string(tmp_path: Path) -> None:
+    """Dataclasses run such code when they are made: Python would end by the signal, not by 130."""
+    press = "import os, signal; os.kill(os.getpid(), signal.SIGINT); [None for _ in range(9)]"
+    (tmp_path / "pressing.py").write_text(f"exec({press!r})\n")
+    process = subprocess.run(
+        [sys.executable, *COMMAND, "inspect", "--model", "demo", "--plugin", "pressing"],
+        env=environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 130, process.stderr
+    assert process.stderr.startswith("error: interrupted; ")
