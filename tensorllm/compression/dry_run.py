@@ -7,7 +7,7 @@ from typing import Any
 
 from tensorllm.compression.cost import decomposition_seconds, gemm_speed
 from tensorllm.compression.narrow import foreseen
-from tensorllm.compression.plan import plan
+from tensorllm.compression.plan import decompositions
 from tensorllm.compression.prepare import check_fit, prepared
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint, units
@@ -64,14 +64,15 @@ def dry_run(task: FolderTask) -> DryRun:
     A budget without a text is shared out, from the weights' spectra; a fit to a text is not made.
     """
     checkpoint, roles = open_checkpoint(task.source)
-    compressor, stored = task.compressor, None
+    stored = None
     cut = foreseen(task, roles) if task.format == "narrow" else None
+    compressor = task.compressor if task.calibration is not None else prepared(task)
+    assert isinstance(compressor, Compressor), "a dry run fits nothing, and nothing is fitted yet"
     if task.calibration is not None:
-        assert isinstance(compressor, Compressor), "a fit is made by the task"
         jobs = placed(compressor, roles, task.layers).jobs
         stored = check_fit(task, jobs, checkpoint, roles)
     else:
-        jobs = plan(prepared(task), roles, task.layers).jobs
+        jobs = decompositions(compressor, roles, task.layers).jobs
     sites = [_planned(job, roles) for job in jobs]
     known = [site.parameters_after for site in sites]
     if None not in known:

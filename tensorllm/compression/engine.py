@@ -98,8 +98,8 @@ def compress(
         done.append(run_job(site, planned, roles, weights))
     for compressed in done:  # only now: a failure half-way leaves the model as it was
         write_dense(compressed.site, compressed.factors, roles, weights)
-    for name, where in planned.changed(roles).items():
-        weights[name].copy_(planned.parameter(*where))
+    for name, w in planned.changed(roles).items():
+        weights[name].copy_(w)
     progress(len(planned.sites), len(planned.sites), "done")
 
     report = _report(model, planned, done, roles, parameters, time.perf_counter() - started)
@@ -132,7 +132,7 @@ def _report(
         seconds=seconds,
         environment=environment(),
         structure=roles.layout.describe(),
-        passed_over=planned.passed_over,
+        passed_over=dict(planned.passed_over),
     )
 
 
@@ -150,8 +150,7 @@ def compressed(
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
     planned = plan(strategy, roles, layers)
-    changed = planned.changed(roles)
-    before = {name: weights[name].clone() for name in changed}
+    before = {name: weights[name].clone() for name in planned.changed(roles)}
     with restored(planned.sites, roles, weights):
         try:
             yield compress(model, strategy, layers)

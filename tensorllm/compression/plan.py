@@ -1,7 +1,8 @@
 """What a compression will do: which sites, and where the factors of each come from."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,55 +18,69 @@ from tensorllm.tensors.factors import Factors
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ABC):
     """What a compression will do: sites, and where the factors of each come from.
 
     Attributes:
         strategy: as it decomposes, or as it was fitted.
         layers: those that were asked for and have something that is compressed.
+        sites: what gets factors.
+        settings: the mode's name and its settings, for reports and manifests.
         passed_over: layer -> the roles that it lacks.
     """
 
     strategy: Compressor | Fitted
     layers: tuple[int, ...]
-    jobs: list[Job]
-    passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    sites: tuple[Site, ...]
+    settings: tuple[str, dict[str, Any]]
+    passed_over: Mapping[int, tuple[str, ...]]
 
-    @property
-    def sites(self) -> list[Site]:
-        if isinstance(self.strategy, Fitted):
-            return list(self.strategy.sites)
-        return [job.site for job in self.jobs]
-
-    @property
-    def settings(self) -> tuple[str, dict[str, Any]]:
-        """The mode's name and its settings, for reports and manifests."""
-        if isinstance(self.strategy, Fitted):
-            return self.strategy.settings
-        return settings_of(self.strategy)
-
+    @abstractmethod
     def factors(self, site: Site, w: Tensor) -> Factors:
         """The factors of a site; `w` is its tensor."""
-        if isinstance(self.strategy, Fitted):
-            return self.strategy.factors(site)
+
+    def parameters(self, layer: int) -> dict[str, Tensor]:
+        """Norms and biases that change with a layer, by their names below it."""
+        del layer
+        return {}
+
+    def changed(self, roles: RoleMatrices) -> dict[str, Tensor]:
+        """All `parameters`, by their names in the model."""
+        return {
+            f"{roles.layer_path(layer)}.{name}": w
+            for layer in self.layers
+            for name, w in self.parameters(layer).items()
+        }
+
+
+@dataclass(frozen=True)
+class Decompositions(Plan):
+    """Each site's weights are decomposed when their turn comes.
+
+    Attributes:
+        jobs: what decomposes which site.
+    """
+
+    jobs: list[Job]
+
+    def factors(self, site: Site, w: Tensor) -> Factors:
         (leaf,) = (job.compressor for job in self.jobs if job.site == site)
         assert isinstance(leaf, Leaf), "what is not fitted was refused by `plan`"
         return leaf.decompose(w)
 
-    def changed(self, roles: RoleMatrices) -> dict[str, tuple[int, str]]:
-        """Norms and biases that were fitted too: name -> layer and name below it."""
-        if not isinstance(self.strategy, Fitted):
-            return {}
-        return {
-            f"{roles.layer_path(layer)}.{name}": (layer, name)
-            for layer in self.strategy.layers
-            for name in self.strategy.parameters(layer)
-        }
 
-    def parameter(self, layer: int, name: str) -> Tensor:
-        """One of `changed`."""
-        assert isinstance(self.strategy, Fitted)
-        return self.strategy.parameters(layer)[name]
+@dataclass(frozen=True)
+class Fits(Plan):
+    """All factors are there already: a strategy was fitted to a text."""
+
+    strategy: Fitted
+
+    def factors(self, site: Site, w: Tensor) -> Factors:
+        del w
+        return self.strategy.factors(site)
+
+    def parameters(self, layer: int) -> dict[str, Tensor]:
+        return self.strategy.parameters(layer)
 
 
 def plan_jobs(
@@ -93,21 +108,42 @@ def plan(strategy: Compressor | Fitted, roles: RoleMatrices, layers: Sequence[in
             other layers.
     """
     if isinstance(strategy, Fitted):
-        wanted = strategy.layers if layers is None else tuple(layers)
-        if sorted(roles.check_layers(wanted)) != sorted(strategy.layers):
-            raise UserError(
-                f"this strategy was fitted to layers {sorted(strategy.layers)}, "
-                f"not {sorted(wanted)}"
-            )
-        return Plan(strategy, tuple(wanted), [], dict(strategy.passed_over))
-    found = _checked(placed(strategy, roles, layers), roles)
+        return _of_fit(strategy, roles, layers)
+    return decompositions(strategy, roles, layers)
+
+
+def decompositions(
+    compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | None
+) -> Decompositions:
+    """The plan of a strategy that needs no text.
+
+    Raises:
+        UserError: settings that do not fit the model, or a strategy that needs one.
+    """
+    found = _checked(placed(compressor, roles, layers), roles)
     unfitted = [job.compressor for job in found.jobs if job.compressor.needs != "weights"]
     if unfitted:
         mode = COMPRESSORS.name_of(type(unfitted[0]))
         raise UserError(
             f"mode {mode!r} is fitted to text: give --calibration FILE (or calibration= in Python)"
         )
-    return Plan(strategy, found.layers, found.jobs, found.passed_over)
+    return Decompositions(
+        compressor,
+        found.layers,
+        tuple(job.site for job in found.jobs),
+        settings_of(compressor),
+        found.passed_over,
+        found.jobs,
+    )
+
+
+def _of_fit(fitted: Fitted, roles: RoleMatrices, layers: Sequence[int] | None) -> Plan:
+    wanted = fitted.layers if layers is None else tuple(layers)
+    if sorted(roles.check_layers(wanted)) != sorted(fitted.layers):
+        raise UserError(
+            f"this strategy was fitted to layers {sorted(fitted.layers)}, not {sorted(wanted)}"
+        )
+    return Fits(fitted, wanted, fitted.sites, fitted.settings, fitted.passed_over)
 
 
 def _refuse_overlap(sites: Sequence[Site]) -> None:

@@ -1,6 +1,6 @@
 """A checkpoint as units of work, each small enough to be whole in memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,14 @@ def run_unit(
             write_dense(compressed.site, compressed.factors, roles, weights)
         out = weights
     if not unit.sites:
-        unused = checkpoint.unused
-        out = {n: w if n in unused else _copied(n, w, plan, roles) for n, w in weights.items()}
+        unused, changed = checkpoint.unused, plan.changed(roles)
+        out = {n: w if n in unused else _copied(n, w, changed) for n, w in weights.items()}
     dtypes = {n: None if n in checkpoint.unused else task.dtype for n in out}
     return {name: as_written(t, dtypes[name]) for name, t in out.items()}, note
 
 
-def _copied(name: str, w: Tensor, plan: Plan, roles: RoleMatrices) -> Tensor:
+def _copied(name: str, w: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
     """A parameter that no site touches: as it is, or as a fit has changed it."""
     if w.is_floating_point() and not all_finite(w):  # what a job reads it checks itself
         raise UserError(f"{name} has NaN or infinite values")
-    changed = plan.changed(roles)
-    return plan.parameter(*changed[name]).to(w.dtype) if name in changed else w
+    return changed[name].to(w.dtype) if name in changed else w

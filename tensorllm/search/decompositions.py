@@ -61,7 +61,7 @@ def edit_of_fit(fitted: Fitted, roles: RoleMatrices, weights: Mapping[str, Tenso
         _edit(site, stacked(site, roles, weights), fitted.factors(site), roles)
         for site in fitted.sites
     ]
-    return ModelEdit(sites, {n: planned.parameter(*at) for n, at in planned.changed(roles).items()})
+    return ModelEdit(sites, planned.changed(roles))
 
 
 def edit_of_sites(sites: Sequence[CompressedSite], roles: RoleMatrices) -> ModelEdit:
