@@ -27,7 +27,6 @@ from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.unfold import add_gram, mirror
 
-ONE = torch.ones(1)
 SMALLEST = 1e-20  # of a token's output: its size is divided by
 
 
@@ -64,10 +63,16 @@ class Context:
         self._ffn = Remembered(compressed.block, compressed.ffn)
         self._given: set[str] = set()  # output projections whose outputs are kept
         self._shifted: dict[tuple[Key, str], tuple[Tensor, Tensor]] = {}
-        tokens = torch.tensor(sum(int(batch.mask_BT.sum()) for batch in layers.batches))
-        tokens = tokens.to(layers.start[0].device)
-        ranks.sum(tokens)
-        self._tokens = int(tokens)
+        self._held_out = range(self.batches - layers.held_out, self.batches)
+        self._tokens = self._count(range(self._held_out.start))
+        self._held_outputs: dict[int, Tensor] = {}  # of the original
+
+    def _count(self, numbers: Iterable[int]) -> int:
+        """Tokens of these batches, in all processes."""
+        tokens = torch.tensor(sum(int(self.layers.batches[n].mask_BT.sum()) for n in numbers))
+        tokens = tokens.to(self.layers.start[0].device)
+        self.ranks.sum(tokens)
+        return int(tokens)
 
     @property
     def layer(self) -> int:
@@ -143,7 +148,7 @@ class Context:
                 found.sizes[self._key(role)],
                 self.gradient_covariance((role,)) if self._key(role) in found.gradients else None,
                 is_output_projection(role),
-                int(found.tokens.get(self._key(role), ONE)),
+                int(found.tokens.get(self._key(role), 1)),
             )
             for role in site.roles
         ]
@@ -271,12 +276,39 @@ class Context:
         weights: Mapping[str, Tensor | Applied],
         parameters: Mapping[str, Tensor],
     ) -> Tensor:
+        target_BTD = self.run.output(batch)
+        with torch.enable_grad():
+            out_BTD = self._output(batch, self.before[1][batch], weights, parameters)
+            return self._distance(batch, out_BTD, target_BTD.float())
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self._held_out)
+
+    @torch.no_grad()
+    def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number in self._held_out:
+            hidden_BTD, known = self.before[1].at(number), self._held_outputs
+            if number not in known:
+                known[number] = self._output(number, hidden_BTD, {}, {})
+            out_BTD = self._output(number, hidden_BTD, weights, {})
+            total += self._distance(number, out_BTD, known[number]).double()
+        self.ranks.sum(total)
+        return float(total) * self._tokens / self._count(self._held_out)
+
+    def _output(
+        self,
+        batch: int,
+        hidden_BTD: Tensor,
+        weights: Mapping[str, Tensor | Applied],
+        parameters: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Of the compressed layer with these matrices and parameters in the place of its own."""
         module = self.compressed
         run: dict[str, Tensor] = {}
-        hidden_BTD, target_BTD = self.before[1][batch], self.run.output(batch)
-        call = self.layers.calls[self.layer][batch]
         stands = not set(weights) & set(ATTENTION_ROLES) and not parameters
-        with torch.enable_grad(), ExitStack() as standing:
+        with ExitStack() as standing:
             standing.enter_context(self._attention.within(batch, stands))
             for role, w in weights.items():
                 if isinstance(w, Applied):
@@ -290,10 +322,12 @@ class Context:
                     run[name] = module.weights[name].clone()
                 module.roles.write(run, self.layer, role, w)
             below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
-            arguments = (hidden_BTD, *call.args)
-            out = functional_call(module.block, {**below, **parameters}, arguments, call.kwargs)
-            out_BTD = (out[0] if isinstance(out, tuple) else out).float()
-            return self._distance(batch, out_BTD, target_BTD.float())
+            below |= parameters
+
+            def block(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(module.block, below, args, kwargs)
+
+            return self.layers.calls[self.layer][batch].run(block, hidden_BTD).float()
 
     def _alone(self, role: str) -> bool:
         """Whether the role's matrix is all that a module multiplies by."""

@@ -152,10 +152,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden_BTD: Tensor) -> Tensor:
         """The hidden states after the layer."""
         out = block(hidden_BTD, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        found_BTD: Tensor = out[0] if isinstance(out, tuple) else out
+        return found_BTD
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,7 @@ class Layers:
     Attributes:
         source: whose embeddings are run once, and none of its layers.
         layers: how many from the first on.
+        held_out: of the last batches, which run, but which no covariance is taken of.
         start: hidden states (B, T, D) before the first layer, one per batch.
         calls: layer -> one call per batch; masks and rotary tables are shared between layers.
     """
@@ -207,6 +209,7 @@ class Layers:
     source: LayerSource
     batches: Sequence[Batch]
     layers: int
+    held_out: int = 0
     start: list[Tensor] = field(default_factory=list)
     calls: dict[int, list[Call]] = field(default_factory=dict)
 

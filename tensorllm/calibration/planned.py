@@ -86,6 +86,12 @@ class Planned:
         )
 
     @property
+    def holds_out(self) -> bool:
+        """Whether a strategy tries sizes on text that covariances have not seen."""
+        strategies = (job.compressor for job in self.jobs)
+        return any(isinstance(one, LayerFit) and one.holds_out for one in strategies)
+
+    @property
     def least_known(self) -> int | None:
         """Numbers stored at the smallest sizes, where that is known without curves."""
         strategies = {id(job.compressor): job.compressor for job in self.jobs}.values()

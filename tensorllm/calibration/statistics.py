@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, D model width, V words.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,13 @@ class Measurement:
             UserError: activations that are not finite; names the module and the batch.
         """
         draws = torch.Generator().manual_seed(self.seed)
-        batches = self.layers.batches
+        calls = self.layers.calls[self.layer]
+        batches = self.layers.batches[: len(calls) - self.layers.held_out]
         width = self.layers.source.roles.spec.geometry(self.layer).D
         sampled_B = sampled(batches, width, GRADIENT_TOKENS) & self.wanted.gradients
-        both = zip(self.layers.calls[self.layer], self.hidden, strict=True)
+        both = zip(calls, self.hidden, strict=True)
         with self.hooks:
-            for number, (call, hidden_BTD) in enumerate(both):
+            for number, (call, hidden_BTD) in enumerate(islice(both, len(batches))):
                 self.hooks.begin(number, batches[number], gradients=bool(sampled_B[number]))
                 if not sampled_B[number]:
                     with torch.no_grad():
@@ -135,6 +137,10 @@ class Measurement:
                 self.hooks.add_gradients()
                 yield found_BTD.detach()
         self._found = self.hooks.covariances()
+        for call, hidden_BTD in both:
+            with torch.no_grad():
+                held_BTD = call.run(self.block, hidden_BTD)
+            yield held_BTD
 
 
 def sampled(batches: Sequence[Batch], width: int, each: int) -> Tensor:

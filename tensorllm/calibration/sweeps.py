@@ -115,7 +115,8 @@ class Sweeps:
 
     @property
     def measured_layers(self) -> Layers:
-        """The same on the part of the text that sizes are chosen by."""
+        """The same on the part of the text that sizes are chosen by, a batch to try them on last
+        where a strategy does."""
         if self._measured is None:
             self._measured = self._some_layers()
         return self._measured
@@ -128,7 +129,9 @@ class Sweeps:
         some = [batch for batch, yes in zip(self.batches, chosen_B, strict=True) if yes]
         if len(some) == len(self.batches):
             return self.all_layers
-        return Layers(self.source, some, self.planned.layers[-1] + 1)
+        held_out = int(self.planned.holds_out)
+        some += [self.batches[chosen_B.tolist().index(False)]] * held_out
+        return Layers(self.source, some, self.planned.layers[-1] + 1, held_out)
 
     def measured(self, model: nn.Module, spill: Path | None = None) -> Covariances:
         """The covariances of all layers at once, of a model that is in memory."""
@@ -172,7 +175,8 @@ class Sweeps:
                 if layer in self.planned.layers:
                     assert covariances is not None
                     here = [site for site in candidates if site.layers == (layer,)]
-                    for site, curve in self._curves_of(layer, block, covariances, here).items():
+                    own = LayerModule(self.source.roles, layer, block)
+                    for site, curve in self._curves_of(own, covariances, kept, here).items():
                         found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
             sweep.done(found)
         self._measured = None  # what a fit does not need
@@ -182,14 +186,12 @@ class Sweeps:
         }
 
     def _curves_of(
-        self, layer: int, block: nn.Module, covariances: Covariances, sites: Sequence[Site]
+        self, own: LayerModule, covariances: Covariances, before: States, sites: Sequence[Site]
     ) -> Curves:
-        own = LayerModule(self.source.roles, layer, block)
         measured = self.measured_layers
-        nothing = States(self.store, "", 0, measured.start[0].device)
-        context = self._context(measured, own, own, lambda: covariances, (nothing, nothing), {})
+        context = self._context(measured, own, own, lambda: covariances, (before, before), {})
         out: Curves = {}
-        for strategy, mine in self.planned.strategies(layer, sites):
+        for strategy, mine in self.planned.strategies(own.number, sites):
             if isinstance(strategy, LayerFit):
                 out |= strategy.curves(mine, context)
             else:

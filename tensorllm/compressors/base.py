@@ -260,10 +260,13 @@ class LayerFit(Compressor):
         at_width: whether covariances at the model's width are all that it asks the context for
             (`width_covariance`, `carried_covariance`) beside `whole_inputs`: nothing else is then
             measured whose size is the square of an FFN's width.
+        holds_out: whether `curves` asks for `held_out_error`: a batch is then kept out of its
+            covariances.
     """
 
     needs: ClassVar[Needs] = "activations"
     at_width: ClassVar[bool] = False
+    holds_out: ClassVar[bool] = False
 
     @property
     def whole_inputs(self) -> tuple[str, ...]:
@@ -315,7 +318,7 @@ class LayerFit(Compressor):
         raise _no_outline(self)
 
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
-        """What an error of a whole role matrix (I, D) costs, in the unit of the curves."""
+        """What adding an error (I, D) to a whole role matrix costs, in the unit of the curves."""
         del context, role, lost_ID
         raise _no_outline(self)
 

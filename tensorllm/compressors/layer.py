@@ -198,6 +198,16 @@ class LayerContext(Protocol):
         relative to the output's squared size."""
         ...
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is text that the covariances have not seen, for `held_out_error`."""
+        ...
+
+    def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
+        """How far the layer's output on that text moves with these role matrices (I, D) in the
+        place of its own, in the unit of `output_error`."""
+        ...
+
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors, gradients as a rule, by their sums over the processes of the fit."""
         ...

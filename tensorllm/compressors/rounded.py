@@ -267,7 +267,7 @@ class RoundedFit(WrappedFit):
         """What rounding a matrix costs by bits, and at 0 what leaving it out does."""
         w_ID = context.weight(role).float()
         metric_DD = self.inner.rounding_metric(context, role).to(w_ID.device)
-        out = {0: self.inner.error_of(context, role, w_ID)}
+        out = {0: self.inner.error_of(context, role, -w_ID)}
         by = compensation(metric_DD)
         for bits, how in HOW.items():
             lost_ID = quantised_whole(w_ID, how, by).dense() - w_ID

@@ -72,6 +72,7 @@ class WrappedFit(LayerFit):
     source = of_inner()
     needs = of_inner()
     at_width = of_inner()
+    holds_out = of_inner()
     named = of_inner()
     gradient_of = of_inner()
     whole_inputs = of_inner()

@@ -40,6 +40,7 @@ def test_the_curve_is_the_error_of_least_squares_on_the_first_channels() -> None
         input_covariance=lambda role: h_NF.mT @ h_NF / 400,
         geometry=SimpleNamespace(D=12),
         tokens=400,
+        holds_out=False,
     )
     found = curve(site, context, gradient_DD)  # type: ignore[arg-type]
     scores_F = h_NF.square().sum(0) * ((out_FD @ gradient_DD) * out_FD).sum(1)
@@ -67,6 +68,7 @@ def test_channels_fitted_to_fewer_tokens_than_there_are_channels_are_not_taken_f
         input_covariance=lambda role: h_NF.mT @ h_NF / 24,
         geometry=SimpleNamespace(D=12),
         tokens=24,
+        holds_out=False,
     )
     found = curve(site, context, torch.eye(12).double())  # type: ignore[arg-type]
     whole = float((h_NF @ out_FD).square().sum() / 24)

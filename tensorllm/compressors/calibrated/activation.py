@@ -28,12 +28,8 @@ from tensorllm.compressors.calibrated.channels import (
     least_stored,
     narrowed_site,
 )
-from tensorllm.compressors.calibrated.maps import (
-    Group,
-    map_shape,
-    pivoted,
-    site_of,
-)
+from tensorllm.compressors.calibrated.held_out import mean_times
+from tensorllm.compressors.calibrated.maps import Group, map_shape, pivoted, site_of
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
 from tensorllm.compressors.layer import LayerContext, LayerResult, OfGiven, Site, Size
@@ -45,7 +41,6 @@ from tensorllm.tensors.kept_rows import kept_rows_outline
 from tensorllm.tensors.pivoted import pivoted_outline, pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
-from tensorllm.tensors.weighted import left_out
 
 PASSES = 2  # of all runs as far as each group's input, with their covariances
 
@@ -98,6 +93,7 @@ class ActivationTucker(LayerFit):
     source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
     needs: ClassVar[Needs] = "gradients"
     at_width: ClassVar[bool] = True
+    holds_out: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES
 
     @property
@@ -191,9 +187,11 @@ class ActivationTucker(LayerFit):
         out = {s: curve(s, context, written(context, ("out",), self.plain)) for s in narrowed}
         for key in reading_together([role for site in sites for role in site.roles]):
             here = AtWidth.of(context, key, self.plain)
+            tried = {role: here.tried(context, role) for role in key}
             for site in (site for site in sites if set(site.roles) <= set(key)):
                 shape = map_shape(context.geometry, site.roles)
-                error_S = left_out(here.metric, here.carried(context, site.roles), min(shape))
+                error_S = here.left_out(context, site.roles)
+                error_S = error_S * mean_times([tried[role] for role in site.roles])
                 ranks = self._ranks(len(error_S))
                 cost = [pivoted_parameters(shape, rank) for rank in ranks]
                 ranks_S = torch.tensor(ranks)
@@ -207,11 +205,16 @@ class ActivationTucker(LayerFit):
         return pivoted_outline(rows, width, size[0], not is_output_projection(site.roles[0]))
 
     def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
+        if is_output_projection(role):
+            return written(context, (role,), self.plain)
         return context.width_covariance((role,))
 
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
-        """tr(E M Eᵀ) at the model's width; on the other side, which is not measured, as much as it
-        costs on average: the carried covariance's trace over the matrix's square."""
+        """By a trial, as curves are; without text for one tr(E M Eᵀ) at the model's width, on the
+        other side as much as it costs on average: the carried covariance's trace over the matrix's
+        square."""
+        if context.holds_out:
+            return context.held_out_error({role: context.weight(role) + lost_ID})
         metric_DD = context.width_covariance((role,)).to(lost_ID.device)
         carried_DD = context.carried_covariance((role,)).to(lost_ID.device)
         w_ID = context.weight(role).float()

@@ -10,7 +10,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.calibrated.maps import Group, Map, stacked
+from tensorllm.compressors.calibrated.held_out import SHARE, Trial, times_expected
+from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, stacked
 from tensorllm.compressors.layer import LayerContext, OfGiven
 from tensorllm.tensors.factors import wide
 from tensorllm.tensors.stacking import is_output_projection
@@ -19,6 +20,7 @@ from tensorllm.tensors.weighted import (
     Metric,
     as_dear,
     floor_of,
+    left_out,
     projection,
     regression,
     through,
@@ -58,6 +60,7 @@ class AtWidth:
     plain: float | None
     writes: bool
     _grams: dict[str, Tensor] = field(default_factory=dict)  # of roles that stand in several sites
+    _left: dict[Group, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -95,6 +98,25 @@ class AtWidth:
             carried_DD = context.carried_covariance((role,))
             self._grams[role] = as_dear(gram_DD, carried_DD, self.seen_DD)
         return self._grams[role]
+
+    def left_out(self, context: LayerContext, roles: Group) -> Tensor:
+        """(S,): what the best maps of ranks 1 to S, the full one, still cost."""
+        if roles not in self._left:
+            ranks = min(map_shape(context.geometry, roles))
+            self._left[roles] = left_out(self.metric, self.carried(context, roles), ranks)
+        return self._left[roles]
+
+    def tried(self, context: LayerContext, role: str) -> Trial:
+        """A map of low rank of one role, tried on text that the covariances have not seen."""
+        error_S = self.left_out(context, (role,))
+        rank = max(1, len(error_S) // SHARE)
+        expected = float(error_S[rank - 1])
+        if not context.holds_out:
+            return Trial(expected, 1.0)
+        left_MR, right_RX = self.fit(context, (role,), rank).map
+        near_MX = left_MR @ right_RX
+        near_ID = near_MX.mT if self.writes else near_MX
+        return Trial(expected, times_expected(context, {role: near_ID}, expected))
 
     @cached_property
     def _half(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensorllm.compressors.applied import Applied, Kept
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.calibrated.at_width import AtWidth, written
+from tensorllm.compressors.calibrated.held_out import SHARE, times_expected
 from tensorllm.compressors.calibrated.refit import DAMPING, Moving
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.kept_rows import KeptRows
@@ -79,7 +80,26 @@ def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
     cost_S = each * kept_S + len(site.roles) * len(left_F)
     error_S = left_F[kept_S.to(left_F.device)]
     unseen_S = (1 - kept_S / context.tokens).clamp(min=LEAST_FREE).square()
-    return ErrorCurve(cost_S, error_S / unseen_S.to(error_S), kept_S[:, None])
+    error_S = error_S / unseen_S.to(error_S)
+    if context.holds_out:
+        middle = len(kept_S) // SHARE
+        kept_R, left_X = order_F.tensor_split([int(kept_S[middle])])
+        near_FD = torch.zeros_like(out_FD)
+        near_FD[kept_R] = out_FD[kept_R] + _made_up_for(root_FF.to(out_FD), out_FD[left_X])
+        error_S = error_S * times_expected(context, {"out": near_FD}, float(error_S[middle]))
+    return ErrorCurve(cost_S, error_S, kept_S[:, None])
+
+
+def _made_up_for(root_FF: Tensor, rest_XD: Tensor) -> Tensor:
+    """(R, D): what the first R channels can give of what the X others gave.
+
+    Args:
+        root_FF: the lower Cholesky factor of the covariance of all, in this order.
+        rest_XD: rows of `out` of the others.
+    """
+    first = len(root_FF) - len(rest_XD)
+    both_RD = root_FF[first:, :first].mT @ rest_XD
+    return torch.linalg.solve_triangular(root_FF[:first, :first].mT, both_RD, upper=True)
 
 
 def _order(squares_F: Tensor, out_FD: Tensor, gradient_DD: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""What truncation costs on text that no covariance has seen, and what it does to the curves."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+
+from tensorllm.calibration import Calibration, fit
+from tensorllm.calibration.statistics import MEASURED_TOKENS, sampled
+from tensorllm.calibration.sweeps import BATCH
+from tensorllm.compressors import ActivationHybrid, ActivationTucker
+from tensorllm.compressors.calibrated.held_out import MOST, Trial, mean_times, times_expected
+
+PATHS = {
+    **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")},
+    "in": "mlp.up_proj",
+    "gate": "mlp.gate_proj",
+    "out": "mlp.down_proj",
+}
+WRITE = ("o", "out")
+
+
+def long_text(count: int = 60) -> Calibration:
+    """Sequences of 60 tokens; some seventeen are a batch."""
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 101, (count, 60), generator=draws).tolist()
+    return Calibration(tuple(map(tuple, rows)), source="random", seed=0)
+
+
+def asked(
+    monkeypatch: pytest.MonkeyPatch, model: Any, text: Calibration, ask: Any, **settings: Any
+) -> list[Any]:
+    """What `ask(context, curves)` gave in each layer while sizes were measured."""
+    found, before = [], ActivationTucker.curves
+
+    def curves(self: Any, sites: Any, context: Any) -> Any:
+        out = before(self, sites, context)
+        found.append(ask(context, out))
+        return out
+
+    monkeypatch.setattr(ActivationTucker, "curves", curves)
+    fit(ActivationHybrid(target_ratio=1.5, refit_epochs=0, **settings), model, text)
+    return found
+
+
+@torch.no_grad()
+def moved(model: Any, layer: int, role: str, w_ID: Tensor, ids_BT: Tensor) -> float:
+    """The mean squared move of the layer's output relative to its size, by the whole model's own
+    run."""
+    linear = model.model.layers[layer].get_submodule(PATHS[role])
+    held, kept = linear.weight.clone(), []
+    handle = model.model.layers[layer].register_forward_hook(
+        lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model(ids_BT)
+    linear.weight.copy_(w_ID.mT if role in WRITE else w_ID)
+    model(ids_BT)
+    linear.weight.copy_(held)
+    handle.remove()
+    before, after = kept
+    return float(((after - before).square().sum(-1) / before.square().sum(-1)).mean())
+
+
+def test_the_error_is_that_of_a_run_on_the_first_batch_that_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, text = tiny_model("llama"), long_text()
+    batches = text.batches(BATCH)
+    measured_B = sampled(batches, model.config.hidden_size, MEASURED_TOKENS)
+    unseen = batches[measured_B.tolist().index(False)]
+
+    def ask(context: Any, curves: Any) -> dict[str, tuple[Tensor, float]]:
+        halves = {role: context.weight(role) / 2 for role in PATHS}
+        assert context.holds_out
+        seen = (b for b, yes in zip(batches, measured_B.tolist(), strict=True) if yes)
+        assert context.tokens == sum(batch.count for batch in seen)
+        return {role: (w, context.held_out_error({role: w})) for role, w in halves.items()}
+
+    for layer, errors in enumerate(asked(monkeypatch, model, text, ask)):
+        for role, (w_ID, error) in errors.items():
+            wanted = moved(model, layer, role, w_ID, unseen.ids_BT)
+            assert error == pytest.approx(wanted, rel=1e-4), (layer, role)
+
+
+def test_a_text_that_is_measured_whole_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for holds_out in asked(
+        monkeypatch, tiny_model("llama"), long_text(4), lambda context, curves: context.holds_out
+    ):
+        assert not holds_out
+
+
+@pytest.mark.parametrize("role", ["q", "o"])
+def test_a_curve_goes_through_what_its_trial_has_cost(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a trial costs thrice what was expected, so does every rank."""
+    model, text = tiny_model("llama"), long_text()
+
+    def curve_of(times: float) -> list[Tensor]:
+        def tried(context: Any, weights: Any, expected: float) -> float:
+            return times if role in weights else 1.0
+
+        with monkeypatch.context() as patched:
+            name = "tensorllm.compressors.calibrated.at_width.times_expected"
+            patched.setattr(name, tried)
+            found: list[Tensor] = asked(
+                patched, model, text, lambda context, curves: by_role(curves, role), sharing=False
+            )
+            return found
+
+    for plain, dear in zip(curve_of(1.0), curve_of(3.0), strict=True):
+        assert torch.allclose(dear, 3 * plain, rtol=1e-9)
+
+
+def by_role(curves: Any, role: str) -> Tensor:
+    (curve,) = (curve for site, curve in curves.items() if site.roles == (role,))
+    errors: Tensor = curve.error_N
+    return errors
+
+
+def test_factors_are_bounded_and_averaged_by_cost() -> None:
+    context: Any = SimpleNamespace(held_out_error=lambda weights: 6.0)
+    assert times_expected(context, {}, 2.0) == 3.0
+    assert times_expected(context, {}, 1e-9) == MOST
+    assert times_expected(context, {}, 1e9) == 1 / MOST
+    assert times_expected(context, {}, 0.0) == 1.0
+    assert mean_times([Trial(1.0, 2.0), Trial(3.0, 4.0)]) == 3.5
+    assert mean_times([Trial(0.0, 2.0)]) == 1.0
