@@ -1,4 +1,4 @@
-"""Markdown tables of docs/methods/activation.md; see fill_numbers.py for how they get there."""
+"""Markdown tables of methods and whole models; see fill_numbers.py for how they get there."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
