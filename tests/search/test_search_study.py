@@ -238,6 +238,59 @@ def test_samplers_make_exactly_the_trials_asked_for(small, tmp_path, objective, 
     assert all(t.user_attrs[RESULT]["ratio"] >= 2.0 for t in found)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "trials", "deaths"), [("tpe", 24, (3, 12, 19)), ("nsga2", 60, (1, 17, 33, 49))]
+)
+def test_a_killed_search_makes_the_trials_of_an_undisturbed_one(
+    small, tmp_path, sampler, trials, deaths
+):
+    """Killed in the middle of a trial: what comes after it learns from its result."""
+    search = Study(replace(SMALL, sampler=sampler, trials=trials))
+    search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
+
+    def die(after: int) -> None:
+        def on_trial(search: Study, queue: TrialQueue) -> None:
+            if sum(t.state.is_finished() for t in queue.trials()) >= after:
+                assert queue.take() is not None
+                os._exit(0)
+
+        search.work(opened(search, tmp_path / "killed"), on_trial)
+
+    for after in deaths:
+        child = multiprocessing.get_context("fork").Process(target=die, args=(after,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+    found = []
+    for name in ("killed", "undisturbed"):
+        queue = opened(search, tmp_path / name)
+        search.work(queue)
+        found.append([(t.number, t.params, t.state, t.values) for t in queue.trials()])
+    assert found[0] == found[1]
+
+
+def test_the_best_points_are_told_once_each():
+    """TPE comes back to what was good: of 8 points 20 trials try some again."""
+    request = replace(SMALL, sampler="tpe", trials=20, rho=(0.01,), full=True)
+    top = run(request).results["top"]
+    assert 1 < len(top) <= 8
+    assert len({json.dumps(row["params"], sort_keys=True) for row in top}) == len(top)
+
+
+def test_progress_counts_the_trials_asked_for_then_the_test_part():
+    told: list[tuple[int, int, str]] = []
+    request = replace(SMALL, sampler="tpe", trials=14, min_ratio=4.0)
+    found = run(request, lambda *update: told.append(update))
+    assert found.results["trials"]["infeasible"] > 0
+    trials = [each for each in told if not each[2].endswith("test")]
+    assert {total for _, total, _ in trials} == {14}
+    assert [done for done, _, _ in trials] == sorted(done for done, _, _ in trials)
+    assert trials[-1][0] == 14
+    scored = told[len(trials) :]
+    assert scored[0][2] == "original on test"
+    assert scored[-1] == (80, 80, "winner on test")
+
+
 def test_a_database_serves_as_storage_and_lost_trials_are_queued_again(small, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     search = Study(replace(SMALL, storage=url, rho=(0.01,)))
@@ -287,6 +340,7 @@ def test_locks_end_with_their_process(tmp_path):
         ({"workers": 99}, r"--workers must be 1\.\."),
         ({"workers": 0}, r"--workers must be 1\.\."),
         ({"storage": "nosuch://host/db"}, "not usable"),
+        ({"together": 9}, r"--together must be in 1\.\.4, got 9"),
         ({"min_ratio": 1e9}, "best reachable is"),
         ({"layers": (9,)}, r"0\.\.3, got 9"),
         ({"dataset": "deno"}, "Did you mean 'demo'"),
