@@ -140,9 +140,10 @@ def _warn(study: Study) -> None:
     for questions in study.datasets:
         count = len(questions.validation.examples)
         if count < FEW:
+            known = f"an accuracy is known to ±{half_width(count):.0f} points only"
             LOG.warning(
-                "%d validation examples%s: an accuracy is known to ±%.0f points only",
+                "%d validation examples%s: %s",
                 count,
                 f" of {questions.label}" if len(study.datasets) > 1 else "",
-                half_width(count),
+                known if study.goal.metric == "accuracy" else "a small change of loss may be luck",
             )

@@ -7,15 +7,18 @@ import random
 import resource
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from rich.console import Console
 
 from tensorllm.commands.search import run
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.reporting.search import search_tables
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import RESULT, TrialQueue
@@ -368,9 +371,13 @@ def test_optuna_is_quiet():
     assert optuna.logging.get_verbosity() == optuna.logging.ERROR
 
 
-def test_running_text_is_cut_to_the_model_s_context(tmp_path):
+def test_running_text_is_cut_to_the_model_s_context_and_has_no_accuracy(tmp_path, caplog):
     text = tmp_path / "words.txt"
     text.write_text(" ".join(["Ada Moss plays banjo ."] * 60))  # blocks are longer than the demo's
     asked = replace(SMALL, dataset="text", data_file=text, limit=2, layers=(3,), rho=(0.05,))
     found = run(replace(asked, objective="loss", matrices=("in",)))
     assert found.results["winner"]["test"]["examples"] == 2
+    with Console(file=StringIO()) as console, console.capture() as shown:
+        console.print(search_tables(found.results))
+    assert "loss" in shown.get()
+    assert "accuracy" not in shown.get() + caplog.text
