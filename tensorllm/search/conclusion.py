@@ -59,7 +59,7 @@ def conclude(
     """
     first, point, goal = steps[0], composed(steps), run.goal_of(queue)
     final = final_scores(run, queue, point, progress)
-    luck = selection(steps, run.request.seed)
+    luck = selection(steps, run.request.seed) if goal.metric == "accuracy" else None
     winner = whole(steps, final["ratio"])
     datasets = _by_dataset(run, first.original, winner, final, luck)
     results: dict[str, Any] = {
@@ -204,16 +204,16 @@ def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
         "origin": "searched",
         "source": f"tensorllm search-ranks, best of {results['trials']['examined']} trials on "
         f"{results['validation_examples']} validation examples; "
-        f"{_test_scores(results['datasets'])} ({results['verdict']['found']})",
+        f"{_test_scores(results['datasets'], results['metric'])} ({results['verdict']['found']})",
     }
     return as_yaml(recipe)
 
 
-def _test_scores(datasets: Sequence[Mapping[str, Any]]) -> str:
+def _test_scores(datasets: Sequence[Mapping[str, Any]], metric: str) -> str:
     sentences = []
     for each in datasets:
         before, after = each["original"]["test"], each["winner"]["test"]
-        figure = "accuracy" if "accuracy" in after else "loss"
+        figure = metric if metric in after else "loss"
         of = f" of {each['name']}" if len(datasets) > 1 else ""
         change = f"{before[figure]:.4g} before, {after[figure]:.4g} after"
         sentences.append(f"{figure} on the test part{of} {change}")

@@ -149,6 +149,13 @@ class TrialQueue:
         """Trials that no worker has taken."""
         return len(self.trials(TrialState.WAITING))
 
+    def left(self) -> int:
+        """Trials that a dead worker of this machine was at, and nobody has taken up."""
+        found = [t for t in self.trials(TrialState.RUNNING) if self.claims and self._claim(t)]
+        for trial in found:
+            self.release(trial.number)
+        return len(found)
+
     def finish(
         self,
         trial: optuna.Trial,

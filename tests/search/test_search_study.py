@@ -25,6 +25,7 @@ from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.selection import ranked
 from tensorllm.search.storage import JOURNAL, Claims, FileLock
 from tensorllm.search.study import Study
+from tensorllm.search.worker import Worker
 
 SMALL = SearchRequest(
     model="demo",
@@ -272,12 +273,36 @@ def test_a_killed_search_makes_the_trials_of_an_undisturbed_one(
     assert found[0] == found[1]
 
 
+def test_trials_that_were_left_are_examined_as_many_at_once(small, tmp_path, monkeypatch):
+    """What a trial is pruned beside depends on which ones are examined together."""
+    search = Study(replace(SMALL, sampler="nsga2", trials=24))
+    search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
+    assert search.examiner.side_by_side == 16
+    dead = opened(search, tmp_path)
+    assert all(dead.take() is not None for _ in range(16))
+    together: list[list[int]] = []
+    monkeypatch.setattr(
+        Worker, "examine", lambda _, trials: together.append([t.number for t in trials])
+    )
+    search.work(opened(search, tmp_path))
+    assert together == [list(range(16)), list(range(16, 24))]
+
+
 def test_the_best_points_are_told_once_each():
     """TPE comes back to what was good: of 8 points 20 trials try some again."""
     request = replace(SMALL, sampler="tpe", trials=20, rho=(0.01,), full=True)
     top = run(request).results["top"]
     assert 1 < len(top) <= 8
     assert len({json.dumps(row["params"], sort_keys=True) for row in top}) == len(top)
+
+
+def test_what_is_told_of_a_search_by_loss_is_about_the_loss():
+    """The luck of a choice by accuracy is not that of this choice."""
+    found = run(replace(SMALL, objective="loss", rho=(0.05,), layers=(2, 3)))
+    assert found.results["winner"]["test"]["accuracy"] is not None
+    assert found.results["selection"] is None
+    assert "loss on the test part" in " ".join(found.recipe.split())
+    assert "accuracy" not in found.recipe
 
 
 def test_progress_counts_the_trials_asked_for_then_the_test_part():
