@@ -13,10 +13,10 @@ def bench(request: BenchRequest, *, json: bool) -> None:
 
       tensorllm bench --model out/ --prompt-tokens 512
     """
-    with progress_bar("measuring"):
+    with progress_bar("measuring") as progress:
         from tensorllm.commands.bench import bench
 
-        found = bench(request)
+        found = bench(request, progress)
     if json:
         print_json(found.to_json())
         return

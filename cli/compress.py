@@ -2,7 +2,7 @@
 
 from tensorllm.requests.compress import CompressRequest
 from tensorllm_cli.interrupt import INTERRUPT
-from tensorllm_cli.show import print_json, print_result, progress_bar
+from tensorllm_cli.show import print_json, print_lines, print_result, progress_bar
 from tensorllm_cli.signature import takes
 
 
@@ -38,7 +38,7 @@ def compress(request: CompressRequest, *, json: bool) -> None:
 
     print_result(result_tables(result))
     if request.out is not None and not request.dry_run:
-        print_result(f"written to {request.out}")
+        print_lines(f"written to {request.out}")
 
 
 def _several(request: CompressRequest, *, as_json: bool) -> None:
@@ -52,4 +52,4 @@ def _several(request: CompressRequest, *, as_json: bool) -> None:
     from tensorllm.reporting.tables import sizes_table
 
     print_result(sizes_table(reports))
-    print_result(f"written to folders in {request.out}")
+    print_lines(f"written to folders in {request.out}")

@@ -1,7 +1,7 @@
 """`tensorllm report`."""
 
 from tensorllm.requests.others import ReportRequest
-from tensorllm_cli.show import print_json, print_result
+from tensorllm_cli.show import print_json, print_lines
 from tensorllm_cli.signature import takes
 
 
@@ -24,6 +24,6 @@ def report(request: ReportRequest, *, json: bool) -> None:
         print_json(made.to_json())
         return
     plots = f", and {len(made.plots)} plots in {made.plots[0].parent}" if made.plots else ""
-    print_result(f"written: {made.page}{plots}")
+    print_lines(f"written: {made.page}{plots}")
     for path in made.cards:
-        print_result(f"extended: {path}")
+        print_lines(f"extended: {path}")

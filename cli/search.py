@@ -37,4 +37,4 @@ def search_ranks(request: SearchRequest, *, json: bool) -> None:
         print_result("the original stays the best: this recipe is not kept (--force-best keeps it)")
     elif request.study is not None:
         best = request.study / "best.yaml"
-        print_result(f"written to {request.study}: tensorllm compress --config {best}")
+        print_lines(f"written to {request.study}: tensorllm compress --config {best}")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from tensorllm.requests.others import ServeRequest
 from tensorllm_cli.interrupt import INTERRUPT
-from tensorllm_cli.show import print_json, print_result
+from tensorllm_cli.show import print_json, print_lines
 from tensorllm_cli.signature import takes
 
 if TYPE_CHECKING:
@@ -26,6 +26,6 @@ def serve(request: ServeRequest, *, json: bool) -> None:
         if json:
             print_json(address.to_json())
         else:
-            print_result(str(address))
+            print_lines(str(address))
 
     serve(request, announce)

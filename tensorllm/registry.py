@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -118,6 +119,11 @@ class Registry(Generic[T]):
 def load_plugins(modules: Sequence[str]) -> None:
     """Import the modules; one that cannot be imported, for whatever reason, is refused."""
     for name in modules:
+        if name.endswith(".py"):
+            raise UserError(
+                f"--plugin takes a module's name such as {Path(name).stem}, whose folder is on "
+                f"PYTHONPATH, not its file; got {name!r}"
+            )
         try:
             importlib.import_module(name)
         except Exception as error:  # the plugin's own code may raise anything

@@ -70,9 +70,15 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, or None where tensorllm did not write the folder."""
+    """The folder's manifest, or None where tensorllm did not write the folder.
+
+    Raises:
+        UserError: there is no such folder, or the manifest cannot be read.
+    """
     path = folder / MANIFEST
     if not path.is_file():
+        if not folder.is_dir():
+            raise UserError(f"no such folder: {folder}")
         return None
     try:
         values = json.loads(path.read_text())

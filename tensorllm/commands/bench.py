@@ -14,6 +14,7 @@ from tensorllm.compression.publish import peak_resident_bytes
 from tensorllm.environment import environment
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.models.task import context_length
+from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime.cost import Cache, Choice, Policy
@@ -65,8 +66,12 @@ class Bench:
         }
 
 
-def bench(request: BenchRequest) -> Bench:
+def bench(request: BenchRequest, progress: Progress = quiet) -> Bench:
     """Measure a factored folder, in its factors and dense, in turns in one process.
+
+    Args:
+        progress: called with (turns done, turns in all, what is timed), then with (models done,
+            models in all, that it is their memory).
 
     Raises:
         UserError: not a factored folder, or numbers that make no sense.
@@ -87,10 +92,12 @@ def bench(request: BenchRequest) -> Bench:
     choices, predicted = choices_of(factored), predicted_of(factored, request.model)
     prompt, new = _lengths(request, context_length(dense.config))
     models = {"dense": dense, "factored": factored}
-    found = measure(models, prompt, new, request.repeats)
+    found = measure(models, prompt, new, request.repeats, progress=progress)
     if request.peak and request.device == "cpu":
         del dense, factored, models
-        found = {k: replace(m, peak_bytes=_peak(request, k, prompt, new)) for k, m in found.items()}
+        for done, (kind, one) in enumerate(list(found.items())):
+            progress(done, len(found), f"memory, {kind}")
+            found[kind] = replace(one, peak_bytes=_peak(request, kind, prompt, new))
     return Bench(
         found,
         choices,

@@ -19,7 +19,7 @@ from tensorllm.requests.search import SearchRequest
 from tensorllm.search.composition import Step, best_of, composed, on_top
 from tensorllm.search.conclusion import SearchResult, conclude, write_files, write_trials
 from tensorllm.search.processes import WAIT, check_workers, run_workers
-from tensorllm.search.queue import TrialQueue
+from tensorllm.search.queue import TrialQueue, infeasible
 from tensorllm.search.selection import half_width, ranked
 from tensorllm.search.storage import storage_errors
 from tensorllm.search.study import Study
@@ -35,7 +35,8 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
     """Search, and score the winner on the test part.
 
     Args:
-        progress: called with (trials done, trials in all, the best so far).
+        progress: called with (trials done, trials in all, the best so far), then with (test
+            examples scored, in all, of which model).
 
     Raises:
         UserError: the request does not fit the model, the data or the study.
@@ -57,7 +58,7 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
                 if step is None:
                     break
                 steps.append(step)
-            result = conclude(study, queue, steps)
+            result = conclude(study, queue, steps, progress)
             log.search(result.results)
             if request.study is not None:
                 write_trials(folder, study, steps[0].trials)
@@ -90,11 +91,13 @@ def _explore(
         trials = queue.trials()
         if on_trials is not None:
             on_trials(trials)
-        done = sum(t.state.is_finished() for t in trials)
+        # A sampler makes up for infeasible trials: they are none of those that were asked for.
+        counted = trials if study.grid else [t for t in trials if not infeasible(t)]
+        done = sum(t.state.is_finished() for t in counted)
         goal = study.goal_of(queue)
         best = ranked(trials, goal)[:1]
         what = f"best {goal.show(best[0][1])}" if best else "no result yet"
-        progress(done, len(trials), what)
+        progress(done, max(len(counted), study.trials), what)
 
     if study.request.workers > 1:
         run_workers(study, folder, lambda: report(study, queue))
@@ -137,9 +140,10 @@ def _warn(study: Study) -> None:
     for questions in study.datasets:
         count = len(questions.validation.examples)
         if count < FEW:
+            known = f"an accuracy is known to ±{half_width(count):.0f} points only"
             LOG.warning(
-                "%d validation examples%s: an accuracy is known to ±%.0f points only",
+                "%d validation examples%s: %s",
                 count,
                 f" of {questions.label}" if len(study.datasets) > 1 else "",
-                half_width(count),
+                known if study.goal.metric == "accuracy" else "a small change of loss may be luck",
             )

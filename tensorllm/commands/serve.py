@@ -39,7 +39,7 @@ class Address:
 
     def __str__(self) -> str:
         ways = "/chat/completions and /completions" if self.chat else "/completions"
-        return f"{self.url} answers at {ways} for the model {self.model}"
+        return f"{self.url} will answer at {ways} for the model {self.model}, once it is loaded"
 
 
 def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:

@@ -185,8 +185,8 @@ class ReasoningDataModule(LightningDataModule, ABC):
         chosen = self._everything[slice(*spans[split])][: self.limit]
         if not chosen:
             raise UserError(
-                f"split {split!r} of {self.name} is empty: "
-                f"it has {len(self._everything)} examples in all"
+                f"split {split!r} of {self.name} is empty: the first {VALIDATION:.0%} of the "
+                f"examples are 'val', the rest 'test'; there is {len(self._everything)} in all"
             )
         return chosen
 

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.tables import new_table
 
-SCORES = ("accuracy, %", "loss")
+SCORES = {"accuracy": "accuracy, %", "loss": "loss"}
 ACROSS = 4  # labels that have a column each; more have rows
 
 
@@ -72,16 +72,16 @@ def _trials(
 ) -> RenderableType:
     names = list(rows[0]["params"]) if rows else []
     worst = ["worst change"] if datasets else []
-    table = new_table(
-        "trial", *names, *worst, *_score_names(datasets), "CR", "error", number_from=0
-    )
+    known = _known(rows)
+    columns = datasets or [SCORES[name] for name in known]
+    table = new_table("trial", *names, *worst, *columns, "CR", "error", number_from=0)
     table.collapse_padding = True  # a hybrid's settings and scores in 80 columns
     for row in rows:
         table.add_row(
             str(row["trial"]),
             *(_plain(row["params"][name]) for name in names),
             *(f"{row['worst_change']:+.4g}" for _ in worst),
-            *_found(row, metric),
+            *_found(row, known, metric),
             f"{row['ratio']:.2f}",
             f"{row['relative_error']:.4f}",
         )
@@ -92,7 +92,9 @@ def _steps(
     steps: Sequence[Mapping[str, Any]], datasets: Sequence[str], metric: str
 ) -> RenderableType:
     """Edits in the order in which they were put on top of one another."""
-    table = new_table("edit", "layers", "settings", *_score_names(datasets), number_from=3)
+    known = _known([step["validation"] for step in steps])
+    columns = datasets or [SCORES[name] for name in known]
+    table = new_table("edit", "layers", "settings", *columns, number_from=3)
     shown = ("trial", "mode", "layers", "validation", "guide")
     for number, step in enumerate(steps, 1):
         settings = "; ".join(f"{key} {_plain(v)}" for key, v in step.items() if key not in shown)
@@ -100,19 +102,19 @@ def _steps(
             str(number),
             _plain(step["layers"]),
             f"{step['mode']}: {settings}",
-            *_found(step["validation"], metric),
+            *_found(step["validation"], known, metric),
         )
     return table
 
 
-def _score_names(datasets: Sequence[str]) -> Sequence[str]:
-    """Columns of scores: of several datasets one each."""
-    return datasets or SCORES
+def _known(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Accuracy and loss; of running text there is no accuracy."""
+    return [name for name in MAIN if any(row[name] is not None for row in rows)]
 
 
-def _found(scores: Mapping[str, Any], metric: str) -> tuple[str, ...]:
-    """Accuracy and loss; of several datasets the metric, or the loss where there is no other."""
-    values = [(SHOWN[name], scores[name]) for name in MAIN]
+def _found(scores: Mapping[str, Any], known: Sequence[str], metric: str) -> tuple[str, ...]:
+    """The scores that are known; of several datasets the metric, or the loss in its place."""
+    values = [(SHOWN[name], scores[name]) for name in known]
     if "datasets" in scores:
         names = [metric if each[metric] is not None else "loss" for each in scores["datasets"]]
         each = zip(names, scores["datasets"], strict=True)

@@ -5,6 +5,7 @@ turn is kept with the time that this process waited, and medians are over the tu
 """
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tensorllm.progress import Progress, quiet
 
 QUIET = 0.02  # of a turn's time, summed over threads, that may be spent waiting for a core
 
@@ -61,11 +64,13 @@ def interleaved(
     calls: Mapping[str, Callable[..., Any]],
     repeats: int,
     before: Mapping[str, Callable[[], Any]] | None = None,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Turn]]:
     """Each call in turns with the others, so that what else the machine does hits all alike.
 
     Args:
         before: by the same names, what makes the argument of each call, outside its time.
+        on_turn: called behind each call that counts, outside its time.
     """
     given = {name: () if before is None else (before[name],) for name in calls}
     for name, call in calls.items():
@@ -82,6 +87,7 @@ def interleaved(
             _wait()
             seconds = time.perf_counter() - started
             out[name].append(Turn(seconds, waited_for_cores() - waited))
+            on_turn()
     return out
 
 
@@ -126,7 +132,13 @@ def waited_for_cores() -> float:
 
 @torch.inference_mode()
 def measure(
-    models: Mapping[str, Any], prompt: int, new: int, repeats: int, seed: int = 0, batch: int = 1
+    models: Mapping[str, Any],
+    prompt: int,
+    new: int,
+    repeats: int,
+    seed: int = 0,
+    batch: int = 1,
+    progress: Progress = quiet,
 ) -> dict[str, Measured]:
     """Run models side by side on the same random tokens.
 
@@ -134,6 +146,7 @@ def measure(
         prompt: tokens of the prompt.
         new: tokens that are decoded behind it, one by one.
         batch: texts that are read and written at once; tokens per second are of all of them.
+        progress: called with (turns done, turns in all, what is timed).
     """
     some = next(iter(models.values()))
     noise = torch.Generator().manual_seed(seed)
@@ -142,9 +155,14 @@ def measure(
     )
     ids = ids.to(some.device)
     whole = ids[:, :prompt]
-    reads = interleaved({name: _prefill(model, whole) for name, model in models.items()}, repeats)
-    prefill, prefill_noise = medians(reads), noises(reads)
     decodes = all(model.can_generate() for model in models.values())
+    turns, turn = (1 + decodes) * repeats * len(models), itertools.count(1)
+    reads = interleaved(
+        {name: _prefill(model, whole) for name, model in models.items()},
+        repeats,
+        on_turn=lambda: progress(next(turn), turns, "prefill"),
+    )
+    prefill, prefill_noise = medians(reads), noises(reads)
     decode: dict[str, float] = {}
     decode_noise: dict[str, float] = {}
     caches: dict[str, Any] = dict.fromkeys(models)
@@ -154,6 +172,7 @@ def measure(
             {name: _decode(model, ids, prompt) for name, model in models.items()},
             repeats,
             {name: partial(copy.deepcopy, cache) for name, cache in caches.items()},
+            on_turn=lambda: progress(next(turn), turns, "decode"),
         )
         decode, decode_noise = medians(writes), noises(writes)
     return {

@@ -11,14 +11,15 @@ from optuna.trial import FrozenTrial, TrialState
 from tensorllm.environment import environment
 from tensorllm.io import replacing, write_text
 from tensorllm.metrics import MAIN
+from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import as_yaml
 from tensorllm.reporting.search_plots import save_plots
 from tensorllm.search.composition import Step, composed, selection, whole
 from tensorllm.search.final import final_scores, mean_scores
 from tensorllm.search.objectives import Objective
-from tensorllm.search.queue import REASON, RESULT, TrialQueue
+from tensorllm.search.queue import REASON, RESULT, TrialQueue, infeasible
 from tensorllm.search.selection import by_dataset, front, half_width, ranked
-from tensorllm.search.space import Point
+from tensorllm.search.space import Point, Space
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult
 from tensorllm.search.verdict import LEVEL, overall, verdict
@@ -46,16 +47,19 @@ class SearchResult:
         return {**self.results, "recipe": self.recipe}
 
 
-def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResult:
+def conclude(
+    run: Study, queue: TrialQueue, steps: Sequence[Step], progress: Progress = quiet
+) -> SearchResult:
     """Score what was chosen on validation, and the original, on the test part.
 
     Args:
         run, queue: of the first step.
         steps: each on top of those before it.
+        progress: called with (test examples scored, in all, of which model).
     """
     first, point, goal = steps[0], composed(steps), run.goal_of(queue)
-    final = final_scores(run, queue, point)
-    luck = selection(steps, run.request.seed)
+    final = final_scores(run, queue, point, progress)
+    luck = selection(steps, run.request.seed) if goal.metric == "accuracy" else None
     winner = whole(steps, final["ratio"])
     datasets = _by_dataset(run, first.original, winner, final, luck)
     results: dict[str, Any] = {
@@ -78,7 +82,7 @@ def conclude(run: Study, queue: TrialQueue, steps: Sequence[Step]) -> SearchResu
         "datasets": datasets,
         "guide": first.guide,
         "late": run.late and queue.waiting() > 0,
-        **_best(first, goal, goal if goal.several else run.goal_of(queue, "pareto")),
+        **_best(first, goal, goal if goal.several else run.goal_of(queue, "pareto"), run.space),
         "cache": _cache(run),
         "environment": environment(),
     }
@@ -134,14 +138,17 @@ def _judged(datasets: Sequence[Mapping[str, Any]], goal: Objective) -> dict[str,
     }
 
 
-def _best(step: Step, goal: Objective, trade: Objective) -> dict[str, Any]:
-    """The first of a step's trials in their order, and those that no other one beats in all.
+def _best(step: Step, goal: Objective, trade: Objective, space: Space) -> dict[str, Any]:
+    """The first of a step's points in their order, and those that no other one beats in all.
 
     Args:
         trade: the objectives that are traded against each other.
     """
+    order: dict[str, dict[str, Any]] = {}
+    for trial, found in ranked(step.trials, goal):  # samplers try a point again
+        order.setdefault(space.point(trial.params).key, _row(trial, found, goal))
     return {
-        "top": [_row(*each, goal) for each in ranked(step.trials, goal)[:10]],
+        "top": list(order.values())[:10],
         "front": [_row(*each, goal) for each in front(step.trials, trade)],
     }
 
@@ -197,16 +204,16 @@ def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
         "origin": "searched",
         "source": f"tensorllm search-ranks, best of {results['trials']['examined']} trials on "
         f"{results['validation_examples']} validation examples; "
-        f"{_test_scores(results['datasets'])} ({results['verdict']['found']})",
+        f"{_test_scores(results['datasets'], results['metric'])} ({results['verdict']['found']})",
     }
     return as_yaml(recipe)
 
 
-def _test_scores(datasets: Sequence[Mapping[str, Any]]) -> str:
+def _test_scores(datasets: Sequence[Mapping[str, Any]], metric: str) -> str:
     sentences = []
     for each in datasets:
         before, after = each["original"]["test"], each["winner"]["test"]
-        figure = "accuracy" if "accuracy" in after else "loss"
+        figure = metric if metric in after else "loss"
         of = f" of {each['name']}" if len(datasets) > 1 else ""
         change = f"{before[figure]:.4g} before, {after[figure]:.4g} after"
         sentences.append(f"{figure} on the test part{of} {change}")
@@ -219,7 +226,7 @@ def _counts(trials: Sequence[FrozenTrial]) -> dict[str, int]:
         "all": len(trials),
         "examined": len(results),
         "pruned": sum(r["stopped"] for r in results),
-        "infeasible": sum(t.state == TrialState.PRUNED and REASON in t.user_attrs for t in trials),
+        "infeasible": sum(infeasible(t) for t in trials),
         "failed": sum(t.state == TrialState.FAIL for t in trials),
         "examples_scored": sum(r["seen"] for r in results),
     }

@@ -1,6 +1,6 @@
 """Winner and original on the test parts: looked at once, unless another winner comes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tensorllm.data.base import ReasoningDataModule
@@ -8,15 +8,23 @@ from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.statistics import compared
 from tensorllm.metrics import MAIN
+from tensorllm.progress import Progress, quiet
 from tensorllm.search.decompositions import applied
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
 from tensorllm.search.verdict import guards_of
 
+Scored = tuple[dict[str, Any], list[Prediction]]
 
-def final_scores(run: Study, queue: TrialQueue, point: Point) -> dict[str, Any]:
+
+def final_scores(
+    run: Study, queue: TrialQueue, point: Point, progress: Progress = quiet
+) -> dict[str, Any]:
     """What the test parts say, kept with the study.
+
+    Args:
+        progress: called with (examples scored, examples in all, which model).
 
     Returns:
         `point`; its `ratio`; `looks`: how often the test parts were looked at; `datasets`: of each
@@ -26,9 +34,20 @@ def final_scores(run: Study, queue: TrialQueue, point: Point) -> dict[str, Any]:
     if known is not None and known["point"] == point.key and "datasets" in known:
         return dict(known)
     edit = run.final_edit(point)
-    before = [_score(run, questions.test) for questions in run.datasets]
+    tests = [questions.test for questions in run.datasets]
+    total, done = 2 * sum(len(test.examples) for test in tests), 0
+
+    def scored(what: str) -> list[Scored]:
+        return [_score(run, test, lambda batch: advance(len(batch), what)) for test in tests]
+
+    def advance(count: int, what: str) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, what)
+
+    before = scored("original on test")
     with applied(edit, run.roles, run.examiner.weights):
-        after = [_score(run, questions.test) for questions in run.datasets]
+        after = scored("winner on test")
     full, stored = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
     final = {
         "point": point.key,
@@ -48,9 +67,16 @@ def final_scores(run: Study, queue: TrialQueue, point: Point) -> dict[str, Any]:
     return final
 
 
-def _score(run: Study, data: ReasoningDataModule) -> tuple[dict[str, Any], list[Prediction]]:
+def _score(
+    run: Study, data: ReasoningDataModule, on_batch: Callable[[list[Prediction]], None]
+) -> Scored:
     rows: list[Prediction] = []
-    metrics = evaluate_model(run.model, run.tokenizer, data, run.protocol, on_batch=rows.extend)
+
+    def keep(batch: list[Prediction]) -> None:
+        rows.extend(batch)
+        on_batch(batch)
+
+    metrics = evaluate_model(run.model, run.tokenizer, data, run.protocol, on_batch=keep)
     return metrics, sorted(rows, key=lambda row: row.index)
 
 

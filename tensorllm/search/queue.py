@@ -107,24 +107,27 @@ class TrialQueue:
         """
         with locked(self.folder / FILLING):
             trials = self.trials()
-            free = [t for t in trials if t.state == TrialState.PRUNED and REASON in t.user_attrs]
-            there = len(trials) - min(len(free), 10 * count)  # a space may have nothing else
+            free = sum(infeasible(t) for t in trials)
+            there = len(trials) - min(free, 10 * count)  # a space may have nothing else
             for number in range(len(trials), len(trials) + count - there):
                 self.study.enqueue_trial(dict(first[number]) if number < len(first) else {})
 
     def take(self) -> optuna.Trial | None:
-        """The next trial of the queue, or one that a dead worker left; None where there is none."""
+        """A trial that a dead worker left, else the next of the queue; None where there is none.
+
+        What was left comes first: samplers learn from the results of all trials before their own.
+        """
         if self.claims is None:
             with stable():
                 optuna.storages.fail_stale_trials(self.study)
-        for trial in self.trials(TrialState.WAITING):
-            if self._claim(trial) and self._start(trial) and not self._doubled(trial):
-                return optuna.Trial(self.study, trial._trial_id)
         for trial in self.trials(TrialState.RUNNING) if self.claims else []:
             if self._claim(trial):
                 if self.storage.get_trial(trial._trial_id).state == TrialState.RUNNING:
                     return optuna.Trial(self.study, trial._trial_id)
                 self.release(trial.number)
+        for trial in self.trials(TrialState.WAITING):
+            if self._claim(trial) and self._start(trial) and not self._doubled(trial):
+                return optuna.Trial(self.study, trial._trial_id)
         return None
 
     def _doubled(self, trial: FrozenTrial) -> bool:
@@ -145,6 +148,13 @@ class TrialQueue:
     def waiting(self) -> int:
         """Trials that no worker has taken."""
         return len(self.trials(TrialState.WAITING))
+
+    def left(self) -> int:
+        """Trials that a dead worker of this machine was at, and nobody has taken up."""
+        found = [t for t in self.trials(TrialState.RUNNING) if self.claims and self._claim(t)]
+        for trial in found:
+            self.release(trial.number)
+        return len(found)
 
     def finish(
         self,
@@ -200,6 +210,11 @@ class TrialQueue:
                     heart.record_heartbeat(trial._trial_id)
 
         threading.Thread(target=beat, daemon=True).start()
+
+
+def infeasible(trial: FrozenTrial) -> bool:
+    """Whether a trial ended without being examined: no edit has its values."""
+    return trial.state == TrialState.PRUNED and REASON in trial.user_attrs
 
 
 def _values(trial: FrozenTrial) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def searchable(spec: ModelSpec) -> str:
 def _layers(roles: RoleMatrices, layers: Sequence[int] | None, together: int) -> tuple[Value, ...]:
     """The first layers of all runs of `together` neighbours among the candidates."""
     if not 1 <= together <= roles.layers:
-        raise UserError(f"layers edited together must be 1 to {roles.layers}, got {together}")
+        raise UserError(f"--together must be in 1..{roles.layers}, got {together}")
     if layers is not None and not layers:
         raise UserError(f"no layer is left to search; the model has layers 0..{roles.layers - 1}")
     known = sorted(roles.check_layers(range(roles.layers) if layers is None else layers))

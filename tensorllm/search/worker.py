@@ -93,7 +93,8 @@ class Worker:
         """The next trials: as many as are best examined at once, but no more than this worker's
         share of what is left, and of a sampler's none that a result could have changed.
         """
-        share = -(-self.queue.waiting() // max(1, self.request.workers))
+        free = self.queue.waiting() + self.queue.left()
+        share = -(-free // max(1, self.request.workers))
         most = min(self.examiner.side_by_side, share)
         if most > 1:
             ended = self.queue.trials(TrialState.COMPLETE, TrialState.PRUNED)

@@ -533,3 +533,20 @@ def test_random_arguments_never_give_a_traceback(
     assert code in (0, 2)
     assert (code == 0) == (err == ""), err
     assert err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *[("export", "{}", "out", *how) for how in ((), ("--quantize", "int8"))],
+        *[("export", "{}", "out", "--format", name) for name in ("narrow", "onnx")],
+        ("bench", "--model", "{}"),
+        ("push", "{}", "me/model"),
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_is_not_there_is_said_so(
+    command: Sequence[str], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused([word.format(tmp_path / "mistyped") for word in command], "no such folder", "mistyped")

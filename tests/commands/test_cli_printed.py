@@ -48,6 +48,22 @@ def test_lists(
         assert word in text
 
 
+def test_a_path_is_not_broken(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it can be copied, and what follows in the line can be run."""
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "a folder whose path is longer" / "than a line of eighty columns has room for"
+    scored = ("evaluate", "--model", "demo", "--dataset", "demo", "--limit", 8)
+    assert run(*scored, "--out", out) == 0
+    search = ("search-ranks", "--model", "demo", "--mode", "laser", "--rho", 0.01, "--layers", 3)
+    assert run(*search, "--limit", 8, "--force-best", "--study", out / "study") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"written to {out}" in lines
+    study, best = out / "study", out / "study" / "best.yaml"
+    assert f"written to {study}: tensorllm compress --config {best}" in lines
+
+
 @pytest.mark.slow
 def test_speed(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorllm.commands.bench.subprocess", forked.stand_in())

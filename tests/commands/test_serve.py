@@ -20,6 +20,7 @@ from tensorllm.commands.generate import generate
 from tensorllm.commands.serve import serve
 from tensorllm.errors import UserError
 from tensorllm.requests.others import GenerateRequest, ServeRequest
+from tensorllm_cli.app import main
 
 PROMPT = "Ada"
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -112,6 +113,19 @@ def test_the_server_opens_the_folder_with_the_cache_that_is_asked_for(
     serve(ServeRequest(model=str(folder), port=free_port(), cache=cache), lambda address: None)
     opens(str(folder))  # afterwards the process is as it was
     assert latents == [cache == "latent", True]
+
+
+def test_the_address_is_told_in_one_line_before_the_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    monkeypatch.setattr("transformers.cli.serve.Serve", lambda *_, **__: None)
+    port = free_port()
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--model", str(folder), "--port", str(port)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"http://localhost:{port}/v1 will answer at /chat/completions")
+    assert line.endswith(f"the model {folder}, once it is loaded")
 
 
 def refused(request: ServeRequest, match: str) -> None:

@@ -1,6 +1,7 @@
 """What README, documentation and --help show can be typed: commands parse, code compiles."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import pytest
 import typer
 import yaml
 from docs_blocks import PAGES, ROOT, blocks, commands
+from tiny_models import tiny_model
 
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.data.base import DATASETS
 from tensorllm.data.catalog import Questions  # noqa: F401  registers all datasets
+from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.recipes import short_names
+from tensorllm.search.space import searchable
 from tensorllm_cli.app import WRONG_USE, app
 
 GROUP = typer.main.get_command(app)
@@ -63,6 +67,14 @@ def test_code_on_the_page_can_be_read(page: Path) -> None:
             compile(text, str(page), "exec")
         elif language in readers:
             readers[language](text)
+
+
+def test_the_search_page_names_every_mode_that_has_something_to_search() -> None:
+    model = tiny_model("llama")
+    there = searchable(RoleMatrices(model.config, parameters_of(model)).spec)
+    page = (ROOT / "docs" / "search.md").read_text()
+    named = page.split("`--mode` is any compressor")[1].split(";")[0]
+    assert sorted(re.findall("`([a-z-]+)`", named)) == sorted(there.split(", "))
 
 
 def test_a_wrong_command_would_be_found() -> None:

@@ -100,7 +100,10 @@ BAD = {
         {"mode": "shared-tucker", "values": {"R1": [32], "R2": [1], "R3": [1]}},
         "can be reached",
     ),
-    "more layers than there are": ({"mode": "laser", "together": 3}, "1 to 2"),
+    "more layers than there are": (
+        {"mode": "laser", "together": 3},
+        r"--together must be in 1\.\.2, got 3",
+    ),
     "no neighbours": ({"mode": "laser", "together": 2, "layers": [1]}, "neighbouring"),
 }
 

@@ -7,21 +7,25 @@ import random
 import resource
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from rich.console import Console
 
 from tensorllm.commands.search import run
 from tensorllm.errors import Incomplete, UserError
+from tensorllm.reporting.search import search_tables
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.objectives import OBJECTIVES
 from tensorllm.search.queue import RESULT, TrialQueue
 from tensorllm.search.selection import ranked
 from tensorllm.search.storage import JOURNAL, Claims, FileLock
 from tensorllm.search.study import Study
+from tensorllm.search.worker import Worker
 
 SMALL = SearchRequest(
     model="demo",
@@ -238,6 +242,83 @@ def test_samplers_make_exactly_the_trials_asked_for(small, tmp_path, objective, 
     assert all(t.user_attrs[RESULT]["ratio"] >= 2.0 for t in found)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "trials", "deaths"), [("tpe", 24, (3, 12, 19)), ("nsga2", 60, (1, 17, 33, 49))]
+)
+def test_a_killed_search_makes_the_trials_of_an_undisturbed_one(
+    small, tmp_path, sampler, trials, deaths
+):
+    """Killed in the middle of a trial: what comes after it learns from its result."""
+    search = Study(replace(SMALL, sampler=sampler, trials=trials))
+    search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
+
+    def die(after: int) -> None:
+        def on_trial(search: Study, queue: TrialQueue) -> None:
+            if sum(t.state.is_finished() for t in queue.trials()) >= after:
+                assert queue.take() is not None
+                os._exit(0)
+
+        search.work(opened(search, tmp_path / "killed"), on_trial)
+
+    for after in deaths:
+        child = multiprocessing.get_context("fork").Process(target=die, args=(after,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+    found = []
+    for name in ("killed", "undisturbed"):
+        queue = opened(search, tmp_path / name)
+        search.work(queue)
+        found.append([(t.number, t.params, t.state, t.values) for t in queue.trials()])
+    assert found[0] == found[1]
+
+
+def test_trials_that_were_left_are_examined_as_many_at_once(small, tmp_path, monkeypatch):
+    """What a trial is pruned beside depends on which ones are examined together."""
+    search = Study(replace(SMALL, sampler="nsga2", trials=24))
+    search.__dict__.update(model=small.model, tokenizer=small.tokenizer)
+    assert search.examiner.side_by_side == 16
+    dead = opened(search, tmp_path)
+    assert all(dead.take() is not None for _ in range(16))
+    together: list[list[int]] = []
+    monkeypatch.setattr(
+        Worker, "examine", lambda _, trials: together.append([t.number for t in trials])
+    )
+    search.work(opened(search, tmp_path))
+    assert together == [list(range(16)), list(range(16, 24))]
+
+
+def test_the_best_points_are_told_once_each():
+    """TPE comes back to what was good: of 8 points 20 trials try some again."""
+    request = replace(SMALL, sampler="tpe", trials=20, rho=(0.01,), full=True)
+    top = run(request).results["top"]
+    assert 1 < len(top) <= 8
+    assert len({json.dumps(row["params"], sort_keys=True) for row in top}) == len(top)
+
+
+def test_what_is_told_of_a_search_by_loss_is_about_the_loss():
+    """The luck of a choice by accuracy is not that of this choice."""
+    found = run(replace(SMALL, objective="loss", rho=(0.05,), layers=(2, 3)))
+    assert found.results["winner"]["test"]["accuracy"] is not None
+    assert found.results["selection"] is None
+    assert "loss on the test part" in " ".join(found.recipe.split())
+    assert "accuracy" not in found.recipe
+
+
+def test_progress_counts_the_trials_asked_for_then_the_test_part():
+    told: list[tuple[int, int, str]] = []
+    request = replace(SMALL, sampler="tpe", trials=14, min_ratio=4.0)
+    found = run(request, lambda *update: told.append(update))
+    assert found.results["trials"]["infeasible"] > 0
+    trials = [each for each in told if not each[2].endswith("test")]
+    assert {total for _, total, _ in trials} == {14}
+    assert [done for done, _, _ in trials] == sorted(done for done, _, _ in trials)
+    assert trials[-1][0] == 14
+    scored = told[len(trials) :]
+    assert scored[0][2] == "original on test"
+    assert scored[-1] == (80, 80, "winner on test")
+
+
 def test_a_database_serves_as_storage_and_lost_trials_are_queued_again(small, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     search = Study(replace(SMALL, storage=url, rho=(0.01,)))
@@ -287,6 +368,7 @@ def test_locks_end_with_their_process(tmp_path):
         ({"workers": 99}, r"--workers must be 1\.\."),
         ({"workers": 0}, r"--workers must be 1\.\."),
         ({"storage": "nosuch://host/db"}, "not usable"),
+        ({"together": 9}, r"--together must be in 1\.\.4, got 9"),
         ({"min_ratio": 1e9}, "best reachable is"),
         ({"layers": (9,)}, r"0\.\.3, got 9"),
         ({"dataset": "deno"}, "Did you mean 'demo'"),
@@ -314,9 +396,13 @@ def test_optuna_is_quiet():
     assert optuna.logging.get_verbosity() == optuna.logging.ERROR
 
 
-def test_running_text_is_cut_to_the_model_s_context(tmp_path):
+def test_running_text_is_cut_to_the_model_s_context_and_has_no_accuracy(tmp_path, caplog):
     text = tmp_path / "words.txt"
     text.write_text(" ".join(["Ada Moss plays banjo ."] * 60))  # blocks are longer than the demo's
     asked = replace(SMALL, dataset="text", data_file=text, limit=2, layers=(3,), rho=(0.05,))
     found = run(replace(asked, objective="loss", matrices=("in",)))
     assert found.results["winner"]["test"]["examples"] == 2
+    with Console(file=StringIO()) as console, console.capture() as shown:
+        console.print(search_tables(found.results))
+    assert "loss" in shown.get()
+    assert "accuracy" not in shown.get() + caplog.text
