@@ -5,7 +5,7 @@
 
 A number stands between two comments, which Markdown does not show:
 
-    ours is <!-- n:decompose/cpu/GPT-J/times|.0f -->164<!-- /n --> times faster
+    ours is <!-- n:decompose/cpu/GPT-J/times;.0f -->164<!-- /n --> times faster
 
 The path leads into docs/results/decompose.json (`comparisons` on the way may be left out; lists
 count from 0), or begins with `plan` for what scripts/plan.py computes. The format is Python's, by
@@ -53,7 +53,7 @@ from runtime_tables import compiled, one_token, real_runtime
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"(?<!`)(<!-- n:([^|]+?)(?:\|(\S+))? -->)(.*?)(<!-- /n -->)")
+NUMBER = re.compile(r"(?<!`)(<!-- n:([^;]+?)(?:;(\S+))? -->)(.*?)(<!-- /n -->)")
 TABLE = re.compile(r"^(<!-- table:(\S+)(.*?) -->\n)(.*?)(^<!-- /table -->)", re.M | re.S)
 TABLES: dict[str, Callable[..., str]] = {
     "benchmark": benchmark,

@@ -39,7 +39,7 @@ def test_numbers_and_tables_are_filled(copy: Path):
     (copy / "docs/results/toy.json").write_text(json.dumps(results))
     page = copy / "docs" / "page.md"
     page.write_text(
-        "a <!-- n:toy/cpu/slow/times|.2f -->9<!-- /n --> b <!-- n:toy/cpu/comparisons/slow/peer -->"
+        "a <!-- n:toy/cpu/slow/times;.2f -->9<!-- /n --> b <!-- n:toy/cpu/comparisons/slow/peer -->"
         "<!-- /n -->\n```\n<!-- n:none/x -->left alone<!-- /n -->\n```\n"
         "`<!-- n:none/x -->`left alone, too<!-- /n -->\n\n"
         "<!-- table:comparisons toy/cpu -->\nold\n<!-- /table -->\n"
@@ -48,7 +48,7 @@ def test_numbers_and_tables_are_filled(copy: Path):
     assert fill(copy, "--check").returncode == 1
     assert fill(copy).returncode == 0
     text = page.read_text()
-    assert "a <!-- n:toy/cpu/slow/times|.2f -->4.50<!-- /n --> b" in text
+    assert "a <!-- n:toy/cpu/slow/times;.2f -->4.50<!-- /n --> b" in text
     assert "peer -->9<!-- /n -->" in text
     assert text.count("left alone") == 2
     assert "| slow | 2 s | other 9 s | 4.5 | 5 (missed) |\n" in text
