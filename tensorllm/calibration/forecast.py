@@ -17,6 +17,7 @@ PARTS = 100_000  # of the whole; reported as a share, as no part is anything one
 # What measuring costs in passes forward, and what decompositions of the model's width cost in
 # multiply-adds over its cube, of curves and of factors (benchmarks/scaling_fit.py).
 PASSES, CURVES, FACTORS = 3, 110, 90
+TRIALS = 7  # runs of a layer on the batch that is held out, those of its FFN alone counted in part
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ def stages_ahead(
         measured, fitted: their text.
         alone: whether the current one is all.
     """
-    measuring = _stage(planned, MEASURING, PASSES * _tokens(measured), CURVES)
+    trials = TRIALS * _tokens(measured[-1:]) * planned.holds_out
+    measuring = _stage(planned, MEASURING, PASSES * _tokens(measured) + trials, CURVES)
     fitting = _stage(planned, FITTING, planned.passes * _tokens(fitted), FACTORS)
     if current == FITTING:
         return [fitting]
