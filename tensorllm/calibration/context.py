@@ -26,6 +26,7 @@ from tensorllm.compressors.layer import MatrixStatistics, OfGiven, Site, Size
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.unfold import add_gram, mirror
+from tensorllm.weights import dense_matrices
 
 SMALLEST = 1e-20  # of a token's output: its size is divided by
 
@@ -284,6 +285,10 @@ class Context:
     @property
     def holds_out(self) -> bool:
         return bool(self._held_out)
+
+    def matrices(self, site: Site, factors: Factors) -> dict[str, Tensor]:
+        parts = dense_matrices(site, factors, self.original.roles)
+        return dict(zip(site.roles, parts, strict=True))
 
     @torch.no_grad()
     def held_out_error(self, weights: Mapping[str, Tensor]) -> float:

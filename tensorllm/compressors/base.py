@@ -307,6 +307,13 @@ class LayerFit(Compressor):
         del site, geometry, size
         raise _no_outline(self)
 
+    def example(self, site: Site, context: LayerContext) -> Factors | None:
+        """Factors of a site at a middling size, by the covariances that `curves` sees, which a
+        budget in bytes tries in few bits on `context.held_out_error`; None: what rounding costs
+        is taken from that of the whole matrices."""
+        del site, context
+        return None
+
     def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
         """Weights (D, D) of errors along the model's width, by which a whole matrix is rounded
         where a budget in bytes leaves it one, float64.

@@ -203,6 +203,10 @@ class LayerContext(Protocol):
         """Whether there is text that the covariances have not seen, for `held_out_error`."""
         ...
 
+    def matrices(self, site: Site, factors: Factors) -> dict[str, Tensor]:
+        """The role matrices (I, D) that factors of a site stand for."""
+        ...
+
     def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
         """How far the layer's output on that text moves with these role matrices (I, D) in the
         place of its own, in the unit of `output_error`."""

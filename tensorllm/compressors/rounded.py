@@ -151,7 +151,13 @@ class Sizes:
     outline: Callable[[Size], Factors]
 
     def with_bits(
-        self, plain: ErrorCurve, errs: Mapping[int, float], total: float, *, whole: bool = True
+        self,
+        plain: ErrorCurve,
+        errs: Mapping[int, float],
+        total: float,
+        *,
+        whole: bool = True,
+        tried: Mapping[int, float] | None = None,
     ) -> ErrorCurve:
         """A curve whose sizes are ranks and bits, and whose costs are bytes.
 
@@ -160,6 +166,7 @@ class Sizes:
             errs: bits -> what rounding the whole tensor costs, in the unit of the curve.
             total: what the tensor would cost if it were zero.
             whole: whether the tensor itself is a candidate.
+            tried: bits -> what rounding factors cost in a trial; else it is estimated from `errs`.
         """
         nothing = (0,) * plain.sizes_NC.shape[1]
         found: list[tuple[int, float, Size]] = []
@@ -170,7 +177,7 @@ class Sizes:
             left = max(0.0, 1 - error / total) if total > 0 else 0.0
             found.append((self.bytes(factors, None), error, (*ranks, 0)))
             for bits, each in errs.items():
-                worse = factors.rounding * each * left
+                worse = factors.rounding * each * left if tried is None else tried[bits]
                 found.append((self.bytes(factors, bits), error + worse, (*ranks, bits)))
         for bits, error in {0: 0.0, **errs}.items() if whole else ():
             tensor = Whole(torch.empty(self.shape, dtype=self.dtype, device="meta"))
@@ -239,6 +246,7 @@ class RoundedFit(WrappedFit):
                 {bits: sum(each[bits] for each in mine) for bits in HOW},
                 sum(each[0] for each in mine),
                 whole=len(site.roles) == 1,  # several are, each alone, in another way of grouping
+                tried=self._tried(context, site),
             )
         return out
 
@@ -262,6 +270,19 @@ class RoundedFit(WrappedFit):
                 found[site] = quantise(factors, HOW[bits[site]])
                 context.put(site, found[site])
         return LayerResult(found, result.parameters)
+
+    def _tried(self, context: LayerContext, site: Site) -> dict[int, float] | None:
+        """Bits -> what rounding a site's factors costs, where that can be tried: matrices of
+        different sizes that share a factor may lose all that the small ones are."""
+        factors = self.inner.example(site, context) if context.holds_out else None
+        if factors is None:
+            return None
+        plainly = context.held_out_error(context.matrices(site, factors))
+        costs = {
+            bits: context.held_out_error(context.matrices(site, quantise(factors, how)))
+            for bits, how in HOW.items()
+        }
+        return {bits: max(0.0, cost - plainly) for bits, cost in costs.items()}
 
     def _errors(self, context: LayerContext, role: str) -> dict[int, float]:
         """What rounding a matrix costs by bits, and at 0 what leaving it out does."""

@@ -82,6 +82,7 @@ class WrappedFit(LayerFit):
     ffn_channels = of_inner()
     ways = of_inner()
     curves = of_inner()
+    example = of_inner()
     passes = of_inner()
     fit_layer = of_inner()
 

@@ -11,8 +11,13 @@ from torch import Tensor
 from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.statistics import MEASURED_TOKENS, sampled
 from tensorllm.calibration.sweeps import BATCH
+from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
+from tensorllm.compressors.calibrated.at_width import AtWidth
 from tensorllm.compressors.calibrated.held_out import MOST, Trial, mean_times, times_expected
+from tensorllm.compressors.calibrated.maps import pivoted
+from tensorllm.compressors.rounded import HOW, RoundedFit
+from tensorllm.tensors.quantised import quantise
 
 PATHS = {
     **{role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")},
@@ -129,3 +134,35 @@ def test_factors_are_bounded_and_averaged_by_cost() -> None:
     assert times_expected(context, {}, 0.0) == 1.0
     assert mean_times([Trial(1.0, 2.0), Trial(3.0, 4.0)]) == 3.5
     assert mean_times([Trial(0.0, 2.0)]) == 1.0
+
+
+def test_what_rounding_factors_costs_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size of q, k and v in one factor costs in four bits at least what a trial has cost."""
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    with torch.no_grad():  # of very different sizes
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(1e-3)
+            layer.self_attn.o_proj.weight.mul_(1e3)
+    together, found, before = ("q", "k", "v"), [], RoundedFit.curves
+
+    def curves(self: Any, sites: Any, context: Any) -> Any:
+        out = before(self, sites, context)
+        site = next(site for site in sites if site.roles == together)
+        rank = 32
+        fitted = AtWidth.of(context, together, self.inner.plain).fit(context, together, rank)
+        factors = pivoted(*fitted.map, together)
+        costs = [
+            context.held_out_error(context.matrices(site, each))
+            for each in (factors, *(quantise(factors, how) for how in HOW.values()))
+        ]
+        found.append((out[site], costs))
+        return out
+
+    monkeypatch.setattr(RoundedFit, "curves", curves)
+    mode = ActivationHybrid(target_bytes=200_000, refit_epochs=0, narrowing=False)
+    compress(model, mode, calibration=long_text())
+    for curve, (plainly, eight, four) in found:
+        assert four - plainly > 5 * abs(eight - plainly)
+        sizes = curve.sizes_NC
+        in_four = curve.error_N[(sizes[:, -1] == 4) & (sizes[:, 0] > 0)]
+        assert (in_four >= 0.99 * (four - plainly)).all()

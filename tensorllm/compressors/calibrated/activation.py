@@ -28,7 +28,7 @@ from tensorllm.compressors.calibrated.channels import (
     least_stored,
     narrowed_site,
 )
-from tensorllm.compressors.calibrated.held_out import mean_times
+from tensorllm.compressors.calibrated.held_out import SHARE, mean_times
 from tensorllm.compressors.calibrated.maps import Group, map_shape, pivoted, site_of
 from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
 from tensorllm.compressors.checks import check_seed
@@ -203,6 +203,13 @@ class ActivationTucker(LayerFit):
         if is_narrowed(site):
             return kept_rows_outline(rows, width, size[0] * len(site.roles))
         return pivoted_outline(rows, width, size[0], not is_output_projection(site.roles[0]))
+
+    def example(self, site: Site, context: LayerContext) -> Factors | None:
+        if is_narrowed(site):  # rows are kept as they are
+            return None
+        rank = max(1, min(map_shape(context.geometry, site.roles)) // SHARE)
+        fitted = AtWidth.of(context, site.roles, self.plain).fit(context, site.roles, rank)
+        return pivoted(*fitted.map, site.roles)
 
     def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
         if is_output_projection(role):
