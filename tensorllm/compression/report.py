@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tensorllm.models.spec import ModelSpec
+from tensorllm.tensors.quantised import BITS
 from tensorllm.tensors.stacking import ATTENTION_ROLES
 
 RATIO_NAMES = {
@@ -46,6 +47,12 @@ class SiteReport:
     @property
     def ratio(self) -> float:
         return self.parameters_before / self.parameters_after
+
+    @property
+    def few_bits(self) -> str:
+        """`int8` or `int4`, where its numbers are held so; else nothing."""
+        how = self.kind.partition("-")[0]
+        return how if how in BITS else ""
 
 
 @dataclass(frozen=True, slots=True)

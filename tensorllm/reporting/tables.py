@@ -1,5 +1,6 @@
 """Rich tables that fit a terminal of 80 columns."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ def compression_tables(report: CompressionReport) -> RenderableType:
     """Sites, ratios, and scores before and after where there are any."""
     parts: list[RenderableType] = [_headline(report), *_found(report)]
     parts += [_sites(report), _ratios(report)]
+    parts += _few_bits(report)
     if report.format == "factored":
         parts.append(_policy(report))
     elif report.ffn_width is not None:
@@ -41,6 +43,15 @@ def _found(report: CompressionReport) -> list[RenderableType]:
         where = ", ".join(map(str, layers)) if len(layers) <= MANY else f"{len(layers)} layers"
         out.append(Text(f"passed over, without {', '.join(roles)}: layers {where}"))
     return out
+
+
+def _few_bits(report: CompressionReport) -> list[str]:
+    """How many sites are held in few bits, which ranks and numbers do not tell."""
+    held = Counter(site.few_bits for site in report.sites if site.few_bits)
+    if not held:
+        return []
+    shown = ", ".join(f"{count} in {how}" for how, count in sorted(held.items()))
+    return [f"of {len(report.sites)} sites {shown}; report.json says which (kind)"]
 
 
 def _policy(report: CompressionReport) -> str:

@@ -3,6 +3,7 @@
 Shapes: I and D of a role matrix.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_text import text
+from rich.console import Console
 from tiny_models import tiny_model
 
 import tensorllm as tl
@@ -36,6 +38,7 @@ from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.rounded import HOW, RoundedLeaf, Sizes
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
+from tensorllm.reporting.tables import compression_tables
 from tensorllm.requests.compress import CompressRequest
 from tensorllm.tensors.factors import cast
 from tensorllm.tensors.quantised import (
@@ -383,3 +386,12 @@ def test_the_command_stores_factors_unless_it_is_told_otherwise(tmp_path: Path) 
         run(CompressRequest(**asked, out=tmp_path / "other", format="dense"))
     with pytest.raises(UserError, match="give one of"):
         run(CompressRequest(**asked, target_ratio=2.0, out=tmp_path / "other"))
+
+
+def test_the_table_says_which_sites_are_in_few_bits() -> None:
+    report = tl.compress(tiny_model("llama"), Rounded(bits=4, matrices=("q", "in")), layers=[0])
+    out = io.StringIO()
+    Console(width=80, file=out).print(compression_tables(report))
+    assert "of 2 sites 2 in int4" in out.getvalue()
+    plain = tl.compress(tiny_model("llama"), PlainSVD(kept=0.5), layers=[0])
+    assert not any(site.few_bits for site in plain.sites)
