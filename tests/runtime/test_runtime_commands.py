@@ -144,11 +144,11 @@ def test_bench_counts_bytes_that_are_there(story_folder: Path, cache: Any, kept:
 
 def test_bench_says_how_far_it_is(story_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tensorllm.commands.bench._peak", lambda *_: 1)
-    told: list[tuple[int, int, str]] = []
+    reported: list[tuple[int, int, str]] = []
     sizes = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 2}
-    bench(BenchRequest(model=story_folder, **sizes), lambda *update: told.append(update))
+    bench(BenchRequest(model=story_folder, **sizes), lambda *update: reported.append(update))
     turns = [(n, 8, "prefill" if n <= 4 else "decode") for n in range(1, 9)]
-    assert told == [*turns, (0, 2, "memory, dense"), (1, 2, "memory, factored")]
+    assert reported == [*turns, (0, 2, "memory, dense"), (1, 2, "memory, factored")]
 
 
 def test_bench_takes_what_fits_a_small_model(tmp_path: Path):

@@ -197,14 +197,14 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(
     assert (tmp_path / JOURNAL).read_bytes() == before
 
 
-def _work_until_full(search: Study, folder: Path, room: int, told) -> None:
+def _work_until_full(search: Study, folder: Path, room: int, reported) -> None:
     size = (folder / JOURNAL).stat().st_size + room
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:
         search.work(search.queue(folder))
     except Incomplete as error:
-        told.send(str(error))
-    told.close()
+        reported.send(str(error))
+    reported.close()
     os._exit(0)
 
 
@@ -212,11 +212,11 @@ def _work_until_full(search: Study, folder: Path, room: int, told) -> None:
 def test_a_full_disk_is_one_line_and_the_study_goes_on(small, undisturbed, tmp_path, room):
     opened(small, tmp_path)
     context = multiprocessing.get_context("fork")
-    told, tell = context.Pipe(duplex=False)
+    reported, tell = context.Pipe(duplex=False)
     child = context.Process(target=_work_until_full, args=(small, tmp_path, room, tell))
     child.start()
     tell.close()
-    message = told.recv()
+    message = reported.recv()
     child.join()
     assert "cannot be written" in message
     assert "run the same command again to go on" in message
@@ -306,15 +306,15 @@ def test_what_is_told_of_a_search_by_loss_is_about_the_loss():
 
 
 def test_progress_counts_the_trials_asked_for_then_the_test_part():
-    told: list[tuple[int, int, str]] = []
+    reported: list[tuple[int, int, str]] = []
     request = replace(SMALL, sampler="tpe", trials=14, min_ratio=4.0)
-    found = run(request, lambda *update: told.append(update))
+    found = run(request, lambda *update: reported.append(update))
     assert found.results["trials"]["infeasible"] > 0
-    trials = [each for each in told if not each[2].endswith("test")]
+    trials = [each for each in reported if not each[2].endswith("test")]
     assert {total for _, total, _ in trials} == {14}
     assert [done for done, _, _ in trials] == sorted(done for done, _, _ in trials)
     assert trials[-1][0] == 14
-    scored = told[len(trials) :]
+    scored = reported[len(trials) :]
     assert scored[0][2] == "original on test"
     assert scored[-1] == (80, 80, "winner on test")
 

@@ -1,11 +1,10 @@
-"""How much more a matrix of low rank costs than its curve says, by a trial on other text.
+"""How much truncating a matrix costs beside what its error curve predicts, on held-out text.
 
-A curve takes inputs and gradients for independent, errors for small, and the covariances that the
-best matrix is chosen by for those of all text. On a real model truncated q and k then lose a
-quarter to once, o and the FFN's matrices once to three times what their curves say, so that sizes
-chosen by these alone leave too much to the first. One trial per matrix tells the factor; along a
-curve it changes little.
-Shapes: I and D of a role matrix, R rank.
+A curve assumes that inputs and gradients are independent and errors small, and it is computed from
+the same covariances as the best matrix of each rank. On a real model, truncated q and k then move
+the layer's output by 0.1 to 1.9 times what is predicted, o and the FFN's matrices by 1 to 4 times
+(docs/methods/activation_measured.md). One trial per matrix gives the factor for its whole curve.
+Shapes: I and D of a role matrix.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,26 +14,26 @@ from torch import Tensor
 
 from tensorllm.compressors.layer import LayerContext
 
-SHARE = 2  # a trial keeps the full rank over this, or as many channels
-MOST = 5.0  # times that a trial changes a curve, up or down: it is of one batch
+SHARE = 2  # a trial keeps the full rank, or all channels, divided by this
+MOST = 5.0  # largest factor, up or down: a trial is of one batch
 
 
 class Trial(NamedTuple):
-    """What a trial was expected to cost, and how many times that it did."""
+    """The error that the curve predicts, and how many times that the trial measured."""
 
     expected: float
     times: float
 
 
 def mean_times(trials: Sequence[Trial]) -> float:
-    """Of several matrices in one, by what each is expected to cost; 1 where that is nothing."""
+    """The mean over matrices that share a factor, by predicted error; 1 where that is 0."""
     whole = sum(trial.expected for trial in trials)
     return sum(trial.expected * trial.times for trial in trials) / whole if whole > 0 else 1.0
 
 
 def times_expected(context: LayerContext, weights: Mapping[str, Tensor], expected: float) -> float:
-    """How many times what is expected the layer's output loses with these role matrices (I, D), on
-    text that the covariances have not seen."""
+    """The error of the layer's output on held-out text with these role matrices (I, D), relative to
+    the predicted one."""
     if not expected > 0:
         return 1.0
     return min(max(context.held_out_error(weights) / expected, 1 / MOST), MOST)
