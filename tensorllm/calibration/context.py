@@ -5,14 +5,12 @@ joint outputs, I rows of a role matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from tensorllm.calibration.covariances import Covariances, Key
 from tensorllm.calibration.heap import give_back
@@ -21,7 +19,8 @@ from tensorllm.calibration.original import LayerModule, Original
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.remembered import Remembered
 from tensorllm.calibration.store import Hidden
-from tensorllm.compressors.applied import Applied, standing_in
+from tensorllm.calibration.trials import Trials
+from tensorllm.compressors.applied import Applied
 from tensorllm.compressors.layer import MatrixStatistics, OfGiven, Site, Size
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
@@ -62,6 +61,7 @@ class Context:
         self.ranks, self._measure = ranks, measure
         self._attention = Remembered(compressed.block, compressed.attention)
         self._ffn = Remembered(compressed.block, compressed.ffn)
+        self._trials = Trials(layers, compressed, self._attention)
         self._given: set[str] = set()  # output projections whose outputs are kept
         self._shifted: dict[tuple[Key, str], tuple[Tensor, Tensor]] = {}
         self._held_out = range(self.batches - layers.held_out, self.batches)
@@ -260,6 +260,12 @@ class Context:
         block = self.compressed.block
         return self.layers.run_remembering(self.layer, block, self.before[1], kept)
 
+    def _distance(self, batch: int, out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
+        """Squared, of all tokens relative to their size, over the tokens of all batches."""
+        size_BT1 = target_BTD.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
+        mask_BT1 = self.layers.batches[batch].mask_BT.to(size_BT1.device)[..., None]
+        return ((out_BTD - target_BTD) * (mask_BT1 / size_BT1)).square().sum() / self._tokens
+
     def output_error(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, out_BTD in enumerate(self.outputs()):
@@ -279,7 +285,7 @@ class Context:
     ) -> Tensor:
         target_BTD = self.run.output(batch)
         with torch.enable_grad():
-            out_BTD = self._output(batch, self.before[1][batch], weights, parameters)
+            out_BTD = self._trials.output(batch, self.before[1][batch], weights, parameters)
             return self._distance(batch, out_BTD, target_BTD.float())
 
     @property
@@ -291,59 +297,16 @@ class Context:
         return dict(zip(site.roles, parts, strict=True))
 
     @torch.no_grad()
-    def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
+    def held_out_error(self, weights: Mapping[str, Tensor | Applied]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number in self._held_out:
             hidden_BTD, known = self.before[1].at(number), self._held_outputs
             if number not in known:
-                known[number] = self._output(number, hidden_BTD, {}, {})
-            out_BTD = self._output(number, hidden_BTD, weights, {})
+                known[number] = self._trials.output(number, hidden_BTD)
+            out_BTD = self._trials.output(number, hidden_BTD, weights)
             total += self._distance(number, out_BTD, known[number]).double()
         self.ranks.sum(total)
         return float(total) * self._tokens / self._count(self._held_out)
-
-    def _output(
-        self,
-        batch: int,
-        hidden_BTD: Tensor,
-        weights: Mapping[str, Tensor | Applied],
-        parameters: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Of the compressed layer with these matrices and parameters in the place of its own."""
-        module = self.compressed
-        run: dict[str, Tensor] = {}
-        stands = not set(weights) & set(ATTENTION_ROLES) and not parameters
-        with ExitStack() as standing:
-            standing.enter_context(self._attention.within(batch, stands))
-            for role, w in weights.items():
-                if isinstance(w, Applied):
-                    if self._alone(role) and w.pays(hidden_BTD.shape[:-1].numel()):
-                        own = module.block.get_submodule(module.below(role))
-                        standing.enter_context(standing_in(own, w))
-                        continue
-                    w = w.matrix()
-                name = module.roles.name(self.layer, role)
-                if name not in run:  # a fused parameter is written part by part
-                    run[name] = module.weights[name].clone()
-                module.roles.write(run, self.layer, role, w)
-            below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
-            below |= parameters
-
-            def block(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(module.block, below, args, kwargs)
-
-            return self.layers.calls[self.layer][batch].run(block, hidden_BTD).float()
-
-    def _alone(self, role: str) -> bool:
-        """Whether the role's matrix is all that a module multiplies by."""
-        stored = self.compressed.roles.stored(self.layer, role)
-        return len(stored.roles) == 1 and stored.experts is None
-
-    def _distance(self, batch: int, out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-        """Squared, of all tokens relative to their size, over the tokens of all batches."""
-        size_BT1 = target_BTD.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
-        mask_BT1 = self.layers.batches[batch].mask_BT.to(size_BT1.device)[..., None]
-        return ((out_BTD - target_BTD) * (mask_BT1 / size_BT1)).square().sum() / self._tokens
 
     def other_parameters(self) -> dict[str, Tensor]:
         module = self.compressed

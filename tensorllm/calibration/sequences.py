@@ -38,6 +38,14 @@ class Batch:
         mask_BT = self.mask_BT.to(x.device)
         return x.reshape(*mask_BT.shape, -1)[mask_BT]
 
+    def first(self, tokens: int, ranks: Ranks = ALONE) -> "Batch":
+        """Its first sequences: as many as about `tokens` padded positions, one for each process."""
+        length = self.ids_BT.shape[1]
+        rows = min(self.rows, max(ranks.size, tokens // length))
+        here = len(range(ranks.rank, rows, ranks.size))
+        count = self.count * rows // self.rows  # about: lengths in other processes are not known
+        return Batch(self.ids_BT[:here], self.mask_BT[:here], rows, count)
+
 
 @dataclass(frozen=True)
 class Calibration:

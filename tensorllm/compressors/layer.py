@@ -207,9 +207,9 @@ class LayerContext(Protocol):
         """The role matrices (I, D) that factors of a site stand for."""
         ...
 
-    def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
-        """How far the layer's output on that text moves with these role matrices (I, D) in the
-        place of its own, in the unit of `output_error`."""
+    def held_out_error(self, weights: Mapping[str, Tensor | Applied]) -> float:
+        """How far the layer's output on that text moves with these role matrices (I, D), or what
+        applies them, in the place of its own, in the unit of `output_error`."""
         ...
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:

@@ -147,6 +147,19 @@ def leading_eigenvectors(g_NN: Tensor, rank: int) -> Tensor:
     return eigh(g_NN.float() if narrow else g_NN)[1].flip(1)[:, :rank].double()
 
 
+def nearly_leading(g_NN: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis (N, R) of about what the `rank` leading eigenvectors span, float64.
+
+    From order `LARGE` on it is that of a random sketch of as many columns (Halko, Martinsson and
+    Tropp 2011, algorithm 4.1), at a quarter of the eigenvectors' time; below it theirs.
+    """
+    if len(g_NN) < LARGE:
+        return leading_eigenvectors(g_NN, rank)
+    draws = torch.Generator(g_NN.device).manual_seed(0)
+    sketch_NR = torch.randn(len(g_NN), rank, generator=draws, device=g_NN.device)
+    return torch.linalg.qr(g_NN.float() @ sketch_NR).Q.double()
+
+
 @contextmanager
 def _few_threads(size: int) -> Iterator[None]:
     """One thread for the many short steps of a small factorisation.

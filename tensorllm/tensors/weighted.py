@@ -114,6 +114,11 @@ def projection(
         half_NN: T L (see `through`), where the covariance is carried across T first: Tᵀ C T.
     """
     v_NR = leading_eigenvectors(metric.seen(carried_NN, half_NN), rank)
+    return between_roots(metric, v_NR, half_NN)
+
+
+def between_roots(metric: Metric, v_NR: Tensor, half_NN: Tensor | None = None) -> Projection:
+    """The projection (L V)(Vᵀ L⁻¹) of an orthonormal basis; behind a map T, (T L V)(Vᵀ L⁻¹)."""
     dtype = dtype_at(len(v_NR))
     whole_NN = metric.root if half_NN is None else half_NN
     into_NR = whole_NN.to(dtype) @ v_NR.to(dtype)
@@ -131,11 +136,21 @@ def dtype_at(order: int) -> torch.dtype:
     return torch.float32 if order >= LARGE else torch.float64
 
 
-def left_out(metric: Metric, carried_NN: Tensor, ranks: int) -> Tensor:
-    """(S,): what the best maps of ranks 1 to S = `ranks` still cost."""
-    costs_S = eigenvalues(metric.seen(carried_NN)).clamp(min=0)[:ranks]
+def left_out(seen_NN: Tensor, ranks: int) -> Tensor:
+    """(S,): what the best maps of ranks 1 to S = `ranks` still cost.
+
+    Args:
+        seen_NN: Lᵀ C L, as `Metric.seen` gives it.
+    """
+    costs_S = eigenvalues(seen_NN).clamp(min=0)[:ranks]
     left_S = costs_S.flip(0).cumsum(0).flip(0)[1:]
     return torch.cat((left_S, left_S.new_zeros(1)))
+
+
+def left_by(seen_NN: Tensor, v_NR: Tensor) -> float:
+    """What the map of an orthonormal basis, as in `between_roots`, still costs."""
+    kept = (v_NR * (seen_NN @ v_NR)).sum()
+    return max(0.0, float(seen_NN.diagonal().sum() - kept))
 
 
 def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:

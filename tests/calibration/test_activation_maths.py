@@ -16,10 +16,13 @@ from torch import Tensor
 from tensorllm.errors import UserError
 from tensorllm.tensors import pivoted
 from tensorllm.tensors.allocation import Curve, allocate, error_of
+from tensorllm.tensors.eigen import nearly_leading
 from tensorllm.tensors.factors import FACTORS, cast, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
 from tensorllm.tensors.weighted import (
     Metric,
+    between_roots,
+    left_by,
     left_out,
     narrow_root,
     projection,
@@ -105,7 +108,7 @@ def test_a_projection_costs_what_it_says_and_is_the_svd_between_both_roots(shape
     w_MX = randn(*shape)
     metric = Metric(outputs if writes else inputs)
     carried = w_MX @ inputs @ w_MX.mT if writes else w_MX.mT @ outputs @ w_MX
-    errors = left_out(metric, carried, min(shape))
+    errors = left_out(metric.seen(carried), min(shape))
     assert errors.shape == (min(shape),)
     left, right = (torch.linalg.cholesky(m) for m in (outputs, inputs))
     for rank in range(1, min(shape) + 1):
@@ -130,8 +133,28 @@ def test_large_covariances_give_the_same_subspace_in_float32():
     metric = Metric(torch.eye(size, dtype=torch.float64), 0.0)
     into, back = projection(metric, carried, rank)
     assert torch.allclose(into @ back, q[:, :rank] @ q[:, :rank].mT, atol=1e-5)
-    errors = left_out(metric, carried, size)
+    errors = left_out(metric.seen(carried), size)
     assert torch.allclose(errors[:-1], values.flip(0).cumsum(0).flip(0)[1:], atol=1e-4)
+
+
+def test_a_basis_costs_what_its_map_misses_and_a_sketch_little_more():
+    """Of a spectrum that decays, below and from order 1,024 on."""
+    for size in (40, 1100):
+        carried = moment(size, 3 * size, 1) @ torch.diag(torch.logspace(0, -3, size).double())
+        carried = carried @ carried.mT
+        metric = Metric(moment(size, 3 * size, 2))
+        seen, rank = metric.seen(carried), size // 2
+        basis = nearly_leading(seen, rank)
+        assert torch.allclose(basis.mT @ basis, torch.eye(rank).double(), atol=1e-5)
+        into, back = between_roots(metric, basis)
+        missed = torch.eye(size).double() - into @ back
+        wanted = float(torch.trace(missed.mT @ carried @ missed @ metric.raised))
+        assert left_by(seen, basis) == pytest.approx(wanted, rel=1e-3)
+        best = float(left_out(seen, size)[rank - 1])
+        assert best * (1 - 1e-3) < left_by(seen, basis) < 3 * best
+    assert left_by(seen, torch.eye(size).double()) == pytest.approx(
+        0.0, abs=1e-9 * float(seen.trace())
+    )
 
 
 def test_behind_a_map_a_projection_comes_with_it():

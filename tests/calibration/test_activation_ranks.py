@@ -8,7 +8,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from calibration_text import text
+from calibration_text import long_text, text
 from repository import HELPERS
 from tiny_models import tiny_model
 
@@ -22,7 +22,7 @@ import os, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from calibration_text import text
+import calibration_text
 from tiny_models import tiny_model
 from tensorllm.calibration import fit
 from tensorllm.calibration.ranks import joined
@@ -40,7 +40,7 @@ context.Context.put = dying
 try:
     with joined():
         wanted = ActivationHybrid(target_ratio=2, refit_epochs={epochs})
-        found = fit(wanted, tiny_model("llama"), text())
+        found = fit(wanted, tiny_model("llama"), calibration_text.{text}())
         dense = {{site.name: found.factors(site).dense() for site in found.sites}}
         torch.save(dense, {out!r} + os.environ["RANK"])
 except Incomplete as error:
@@ -64,12 +64,14 @@ main()
 """
 
 
-def started(size: int, out: Path, dies: str = "", epochs: int = 1) -> list[forked.Popen]:
+def started(
+    size: int, out: Path, dies: str = "", epochs: int = 1, text: str = "text"
+) -> list[forked.Popen]:
     """As torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = WORK.format(tests=str(HELPERS), out=str(out), dies=dies, epochs=epochs)
+    code = WORK.format(tests=str(HELPERS), out=str(out), dies=dies, epochs=epochs, text=text)
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         forked.Popen(
@@ -82,13 +84,19 @@ def started(size: int, out: Path, dies: str = "", epochs: int = 1) -> list[forke
 
 
 @pytest.mark.parametrize(
-    ("size", "epochs", "tolerance"),
-    [(2, 0, 1e-4), (2, 1, 1e-3), pytest.param(3, 1, 1e-3, marks=pytest.mark.slow)],
+    ("size", "epochs", "tolerance", "read"),
+    [
+        (2, 0, 1e-4, text),
+        (2, 1, 1e-3, text),
+        (2, 0, 1e-4, long_text),  # long enough that sizes are tried on a part of it
+        pytest.param(3, 1, 1e-3, text, marks=pytest.mark.slow),
+    ],
 )
-def test_several_processes_find_what_one_finds(size, epochs, tolerance, tmp_path):
+def test_several_processes_find_what_one_finds(size, epochs, tolerance, read, tmp_path):
     wanted = ActivationHybrid(target_ratio=2, refit_epochs=epochs)
-    alone = fit(wanted, tiny_model("llama"), text())
-    for process in (running := started(size, tmp_path / "rank", epochs=epochs)):
+    alone = fit(wanted, tiny_model("llama"), read())
+    running = started(size, tmp_path / "rank", epochs=epochs, text=read.__name__)
+    for process in running:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     assert len(running) == size

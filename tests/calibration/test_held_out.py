@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_text import long_text
 from tiny_models import tiny_model
 from torch import Tensor
 
 from tensorllm.calibration import Calibration, fit
+from tensorllm.calibration.ranks import Ranks
 from tensorllm.calibration.statistics import MEASURED_TOKENS, sampled
 from tensorllm.calibration.sweeps import BATCH
 from tensorllm.compression.engine import compress
@@ -26,13 +28,6 @@ PATHS = {
     "out": "mlp.down_proj",
 }
 WRITE = ("o", "out")
-
-
-def long_text(count: int = 60) -> Calibration:
-    """Sequences of 60 tokens; some seventeen are a batch."""
-    draws = torch.Generator().manual_seed(0)
-    rows = torch.randint(3, 101, (count, 60), generator=draws).tolist()
-    return Calibration(tuple(map(tuple, rows)), source="random", seed=0)
 
 
 def asked(
@@ -95,6 +90,48 @@ def test_a_text_that_is_measured_whole_leaves_none(monkeypatch: pytest.MonkeyPat
         monkeypatch, tiny_model("llama"), long_text(4), lambda context, curves: context.holds_out
     ):
         assert not holds_out
+
+
+def test_the_first_sequences_of_a_batch_are_the_same_in_several_processes() -> None:
+    whole = long_text().batches(1200)[0]
+    first = whole.first(600)
+    assert first.ids_BT.equal(whole.ids_BT[:10])
+    assert (first.rows, first.count) == (10, 600)
+    parts = [
+        long_text().batches(1200, Ranks(rank, 3))[0].first(600, Ranks(rank, 3)) for rank in range(3)
+    ]
+    assert sorted(row for part in parts for row in part.ids_BT.tolist()) == sorted(
+        first.ids_BT.tolist()
+    )
+    assert {(part.rows, part.count) for part in parts} == {(10, 600)}
+    assert whole.first(1).rows == 1
+    assert whole.first(10**6).ids_BT.equal(whole.ids_BT)
+    assert long_text().batches(1200, Ranks(2, 3))[0].first(1, Ranks(2, 3)).ids_BT.shape == (1, 60)
+
+
+def test_a_trial_of_a_sketch_tells_what_one_of_the_best_map_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As at large widths: another map of the same rank, with what is predicted for it."""
+
+    def ask(context: Any, curves: Any) -> dict[str, Trial]:
+        keys = [("q", "k", "v"), ("o",), ("in", "gate"), ("out",)]
+        return {
+            role: AtWidth.of(context, key, None).tried(context, role)
+            for key in keys
+            for role in key
+        }
+
+    model, text = tiny_model("llama"), long_text()
+    with monkeypatch.context() as patched:
+        exact = asked(patched, model, text, ask)
+    with monkeypatch.context() as patched:
+        patched.setattr("tensorllm.tensors.eigen.LARGE", 8)
+        near = asked(patched, model, text, ask)
+    for best, sketched in zip(exact, near, strict=True):
+        for role, trial in best.items():
+            assert trial.expected < sketched[role].expected < 4 * trial.expected
+            assert sketched[role].times == pytest.approx(trial.times, rel=0.3)
 
 
 @pytest.mark.parametrize("role", ["q", "o"])

@@ -28,3 +28,10 @@ def distance(model, other, calibration: Calibration) -> float:
     """KL divergence of `other` from `model`, in nats per token."""
     p, q = (logits(m, calibration).double().log_softmax(-1) for m in (model, other))
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def long_text(count: int = 60) -> Calibration:
+    """Sequences of 60 tokens; some seventeen are a batch."""
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 101, (count, 60), generator=draws).tolist()
+    return Calibration(tuple(map(tuple, rows)), source="random", seed=0)

@@ -10,16 +10,21 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from tensorllm.compressors.applied import Product, Reading
 from tensorllm.compressors.calibrated.held_out import SHARE, Trial, times_expected
 from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, stacked
 from tensorllm.compressors.layer import LayerContext, OfGiven
+from tensorllm.tensors.eigen import nearly_leading
 from tensorllm.tensors.factors import wide
 from tensorllm.tensors.stacking import is_output_projection
 from tensorllm.tensors.unfold import gram_of_columns
 from tensorllm.tensors.weighted import (
     Metric,
+    Projection,
     as_dear,
+    between_roots,
     floor_of,
+    left_by,
     left_out,
     projection,
     regression,
@@ -102,21 +107,24 @@ class AtWidth:
     def left_out(self, context: LayerContext, roles: Group) -> Tensor:
         """(S,): what the best maps of ranks 1 to S, the full one, still cost."""
         if roles not in self._left:
-            ranks = min(map_shape(context.geometry, roles))
-            self._left[roles] = left_out(self.metric, self.carried(context, roles), ranks)
+            self._keep(context, roles, self.metric.seen(self.carried(context, roles)))
         return self._left[roles]
+
+    def _keep(self, context: LayerContext, roles: Group, seen_DD: Tensor) -> None:
+        self._left[roles] = left_out(seen_DD, min(map_shape(context.geometry, roles)))
 
     def tried(self, context: LayerContext, role: str) -> Trial:
         """A map of low rank of one role, tried on text that the covariances have not seen."""
-        error_S = self.left_out(context, (role,))
-        rank = max(1, len(error_S) // SHARE)
-        expected = float(error_S[rank - 1])
+        rank = max(1, min(map_shape(context.geometry, (role,))) // SHARE)
         if not context.holds_out:
-            return Trial(expected, 1.0)
-        left_MR, right_RX = self.fit(context, (role,), rank).map
-        near_MX = left_MR @ right_RX
-        near_ID = near_MX.mT if self.writes else near_MX
-        return Trial(expected, times_expected(context, {role: near_ID}, expected))
+            return Trial(float(self.left_out(context, (role,))[rank - 1]), 1.0)
+        seen_DD = self.metric.seen(self.carried(context, (role,)))
+        self._keep(context, (role,), seen_DD)
+        basis_DR = nearly_leading(seen_DD, rank)
+        expected = left_by(seen_DD, basis_DR)
+        near = self._map(context, (role,), between_roots(self.metric, basis_DR)).map
+        applied = Product(Reading(near.right_RX.mT), near.left_MR.mT, self.writes)
+        return Trial(expected, times_expected(context, {role: applied}, expected))
 
     @cached_property
     def _half(self) -> Tensor | None:
@@ -129,10 +137,12 @@ class AtWidth:
 
     def fit(self, context: LayerContext, roles: Group, rank: int) -> Fit:
         """The map of this rank that errs least, its large products in the dtype of the weights."""
-        w_MX = stacked({role: context.weight(role) for role in roles}, roles)
         carried_DD = self.carried(context, roles)
-        turn_DR, back_RD = projection(self.metric, carried_DD, rank, self._half)
-        turn_DR, back_RD = turn_DR.to(w_MX), back_RD.to(w_MX)
+        return self._map(context, roles, projection(self.metric, carried_DD, rank, self._half))
+
+    def _map(self, context: LayerContext, roles: Group, between: Projection) -> Fit:
+        w_MX = stacked({role: context.weight(role) for role in roles}, roles)
+        turn_DR, back_RD = between.into_NR.to(w_MX), between.back_RN.to(w_MX)
         if self.writes:
             return Fit(Map(back_RD.mT, turn_DR.mT @ w_MX), partial(_turned, turn_DR, back_RD))
         return Fit(Map(w_MX @ turn_DR, back_RD), None)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tensorllm.compressors.applied import Applied
 from tensorllm.compressors.layer import LayerContext
 
 SHARE = 2  # a trial keeps the full rank, or all channels, divided by this
@@ -31,7 +32,9 @@ def mean_times(trials: Sequence[Trial]) -> float:
     return sum(trial.expected * trial.times for trial in trials) / whole if whole > 0 else 1.0
 
 
-def times_expected(context: LayerContext, weights: Mapping[str, Tensor], expected: float) -> float:
+def times_expected(
+    context: LayerContext, weights: Mapping[str, Tensor | Applied], expected: float
+) -> float:
     """The error of the layer's output on held-out text with these role matrices (I, D), relative to
     the predicted one."""
     if not expected > 0:

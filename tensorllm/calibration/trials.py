@@ -1,0 +1,72 @@
+"""The compressed layer with other matrices in the place of its own, for as long as a run takes.
+
+Shapes: B sequences, T positions, D model width.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+from torch.func import functional_call
+
+from tensorllm.calibration.layers import Layers
+from tensorllm.calibration.original import LayerModule
+from tensorllm.calibration.remembered import Remembered
+from tensorllm.compressors.applied import Applied, standing_in
+from tensorllm.tensors.stacking import ATTENTION_ROLES
+
+NOTHING: Mapping[str, Any] = {}
+
+
+class Trials:
+    """Runs of a layer with matrices and parameters that are tried; nothing is written.
+
+    Args:
+        attention: what its attention gave, for runs that leave it as it is.
+    """
+
+    def __init__(self, layers: Layers, module: LayerModule, attention: Remembered) -> None:
+        self.layers, self.module, self._attention = layers, module, attention
+
+    def output(
+        self,
+        batch: int,
+        hidden_BTD: Tensor,
+        weights: Mapping[str, Tensor | Applied] = NOTHING,
+        parameters: Mapping[str, Tensor] = NOTHING,
+    ) -> Tensor:
+        """Hidden states (B, T, D) behind the layer, float32.
+
+        Args:
+            weights: role matrices (I, D), or what applies one.
+            parameters: by name below the layer.
+        """
+        module, number = self.module, self.module.number
+        run: dict[str, Tensor] = {}
+        stands = not set(weights) & set(ATTENTION_ROLES) and not parameters
+        with ExitStack() as standing:
+            standing.enter_context(self._attention.within(batch, stands))
+            for role, w in weights.items():
+                if isinstance(w, Applied):
+                    if self._alone(role) and w.pays(hidden_BTD.shape[:-1].numel()):
+                        own = module.block.get_submodule(module.below(role))
+                        standing.enter_context(standing_in(own, w))
+                        continue
+                    w = w.matrix()
+                name = module.roles.name(number, role)
+                if name not in run:  # a fused parameter is written part by part
+                    run[name] = module.weights[name].clone()
+                module.roles.write(run, number, role, w)
+            below = {name.removeprefix(f"{module.path}."): w for name, w in run.items()}
+            below |= parameters
+
+            def block(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(module.block, below, args, kwargs)
+
+            return self.layers.calls[number][batch].run(block, hidden_BTD).float()
+
+    def _alone(self, role: str) -> bool:
+        """Whether the role's matrix is all that a module multiplies by."""
+        stored = self.module.roles.stored(self.module.number, role)
+        return len(stored.roles) == 1 and stored.experts is None
