@@ -133,7 +133,15 @@ def _next(
         _explore(above, own, wanted.study, report)
         step = best_of(above, own)
     write_trials(wanted.study, above, step.trials)
-    return step if step.gains(study.goal_of(queue)) else None
+    if step.gains(study.goal_of(queue)):
+        return step
+    LOG.warning(
+        "edit %d of --compose %d: none of %d trials on top of the edit before gains; it is left out",
+        len(steps) + 1,
+        study.request.compose,
+        len(step.trials),
+    )
+    return None
 
 
 def _warn(study: Study) -> None:

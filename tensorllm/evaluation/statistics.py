@@ -39,7 +39,11 @@ def interval(samples: Numbers, level: float = 0.95) -> list[float]:
 
 
 def intervals(predictions: Sequence[Prediction], seed: int) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of accuracy (per cent), loss and perplexity (nats per token, 1)."""
+    """95 % bootstrap intervals of accuracy (per cent), loss and perplexity (nats per token, 1).
+
+    Where all verdicts are the same, drawing from them again would be sure of it: the accuracy's is
+    then Wilson's (1927).
+    """
     columns = [
         [
             r.loss,
@@ -55,8 +59,17 @@ def intervals(predictions: Sequence[Prediction], seed: int) -> dict[str, list[fl
         "perplexity": interval(np.exp(means_RC[:, 1] / means_RC[:, 2])),
     }
     if predictions[0].correct is not None:
-        found["accuracy"] = interval(means_RC[:, 3])
+        right, asked = sum(bool(r.correct) for r in predictions), len(predictions)
+        same = right in (0, asked)
+        found["accuracy"] = _wilson(right, asked) if same else interval(means_RC[:, 3])
     return found
+
+
+def _wilson(right: int, asked: int) -> list[float]:
+    """Wilson's 95 % interval of an accuracy, per cent."""
+    from scipy.stats import binomtest  # takes half a second to import
+
+    return [100 * float(bound) for bound in binomtest(right, asked).proportion_ci(method="wilson")]
 
 
 def mcnemar(wrong_to_right: int, right_to_wrong: int) -> float:

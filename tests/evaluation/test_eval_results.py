@@ -191,6 +191,16 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert inside >= 51  # of 60; 57 expected
 
 
+@pytest.mark.parametrize("verdict", [False, True])
+def test_verdicts_that_are_all_the_same_are_not_sure(verdict: bool):
+    """Wilson's interval of 0 of 12 (1927): 0 to z² / (12 + z²), z = 1.96."""
+    made = [replace(row, correct=verdict) for row in random_rows(12)]
+    z2 = 1.959964**2
+    end = 100 * z2 / (12 + z2)
+    wanted = [100 - end, 100] if verdict else [0, end]
+    assert intervals(made, seed=0)["accuracy"] == pytest.approx(wanted, abs=1e-4)
+
+
 @pytest.mark.parametrize(("up", "down"), [(0, 0), (1, 0), (5, 2), (7, 7), (40, 61), (700, 650)])
 def test_mcnemar_is_the_exact_binomial_test(up: int, down: int):
     n = up + down

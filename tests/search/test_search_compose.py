@@ -107,6 +107,17 @@ def test_each_step_is_the_best_there_is_on_top_of_those_before(
     assert found["winner"]["edits"] == base
 
 
+def test_a_step_in_vain_is_told(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(Step, "gains", lambda self, goal: False)
+    wanted = replace(WANTED, compose=2, layers=(0, 3), limit=30, study=tmp_path / "study")
+    assert len(run(wanted).results["steps"]) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert any(
+        line.startswith("edit 2 of --compose 2: none of 3 trials on top of the edit before gains")
+        for line in said
+    ), said
+
+
 def test_all_edits_go_into_one_recipe_that_compress_takes(
     found: dict[str, Any], study: Path
 ) -> None:
