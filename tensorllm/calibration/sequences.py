@@ -54,6 +54,7 @@ class Calibration:
     Attributes:
         source: what they were drawn from, by `seed`.
         added: how many of them, at the end, are all of another text, and `added_from` which.
+        length: that was asked for of each, in tokens; None: nothing was said.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -61,6 +62,7 @@ class Calibration:
     seed: int = 0
     added: int = 0
     added_from: str = ""
+    length: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -80,6 +82,7 @@ class Calibration:
             "tokens": self.tokens,
             "seed": self.seed,
         }
+        facts |= {"length": self.length} if self.length is not None else {}
         added = {"added": {"source": self.added_from, "sequences": self.added}}
         return facts | (added if self.added else {})
 
@@ -171,11 +174,16 @@ def text_asked_for(
     config: Any,
     sequences: int,
     seed: int,
+    length: int | None = None,
 ) -> Calibration | None:
     """The calibration text of a request: sequences drawn from `file`, and all of `sampled`.
 
+    Args:
+        length: of what is drawn, in tokens; None: the usual one.
+
     Raises:
-        UserError: `sampled` without `file`, or files that cannot be read.
+        UserError: `sampled` without `file`, files that cannot be read, or a length that the
+            model's context has no room for.
     """
     if file is None:
         if sampled is not None:
@@ -183,11 +191,14 @@ def text_asked_for(
                 "--sampled adds to --calibration FILE; to fit to it alone, give it as --calibration"
             )
         return None
-    length = usual_length(config)
-    text = read_calibration(file, tokenizer, sequences=sequences, length=length, seed=seed)
+    usual, context = usual_length(config), context_length(config)
+    if length is not None and context is not None and length > context:
+        raise UserError(f"--length must be 2..{context}, the model's context, got {length}")
+    drawn = {"sequences": sequences, "seed": seed, "length": length or usual}
+    text = replace(read_calibration(file, tokenizer, **drawn), length=length)
     if sampled is None:
         return text
-    return text.with_all_of(read_calibration(sampled, tokenizer, sequences=None, length=length))
+    return text.with_all_of(read_calibration(sampled, tokenizer, sequences=None, length=usual))
 
 
 def read_calibration(

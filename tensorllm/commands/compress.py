@@ -171,6 +171,7 @@ def _text(request: CompressRequest, source: Source, dtype: Any) -> Calibration |
         loader.config(),
         request.sequences or SEQUENCES,
         request.seed or 0,
+        request.length,
     )
     if text is not None and request.evaluate is not None and not request.allow_overlap:
         refuse_evaluated(text, tokenizer, request.evaluate, request.data_file)

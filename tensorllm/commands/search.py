@@ -136,7 +136,7 @@ def _next(
     if step.gains(study.goal_of(queue)):
         return step
     LOG.warning(
-        "edit %d of --compose %d: none of %d trials on top of the edit before gains; it is left out",
+        "edit %d of --compose %d is left out: none of %d trials on top of the one before gains",
         len(steps) + 1,
         study.request.compose,
         len(step.trials),

@@ -121,7 +121,8 @@ def _again(report: Mapping[str, Any]) -> str:
     revision = f" --revision {report['revision']}" if report["revision"] else ""
     fitted = report["settings"].get("calibration")
     draw = "--sequences {sequences} --seed {seed}".format_map(fitted) if fitted else ""
-    more = " --sampled SAMPLED" if fitted and "added" in fitted else ""
+    more = " --length {length}".format_map(fitted) if fitted and "length" in fitted else ""
+    more += " --sampled SAMPLED" if fitted and "added" in fitted else ""
     data = f" --calibration FILE {draw}{more}" if fitted else ""
     facts = f"\n\n{_fitted_to(fitted)}" if fitted else ""
     version = report["environment"].get("versions", {}).get("tensorllm", "")

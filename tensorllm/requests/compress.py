@@ -97,6 +97,15 @@ class CompressRequest:
         int | None,
         Option(f"Calibration sequences to draw (default: {SEQUENCES}).", least=1, needs=OF_TEXT),
     ] = None
+    length: Annotated[
+        int | None,
+        Option(
+            "Tokens of each (default: 512, or the model's context): more, shorter ones show more "
+            "documents at the same cost.",
+            least=2,
+            needs=OF_TEXT,
+        ),
+    ] = None
     seed: Annotated[int | None, Option("Of that draw (default: 0).", least=0, needs=OF_TEXT)] = None
     settings: Annotated[
         Mapping[str, Any],

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 import tensorllm as tl
+from tensorllm.calibration import read_calibration
 from tensorllm.calibration.store import Store
+from tensorllm.checkpoint.loader import Loader
 from tensorllm.commands.compress import run, run_sizes
 from tensorllm.data.demo import MODEL_DIR, questions
 from tensorllm.errors import UserError
@@ -57,6 +59,7 @@ def test_the_target_ratio_is_met_and_the_text_named(text):
     ("asked", "message"),
     [
         ({"text": None, "target_ratio": 1.5}, "--sequences does nothing without --calibration"),
+        ({"more": {"length": 10**6}, "target_ratio": 1.5}, r"--length must be 2\.\.32, the model"),
         ({"mode": "laser", "rho": 0.1}, "decomposes weights alone and takes no calibration"),
         ({"target_ratio": 1.5, "max_loss_increase": 0.1}, "give one of target_ratio"),
         ({"target_ratio": 1e9}, "target_ratio 1e.09 cannot be met: the best reachable is"),
@@ -110,6 +113,19 @@ def test_the_card_says_how_to_draw_the_same_text_again(text, tmp_path):
     assert f"FILE was `told.txt`: 32 sequences of {facts['tokens']:,} tokens" in card
     assert facts["sha256"] in card
     assert "{'" not in card
+
+
+def test_sequences_of_a_length_that_is_asked_for(text, tmp_path):
+    """Shorter ones are of more documents; the card says how to draw them again."""
+    out = tmp_path / "out"
+    fields = {"out": out, "sequences": 96, "length": 12}
+    report = run(replace(request(text, target_ratio=1.5), **fields))
+    drawn = read_calibration(text, Loader(MODEL_DIR).tokenizer(), sequences=96, length=12)
+    assert max(map(len, drawn.sequences)) == 12
+    facts = report.settings["calibration"]
+    assert (facts["sha256"], facts["tokens"]) == (drawn.sha256, drawn.tokens)
+    assert facts["length"] == 12
+    assert "--sequences 96 --seed 0 --length 12" in (out / "README.md").read_text()
 
 
 def test_text_that_would_be_scored_is_refused_unless_allowed(text, tmp_path):

@@ -113,7 +113,7 @@ def test_a_step_in_vain_is_told(tmp_path: Path, monkeypatch: Any, caplog: Any) -
     assert len(run(wanted).results["steps"]) == 1
     said = [record.getMessage() for record in caplog.records]
     assert any(
-        line.startswith("edit 2 of --compose 2: none of 3 trials on top of the edit before gains")
+        line == "edit 2 of --compose 2 is left out: none of 3 trials on top of the one before gains"
         for line in said
     ), said
 
