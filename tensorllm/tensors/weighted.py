@@ -23,16 +23,15 @@ from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
 from tensorllm.tensors.triangular import congruent, times_lower
 
 FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
-SHORT = 1.0  # the same where there are as many tokens as directions; falls as they grow
+SHORT = 1.0  # the same where there are as many tokens as directions; falls by their cube
 
 
 def floor_of(width: int, tokens: int) -> float:
     """The floor of a covariance (N, N) that so many tokens were seen for.
 
-    A text of few tokens says little of most directions; those it did not see are not free. Tokens
-    of one document are alike, so that the floor falls no faster than their number grows.
+    A text of few tokens says little of most directions; those it did not see are not free.
     """
-    return max(FLOOR, SHORT * width / max(tokens, 1))
+    return max(FLOOR, SHORT * (width / max(tokens, 1)) ** 3)
 
 
 @dataclass(frozen=True, eq=False)

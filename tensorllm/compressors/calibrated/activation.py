@@ -86,7 +86,7 @@ class ActivationTucker(LayerFit):
     correction: bool = True
     refit_epochs: int = 4
     distill_steps: int = 0
-    ridge: float = 0.1
+    ridge: float = 1e-2
     rank_multiple: int | None = None
     seed: int = 0
 
