@@ -39,7 +39,7 @@ class Batch:
         return x.reshape(*mask_BT.shape, -1)[mask_BT]
 
     def first(self, tokens: int, ranks: Ranks = ALONE) -> "Batch":
-        """Its first sequences: as many as about `tokens` padded positions, one for each process."""
+        """Its first sequences: at most `tokens` padded positions, but one for each process."""
         length = self.ids_BT.shape[1]
         rows = min(self.rows, max(ranks.size, tokens // length))
         here = len(range(ranks.rank, rows, ranks.size))
@@ -54,7 +54,7 @@ class Calibration:
     Attributes:
         source: what they were drawn from, by `seed`.
         added: how many of them, at the end, are all of another text, and `added_from` which.
-        length: that was asked for of each, in tokens; None: nothing was said.
+        length: tokens of a sequence, where that was asked for; None: the default.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -179,7 +179,7 @@ def text_asked_for(
     """The calibration text of a request: sequences drawn from `file`, and all of `sampled`.
 
     Args:
-        length: of what is drawn, in tokens; None: the usual one.
+        length: tokens of a drawn sequence; None: `usual_length`.
 
     Raises:
         UserError: `sampled` without `file`, files that cannot be read, or a length that the

@@ -30,7 +30,7 @@ from tensorllm.models.task import context_length, text_config_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 
-TRIED = 1024  # tokens of the text that is held out: each matrix runs on it
+HELD_OUT = 1024  # tokens of the held-out batch at most, unless one sequence is longer
 BATCH = 1024  # tokens at least, and one for each number of the model's width
 Curves = dict[Site, ErrorCurve]
 
@@ -131,7 +131,7 @@ class Sweeps:
         if len(some) == len(self.batches):
             return self.all_layers
         held_out = int(self.planned.holds_out)
-        unseen = self.batches[chosen_B.tolist().index(False)].first(TRIED, self.ranks)
+        unseen = self.batches[chosen_B.tolist().index(False)].first(HELD_OUT, self.ranks)
         some += [unseen] * held_out
         return Layers(self.source, some, self.planned.layers[-1] + 1, held_out)
 

@@ -147,11 +147,11 @@ def leading_eigenvectors(g_NN: Tensor, rank: int) -> Tensor:
     return eigh(g_NN.float() if narrow else g_NN)[1].flip(1)[:, :rank].double()
 
 
-def nearly_leading(g_NN: Tensor, rank: int) -> Tensor:
-    """An orthonormal basis (N, R) of about what the `rank` leading eigenvectors span, float64.
+def leading_subspace(g_NN: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis (N, R) of approximately the leading eigenspace, float64.
 
-    From order `LARGE` on it is that of a random sketch of as many columns (Halko, Martinsson and
-    Tropp 2011, algorithm 4.1), at a quarter of the eigenvectors' time; below it theirs.
+    Below order `LARGE` these are the `rank` leading eigenvectors; from there on it is the range of
+    the matrix times `rank` random vectors (Halko, Martinsson and Tropp 2011, algorithm 4.1).
     """
     if len(g_NN) < LARGE:
         return leading_eigenvectors(g_NN, rank)

@@ -147,8 +147,8 @@ def left_out(seen_NN: Tensor, ranks: int) -> Tensor:
     return torch.cat((left_S, left_S.new_zeros(1)))
 
 
-def left_by(seen_NN: Tensor, v_NR: Tensor) -> float:
-    """What the map of an orthonormal basis, as in `between_roots`, still costs."""
+def left_out_by(seen_NN: Tensor, v_NR: Tensor) -> float:
+    """What the map by an orthonormal basis (see `between_roots`) still costs."""
     kept = (v_NR * (seen_NN @ v_NR)).sum()
     return max(0.0, float(seen_NN.diagonal().sum() - kept))
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from tensorllm.errors import UserError
 from tensorllm.tensors import pivoted
 from tensorllm.tensors.allocation import Curve, allocate, error_of
-from tensorllm.tensors.eigen import nearly_leading
+from tensorllm.tensors.eigen import leading_subspace
 from tensorllm.tensors.factors import FACTORS, cast, parameters
 from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
 from tensorllm.tensors.weighted import (
     Metric,
     between_roots,
-    left_by,
     left_out,
+    left_out_by,
     narrow_root,
     projection,
     regression,
@@ -144,15 +144,15 @@ def test_a_basis_costs_what_its_map_misses_and_a_sketch_little_more():
         carried = carried @ carried.mT
         metric = Metric(moment(size, 3 * size, 2))
         seen, rank = metric.seen(carried), size // 2
-        basis = nearly_leading(seen, rank)
+        basis = leading_subspace(seen, rank)
         assert torch.allclose(basis.mT @ basis, torch.eye(rank).double(), atol=1e-5)
         into, back = between_roots(metric, basis)
         missed = torch.eye(size).double() - into @ back
         wanted = float(torch.trace(missed.mT @ carried @ missed @ metric.raised))
-        assert left_by(seen, basis) == pytest.approx(wanted, rel=1e-3)
+        assert left_out_by(seen, basis) == pytest.approx(wanted, rel=1e-3)
         best = float(left_out(seen, size)[rank - 1])
-        assert best * (1 - 1e-3) < left_by(seen, basis) < 3 * best
-    assert left_by(seen, torch.eye(size).double()) == pytest.approx(
+        assert best * (1 - 1e-3) < left_out_by(seen, basis) < 3 * best
+    assert left_out_by(seen, torch.eye(size).double()) == pytest.approx(
         0.0, abs=1e-9 * float(seen.trace())
     )
 

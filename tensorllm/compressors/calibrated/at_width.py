@@ -14,7 +14,7 @@ from tensorllm.compressors.applied import Product, Reading
 from tensorllm.compressors.calibrated.held_out import SHARE, Trial, times_expected
 from tensorllm.compressors.calibrated.maps import Group, Map, map_shape, stacked
 from tensorllm.compressors.layer import LayerContext, OfGiven
-from tensorllm.tensors.eigen import nearly_leading
+from tensorllm.tensors.eigen import leading_subspace
 from tensorllm.tensors.factors import wide
 from tensorllm.tensors.stacking import is_output_projection
 from tensorllm.tensors.unfold import gram_of_columns
@@ -24,8 +24,8 @@ from tensorllm.tensors.weighted import (
     as_dear,
     between_roots,
     floor_of,
-    left_by,
     left_out,
+    left_out_by,
     projection,
     regression,
     through,
@@ -120,8 +120,8 @@ class AtWidth:
             return Trial(float(self.left_out(context, (role,))[rank - 1]), 1.0)
         seen_DD = self.metric.seen(self.carried(context, (role,)))
         self._keep(context, (role,), seen_DD)
-        basis_DR = nearly_leading(seen_DD, rank)
-        expected = left_by(seen_DD, basis_DR)
+        basis_DR = leading_subspace(seen_DD, rank)
+        expected = left_out_by(seen_DD, basis_DR)
         near = self._map(context, (role,), between_roots(self.metric, basis_DR)).map
         applied = Product(Reading(near.right_RX.mT), near.left_MR.mT, self.writes)
         return Trial(expected, times_expected(context, {role: applied}, expected))
