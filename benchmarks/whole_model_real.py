@@ -69,6 +69,12 @@ class Bench:
             "own": own.calibration,
             "other": blocks("\n\n".join(self.other()), self.tokenizer, config),
         }[args.calibrated]
+        if args.length is not None:
+            self.texts = [
+                block[at : at + args.length]
+                for block in self.texts
+                for at in range(0, len(block) - args.length + 1, args.length)
+            ]
         self.losses = earlier(args)
 
     def other(self) -> list[str]:
@@ -136,8 +142,9 @@ def earlier(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def part_of(args: argparse.Namespace) -> str:
+    length = f" of {args.length}" if args.length is not None else ""
     another = f", seed {args.seed}" if args.seed else ""
-    return f"{args.calibrated}, {args.sequences} sequences{another}"
+    return f"{args.calibrated}, {args.sequences} sequences{length}{another}"
 
 
 def stored_of(report: Any) -> int:
@@ -212,7 +219,10 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", type=Path, default=Path("smollm2"), help="folder of the model")
     options.add_argument("--calibrated", choices=("own", "other"), default="own")
-    options.add_argument("--sequences", type=int, default=64, help="of 512 tokens")
+    options.add_argument("--sequences", type=int, default=64, help="of --length")
+    options.add_argument(
+        "--length", type=int, help="tokens of a sequence (those scored, if not given)"
+    )
     options.add_argument("--sampled", type=Path, help="text that the model wrote, to add")
     options.add_argument("--kept", type=float, nargs="+", default=KEPT)
     options.add_argument("--seed", type=int, default=0)
