@@ -200,17 +200,17 @@ def install_skeleton(
         manifest = FactoredFolder(folder, manifest).subset(set(sites))
     stored = {name: info for file in files for name, info in read_header(file).items()}
     roles = RoleMatrices(model.config, [name for name, _ in model.named_parameters()])
-    found = []
+    dtype, found = model.dtype, []  # asked once: transformers looks through all parameters for it
     for entry in manifest.sites:
         missing = [name for name in entry.tensors.values() if name not in stored]
         if missing:
             raise UserError(f"{folder} lacks the tensor {missing[0]}, which its manifest names")
         roles.check_layers(entry.layers)
-        empty = {name: _empty(stored[name], model.dtype) for name in entry.tensors.values()}
+        empty = {name: _empty(stored[name], dtype) for name in entry.tensors.values()}
         factors = entry.factors(empty)
         want = entry.site.shape(roles.spec.geometry(entry.layers[0]))
-        got = tuple(factors.dense().shape)
-        if got != want:
+        if factors.shape != want:
+            got = factors.shape
             raise UserError(f"{folder}: {entry.name} has factors of {got}, the config says {want}")
         found.append((entry.site, factors))
     if dense_cache is None:
@@ -239,12 +239,13 @@ def _nothing_to_initialise(model: Any) -> None:
 
     Only up to the layer: what lies above may still have to fill buffers of all layers.
     """
-    ours = [name for name, m in model.named_modules() if isinstance(m, FactoredLinear | Bias)]
+    modules = dict(model.named_modules())
+    ours = [name for name, module in modules.items() if isinstance(module, FactoredLinear | Bias)]
     for path in ours:
         while "." in path:
             path = path.rpartition(".")[0]
-            module = model.get_submodule(path)
-            if isinstance(module, nn.ModuleList):
+            module = modules[path]
+            if isinstance(module, nn.ModuleList) or getattr(module, "_is_hf_initialized", False):
                 break
             if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                 module._is_hf_initialized = True

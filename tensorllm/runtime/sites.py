@@ -219,19 +219,16 @@ def module_for(site: Site, factors: Factors) -> type[SiteModule] | None:
     return found if found is not None and found.accepts(factors) else None
 
 
-class _Undrawn(nn.Linear):
-    """A linear whose weight is about to be replaced: drawing it took most of the time."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
 def linear(weight: Tensor) -> nn.Linear:
-    """An ordinary linear (out, in) without a bias, which LoRA and quantisation know."""
-    out_features, in_features = weight.shape
-    made: nn.Linear = _Undrawn(in_features, out_features, bias=False, device="meta")
+    """An ordinary linear (out, in) without a bias, which LoRA and quantisation know.
+
+    Put together by hand: drawing a weight that is about to be replaced took most of the time.
+    """
+    made = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(made)
+    made.out_features, made.in_features = weight.shape
     made.weight = nn.Parameter(weight.contiguous())
-    made.__class__ = nn.Linear
+    made.register_parameter("bias", None)
     return made
 
 

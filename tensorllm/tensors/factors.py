@@ -55,6 +55,11 @@ class Factors(ABC):
         """The ranks, in the order of the modes that are decomposed."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """That of `dense()`; a kind that can tell it without that tensor overrides this."""
+        return tuple(self.dense().shape)
+
+    @property
     def kind(self) -> str:
         """The name under which the kind is registered."""
         return FACTORS.name_of(type(self))
@@ -200,6 +205,11 @@ class Tucker(Factors):
         return cls(tensors["core"], factors)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        given = {mode: len(u) for mode, u in self.factors.items()}
+        return tuple(given.get(mode, size) for mode, size in enumerate(self.core.shape))
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return tuple(u.shape[1] for _, u in sorted(self.factors.items()))
 
@@ -270,6 +280,10 @@ class LowRank(Factors):
 
     def as_run(self, *, output: bool) -> "LowRank":
         return replace(self, transposed=output)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.u_IR), self.v_RO.shape[1]
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -59,6 +59,10 @@ class PivotedLowRank(Factors):
         return cls(tensors["basis_t"].mT, tensors["mix_t"].mT, tensors["rows"], transposed=True)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.rows_R) + len(self.mix_XR), self.basis_RO.shape[1]
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return (self.rows_R.numel(),)
 

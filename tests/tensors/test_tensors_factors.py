@@ -77,6 +77,7 @@ def test_every_kind_has_an_example() -> None:
 def test_dense_is_the_sum_over_all_ranks(kind: str) -> None:
     factors, want = EXAMPLES[kind]
     torch.testing.assert_close(factors.dense(), want, rtol=1e-4, atol=1e-5)
+    assert factors.shape == tuple(want.shape)
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
