@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tensorllm.evaluation.predictions import Prediction
 
 RESAMPLES = 2000
+NORMAL = 1.959964  # its quantile of 97.5 %
 LEAST_P = 2 / RESAMPLES  # of a bootstrap: so few resamples cannot tell a smaller one
 CHUNK = 2**22  # numbers drawn at once
 Numbers = NDArray[np.float64]
@@ -72,6 +73,16 @@ def _wilson(right: int, asked: int) -> list[float]:
     return [100 * float(bound) for bound in binomtest(right, asked).proportion_ci(method="wilson")]
 
 
+def _unchanged(examples: int) -> list[float]:
+    """95 % interval of a difference of accuracies, in points, where no verdict changed.
+
+    Source: Agresti and Min, Statistics in Medicine 2005: Wald's interval, half an example added to
+    each cell of the table of verdicts.
+    """
+    half = 100 * NORMAL / (examples + 2)
+    return [-half, half]
+
+
 def mcnemar(wrong_to_right: int, right_to_wrong: int) -> float:
     """Exact two-sided p-value that wrong-to-right and right-to-wrong are equally likely."""
     from scipy.stats import binomtest  # takes half a second to import
@@ -89,7 +100,8 @@ def compared(
     Returns:
         `wrong_to_right` and `right_to_wrong`: how many verdicts changed; `mcnemar_p`: the exact
         test of these; `accuracy` (points) and `loss` (nats per token): difference, 95 % paired
-        bootstrap interval; `loss_p`: twice the smaller share of resamples on either side of zero,
+        bootstrap interval (of accuracy Agresti and Min's where no verdict changed, which a
+        bootstrap would be sure of); `loss_p`: twice the smaller share of resamples on either side of zero,
         `LEAST_P` at least.
     """
     verdicts = [(b.correct, a.correct) for b, a in zip(before, after, strict=True)]
@@ -104,8 +116,10 @@ def compared(
     means_RC = resampled_means(differences, seed)
     loss, accuracy = differences.mean(0).tolist()
     share = float(np.mean(means_RC[:, 0] <= 0)), float(np.mean(means_RC[:, 0] >= 0))
+    changed = wrong_to_right + right_to_wrong
+    bounds = interval(means_RC[:, 1]) if changed else _unchanged(len(before))
     return {
-        "accuracy": {"difference": accuracy, "interval": interval(means_RC[:, 1])},
+        "accuracy": {"difference": accuracy, "interval": bounds},
         "loss": {"difference": loss, "interval": interval(means_RC[:, 0])},
         "loss_p": min(1.0, max(2 * min(share), LEAST_P)),
         "wrong_to_right": wrong_to_right,

@@ -219,6 +219,17 @@ def test_paired_comparison_sees_what_intervals_of_each_do_not():
     assert found["mcnemar_p"] == 1.0
 
 
+@pytest.mark.parametrize("examples", [5, 200])
+def test_a_change_of_no_verdict_is_not_sure(examples: int):
+    """Agresti and Min (2005): Wald's interval of matched pairs with 1/2 more in each cell."""
+    same = random_rows(examples)
+    n, b, c = examples + 2, 0.5, 0.5
+    end = 100 * 1.959964 * math.sqrt((b + c) - (b - c) ** 2 / n) / n
+    found = compared(same, same, seed=0)["accuracy"]
+    assert found["difference"] == 0
+    assert found["interval"] == pytest.approx([-end, end], rel=1e-6)
+
+
 def test_processes_that_begin_together_have_one_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
