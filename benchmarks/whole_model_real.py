@@ -5,18 +5,20 @@
 The model is a folder; the recorded one is SmolLM2-135M-Instruct, de-quantised from four bits. All
 matrices of attention and FFN are compressed, `kept` of their numbers stored. Calibrated on the
 first 60 % of WikiText-2's test file (own), or on stories, claims and questions (other), with
-`--sampled FILE` (of `tensorllm sample`) on what the model wrote too; scored, in
-nats per token, on blocks of its last 40 % and on stories, and zero-shot on the first `--questions`
-test rows of each of the four datasets (0: none). Each text that is calibrated on, each number of
-sequences and each draw of them (`--seed`) is a part of docs/results/whole_model_real.json, written
-after every method; what other commands measured with the same model stays there, each row with its
-commit and command.
+`--sampled FILE` (of `tensorllm sample`) on what the model wrote too, and distilled, where the
+method asks for that, on `--distill-text FILE` alone; scored, in nats per token, on blocks of its
+last 40 % and on stories, and zero-shot on the first `--questions` test rows of each of the four
+datasets (0: none). Each text that is calibrated on, each number of sequences and each draw of them
+(`--seed`) is a part of docs/results/whole_model_real.json, written after every method; what other
+commands measured with the same model stays there, each row with its commit and command.
 """
 
 import argparse
 import copy
 import json
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, no refit": {"refit_epochs": 0},
     "ours, no narrowing": {"narrowing": False},
     "ours": {},
+    "ours, distilled": {"distill_steps": 96},
 }
 SAMPLED = ", with sampled text"  # ends the name of a method for which the model wrote some
 HALF = 0.5  # of the gap between the best other method and the dense model: what ours is to close
@@ -96,13 +99,12 @@ class Bench:
         order = torch.randperm(len(self.texts), generator=draws)[: self.args.sequences].tolist()
         drawn = tuple(tuple(self.texts[i]) for i in order)
         text = Calibration(drawn, source=self.args.calibrated, seed=self.args.seed)
+        whole = partial(read_calibration, tokenizer=self.tokenizer, sequences=None, length=512)
+        if self.args.distill_text is not None:
+            text = replace(text, to_distill=whole(self.args.distill_text))
         if self.args.sampled is None:
             return text
-        return text.with_all_of(
-            read_calibration(
-                self.args.sampled, self.tokenizer, sequences=None, length=len(drawn[0])
-            )
-        )
+        return text.with_all_of(whole(self.args.sampled, length=len(drawn[0])))
 
     def loss(self, model: Any) -> dict[str, Any]:
         return {
@@ -224,6 +226,7 @@ def main() -> None:
         "--length", type=int, help="tokens of a sequence (those scored, if not given)"
     )
     options.add_argument("--sampled", type=Path, help="text that the model wrote, to add")
+    options.add_argument("--distill-text", type=Path, help="what is distilled on, such as that")
     options.add_argument("--kept", type=float, nargs="+", default=KEPT)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--questions", type=int, default=200, help="rows of each dataset")

@@ -24,7 +24,9 @@ from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 from tensorllm.weights import dense_matrices
 
-LEARNING_RATE = 1e-3  # of a parameter's mean size: a fixed one of that size ruins a real model
+# Of a parameter's mean size, over the root of the model's width: the wider, the more of Adam's
+# equally long steps add up in an output (Yang et al. 2022, arXiv 2203.03466).
+LEARNING_RATE = 3e-3
 TOKENS = 1024  # padded positions of a step
 
 
@@ -90,7 +92,8 @@ class Distiller(LightningModule):
         return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": [p], "lr": LEARNING_RATE * mean_size(p)} for p in self.numbers]
+        rate = LEARNING_RATE / self.roles.spec.geometry(0).D ** 0.5
+        groups = [{"params": [p], "lr": rate * mean_size(p)} for p in self.numbers]
         optimizer = torch.optim.Adam(groups)
         share = partial(warmed_up, steps=self.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)

@@ -159,7 +159,7 @@ def _train(work: Sweeps, sites: list[Site], budget: Budget | None, text: Calibra
 
     made = _fitted(work, sites, budget, {})
     before = {site: made.factors(site) for site in sites}
-    model = work.source.model
+    model, text = work.source.model, text.to_distill or text
     work.keep(distill(model, work.source.roles, before, text, steps, work.progress))
 
 

@@ -55,6 +55,7 @@ class Calibration:
         source: what they were drawn from, by `seed`.
         added: how many of them, at the end, are all of another text, and `added_from` which.
         length: tokens of a sequence, where that was asked for; None: the default.
+        to_distill: what the factors are distilled on afterwards; None: this text.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -63,6 +64,7 @@ class Calibration:
     added: int = 0
     added_from: str = ""
     length: int | None = None
+    to_distill: "Calibration | None" = None
 
     @property
     def tokens(self) -> int:
@@ -84,7 +86,8 @@ class Calibration:
         }
         facts |= {"length": self.length} if self.length is not None else {}
         added = {"added": {"source": self.added_from, "sequences": self.added}}
-        return facts | (added if self.added else {})
+        facts |= added if self.added else {}
+        return facts | ({"to_distill": self.to_distill.facts()} if self.to_distill else {})
 
     @property
     def sha256(self) -> str:
@@ -97,6 +100,8 @@ class Calibration:
         Compared are the hashes of each `WINDOW` tokens that follow each other, or of a whole
         sequence where it is shorter.
         """
+        if self.to_distill is not None:
+            self.to_distill.refuse_overlap(evaluated)
         longest = min(WINDOW, max(map(len, self.sequences), default=0))
         wanted = [_windows(one, min(longest, len(one))) for one in evaluated]
         sizes = {len(window) for windows in wanted for window in windows}
@@ -116,6 +121,8 @@ class Calibration:
             width: of the widest input of a matrix that is fitted.
             context: positions that the model has; None where it says nothing.
         """
+        if self.to_distill is not None:
+            self.to_distill.check(vocabulary, 1, context)
         top = max((max(s) for s in self.sequences if s), default=0)
         low = min((min(s) for s in self.sequences if s), default=0)
         if top >= vocabulary or low < 0:
@@ -175,11 +182,13 @@ def text_asked_for(
     sequences: int,
     seed: int,
     length: int | None = None,
+    to_distill: Path | None = None,
 ) -> Calibration | None:
     """The calibration text of a request: sequences drawn from `file`, and all of `sampled`.
 
     Args:
         length: tokens of a drawn sequence; None: `usual_length`.
+        to_distill: a file, of which all is for distillation.
 
     Raises:
         UserError: `sampled` without `file`, files that cannot be read, or a length that the
@@ -196,6 +205,9 @@ def text_asked_for(
         raise UserError(f"--length must be 2..{context}, the model's context, got {length}")
     drawn = {"sequences": sequences, "seed": seed, "length": length or usual}
     text = replace(read_calibration(file, tokenizer, **drawn), length=length)
+    if to_distill is not None:
+        more = read_calibration(to_distill, tokenizer, sequences=None, length=usual, seed=seed)
+        text = replace(text, to_distill=more)
     if sampled is None:
         return text
     return text.with_all_of(read_calibration(sampled, tokenizer, sequences=None, length=usual))

@@ -125,10 +125,13 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
     source = resolve(recipe.model, request.revision)
     if request.evaluate is not None:
         make_dataset(request.evaluate, data_file=request.data_file)
+    compressor = compressor_of(recipe, budget, source)
+    if request.distill_text is not None and not compressor.training_steps:
+        raise UserError("--distill-text does nothing without --distill-steps")
     task = FolderTask(
         source=source.folder,
         target=request.out,
-        compressor=compressor_of(recipe, budget, source),
+        compressor=compressor,
         layers=recipe.layers,
         budget=budget,
         calibration=_text(request, source, dtype),
@@ -172,6 +175,7 @@ def _text(request: CompressRequest, source: Source, dtype: Any) -> Calibration |
         request.sequences or SEQUENCES,
         request.seed or 0,
         request.length,
+        request.distill_text,
     )
     if text is not None and request.evaluate is not None and not request.allow_overlap:
         refuse_evaluated(text, tokenizer, request.evaluate, request.data_file)

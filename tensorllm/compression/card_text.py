@@ -123,6 +123,7 @@ def _again(report: Mapping[str, Any]) -> str:
     draw = "--sequences {sequences} --seed {seed}".format_map(fitted) if fitted else ""
     more = " --length {length}".format_map(fitted) if fitted and "length" in fitted else ""
     more += " --sampled SAMPLED" if fitted and "added" in fitted else ""
+    more += " --distill-text DISTILLED" if fitted and "to_distill" in fitted else ""
     data = f" --calibration FILE {draw}{more}" if fitted else ""
     facts = f"\n\n{_fitted_to(fitted)}" if fitted else ""
     version = report["environment"].get("versions", {}).get("tensorllm", "")
@@ -147,7 +148,7 @@ def _exported(report: Mapping[str, Any]) -> str:
 
 
 def _fitted_to(text: Mapping[str, Any]) -> str:
-    """What FILE was, and what was drawn of it; what SAMPLED was."""
+    """What FILE was, and what was drawn of it; what SAMPLED and DISTILLED were."""
     lost = (
         " The loss on them rose by {loss_increase:.4f} from {loss:.4f} nats per token."
         if "loss_increase" in text
@@ -155,6 +156,11 @@ def _fitted_to(text: Mapping[str, Any]) -> str:
     ).format_map(text)
     # Folders from before this was noted do not say it.
     ran = f" The model ran in {text['dtype']}." if "dtype" in text else ""
+    if "to_distill" in text:
+        other = (
+            " DISTILLED was `{source}`, all of its {sequences:,} sequences; SHA-256: `{sha256}`."
+        )
+        ran = other.format_map(text["to_distill"]) + ran
     if "added" in text:
         added = text["added"]
         return (

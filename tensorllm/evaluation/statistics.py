@@ -101,8 +101,8 @@ def compared(
         `wrong_to_right` and `right_to_wrong`: how many verdicts changed; `mcnemar_p`: the exact
         test of these; `accuracy` (points) and `loss` (nats per token): difference, 95 % paired
         bootstrap interval (of accuracy Agresti and Min's where no verdict changed, which a
-        bootstrap would be sure of); `loss_p`: twice the smaller share of resamples on either side of zero,
-        `LEAST_P` at least.
+        bootstrap would be sure of); `loss_p`: twice the smaller share of resamples on either side
+        of zero, `LEAST_P` at least.
     """
     verdicts = [(b.correct, a.correct) for b, a in zip(before, after, strict=True)]
     wrong_to_right = sum(was is False and now is True for was, now in verdicts)

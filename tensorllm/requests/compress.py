@@ -87,6 +87,14 @@ class CompressRequest:
     distill_steps: Annotated[
         int | None, Option("With --calibration: steps to train the factors afterwards.")
     ] = None
+    distill_text: Annotated[
+        Path | None,
+        Option(
+            "With --distill-steps: text to train on instead, such as the model's own (`tensorllm "
+            "sample`), which helps most on other text.",
+            needs=OF_TEXT,
+        ),
+    ] = None
     stream: Annotated[bool, Option("Calibrate layer by layer from disk: too big for memory.")] = (
         False
     )
@@ -100,8 +108,7 @@ class CompressRequest:
     length: Annotated[
         int | None,
         Option(
-            "Tokens of each (default: 512, or the model's context): more, shorter ones show more "
-            "documents at the same cost.",
+            "Tokens of each (default: 512, or the model's context).",
             least=2,
             needs=OF_TEXT,
         ),

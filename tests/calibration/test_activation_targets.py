@@ -12,7 +12,7 @@ import torch
 from calibration_text import distance, logits, text
 from tiny_models import tiny_model
 
-from tensorllm.calibration import fit
+from tensorllm.calibration import Calibration, fit
 from tensorllm.calibration.distill import distill
 from tensorllm.calibration.fit import Fitted, fit_sizes
 from tensorllm.calibration.layers import InMemory
@@ -165,15 +165,32 @@ def test_distillation_brings_predictions_nearer_and_trains_nothing_else(name):
     before = copy.deepcopy(model.state_dict())
     few = text(3, 60, 12)
     found = {}
-    for steps in (0, 30):
+    for steps in (0, 60):
         smaller = copy.deepcopy(model)
         fitted = fit(ActivationHybrid(target_ratio=3, distill_steps=steps), model, few)
         report = compress(smaller, fitted)
         found[steps] = distance(model, smaller, text(4, 40, 12)), report.totals.parameters_after
-    assert found[30][0] < 0.95 * found[0][0]
-    assert found[30][1] == found[0][1]
+    assert found[60][0] < 0.95 * found[0][0]
+    assert found[60][1] == found[0][1]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_what_is_distilled_on_may_be_another_text():
+    """The fit is that of the calibration text alone, and training knows only the other one."""
+    model = tiny_model("llama")
+    few, other = text(3, 60, 12), text(5, 60, 12)
+    wanted = ActivationHybrid(target_ratio=3, refit_epochs=0, distill_steps=30)
+    found = fit(wanted, model, replace(few, to_distill=other))
+    start = fit(replace(wanted, distill_steps=0), model, few)
+    factors = {site: start.factors(site) for site in start.sites}
+    trained = distill(model, InMemory(model).roles, factors, other, 30)
+    assert found.sites == start.sites
+    for site in start.sites:
+        torch.testing.assert_close(found.factors(site).dense(), trained[site].dense())
+    assert found.calibration["to_distill"] == other.facts()
+    with pytest.raises(UserError, match="has token 10000"):
+        fit(wanted, model, replace(few, to_distill=Calibration(((10000,),))))
 
 
 def test_distillation_steps_are_shares_of_each_parameters_size():

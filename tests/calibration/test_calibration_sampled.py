@@ -1,6 +1,7 @@
 """Text that a model writes as its own calibration set."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,37 @@ def test_a_sample_adds_to_a_text_from_file_to_file(tinystories: Path, tmp_path: 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--calibration FILE --sequences 5 --seed 0 --sampled SAMPLED" in card
     assert f"SAMPLED `sampled.jsonl`, with {added}" in card
+
+
+def test_what_is_distilled_on_is_named_and_kept_apart(tinystories: Path, tmp_path: Path) -> None:
+    stories, other = tmp_path / "mine.json", tmp_path / "other.txt"
+    stories.write_text(json.dumps([f"Once there was a cat number {n}. " * 12 for n in range(8)]))
+    other.write_text("A dog ran to the sea. " * 40)
+    request = CompressRequest(
+        model=str(tinystories),
+        mode="activation-hybrid",
+        target_ratio=1.2,
+        calibration=stories,
+        distill_text=other,
+        settings={"refit_epochs": 0},
+        out=tmp_path / "out",
+    )
+    with pytest.raises(UserError, match="--distill-text does nothing without --distill-steps"):
+        compress(request)
+    scored = replace(request, distill_steps=2, evaluate="text", data_file=other)
+    with pytest.raises(UserError, match=r"stand in the calibration text \(other.txt\)"):
+        compress(scored)
+    assert not (tmp_path / "out").exists()
+    report = compress(replace(request, distill_steps=2))
+    assert isinstance(report, CompressionReport)
+    facts = report.settings["calibration"]
+    tokenizer = AutoTokenizer.from_pretrained(tinystories)
+    alone = read_calibration(stories, tokenizer)
+    assert facts["sha256"] == alone.sha256
+    assert facts["to_distill"] == read_calibration(other, tokenizer, sequences=None).facts()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--seed 0 --distill-text DISTILLED" in card
+    assert "DISTILLED was `other.txt`, all of its" in card
 
 
 def test_what_is_asked_wrongly_is_refused_at_once(tmp_path: Path) -> None:
