@@ -7,14 +7,15 @@ from tensorllm_cli.signature import takes
 
 @takes(SampleRequest)
 def sample(request: SampleRequest, *, json: bool) -> None:
-    """Let a model write a calibration set: to add to a short text, or where there is none.
+    """Let a model write text: to distill on, to add to a short calibration set, or in its place.
 
     Examples:
 
       tensorllm sample --model my-llama/ --sequences 96 --out sampled.jsonl
 
       tensorllm compress --model my-llama/ --mode activation-hybrid
-          --target-ratio 1.5 --calibration my.txt --sampled sampled.jsonl --out o/
+          --target-ratio 1.5 --calibration my.txt
+          --distill-steps 96 --distill-text sampled.jsonl --out o/
     """
     with progress_bar("loading") as progress:
         from tensorllm.commands.sample import sample
