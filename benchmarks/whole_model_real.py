@@ -39,15 +39,10 @@ from tensorllm.data.demo import MODEL_DIR
 
 KEPT = (0.8, 0.6, 0.4)
 STEPS = 96  # of distillation
-BASELINES: dict[str, str] = {  # what rows call a method -> its mode
-    "svd": "svd",
-    "asvd": "asvd",
-    "svd-llm": "svd-llm",
-    "svd-llm-sequential": "svd-llm-sequential",
-    "aa-svd": "aa-svd",
-    "modegpt": "modegpt",
-    "modegpt, distilled": "modegpt-distilled",
-}
+BASELINES = (
+    *("svd", "asvd", "svd-llm", "svd-llm-sequential", "aa-svd", "modegpt"),
+    "modegpt, distilled",
+)
 OURS: dict[str, dict[str, Any]] = {
     "ours, no refit, no narrowing": {"refit_epochs": 0, "narrowing": False},
     "ours, no refit": {"refit_epochs": 0},
@@ -60,7 +55,7 @@ MORE = (", distilled", SAMPLED)  # what a method may have, and is compared with 
 HALF = 0.5  # of the gap between the best other method and the dense model: what ours is to close
 
 
-@COMPRESSORS.register("modegpt-distilled")
+@COMPRESSORS.register("modegpt, distilled")
 @dataclass(frozen=True, kw_only=True)
 class DistilledMoDeGPT(MoDeGPT):
     """What MoDeGPT left trained as the factors of ours are."""
@@ -177,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
     for name in args.methods:
         if name in BASELINES:
             for share in kept:
-                one = make_compressor(BASELINES[name], {"kept": share})
+                one = make_compressor(name, {"kept": share})
                 model = copy.deepcopy(bench.model)
                 started = time.perf_counter()
                 given = None if one.needs == "weights" else text

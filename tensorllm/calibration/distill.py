@@ -1,4 +1,4 @@
-"""A short training of the factors alone, towards the original's predictions on the same text.
+"""A short training of the factors alone, towards the original's predictions on a text.
 
 Shapes: B sequences, T positions, N tokens of a batch, V words, I and D of a role matrix.
 """

@@ -156,21 +156,19 @@ def _fitted_to(text: Mapping[str, Any]) -> str:
     ).format_map(text)
     # Folders from before this was noted do not say it.
     ran = f" The model ran in {text['dtype']}." if "dtype" in text else ""
-    if "to_distill" in text:
-        other = (
-            " DISTILLED was `{source}`, all of its {sequences:,} sequences; SHA-256: `{sha256}`."
-        )
-        ran = other.format_map(text["to_distill"]) + ran
+    other = " DISTILLED was `{source}`, all of its {sequences:,} sequences; SHA-256: `{sha256}`."
+    taught = other.format_map(text["to_distill"]) if "to_distill" in text else ""
     if "added" in text:
         added = text["added"]
         return (
             f"FILE was `{text['source']}`, from which {text['sequences']:,} sequences were drawn, "
             f"and SAMPLED `{added['source']}`, with {added['sequences']:,}: {text['tokens']:,} "
-            f"tokens in all. SHA-256 of the sequences: `{text['sha256']}`.{ran}{lost}"
+            f"tokens in all. SHA-256 of the sequences: `{text['sha256']}`.{taught}{ran}{lost}"
         )
     return (
         f"FILE was `{text['source']}`: {text['sequences']:,} sequences of {text['tokens']:,} "
-        f"tokens in all were drawn from it. SHA-256 of these: `{text['sha256']}`.{ran}{lost}"
+        f"tokens in all were drawn from it. SHA-256 of these: `{text['sha256']}`."
+        f"{taught}{ran}{lost}"
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tensorllm.evaluation.predictions import Prediction
 
 RESAMPLES = 2000
-NORMAL = 1.959964  # its quantile of 97.5 %
+NORMAL = 1.959964  # 97.5 % quantile of the standard normal distribution
 LEAST_P = 2 / RESAMPLES  # of a bootstrap: so few resamples cannot tell a smaller one
 CHUNK = 2**22  # numbers drawn at once
 Numbers = NDArray[np.float64]

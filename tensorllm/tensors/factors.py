@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from tensorllm.errors import UserError
 from tensorllm.registry import Registry
 from tensorllm.tensors.eigen import all_singular_values
 from tensorllm.tensors.unfold import exact_float32, project
@@ -56,7 +57,11 @@ class Factors(ABC):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of `dense()`; a kind that can tell it without that tensor overrides this."""
+        """That of `dense()`; a kind that can tell it without that tensor overrides this.
+
+        Raises:
+            UserError: the ranks of the stored tensors differ (of the kinds here that override it).
+        """
         return tuple(self.dense().shape)
 
     @property
@@ -158,6 +163,12 @@ def cast(factors: Factors, dtype: torch.dtype) -> Factors:
     return type(factors).from_tensors(rounded)
 
 
+def same_rank(*ranks: int) -> None:
+    """Refuse factors that cannot be multiplied, such as those of a damaged folder."""
+    if len(set(ranks)) > 1:
+        raise UserError(f"factors of ranks {' and '.join(map(str, ranks))} do not fit together")
+
+
 def wide(t: Tensor) -> Tensor:
     """`t` in float32, or float64 where it already is."""
     return t.to(wide_dtype(t))
@@ -206,6 +217,8 @@ class Tucker(Factors):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        for mode, u in self.factors.items():
+            same_rank(self.core.shape[mode], u.shape[1])
         given = {mode: len(u) for mode, u in self.factors.items()}
         return tuple(given.get(mode, size) for mode, size in enumerate(self.core.shape))
 
@@ -283,6 +296,7 @@ class LowRank(Factors):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        same_rank(self.u_IR.shape[1], len(self.v_RO))
         return len(self.u_IR), self.v_RO.shape[1]
 
     @property

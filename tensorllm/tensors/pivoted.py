@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tensorllm.tensors.factors import FACTORS, Factors, wide, wide_dtype
+from tensorllm.tensors.factors import FACTORS, Factors, same_rank, wide, wide_dtype
 from tensorllm.tensors.unfold import exact_float32
 
 
@@ -60,6 +60,7 @@ class PivotedLowRank(Factors):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        same_rank(len(self.rows_R), len(self.basis_RO), self.mix_XR.shape[1])
         return len(self.rows_R) + len(self.mix_XR), self.basis_RO.shape[1]
 
     @property

@@ -13,7 +13,7 @@ from calibration_text import distance, logits, text
 from tiny_models import tiny_model
 
 from tensorllm.calibration import Calibration, fit
-from tensorllm.calibration.distill import distill
+from tensorllm.calibration.distill import Distiller, distill
 from tensorllm.calibration.fit import Fitted, fit_sizes
 from tensorllm.calibration.layers import InMemory
 from tensorllm.calibration.smallest import next_token_loss, smallest, with_factors
@@ -206,6 +206,19 @@ def test_distillation_steps_are_shares_of_each_parameters_size():
         moved = float((after - before).norm())
         assert moved > 1e-3 * float(before.norm())
         assert float((other[site].dense() - after).norm()) < 0.05 * moved
+
+
+def test_steps_of_distillation_are_shorter_in_wider_models():
+    """0.003 of a parameter's root mean square, over the root of the width."""
+    for width in (32, 128):
+        model = tiny_model("llama", hidden_size=width)
+        fitted = fit(SVDLLM(kept=0.5), model, text(width // 8))
+        factors = {site: fitted.factors(site) for site in fitted.sites}
+        trained = Distiller(model, InMemory(model).roles, factors, 1)
+        for group in trained.configure_optimizers()[0][0].param_groups:
+            (x,) = group["params"]
+            size = float(x.detach().square().mean()) ** 0.5
+            assert group["lr"] == pytest.approx(0.003 * size / width**0.5)
 
 
 def test_several_sizes_are_distilled_as_one_is():

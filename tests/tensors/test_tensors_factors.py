@@ -22,7 +22,7 @@ from tensorllm.tensors.blocks import BlockLowRank
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker, cast, parameters
 from tensorllm.tensors.kept_rows import KeptRows
-from tensorllm.tensors.pivoted import pivot
+from tensorllm.tensors.pivoted import PivotedLowRank, pivot
 from tensorllm.tensors.quantised import BITS, kind_named, quantise
 from tensorllm.tensors.tucker import tucker
 from tensorllm.tensors.unfold import project
@@ -78,6 +78,19 @@ def test_dense_is_the_sum_over_all_ranks(kind: str) -> None:
     factors, want = EXAMPLES[kind]
     torch.testing.assert_close(factors.dense(), want, rtol=1e-4, atol=1e-5)
     assert factors.shape == tuple(want.shape)
+
+
+@pytest.mark.parametrize(
+    ("factors", "ranks"),
+    [
+        (LowRank(random(9, 3), random(4, 6)), "3 and 4"),
+        (PivotedLowRank(random(3, 6), random(6, 2), torch.arange(3)), "3 and 3 and 2"),
+        (Tucker(random(5, 3), {1: random(7, 2)}), "3 and 2"),
+    ],
+)
+def test_factors_of_different_ranks_have_no_shape(factors: Factors, ranks: str) -> None:
+    with pytest.raises(UserError, match=f"factors of ranks {ranks} do not fit together"):
+        _ = factors.shape
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
