@@ -153,6 +153,9 @@ def _plain_gram(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
     """w ×_mode uᵀ: mode `mode` of size N becomes R, in the dtype of `u_NR`, w's order in memory."""
+    if torch.is_grad_enabled() and (w.requires_grad or u_NR.requires_grad):  # nothing in place
+        with exact_float32():
+            return torch.tensordot(w.to(u_NR.dtype), u_NR, ([mode], [0])).movedim(-1, mode)
     x_ANB, sizes, order = blocks(w, mode)
     a, n, b = x_ANB.shape
     r = u_NR.shape[1]
