@@ -1,5 +1,6 @@
 """What is installed: wheel and sdist, a light import, and a base that does without the extras."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import forked
 import pytest
 from cli_runs import piped
 from repository import ROOT
+
+import tensorllm as tl
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SECONDS = 2.0
@@ -37,6 +40,12 @@ def without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_import_gives_no_warning() -> None:
     done = python("import tensorllm", "-W", "error")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_import_path_of_0_1_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="gone in 0.3: from tensorllm import factorize"):
+        old = importlib.import_module("tensorllm.pipeline.runtime")
+    assert old.factorize is tl.factorize
 
 
 @pytest.mark.parametrize("script", ["import tensorllm", "import tensorllm_cli.app"])
