@@ -208,22 +208,29 @@ def save_all(bench: Bench, dense: dict[str, Any], args: argparse.Namespace) -> N
 
 def closed(losses: dict[str, dict[str, Any]], dense: dict[str, Any]) -> dict[str, Comparison]:
     """What each variant of ours closes of the gap between the best other method and the dense
-    model. Where ours was not distilled, or the model wrote no text for it, nor were the others."""
+    model: another as it is published, and, where ours was given more (`MORE`), one that was given
+    the same."""
     out = {}
     for row in (row for row in losses.values() if "ours" in row["method"]):
-        given = [more for more in MORE if more not in row["method"]]
+        given = [more for more in MORE if more in row["method"]]
         others = [
             other
             for other in losses.values()
-            if other["kept"] == row["kept"]
-            and "ours" not in other["method"]
-            and not any(more in other["method"] for more in given)
+            if other["kept"] == row["kept"] and "ours" not in other["method"]
         ]
-        for text in (name for name in dense if name != "questions" and others):
-            rest = min(other[text] for other in others)
-            share = 100 * (rest - row[text]) / (rest - dense[text])
-            name = f"{row['method']}, kept {row['kept']:g}, {text}"
-            out[name] = Comparison(ours=share, unit="% of the gap", wanted=100 * HALF)
+        for which, extra in (("", []), (", given the same", given)):
+            peers = [
+                other
+                for other in others
+                if [more for more in MORE if more in other["method"]] == extra
+            ]
+            if not peers or (which and not given):
+                continue
+            for text in (name for name in dense if name != "questions"):
+                rest = min(other[text] for other in peers)
+                share = 100 * (rest - row[text]) / (rest - dense[text])
+                name = f"{row['method']}, kept {row['kept']:g}, {text}{which}"
+                out[name] = Comparison(ours=share, unit="% of the gap", wanted=100 * HALF)
     return out
 
 

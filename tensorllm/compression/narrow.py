@@ -36,7 +36,9 @@ from tensorllm.tensors.factors import cast
 from tensorllm.tensors.stacking import FFN
 from tensorllm.weights import dense_matrices, stacked, touched
 
-MULTIPLE = 8  # widths that kernels like
+# What widths are multiples of: the first that is at most a share of the full width. Kernels like
+# them, and llama.cpp quantises blocks of 256 or 32: other rows stay in 16 bits there.
+MULTIPLES, MOST_OF_WIDTH = (256, 128, 64, 32, 16, 8), 1 / 32
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
@@ -59,7 +61,7 @@ def narrow(
 ) -> Narrow:
     """Write a folder, factored or dense, without its dead FFN channels.
 
-    All layers get the width of the widest, a multiple of 8: what a config can say.
+    All layers get the width of the widest, rounded up (`MULTIPLES`): what a config can say.
 
     Args:
         progress: called with (tensors written, tensors in all, the tensor's name).
@@ -147,7 +149,7 @@ def narrowing(
     """
     full = _full_width(roles)
     counts = {layer: int(alive_F.sum()) for layer, alive_F in live.items()}
-    width = _common_width(counts, full)
+    width = common_width(counts, full)
     config = _narrow_config(given, roles, full, width)
     chosen = {layer: _of_width(alive_F, width) for layer, alive_F in live.items()}
     weights = {
@@ -183,7 +185,7 @@ def foreseen(task: FolderTask, roles: RoleMatrices) -> Narrowing | None:
             if kept.get(layer) == full:
                 kept[layer] = job.compressor.ffn_channels(roles.spec.geometry(layer))
     known = {layer: count for layer, count in kept.items() if count is not None}
-    counts = known or dict.fromkeys(kept, max(1, full - MULTIPLE))  # of which one is tried
+    counts = known or dict.fromkeys(kept, max(1, full - MULTIPLES[-1]))  # of which one is tried
     live = {layer: torch.arange(full) < count for layer, count in counts.items()}
     found = narrowing(given, roles, live)
     return found if len(known) == len(kept) else None
@@ -212,17 +214,18 @@ def _full_width(roles: RoleMatrices) -> int:
     return widths.pop()
 
 
-def _common_width(counts: Mapping[int, int], full: int) -> int:
+def common_width(counts: Mapping[int, int], full: int) -> int:
     """The width that all layers get; channels that each layer reads."""
     widest = max(counts, key=lambda layer: counts[layer])
-    width = -(-counts[widest] // MULTIPLE) * MULTIPLE
-    if width >= full:
-        raise UserError(
-            f"--format narrow: layer {widest} reads {counts[widest]} of its {full} FFN channels, "
-            "so nothing can go, as all layers have one width; drop some of every layer first: "
-            "--mode modegpt"
-        )
-    return width
+    for multiple in MULTIPLES:
+        width = -(-counts[widest] // multiple) * multiple
+        if width < full and (multiple <= full * MOST_OF_WIDTH or multiple == MULTIPLES[-1]):
+            return width
+    raise UserError(
+        f"--format narrow: layer {widest} reads {counts[widest]} of its {full} FFN channels, "
+        "so nothing can go, as all layers have one width; drop some of every layer first: "
+        "--mode modegpt"
+    )
 
 
 def _opened(source: Path) -> tuple[Tensors, set[str]]:

@@ -18,7 +18,7 @@ from tensorllm.commands.export import run
 from tensorllm.compression import prepare
 from tensorllm.compression.dry_run import dry_run
 from tensorllm.compression.engine import compress_folder
-from tensorllm.compression.narrow import narrow
+from tensorllm.compression.narrow import common_width, narrow
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import SVDLLM, ActivationHybrid
 from tensorllm.compressors.calibrated.modegpt import MoDeGPT
@@ -58,6 +58,22 @@ def test_plain_transformers_gets_the_same_logits(architecture: str, format: str,
         torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "narrow" / "config.json").read_text())
     assert made.after in config.values()
+
+
+@pytest.mark.parametrize(
+    ("read", "full", "width"),
+    [
+        (1229, 1536, 1248),  # blocks of 32
+        (8806, 11008, 8960),  # blocks of 256
+        (3000, 4096, 3072),
+        (1520, 1536, 1520),  # few go: no more than there are of them can be put back
+        (20, 56, 24),
+        (1, 16, 8),
+    ],
+)
+def test_widths_are_such_as_llama_cpp_quantises(read: int, full: int, width: int):
+    """Multiples of 256, 128, ... of which one is at most a 32nd of the width; else of 8."""
+    assert common_width({0: read - 1, 1: read}, full) == width
 
 
 def test_the_command_says_the_width(tmp_path: Path):
