@@ -111,7 +111,14 @@ class Planned:
 
     def sized(self, curves: Mapping[Site, ErrorCurve], numbers: int) -> dict[Site, Size | None]:
         """The sites, each with its size, that a budget chooses."""
-        found = share_out(self.ways(), curves, numbers).sizes
+        ways = self.ways()
+        tied = [
+            job.site
+            for ways_here in ways
+            for job in ways_here[0]
+            if isinstance(job.compressor, LayerFit) and job.compressor.one_size
+        ]
+        found = share_out(ways, curves, numbers, tied).sizes
         return {site: size for site, size in found.items() if any(size)}
 
     def ways(self) -> list[Ways]:

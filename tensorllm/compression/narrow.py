@@ -27,6 +27,7 @@ from tensorllm.compression.jobs import CompressedSite
 from tensorllm.compression.plan import Plan
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors.placing import placed
+from tensorllm.compressors.widths import rounded_up
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.models.spec import Stored
@@ -36,9 +37,6 @@ from tensorllm.tensors.factors import cast
 from tensorllm.tensors.stacking import FFN
 from tensorllm.weights import dense_matrices, stacked, touched
 
-# What widths are multiples of: the first that is at most a share of the full width. Kernels like
-# them, and llama.cpp quantises blocks of 256 or 32: other rows stay in 16 bits there.
-MULTIPLES, MOST_OF_WIDTH = (256, 128, 64, 32, 16, 8), 1 / 32
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
@@ -61,7 +59,7 @@ def narrow(
 ) -> Narrow:
     """Write a folder, factored or dense, without its dead FFN channels.
 
-    All layers get the width of the widest, rounded up (`MULTIPLES`): what a config can say.
+    All layers get the width of the widest, rounded up (`compressors.widths`), as a config says one.
 
     Args:
         progress: called with (tensors written, tensors in all, the tensor's name).
@@ -149,7 +147,7 @@ def narrowing(
     """
     full = _full_width(roles)
     counts = {layer: int(alive_F.sum()) for layer, alive_F in live.items()}
-    width = common_width(counts, full)
+    width = _common_width(counts, full)
     config = _narrow_config(given, roles, full, width)
     chosen = {layer: _of_width(alive_F, width) for layer, alive_F in live.items()}
     weights = {
@@ -185,7 +183,7 @@ def foreseen(task: FolderTask, roles: RoleMatrices) -> Narrowing | None:
             if kept.get(layer) == full:
                 kept[layer] = job.compressor.ffn_channels(roles.spec.geometry(layer))
     known = {layer: count for layer, count in kept.items() if count is not None}
-    counts = known or dict.fromkeys(kept, max(1, full - MULTIPLES[-1]))  # of which one is tried
+    counts = known or dict.fromkeys(kept, max(1, full // 2))  # of which one is tried
     live = {layer: torch.arange(full) < count for layer, count in counts.items()}
     found = narrowing(given, roles, live)
     return found if len(known) == len(kept) else None
@@ -214,13 +212,12 @@ def _full_width(roles: RoleMatrices) -> int:
     return widths.pop()
 
 
-def common_width(counts: Mapping[int, int], full: int) -> int:
+def _common_width(counts: Mapping[int, int], full: int) -> int:
     """The width that all layers get; channels that each layer reads."""
     widest = max(counts, key=lambda layer: counts[layer])
-    for multiple in MULTIPLES:
-        width = -(-counts[widest] // multiple) * multiple
-        if width < full and (multiple <= full * MOST_OF_WIDTH or multiple == MULTIPLES[-1]):
-            return width
+    width = rounded_up(counts[widest], full)
+    if width is not None:
+        return width
     raise UserError(
         f"--format narrow: layer {widest} reads {counts[widest]} of its {full} FFN channels, "
         "so nothing can go, as all layers have one width; drop some of every layer first: "

@@ -1,7 +1,9 @@
 """One budget of numbers, shared out over all sites of a model by their error curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from tensorllm.compressors.base import ErrorCurve, Ways
 from tensorllm.compressors.layer import Site, Size
@@ -16,25 +18,50 @@ class Allocation:
     error: float
 
 
-def share_out(ways: Sequence[Ways], curves: Mapping[Site, ErrorCurve], numbers: int) -> Allocation:
+def share_out(
+    ways: Sequence[Ways],
+    curves: Mapping[Site, ErrorCurve],
+    numbers: int,
+    tied: Collection[Site] = (),
+) -> Allocation:
     """Sizes that store at most `numbers` with about the least summed error.
 
     Each size is worth the error that it takes away per number that it costs; layers and matrices
     compete for one budget. Of several ways to group matrices one is chosen.
 
+    Args:
+        tied: sites that all get the same size; no other way has any of their matrices.
+
     Raises:
         UserError: even the smallest sizes store more.
     """
+    free = [each for each in ways if not any(job.site in tied for way in each for job in way)]
     clusters = [
         [
             [Curve(curves[job.site].cost_N, curves[job.site].error_N) for job in way]
             for way in ways_here
         ]
-        for ways_here in ways
+        for ways_here in free
     ]
+    if tied:
+        together = _together([curves[site] for site in tied])
+        clusters.append([[Curve(together.cost_N, together.error_N)]])
     choices = allocate(clusters, numbers)
     sizes: dict[Site, Size] = {}
-    for ways_here, choice in zip(ways, choices, strict=True):
+    for ways_here, choice in zip(free, choices, strict=False):
         for job, point in zip(ways_here[choice.way], choice.ranks, strict=True):
             sizes[job.site] = tuple(curves[job.site].sizes_NC[point - 1].tolist())
+    if tied:
+        (point,) = choices[-1].ranks
+        sizes |= dict.fromkeys(tied, tuple(together.sizes_NC[point - 1].tolist()))
     return Allocation(sizes, error_of(clusters, choices))
+
+
+def _together(curves: Sequence[ErrorCurve]) -> ErrorCurve:
+    """What sites of one size cost and leave in all, at the sizes that each of them may have."""
+    common = set.intersection(*({tuple(size) for size in c.sizes_NC.tolist()} for c in curves))
+    kept = [torch.tensor([tuple(s) in common for s in c.sizes_NC.tolist()]) for c in curves]
+    costs = [c.cost_N[here] for c, here in zip(curves, kept, strict=True)]
+    errors = [c.error_N[here.to(c.error_N.device)] for c, here in zip(curves, kept, strict=True)]
+    sizes_NC = curves[0].sizes_NC[kept[0]]
+    return ErrorCurve(torch.stack(costs).sum(0), torch.stack(errors).sum(0), sizes_NC)

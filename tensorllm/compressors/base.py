@@ -262,11 +262,13 @@ class LayerFit(Compressor):
             measured whose size is the square of an FFN's width.
         holds_out: whether `curves` asks for `held_out_error`: a batch is then kept out of its
             covariances.
+        one_size: whether a budget gives all sites that `ways` names the same size.
     """
 
     needs: ClassVar[Needs] = "activations"
     at_width: ClassVar[bool] = False
     holds_out: ClassVar[bool] = False
+    one_size: ClassVar[bool] = False
 
     @property
     def whole_inputs(self) -> tuple[str, ...]:

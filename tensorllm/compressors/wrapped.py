@@ -8,11 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tensorllm.compressors.base import Composite, Compressor, Job, LayerFit, Leaf, Ways
-from tensorllm.compressors.layer import Site
+import torch
+
+from tensorllm.compressors.base import (
+    Composite,
+    Compressor,
+    ErrorCurve,
+    Job,
+    LayerFit,
+    Leaf,
+    Ways,
+)
+from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.widths import multiples
 from tensorllm.models.spec import ModelSpec
 from tensorllm.tensors.shared_input import NARROWED
-from tensorllm.tensors.stacking import Geometry
+from tensorllm.tensors.stacking import FFN, Geometry
 
 Wrap = Callable[[Leaf | LayerFit], Leaf | LayerFit]
 
@@ -91,24 +102,54 @@ class WrappedFit(LayerFit):
 
 
 class ChannelsOnly(WrappedFit):
-    """Leaves an FFN no other way to become smaller than to lose channels, where it may lose some.
+    """Nothing but FFNs that lose channels, the same number in all layers.
 
-    For a checkpoint that is narrower: there low rank saves nothing, and one FFN that keeps all its
+    For a checkpoint that is narrower: low rank saves nothing there, and the FFN that keeps most
     channels keeps all others as wide.
     """
 
+    one_size = True
+
     def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
-        out = []
-        for ways in self.inner.ways(geometry, layer, sites):
-            fewer = [way for way in ways if any(job.site.roles in NARROWED for job in way)]
-            out.append(fewer or ways)
+        """The one way of an FFN in which it is a single site; others stay as they are."""
+        found = self.inner.ways(geometry, layer, sites)
+        channels = [way for ways in found for way in ways if _loses_channels(way)]
+        return [[[Job(job.site, self) for job in way]] for way in channels]
+
+    def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
+        """At widths that other tools run well."""
+        best = multiples(context.geometry.F)[0]
+        out = {}
+        for site, curve in self.inner.curves(sites, context).items():
+            fit = [size[0] % best == 0 for size in curve.sizes_NC.tolist()]
+            cost_N, error_N, sizes_NC = (
+                x[torch.tensor(fit, device=x.device)]
+                for x in (curve.cost_N, curve.error_N, curve.sizes_NC)
+            )
+            out[site] = ErrorCurve(cost_N, error_N, sizes_NC)
         return out
 
 
+def _loses_channels(way: Sequence[Job]) -> bool:
+    return any(job.site.roles in NARROWED for job in way)
+
+
+class _OfFFNs(Wrapped):
+    """Without what is fitted to other matrices."""
+
+    def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
+        jobs = super().jobs(spec, layers)
+        return [
+            job
+            for job in jobs
+            if not isinstance(job.compressor, LayerFit) or set(job.site.roles) <= set(FFN)
+        ]
+
+
 def channels_only(compressor: Compressor) -> Wrapped:
-    """The strategy with `ChannelsOnly` wherever it fits layers."""
+    """The strategy with `ChannelsOnly` wherever it fits layers; attention is left as it is."""
 
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
         return ChannelsOnly(inner) if isinstance(inner, LayerFit) else inner
 
-    return Wrapped(compressor, wrap)
+    return _OfFFNs(compressor, wrap)

@@ -124,6 +124,36 @@ def test_no_other_choice_of_ranks_is_better() -> None:
         assert stored <= budget
 
 
+def test_sites_that_are_tied_get_the_best_common_size() -> None:
+    """Two sites of one size, and a free one, by brute force; one lacks a size of the other."""
+    sites = [site_of(layer) for layer in range(3)]
+    sizes = {sites[0]: (2, 4, 6, 8), sites[1]: (2, 4, 8), sites[2]: (1, 2, 3, 4)}
+    curves = {}
+    for number, (site, each) in enumerate(sizes.items()):
+        size = torch.tensor(each)
+        error = (9.0 - size).square() * (number + 1)
+        curves[site] = ErrorCurve((number + 2) * size, error.double(), size[:, None])
+    ways = [[[Job(site, tl.LaserSVD(rank=1))]] for site in sites]
+
+    def cost_and_error(chosen: dict[Site, int]) -> tuple[int, float]:
+        points = [(curves[site], sizes[site].index(size)) for site, size in chosen.items()]
+        return (
+            sum(int(c.cost_N[n]) for c, n in points),
+            sum(float(c.error_N[n]) for c, n in points),
+        )
+
+    for budget in (16, 20, 30, 45, 60):
+        found = share_out(ways, curves, budget, sites[:2])
+        every = [
+            cost_and_error({sites[0]: both, sites[1]: both, sites[2]: other})
+            for both, other in itertools.product((2, 4, 8), sizes[sites[2]])
+        ]
+        assert found.sizes[sites[0]] == found.sizes[sites[1]]
+        got = cost_and_error({site: size[0] for site, size in found.sizes.items()})
+        assert got[0] <= budget
+        assert got[1] == found.error == min(error for cost, error in every if cost <= budget)
+
+
 def test_the_best_reachable_ratio_is_said() -> None:
     least = tl.SharedTucker4D(ranks=(1, 1, 1)).stored_parameters(SHAPE)
     numbers = math.prod(SHAPE)

@@ -1,7 +1,6 @@
 """A narrower checkpoint is an ordinary one that computes what the wider one does."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from tensorllm.commands.export import run
 from tensorllm.compression import prepare
 from tensorllm.compression.dry_run import dry_run
 from tensorllm.compression.engine import compress_folder
-from tensorllm.compression.narrow import common_width, narrow
+from tensorllm.compression.narrow import narrow
 from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import SVDLLM, ActivationHybrid
 from tensorllm.compressors.calibrated.modegpt import MoDeGPT
-from tensorllm.compressors.wrapped import channels_only
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.requests.others import ExportRequest
@@ -58,22 +56,6 @@ def test_plain_transformers_gets_the_same_logits(architecture: str, format: str,
         torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "narrow" / "config.json").read_text())
     assert made.after in config.values()
-
-
-@pytest.mark.parametrize(
-    ("read", "full", "width"),
-    [
-        (1229, 1536, 1248),  # blocks of 32
-        (8806, 11008, 8960),  # blocks of 256
-        (3000, 4096, 3072),
-        (1520, 1536, 1520),  # few go: no more than there are of them can be put back
-        (20, 56, 24),
-        (1, 16, 8),
-    ],
-)
-def test_widths_are_such_as_llama_cpp_quantises(read: int, full: int, width: int):
-    """Multiples of 256, 128, ... of which one is at most a 32nd of the width; else of 8."""
-    assert common_width({0: read - 1, 1: read}, full) == width
 
 
 def test_the_command_says_the_width(tmp_path: Path):
@@ -132,21 +114,20 @@ def test_compress_writes_what_the_two_commands_would(architecture: str, tmp_path
     tl.load(tmp_path / "out", verify=True)
 
 
-def test_low_rank_beside_narrow_ffns_is_written_dense(tmp_path: Path):
-    strategy = ActivationHybrid(target_ratio=2.0, refit_epochs=0)
-    made = compress_folder(task(tmp_path, "llama", strategy))
-    kinds = {site.kind for site in made.sites if "out" in site.roles}
-    assert kinds == {"kept-rows"}  # no layer's FFN is low-rank: it would keep the others as wide
-    assert any(set(site.roles) <= set("qkvo") for site in made.sites)
-    again = replace(task(tmp_path, "llama", strategy), target=tmp_path / "dense", format="dense")
-    wide = task(tmp_path, "llama", channels_only(strategy))
-    compress_folder(replace(wide, target=tmp_path / "dense", format="dense"))
-    assert dry_run(replace(again, format="narrow")).bytes_after is None  # the fit will tell
-    models = [tl.load(tmp_path / folder) for folder in ("out", "dense")]
-    assert models[0].config.intermediate_size < models[1].config.intermediate_size
-    with torch.no_grad():
-        narrower, dense = (model(IDS).logits for model in models)
-    torch.testing.assert_close(narrower, dense, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("ratio", [1.2, 2.0])
+def test_a_target_is_met_by_channels_alone_the_same_number_everywhere(ratio: float, tmp_path: Path):
+    """Nothing else gets smaller by being written dense, so nothing else is touched."""
+    strategy = ActivationHybrid(target_ratio=ratio, refit_epochs=0)
+    asked = task(tmp_path, "llama", strategy)
+    assert dry_run(asked).bytes_after is None  # the fit will tell
+    made = compress_folder(asked)
+    width = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size
+    assert width == 8 * int(56 / ratio / 8)  # the widest that is within the target
+    assert {site.kind for site in made.sites} == {"kept-rows"}
+    assert [site.ranks for site in made.sites] == [(3 * width,)] * 2
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    changed = {name.split(".")[-2] for name, w in before.items() if not torch.equal(w, after[name])}
+    assert changed == {"gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.parametrize(
