@@ -19,6 +19,9 @@ from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import add_gram, mirror
 
+# What the sums are of, at a module.
+MEASURED = {"inputs": "input", "gradients": "output's gradient", "carried": "input's gradient"}
+
 
 def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> nn.Module:
     """The module that multiplies by the role's matrix."""
@@ -143,20 +146,19 @@ class CovarianceHooks:
 
     def _see(self, key: Key, x_NX: Tensor) -> None:
         """Count what the roles of an expert read."""
-        x_NX = self._finite(key, x_NX.float())
+        x_NX = x_NX.float()
         self._given[key] += len(x_NX)
         self._sums.add(("sizes", *key), x_NX.abs().sum(0))
         self._add("inputs", key, x_NX)
 
-    def _finite(self, key: Key, x_NX: Tensor) -> Tensor:
+    def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
         if not torch.isfinite(x_NX).all():
             name = self.roles.name(key[0], key[1][0]).removesuffix(".weight")
+            of = "output" if what == "carried" and writes(key[1]) else MEASURED[what]
             raise UserError(
-                f"the input of {name} has NaN or Inf in calibration batch {self._number}"
+                f"the {of} of {name} has NaN or Inf in calibration batch {self._number}: the "
+                "model's dtype may be too narrow, load it in float32"
             )
-        return x_NX
-
-    def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
         self._sums.add_gram((what, *key), x_NX)
 
     def _matrix(self, layer: int, role: str) -> Tensor:
@@ -172,7 +174,7 @@ class CovarianceHooks:
 
         def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._batch is not None
-            x_NX = self._finite(key, self._batch.tokens(args[0].detach()).float())
+            x_NX = self._batch.tokens(args[0].detach()).float()
             if self.wanted.matrices:
                 self._sums.add(("sizes", *key), x_NX.abs().sum(0))
             if self.wanted.matrices or not writes(together) or together[0] in self.wanted.whole:

@@ -23,6 +23,7 @@ from tensorllm.options import Value
 from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
 from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
 from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, is_output_projection
+from tensorllm.tensors.triangular import lower_inverse, raised_cholesky
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -225,16 +226,15 @@ def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
 
     Args:
         ridge: of the mean variance, what is added to the diagonal in any case.
+
+    Raises:
+        UserError: the covariance has NaN or Inf.
     """
-    shift = ridge * float(covariance_XX.diagonal().mean())
-    eye_XX = torch.eye(len(covariance_XX)).to(covariance_XX)
-    while True:
-        root_XX, failed = torch.linalg.cholesky_ex(covariance_XX + shift * eye_XX)
-        if not failed:
-            inverse = torch.linalg.solve_triangular(root_XX, eye_XX, upper=False)
-            return Root(root_XX, inverse)
-        mean = float(covariance_XX.diagonal().mean()) or 1.0
-        shift = max(2 * shift, 1e-8 * mean)
+    mean = float(covariance_XX.diagonal().mean())
+    raised_XX = covariance_XX.clone()
+    raised_XX.diagonal().add_(ridge * mean)
+    root_XX = raised_cholesky(raised_XX, 1e-8 * (mean or 1.0), 2)
+    return Root(root_XX, lower_inverse(root_XX))
 
 
 def matrix_sites(

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
-from tensorllm.tensors.triangular import congruent, times_lower
+from tensorllm.tensors.triangular import congruent, raised_cholesky, times_lower
 
 FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
+LEAST = 1e-15  # the same where nothing is added and rounding made the covariance indefinite
 SHORT = 1.0  # the same where there are as many tokens as directions; falls by their cube
 
 
@@ -55,15 +56,13 @@ class Metric:
 
     @cached_property
     def root(self) -> Tensor:
-        """The lower Cholesky factor L. What rounding made indefinite is raised until it is not."""
-        raised_NN, floor = self.raised, self.floor
-        while True:
-            root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
-            if not int(failed):
-                return root_NN
-            floor *= 10
-            raised_NN = self.raised.clone()
-            raised_NN.diagonal().add_(floor * float(raised_NN.diagonal().mean()))
+        """The lower Cholesky factor L; the floor is raised tenfold until there is one.
+
+        Raises:
+            UserError: the covariance has NaN or Inf.
+        """
+        mean = float(self.raised.diagonal().mean())
+        return raised_cholesky(self.raised, 10 * max(self.floor, LEAST) * mean, 10)
 
     def seen(self, carried_NN: Tensor, half_NN: Tensor | None = None) -> Tensor:
         """Lᵀ C L: its eigenvalues are what components cost when they are left out.

@@ -12,6 +12,7 @@ from calibration_text import text
 from tiny_models import tiny_model
 from torch import Tensor
 
+from tensorllm.calibration import fit
 from tensorllm.calibration.covariances import Covariances, Wanted
 from tensorllm.calibration.layers import InMemory, Layers
 from tensorllm.calibration.statistics import GRADIENT_TOKENS, Measurement, frozen, sampled
@@ -65,6 +66,18 @@ def test_all_plain_is_the_svd_of_the_white_inputs(roles: tuple[str, ...]) -> Non
     best_MD = u[:, :RANK] * s[:RANK] @ v[:RANK] @ torch.linalg.inv(root_DD)
     for found_MD in fitted(context, 1.0, roles).chunk(len(roles)):
         assert torch.allclose(found_MD, best_MD, atol=1e-3)
+
+
+@pytest.mark.timeout(60)
+def test_gradients_that_overflow_are_refused() -> None:
+    """As in half precision; a covariance with NaN has no Cholesky factor, whatever is added."""
+    model = tiny_model("llama")
+    handle = model.model.layers[0].register_full_backward_pre_hook(
+        lambda module, gradients: (gradients[0] * float("inf"),)
+    )
+    with pytest.raises(UserError, match=r"gradient of .*layers\.0\..* NaN or Inf .* batch 0"):
+        fit(ActivationHybrid(target_ratio=2), model, text())
+    handle.remove()
 
 
 def test_nothing_plain_is_the_gradients_alone() -> None:
