@@ -207,7 +207,8 @@ def weighted_curve(w_YX: Tensor, root: Root) -> ErrorCurve:
     ranks = torch.arange(1, len(squares) + 1)
     cost = ranks * sum(w_YX.shape)
     smaller = cost < w_YX.numel()
-    error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w_YX.numel() / squares.sum()
+    whole = float(squares.sum()) or 1.0  # a matrix of zeros has no error at any rank
+    error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w_YX.numel() / whole
     cost_N = torch.cat((cost[smaller], torch.tensor([w_YX.numel()])))
     error_N = torch.cat((error[smaller], error.new_zeros(1)))
     sizes = torch.cat((ranks[smaller], ranks.new_zeros(1)))
