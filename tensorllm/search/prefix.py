@@ -266,7 +266,10 @@ def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def default_budget(device: torch.device) -> int:
-    """A quarter of the memory that is free where the model is, in bytes."""
+    """A quarter of the memory that is free where the model is, in bytes; of all that there is where
+    the system does not tell what is free, as macOS."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 4
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 4
+    free = "SC_AVPHYS_PAGES" in os.sysconf_names
+    pages = os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") // 4
