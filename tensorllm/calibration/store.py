@@ -28,7 +28,8 @@ class Store:
 
     Args:
         folder: None for memory; else made where it does not exist.
-        fingerprint: names the work; what a folder holds of other work is thrown away.
+        fingerprint: names the work; what a folder holds of other work is thrown away, but for
+            stores in it: one of each of several processes, one of a narrow export.
 
     Raises:
         UserError: the folder holds something that no fit has left there.
@@ -46,7 +47,7 @@ class Store:
         if mark.is_file() and mark.read_text() == said:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        held = [p for p in folder.iterdir() if p != mark and p.suffix != TEMPORARY]
+        held = [p for p in folder.iterdir() if p != mark and not _is_apart(p)]
         if held and not mark.is_file():
             raise UserError(f"{folder} holds {held[0].name}, which no fit left there; give another")
         for path in held:
@@ -102,6 +103,11 @@ class Store:
     def path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
+
+
+def _is_apart(path: Path) -> bool:
+    """Half a file that is being written, or the folder of another store."""
+    return path.suffix == TEMPORARY or (path / FINGERPRINT).is_file()
 
 
 def as_stored(site: Site, factors: Factors) -> dict[str, Tensor]:
