@@ -134,11 +134,12 @@ class CovarianceHooks:
         return out
 
     def _fill(self) -> None:
-        """Zeros for experts that no token was routed to."""
+        """Zeros for experts that no token was routed to, where the others' sums are."""
+        device = next(self.model.parameters()).device
         for key in self._routed:
             width = self.roles.spec.geometry(key[0]).inputs(key[1][0])
-            self._sums.add(("sizes", *key), torch.zeros(width))
-            self._sums.add(("inputs", *key), torch.zeros(width, width))
+            self._sums.add(("sizes", *key), torch.zeros(width, device=device))
+            self._sums.add(("inputs", *key), torch.zeros(width, width, device=device))
 
     def _mask(self) -> Tensor:
         assert self._batch is not None
