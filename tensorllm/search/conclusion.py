@@ -1,6 +1,5 @@
 """The end of a search: the winner's scores on the test part, and what is written of it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.environment import environment
-from tensorllm.io import replacing, write_text
+from tensorllm.io import replacing, write_json, write_text
 from tensorllm.metrics import MAIN
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import as_yaml
@@ -269,7 +268,7 @@ def write_files(folder: Path, run: Study, point: Point, found: SearchResult) -> 
         write_text(folder / RECIPE, found.recipe)
     else:  # of an earlier run, which had another winner
         (folder / RECIPE).unlink(missing_ok=True)
-    write_text(folder / RESULTS, json.dumps(found.results, indent=2) + "\n")
+    write_json(folder / RESULTS, found.results)
     done = run.decomposed(point)
     rows = pq.read_table(folder / TRIALS).to_pylist()
     sites = [asdict(site.report) for site in done]
