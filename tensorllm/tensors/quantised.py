@@ -70,6 +70,10 @@ class Quantised(Factors):
         return cls(dict(tensors))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.plain().shape
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return self.plain().ranks
 
