@@ -64,7 +64,7 @@ class CovarianceHooks:
         self._routed = [key for key in self.keys if is_of_experts(roles, key)]
         self._plain = [key for key in self.keys if key not in self._routed]
         self._given: dict[Key, int] = dict.fromkeys(self._routed, 0)
-        self._tokens, self._felt, self._number = 0, 0, 0
+        self._tokens, self._gradient_tokens, self._number = 0, 0, 0
         self._batch: Batch | None = None
         self._with_gradients = False
         self._gradients: dict[tuple[int, str], Tensor] = {}
@@ -86,7 +86,7 @@ class CovarianceHooks:
         self._with_gradients = gradients and self.wanted.gradients
         tokens = int(batch.mask_BT.sum())
         self._tokens += tokens
-        self._felt += tokens * self._with_gradients
+        self._gradient_tokens += tokens * self._with_gradients
 
     def add_gradients(self) -> None:
         """Count the gradients that the backward pass of this batch left."""
@@ -111,7 +111,9 @@ class CovarianceHooks:
         """The means over all tokens, of all processes."""
         self._fill()
         device = next(iter(self._sums.sums.values())).device
-        counts = torch.tensor([self._tokens, self._felt], dtype=torch.float64, device=device)
+        counts = torch.tensor(
+            [self._tokens, self._gradient_tokens], dtype=torch.float64, device=device
+        )
         self.ranks.sum(counts)
         given = {}
         for of, count in self._given.items():

@@ -142,8 +142,8 @@ class Apart(nn.Module):
         return z_NX
 
 
-class Kept:
-    """A kind that stays dense, in the parameter of the experts' module."""
+class Dense:
+    """A kind of matrix that stays dense, in the parameter of the experts' module."""
 
     def __init__(self, view_EFD: Callable[[], Tensor], *, output: bool) -> None:
         self.view_EFD, self.output = view_EFD, output
@@ -180,7 +180,7 @@ class FactoredExperts(nn.Module):
             return found
         parameter = self.where.parameter(kind)
         view = lambda: self.where.view(getattr(self, parameter), kind)  # noqa: E731
-        return Kept(view, output=kind == "out")
+        return Dense(view, output=kind == "out")
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         if not self.where.routed:

@@ -58,9 +58,9 @@ def conclude(
     """
     first, point, goal = steps[0], composed(steps), run.goal_of(queue)
     final = final_scores(run, queue, point, progress)
-    luck = selection(steps, run.request.seed) if goal.metric == "accuracy" else None
+    optimism = selection(steps, run.request.seed) if goal.metric == "accuracy" else None
     winner = whole(steps, final["ratio"])
-    datasets = _by_dataset(run, first.original, winner, final, luck)
+    datasets = _by_dataset(run, first.original, winner, final, optimism)
     results: dict[str, Any] = {
         **_asked(run, goal),
         **_tried(run, steps, [each["validation_examples"] for each in datasets]),
@@ -76,7 +76,7 @@ def conclude(
         },
         "steps": [_described(step) for step in steps],
         "test_looks": final["looks"],
-        "selection": luck,
+        "selection": optimism,
         **_judged(datasets, goal),
         "datasets": datasets,
         "guide": first.guide,
@@ -167,7 +167,7 @@ def _by_dataset(
     original: TrialResult,
     winner: TrialResult,
     final: Mapping[str, Any],
-    luck: Mapping[str, Any] | None,
+    optimism: Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
     """Of each dataset what was found, by the names of the results of a single one."""
     every = zip(
@@ -175,7 +175,7 @@ def _by_dataset(
     )
     out = []
     for at, (questions, before, after, tested) in enumerate(every):
-        own = luck if luck is None else luck.get("datasets", [luck])[at]
+        own = optimism if optimism is None else optimism.get("datasets", [optimism])[at]
         share = LEVEL / len(run.datasets)
         examples = len(questions.validation.examples)
         out.append(

@@ -152,9 +152,9 @@ def left_out_by(seen_NN: Tensor, v_NR: Tensor) -> float:
     return max(0.0, float(seen_NN.diagonal().sum() - kept))
 
 
-def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
-    """The target in the size in which all costs as much by the metric as by what was carried:
-    tr(A T) = tr(A C). What costs nothing gives zero."""
+def at_equal_cost(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
+    """The target T times the number by which it costs by the metric A what the carried covariance C
+    costs: tr(A T) = tr(A C). What costs nothing gives zero."""
     metric = metric_NN.flatten()
     whole = metric @ target_NN.flatten()
     return target_NN * (metric @ carried_NN.flatten() / whole if whole > 0 else 0.0)

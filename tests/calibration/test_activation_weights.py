@@ -20,7 +20,7 @@ from tensorllm.compressors import ActivationHybrid
 from tensorllm.compressors.calibrated.at_width import AtWidth, share_of, written
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.tensors.weighted import as_dear
+from tensorllm.tensors.weighted import at_equal_cost
 
 D, M, RANK = 24, 40, 8
 
@@ -147,8 +147,8 @@ def test_gradients_are_counted_and_the_count_is_kept() -> None:
 
 def test_what_costs_nothing_gives_nothing() -> None:
     zero_DD = torch.zeros(3, 3)
-    assert not as_dear(zero_DD, torch.eye(3), torch.eye(3)).any()
-    assert not as_dear(torch.eye(3), zero_DD, torch.eye(3)).any()
+    assert not at_equal_cost(zero_DD, torch.eye(3), torch.eye(3)).any()
+    assert not at_equal_cost(torch.eye(3), zero_DD, torch.eye(3)).any()
 
 
 @pytest.mark.parametrize("plain", [-0.1, 1.01, float("nan")])

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tensorllm.compressors.applied import Applied, Kept
+from tensorllm.compressors.applied import Applied, Rows
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.calibrated.at_width import AtWidth, written
 from tensorllm.compressors.calibrated.held_out import SHARE, times_expected
@@ -156,7 +156,7 @@ class Channels(Moving):
 
     def applied(self, geometry: Geometry) -> dict[str, Applied]:
         return {
-            role: Kept(self.rows_R, w_RD, self.channels, is_output_projection(role))
+            role: Rows(self.rows_R, w_RD, self.channels, is_output_projection(role))
             for role, w_RD in zip(self.site.roles, self.rows(), strict=True)
         }
 
