@@ -170,13 +170,20 @@ def seconds_of_product(dtype: torch.dtype) -> float:
     return min(found)
 
 
-def device_of(name: str) -> str:
-    """`auto` is the first GPU where there is one."""
+def device_of(name: str, *, decomposes: bool = False) -> str:
+    """The device of that name; `auto` is the first GPU where there is one.
+
+    Args:
+        decomposes: whether matrices will be decomposed there, for which it needs float64.
+
+    Raises:
+        UserError: no such device, or one without float64 (`mps`) where that is needed.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     one_of("--device", name.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=name, dtype=torch.float64 if decomposes else None)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {name} is not available here: {first_line(error)}") from None
     return name

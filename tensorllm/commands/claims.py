@@ -81,7 +81,7 @@ class ClaimStudy:
         self.request = request
         self.methods = methods
         self.source: Source = resolve(request.model)
-        device, dtype = device_of(request.device), dtype_of(request.dtype)
+        device, dtype = device_of(request.device, decomposes=True), dtype_of(request.dtype)
         self.loader = Loader(self.source.folder, dtype, device).quickest()
         if self.loader.masked:
             raise UserError(f"{request.model} fills masks in: the study's guide needs a causal one")
