@@ -22,6 +22,7 @@ from tensorllm.io import (
     locked,
     no_space,
     remove_temporary,
+    replace_folder,
     sha256,
     sync,
     write_tensors,
@@ -226,16 +227,8 @@ class ShardWriter:
             sync(path)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         sync(self.folder)
-        old = self.target.parent / f".{self.target.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.target.exists():
-            check_target(self.target, overwrite=self.overwrite)
-            self.target.replace(old)
-            self.folder.replace(self.target)
-            shutil.rmtree(old)
-        else:
-            self.folder.replace(self.target)
-        sync(self.target.parent)
+        check_target(self.target, overwrite=self.overwrite)  # another run may have come first
+        replace_folder(self.folder, self.target)
 
     def discard(self) -> None:
         """Throw away all that was written: the work was refused, not interrupted."""

@@ -21,7 +21,7 @@ from tensorllm.evaluation.predictions import (
 )
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.statistics import compared, intervals
-from tensorllm.io import locked, no_space, sync, write_json, write_text
+from tensorllm.io import locked, no_space, replace_folder, sync, write_json, write_text
 from tensorllm.metrics import SHOWN
 
 RESULTS = "results.json"
@@ -89,9 +89,7 @@ class ResultsFolder:
             for path in done.iterdir():
                 sync(path)
             check_free(self.target, self.overwrite)  # another run may have come first
-            if self.target.exists():
-                shutil.rmtree(self.target)
-            done.rename(self.target)
+            replace_folder(done, self.target)
         except OSError as error:
             raise disk_full(self.target, error) from None
         shutil.rmtree(self.partial, ignore_errors=True)

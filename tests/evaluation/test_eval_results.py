@@ -1,6 +1,5 @@
 """Results folders: complete or not there, resumed, compared; and the statistics in them."""
 
-import errno
 import json
 import math
 import shutil
@@ -9,7 +8,6 @@ import time
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -313,24 +311,3 @@ def test_one_model_is_in_memory_at_a_time(
     monkeypatch.setattr(Loader, "__call__", counted)
     evaluate(replace(request_of, compressed=small))
     assert alive == [0, 0]
-
-
-def test_a_disk_that_is_full_at_the_start_costs_no_finished_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A run that goes on must not empty the note by which it knows its own journal."""
-    rows = ResultsFolder(tmp_path / "out", "run").journal("after") / "rows.jsonl"
-    rows.parent.mkdir()
-    rows.write_text("{}")
-
-    def full(path: Path, *text: Any, **how: Any) -> None:
-        path.open("w").close()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch, suppress(UserError):
-        patch.setattr(Path, "write_text", full)
-        ResultsFolder(tmp_path / "out", "run")
-    ResultsFolder(tmp_path / "out", "run")
-    assert rows.is_file()
-    ResultsFolder(tmp_path / "out", "another run")
-    assert not rows.exists()
