@@ -48,8 +48,10 @@ class Store:
             return
         folder.mkdir(parents=True, exist_ok=True)
         held = [p for p in folder.iterdir() if p != mark and not _is_apart(p)]
-        if held and not mark.is_file():
-            raise UserError(f"{folder} holds {held[0].name}, which no fit left there; give another")
+        strange = [p for p in held if p.is_dir() or not mark.is_file()]
+        if strange:
+            name = strange[0].name
+            raise UserError(f"{folder} holds {name}, which no fit left there; give another")
         for path in held:
             path.unlink()
         write_text(mark, said)

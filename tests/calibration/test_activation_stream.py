@@ -130,6 +130,15 @@ def test_a_folder_that_is_not_a_fits_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
 
+def test_a_folder_in_a_fits_that_is_not_one_is_left_alone(tmp_path):
+    Store(tmp_path, {"work": 1})
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("all of it")
+    with pytest.raises(UserError, match="holds thesis, which no fit left there"):
+        Store(tmp_path, {"work": 2})
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "all of it"
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_stores_in_a_folder_are_left_alone(tmp_path, begun):
     """As one of each process that torchrun started before, or that of a narrow export."""
