@@ -20,7 +20,7 @@ import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from support.attention_block import WANTED, block, gptj
@@ -49,7 +49,7 @@ import tensorllm as tl
 from tensorllm.commands.bench import bench
 from tensorllm.requests.others import BenchRequest
 from tensorllm.runtime import SiteModule
-from tensorllm.runtime.cost import POLICIES
+from tensorllm.runtime.cost import Policy
 from tensorllm.runtime.measure import measure
 
 PARTS = ("block", "whole", "cost", "cache", "real", "token", "compile", "all")
@@ -133,7 +133,7 @@ def print_cost(row: dict[str, Any]) -> None:
 
 def arguments() -> argparse.Namespace:
     """What is to be measured."""
-    options = parser(__doc__)
+    options, policies = parser(__doc__), list(get_args(Policy))
     options.add_argument("--part", choices=PARTS, default="all")
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--note", default="", help="kept with the figures: how busy it was")
@@ -156,7 +156,7 @@ def arguments() -> argparse.Namespace:
         "--own-cache", action="store_true", help="also the dense model with a cache as ours grows"
     )
     more.add_argument("--layers", type=int, default=4, help="of --part compile: the first ones")
-    more.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    more.add_argument("--policies", nargs="+", choices=policies, default=policies)
     more.add_argument(
         "--peaks", nargs="*", choices=tuple(DTYPES), default=list(DTYPES),
         help="dtypes in which the memory of each is measured, in a process of its own",

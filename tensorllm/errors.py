@@ -10,5 +10,6 @@ class Incomplete(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another package's error says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what another package's error says, at most 400 characters of it; its kind
+    where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

@@ -109,6 +109,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def replace_folder(new: Path, target: Path) -> None:
+    """Let a complete folder appear under its name, and only then remove one that was there.
+
+    Args:
+        new: on the same disk as `target`.
+        target: what is there, if anything, is put aside as `.NAME.old` in between.
+    """
+    target = target.absolute()
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.replace(old)
+    new.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
+    sync(target.parent)
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder in which no file can be made; where it is not there, what it would lie in."""
     above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from tensorllm.environment import environment
+from tensorllm.io import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -119,9 +120,7 @@ def save(
     found = json.loads(path.read_text()) if path.is_file() else {}
     found[part] = {**made(), "comparisons": shown, **data}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # a kill must not cost the other parts
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, found, indent=1)  # whole or not: a kill must not cost the other parts
 
 
 def portable(command: str) -> str:

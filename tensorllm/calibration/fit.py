@@ -126,6 +126,9 @@ def fit_sizes(
         compressor: with a target of its own, which is replaced, or with none.
         targets: ratios or parameters.
 
+    Returns:
+        The fitted strategy of each target, in their order.
+
     Raises:
         UserError: as `fit`, for any of the targets before the first is fitted; a limit of the loss,
             which tries sizes itself.

@@ -19,6 +19,9 @@ from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import add_gram, mirror
 
+# What the sums are of, at a module.
+MEASURED = {"inputs": "input", "gradients": "output's gradient", "carried": "input's gradient"}
+
 
 def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> nn.Module:
     """The module that multiplies by the role's matrix."""
@@ -61,7 +64,7 @@ class CovarianceHooks:
         self._routed = [key for key in self.keys if is_of_experts(roles, key)]
         self._plain = [key for key in self.keys if key not in self._routed]
         self._given: dict[Key, int] = dict.fromkeys(self._routed, 0)
-        self._tokens, self._felt, self._number = 0, 0, 0
+        self._tokens, self._gradient_tokens, self._number = 0, 0, 0
         self._batch: Batch | None = None
         self._with_gradients = False
         self._gradients: dict[tuple[int, str], Tensor] = {}
@@ -83,7 +86,7 @@ class CovarianceHooks:
         self._with_gradients = gradients and self.wanted.gradients
         tokens = int(batch.mask_BT.sum())
         self._tokens += tokens
-        self._felt += tokens * self._with_gradients
+        self._gradient_tokens += tokens * self._with_gradients
 
     def add_gradients(self) -> None:
         """Count the gradients that the backward pass of this batch left."""
@@ -108,7 +111,9 @@ class CovarianceHooks:
         """The means over all tokens, of all processes."""
         self._fill()
         device = next(iter(self._sums.sums.values())).device
-        counts = torch.tensor([self._tokens, self._felt], dtype=torch.float64, device=device)
+        counts = torch.tensor(
+            [self._tokens, self._gradient_tokens], dtype=torch.float64, device=device
+        )
         self.ranks.sum(counts)
         given = {}
         for of, count in self._given.items():
@@ -131,11 +136,12 @@ class CovarianceHooks:
         return out
 
     def _fill(self) -> None:
-        """Zeros for experts that no token was routed to."""
+        """Zeros for experts that no token was routed to, where the others' sums are."""
+        device = next(self.model.parameters()).device
         for key in self._routed:
             width = self.roles.spec.geometry(key[0]).inputs(key[1][0])
-            self._sums.add(("sizes", *key), torch.zeros(width))
-            self._sums.add(("inputs", *key), torch.zeros(width, width))
+            self._sums.add(("sizes", *key), torch.zeros(width, device=device))
+            self._sums.add(("inputs", *key), torch.zeros(width, width, device=device))
 
     def _mask(self) -> Tensor:
         assert self._batch is not None
@@ -143,20 +149,19 @@ class CovarianceHooks:
 
     def _see(self, key: Key, x_NX: Tensor) -> None:
         """Count what the roles of an expert read."""
-        x_NX = self._finite(key, x_NX.float())
+        x_NX = x_NX.float()
         self._given[key] += len(x_NX)
         self._sums.add(("sizes", *key), x_NX.abs().sum(0))
         self._add("inputs", key, x_NX)
 
-    def _finite(self, key: Key, x_NX: Tensor) -> Tensor:
+    def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
         if not torch.isfinite(x_NX).all():
             name = self.roles.name(key[0], key[1][0]).removesuffix(".weight")
+            of = "output" if what == "carried" and writes(key[1]) else MEASURED[what]
             raise UserError(
-                f"the input of {name} has NaN or Inf in calibration batch {self._number}"
+                f"the {of} of {name} has NaN or Inf in calibration batch {self._number}: the "
+                "model's dtype may be too narrow, load it in float32"
             )
-        return x_NX
-
-    def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
         self._sums.add_gram((what, *key), x_NX)
 
     def _matrix(self, layer: int, role: str) -> Tensor:
@@ -172,7 +177,7 @@ class CovarianceHooks:
 
         def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._batch is not None
-            x_NX = self._finite(key, self._batch.tokens(args[0].detach()).float())
+            x_NX = self._batch.tokens(args[0].detach()).float()
             if self.wanted.matrices:
                 self._sums.add(("sizes", *key), x_NX.abs().sum(0))
             if self.wanted.matrices or not writes(together) or together[0] in self.wanted.whole:

@@ -19,6 +19,7 @@ from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Batch
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
+from tensorllm.models.evaluating import evaluating
 from tensorllm.progress import Progress, quiet
 
 # For each number of the model's width, how many tokens sizes are chosen by, and gradients taken on;
@@ -156,14 +157,13 @@ def sampled(batches: Sequence[Batch], width: int, each: int) -> Tensor:
 def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for parameters, no dropout; afterwards as it was."""
     wanted = {p: p.requires_grad for p in model.parameters()}
-    training = model.training
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        model.train(training)
-        for p, value in wanted.items():
-            p.requires_grad_(value)
+    with evaluating(model):
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for p, value in wanted.items():
+                p.requires_grad_(value)
 
 
 @contextmanager

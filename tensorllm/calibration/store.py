@@ -28,7 +28,8 @@ class Store:
 
     Args:
         folder: None for memory; else made where it does not exist.
-        fingerprint: names the work; what a folder holds of other work is thrown away.
+        fingerprint: names the work; what a folder holds of other work is thrown away, but for
+            stores in it: one of each of several processes, one of a narrow export.
 
     Raises:
         UserError: the folder holds something that no fit has left there.
@@ -46,9 +47,11 @@ class Store:
         if mark.is_file() and mark.read_text() == said:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        held = [p for p in folder.iterdir() if p != mark and p.suffix != TEMPORARY]
-        if held and not mark.is_file():
-            raise UserError(f"{folder} holds {held[0].name}, which no fit left there; give another")
+        held = [p for p in folder.iterdir() if p != mark and not _is_apart(p)]
+        strange = [p for p in held if p.is_dir() or not mark.is_file()]
+        if strange:
+            name = strange[0].name
+            raise UserError(f"{folder} holds {name}, which no fit left there; give another")
         for path in held:
             path.unlink()
         write_text(mark, said)
@@ -102,6 +105,11 @@ class Store:
     def path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
+
+
+def _is_apart(path: Path) -> bool:
+    """Half a file that is being written, or the folder of another store."""
+    return path.suffix == TEMPORARY or (path / FINGERPRINT).is_file()
 
 
 def as_stored(site: Site, factors: Factors) -> dict[str, Tensor]:

@@ -29,15 +29,14 @@ def convert(source: Path, target: Path) -> None:
     if not pickles:
         raise UserError(f"{source} holds no pickled weights ({', '.join(PICKLES)})")
     stats = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in pickles}
-    with exclusive(target):
-        writer = ShardWriter(target, stem="model", fingerprint={"convert": stats})
-        try:
-            for path in pickles:
-                if path.name not in writer.finished:
-                    writer.add(path.name, _read(path))
-        except UserError:
-            writer.discard()
-            raise
+    fingerprint = {"convert": stats}
+    with (
+        exclusive(target),
+        ShardWriter(target, stem="model", fingerprint=fingerprint) as writer,
+    ):
+        for path in pickles:
+            if path.name not in writer.finished:
+                writer.add(path.name, _read(path))
         writer.name_files()
         for path in small_files(source):
             writer.copy(path, path.relative_to(source))

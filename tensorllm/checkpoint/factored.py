@@ -12,6 +12,7 @@ from tensorllm.checkpoint.manifest import Manifest, StoredSite, read_manifest
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
+from tensorllm.io import write_text
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors
 from tensorllm.weights import sharing, touched, write_dense
@@ -77,7 +78,7 @@ def write_readme(folder: Path) -> None:
     """Say how the folder is used, where it has no README.md yet."""
     path = folder / "README.md"
     if not path.exists():
-        path.write_text(README)
+        write_text(path, README)
 
 
 def rest_of(

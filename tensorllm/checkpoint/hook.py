@@ -3,7 +3,6 @@
 `import tensorllm` calls `watch`. Nothing heavy may be imported here.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from tensorllm.progress import silenced
 
 WATCHED = "transformers.quantizers.auto"  # the table of ways in which weights may be stored
 OURS = "tensorllm.checkpoint.quantizer"
@@ -52,15 +53,8 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # Where torchao is installed this imports it, and it tells of GPU libraries it lacks.
-        chatty = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-        levels = [logger.level for logger in chatty]
-        for logger in chatty:
-            logger.setLevel(logging.ERROR)
-        try:
+        with silenced("torchao", "torch.utils._pytree"):
             self._loader.exec_module(module)
-        finally:
-            for logger, level in zip(chatty, levels, strict=True):
-                logger.setLevel(level)
         import_module(OURS)
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks

@@ -22,7 +22,7 @@ from tensorllm.checkpoint.manifest import Manifest, check_files, factored_manife
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.source import Source
 from tensorllm.checkpoint.whole import load_whole
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 from tensorllm.models.task import is_masked
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Cache
@@ -77,7 +77,9 @@ class Loader:
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"cannot load the model in {self.folder}: {_line(error)}") from None
+            raise UserError(
+                f"cannot load the model in {self.folder}: {first_line(error)}"
+            ) from None
         return made.to(self.device).eval()
 
     def config(self) -> Any:
@@ -99,7 +101,9 @@ class Loader:
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot load a tokenizer from {self.folder}: {_line(error)}") from None
+            raise UserError(
+                f"cannot load a tokenizer from {self.folder}: {first_line(error)}"
+            ) from None
 
     @property
     def masked(self) -> bool:
@@ -166,19 +170,20 @@ def seconds_of_product(dtype: torch.dtype) -> float:
     return min(found)
 
 
-def device_of(name: str) -> str:
-    """`auto` is the first GPU where there is one."""
+def device_of(name: str, *, decomposes: bool = False) -> str:
+    """The device of that name; `auto` is the first GPU where there is one.
+
+    Args:
+        decomposes: whether matrices will be decomposed there, for which it needs float64.
+
+    Raises:
+        UserError: no such device, or one without float64 (`mps`) where that is needed.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     one_of("--device", name.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not available here: {reason}") from None
+        torch.empty(0, device=name, dtype=torch.float64 if decomposes else None)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"--device {name} is not available here: {first_line(error)}") from None
     return name
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -86,13 +86,12 @@ def _within_base(model: Any, found: Findings) -> bool:
 def _unused(names: Iterable[str], found: Findings, model: Any) -> Iterator[str]:
     """The stored names that become nothing in the model; findings lack what its class ignores."""
     prefix = f"{model.base_model_prefix}."
-    known = set(model.state_dict())
+    known, unexpected = set(model.state_dict()), set(found.unexpected)
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
     for name in names:
         ways = {name, name.removeprefix(prefix), f"{prefix}{name}"}
-        reported = bool(ways & set(found.unexpected))
         constant = BUFFERS.search(name) or any(p.search(name) for p in ignored)
-        if reported or (constant and not ways & known):
+        if ways & unexpected or (constant and not ways & known):
             yield name
 
 

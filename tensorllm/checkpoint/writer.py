@@ -7,10 +7,10 @@ again, a killed run skips what the journal has.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from tensorllm.io import (
     locked,
     no_space,
     remove_temporary,
+    replace_folder,
     sha256,
     sync,
     write_tensors,
@@ -71,6 +72,9 @@ def exclusive(target: Path) -> Iterator[None]:
 class ShardWriter:
     """Collects tensors and writes them in shards; `finish` puts the folder in its place.
 
+    Used as a context. A block that ends in a `UserError` was refused: what it wrote is thrown away.
+    Whatever else ends it was an interruption, and the next run goes on from what is there.
+
     A thread computes a written shard's checksum, and enters it into the journal, while the next one
     is being filled.
 
@@ -100,6 +104,14 @@ class ShardWriter:
         self._entering: Future[None] | None = None
         self._journal = self._open_journal(json.loads(json.dumps(dict(fingerprint))))
         self._earlier = frozenset(self.finished)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._beside.shutdown()  # before another run may write here
+        if isinstance(error, UserError):
+            self.discard()
 
     @property
     def finished(self) -> dict[str, Any]:
@@ -215,24 +227,12 @@ class ShardWriter:
             sync(path)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         sync(self.folder)
-        old = self.target.parent / f".{self.target.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.target.exists():
-            check_target(self.target, overwrite=self.overwrite)
-            self.target.replace(old)
-            self.folder.replace(self.target)
-            shutil.rmtree(old)
-        else:
-            self.folder.replace(self.target)
-        sync(self.target.parent)
-
-    def rest(self) -> None:
-        """Return once nothing is being written any more, whatever became of it."""
-        wait([self._entering] if self._entering else [])
+        check_target(self.target, overwrite=self.overwrite)  # another run may have come first
+        replace_folder(self.folder, self.target)
 
     def discard(self) -> None:
         """Throw away all that was written: the work was refused, not interrupted."""
-        self.rest()
+        self._beside.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _open_journal(self, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.predictions import Prediction, prediction_of
 from tensorllm.evaluation.scorer import context_of
-from tensorllm.io import check_writable, write_json
+from tensorllm.io import check_writable, locked, write_json
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names
 from tensorllm.reproduction.claims import METHODS, PROTOCOL, Method, Questions, Subject
@@ -81,7 +81,7 @@ class ClaimStudy:
         self.request = request
         self.methods = methods
         self.source: Source = resolve(request.model)
-        device, dtype = device_of(request.device), dtype_of(request.dtype)
+        device, dtype = device_of(request.device, decomposes=True), dtype_of(request.dtype)
         self.loader = Loader(self.source.folder, dtype, device).quickest()
         if self.loader.masked:
             raise UserError(f"{request.model} fills masks in: the study's guide needs a causal one")
@@ -155,9 +155,10 @@ class ClaimStudy:
     def keep(self, found: dict[str, Any]) -> None:
         """Put the results beside those of other models."""
         path = self.request.out / RESULTS
-        known = json.loads(path.read_text()) if path.is_file() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**known, self.name: found})
+        with locked(path.with_name(f".{RESULTS}.lock")):  # models may be studied side by side
+            known = json.loads(path.read_text()) if path.is_file() else {}
+            write_json(path, {**known, self.name: found})
 
     def _original(self, dataset: str) -> dict[str, Any]:
         questions = self.questions[dataset]

@@ -137,7 +137,7 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
         calibration=_text(request, source, dtype),
         stream=request.stream,
         format=format,
-        device=device_of(request.device or "auto"),
+        device=device_of(request.device or "auto", decomposes=True),
         dtype=dtype,
         overwrite=request.overwrite,
         model=source.name,

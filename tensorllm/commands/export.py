@@ -16,7 +16,7 @@ from tensorllm.requests.others import ExportRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class Export:
     """An ordinary checkpoint or a graph, and the bytes of its weight files."""
 
     out: Path
@@ -31,7 +31,7 @@ class Exported:
 
 
 @dataclass(frozen=True, slots=True)
-class Narrowed:
+class NarrowExport:
     """An ordinary checkpoint with a smaller FFN width, and the bytes of its weight files."""
 
     out: Path
@@ -50,7 +50,7 @@ class Narrowed:
 
 
 @dataclass(frozen=True, slots=True)
-class Quantised:
+class QuantisedExport:
     """A factored folder whose factors have few bits, site by site."""
 
     out: Path
@@ -70,7 +70,9 @@ class Quantised:
         )
 
 
-def run(request: ExportRequest, progress: Progress = quiet) -> Exported | Narrowed | Quantised:
+def run(
+    request: ExportRequest, progress: Progress = quiet
+) -> Export | NarrowExport | QuantisedExport:
     """Write the folder that is asked for.
 
     Raises:
@@ -83,12 +85,12 @@ def run(request: ExportRequest, progress: Progress = quiet) -> Exported | Narrow
         if request.format is not None or request.dtype is not None:
             raise UserError("--quantize stays factored: give it without --format and --dtype")
         sites = quantise_folder(source, out, request.quantize, **how)
-        return Quantised(out, request.quantize, sites)
+        return QuantisedExport(out, request.quantize, sites)
     format = one_of("--format", request.format or "dense", EXPORTED)
     how["dtype"] = dtype_of(request.dtype)
     if format == "narrow":
         made = narrow(source, out, **how)
-        return Narrowed(out, made.before, made.after, made.bytes)
+        return NarrowExport(out, made.before, made.after, made.bytes)
     if format in GRAPHS:
-        return Exported(out, format, export_graph(source, out, format, **how))
-    return Exported(out, format, export(source, out, **how))
+        return Export(out, format, export_graph(source, out, format, **how))
+    return Export(out, format, export(source, out, **how))

@@ -48,7 +48,7 @@ def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Out
         UserError: weights or data are missing, the folder holds another run's cells or cannot be
             written, or no cell takes the layer.
     """
-    request = replace(request, device=device_of(request.device))
+    request = replace(request, device=device_of(request.device, decomposes=True))
     check_writable(request.out)
     return _reproduce(_wanted(request), request, progress)
 
@@ -57,7 +57,7 @@ def rehearse(request: ReproduceRequest) -> ReproductionPlan:
     """Run every cell on a tiny random model of the architecture, of which nothing is kept, and
     predict what the real run takes.
     """
-    request = replace(request, device=device_of(request.device))
+    request = replace(request, device=device_of(request.device, decomposes=True))
     wanted = _wanted(request)
     datasets = list(dict.fromkeys(cell.dataset for cell in wanted))
     lacking = missing(request.model, datasets, request.weights, request.data)

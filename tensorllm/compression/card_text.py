@@ -22,7 +22,7 @@ def body(
     task: str | None,
     measured: Sequence[BeforeAfter],
 ) -> str:
-    """Markdown, without front matter; the arguments are those of `card.write_card`."""
+    """Markdown, without front matter; the arguments are those of `card.card`."""
     decomposed = bool(report["sites"])
     parts = [
         f"# {report['model']}, compressed: {report['mode']}",

@@ -177,21 +177,15 @@ def compress_folder(task: FolderTask, progress: Progress = quiet) -> Compression
         planned = plan(prepared(task, work, progress), roles, task.layers)
         cut = chosen(task, planned, checkpoint, roles) if task.format == "narrow" else None
         todo = units(checkpoint, roles, planned.sites)
-        writer = ShardWriter(
+        with ShardWriter(
             task.folder,
             stem=STEM if task.format == "factored" else "model",
             fingerprint=_fingerprint(task, planned, checkpoint),
             shard_bytes=task.shard_bytes,
             overwrite=task.overwrite,
-        )
-        try:
+        ) as writer:
             _run_units(todo, planned, task, checkpoint, roles, writer, progress, cut)
             return publish(task, planned, checkpoint, roles, writer, started, cut)
-        except UserError:  # wrong weights, met on the way: nothing to go on with
-            writer.discard()
-            raise
-        finally:
-            writer.rest()  # before another run may write here
 
 
 def _run_units(

@@ -59,8 +59,10 @@ def export(
         raise UserError(f"{source} {what}; export takes a factored folder")
     check_files(source, manifest, verify=True)
     fingerprint = {"export": "dense", "files": manifest.files, "dtype": str(dtype)}
-    with exclusive(target):
-        writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
+    with (
+        exclusive(target),
+        ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite) as writer,
+    ):
         total = _dense_count(source, manifest)
         for done, (name, tensor) in enumerate(dense_tensors(source)):
             progress(done, total, name)
@@ -113,15 +115,11 @@ def quantise_folder(
         raise UserError(f"{source} is not factored; --quantize takes a factored folder")
     check_files(source, manifest, verify=True)
     fingerprint = {"quantise": how, "files": manifest.files}
-    with exclusive(target):
-        writer = ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite)
-        try:
-            sites, found = _write_weights(source, manifest, how, writer, progress)
-        except UserError:  # quantised already, or numbers that cannot be
-            writer.discard()
-            raise
-        finally:
-            writer.rest()
+    with (
+        exclusive(target),
+        ShardWriter(target, stem=STEM, fingerprint=fingerprint, overwrite=overwrite) as writer,
+    ):
+        sites, found = _write_weights(source, manifest, how, writer, progress)
         weights = writer.name_files()
         config = json.loads((source / "config.json").read_text())
         about = {**manifest.source, "quantised": how}

@@ -23,7 +23,7 @@ from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.compression.beside import complete, dense_config
 from tensorllm.compression.exported import exported_report
-from tensorllm.errors import Incomplete, UserError
+from tensorllm.errors import Incomplete, UserError, first_line
 from tensorllm.io import no_space
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
@@ -240,9 +240,7 @@ def _refused(what: str, folder: Path | None = None) -> Iterator[None]:
     except Exception as error:
         if folder is not None and isinstance(error, OSError):
             raise no_space(folder, error) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"{what}: {reason[:200]}; export it dense") from error
+        raise UserError(f"{what}: {first_line(error)}; export it dense") from error
     finally:
         logging.disable(level)
 

@@ -69,18 +69,20 @@ def narrow(
             narrower.
     """
     check_target(target, overwrite=overwrite, source=source)
-    tensors, names = _opened(source)
+    tensors, names, identity = _opened(source)
     given = dense_config(source, dtype)
     roles = RoleMatrices(AutoConfig.for_model(**given), names)
     cut = narrowing(given, roles, _live_channels(tensors, roles))
     fingerprint = {
         "export": "narrow",
-        "names": sorted(names),
+        "source": identity,
         "dtype": str(dtype),
         "width": cut.after,
     }
-    with exclusive(target):
-        writer = ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite)
+    with (
+        exclusive(target),
+        ShardWriter(target, stem="model", fingerprint=fingerprint, overwrite=overwrite) as writer,
+    ):
         removed = 0
         for done, (name, tensor) in enumerate(tensors()):
             progress(done, len(names), name)
@@ -225,12 +227,13 @@ def _common_width(counts: Mapping[int, int], full: int) -> int:
     )
 
 
-def _opened(source: Path) -> tuple[Tensors, set[str]]:
-    """The dense tensors one by one, and their names."""
+def _opened(source: Path) -> tuple[Tensors, set[str], Any]:
+    """The dense tensors one by one, their names, and what names the folder's content."""
     manifest = factored_manifest(source)
     if manifest is not None:
         check_files(source, manifest, verify=True)
-        return lambda: dense_tensors(source), {name for name, _ in dense_tensors(source)}
+        names = {name for name, _ in dense_tensors(source)}
+        return lambda: dense_tensors(source), names, manifest.files
     checkpoint = Checkpoint(source)
     _ = checkpoint.config
 
@@ -238,7 +241,7 @@ def _opened(source: Path) -> tuple[Tensors, set[str]]:
         for name in checkpoint.entries:
             yield name, checkpoint.read([name])[name]
 
-    return plain, set(checkpoint.entries)
+    return plain, set(checkpoint.entries), checkpoint.identity
 
 
 def _planned_channels(

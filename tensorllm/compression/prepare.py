@@ -5,7 +5,7 @@ An interrupted fit is kept in a folder beside the target, from which the same co
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _work_folder(task: FolderTask) -> Iterator[Path]:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def fit_folder_of(task: FolderTask) -> Any:
+def fit_folder_of(task: FolderTask) -> AbstractContextManager[Path | None]:
     """Where a fit is kept meanwhile; nothing where there is none."""
     return _work_folder(task) if task.calibration is not None else nullcontext()
 

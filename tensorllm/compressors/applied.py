@@ -68,7 +68,7 @@ class Product(Applied):
 
 
 @dataclass(frozen=True, eq=False)
-class Kept(Applied):
+class Rows(Applied):
     """Rows of the role matrix; the others are zero.
 
     Attributes:

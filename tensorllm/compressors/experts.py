@@ -202,37 +202,40 @@ class ActivationExpertTucker(ExpertTucker):
 
     def _roots(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None) -> Roots:
         assert statistics is not None
-        total_DD = torch.zeros(w.shape[WIDTH], w.shape[WIDTH], dtype=torch.float64)
-        for one in statistics:
-            if not one.reads_rows:
-                total_DD += one.tokens * one.input_covariance_XX
-        return {WIDTH: root_of(total_DD.to(w.device), ridge=RIDGE)} if total_DD.any() else {}
+        total_DD = summed_inputs(w, [one for one in statistics if not one.reads_rows])
+        return {WIDTH: root_of(total_DD, ridge=RIDGE)} if total_DD.any() else {}
+
+
+def summed_inputs(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:
+    """(D, D): the sum of x xᵀ over all tokens that experts were given, float64 on W's device."""
+    width = w.shape[WIDTH]
+    total_DD = torch.zeros(width, width, dtype=torch.float64, device=w.device)
+    for one in statistics:
+        total_DD += one.tokens * one.input_covariance_XX.to(w.device)
+    return total_DD
 
 
 def _own_roots(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:
     """(E, F, F): of what each expert's output matrix reads, by how many tokens."""
     means_E = torch.stack([o.tokens * o.input_covariance_XX.diagonal().mean() for o in statistics])
     mean = float(means_E.mean()) or 1.0
-    nothing = UNREACHED**0.5 * torch.eye(w.shape[INNER], dtype=torch.float64)
+    nothing = UNREACHED**0.5 * torch.eye(w.shape[INNER], dtype=torch.float64, device=w.device)
     roots = [
-        root_of(one.tokens * one.input_covariance_XX, mean) if own else nothing
+        root_of(one.tokens * one.input_covariance_XX.to(w.device), mean) if own else nothing
         for one, own in zip(statistics, means_E.tolist(), strict=True)
     ]
-    return torch.stack(roots).to(w.device)
+    return torch.stack(roots)
 
 
 def _own_weights(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Callable[[int], Tensor]:
     """Of the inputs of each expert: its own tokens' and, as a prior, the layer's covariance."""
     first = statistics[: len(w)]
-    total_DD = torch.zeros(w.shape[WIDTH], w.shape[WIDTH], dtype=torch.float64)
-    for one in first:
-        total_DD += one.tokens * one.input_covariance_XX
-    mean_DD = total_DD / max(1, sum(one.tokens for one in first))
+    mean_DD = summed_inputs(w, first) / max(1, sum(one.tokens for one in first))
     mean_DD.diagonal().add_(FLOOR * float(mean_DD.diagonal().mean()) or 1.0)
     prior_DD = PRIOR * len(mean_DD) * mean_DD
 
     def of(expert: int) -> Tensor:
         one = first[expert]
-        return (one.tokens * one.input_covariance_XX + prior_DD).to(w.device, torch.float64)
+        return one.tokens * one.input_covariance_XX.to(w.device, torch.float64) + prior_DD
 
     return of

@@ -23,6 +23,7 @@ from tensorllm.options import Value
 from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors
 from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
 from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, is_output_projection
+from tensorllm.tensors.triangular import lower_inverse, raised_cholesky
 
 KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
 
@@ -206,7 +207,8 @@ def weighted_curve(w_YX: Tensor, root: Root) -> ErrorCurve:
     ranks = torch.arange(1, len(squares) + 1)
     cost = ranks * sum(w_YX.shape)
     smaller = cost < w_YX.numel()
-    error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w_YX.numel() / squares.sum()
+    whole = float(squares.sum()) or 1.0  # a matrix of zeros has no error at any rank
+    error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w_YX.numel() / whole
     cost_N = torch.cat((cost[smaller], torch.tensor([w_YX.numel()])))
     error_N = torch.cat((error[smaller], error.new_zeros(1)))
     sizes = torch.cat((ranks[smaller], ranks.new_zeros(1)))
@@ -225,16 +227,15 @@ def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
 
     Args:
         ridge: of the mean variance, what is added to the diagonal in any case.
+
+    Raises:
+        UserError: the covariance has NaN or Inf.
     """
-    shift = ridge * float(covariance_XX.diagonal().mean())
-    eye_XX = torch.eye(len(covariance_XX)).to(covariance_XX)
-    while True:
-        root_XX, failed = torch.linalg.cholesky_ex(covariance_XX + shift * eye_XX)
-        if not failed:
-            inverse = torch.linalg.solve_triangular(root_XX, eye_XX, upper=False)
-            return Root(root_XX, inverse)
-        mean = float(covariance_XX.diagonal().mean()) or 1.0
-        shift = max(2 * shift, 1e-8 * mean)
+    mean = float(covariance_XX.diagonal().mean())
+    raised_XX = covariance_XX.clone()
+    raised_XX.diagonal().add_(ridge * mean)
+    root_XX = raised_cholesky(raised_XX, 1e-8 * (mean or 1.0), 2)
+    return Root(root_XX, lower_inverse(root_XX))
 
 
 def matrix_sites(

@@ -10,7 +10,7 @@ import yaml
 from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example
 from tensorllm.data.reading import Row
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 from tensorllm.registry import did_you_mean
 
 SETTINGS = {
@@ -99,8 +99,8 @@ def questions_from_yaml(path: Path, **options: Any) -> Questions:
     """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read the dataset {path}: {reason}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold keys and values, got {settings!r:.60}")

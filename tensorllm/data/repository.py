@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorllm.data.opening import ending
 from tensorllm.data.reading import KNOWN, Row, rows_of_file
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 from tensorllm.hub import local_copy, why_not
 
 # Where the hub keeps what it made of repositories that are a script.
@@ -100,8 +100,7 @@ def _streamed(source: HubSource, split: str) -> Iterator[Row]:
             stream = load_dataset("parquet", data_files=files, split="train", streaming=True)
         yield from stream
     except (OSError, RuntimeError, ValueError) as error:  # what `datasets` and the hub client raise
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise _unreachable(source, split, reason) from None
+        raise _unreachable(source, split, first_line(error)) from None
 
 
 def _unreachable(source: HubSource, split: str, reason: str) -> UserError:

@@ -16,6 +16,7 @@ from tensorllm.data.questions import questions_from_yaml
 from tensorllm.evaluation.predictions import Prediction, metrics_of
 from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked, make_scorer, score_all, workers_for
+from tensorllm.models.evaluating import evaluating
 from tensorllm.progress import Progress, quiet
 
 YAML = (".yaml", ".yml")
@@ -96,9 +97,7 @@ def evaluate_model(
     rules = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
     context = context_of(model.config, tokenizer)
     dataset.connect(tokenizer, masked=is_masked(model), context=context)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         predictions = score(
             model,
             tokenizer,
@@ -107,8 +106,6 @@ def evaluate_model(
             max_new_tokens=dataset.max_new_tokens,
             on_batch=on_batch,
         )
-    finally:
-        model.train(training)
     return {
         **metrics_of(predictions),
         "examples": len(predictions),

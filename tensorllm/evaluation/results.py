@@ -21,7 +21,7 @@ from tensorllm.evaluation.predictions import (
 )
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.statistics import compared, intervals
-from tensorllm.io import locked, no_space, sync, write_json
+from tensorllm.io import locked, no_space, replace_folder, sync, write_json, write_text
 from tensorllm.metrics import SHOWN
 
 RESULTS = "results.json"
@@ -55,10 +55,12 @@ class ResultsFolder:
     def _begin(self, fingerprint: str) -> None:
         """Remove what is there of another run."""
         note = self.partial / "fingerprint"
-        if self.partial.exists() and (not note.is_file() or note.read_text() != fingerprint):
+        if note.is_file() and note.read_text(encoding="utf-8") == fingerprint:
+            return
+        if self.partial.exists():
             shutil.rmtree(self.partial)
-        self.partial.mkdir(exist_ok=True)
-        note.write_text(fingerprint)
+        self.partial.mkdir()
+        write_text(note, fingerprint)
 
     def journal(self, name: str) -> Path:
         """The folder for the journal of one of the run's models."""
@@ -87,9 +89,7 @@ class ResultsFolder:
             for path in done.iterdir():
                 sync(path)
             check_free(self.target, self.overwrite)  # another run may have come first
-            if self.target.exists():
-                shutil.rmtree(self.target)
-            done.rename(self.target)
+            replace_folder(done, self.target)
         except OSError as error:
             raise disk_full(self.target, error) from None
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 from tensorllm.io import check_writable
 from tensorllm.registry import one_of
 
@@ -119,7 +119,7 @@ def make_logger(name: str | None, folder: Path | None, command: str) -> Any:
     try:
         return kind(**{key: value for key, value in given.items() if key in known})
     except ModuleNotFoundError as error:
-        needs = str(error).splitlines()[0]
+        needs = first_line(error)
         if name == "tensorboard":
             needs = "pip install 'tensorllm[tensorboard]'"
         raise UserError(f"--logger {name} needs a package that is not here: {needs}") from None

@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from tensorllm.evaluation.predictions import metrics_of
 from tensorllm.evaluation.results import Scored
 from tensorllm.lightning.callbacks import PredictionJournal, ProgressReport
 from tensorllm.lightning.module import ReasoningModule
-from tensorllm.progress import Progress
+from tensorllm.progress import Progress, silenced
 from tensorllm.registry import did_you_mean
 
 AGAIN = "run the same command again: it goes on from the last finished batch"
@@ -186,7 +185,7 @@ def run(
         except RuntimeError as error:  # a collective whose other end is gone
             if isinstance(error, Incomplete) or not several:
                 raise
-            raise Incomplete(f"a process failed: {first_line(error)[:200]}; {AGAIN}") from None
+            raise Incomplete(f"a process failed: {first_line(error)}; {AGAIN}") from None
         finally:  # Lightning calls no teardown after an error
             data.teardown("")
     return dict(logged[0]) if logged else None
@@ -250,13 +249,6 @@ def is_first() -> bool:
 def _quiet() -> Iterator[None]:
     """Without Lightning's advice about loggers and data-loading workers."""
     names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with silenced(*names), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        try:
-            yield
-        finally:
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
+        yield

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorllm.errors import UserError
-from tensorllm.models.experts import Kept, kept_in
+from tensorllm.models.experts import StoredExperts, stored_experts
 from tensorllm.models.layout import layout_of
 from tensorllm.models.mixture import Mixture
 from tensorllm.models.naming import joined_names, stored_names
@@ -46,10 +46,10 @@ class RoleMatrices:
         self.layers = self.spec.layers
         layers = enumerate(self.layout.layers)
         self.mixtures: dict[int, Mixture] = {n: one.mixture for n, one in layers if one.mixture}
-        self._kept: dict[int, Kept] = {}  # known once the layers' names are
+        self._experts: dict[int, StoredExperts] = {}  # known once the layers' names are
         self._find_names(config, names)
-        self._kept = {
-            layer: kept_in(found.experts, self.layer_path(layer), names)
+        self._experts = {
+            layer: stored_experts(found.experts, self.layer_path(layer), names)
             for layer, found in self.mixtures.items()
         }
 
@@ -83,7 +83,7 @@ class RoleMatrices:
 
     def _expert_name(self, layer: int, stored: Stored, role: str) -> str:
         own, parameter = f"{self.layout.layers[layer].path}.{stored.path}", stored.parameter
-        kept = self._kept.get(layer)
+        kept = self._experts.get(layer)
         if kept is not None and kept.is_apart(role):
             return kept.apart.get(role) or kept.missing(role)
         if kept is not None and parameter in kept.fused:
@@ -137,7 +137,7 @@ class RoleMatrices:
         for layer in range(self.layers):
             for stored in self.stored_in(layer):
                 first = stored.roles[0]
-                apart = stored.experts is not None and self._kept[layer].is_apart(first)
+                apart = stored.experts is not None and self._experts[layer].is_apart(first)
                 for role in stored.roles if apart else (first,):
                     self._check_shape(layer, stored, role, shapes)
 
@@ -153,7 +153,7 @@ class RoleMatrices:
     def _stored_shape(self, layer: int, stored: Stored, role: str) -> tuple[int, ...]:
         geo = self.spec.geometry(layer)
         if stored.experts is not None:
-            if self._kept[layer].is_apart(role):
+            if self._experts[layer].is_apart(role):
                 return geo.outputs(role), geo.inputs(role)
             return stored.experts.parameter_shape(stored.parameter, geo.D)
         return self.layout.shapes[f"{self.layout.layers[layer].path}.{stored.path}.weight"]
@@ -163,7 +163,7 @@ class RoleMatrices:
         stored = self.stored(layer, role)
         if stored.experts is None:
             return part_of(stored, weight, role, self.spec.geometry(layer))
-        if self._kept[layer].is_apart(role):
+        if self._experts[layer].is_apart(role):
             return weight.mT if is_output_projection(role) else weight
         _, expert, kind = role.split(".")
         return stored.experts.view(weight, kind)[int(expert)]

@@ -144,7 +144,7 @@ def _experts_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredExperts:
     """Where the stored tensors of one layer hold its experts.
 
     Attributes:
@@ -167,7 +167,7 @@ class Kept:
         return re.sub(r"experts\.\d+\.", f"experts.{expert}.", like)
 
 
-def kept_in(experts: Experts, layer_path: str, names: Collection[str]) -> Kept:
+def stored_experts(experts: Experts, layer_path: str, names: Collection[str]) -> StoredExperts:
     """Where tensors of these names hold the experts of a layer.
 
     Args:
@@ -182,7 +182,7 @@ def kept_in(experts: Experts, layer_path: str, names: Collection[str]) -> Kept:
         if found is not None:
             fused[parameter] = below[found]
     apart = {r: n for r, n in _apart(below) if experts.parameter(r.split(".")[2]) not in fused}
-    return Kept(fused, apart)
+    return StoredExperts(fused, apart)
 
 
 def _apart(below: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -54,8 +54,11 @@ class Layout:
     """All layers of a model.
 
     Attributes:
-        by: `row`, or `structure`: found by the module tree.
-        verified: on a tiny model, or by the project's tests.
+        layers: from the first to the last.
+        task: predicts the next token or a masked one.
+        by: `row`, tested by the project, or `structure`: found by the module tree and verified on a
+            tiny model.
+        shapes: of all parameters, by name.
     """
 
     layers: tuple[LayerLayout, ...]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorllm.models.experts import Experts, kept_in, routing_of, tokens_at_experts
+from tensorllm.models.experts import Experts, routing_of, stored_experts, tokens_at_experts
 from tensorllm.models.families import Match
 from tensorllm.models.mixture import Mixture
 from tensorllm.models.naming import stored_names
@@ -172,7 +172,7 @@ def check_files(model: Any, path: str, experts: Experts, stored: Mapping[str, Te
         stored: the tensors of the model as `save_pretrained` names them.
     """
     module = model.get_submodule(f"{path}.{experts.path}")
-    kept = kept_in(experts, _path_in_files(model, path, stored), stored)
+    kept = stored_experts(experts, _path_in_files(model, path, stored), stored)
     for kind in experts.kinds:
         name = experts.parameter(kind)
         w_EFD = experts.view(getattr(module, name), kind)

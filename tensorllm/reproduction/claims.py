@@ -239,7 +239,7 @@ class Subject:
             try:
                 result = draw.examiner(point, _rivals(tried), level=LEVEL)
             except (Infeasible, Incomplete, RuntimeError, ArithmeticError, UserError) as error:
-                rows.append({**row, "failed": first_line(error)[:200]})
+                rows.append({**row, "failed": first_line(error)})
                 continue
             tried.append((point, result))
             rows.append({**row, **result.to_json()})

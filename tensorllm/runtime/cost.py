@@ -14,7 +14,6 @@ from typing import Literal, get_args
 import torch
 
 from tensorllm.compressors.layer import Site
-from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
 from tensorllm.runtime.sites import MOVE, PROMPT, Cost, SiteModule, module_for
@@ -22,7 +21,6 @@ from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry
 
 Policy = Literal["auto", "always"]
-POLICIES = ("auto", "always")
 Cache = Literal["auto", "latent", "dense"]
 # Of a layer beside its matrices, with transformers' own modules: operations that a token that is
 # decoded starts, products that take as long as a score, and how much longer all that takes in a
@@ -67,8 +65,7 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
     Raises:
         UserError: an unknown policy.
     """
-    if policy not in POLICIES:
-        raise UserError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    one_of("policy", policy, get_args(Policy))
     dense, small = costs_of(site, factors, geometry)
     module = module_for(site, factors)
     if module is None:

@@ -8,7 +8,8 @@ matrices.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,8 +142,8 @@ class Apart(nn.Module):
         return z_NX
 
 
-class Kept:
-    """A kind that stays dense, in the parameter of the experts' module."""
+class Dense:
+    """A kind of matrix that stays dense, in the parameter of the experts' module."""
 
     def __init__(self, view_EFD: Callable[[], Tensor], *, output: bool) -> None:
         self.view_EFD, self.output = view_EFD, output
@@ -179,7 +180,7 @@ class FactoredExperts(nn.Module):
             return found
         parameter = self.where.parameter(kind)
         view = lambda: self.where.view(getattr(self, parameter), kind)  # noqa: E731
-        return Kept(view, output=kind == "out")
+        return Dense(view, output=kind == "out")
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         if not self.where.routed:
@@ -242,7 +243,10 @@ class FactoredExperts(nn.Module):
         return gated(self, self.where, parts, None if bias_EI is None else bias_EI[expert])
 
 
-_CLASSES: dict[type, type] = {}
+@cache  # one class per class, so that types can be compared
+def _factored_class(dense: type[nn.Module]) -> type[nn.Module]:
+    """A model's class of experts with our `forward`; still what the model looks for."""
+    return type(f"Factored{dense.__name__}", (FactoredExperts, dense), {})
 
 
 def become_factored_experts(
@@ -254,10 +258,7 @@ def become_factored_experts(
         parts: of the kinds gate, in and out, what takes the place of dense matrices.
         replaced: names of the parameters that are gone.
     """
-    kind = type(module)
-    if kind not in _CLASSES:
-        _CLASSES[kind] = type(f"Factored{kind.__name__}", (FactoredExperts, kind), {})
     for name in replaced:
         del module._parameters[name]
-    module.__class__ = _CLASSES[kind]
+    module.__class__ = _factored_class(cast(Any, type(module)))
     module.prepare(where, parts)

@@ -17,8 +17,8 @@ from torch import Tensor
 Change = Callable[[Tensor], Tensor]
 
 
-class Remembered(NamedTuple):
-    """What a module was given, and what it made of it: need not be made again of the same."""
+class ModuleCall(NamedTuple):
+    """What a module read and gave; of the same input it need not be run again."""
 
     input_BTD: Tensor
     output_BTD: Tensor
@@ -37,7 +37,7 @@ class LayerInput:
 
     hidden_BTD: Tensor
     tupled: bool
-    ffn: Remembered | None = None
+    ffn: ModuleCall | None = None
     below: Sequence[Any] = field(default=())
 
     @property
@@ -51,7 +51,7 @@ class LayerInput:
 
     def each(self, change: Change) -> "LayerInput":
         """The same with all tensors changed."""
-        ffn = Remembered(*map(change, self.ffn)) if self.ffn else None
+        ffn = ModuleCall(*map(change, self.ffn)) if self.ffn else None
         below = [_changed(layer, change) for layer in self.below]
         return LayerInput(change(self.hidden_BTD), self.tupled, ffn, below)
 

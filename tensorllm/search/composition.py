@@ -107,11 +107,11 @@ def whole(steps: Sequence[Step], ratio: float) -> TrialResult:
 
 
 def selection(steps: Sequence[Step], seed: int) -> dict[str, Any] | None:
-    """How far selection flatters the gain; of several steps the luck of each is added up."""
-    luck = [selection_gain(step.trials, step.original, seed) for step in steps]
-    known = [each for each in luck if each is not None]
+    """How far selection flatters the gain; of several steps their optimism is added up."""
+    of_steps = [selection_gain(step.trials, step.original, seed) for step in steps]
+    known = [each for each in of_steps if each is not None]
     if not known or len(steps) == 1:
-        return luck[0]
+        return of_steps[0]
     before, after = by_dataset(steps[0].original), by_dataset(steps[-1].result)
     gains = [(a.accuracy or 0.0) - (b.accuracy or 0.0) for a, b in zip(after, before, strict=True)]
     total = _added(known, min(gains))
@@ -121,14 +121,14 @@ def selection(steps: Sequence[Step], seed: int) -> dict[str, Any] | None:
     return {**total, "datasets": [_added(of_dataset, gain) for gain, of_dataset in each]}
 
 
-def _added(luck: Sequence[dict[str, Any]], gain: float) -> dict[str, Any]:
-    optimism = sum(each["optimism"] for each in luck)
+def _added(of_steps: Sequence[dict[str, Any]], gain: float) -> dict[str, Any]:
+    optimism = sum(each["optimism"] for each in of_steps)
     return {
         "optimism": optimism,
-        "interval": [sum(each["interval"][end] for each in luck) for end in (0, 1)],
+        "interval": [sum(each["interval"][end] for each in of_steps) for end in (0, 1)],
         "gain": gain,
         "gain_without": gain - optimism,
-        "resamples": luck[0]["resamples"],
+        "resamples": of_steps[0]["resamples"],
     }
 
 

@@ -1,6 +1,5 @@
 """The end of a search: the winner's scores on the test part, and what is written of it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.environment import environment
-from tensorllm.io import replacing, write_text
+from tensorllm.io import replacing, write_json, write_text
 from tensorllm.metrics import MAIN
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import as_yaml
@@ -59,9 +58,9 @@ def conclude(
     """
     first, point, goal = steps[0], composed(steps), run.goal_of(queue)
     final = final_scores(run, queue, point, progress)
-    luck = selection(steps, run.request.seed) if goal.metric == "accuracy" else None
+    optimism = selection(steps, run.request.seed) if goal.metric == "accuracy" else None
     winner = whole(steps, final["ratio"])
-    datasets = _by_dataset(run, first.original, winner, final, luck)
+    datasets = _by_dataset(run, first.original, winner, final, optimism)
     results: dict[str, Any] = {
         **_asked(run, goal),
         **_tried(run, steps, [each["validation_examples"] for each in datasets]),
@@ -77,7 +76,7 @@ def conclude(
         },
         "steps": [_described(step) for step in steps],
         "test_looks": final["looks"],
-        "selection": luck,
+        "selection": optimism,
         **_judged(datasets, goal),
         "datasets": datasets,
         "guide": first.guide,
@@ -168,7 +167,7 @@ def _by_dataset(
     original: TrialResult,
     winner: TrialResult,
     final: Mapping[str, Any],
-    luck: Mapping[str, Any] | None,
+    optimism: Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
     """Of each dataset what was found, by the names of the results of a single one."""
     every = zip(
@@ -176,7 +175,7 @@ def _by_dataset(
     )
     out = []
     for at, (questions, before, after, tested) in enumerate(every):
-        own = luck if luck is None else luck.get("datasets", [luck])[at]
+        own = optimism if optimism is None else optimism.get("datasets", [optimism])[at]
         share = LEVEL / len(run.datasets)
         examples = len(questions.validation.examples)
         out.append(
@@ -269,7 +268,7 @@ def write_files(folder: Path, run: Study, point: Point, found: SearchResult) -> 
         write_text(folder / RECIPE, found.recipe)
     else:  # of an earlier run, which had another winner
         (folder / RECIPE).unlink(missing_ok=True)
-    write_text(folder / RESULTS, json.dumps(found.results, indent=2) + "\n")
+    write_json(folder / RESULTS, found.results)
     done = run.decomposed(point)
     rows = pq.read_table(folder / TRIALS).to_pylist()
     sites = [asdict(site.report) for site in done]

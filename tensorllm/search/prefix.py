@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorllm.models import RoleMatrices, Stored
-from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, Remembered
+from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, ModuleCall
 from tensorllm.search.paths import Paths
 from tensorllm.tensors.stacking import FFN
 
@@ -63,7 +63,7 @@ class Pass:
     noted: dict[int, Tensor | None]
     stop: int | None = None
     tupled: bool = False
-    ffns: dict[int, Remembered] = field(default_factory=dict)
+    ffns: dict[int, ModuleCall] = field(default_factory=dict)
 
 
 class Edited(NamedTuple):
@@ -245,7 +245,7 @@ class Prefix:
                 self.store.forget_ffn()
             output = forward(*args)
             if index in call.noted and isinstance(output, Tensor):
-                call.ffns[index] = Remembered(args[0], output.clone())
+                call.ffns[index] = ModuleCall(args[0], output.clone())
             return output
 
         return run
@@ -266,7 +266,10 @@ def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def default_budget(device: torch.device) -> int:
-    """A quarter of the memory that is free where the model is, in bytes."""
+    """A quarter of the memory that is free where the model is, in bytes; of all that there is where
+    the system does not tell what is free, as macOS."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 4
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 4
+    free = "SC_AVPHYS_PAGES" in os.sysconf_names
+    pages = os.sysconf("SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") // 4

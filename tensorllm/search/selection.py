@@ -1,4 +1,4 @@
-"""The winner, and how much of its gain is the luck of having been selected.
+"""The winner, and how much of its gain is optimism: the best of many is so by chance, too.
 
 Shapes: T trials, N validation examples, R resamples.
 """
@@ -94,12 +94,12 @@ def optimism(
     )  # fmt: skip
     gain_C = gains_CT[:, int(np.argmax(gains_CT.min(0)))]
     each = [
-        _luck(gaps_R, float(gain), resamples)
+        _summary(gaps_R, float(gain), resamples)
         for gaps_R, gain in zip(np.array(gaps_RC).T, gain_C, strict=True)
     ]
     if not original.parts:
         return each[0]
-    return {**_luck(np.array(worst_R), float(gain_C.min()), resamples), "datasets": each}
+    return {**_summary(np.array(worst_R), float(gain_C.min()), resamples), "datasets": each}
 
 
 def by_dataset(result: TrialResult) -> list[TrialResult]:
@@ -123,7 +123,7 @@ def _means(values_N: NDArray[np.float32], times_N: NDArray[np.int64]) -> tuple[f
     return inside, float(values_N[out_N].mean()) if out_N.any() else inside
 
 
-def _luck(gaps: NDArray[np.float64], gain: float, resamples: int) -> dict[str, Any]:
+def _summary(gaps: NDArray[np.float64], gain: float, resamples: int) -> dict[str, Any]:
     mean, (low, high) = float(np.mean(gaps)), np.quantile(gaps, [0.025, 0.975])
     return {
         "optimism": mean,

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -16,7 +15,7 @@ from optuna.storages.journal._file import BaseJournalFileLock  # the type of `lo
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from tensorllm.errors import Incomplete, UserError
+from tensorllm.errors import Incomplete, UserError, first_line
 
 JOURNAL = "trials.journal"
 HEARTBEAT = 10  # seconds; a trial without a sign of life for three of these is taken over
@@ -150,9 +149,9 @@ def _database(url: str) -> BaseStorage:
                 heartbeat_stale_trial_callback=queue_again,
             )
     except (NoSuchModuleError, ImportError) as error:
-        raise UserError(f"--storage {shown} is not usable: {_line(error)}") from None
+        raise UserError(f"--storage {shown} is not usable: {first_line(error)}") from None
     except SQLAlchemyError as error:
-        raise Incomplete(f"cannot reach the storage {shown}: {_line(error)}") from None
+        raise Incomplete(f"cannot reach the storage {shown}: {first_line(error)}") from None
 
 
 def queue_again(study: optuna.Study, lost: optuna.trial.FrozenTrial) -> None:
@@ -174,11 +173,6 @@ def storage_errors(what: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
         raise Incomplete(
-            f"{what}: the study cannot be written: {_line(error)}. Finished trials are safe; run "
-            "the same command again to go on"
+            f"{what}: the study cannot be written: {first_line(error)}. Finished trials are safe; "
+            "run the same command again to go on"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    text: Any = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors.factors import FACTORS, Factors, LowRank, wide
+from tensorllm.tensors.factors import FACTORS, Factors, LowRank, same_rank, wide
 from tensorllm.tensors.unfold import exact_float32
 
 
@@ -43,6 +43,11 @@ class BlockLowRank(Factors):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         return cls(tensors["u"], tensors["v"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        same_rank(self.u_BJR.shape[2], self.v_BRO.shape[1])
+        return self.u_BJR.shape[0] * self.u_BJR.shape[1], self.v_BRO.shape[2]
 
     @property
     def ranks(self) -> tuple[int, ...]:

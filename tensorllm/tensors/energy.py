@@ -33,6 +33,22 @@ class SizedCurve(NamedTuple):
     ranks_NC: Tensor
 
 
+def sized_curve(ranks_NC: Tensor, cost_N: Tensor, error_N: Tensor, numbers: int) -> SizedCurve:
+    """The combinations of ranks that none beats in both cost and error, by ascending cost; the last
+    point leaves the tensor as it is, without an error.
+
+    Args:
+        cost_N: numbers stored at each combination.
+        error_N: what is lost there, float64.
+        numbers: in the tensor itself; combinations that store as many or more are left out.
+    """
+    front = front_of(cost_N, error_N, numbers - 1)
+    chosen_NC = ranks_NC[front.picks_NC[:, 0] - 1]
+    cost = torch.cat((front.cost_N, torch.tensor([numbers])))
+    error = torch.cat((front.error_N, torch.zeros(1, dtype=torch.float64)))
+    return SizedCurve(Curve(cost, error), torch.cat((chosen_NC, torch.zeros_like(ranks_NC[:1]))))
+
+
 @dataclass(frozen=True, eq=False)
 class Energy:
     """The energy of one tensor on its principal axes.
@@ -90,13 +106,7 @@ class Energy:
         ranks_NC = torch.stack([axis.flatten() for axis in grid], 1)
         scale = self.numbers / self.total if self.total else 0.0
         cost_N, error_N = stored(ranks_NC), self.errors(ranks_NC) * scale
-        front = front_of(cost_N, error_N, self.numbers - 1)
-        chosen_NC = ranks_NC[front.picks_NC[:, 0] - 1]
-        cost = torch.cat((front.cost_N, torch.tensor([self.numbers])))
-        error = torch.cat((front.error_N, torch.zeros(1, dtype=torch.float64)))
-        return SizedCurve(
-            Curve(cost, error), torch.cat((chosen_NC, torch.zeros_like(ranks_NC[:1])))
-        )
+        return sized_curve(ranks_NC, cost_N, error_N, self.numbers)
 
 
 def matrix_energy(w_IO: Tensor) -> Energy:

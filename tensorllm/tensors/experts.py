@@ -14,10 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tensorllm.tensors.allocation import Curve
-from tensorllm.tensors.energy import SizedCurve, candidates
+from tensorllm.tensors.energy import SizedCurve, candidates, sized_curve
 from tensorllm.tensors.factors import Tucker
-from tensorllm.tensors.frontier import front_of
 from tensorllm.tensors.tucker import tucker
 from tensorllm.tensors.unfold import project
 
@@ -133,11 +131,7 @@ def size_curve(w: Tensor, roots: Roots, modes: Sequence[int]) -> SizedCurve:
     cost_N = ranks_NC.prod(1) + torch.where(ranks_NC < sizes_C, ranks_NC * sizes_C, 0).sum(1)
     scale = w.numel() / total if total else 0.0
     error_N = (total - kept.flatten().cpu()).clamp(min=0) * scale
-    front = front_of(cost_N, error_N, w.numel() - 1)
-    cost = torch.cat((front.cost_N, torch.tensor([w.numel()])))
-    error = torch.cat((front.error_N, torch.zeros(1, dtype=torch.float64)))
-    chosen_NC = ranks_NC[front.picks_NC[:, 0] - 1]
-    return SizedCurve(Curve(cost, error), torch.cat((chosen_NC, torch.zeros_like(ranks_NC[:1]))))
+    return sized_curve(ranks_NC, cost_N, error_N, w.numel())
 
 
 def ranks_within(found: SizedCurve, numbers: float) -> tuple[int, ...] | None:

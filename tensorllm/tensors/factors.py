@@ -318,7 +318,12 @@ def low_rank_outline(shape: Sequence[int], rank: int) -> LowRank:
 
 
 def tucker_outline(shape: Sequence[int], ranks: Mapping[int, int]) -> Tucker:
-    """Those of a tensor whose modes `ranks` have a factor, on the meta device."""
+    """Tucker factors without numbers, on the meta device, of a tensor of this shape.
+
+    Args:
+        ranks: mode -> rank, of the modes that have a factor; the core is as long as the tensor in
+            the others.
+    """
     core = [ranks.get(mode, size) for mode, size in enumerate(shape)]
     factors = {n: torch.empty(shape[n], rank, device="meta") for n, rank in ranks.items()}
     return Tucker(torch.empty(core, device="meta"), factors)
@@ -346,6 +351,11 @@ class CP(Factors):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         names = [f"factor_{n}" for n in range(len(tensors) - 1)]
         return cls(tensors["weights"], tuple(tensors[name] for name in names))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        same_rank(len(self.weights_R), *(u.shape[1] for u in self.factors))
+        return tuple(len(u) for u in self.factors)
 
     @property
     def ranks(self) -> tuple[int, ...]:

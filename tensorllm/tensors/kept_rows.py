@@ -56,6 +56,10 @@ class KeptRows(Factors):
         return cls(tensors["rows"], tensors["kept"])
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.kept_I), self.values_RO.shape[1]
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return (len(self.values_RO),)
 

@@ -70,6 +70,10 @@ class Quantised(Factors):
         return cls(dict(tensors))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.plain().shape
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return self.plain().ranks
 
@@ -162,10 +166,8 @@ class Compensation(NamedTuple):
 def compensation(metric_DD: Tensor) -> Compensation:
     """From the metric M of errors E, which cost tr(E M Eᵀ): symmetric, positive semidefinite."""
     order_D = metric_DD.diagonal().argsort(descending=True)
-    raised_DD = metric_DD.double()[order_D][:, order_D]
-    mean = float(raised_DD.diagonal().mean())
-    raised_DD.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    inverse_DD = torch.cholesky_inverse(Metric(raised_DD, 0.0).root)
+    ordered_DD = metric_DD[order_D][:, order_D]
+    inverse_DD = torch.cholesky_inverse(Metric(ordered_DD, DAMPING).root)
     return Compensation(order_D, torch.linalg.cholesky(inverse_DD, upper=True).float())
 
 

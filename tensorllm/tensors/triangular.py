@@ -1,13 +1,47 @@
-"""Products of triangular and symmetric matrices, without the half that is zero or known.
+"""Triangular matrices: Cholesky factors, their inverses, and products without the half that is zero
+or known.
 
-In strips: each is one dense product, so that no kernel of its own is needed on any device.
+Products are in strips: each is one dense product, so that no kernel of its own is needed on any
+device.
 Shapes: N size of the triangular matrix L, M rows or columns of the other.
 """
 
 import torch
 from torch import Tensor
 
+from tensorllm.errors import UserError
 from tensorllm.tensors.unfold import STRIP
+
+
+def raised_cholesky(covariance_NN: Tensor, least: float, factor: float) -> Tensor:
+    """The lower Cholesky factor (N, N) of a covariance; where rounding made that indefinite, its
+    diagonal is raised until it is not.
+
+    Args:
+        least: what is added first, above 0.
+        factor: by which each later attempt adds more, above 1.
+
+    Raises:
+        UserError: the covariance has NaN or Inf.
+    """
+    if not torch.isfinite(covariance_NN).all():
+        raise UserError(
+            "a covariance of the calibration set has NaN or Inf: activations or gradients overflow "
+            "in the model's dtype; load it in float32 or bfloat16"
+        )
+    root_NN, failed = torch.linalg.cholesky_ex(covariance_NN)
+    while int(failed):
+        raised_NN = covariance_NN.clone()
+        raised_NN.diagonal().add_(least)
+        root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
+        least *= factor
+    return root_NN
+
+
+def lower_inverse(lower_NN: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular L."""
+    eye_NN = torch.eye(len(lower_NN)).to(lower_NN)
+    return torch.linalg.solve_triangular(lower_NN, eye_NN, upper=False)
 
 
 def times_lower(x_MN: Tensor, lower_NN: Tensor) -> Tensor:

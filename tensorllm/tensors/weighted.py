@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
-from tensorllm.tensors.triangular import congruent, times_lower
+from tensorllm.tensors.triangular import congruent, raised_cholesky, times_lower
 
 FLOOR = 1e-6  # of the mean variance: what a direction that was never seen counts
+LEAST = 1e-15  # the same where nothing is added and rounding made the covariance indefinite
 SHORT = 1.0  # the same where there are as many tokens as directions; falls by their cube
 
 
@@ -55,15 +56,13 @@ class Metric:
 
     @cached_property
     def root(self) -> Tensor:
-        """The lower Cholesky factor L. What rounding made indefinite is raised until it is not."""
-        raised_NN, floor = self.raised, self.floor
-        while True:
-            root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
-            if not int(failed):
-                return root_NN
-            floor *= 10
-            raised_NN = self.raised.clone()
-            raised_NN.diagonal().add_(floor * float(raised_NN.diagonal().mean()))
+        """The lower Cholesky factor L; the floor is raised tenfold until there is one.
+
+        Raises:
+            UserError: the covariance has NaN or Inf.
+        """
+        mean = float(self.raised.diagonal().mean())
+        return raised_cholesky(self.raised, 10 * max(self.floor, LEAST) * mean, 10)
 
     def seen(self, carried_NN: Tensor, half_NN: Tensor | None = None) -> Tensor:
         """Lᵀ C L: its eigenvalues are what components cost when they are left out.
@@ -153,9 +152,9 @@ def left_out_by(seen_NN: Tensor, v_NR: Tensor) -> float:
     return max(0.0, float(seen_NN.diagonal().sum() - kept))
 
 
-def as_dear(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
-    """The target in the size in which all costs as much by the metric as by what was carried:
-    tr(A T) = tr(A C). What costs nothing gives zero."""
+def at_equal_cost(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
+    """The target T times the number by which it costs by the metric A what the carried covariance C
+    costs: tr(A T) = tr(A C). What costs nothing gives zero."""
     metric = metric_NN.flatten()
     whole = metric @ target_NN.flatten()
     return target_NN * (metric @ carried_NN.flatten() / whole if whole > 0 else 0.0)

@@ -30,5 +30,9 @@ class Whole(Factors):
         return cls(tensors["w"])
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return (min(self.w.shape),)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensorllm.compressors.applied import Applied, Kept, Product, Reading, standing_in
+from tensorllm.compressors.applied import Applied, Product, Reading, Rows, standing_in
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -18,8 +18,8 @@ def product(writes: bool, rank: int = 3) -> Product:
     return Product(Reading(randn(7, rank)), randn(rank, 5, seed=1), writes)
 
 
-def kept(writes: bool) -> Kept:
-    return Kept(torch.tensor([1, 4, 5]), randn(3, 4, seed=2), 7, writes)
+def kept(writes: bool) -> Rows:
+    return Rows(torch.tensor([1, 4, 5]), randn(3, 4, seed=2), 7, writes)
 
 
 @pytest.mark.parametrize("writes", [False, True])

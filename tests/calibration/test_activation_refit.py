@@ -16,7 +16,7 @@ from tensorllm.calibration import fit, sweeps
 from tensorllm.calibration.context import Context
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.applied import Kept, Product
+from tensorllm.compressors.applied import Product, Rows
 from tensorllm.compressors.calibrated import refit
 from tensorllm.compressors.calibrated.maps import Map
 from tensorllm.compressors.calibrated.refit import Balanced
@@ -134,7 +134,7 @@ def test_applied_as_factors_or_as_matrices_it_is_the_same_refit(name, monkeypatc
     model, found = tiny_model(name), {}
     wanted = ActivationHybrid(target_ratio=3, refit_epochs=1)
     for pays in (True, False):
-        for kind in (Product, Kept):
+        for kind in (Product, Rows):
             monkeypatch.setattr(kind, "pays", lambda self, tokens, pays=pays: pays)
         found[pays] = fit(wanted, model, text(), [0])
     for site in found[True].sites:

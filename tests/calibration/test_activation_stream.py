@@ -130,6 +130,26 @@ def test_a_folder_that_is_not_a_fits_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
 
+def test_a_folder_in_a_fits_that_is_not_one_is_left_alone(tmp_path):
+    Store(tmp_path, {"work": 1})
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("all of it")
+    with pytest.raises(UserError, match="holds thesis, which no fit left there"):
+        Store(tmp_path, {"work": 2})
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_stores_in_a_folder_are_left_alone(tmp_path, begun):
+    """As one of each process that torchrun started before, or that of a narrow export."""
+    if begun:
+        Store(tmp_path, {"work": 1}).save("errors-0", {"x": torch.ones(1)})
+    other = Store(tmp_path / "rank-0-of-2", {"work": 1})
+    other.save("errors-0", {"x": torch.ones(2)})
+    assert not Store(tmp_path, {"work": 2}).has("errors-0")
+    assert Store(other.folder, {"work": 1}).has("errors-0")
+
+
 def test_states_come_back_to_the_device_they_were_on(tmp_path):
     """From a folder all is read into main memory, where the layers of a GPU cannot use it."""
     elsewhere = torch.device("meta")

@@ -12,6 +12,7 @@ from calibration_text import text
 from tiny_models import tiny_model
 from torch import Tensor
 
+from tensorllm.calibration import fit
 from tensorllm.calibration.covariances import Covariances, Wanted
 from tensorllm.calibration.layers import InMemory, Layers
 from tensorllm.calibration.statistics import GRADIENT_TOKENS, Measurement, frozen, sampled
@@ -19,7 +20,7 @@ from tensorllm.compressors import ActivationHybrid
 from tensorllm.compressors.calibrated.at_width import AtWidth, share_of, written
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.tensors.weighted import as_dear
+from tensorllm.tensors.weighted import at_equal_cost
 
 D, M, RANK = 24, 40, 8
 
@@ -65,6 +66,18 @@ def test_all_plain_is_the_svd_of_the_white_inputs(roles: tuple[str, ...]) -> Non
     best_MD = u[:, :RANK] * s[:RANK] @ v[:RANK] @ torch.linalg.inv(root_DD)
     for found_MD in fitted(context, 1.0, roles).chunk(len(roles)):
         assert torch.allclose(found_MD, best_MD, atol=1e-3)
+
+
+@pytest.mark.timeout(60)
+def test_gradients_that_overflow_are_refused() -> None:
+    """As in half precision; a covariance with NaN has no Cholesky factor, whatever is added."""
+    model = tiny_model("llama")
+    handle = model.model.layers[0].register_full_backward_pre_hook(
+        lambda module, gradients: (gradients[0] * float("inf"),)
+    )
+    with pytest.raises(UserError, match=r"gradient of .*layers\.0\..* NaN or Inf .* batch 0"):
+        fit(ActivationHybrid(target_ratio=2), model, text())
+    handle.remove()
 
 
 def test_nothing_plain_is_the_gradients_alone() -> None:
@@ -134,8 +147,8 @@ def test_gradients_are_counted_and_the_count_is_kept() -> None:
 
 def test_what_costs_nothing_gives_nothing() -> None:
     zero_DD = torch.zeros(3, 3)
-    assert not as_dear(zero_DD, torch.eye(3), torch.eye(3)).any()
-    assert not as_dear(torch.eye(3), zero_DD, torch.eye(3)).any()
+    assert not at_equal_cost(zero_DD, torch.eye(3), torch.eye(3)).any()
+    assert not at_equal_cost(torch.eye(3), zero_DD, torch.eye(3)).any()
 
 
 @pytest.mark.parametrize("plain", [-0.1, 1.01, float("nan")])

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tensorllm.checkpoint.writer import ShardWriter, exclusive
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.export import export, quantise_folder
 from tensorllm.compression.task import FolderTask
-from tensorllm.errors import Incomplete
+from tensorllm.errors import Incomplete, UserError
 
 HYBRID = tl.Hybrid(ranks=(12, 5, 3), rho=0.25)
 QUERIES = tl.PerMatrixTucker3D(ranks=(6, 5), matrices=("q",))  # leaves k and v of fused ones alone
@@ -270,16 +271,26 @@ def test_pickled_weights_are_converted_and_no_code_runs(tmp_path: Path) -> None:
 
 def test_a_resumed_run_writes_nothing_twice(tmp_path: Path) -> None:
     """Not even where all is computed again, as it is when factors are quantised."""
-    for _ in range(2):
-        writer = ShardWriter(tmp_path / "out", stem="model", fingerprint={}, shard_bytes=8)
-        for name in "ab":
-            writer.add(name, {name: torch.ones(2)})
-        writer.rest()  # killed
-    assert writer.name_files() == "model.safetensors.index.json"
+    for killed in (True, False):
+        new = ShardWriter(tmp_path / "out", stem="model", fingerprint={}, shard_bytes=8)
+        with suppress(KeyboardInterrupt), new as writer:
+            for name in "ab":
+                writer.add(name, {name: torch.ones(2)})
+            if killed:
+                raise KeyboardInterrupt
+            assert writer.name_files() == "model.safetensors.index.json"
     assert sorted(path.name for path in writer.folder.glob("*.safetensors")) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
+
+
+def test_what_is_refused_is_thrown_away(tmp_path: Path) -> None:
+    new = ShardWriter(tmp_path / "out", stem="model", fingerprint={}, shard_bytes=8)
+    with suppress(UserError), new as writer:
+        writer.add("a", {"a": torch.ones(2)})
+        raise UserError("wrong weights, met on the way")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:

@@ -54,3 +54,18 @@ def test_devices() -> None:
         device_of("gpu")
     with pytest.raises(UserError, match="--device cuda:99 is not available here"):
         device_of("cuda:99")
+
+
+def test_decompositions_need_a_device_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs have none."""
+    made = torch.empty
+
+    def empty(*size: int, device: str, dtype: torch.dtype | None) -> torch.Tensor:
+        if device == "mps" and dtype == torch.float64:
+            raise TypeError("the MPS framework doesn't support float64\nand more")
+        return made(*size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert device_of("mps") == "mps"
+    with pytest.raises(UserError, match=r"--device mps is not available here: .* float64$"):
+        device_of("mps", decomposes=True)

@@ -1,6 +1,7 @@
 """A narrower checkpoint is an ordinary one that computes what the wider one does."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from calibration_text import text
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import tensorllm as tl
+from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.commands.export import run
 from tensorllm.compression import prepare
 from tensorllm.compression.dry_run import dry_run
@@ -63,6 +65,28 @@ def test_the_command_says_the_width(tmp_path: Path):
     done = run(ExportRequest(folder=tmp_path / "wide", out=tmp_path / "out", format="narrow"))
     assert done.to_json()["ffn_width"] == 24
     assert "FFN width 56 → 24" in str(done)
+
+
+def test_a_killed_run_is_not_gone_on_from_with_other_weights(tmp_path: Path, monkeypatch: Any):
+    """Of the same names and widths: the journal must not say that they are written already."""
+    saved("llama", tmp_path / "wide", "dense")
+    small = partial(ShardWriter, shard_bytes=2**12)
+    monkeypatch.setattr("tensorllm.compression.narrow.ShardWriter", small)
+
+    def killed(writer: ShardWriter) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "name_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            narrow(tmp_path / "wide", tmp_path / "narrow")
+    assert list((tmp_path / ".narrow.partial").glob("*.safetensors"))
+    file = tmp_path / "wide" / "model.safetensors"
+    save_file({n: -w for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    narrow(tmp_path / "wide", tmp_path / "narrow")
+    narrow(tmp_path / "wide", tmp_path / "fresh")
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("narrow", "fresh"))
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
 
 
 def test_what_has_no_dead_channel_is_refused(tmp_path: Path):

@@ -17,6 +17,7 @@ from tensorllm.calibration import fit
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import AASVD, ASVD, SVDLLM, PlainSVD, SVDLLMSequential
 from tensorllm.compressors.budget import Budget
+from tensorllm.compressors.matrix import Root, weighted_curve
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.stacking import is_output_projection
@@ -40,6 +41,13 @@ def test_svd_is_eckart_young(role):
     model = tiny_model("llama")
     got = map_of(made(PlainSVD(rank=5), model), 1, role)
     np.testing.assert_allclose(got, cut(map_of(model, 1, role), 5), atol=1e-5)
+
+
+def test_a_matrix_of_zeros_has_no_error_at_any_rank():
+    """As experts that were pruned away; NaN in one curve would spoil a budget over all sites."""
+    white = Root(torch.ones(6).double(), torch.ones(6).double())
+    curve = weighted_curve(torch.zeros(8, 6).double(), white)
+    assert torch.equal(curve.error_N, torch.zeros(len(curve.cost_N)).double())
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -13,7 +13,12 @@ from tiny_models import tiny_model
 import tensorllm as tl
 from tensorllm.calibration import fit
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.calibrated.modegpt import MoDeGPT, dimensions_together
+from tensorllm.compressors.calibrated.modegpt import (
+    MoDeGPT,
+    dimensions_together,
+    leverage,
+    nystrom,
+)
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.kept_rows import KeptRows
@@ -86,6 +91,13 @@ def test_the_product_of_values_and_outputs_is_the_best_of_its_rank(architecture:
         tail = np.linalg.svd(want, compute_uv=False)[rank:]
         assert np.linalg.norm(want - got) == pytest.approx(np.linalg.norm(tail), rel=1e-3)
         assert np.linalg.norm(tail) > 0
+
+
+def test_channels_that_are_never_active_have_scores_and_rows():
+    """As behind a ReLU that is always below zero: their covariance is all zero."""
+    zero_FF, out_FD = torch.zeros(6, 6, dtype=torch.float64), torch.ones(6, 2, dtype=torch.float64)
+    assert len(leverage(zero_FF).unique()) == 1  # each matters as little as the others
+    assert torch.equal(nystrom(zero_FF, torch.tensor([1, 4]), out_FD), zero_FF[:2, :2])
 
 
 def test_query_key_dimensions_go_in_pairs_that_rotate_together():

@@ -119,10 +119,11 @@ def test_text_that_is_not_utf8(tmp_path: Path):
         ("choices: [yes, no]", r"choices must be a list of texts .*, got \[True, False\]"),
         ("- a", "must hold keys and values"),
         ("a: [", "cannot read the dataset"),
+        ("template: 'où?'", "cannot read the dataset .*invalid start byte"),
     ],
 )
 def test_a_wrong_yaml(tmp_path: Path, yaml: str, match: str):
-    (tmp_path / "d.yaml").write_text(yaml)
+    (tmp_path / "d.yaml").write_text(yaml, encoding="latin-1")
     with pytest.raises(UserError, match=match):
         make_dataset(str(tmp_path / "d.yaml"))
 

@@ -11,9 +11,10 @@ from support.naive import generated, naive
 from support.naive import masked as naive_masked
 
 from tensorllm.data.example import Example
+from tensorllm.data.questions import Questions
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.causal import CausalScorer
-from tensorllm.evaluation.evaluate import score
+from tensorllm.evaluation.evaluate import evaluate_model, score
 from tensorllm.evaluation.forward import ModelForward
 from tensorllm.evaluation.generation import Greedy
 from tensorllm.evaluation.protocol import PAPER, STRICT
@@ -239,3 +240,14 @@ def test_stopping_early_reads_less():
         read.append((forward.rows, verdicts))
     assert read[0][0] < 0.8 * read[1][0]
     assert read[0][1] == read[1][1]
+
+
+def test_a_model_in_training_is_given_back_as_it_was(tmp_path):
+    """Its owner may hold one part in evaluation mode."""
+    model, tokenizer = world.model("gptj"), world.tokenizer()
+    model.train()
+    model.get_input_embeddings().eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    questions = world.save_questions(tmp_path / "questions.jsonl", 10, choices=True)
+    evaluate_model(model, tokenizer, Questions(questions), limit=2)
+    assert {name: module.training for name, module in model.named_modules()} == before

@@ -4,8 +4,10 @@ import io
 import json
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +115,17 @@ def test_a_killed_study_tells_what_is_done_and_goes_on(
     found = claims(small, methods=METHODS)
     assert len(calls) == 5  # two, the one that died, and the two that were left
     assert [c["sentence"] for c in found["cells"]] == [c["sentence"] for c in whole["cells"]]
+
+
+def test_studies_of_several_models_keep_each_others_results(tmp_path: Path) -> None:
+    """Side by side, into one folder."""
+    studies = [
+        SimpleNamespace(name=f"model {n}", request=SimpleNamespace(out=tmp_path)) for n in range(20)
+    ]
+    with ThreadPoolExecutor(10) as threads:
+        list(threads.map(lambda study: ClaimStudy.keep(study, {"of": study.name}), studies))
+    kept = json.loads((tmp_path / "claims.json").read_text())
+    assert kept == {study.name: {"of": study.name} for study in studies}
 
 
 def test_a_method_that_is_not_for_the_model_is_said_to_be_so(

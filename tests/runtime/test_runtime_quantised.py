@@ -196,7 +196,6 @@ def test_a_killed_quantisation_goes_on_and_leaves_nothing_twice(
 
     def dies(writer: ShardWriter) -> None:
         writer.flush()
-        writer.rest()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """Skipping unedited layers changes no logit: against the whole model, run as it is."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tensorllm.evaluation.forward import ModelForward, left_padded
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, mapped
 from tensorllm.search.forwards import PrefixForward, PrefixMaskedForward
-from tensorllm.search.prefix import Edited, Prefix
+from tensorllm.search.prefix import Edited, Prefix, default_budget
 
 CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
 MASKED = [name for name in TINY if TINY[name].task == "masked"]
@@ -198,6 +199,16 @@ def test_what_is_kept_to_spare_gives_way():
         for key, batch in enumerate(batches):
             forward(batch, keep=1, key=key)
     assert prefix.computed - computed == 3  # the layer that is asked for came first
+
+
+def test_a_system_that_does_not_tell_free_memory_has_a_budget(monkeypatch):
+    """macOS has no SC_AVPHYS_PAGES."""
+    known = {name: at for name, at in os.sysconf_names.items() if name != "SC_AVPHYS_PAGES"}
+    monkeypatch.setattr(os, "sysconf_names", known)
+    ask = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: ask(known[name]))
+    whole = ask("SC_PHYS_PAGES") * ask("SC_PAGE_SIZE")
+    assert default_budget(torch.device("cpu")) == whole // 4
 
 
 def test_what_can_never_be_kept_drives_nothing_else_out():

@@ -86,6 +86,9 @@ def test_dense_is_the_sum_over_all_ranks(kind: str) -> None:
         (LowRank(random(9, 3), random(4, 6)), "3 and 4"),
         (PivotedLowRank(random(3, 6), random(6, 2), torch.arange(3)), "3 and 3 and 2"),
         (Tucker(random(5, 3), {1: random(7, 2)}), "3 and 2"),
+        (CP(random(3), (random(5, 3), random(6, 4))), "3 and 3 and 4"),
+        (BlockLowRank(random(2, 5, 3), random(2, 4, 6)), "3 and 4"),
+        (quantise(LowRank(random(64, 64), random(65, 64)), "int8"), "64 and 65"),
     ],
 )
 def test_factors_of_different_ranks_have_no_shape(factors: Factors, ranks: str) -> None:

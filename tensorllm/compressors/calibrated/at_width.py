@@ -21,7 +21,7 @@ from tensorllm.tensors.unfold import gram_of_columns
 from tensorllm.tensors.weighted import (
     Metric,
     Projection,
-    as_dear,
+    at_equal_cost,
     between_roots,
     floor_of,
     left_out,
@@ -101,7 +101,7 @@ class AtWidth:
         if role not in self._grams:
             gram_DD = gram_of_columns(wide(context.weight(role))).double()
             carried_DD = context.carried_covariance((role,))
-            self._grams[role] = as_dear(gram_DD, carried_DD, self.seen_DD)
+            self._grams[role] = at_equal_cost(gram_DD, carried_DD, self.seen_DD)
         return self._grams[role]
 
     def left_out(self, context: LayerContext, roles: Group) -> Tensor:

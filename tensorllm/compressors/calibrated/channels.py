@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tensorllm.compressors.applied import Applied, Kept
+from tensorllm.compressors.applied import Applied, Rows
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.calibrated.at_width import AtWidth, written
 from tensorllm.compressors.calibrated.held_out import SHARE, times_expected
@@ -22,7 +22,7 @@ from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry, is_output_projection
-from tensorllm.tensors.triangular import transposed_lower_times
+from tensorllm.tensors.triangular import lower_inverse, transposed_lower_times
 from tensorllm.tensors.unfold import add_gram, mirror
 from tensorllm.tensors.weighted import Metric, floor_of, narrow_root
 
@@ -143,7 +143,7 @@ class Channels(Moving):
         root_DD, root_RR = Metric(read.covariance_NN, DAMPING).root, given.root
         self.reading_PRD.copy_(self.reading_PRD @ root_DD.to(self.reading_PRD))
         self.out_RD.copy_(root_RR.mT.to(self.out_RD) @ self.out_RD)
-        self.back = _inverse(root_DD).to(self.out_RD), _inverse(root_RR).to(self.out_RD)
+        self.back = lower_inverse(root_DD).to(self.out_RD), lower_inverse(root_RR).to(self.out_RD)
         self.metrics = None
         return self
 
@@ -156,7 +156,7 @@ class Channels(Moving):
 
     def applied(self, geometry: Geometry) -> dict[str, Applied]:
         return {
-            role: Kept(self.rows_R, w_RD, self.channels, is_output_projection(role))
+            role: Rows(self.rows_R, w_RD, self.channels, is_output_projection(role))
             for role, w_RD in zip(self.site.roles, self.rows(), strict=True)
         }
 
@@ -165,11 +165,6 @@ class Channels(Moving):
         each = [number * self.channels + self.rows_R for number in range(len(self.site.roles))]
         size = len(each) * self.channels
         return KeptRows.of(torch.cat(each), torch.cat(self.rows()).float(), size)
-
-
-def _inverse(root_NN: Tensor) -> Tensor:
-    eye_NN = torch.eye(len(root_NN)).to(root_NN)
-    return torch.linalg.solve_triangular(root_NN, eye_NN, upper=False)
 
 
 def fit_channels(context: LayerContext, site: Site, count: int, read: AtWidth) -> Channels:

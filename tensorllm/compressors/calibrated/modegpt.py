@@ -26,6 +26,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
+from tensorllm.tensors.triangular import raised_cholesky
 
 TOGETHER = (("q", "k"), ("v", "o"), FFN)
 RIDGE = 1e-6  # of the mean variance, where a covariance is inverted
@@ -191,7 +192,7 @@ def leverage(covariance_FF: Tensor) -> Tensor:
     """Ridge leverage scores: the diagonal of C (C + λ 1)⁻¹, λ the mean eigenvalue (F)."""
     mean = covariance_FF.diagonal().mean()
     ridge_FF = covariance_FF + mean * torch.eye(len(covariance_FF)).to(covariance_FF)
-    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(ridge_FF))
+    inverse_FF = torch.cholesky_inverse(_root(ridge_FF))
     return 1 - mean * inverse_FF.diagonal()
 
 
@@ -204,8 +205,13 @@ def nystrom(covariance_FF: Tensor, chosen_R: Tensor, out_FD: Tensor) -> Tensor:
     """The rows (R, D) that make the best of the chosen inputs: C_RR⁻¹ C_RF out."""
     own_RR = covariance_FF[chosen_R[:, None], chosen_R]
     own_RR = own_RR + RIDGE * own_RR.diagonal().mean() * torch.eye(len(own_RR)).to(own_RR)
-    root_RR = torch.linalg.cholesky(own_RR)
-    return torch.cholesky_solve(covariance_FF[chosen_R] @ out_FD, root_RR)
+    return torch.cholesky_solve(covariance_FF[chosen_R] @ out_FD, _root(own_RR))
+
+
+def _root(covariance_NN: Tensor) -> Tensor:
+    """The Cholesky factor, the covariance raised where its channels are always zero."""
+    least = RIDGE * (float(covariance_NN.diagonal().mean()) or 1.0)
+    return raised_cholesky(covariance_NN, least, 10)
 
 
 def product_svd(

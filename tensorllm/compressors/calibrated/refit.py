@@ -22,6 +22,7 @@ from tensorllm.compressors.layer import LayerContext, LayerResult, Site
 from tensorllm.compressors.steps import damp_rounding, mean_size, warmed_up
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
+from tensorllm.tensors.triangular import lower_inverse
 from tensorllm.tensors.weighted import Metric
 
 DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
@@ -57,8 +58,7 @@ class Balanced(Moving):
         self.roles, self.writes = roles, is_output_projection(roles[0])
         wide_WR, narrow_RD = (map_.right_RX.mT, map_.left_MR.mT) if self.writes else map_
         root_DD = Metric(metric.covariance_NN, DAMPING).root
-        eye_DD = torch.eye(len(root_DD)).to(root_DD)
-        self.inverse_DD = torch.linalg.solve_triangular(root_DD, eye_DD, upper=False).to(wide_WR)
+        self.inverse_DD = lower_inverse(root_DD).to(wide_WR)
         narrow_RD = narrow_RD @ root_DD.to(narrow_RD)
         tall_R, long_R = wide_WR.norm(dim=0), narrow_RD.norm(dim=1)
         size_R = tall_R * long_R

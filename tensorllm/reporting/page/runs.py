@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorllm.compression.card import REPORT
 from tensorllm.compression.details import DETAILS
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 from tensorllm.evaluation.predictions import Prediction, read_predictions
 from tensorllm.evaluation.results import BEFORE, RESULTS, read_results
 
@@ -129,4 +129,4 @@ def _trials(path: Path) -> list[Json]:
     try:
         return list(pq.read_table(path).to_pylist())
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0][:120]}") from None
+        raise UserError(f"{path} is damaged: {first_line(error)[:120]}") from None
