@@ -70,6 +70,21 @@ def test_a_path_is_not_broken(
     assert f"written to {study}: tensorllm compress --config {best}" in lines
 
 
+def test_a_written_text_is_not_broken(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    prompt = " ".join(["Ada Moss plays banjo"] * 6)
+    assert run("generate", "--model", "demo", "--prompt", prompt, "--max-new-tokens", 1) == 0
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+@pytest.mark.parametrize("name", ["laser", "shared-tucker"])
+def test_no_line_ends_in_spaces_where_it_is_piped(name: str, capsys: Capture) -> None:
+    assert run("compress", "--model", "demo", "--mode", name, "--dry-run") == 0
+    assert run("list", "compressors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
 @pytest.mark.slow
 def test_speed(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorllm.commands.bench.subprocess", forked.stand_in())
