@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorllm.compression.dry_run import DryRun
-from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport
+from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport, asked_for
 from tensorllm.metrics import MAIN, SHOWN
 
 WIDTH = 80  # columns of a terminal
@@ -130,10 +130,11 @@ def p_value(value: float, least: float = 1e-4) -> str:
 
 
 def _headline(report: CompressionReport) -> Text:
-    settings = ", ".join(f"{key}={_brief(value)}" for key, value in report.settings.items())
+    mode, settings = asked_for(report.mode, report.settings)
+    shown = ", ".join(f"{key}={_brief(value)}" for key, value in settings.items())
     text = Text()
-    text.append(report.mode, style="bold")
-    text.append(f"({settings}) on {report.model}, {report.dtype}, {report.format}")
+    text.append(mode, style="bold")
+    text.append(f"({shown}) on {report.model}, {report.dtype}, {report.format}")
     return text
 
 
