@@ -84,6 +84,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise UserError(f"{name} is empty; it must be a mapping of settings")
     if not isinstance(values, dict):
         raise UserError(f"{name} must be a mapping of settings, got {type(values).__name__}")
     try:
