@@ -32,7 +32,7 @@ def printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -
     assert run(*arguments) == 0
     out, _ = capsys.readouterr()
     lines = [line for line in out.splitlines() if tempfile.gettempdir() not in line]
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines), default=0) <= 80
     return " ".join(out.split())
 
 
