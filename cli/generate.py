@@ -1,7 +1,7 @@
 """`tensorllm generate`."""
 
 from tensorllm.requests.others import GenerateRequest
-from tensorllm_cli.show import print_json, print_result, progress_bar
+from tensorllm_cli.show import print_json, print_lines, progress_bar
 from tensorllm_cli.signature import takes
 
 
@@ -22,4 +22,4 @@ def generate(request: GenerateRequest, *, json: bool) -> None:
         print_json([{"prompt": prompt, "text": text} for prompt, text in pairs])
         return
     for text in texts:
-        print_result(text)
+        print_lines(text)

@@ -49,9 +49,20 @@ def results_alone() -> Iterator[None]:
 
 
 def print_result(value: RenderableType) -> None:
-    """A table or text on standard output; brackets in a text mean nothing."""
+    """A table or text on standard output; brackets in a text mean nothing.
+
+    In a pipe or file no line ends in spaces, and those of a text are not broken.
+    """
     out = _results or sys.stdout
-    Console(file=out, highlight=False).print(Text(value) if isinstance(value, str) else value)
+    console = Console(file=out, highlight=False)
+    if console.is_terminal:
+        console.print(Text(value) if isinstance(value, str) else value)
+    elif isinstance(value, str):
+        out.write(f"{value}\n")
+    else:
+        with console.capture() as printed:
+            console.print(value)
+        out.writelines(f"{line.rstrip()}\n" for line in printed.get().splitlines())
     out.flush()  # whoever started the command may wait for this
 
 

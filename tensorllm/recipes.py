@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from tensorllm.compressors import COMPRESSORS, Compressor
-from tensorllm.compressors.budget import TARGETS
+from tensorllm.compressors.budget import TARGETS, Budget
 from tensorllm.compressors.settings import (
     checked,
     fields_of,
@@ -33,6 +33,7 @@ RUN = {
 
 # Settings of which one excludes the others: giving one drops the recipe's.
 SIZES = (("ranks", "energy", "error"), ("rho", "rank", "kept"))
+_TARGET_TYPES = get_type_hints(Budget)
 EXCLUSIVE = tuple((*names, *TARGETS) for names in SIZES)
 
 
@@ -83,6 +84,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise UserError(f"{name} is empty; it must be a mapping of settings")
     if not isinstance(values, dict):
         raise UserError(f"{name} must be a mapping of settings, got {type(values).__name__}")
     try:
@@ -105,10 +108,25 @@ def parse_recipe(text: str, name: str) -> Recipe:
         run={key: checked(RUN[key], values[key]) for key in of_run},
     )
     try:
-        recipe.compressor()
+        if budget_of(recipe.mode, settings) is None:  # else the sizes are not there yet
+            recipe.compressor()
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return recipe
+
+
+def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
+    """The target size among the settings; None where there is none, or the mode takes it itself."""
+    wanted = {name: settings[name] for name in TARGETS if name in settings}
+    if not wanted or set(wanted) <= set(fields_of(mode)):
+        return None
+    if problems := _target_problems(wanted):
+        raise UserError("; ".join(problems))
+    return Budget(**{name: checked(_TARGET_TYPES[name], x) for name, x in wanted.items()})
+
+
+def _target_problems(wanted: Mapping[str, Any]) -> list[str]:
+    return [found for key, x in wanted.items() if (found := problem(key, x, _TARGET_TYPES[key]))]
 
 
 def as_yaml(recipe: Mapping[str, Any]) -> str:
@@ -132,14 +150,18 @@ def _problems(values: dict[str, Any]) -> list[str]:
             of_run = _of_run(values)
         except UserError as error:
             return [*out, str(error)]
-        known = [*KEYS, *fields_of(mode), *RUN]
+        own = fields_of(mode)
+        targets = [key for key in values if key in TARGETS and key not in own]
+        known = [*KEYS, *own, *RUN, *TARGETS]
         out += [
             f"unknown key {key!r}.{did_you_mean(str(key), known)}"
             for key in values
             if key not in known
         ]
         out += [found for key in of_run if (found := problem(key, values[key], RUN[key]))]
-        rest = {k: v for k, v in values.items() if k in known and k not in (*KEYS, *of_run)}
+        out += _target_problems({key: values[key] for key in targets})
+        said = (*KEYS, *of_run, *targets)
+        rest = {k: v for k, v in values.items() if k in known and k not in said}
         out += setting_problems(mode, rest)
     layers = values.get("layers")
     whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)

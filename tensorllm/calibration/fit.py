@@ -24,7 +24,7 @@ from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors.base import Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
 from tensorllm.compressors.layer import Site
-from tensorllm.compressors.settings import make_compressor, settings_of
+from tensorllm.compressors.settings import fields_of, make_compressor, settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
@@ -43,6 +43,7 @@ class Fitted:
         calibration: what the text was; for reports.
         store: where factors are; they are read when their turn comes.
         passed_over: layer -> the roles that it lacks.
+        chosen: settings of the strategy in whose place the target stands.
     """
 
     compressor: Compressor
@@ -52,6 +53,7 @@ class Fitted:
     calibration: dict[str, Any]
     store: Store
     passed_over: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    chosen: frozenset[str] = frozenset()
 
     def factors(self, site: Site) -> Factors:
         """The site's factors."""
@@ -64,7 +66,8 @@ class Fitted:
     @property
     def settings(self) -> tuple[str, dict[str, Any]]:
         """The mode's name, and its settings with target and text."""
-        mode, settings = settings_of(self.compressor)
+        mode, given = settings_of(self.compressor)
+        settings = {name: value for name, value in given.items() if name not in self.chosen}
         target = self.budget.settings if self.budget else {}
         return mode, settings | target | {"calibration": self.calibration}
 
@@ -236,7 +239,13 @@ def _fitted(
     work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
 ) -> Fitted:
     layers, passed = tuple(work.planned.layers), work.planned.passed_over
-    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store, passed)
+    chosen: frozenset[str] = frozenset()
+    mode, given = settings_of(work.compressor)
+    if budget is not None and not set(budget.settings) <= set(fields_of(mode)):
+        strategy = work.compressor.named
+        smallest_sizes = strategy.budget_settings(work.source.roles.spec, {})
+        chosen = frozenset(n for n, size in smallest_sizes.items() if given.get(n) == size)
+    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store, passed, chosen)
 
 
 def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: Budget) -> Fitted:

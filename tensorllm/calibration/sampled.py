@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.errors import UserError
+from tensorllm.models.scores import refuse_nan
 from tensorllm.models.task import context_length, is_masked, text_config_of
 from tensorllm.progress import Progress, quiet, silenced
 
@@ -39,7 +40,8 @@ def sampled_text(
         progress: called with (tokens written, tokens in all, what is done).
 
     Raises:
-        UserError: numbers out of range, or a model that fills masks and writes no text.
+        UserError: numbers out of range, or a model that fills masks and writes no text, or whose
+            scores are NaN.
     """
     if sequences < 1 or length < 2:
         raise UserError(
@@ -73,6 +75,7 @@ def sampled_text(
                 repetition_penalty=1.0,
                 eos_token_id=-1,  # none: a text's end is gone on from
                 pad_token_id=0,  # of no use: all are of one length
+                logits_processor=refuse_nan(),
                 stopping_criteria=StoppingCriteriaList([report]),
             )
             written += [tuple(row) for row in ids_BT.tolist()]

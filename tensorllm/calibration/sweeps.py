@@ -23,6 +23,7 @@ from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.calibration.statistics import MEASURED_TOKENS, Measurement, measure_loss, sampled
 from tensorllm.calibration.store import Counted, Hidden, States, Store, Sweep, as_stored
+from tensorllm.compressors.allocation import with_whole
 from tensorllm.compressors.base import Compressor, ErrorCurve, LayerFit
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import Site, Size
@@ -195,10 +196,12 @@ class Sweeps:
         out: Curves = {}
         for strategy, mine in self.planned.strategies(own.number, sites):
             if isinstance(strategy, LayerFit):
-                out |= strategy.curves(mine, context)
+                found = dict(strategy.curves(mine, context))
+                alone = [site for site in found if len(site.roles) == 1]  # `ways` has the others
             else:
-                for site in mine:
-                    out[site] = strategy.curve(site, *_tensor_and_statistics(context, site))
+                found = {s: strategy.curve(s, *_tensor_and_statistics(context, s)) for s in mine}
+                alone = list(mine)
+            out |= found | {s: with_whole(found[s], s.numel(context.geometry)) for s in alone}
         return {site: ErrorCurve(*(t.cpu() for t in curve)) for site, curve in out.items()}
 
     def counted(self, states: States, layer: int, stage: StageName) -> Counted:

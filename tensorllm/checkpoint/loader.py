@@ -101,6 +101,11 @@ class Loader:
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError) as error:
+            if not any(self.folder.glob("*token*")) and not any(self.folder.glob("*vocab*")):
+                raise UserError(
+                    f"{self.folder} holds no tokenizer: copy tokenizer.json and "
+                    "tokenizer_config.json there, of the model that it was made from"
+                ) from None
             raise UserError(
                 f"cannot load a tokenizer from {self.folder}: {first_line(error)}"
             ) from None

@@ -1,6 +1,6 @@
 """`tensorllm compress`: from a request to a compressed model and its report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,14 +22,14 @@ from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
-from tensorllm.compressors.settings import fields_of, make_compressor
+from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
 from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
-from tensorllm.recipes import Recipe, completed, recipe_of
+from tensorllm.recipes import Recipe, budget_of, completed, recipe_of
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
@@ -144,12 +144,6 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
         revision=source.revision,
     )
     return task, source
-
-
-def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
-    """The target size among the settings; None where there is none, or the mode takes it itself."""
-    wanted = {name: settings[name] for name in TARGETS if name in settings}
-    return None if not wanted or set(wanted) <= set(fields_of(mode)) else Budget(**wanted)
 
 
 def compressor_of(recipe: Recipe, budget: Budget | None, source: Source) -> Compressor:

@@ -14,6 +14,7 @@ from tensorllm.data.tokens import as_messages, check_ids, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.forward import PAD, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
+from tensorllm.models.scores import refuse_nan
 from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
@@ -29,7 +30,8 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         progress: called with (tokens written, the most there may be, what is done).
 
     Raises:
-        UserError: settings out of range, no tokenizer, or a model that writes no text.
+        UserError: settings out of range, no tokenizer, or a model that writes no text or whose
+            scores are NaN.
     """
     load_plugins(request.plugins)
     _check(request)
@@ -60,6 +62,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         num_beams=request.beams,
         do_sample=request.temperature > 0,
         pad_token_id=PAD,  # masked out before a prompt, and cut off behind a text's end
+        logits_processor=refuse_nan(),
         stopping_criteria=StoppingCriteriaList([count]),
         **(sampling if request.temperature > 0 else {}),
     )

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorllm.compression.plan import plan_jobs
+from tensorllm.compression.plan import decompositions
 from tensorllm.compressors import Compressor, Job, Leaf
-from tensorllm.compressors.allocation import share_out
+from tensorllm.compressors.allocation import share_out, with_whole
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import Site, Size
@@ -39,11 +39,11 @@ def sized(
         total: parameters of the whole model.
 
     Raises:
-        UserError: a strategy without error curves, or a target out of reach.
+        UserError: a strategy that needs a text or has no error curves, or a target out of reach.
     """
     if budget.max_loss_increase is not None:
         raise UserError("max_loss_increase is measured on a text: give --calibration FILE")
-    jobs = plan_jobs(compressor, roles, layers)
+    jobs = decompositions(compressor, roles, layers).jobs
     geometry = roles.spec.geometry
     before = sum(geometry(n).numel(r) for job in jobs for n, r in job.site.matrices)
     budget.numbers(before, total)  # what no sizes can meet is refused before spectra are computed
@@ -88,7 +88,8 @@ def _curves(
         weights = read(sorted({roles.name(*matrix) for matrix in site.matrices}))
         assert isinstance(job.compressor, Leaf), "what needs a text was refused"
         try:
-            out[site] = job.compressor.curve(site, stacked(site, roles, weights))
+            w = stacked(site, roles, weights)
+            out[site] = with_whole(job.compressor.curve(site, w), w.numel())
         except UserError as error:
             raise UserError(f"{site.name}: {error}") from None
     progress(len(jobs), len(jobs), "spectra done")

@@ -13,6 +13,7 @@ import yaml
 
 from tensorllm.compression.card_text import body
 from tensorllm.compression.formats import FORMATS
+from tensorllm.compression.report import asked_for
 from tensorllm.data import DATASETS
 from tensorllm.evaluation.results import BeforeAfter, of_scores
 from tensorllm.io import write_text
@@ -123,7 +124,8 @@ def _metadata(
         if metric in found.after
     ]
     kinds = sorted({site["kind"] for site in report["sites"]})
-    tags = [*kept.pop("tags", []), "tensorllm", "compression", "low-rank", report["mode"], *kinds]
+    mode, _ = asked_for(report["mode"], report["settings"])
+    tags = [*kept.pop("tags", []), "tensorllm", "compression", "low-rank", mode, *kinds]
     values = {
         **kept,
         "library_name": FORMATS[report["format"]].library,

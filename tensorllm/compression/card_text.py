@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorllm.compression.citations import bibtex
+from tensorllm.compression.citations import citation
 from tensorllm.compression.descriptions import done_in_words
 from tensorllm.compression.formats import FORMATS
-from tensorllm.compression.report import RATIO_NAMES
+from tensorllm.compression.report import RATIO_NAMES, asked_for
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN
@@ -24,15 +24,16 @@ def body(
 ) -> str:
     """Markdown, without front matter; the arguments are those of `card.card`."""
     decomposed = bool(report["sites"])
+    mode, _ = asked_for(report["mode"], report["settings"])
     parts = [
-        f"# {report['model']}, compressed: {report['mode']}",
+        f"# {report['model']}, compressed: {mode}",
         _what(report, base),
         _loading(report["format"], task),
         *([_sites(report["sites"])] if decomposed else []),
         _ratios(report["ratios"]),
         *([_measured(measured)] if measured else []),
         _again(report) if decomposed else _exported(report),
-        *([_citation(report["mode"])] if decomposed else []),
+        *([_citation(mode)] if decomposed else []),
     ]
     return "\n\n".join(parts)
 
@@ -115,7 +116,8 @@ def _value(value: float, interval: Sequence[float] | None, digits: int) -> str:
 
 def _again(report: Mapping[str, Any]) -> str:
     """The recipe holds what the shipped one and the command line's options came to."""
-    settings = {key: v for key, v in report["settings"].items() if key != "calibration"}
+    told_apart = ("calibration", "chosen_by")  # the text by options; why these edits by no setting
+    settings = {key: v for key, v in report["settings"].items() if key not in told_apart}
     recipe = {"model": report["model"], "mode": report["mode"], "layers": report["layers"]}
     text = as_yaml(recipe | settings)
     revision = f" --revision {report['revision']}" if report["revision"] else ""
@@ -174,7 +176,7 @@ def _fitted_to(text: Mapping[str, Any]) -> str:
 
 def _citation(mode: str) -> str:
     source = COMPRESSORS[mode].source if mode in COMPRESSORS else ""
-    return f"## Cite\n\n```bibtex\n{bibtex(source)}\n```"
+    return f"## Cite\n\n{citation(source)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -44,7 +44,10 @@ PAPERS = {
 ALWAYS = ("https://arxiv.org/abs/2501.15674", "https://arxiv.org/abs/2312.13558")
 
 
-def bibtex(source: str) -> str:
-    """BibTeX of the two papers all this rests on, and of the strategy's own."""
+def citation(source: str) -> str:
+    """Markdown: BibTeX of the two papers all this rests on, and of the strategy's own; its address
+    where that is no paper known here, such as the source of a plugin."""
     cited = dict.fromkeys((*ALWAYS, source))
-    return "\n\n".join(PAPERS[url] for url in cited if url in PAPERS)
+    entries = "\n\n".join(PAPERS[url] for url in cited if url in PAPERS)
+    own = f"\n\nThe method itself: <{source}>" if source and source not in PAPERS else ""
+    return f"```bibtex\n{entries}\n```{own}"

@@ -73,7 +73,7 @@ def dry_run(task: FolderTask) -> DryRun:
         stored = check_fit(task, jobs, checkpoint, roles)
     else:
         jobs = decompositions(compressor, roles, task.layers).jobs
-    sites = [_planned(job, roles) for job in jobs]
+    sites = [_planned(job, roles, known=not _measured_for(task)) for job in jobs]
     known = [site.parameters_after for site in sites]
     if None not in known:
         stored = sum(n or 0 for n in known)
@@ -100,6 +100,11 @@ def dry_run(task: FolderTask) -> DryRun:
     )
 
 
+def _measured_for(task: FolderTask) -> bool:
+    """Whether sizes are chosen by what is measured on a text; the jobs have the smallest ones."""
+    return task.calibration is not None and task.aim is not None
+
+
 def _bytes_after(
     task: FolderTask,
     jobs: Sequence[Job],
@@ -117,18 +122,18 @@ def _bytes_after(
     """
     if task.aim is not None and task.aim.target_bytes is not None:
         return task.aim.target_bytes  # or a little less
-    if task.format == "factored":
+    if task.format == "factored" and not _measured_for(task):
         shapes = [job.site.shape(roles.spec.geometry(job.site.layers[0])) for job in jobs]
         sizes = [
             job.compressor.stored_bytes(shape, round(width))
             for job, shape in zip(jobs, shapes, strict=True)
         ]
-        if None not in sizes:  # else a fit's target says how many numbers there will be
+        if None not in sizes:
             return round(width * rest) + sum(n or 0 for n in sizes)
     return None if written is None else round(width * written)
 
 
-def _planned(job: Job, roles: RoleMatrices) -> PlannedSite:
+def _planned(job: Job, roles: RoleMatrices, *, known: bool) -> PlannedSite:
     shape = job.site.shape(roles.spec.geometry(job.site.layers[0]))
-    after = job.compressor.stored_parameters(shape)
+    after = job.compressor.stored_parameters(shape) if known else None
     return PlannedSite(job.site.name, shape, prod(shape), after)

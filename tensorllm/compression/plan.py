@@ -123,7 +123,7 @@ def decompositions(
     found = _checked(placed(compressor, roles, layers), roles)
     unfitted = [job.compressor for job in found.jobs if job.compressor.needs != "weights"]
     if unfitted:
-        mode = COMPRESSORS.name_of(type(unfitted[0]))
+        mode = COMPRESSORS.name_of(type(unfitted[0].named))
         raise UserError(
             f"mode {mode!r} is fitted to text: give --calibration FILE (or calibration= in Python)"
         )

@@ -159,6 +159,16 @@ def site_report(record: Mapping[str, Any]) -> SiteReport:
     return SiteReport(**fields)
 
 
+def asked_for(mode: str, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Mode and settings as somebody asked for them: where a target chose a list of edits, the mode
+    that the target was given for, and the target; of all others they are what they are."""
+    chosen_by = settings.get("chosen_by")
+    if not isinstance(chosen_by, Mapping) or "mode" not in chosen_by:
+        return mode, dict(settings)
+    rest = {name: value for name, value in chosen_by.items() if name != "mode" and value != []}
+    return str(chosen_by["mode"]), rest
+
+
 def saved_parameters(sites: Iterable[SiteReport]) -> int:
     """How many fewer numbers all sites store than their matrices had."""
     return sum(site.parameters_before - site.parameters_after for site in sites)

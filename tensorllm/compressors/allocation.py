@@ -18,6 +18,24 @@ class Allocation:
     error: float
 
 
+def with_whole(curve: ErrorCurve, numbers: int) -> ErrorCurve:
+    """The curve of a tensor without sizes that store no less than the tensor itself, which is the
+    last size (all 0, no error); a curve that has the tensor itself already stays what it is.
+
+    Args:
+        numbers: of the tensor.
+    """
+    cost_N, error_N, sizes_NC = curve
+    if not sizes_NC.any(1).all():
+        return curve
+    smaller_N = cost_N < numbers
+    return ErrorCurve(
+        torch.cat((cost_N[smaller_N], cost_N.new_tensor([numbers]))),
+        torch.cat((error_N[smaller_N], error_N.new_zeros(1))),
+        torch.cat((sizes_NC[smaller_N], torch.zeros_like(sizes_NC[:1]))),
+    )
+
+
 def share_out(
     ways: Sequence[Ways],
     curves: Mapping[Site, ErrorCurve],

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from tensorllm.compressors.allocation import with_whole
 from tensorllm.compressors.base import Dimension, ErrorCurve, Job, LayerFit, Leaf
 from tensorllm.compressors.checks import check_exist, check_roles
 from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
@@ -205,14 +206,10 @@ def weighted_curve(w_YX: Tensor, root: Root) -> ErrorCurve:
     gram = seen_YX @ seen_YX.mT if wide else seen_YX.mT @ seen_YX
     squares = eigenvalues(gram).clamp(min=0).cpu()
     ranks = torch.arange(1, len(squares) + 1)
-    cost = ranks * sum(w_YX.shape)
-    smaller = cost < w_YX.numel()
     whole = float(squares.sum()) or 1.0  # a matrix of zeros has no error at any rank
-    error = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w_YX.numel() / whole
-    cost_N = torch.cat((cost[smaller], torch.tensor([w_YX.numel()])))
-    error_N = torch.cat((error[smaller], error.new_zeros(1)))
-    sizes = torch.cat((ranks[smaller], ranks.new_zeros(1)))
-    return ErrorCurve(cost_N, error_N, sizes[:, None])
+    error_N = (squares.sum() - squares.cumsum(0)).clamp(min=0) * w_YX.numel() / whole
+    curve = ErrorCurve(ranks * sum(w_YX.shape), error_N, ranks[:, None])
+    return with_whole(curve, w_YX.numel())
 
 
 def weighted_error(w_YX: Tensor, lost_YX: Tensor, root: Root) -> float:

@@ -54,7 +54,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 yield from _json(path)
                 return
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip("\r\n"))  # else an error may be of the line below
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: malformed JSON on line {number}: {_why(error)}") from None
             yield _row(row, f"{path}, line {number}")

@@ -12,6 +12,7 @@ from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.encoding import Encoded
 from tensorllm.evaluation.masked import MaskedItem
 from tensorllm.evaluation.predictions import Prediction
+from tensorllm.models.scores import CAUSE
 
 T = TypeVar("T", Encoded, MaskedItem)
 Item = TypeVar("Item")
@@ -66,7 +67,7 @@ def halving(
 
     Raises:
         Incomplete: one item alone does not fit memory.
-        UserError: the model's numbers overflow.
+        UserError: the model's numbers are not finite.
     """
     try:
         return finite(scored(items))
@@ -86,14 +87,11 @@ def finite(rows: list[Prediction]) -> list[Prediction]:
     """The same rows.
 
     Raises:
-        UserError: the model's numbers overflow.
+        UserError: the model's numbers are not finite.
     """
     for row in rows:
         if not math.isfinite(row.log_probability):
-            raise UserError(
-                f"the model's loss is {row.loss} on example {row.index}: its activations overflow; "
-                "weights in bf16 or fp32 (--dtype) may not"
-            )
+            raise UserError(f"the model's loss is {row.loss} on example {row.index}: {CAUSE}")
     return rows
 
 

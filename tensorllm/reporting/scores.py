@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from tensorllm.compression.report import asked_for
 from tensorllm.evaluation.results import count_of_examples
 from tensorllm.evaluation.statistics import LEAST_P
 from tensorllm.metrics import MAIN, SHOWN
@@ -60,7 +61,8 @@ def _headline(results: Mapping[str, Any]) -> Text:
     text = Text()
     text.append(str(results["model"]), style="bold")
     if results["compressor"] is not None:
-        text.append(f" ({results['compressor']['mode']})")
+        mode, _ = asked_for(results["compressor"]["mode"], results["compressor"])
+        text.append(f" ({mode})")
     text.append(
         f" on {results['dataset']}, {results['split']}, protocol {results['protocol']}, "
         f"{count_of_examples(results['examples'])}, {results['dtype']}"

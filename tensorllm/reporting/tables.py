@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tensorllm.compression.dry_run import DryRun
-from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport
+from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport, asked_for
 from tensorllm.metrics import MAIN, SHOWN
 
 WIDTH = 80  # columns of a terminal
@@ -84,15 +84,15 @@ def plan_table(plan: DryRun) -> RenderableType:
     table = new_table("site", "shape", "parameters", "after", "ratio", number_from=2)
     for site in plan.sites:
         after = site.parameters_after
-        ratio = "by result" if after is None else f"{site.parameters_before / after:.2f}"
-        left = "by result" if after is None else count(after)
+        ratio = "not known yet" if after is None else f"{site.parameters_before / after:.2f}"
+        left = "not known yet" if after is None else count(after)
         table.add_row(site.name, _shape(site.shape), count(site.parameters_before), left, ratio)
     totals = new_table("plan", "before", "after", number_from=1)
     totals.add_row(
         "parameters", count(plan.parameters_before), _known(plan.parameters_after, count)
     )
     totals.add_row("weight files", size(plan.bytes_before), _known(plan.bytes_after, size))
-    time = "the fit's, and more" if plan.seconds is None else duration(plan.seconds)
+    time = "not known yet" if plan.seconds is None else duration(plan.seconds)
     totals.add_row("predicted time", "", time)
     totals.add_row("predicted peak memory", "", size(plan.peak_bytes))
     return Group(table, totals)
@@ -130,10 +130,11 @@ def p_value(value: float, least: float = 1e-4) -> str:
 
 
 def _headline(report: CompressionReport) -> Text:
-    settings = ", ".join(f"{key}={_brief(value)}" for key, value in report.settings.items())
+    mode, settings = asked_for(report.mode, report.settings)
+    shown = ", ".join(f"{key}={_brief(value)}" for key, value in settings.items())
     text = Text()
-    text.append(report.mode, style="bold")
-    text.append(f"({settings}) on {report.model}, {report.dtype}, {report.format}")
+    text.append(mode, style="bold")
+    text.append(f"({shown}) on {report.model}, {report.dtype}, {report.format}")
     return text
 
 
@@ -240,7 +241,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _known(value: int | None, show: Any) -> str:
-    return "by result" if value is None else show(value)
+    return "not known yet" if value is None else show(value)
 
 
 def result_tables(result: CompressionReport | DryRun) -> RenderableType:

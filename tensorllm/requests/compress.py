@@ -46,7 +46,7 @@ class CompressRequest:
         float | None, Option("Instead of ranks: relative error allowed, in [0, 1).")
     ] = None
     rho: Annotated[float | None, Option("LASER: share of the full rank to keep, in (0, 1].")] = None
-    rank: Annotated[int | None, Option("LASER, TRAWL: the rank itself.")] = None
+    rank: Annotated[int | None, Option("Modes with one rank: the rank itself.")] = None
     matrices: Annotated[
         tuple[str, ...] | None,
         Option("Which of q,k,v,o,in,gate,out, where the mode asks.", parse=options.names),

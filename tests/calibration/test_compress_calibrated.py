@@ -44,8 +44,7 @@ def request(
         mode=mode,
         settings=settings,
         calibration=text,
-        sequences=32,
-        **(more or {}),
+        **({"sequences": 32} | (more or {})),
     )
 
 
@@ -70,7 +69,19 @@ def test_what_cannot_be_done_is_refused(text, asked, message):
         run(request(**({"text": text} | asked)))
 
 
-@pytest.mark.parametrize(("mode", "ratio"), [("activation-tucker", 1.5), ("activation-hybrid", 2)])
+@pytest.mark.parametrize("mode", ["svd-llm", "asvd", "aa-svd", "activation-tucker"])
+@pytest.mark.parametrize("target", [{"target_ratio": 2.0}, {"target_bytes": 2_000_000}])
+def test_a_target_of_a_mode_that_is_fitted_wants_a_text(mode, target):
+    asked = request(None, mode, {"sequences": None}, **target)
+    for dry in (False, True):
+        with pytest.raises(UserError, match=f"mode '{mode}' is fitted to text: give --calibration"):
+            run(replace(asked, dry_run=dry))
+
+
+@pytest.mark.parametrize(
+    ("mode", "ratio"),
+    [("activation-tucker", 1.5), ("activation-hybrid", 2), ("svd-llm", 2), ("svd", 2)],
+)
 def test_a_dry_run_tells_sizes_without_the_fit(text, tmp_path, monkeypatch, mode, ratio):
     monkeypatch.setattr("tensorllm.compression.engine.fit", None)  # nothing is fitted
     asked = {"dry_run": True, "out": tmp_path / "out", "format": "factored"}
@@ -80,12 +91,19 @@ def test_a_dry_run_tells_sizes_without_the_fit(text, tmp_path, monkeypatch, mode
     assert plan.bytes_after < plan.bytes_before
     assert plan.seconds is None
     assert {site.parameters_after for site in plan.sites} == {None}
-    assert "by result" in result_text(plan)
-    rise = run(request(text, mode, asked, max_loss_increase=0.1))
-    assert rise.parameters_after is None
-    with pytest.raises(UserError, match="best reachable is"):
-        run(request(text, mode, asked, target_ratio=1e9))
+    assert "not known yet" in result_text(plan)
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("mode", ["activation-tucker", "activation-hybrid"])
+def test_a_dry_run_knows_the_best_reachable_ratio(text, mode):
+    with pytest.raises(UserError, match="best reachable is"):
+        run(request(text, mode, {"dry_run": True}, target_ratio=1e9))
+
+
+def test_a_dry_run_of_a_limit_of_the_loss_tells_no_sizes(text):
+    plan = run(request(text, more={"dry_run": True}, max_loss_increase=0.1))
+    assert plan.parameters_after is None
 
 
 def test_a_dry_run_is_right_about_the_size(text):
@@ -103,9 +121,13 @@ def test_what_is_refused_leaves_nothing(text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt", "told.txt"]
 
 
-def test_the_card_says_how_to_draw_the_same_text_again(text, tmp_path):
-    out = tmp_path / "out"
-    report = run(request(text, target_ratio=1.5, more={"out": out, "seed": 3}, refit_epochs=0))
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [("activation-tucker", {"refit_epochs": 0}), ("svd-llm", {}), ("aa-svd", {"matrices": ("q",)})],
+)
+def test_the_card_says_how_to_draw_the_same_text_again(text, tmp_path, mode, settings):
+    out, more = tmp_path / "out", {"seed": 3}
+    report = run(request(text, mode, more | {"out": out}, target_ratio=1.5, **settings))
     card = (out / "README.md").read_text()
     (command,) = re.findall(r"^tensorllm (compress --config .*)$", card, re.MULTILINE)
     assert " --calibration FILE --sequences 32 --seed 3 " in command
@@ -113,6 +135,12 @@ def test_the_card_says_how_to_draw_the_same_text_again(text, tmp_path):
     assert f"FILE was `told.txt`: 32 sequences of {facts['tokens']:,} tokens" in card
     assert facts["sha256"] in card
     assert "{'" not in card
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
+    again = {"calibration": text, "sequences": 32, "seed": 3, "out": tmp_path / "again"}
+    run(CompressRequest(config=recipe, **again))
+    weights = [folder / "model.safetensors" for folder in (out, again["out"])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_sequences_of_a_length_that_is_asked_for(text, tmp_path):

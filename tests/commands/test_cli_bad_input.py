@@ -411,7 +411,12 @@ RECIPES = {
         "model: demo\nmode: shared-tucker\nrnaks: [8, 4, 2]\nlayer: [1]\nsweeps: some",
         ("'rnaks'. Did you mean 'ranks'", "'layer'. Did you mean 'layers'", "sweeps must be"),
     ),
-    "nothing": ("", ("mapping",)),
+    "nothing": ("", ("is empty", "mapping")),
+    "a target that is a word": (
+        "model: demo\nmode: svd\ntarget_ratio: half",
+        ("target_ratio must be a number", "half"),
+    ),
+    "a target out of range": ("model: demo\nmode: svd\ntarget_ratio: 1", ("must be above 1",)),
     "a list": ("- mode", ("mapping", "list")),
     "not YAML": ("mode: [", ("not YAML",)),
     "no mode": ("model: demo", ("mode is missing",)),

@@ -32,7 +32,7 @@ def printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -
     assert run(*arguments) == 0
     out, _ = capsys.readouterr()
     lines = [line for line in out.splitlines() if tempfile.gettempdir() not in line]
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines), default=0) <= 80
     return " ".join(out.split())
 
 
@@ -68,6 +68,21 @@ def test_a_path_is_not_broken(
     assert f"written to {out}" in lines
     study, best = out / "study", out / "study" / "best.yaml"
     assert f"written to {study}: tensorllm compress --config {best}" in lines
+
+
+def test_a_written_text_is_not_broken(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    prompt = " ".join(["Ada Moss plays banjo"] * 6)
+    assert run("generate", "--model", "demo", "--prompt", prompt, "--max-new-tokens", 1) == 0
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+@pytest.mark.parametrize("name", ["laser", "shared-tucker"])
+def test_no_line_ends_in_spaces_where_it_is_piped(name: str, capsys: Capture) -> None:
+    assert run("compress", "--model", "demo", "--mode", name, "--dry-run") == 0
+    assert run("list", "compressors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
 
 
 @pytest.mark.slow

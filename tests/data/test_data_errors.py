@@ -43,6 +43,7 @@ def refused(match: str, name: str, content: str | None, file: str = "d.jsonl", *
         refused("has no rows", "wikidata_qa", ""),
         refused("has no rows", "wikidata_qa", "[]", "d.json"),
         refused("malformed JSON on line 2", "wikidata_qa", GOOD + '{"input": '),
+        refused("line 2: Expecting value at column 11", "wikidata_qa", GOOD + '{"input": \n'),
         refused("malformed JSON on line 2", "wikidata_qa", "[1,\n2", "d.json"),
         refused("row 1: each row must be an object", "wikidata_qa", "[1, 2]"),
         refused("must hold a JSON list", "wikidata_qa", '{"a": 1}', "d.json"),

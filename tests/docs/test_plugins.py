@@ -14,6 +14,8 @@ from repository import ROOT
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
+from tensorllm.data.demo import MODEL_DIR, questions
+
 PAGE = (ROOT / "docs" / "add_a_compressor.md").read_text()
 
 
@@ -89,6 +91,36 @@ def test_the_pages_compressor_runs(way: str, packages: Path, model: Path, tmp_pa
         want = mean_and_residual(before[name], 8, 5)
         torch.testing.assert_close(after[name].double(), want, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(before[name], after[name], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_pages_fitted_compressor_is_svd_llm(packages: Path, tmp_path: Path) -> None:
+    """Whose whitening it is, and it meets a target in numbers and in bytes, and is searched."""
+    text = tmp_path / "text.txt"
+    told = (" ".join(reversed(q.prompt.split())) for q in questions()[:800])
+    text.write_text("\n".join(told))
+    fitted = ("--calibration", text, "--sequences", 16, "--allow-overlap")
+    ours = ("--plugin", "mean_head", "--model", MODEL_DIR, "--mode", "seen-svd")
+    theirs = ("--model", MODEL_DIR, "--mode", "svd-llm", "--matrices", "q,k,v,o")
+    made = []
+    for name, which in (("ours", ours), ("theirs", theirs)):
+        out = tmp_path / name
+        done = tensorllm(packages, "compress", *which, *fitted, "--rank", 9, "--out", out)
+        assert done.returncode == 0, done.stderr
+        made.append(load_file(out / "model.safetensors"))
+    for name, w in made[0].items():
+        torch.testing.assert_close(w, made[1][name], rtol=1e-3, atol=1e-4)
+    for target, most in (("--target-ratio", 1.5), ("--target-bytes", 1_700_000)):
+        done = tensorllm(packages, "compress", *ours, *fitted, target, most, "--json")
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert report["settings"][target[2:].replace("-", "_")] == most
+        sizes = [(s["parameters_after"], s["parameters_before"]) for s in report["sites"]]
+        assert all(after <= before for after, before in sizes)
+    few = ("--trials", 2, "--limit", 20, "--dataset", "demo", "--layers", 1, "--json")
+    done = tensorllm(packages, "search-ranks", *ours, *fitted[:2], "--allow-overlap", *few)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["winner"]["mode"] == "seen-svd"
 
 
 @pytest.mark.slow

@@ -97,6 +97,12 @@ report = json.loads(
     tensorllm(*compress, "--target-ratio", "2", "--out", work / "half", "--json")
 )
 assert 2 <= report["ratios"]["matrices_compressed"] < 2.2, report["ratios"]
+
+# its curves list every rank: no matrix gets one at which it would store more than as it is
+report = json.loads(tensorllm(*compress, "--target-ratio", "1.1", "--json"))
+assert 1.1 <= report["ratios"]["matrices_compressed"], report["ratios"]
+larger = [s for s in report["sites"] if s["parameters_after"] >= s["parameters_before"]]
+assert not larger, larger
 SEARCH
 print("went through every command")
 """

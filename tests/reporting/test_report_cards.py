@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 
 import tensorllm as tl
 from tensorllm.compression.card import hub_id
+from tensorllm.compression.citations import ALWAYS, citation
 
 FORMATS = ("dense", "factored")
 
@@ -41,6 +42,13 @@ def test_the_hub_reads_the_card(format: Any, tmp_path: Path) -> None:
         assert f"{ratio:.3f}" in card.text
     assert "2501.15674" in card.text
     assert "2312.13558" in card.text
+
+
+@pytest.mark.parametrize("mode", [*tl.COMPRESSORS, "https://example.org/of-a-plugin"])
+def test_the_source_of_every_strategy_is_cited(mode: str) -> None:
+    source = tl.COMPRESSORS[mode].source if mode in tl.COMPRESSORS else mode
+    assert source in citation(source)
+    assert all(paper in citation(source) for paper in ALWAYS)
 
 
 def test_its_code_loads_the_folder(tmp_path: Path) -> None:

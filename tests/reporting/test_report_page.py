@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from report_runs import run
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from tensorllm.commands.report import report
@@ -286,3 +287,38 @@ def test_the_command_says_where_the_plots_lie(
     assert ended.value.code == 0
     said = "".join(capsys.readouterr().out.split())
     assert f"plotsin{tmp_path / 'page_plots'}" in said
+
+
+@pytest.mark.slow
+def test_a_target_s_mode_is_called_what_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the list of edits that the target chose; sizes are of a layer, with their span."""
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    asked = ("--mode", "svd", "--target-ratio", 2, "--limit", 8, "--format", "factored")
+    assert run("compress", "--model", "demo", *asked, "--out", out) == 0
+    assert capsys.readouterr().out.startswith("svd(target_ratio=2, ")
+    assert run("evaluate", "--model", "demo", "--dataset", "demo", "--limit", 8,
+               "--compressed", out, "--out", runs) == 0  # fmt: skip
+    assert "demo (svd) on demo" in capsys.readouterr().out
+    assert run("report", out, runs, "--out", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>demo, svd" in page
+    card = (out / "README.md").read_text()
+    assert "compressed: svd\n" in card
+    assert "The method itself: <https://doi.org/10.1007/BF02288367>" in card  # not the list's
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
+    again = ("compress", "--config", recipe, "--limit", 8, "--format", "factored")
+    assert run(*again, "--out", tmp_path / "again") == 0
+    made, remade = (
+        load_file(folder / "factored.safetensors") for folder in (out, tmp_path / "again")
+    )
+    assert made.keys() == remade.keys()
+    assert all(torch.equal(made[name], remade[name]) for name in made)
+    ranks = [s["ranks"][0] for s in report_of(out)["sites"] if s["roles"] == ["q"]]
+    assert f"{min(ranks)} to {max(ranks)} in {len(ranks)} layers" in page
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "report.json").read_text()))

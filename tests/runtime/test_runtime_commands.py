@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import tensorllm as tl
+from tensorllm.calibration.sampled import sampled_text
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.loading import choices_of
 from tensorllm.commands.bench import bench
@@ -23,6 +24,7 @@ from tensorllm.commands.evaluate import evaluate
 from tensorllm.commands.export import run as export_run
 from tensorllm.commands.generate import generate
 from tensorllm.compression.export import export
+from tensorllm.data.demo import MODEL_DIR
 from tensorllm.data.tokens import as_messages
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.requests.compress import CompressRequest
@@ -49,6 +51,15 @@ def command(module: Any, name: str, *arguments: str) -> Any:
     app = typer.Typer()
     app.command()(getattr(module, name))
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+LOAD = Loader.__call__
+
+
+def with_nan(loader: Loader) -> Any:
+    model = LOAD(loader)
+    next(model.parameters()).data[:, 0] = float("nan")
+    return model
 
 
 def test_generate_writes_what_the_dense_model_would(story_folder: Path):
@@ -103,6 +114,28 @@ def test_what_cannot_run_factored_is_evaluated_dense(tmp_path: Path):
 def test_generate_refuses_what_makes_no_sense(wrong: dict[str, Any], story_folder: Path):
     with pytest.raises(UserError):
         generate(GenerateRequest(**{"model": str(story_folder), "prompts": ("a",), **wrong}))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_scores_are_nan_writes_nothing(
+    temperature: float, beams: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Loader, "__call__", with_nan)
+    asked = GenerateRequest(model="demo", prompts=("Ada Moss",), temperature=temperature)
+    with pytest.raises(UserError, match="scores of the next token are NaN: its weights hold NaN"):
+        generate(replace(asked, beams=beams))
+
+
+def test_a_model_whose_scores_are_nan_is_not_sampled():
+    with pytest.raises(UserError, match="scores of the next token are NaN"):
+        sampled_text(with_nan(Loader(MODEL_DIR)), sequences=2, length=4)
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer: copy"):
+        Loader(tmp_path).tokenizer()
 
 
 @torch.no_grad()

@@ -24,13 +24,23 @@ MEANING = {
 
 
 def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
-    """One drawing per kind of decomposition: sites of the same shape and ranks share it."""
-    out: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """One drawing per kind of decomposition: sites of the same matrices and shape share that of
+    their first, which says how far the ranks of the others go."""
+    alike: dict[tuple[Any, ...], list[Json]] = {}
     for site in sites:
-        key = (*site["roles"], *site["shape"], *site["ranks"])
-        if key not in out and (drawing := factor_drawing(site)) is not None:
-            out[key] = {"drawing": drawing, "name": _roles(site), "rows": _factor_rows(site)}
-    return list(out.values())[:4]
+        alike.setdefault((*site["roles"], *site["shape"]), []).append(site)
+    out = []
+    for first, *others in alike.values():
+        if (drawing := factor_drawing(first)) is None:
+            continue
+        name, rows = _roles(first), _factor_rows(first)
+        per_mode = [set(each) for each in zip(*(s["ranks"] for s in (first, *others)), strict=True)]
+        if any(len(ranks) > 1 for ranks in per_mode):
+            name += f" of layer {first['layers'][0]}"
+            spans = [f"{min(r)} to {max(r)}" if len(r) > 1 else f"{min(r)}" for r in per_mode]
+            rows.append(("ranks", f"{', '.join(spans)} in {len(others) + 1} layers"))
+        out.append({"drawing": drawing, "name": name, "rows": rows})
+    return out[:4]
 
 
 def _factor_rows(site: Json) -> list[tuple[str, str]]:

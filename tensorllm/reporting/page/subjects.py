@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorllm.compression.descriptions import done_in_words
+from tensorllm.compression.report import asked_for
 from tensorllm.evaluation.results import BeforeAfter, of_results, of_scores
 from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.figures import short_name, smaller
@@ -30,8 +31,13 @@ class Subject:
     @property
     def title(self) -> str:
         """Such as `demo, hybrid`."""
-        how = self.compressor["mode"] if self.compressor else "as it is"
-        return f"{self.name}, {how}"
+        return f"{self.name}, {self.mode or 'as it is'}"
+
+    @property
+    def mode(self) -> str | None:
+        """How it was compressed, as it was asked for."""
+        made = self.compressor
+        return asked_for(made["mode"], made)[0] if made else None
 
     @property
     def report(self) -> Json | None:
@@ -54,7 +60,7 @@ class Subject:
         if self.report:
             done = f"with {done_in_words(self.report['sites'])}"
         elif self.compressor:
-            done = f"compressed by {self.compressor['mode']}"
+            done = f"compressed by {self.mode}"
         outcomes = [_outcome(found) for found in self.measured()[:1]]
         text = f"{outcomes[0]}, {done}" if outcomes else f"The model {self.name} {done}"
         if self.report:
