@@ -25,6 +25,7 @@ from tensorllm.compressors.base import Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
 from tensorllm.compressors.layer import Site
 from tensorllm.compressors.settings import fields_of, make_compressor, settings_of
+from tensorllm.compressors.wrapped import Wrapped
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
@@ -173,6 +174,8 @@ def _aimed_at(compressor: Compressor, target: Budget) -> Compressor:
     """The strategy with this target, where it has one among its own settings."""
     if compressor.budget is None:
         return compressor
+    if isinstance(compressor, Wrapped):
+        return replace(compressor, inner=_aimed_at(compressor.inner, target))
     mode, settings = settings_of(compressor)
     rest = {name: value for name, value in settings.items() if name not in TARGETS}
     return make_compressor(mode, rest | target.settings)

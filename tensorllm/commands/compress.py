@@ -89,12 +89,13 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
         made.append(_task(completed(one, recipe_of(one)), recipe_of(one))[0])
     first = made[0]
     assert first.calibration is not None
-    assert isinstance(first.compressor, Compressor)
+    for task in made:
+        dry_run(task)  # what can be refused is refused before the fit
     targets = [Budget(target_ratio=ratio) for ratio in ratios]
     loader = Loader(first.source, first.dtype, first.device, language=False)
     model = loader.quickest(overflows=False)()
     fits = fit_sizes(
-        first.compressor, model, first.calibration, targets, first.layers, progress=progress
+        first.strategy, model, first.calibration, targets, first.layers, progress=progress
     )
     del model
     return [

@@ -66,7 +66,7 @@ def dry_run(task: FolderTask) -> DryRun:
     checkpoint, roles = open_checkpoint(task.source)
     stored = None
     cut = foreseen(task, roles) if task.format == "narrow" else None
-    compressor = task.compressor if task.calibration is not None else prepared(task)
+    compressor = task.strategy if task.calibration is not None else prepared(task)
     assert isinstance(compressor, Compressor), "a dry run fits nothing, and nothing is fitted yet"
     if task.calibration is not None:
         jobs = placed(compressor, roles, task.layers).jobs

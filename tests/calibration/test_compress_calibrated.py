@@ -241,6 +241,28 @@ def test_several_sizes_from_one_measurement(text, tmp_path):
     assert "2.5" in console.export_text()
 
 
+def test_several_narrow_sizes_meet_their_targets_with_ffns_alone(text, tmp_path):
+    asked = replace(
+        request(text, mode="activation-hybrid", refit_epochs=0),
+        target_ratio=(1.25, 2.0),
+        format="narrow",
+        out=tmp_path / "out",
+    )
+    reports = run_sizes(asked)
+    for ratio, report in zip((1.25, 2.0), reports, strict=True):
+        width = tl.load(tmp_path / "out" / f"{ratio:g}").config.n_inner
+        assert report.ffn_width == (256, width)
+        assert width <= 256 / ratio < width + 16
+        assert {role for site in report.sites for role in site.roles} == {"in", "out"}
+
+
+def test_what_no_size_can_be_is_refused_before_the_fit(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorllm.commands.compress.fit_sizes", lambda *_: pytest.fail("fitted"))
+    asked = replace(request(text), target_ratio=(1.5, 2.0), format="narrow", out=tmp_path / "out")
+    with pytest.raises(UserError, match="--format narrow: layer 0 reads 256 of its 256"):
+        run_sizes(asked)
+
+
 @pytest.mark.parametrize("wrong", [{"calibration": None}, {"out": None}, {"stream": True}])
 def test_several_sizes_need_a_text_and_a_folder(wrong, text, tmp_path):
     asked = replace(request(text), target_ratio=(1.5, 2.0), out=tmp_path / "out")
