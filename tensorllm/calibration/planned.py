@@ -139,13 +139,15 @@ class Planned:
     def strategies(
         self, layer: int, sites: Sequence[Site]
     ) -> Iterator[tuple[Leaf | LayerFit, list[Site]]]:
-        """Each strategy of a layer with its sites: those that contain matrices that it planned."""
+        """Each strategy of a layer with its sites, if any: those that contain matrices that it
+        planned."""
         planned: dict[int, tuple[Leaf | LayerFit, set[tuple[int, str]]]] = {}
         for job in self.of(layer):
             _, matrices = planned.setdefault(id(job.compressor), (job.compressor, set()))
             matrices |= set(job.site.matrices)
         for strategy, matrices in planned.values():
-            yield strategy, [site for site in sites if set(site.matrices) <= matrices]
+            if mine := [site for site in sites if set(site.matrices) <= matrices]:
+                yield strategy, mine
 
 
 def _check_jobs(jobs: Sequence[Job]) -> None:

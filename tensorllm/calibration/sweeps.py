@@ -195,13 +195,12 @@ class Sweeps:
         context = self._context(measured, own, own, lambda: covariances, (before, before), {})
         out: Curves = {}
         for strategy, mine in self.planned.strategies(own.number, sites):
-            if isinstance(strategy, LayerFit):
-                found = dict(strategy.curves(mine, context))
-                alone = [site for site in found if len(site.roles) == 1]  # `ways` has the others
-            else:
-                found = {s: strategy.curve(s, *_tensor_and_statistics(context, s)) for s in mine}
-                alone = list(mine)
-            out |= found | {s: with_whole(found[s], s.numel(context.geometry)) for s in alone}
+            if isinstance(strategy, LayerFit):  # it may train what is as large as the matrix
+                out |= strategy.curves(mine, context)
+                continue
+            for site in mine:
+                curve = strategy.curve(site, *_tensor_and_statistics(context, site))
+                out[site] = with_whole(curve, site.numel(context.geometry))
         return {site: ErrorCurve(*(t.cpu() for t in curve)) for site, curve in out.items()}
 
     def counted(self, states: States, layer: int, stage: StageName) -> Counted:
