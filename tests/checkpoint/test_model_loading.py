@@ -32,6 +32,9 @@ def test_what_cannot_be_loaded_is_one_line(folder: Path) -> None:
     weights.unlink()
     with pytest.raises(UserError, match=r"llama has no model.safetensors[^\n]+$"):
         Loader(folder)()
+    with pytest.raises(UserError, match=r"llama holds no tokenizer: copy tokenizer.json[^\n]+$"):
+        Loader(folder).tokenizer()
+    (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot load a tokenizer from .*llama: [^\n]+$"):
         Loader(folder).tokenizer()
     (folder / "config.json").unlink()
