@@ -49,13 +49,14 @@ from method_tables import (
     tucker_front,
     variants,
 )
-from runtime_tables import compiled, one_token, real_runtime
+from runtime_tables import compiled, llama_cpp, one_token, real_runtime
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(?<!`)(<!-- n:([^;]+?)(?:;(\S+))? -->)(.*?)(<!-- /n -->)")
 TABLE = re.compile(r"^(<!-- table:(\S+)(.*?) -->\n)(.*?)(^<!-- /table -->)", re.M | re.S)
 TABLES: dict[str, Callable[..., str]] = {
+    "llama-cpp": llama_cpp,
     "benchmark": benchmark,
     "comparisons": comparisons,
     "closed": closed,

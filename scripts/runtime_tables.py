@@ -67,3 +67,18 @@ def compiled(value: Lookup, part: str) -> str:
                 rows.append((*at, *cells, f"{first[name]:.0f}"))
     head = ("ratio", "dtype", "tokens", "what runs", "ms", "ms, compiled", "compiling, s")
     return table(head, rows)
+
+
+def llama_cpp(value: Lookup, *kinds: str) -> str:
+    """Folders under llama.cpp, a row per number type and folder; speeds beside the first one's."""
+    out = []
+    for kind in kinds:
+        found = value(f"llama_cpp/{kind}")["rows"]
+        first = next(iter(found.values()))
+        for name, row in found.items():
+            speeds = [f"{row[rate] / first[rate]:.2f}" for rate in ("prompt_per_s", "decode_per_s")]
+            same = f"{row['same_texts']} of {row['texts']}"
+            size = f"{row['bytes'] / 1e6:.1f}"
+            out.append((kind, name, str(row["ffn_width"]), size, *speeds, same))
+    head = ("numbers", "folder", "FFN width", "MB", "prompt", "decode", "texts that are the same")
+    return table(head, out)
