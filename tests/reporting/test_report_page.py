@@ -20,6 +20,7 @@ from tensorllm.compressors import LaserSVD, SharedTucker4D, Site
 from tensorllm.errors import UserError
 from tensorllm.evaluation.results import PREDICTIONS, RESULTS, read_predictions, write_predictions
 from tensorllm.reporting.page.runs import read_run
+from tensorllm.reporting.page.section_weights import decompositions
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 from tensorllm_cli.app import main
 
@@ -322,3 +323,16 @@ def test_a_target_s_mode_is_called_what_was_asked_for(
 
 def report_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "report.json").read_text()))
+
+
+def test_the_same_matrices_in_other_kinds_have_drawings_of_their_own() -> None:
+    """As where a recipe says another mode for each layer."""
+    of = {"roles": ["out"], "shape": [24, 16], "stacking": "matrix"}
+    sites = [
+        of | {"kind": "low-rank", "ranks": [4], "layers": [0]},
+        of | {"kind": "block-low-rank", "ranks": [2, 3], "layers": [1]},
+        of | {"kind": "low-rank", "ranks": [6], "layers": [2]},
+    ]
+    shown = decompositions(sites)
+    assert [drawing["name"] for drawing in shown][:1] == ["Matrix “out” of layer 0"]
+    assert ("ranks", "4 to 6 in 2 layers") in shown[0]["rows"]

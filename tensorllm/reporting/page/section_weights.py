@@ -24,11 +24,12 @@ MEANING = {
 
 
 def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
-    """One drawing per kind of decomposition: sites of the same matrices and shape share that of
-    their first, which says how far the ranks of the others go."""
+    """One drawing per kind of decomposition: sites of the same kind, matrices and shape share that
+    of their first, which says how far the ranks of the others go."""
     alike: dict[tuple[Any, ...], list[Json]] = {}
     for site in sites:
-        alike.setdefault((*site["roles"], *site["shape"]), []).append(site)
+        key = (site["kind"], len(site["ranks"]), *site["roles"], *site["shape"])
+        alike.setdefault(key, []).append(site)
     out = []
     for first, *others in alike.values():
         if (drawing := factor_drawing(first)) is None:
