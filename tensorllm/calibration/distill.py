@@ -76,9 +76,9 @@ class Distiller(LightningModule):
         held = parameters_of(self._held[1])
         stored = {site.name: each.tensors() for site, each in factors.items()}
         out: dict[str, Tensor] = {}
-        for place in self.placed:
-            t = stored[place.site][place.tensor] if place.site else None
-            if t is not None and t.is_floating_point():
+        for place in (place for place in self.placed if place.site):
+            t = stored[place.site][place.tensor]
+            if t.is_floating_point():
                 turned = t if place.order is None else t.permute(place.order)
                 out[place.parameter] = turned.to(held[place.parameter].dtype)
         return out
@@ -126,7 +126,7 @@ def student_of(
 ) -> tuple[nn.Module, Sequence[Placement]]:
     """What is trained: the model running in the factors; all other numbers are the model's own.
 
-    Making every matrix, and its gradient, would take a quarter of the time and twice the memory.
+    Else every matrix, and its gradient, would be made at each step.
 
     Returns:
         The student, and where the factors' tensors went; the model itself, and nothing, if some

@@ -66,7 +66,7 @@ def share_out(
         clusters.append([[Curve(together.cost_N, together.error_N)]])
     choices = allocate(clusters, numbers)
     sizes: dict[Site, Size] = {}
-    for ways_here, choice in zip(free, choices, strict=False):
+    for ways_here, choice in zip(free, choices[: len(free)], strict=True):
         for job, point in zip(ways_here[choice.way], choice.ranks, strict=True):
             sizes[job.site] = tuple(curves[job.site].sizes_NC[point - 1].tolist())
     if tied:

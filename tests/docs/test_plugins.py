@@ -97,13 +97,13 @@ def test_the_pages_compressor_runs(way: str, packages: Path, model: Path, tmp_pa
 def test_the_pages_fitted_compressor_is_svd_llm(packages: Path, tmp_path: Path) -> None:
     """Whose whitening it is, and it meets a target in numbers and in bytes, and is searched."""
     text = tmp_path / "text.txt"
-    told = (" ".join(reversed(q.prompt.split())) for q in questions()[:800])
-    text.write_text("\n".join(told))
+    lines = (" ".join(reversed(q.prompt.split())) for q in questions()[:800])
+    text.write_text("\n".join(lines))
     fitted = ("--calibration", text, "--sequences", 16, "--allow-overlap")
     ours = ("--plugin", "mean_head", "--model", MODEL_DIR, "--mode", "seen-svd")
-    theirs = ("--model", MODEL_DIR, "--mode", "svd-llm", "--matrices", "q,k,v,o")
+    shipped = ("--model", MODEL_DIR, "--mode", "svd-llm", "--matrices", "q,k,v,o")
     made = []
-    for name, which in (("ours", ours), ("theirs", theirs)):
+    for name, which in (("ours", ours), ("shipped", shipped)):
         out = tmp_path / name
         done = tensorllm(packages, "compress", *which, *fitted, "--rank", 9, "--out", out)
         assert done.returncode == 0, done.stderr
