@@ -1,5 +1,6 @@
 """`tensorllm generate`: text from any folder, a factored one in its factors."""
 
+import logging
 from typing import Any, get_args
 
 import torch
@@ -20,6 +21,8 @@ from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import GenerateRequest, SampleRequest
 from tensorllm.runtime.cost import Cache, Policy
+
+LOG = logging.getLogger(__name__)
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
@@ -48,6 +51,14 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     if read >= context:
         raise UserError(f"the prompt must be below the model's {context} tokens, got {read}")
     most = min(request.max_new_tokens, context - read)
+    if most < request.max_new_tokens:
+        LOG.warning(
+            "at most %d tokens are written, not %d: the model reads %d, of which the prompt has %d",
+            most,
+            request.max_new_tokens,
+            context,
+            read,
+        )
     torch.manual_seed(request.seed)
 
     def count(ids: Tensor, scores: Any) -> Tensor:

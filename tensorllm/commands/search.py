@@ -17,11 +17,19 @@ from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.composition import Step, best_of, composed, on_top
-from tensorllm.search.conclusion import SearchResult, conclude, write_files, write_trials
+from tensorllm.search.conclusion import (
+    RECIPE,
+    RESULTS,
+    TRIALS,
+    SearchResult,
+    conclude,
+    write_files,
+    write_trials,
+)
 from tensorllm.search.processes import WAIT, check_workers, run_workers
 from tensorllm.search.queue import TrialQueue, infeasible
 from tensorllm.search.selection import half_width, ranked
-from tensorllm.search.storage import storage_errors
+from tensorllm.search.storage import JOURNAL, storage_errors
 from tensorllm.search.study import Study
 
 LOG = logging.getLogger(__name__)
@@ -71,6 +79,12 @@ def _folder(request: SearchRequest, stack: ExitStack) -> Path:
     if request.study is not None:
         if (request.study / CONFIG).is_file():
             raise UserError(f"--study {request.study} is a model's folder; give another folder")
+        names = {path.name for path in request.study.glob("*")}
+        if names & {RECIPE, RESULTS} and not names & {JOURNAL, TRIALS}:  # would be overwritten
+            raise UserError(
+                f"--study {request.study} holds {', '.join(sorted(names & {RECIPE, RESULTS}))} of "
+                "something else than a search; give another folder"
+            )
         check_writable(request.study)
         return request.study
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorllm-search-")))

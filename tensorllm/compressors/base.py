@@ -175,7 +175,7 @@ class Compressor(ABC):
         `settings` say otherwise.
 
         Raises:
-            UserError: the strategy cannot be shrunk to a budget.
+            UserError: the strategy cannot meet a budget.
         """
         del spec, settings
         raise _no_curve(cls)
@@ -343,16 +343,20 @@ class LayerFit(Compressor):
 
 
 def _no_curve(strategy: type[Compressor]) -> UserError:
-    return UserError(
-        f"{strategy.__name__} cannot be shrunk to a target size: it has no error curve"
-    )
+    return UserError(f"{name_of(strategy)} cannot meet a target size: it has no error curve")
 
 
 def _no_outline(strategy: Compressor) -> UserError:
     return UserError(
-        f"{type(strategy).__name__} cannot meet a target in bytes: it does not say what its "
+        f"{name_of(type(strategy))} cannot meet a target in bytes: it does not say what its "
         "factors hold (outline)"
     )
+
+
+def name_of(strategy: type[Compressor]) -> str:
+    """The mode that users give, of a class that is not registered its own name."""
+    modes = (mode for mode in COMPRESSORS if COMPRESSORS[mode] is strategy)
+    return next(modes, strategy.__name__)
 
 
 COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", group="tensorllm.compressors")

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from tensorllm.compressors.allocation import with_whole
-from tensorllm.compressors.base import Dimension, ErrorCurve, Job, LayerFit, Leaf
+from tensorllm.compressors.base import (
+    Dimension,
+    ErrorCurve,
+    Job,
+    LayerFit,
+    Leaf,
+    name_of,
+)
 from tensorllm.compressors.checks import check_exist, check_roles
 from tensorllm.compressors.layer import LayerContext, MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
@@ -157,7 +164,7 @@ class MatrixFit(KeptSettings, LayerFit):
         routed = [site for site in sites if site.families[0] in ROUTED]
         if routed and self.matrices is not None:
             raise UserError(
-                f"{type(self).__name__} cannot be fitted to {routed[0].families[0]}: experts are "
+                f"{name_of(type(self))} cannot be fitted to {routed[0].families[0]}: experts are "
                 "given other tokens once the layers below are compressed; use svd, svd-llm, "
                 "expert-tucker or activation-expert-tucker for them"
             )

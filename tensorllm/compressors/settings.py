@@ -102,6 +102,8 @@ def _suggest(name: str, known: list[str]) -> str:
 
 def _words(error: ErrorDetails) -> str:
     """What pydantic says that was wanted."""
+    if error["type"] == "tuple_type" and isinstance(error["input"], str):
+        return f"a list such as [{error['input']}]"
     if error["type"] == "literal_error":
         words = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"one of {words}"

@@ -136,6 +136,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "unknown setting 'a'",
         ),
     ),
+    "setting is a list without brackets": (
+        ("--mode", "svd", "--set", "kept=0.5", "--set", "matrices=q,k"),
+        ("matrices must be a list such as [q,k], got 'q,k'",),
+    ),
     "setting is no pair": ((*LASER, "--rho", "1", "--set", "seed"), ("field=value", "seed")),
     "setting is not YAML": ((*LASER, "--rho", "1", "--set", "seed=[1"), ("seed", "YAML")),
     "seed negative": ((*LASER, "--rho", "1", "--set", "seed=-1"), ("seed must be in 0..",)),
@@ -460,6 +464,17 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
 def test_a_model_s_folder_is_no_study(gptj: Path, refused: Refused) -> None:
     asked = ("search-ranks", "--model", gptj, "--dataset", "demo", "--study", gptj)
     refused(asked, "is a model's folder; give another folder")
+
+
+def test_results_of_something_else_are_not_overwritten_by_a_study(
+    gptj: Path, tmp_path: Path, refused: Refused
+) -> None:
+    scores = tmp_path / "results.json"
+    scores.write_text("{}")
+    asked = ("search-ranks", "--model", gptj, "--dataset", "demo", "--study", tmp_path)
+    refused(asked, "results.json of something else", "give another folder")
+    assert scores.read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [scores]
 
 
 class Broken(Leaf):

@@ -210,7 +210,7 @@ def test_a_number_of_parameters_is_met_and_refused_with_its_range() -> None:
 @pytest.mark.parametrize(
     ("mode", "settings", "message"),
     [
-        ("trawl", {"target_ratio": 2.0}, "cannot be shrunk to a target size"),
+        ("trawl", {"target_ratio": 2.0}, "trawl cannot meet a target size"),
         ("laser", {"target_ratio": 0.5}, "above 1, got 0.5"),
         ("laser", {"target_ratio": 1e9}, "best reachable is"),
         ("laser", {"target_ratio": 2.0, "target_params": 9}, "got target_ratio and target_params"),

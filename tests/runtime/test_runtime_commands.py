@@ -77,6 +77,14 @@ def test_generate_writes_what_the_dense_model_would(story_folder: Path):
     assert json.loads(run.stdout)[0]["text"] == texts[0]
 
 
+def test_fewer_tokens_than_asked_for_are_said(
+    story_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(GenerateRequest(model=str(story_folder), prompts=("Once",), max_new_tokens=9999))
+    context = AutoModelForCausalLM.from_pretrained(story_folder).config.max_position_embeddings
+    assert f"tokens are written, not 9999: the model reads {context}" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["hotpotqa", "fever"])
 def test_evaluate_runs_factors_and_finds_what_the_export_does(
     name: str, story_folder: Path, shared_dir: Path, tmp_path: Path
