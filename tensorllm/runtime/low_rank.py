@@ -146,23 +146,26 @@ class PivotedSite(SiteModule):
         self._step = None if where is None else held
         return None if held is None else held.run
 
-    def _in_graph(self, x: Tensor) -> Product | None:
-        """The same where gradients are recorded or a compiler traces; never cached."""
-        made = self._made(None) if decodes(x) else None
+    def few(self, x: Tensor) -> Product | None:
+        """The same of a few tokens, and of one where gradients are recorded or a compiler traces;
+        never cached."""
+        made = self._made(None) if decodes(x) or is_few(x) else None
         return None if made is None else made.run
 
     def _made(self, where: Setting | None) -> "Step | None":
-        basis, mix = self.basis, self.mix
-        if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
+        kinds = type(self.basis), type(self.mix)
+        held = kinds[0] is TurnedLinear and kinds[1] in (TurnedLinear, nn.ParameterDict)
+        if not held and (where is not None or self.is_adapted()):
             return None
-        weights = basis.weight, mix.weight
-        mixed = times(mix.weight, where) if mix.weight.numel() else None
-        run = self._through(times(basis.weight, where), mixed)
-        places = (0, 0) if where is None else (basis.weight.data_ptr(), mix.weight.data_ptr())
-        return Step(*weights, places, where, run)
+        basis, mix = self.basis.weight, self.mix.weight  # asked for once: it may be made anew
+        mixed = times(mix, where) if mix.numel() else None
+        run = self._through(times(basis, where), mixed)
+        places = (0, 0) if where is None else (basis.data_ptr(), mix.data_ptr())
+        return Step(basis, mix, places, where, run)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
-        """`step`, by the products with both matrices; mixed None: all rows are chosen ones."""
+        """What `step` and `few` give, by the products with both matrices, tokens as rows; mixed
+        None: all rows are chosen ones."""
         raise NotImplementedError
 
     def is_adapted(self) -> bool:
@@ -227,7 +230,7 @@ class PivotedInputs(PivotedSite):
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
         """(..., I) of each role."""
-        if (run := self._in_graph(x)) is not None:
+        if (run := self.few(x)) is not None:
             return run(x).split_with_sizes(self.sizes, -1)
         if not self.mix.weight.numel():
             return self.basis(x).split(self.sizes, dim=-1)
@@ -239,13 +242,13 @@ class PivotedInputs(PivotedSite):
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
         if mixed is None:
-            return lambda x: first(x.view(1, -1)).view(*x.shape[:-1], -1)
+            return lambda x: first(as_rows(x)).view(*x.shape[:-1], -1)
         order_I, cat = self.order_I, torch.cat
 
         def run(x: Tensor) -> Tensor:
-            z_1R = first(x.view(1, -1))
-            y_1I = cat((z_1R, mixed(z_1R)), 1).index_select(1, order_I)
-            return y_1I.view(*x.shape[:-1], -1)
+            z_NR = first(as_rows(x))
+            y_NI = columns_of(cat((z_NR, mixed(z_NR)), 1), order_I)
+            return y_NI.view(*x.shape[:-1], -1)
 
         return run
 
@@ -275,7 +278,7 @@ class PivotedOutput(PivotedSite):
         return made_I
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        if (run := self.step(x) or self._in_graph(x)) is not None:
+        if (run := self.step(x) or self.few(x)) is not None:
             return run(x)
         if not self.mix.weight.numel():
             return self.basis(x)
@@ -286,9 +289,7 @@ class PivotedOutput(PivotedSite):
             return self.basis(z_NR).view(*x.shape[:-1], -1)
         basis_RD, mix_XR = self.basis.weight, self.mix.weight
         x_IN = rows_of(x.flatten(0, -2).mT.contiguous(), self.order_I)
-        if is_few(x):
-            z_NR = x_IN[:rank].mT + x_IN[rank:].mT @ mix_XR
-        elif is_watched():
+        if is_watched():
             z_NR = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:]).mT
         else:
             z_NR = x_IN[:rank].addmm_(mix_XR.mT, x_IN[rank:]).mT
@@ -296,12 +297,12 @@ class PivotedOutput(PivotedSite):
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
         if mixed is None:
-            return lambda x: first(x.view(1, -1)).view(*x.shape[:-1], -1)
+            return lambda x: first(as_rows(x)).view(*x.shape[:-1], -1)
         order_I, sizes = self.order_I, (len(self.rows_R), len(self.order_I) - len(self.rows_R))
 
         def run(x: Tensor) -> Tensor:
-            x_1R, x_1X = x.view(1, -1).index_select(1, order_I).split_with_sizes(sizes, 1)
-            return first(mixed(x_1X).add_(x_1R)).view(*x.shape[:-1], -1)
+            x_NR, x_NX = columns_of(as_rows(x), order_I).split_with_sizes(sizes, 1)
+            return first(mixed(x_NX).add_(x_NR)).view(*x.shape[:-1], -1)
 
         return run
 
@@ -309,6 +310,11 @@ class PivotedOutput(PivotedSite):
 def _merges_equal_products() -> bool:
     """Whether what runs is a graph whose compiler computes once what is asked for twice."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(N, I): a token in each row."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def is_few(x: Tensor) -> bool:
@@ -324,6 +330,14 @@ def is_watched() -> bool:
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
+def columns_of(y_NI: Tensor, order_I: Tensor) -> Tensor:
+    """Columns of few rows in an order: of several rows in 16 bits `index_select` copies number by
+    number, and `gather` takes half as long."""
+    if len(y_NI) == 1 or y_NI.dtype is torch.float32:
+        return y_NI.index_select(1, order_I)
+    return y_NI.gather(1, order_I.long().expand(len(y_NI), -1))
+
+
 def rows_of(y_IN: Tensor, order_I: Tensor) -> Tensor:
     """Rows in an order: on a CPU as fast as a copy, for which `index_select` takes half as long
     again."""
@@ -335,9 +349,6 @@ def rows_of(y_IN: Tensor, order_I: Tensor) -> Tensor:
 def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
     """(I, N): the chosen outputs, below them the mixed ones; no copy where none is needed."""
     rank, mixed = mix_RX.shape
-    if is_few(x_ND):
-        z_NR = x_ND @ basis_DR
-        return torch.cat([z_NR.mT, (z_NR @ mix_RX).mT])
     if is_watched():
         z_RN = (x_ND @ basis_DR).mT
         return torch.cat([z_RN, mix_RX.mT @ z_RN])

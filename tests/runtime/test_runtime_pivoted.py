@@ -108,6 +108,20 @@ def test_it_compiles_without_a_break():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_token_of_each_of_a_few_texts(dtype: torch.dtype):
+    """Columns put in order by the kernel of each dtype: what the dense weights give."""
+    dense = fitted("llama")
+    factored = copy.deepcopy(dense)
+    factorize(factored)
+    factored.to(dtype)
+    ids = torch.arange(3, 3 + FEW)[:, None]
+    got, want = factored(ids).logits.float(), dense(ids).logits
+    tol = 1e-5 if dtype == torch.float32 else 3e-2
+    assert (got - want).abs().max() <= tol * want.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_prompt_longer_than_a_few_tokens(dtype: torch.dtype):
