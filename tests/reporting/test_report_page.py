@@ -336,3 +336,20 @@ def test_the_same_matrices_in_other_kinds_have_drawings_of_their_own() -> None:
     shown = decompositions(sites)
     assert [drawing["name"] for drawing in shown][:1] == ["Matrix “out” of layer 0"]
     assert ("ranks", "4 to 6 in 2 layers") in shown[0]["rows"]
+
+
+def test_kinds_beyond_the_largest_are_named_with_their_ranks() -> None:
+    roles = ["q", "k", "v", "o", "in", "out"]
+    sites = [
+        {"kind": "low-rank", "stacking": "matrix", "roles": [role], "shape": [8 * n, 16],
+         "ranks": [n + layer], "layers": [layer]}
+        for n, role in enumerate(roles, 1) for layer in (0, 1)
+    ]  # fmt: skip
+    *drawn, others = decompositions(sites)
+    assert [one["name"] for one in drawn] == [
+        f"Matrix “{r}” of layer 0" for r in ["out", "in", "o", "v"]
+    ]
+    assert others["rows"] == [
+        ("Matrix “k”", "2 to 3 in 2 layers"),
+        ("Matrix “q”", "1 to 2 in 2 layers"),
+    ]

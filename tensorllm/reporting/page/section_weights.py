@@ -1,5 +1,6 @@
 """What the page says of the weights: decompositions, ratios, spectra and errors."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ MEANING = {
 }
 
 
+DRAWN = 4  # kinds of decompositions, those of most numbers; of the others the page has the ranks
+
+
 def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
     """One drawing per kind of decomposition: sites of the same kind, matrices and shape share that
     of their first, which says how far the ranks of the others go."""
@@ -30,18 +34,27 @@ def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
     for site in sites:
         key = (site["kind"], len(site["ranks"]), *site["roles"], *site["shape"])
         alike.setdefault(key, []).append(site)
-    out = []
-    for first, *others in alike.values():
+    out, rest = [], []
+    for first, *others in sorted(alike.values(), key=_numbers, reverse=True):
         if (drawing := factor_drawing(first)) is None:
             continue
         name, rows = _roles(first), _factor_rows(first)
         per_mode = [set(each) for each in zip(*(s["ranks"] for s in (first, *others)), strict=True)]
-        if any(len(ranks) > 1 for ranks in per_mode):
+        spans = [f"{min(r)} to {max(r)}" if len(r) > 1 else f"{min(r)}" for r in per_mode]
+        ranks = f"{', '.join(spans)} in {len(others) + 1} layers"
+        if len(out) == DRAWN:
+            rest.append((name, ranks))
+            continue
+        if any(len(each) > 1 for each in per_mode):
             name += f" of layer {first['layers'][0]}"
-            spans = [f"{min(r)} to {max(r)}" if len(r) > 1 else f"{min(r)}" for r in per_mode]
-            rows.append(("ranks", f"{', '.join(spans)} in {len(others) + 1} layers"))
+            rows.append(("ranks", ranks))
         out.append({"drawing": drawing, "name": name, "rows": rows})
-    return out[:4]
+    return [*out, *([{"drawing": "", "name": "Ranks of the others", "rows": rest}] if rest else [])]
+
+
+def _numbers(sites: Sequence[Json]) -> int:
+    """In the matrices that these stand for."""
+    return len(sites) * math.prod(sites[0]["shape"])
 
 
 def _factor_rows(site: Json) -> list[tuple[str, str]]:
