@@ -129,9 +129,9 @@ class Context:
     def gradient_tokens(self, roles: Sequence[str]) -> int:
         return int(self.covariances.gradient_tokens[self._key(roles[0])])
 
-    def carried_covariance(self, roles: Sequence[str]) -> Tensor:
+    def propagated_covariance(self, roles: Sequence[str]) -> Tensor:
         key = self._key(roles[0])
-        whole_YY = self.covariances.carried[key]
+        whole_YY = self.covariances.propagated[key]
         width = len(whole_YY) // len(key[1])
         parts = whole_YY.view(len(key[1]), width, len(key[1]), width)
         chosen = [key[1].index(role) for role in roles]

@@ -258,8 +258,8 @@ class LayerFit(Compressor):
 
     Attributes:
         at_width: whether covariances at the model's width are all that it asks the context for
-            (`width_covariance`, `carried_covariance`) beside `whole_inputs`: nothing else is then
-            measured whose size is the square of an FFN's width.
+            (`width_covariance`, `propagated_covariance`) beside `whole_inputs`: nothing else is
+            then measured whose size is the square of an FFN's width.
         holds_out: whether `curves` asks for `held_out_error`: a batch is then kept out of its
             covariances.
         one_size: whether a budget gives all sites that `ways` names the same size.

@@ -147,9 +147,10 @@ class LayerContext(Protocol):
         """Of how many tokens the gradients at the outputs of these roles were taken."""
         ...
 
-    def carried_covariance(self, roles: Sequence[str]) -> Tensor:
-        """The other side, carried across the matrices to the model's width (D, D), float64: E[h hᵀ]
-        of h = Wᵀ g, the sum over these roles; of output projections E[y yᵀ] of y = W x."""
+    def propagated_covariance(self, roles: Sequence[str]) -> Tensor:
+        """The covariance of the other side, propagated through the matrices to the model's width
+        (D, D), float64: of input projections E[h hᵀ] = Wᵀ E[g gᵀ] W of h = Wᵀ g, summed over these
+        roles; of an output projection E[y yᵀ] = W E[x xᵀ] Wᵀ of y = W x."""
         ...
 
     def shifted_at_width(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:

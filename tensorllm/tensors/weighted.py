@@ -3,12 +3,12 @@
 A map W has one side as wide as the model, which it reads from (input projections) or writes to
 (output projections). Its error weighs tr(A E B Eᵀ), A and B covariances of what it reads and of the
 gradient at its output. One of both lives at the model's width and is the metric, A or B = L Lᵀ. The
-other one is only ever needed carried across W to the same side: Wᵀ B W is the covariance of Wᵀ g,
-W A Wᵀ that of the outputs W x, both measured without forming B or A. The best map of rank r is then
-W between the two halves of a projection P: W P for a map that reads, Pᵀ W for one that writes, with
-P = (L V)(Vᵀ L⁻¹) and V the leading eigenvectors of Lᵀ C L, C the carried covariance. This is the
-truncated SVD between the roots of A and B, and costs one Cholesky factor and one eigenproblem of
-the model's width, however wide the other side is.
+other one is only ever needed propagated through W to the same side: Wᵀ B W is the covariance of
+Wᵀ g, W A Wᵀ that of the outputs W x, both measured without forming B or A. The best map of rank r
+is then W between the two factors of a projection P: W P for a map that reads, Pᵀ W for one that
+writes, with P = (L V)(Vᵀ L⁻¹) and V the leading eigenvectors of Lᵀ C L, C the propagated
+covariance. This is the truncated SVD between the roots of A and B, and costs one Cholesky factor
+and one eigenproblem of the model's width, however wide the other side is.
 Shapes: N the model's width, R rank, S ranks of a curve.
 """
 
@@ -64,19 +64,19 @@ class Metric:
         mean = float(self.raised.diagonal().mean())
         return raised_cholesky(self.raised, 10 * max(self.floor, LEAST) * mean, 10)
 
-    def seen(self, carried_NN: Tensor, half_NN: Tensor | None = None) -> Tensor:
+    def seen(self, covariance_NN: Tensor, half_NN: Tensor | None = None) -> Tensor:
         """Lᵀ C L: its eigenvalues are what components cost when they are left out.
 
         From order `LARGE` on its products are made in float32, as its eigenvalues are.
 
         Args:
-            half_NN: T L, where C is carried across another map T first: Lᵀ Tᵀ C T L.
+            half_NN: T L, where C is propagated through another map T first: Lᵀ Tᵀ C T L.
         """
-        dtype = dtype_at(len(carried_NN))
-        size = float(carried_NN.diagonal().mean()) or 1.0  # float32 may not reach so far down
+        dtype = dtype_at(len(covariance_NN))
+        size = float(covariance_NN.diagonal().mean()) or 1.0  # float32 may not reach so far down
         whole_NN = self.root if half_NN is None else half_NN
-        carried_NN = (carried_NN.to(whole_NN.device) / size).to(dtype)
-        found_NN = congruent(carried_NN, whole_NN.to(dtype), lower=half_NN is None)
+        covariance_NN = (covariance_NN.to(whole_NN.device) / size).to(dtype)
+        found_NN = congruent(covariance_NN, whole_NN.to(dtype), lower=half_NN is None)
         return found_NN.double().mul_(size)
 
     def unroot(self, v_RN: Tensor) -> Tensor:
@@ -105,14 +105,14 @@ class Projection(NamedTuple):
 
 
 def projection(
-    metric: Metric, carried_NN: Tensor, rank: int, half_NN: Tensor | None = None
+    metric: Metric, covariance_NN: Tensor, rank: int, half_NN: Tensor | None = None
 ) -> Projection:
     """The projection of this rank after which a map errs least.
 
     Args:
-        half_NN: T L (see `through`), where the covariance is carried across T first: Tᵀ C T.
+        half_NN: T L (see `through`), where the covariance is propagated through T first: Tᵀ C T.
     """
-    v_NR = leading_eigenvectors(metric.seen(carried_NN, half_NN), rank)
+    v_NR = leading_eigenvectors(metric.seen(covariance_NN, half_NN), rank)
     return between_roots(metric, v_NR, half_NN)
 
 
@@ -152,12 +152,12 @@ def left_out_by(seen_NN: Tensor, v_NR: Tensor) -> float:
     return max(0.0, float(seen_NN.diagonal().sum() - kept))
 
 
-def at_equal_cost(target_NN: Tensor, carried_NN: Tensor, metric_NN: Tensor) -> Tensor:
-    """The target T times the number by which it costs by the metric A what the carried covariance C
-    costs: tr(A T) = tr(A C). What costs nothing gives zero."""
+def at_equal_cost(target_NN: Tensor, covariance_NN: Tensor, metric_NN: Tensor) -> Tensor:
+    """The target T times the number by which it costs by the metric A what the covariance C costs:
+    tr(A T) = tr(A C). What costs nothing gives zero."""
     metric = metric_NN.flatten()
     whole = metric @ target_NN.flatten()
-    return target_NN * (metric @ carried_NN.flatten() / whole if whole > 0 else 0.0)
+    return target_NN * (metric @ covariance_NN.flatten() / whole if whole > 0 else 0.0)
 
 
 def regression(cross_NN: Tensor, seen_NN: Tensor, ridge: float) -> Tensor:

@@ -85,9 +85,9 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
         else:
             read = [roles.read(weights, layer, role).double() for role in group]
             carried_NY = torch.cat([g @ w for g, w in zip(parts, read, strict=True)], dim=1)
-        carried = moments.carried[layer, group]
+        propagated = moments.propagated[layer, group]
         wanted = carried_NY.mT @ carried_NY / 5
-        assert torch.allclose(carried, wanted, atol=1e-3 * float(wanted.abs().max()))
+        assert torch.allclose(propagated, wanted, atol=1e-3 * float(wanted.abs().max()))
         felt = moments.gradients[layer, group]
         assert torch.allclose(felt, g_NM.mT @ g_NM / 5, atol=1e-3 * float(felt.abs().max()))
 
@@ -111,8 +111,8 @@ def test_what_the_backward_pass_leaves_is_carried_across_each_matrix(name):
         whole_YX = torch.block_diag(*blocks)
         wanted = whole_YX.mT @ parts @ whole_YX
         for found in (both, alone):
-            carried = found.carried[layer, group]
-            assert torch.allclose(carried, wanted, atol=1e-5 * float(wanted.abs().max()))
+            propagated = found.propagated[layer, group]
+            assert torch.allclose(propagated, wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_padding_and_batch_size_do_not_count():
@@ -133,7 +133,7 @@ def test_spilled_moments_are_the_same(tmp_path):
         held = measure_loss(model, roles, keys, text().batches(), BOTH)
         spilled = measure_loss(model, roles, keys, text().batches(), BOTH, spill=tmp_path)
     assert any(tmp_path.iterdir())
-    assert all(torch.equal(held.carried[key], spilled.carried[key]) for key in keys)
+    assert all(torch.equal(held.propagated[key], spilled.propagated[key]) for key in keys)
 
 
 def test_data_beat_no_data_and_correction_beats_none():

@@ -39,7 +39,7 @@ def layer(w_MD: Tensor, inputs_DD: Tensor, gradients_MM: Tensor, samples: int = 
     return SimpleNamespace(
         weight=lambda role: w_MD,
         width_covariance=lambda roles: inputs_DD,
-        carried_covariance=lambda roles: len(roles) * w_MD.mT @ gradients_MM @ w_MD,
+        propagated_covariance=lambda roles: len(roles) * w_MD.mT @ gradients_MM @ w_MD,
         tokens=10**6,
         gradient_tokens=lambda roles: samples,
         geometry=SimpleNamespace(D=D),
@@ -82,8 +82,8 @@ def test_gradients_that_overflow_are_refused() -> None:
 
 def test_nothing_plain_is_the_gradients_alone() -> None:
     context = layer(randn(M, D, seed=1), covariance(D, 200, 2), covariance(M, 200, 3))
-    found_DD = AtWidth.of(context, ("in",), 0.0).carried(context, ("in",))
-    assert torch.equal(found_DD, context.carried_covariance(("in",)))
+    found_DD = AtWidth.of(context, ("in",), 0.0).propagated(context, ("in",))
+    assert torch.equal(found_DD, context.propagated_covariance(("in",)))
     assert torch.equal(written(context, ("out",), 0.0), context.width_covariance(("out",)))
 
 
@@ -92,7 +92,7 @@ def test_all_of_a_matrix_costs_the_same_whatever_the_share(plain: float) -> None
     """So that matrices keep their weights against each other in one budget."""
     w_MD, inputs_DD, gradients_MM = randn(M, D, seed=1), covariance(D, 200, 2), covariance(M, 90, 3)
     context = layer(w_MD, inputs_DD, gradients_MM)
-    found_DD = AtWidth.of(context, ("in",), plain).carried(context, ("in",))
+    found_DD = AtWidth.of(context, ("in",), plain).propagated(context, ("in",))
     whole = cost(w_MD, torch.zeros_like(w_MD), inputs_DD, gradients_MM)
     assert float((found_DD * inputs_DD).sum()) == pytest.approx(whole, rel=1e-9)
     trace = written(context, ("out",), plain).trace()

@@ -217,15 +217,16 @@ class ActivationTucker(LayerFit):
         return context.width_covariance((role,))
 
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
-        """By a trial, as curves are; without text for one tr(E M Eᵀ) at the model's width, on the
-        other side as much as it costs on average: the carried covariance's trace over the matrix's
-        square."""
+        """By a trial, as curves are; without text for one tr(E M Eᵀ) at the model's width, times
+        what the other side costs on average: the propagated covariance's trace over the matrix's
+        square.
+        """
         if context.holds_out:
             return context.held_out_error({role: context.weight(role) + lost_ID})
         metric_DD = context.width_covariance((role,)).to(lost_ID.device)
-        carried_DD = context.carried_covariance((role,)).to(lost_ID.device)
+        propagated_DD = context.propagated_covariance((role,)).to(lost_ID.device)
         w_ID = context.weight(role).float()
-        scale = float(carried_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
+        scale = float(propagated_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
         lost_ID = lost_ID.double()
         return scale * float(((lost_ID @ metric_DD) * lost_ID).sum())
 

@@ -77,37 +77,37 @@ class AtWidth:
             cross_DD, seen_DD = context.shifted_at_width(key)
             correction_DD = regression(cross_DD, seen_DD, ridge)
         elif writes:
-            seen_DD = context.carried_covariance(key)
+            seen_DD = context.propagated_covariance(key)
         else:
             seen_DD = context.width_covariance(key)
         metric_DD = written(context, key, plain) if writes else seen_DD
         metric = Metric(metric_DD, floor_of(len(metric_DD), context.tokens))
         return cls(metric, seen_DD, correction_DD, plain, writes)
 
-    def carried(self, context: LayerContext, roles: Group) -> Tensor:
-        """The side that is not the metric, carried across the matrices of some of the roles to the
-        model's width (D, D)."""
+    def propagated(self, context: LayerContext, roles: Group) -> Tensor:
+        """The covariance of the side that is not the metric, propagated through the matrices of
+        some of the roles to the model's width (D, D)."""
         if self.writes:
             return self.seen_DD
-        carried_DD = context.carried_covariance(roles)
+        propagated_DD = context.propagated_covariance(roles)
         share = share_of(context, roles, self.plain)
         if not share:
-            return carried_DD
+            return propagated_DD
         plain_DD = reduce(torch.add, [self._plain(context, role) for role in roles])
-        return carried_DD.lerp(plain_DD, share)
+        return propagated_DD.lerp(plain_DD, share)
 
     def _plain(self, context: LayerContext, role: str) -> Tensor:
-        """Wᵀ W of an input projection, in the size of what is carried."""
+        """Wᵀ W of an input projection, scaled to cost what its propagated covariance does."""
         if role not in self._grams:
             gram_DD = gram_of_columns(wide(context.weight(role))).double()
-            carried_DD = context.carried_covariance((role,))
-            self._grams[role] = at_equal_cost(gram_DD, carried_DD, self.seen_DD)
+            propagated_DD = context.propagated_covariance((role,))
+            self._grams[role] = at_equal_cost(gram_DD, propagated_DD, self.seen_DD)
         return self._grams[role]
 
     def left_out(self, context: LayerContext, roles: Group) -> Tensor:
         """(S,): what the best maps of ranks 1 to S, the full one, still cost."""
         if roles not in self._left:
-            self._keep(context, roles, self.metric.seen(self.carried(context, roles)))
+            self._keep(context, roles, self.metric.seen(self.propagated(context, roles)))
         return self._left[roles]
 
     def _keep(self, context: LayerContext, roles: Group, seen_DD: Tensor) -> None:
@@ -118,7 +118,7 @@ class AtWidth:
         rank = max(1, min(map_shape(context.geometry, (role,))) // SHARE)
         if not context.holds_out:
             return Trial(float(self.left_out(context, (role,))[rank - 1]), 1.0)
-        seen_DD = self.metric.seen(self.carried(context, (role,)))
+        seen_DD = self.metric.seen(self.propagated(context, (role,)))
         self._keep(context, (role,), seen_DD)
         basis_DR = leading_subspace(seen_DD, rank)
         expected = left_out_by(seen_DD, basis_DR)
@@ -137,8 +137,8 @@ class AtWidth:
 
     def fit(self, context: LayerContext, roles: Group, rank: int) -> Fit:
         """The map of this rank that errs least, its large products in the dtype of the weights."""
-        carried_DD = self.carried(context, roles)
-        return self._map(context, roles, projection(self.metric, carried_DD, rank, self._half))
+        propagated_DD = self.propagated(context, roles)
+        return self._map(context, roles, projection(self.metric, propagated_DD, rank, self._half))
 
     def _map(self, context: LayerContext, roles: Group, between: Projection) -> Fit:
         w_MX = stacked({role: context.weight(role) for role in roles}, roles)
