@@ -35,7 +35,7 @@ class LayerModule:
     def weights(self) -> dict[str, Tensor]:
         return {name: p.data for name, p in self.parameters.items()}
 
-    def put(self, site: Site, factors: Factors) -> None:
+    def replace(self, site: Site, factors: Factors) -> None:
         """Let the factors, in the dtype they are stored in, take the place of the weights."""
         weights = self.weights
         dtype = weights[self.roles.name(self.number, site.roles[0])].dtype

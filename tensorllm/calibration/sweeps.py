@@ -324,7 +324,7 @@ class Sweeps:
                     leaf = strategy if size is None else strategy.at_size(site, size)
                     found[site] = leaf.decompose(*_tensor_and_statistics(context, site))
                     if context.compressed is not context.original:
-                        context.put(site, found[site])
+                        context.replace(site, found[site])
             for site, factors in found.items():
                 out |= as_stored(site, factors)
         return out

@@ -282,7 +282,7 @@ class LayerFit(Compressor):
 
     @abstractmethod
     def fit_layer(self, context: LayerContext) -> LayerResult:
-        """The factors of one layer's sites, `put` into the compressed layer too.
+        """The factors of one layer's sites, which also replace the compressed layer's matrices.
 
         Args:
             context: the layer, the original's and the compressed model's inputs of it, the

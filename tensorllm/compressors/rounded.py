@@ -259,7 +259,7 @@ class RoundedFit(WrappedFit):
             ranks[site], bits[site] = size[:-1], size[-1]
             if not any(ranks[site]):
                 found[site] = self._whole(context, site, bits[site])
-                context.put(site, found[site])
+                context.replace(site, found[site])
         left = {site: size for site, size in ranks.items() if any(size)}
         if not left:
             return LayerResult(found)
@@ -268,7 +268,7 @@ class RoundedFit(WrappedFit):
             found[site] = factors
             if bits[site]:
                 found[site] = quantise(factors, HOW[bits[site]])
-                context.put(site, found[site])
+                context.replace(site, found[site])
         return LayerResult(found, result.parameters)
 
     def _tried(self, context: LayerContext, site: Site) -> dict[int, float] | None:

@@ -22,12 +22,11 @@ from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
 from tensorllm.tensors.weighted import (
     Metric,
     between_roots,
-    left_out,
-    left_out_by,
     narrow_root,
     projection,
+    projection_error,
     regression,
-    through,
+    truncation_errors,
 )
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (40, 3)]
@@ -108,7 +107,7 @@ def test_a_projection_costs_what_it_says_and_is_the_svd_between_both_roots(shape
     w_MX = randn(*shape)
     metric = Metric(outputs if writes else inputs)
     propagated = w_MX @ inputs @ w_MX.mT if writes else w_MX.mT @ outputs @ w_MX
-    errors = left_out(metric.seen(propagated), min(shape))
+    errors = truncation_errors(metric.weighted(propagated), min(shape))
     assert errors.shape == (min(shape),)
     left, right = (torch.linalg.cholesky(m) for m in (outputs, inputs))
     for rank in range(1, min(shape) + 1):
@@ -133,7 +132,7 @@ def test_large_covariances_give_the_same_subspace_in_float32():
     metric = Metric(torch.eye(size, dtype=torch.float64), 0.0)
     into, back = projection(metric, propagated, rank)
     assert torch.allclose(into @ back, q[:, :rank] @ q[:, :rank].mT, atol=1e-5)
-    errors = left_out(metric.seen(propagated), size)
+    errors = truncation_errors(metric.weighted(propagated), size)
     assert torch.allclose(errors[:-1], values.flip(0).cumsum(0).flip(0)[1:], atol=1e-4)
 
 
@@ -143,17 +142,17 @@ def test_a_basis_costs_what_its_map_misses_and_a_sketch_little_more():
         propagated = moment(size, 3 * size, 1) @ torch.diag(torch.logspace(0, -3, size).double())
         propagated = propagated @ propagated.mT
         metric = Metric(moment(size, 3 * size, 2))
-        seen, rank = metric.seen(propagated), size // 2
-        basis = leading_subspace(seen, rank)
+        weighted, rank = metric.weighted(propagated), size // 2
+        basis = leading_subspace(weighted, rank)
         assert torch.allclose(basis.mT @ basis, torch.eye(rank).double(), atol=1e-5)
         into, back = between_roots(metric, basis)
         missed = torch.eye(size).double() - into @ back
         wanted = float(torch.trace(missed.mT @ propagated @ missed @ metric.raised))
-        assert left_out_by(seen, basis) == pytest.approx(wanted, rel=1e-3)
-        best = float(left_out(seen, size)[rank - 1])
-        assert best * (1 - 1e-3) < left_out_by(seen, basis) < 3 * best
-    assert left_out_by(seen, torch.eye(size).double()) == pytest.approx(
-        0.0, abs=1e-9 * float(seen.trace())
+        assert projection_error(weighted, basis) == pytest.approx(wanted, rel=1e-3)
+        best = float(truncation_errors(weighted, size)[rank - 1])
+        assert best * (1 - 1e-3) < projection_error(weighted, basis) < 3 * best
+    assert projection_error(weighted, torch.eye(size).double()) == pytest.approx(
+        0.0, abs=1e-9 * float(weighted.trace())
     )
 
 
@@ -161,7 +160,7 @@ def test_behind_a_map_a_projection_comes_with_it():
     inputs, propagated, map_DD = moment(7, 40, 1), moment(7, 40, 2), randn(7, 7, seed=3)
     metric = Metric(inputs)
     plain = projection(metric, map_DD.mT @ propagated @ map_DD, 3)
-    into, back = projection(metric, propagated, 3, through(metric, map_DD))
+    into, back = projection(metric, propagated, 3, metric.times_root(map_DD))
     assert torch.allclose(into @ back, map_DD @ plain.into_NR @ plain.back_RN)
 
 

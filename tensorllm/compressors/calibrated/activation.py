@@ -20,7 +20,6 @@ from tensorllm.compressors.base import (
     Ways,
 )
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.calibrated.at_width import AtWidth, written
 from tensorllm.compressors.calibrated.channels import (
     curve,
     fit_channels,
@@ -28,11 +27,17 @@ from tensorllm.compressors.calibrated.channels import (
     least_stored,
     narrowed_site,
 )
-from tensorllm.compressors.calibrated.held_out import SHARE, mean_times
+from tensorllm.compressors.calibrated.error_model import ErrorModel, shrunk_gradient_covariance
+from tensorllm.compressors.calibrated.held_out import SHARE, mean_ratio
 from tensorllm.compressors.calibrated.maps import Group, map_shape, pivoted, site_of
-from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
+from tensorllm.compressors.calibrated.refit import (
+    PASSES_OF_AN_EPOCH,
+    PreconditionedMap,
+    TrainableSite,
+    refit,
+)
 from tensorllm.compressors.checks import check_seed
-from tensorllm.compressors.layer import LayerContext, LayerResult, OfGiven, Site, Size
+from tensorllm.compressors.layer import LayerContext, LayerResult, OutputMap, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
@@ -184,14 +189,17 @@ class ActivationTucker(LayerFit):
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         narrowed = [site for site in sites if is_narrowed(site)]
-        out = {s: curve(s, context, written(context, ("out",), self.plain)) for s in narrowed}
+        out = {
+            s: curve(s, context, shrunk_gradient_covariance(context, ("out",), self.plain))
+            for s in narrowed
+        }
         for key in reading_together([role for site in sites for role in site.roles]):
-            here = AtWidth.of(context, key, self.plain)
-            tried = {role: here.tried(context, role) for role in key}
+            here = ErrorModel.of(context, key, self.plain)
+            trials = {role: here.trial(context, role) for role in key}
             for site in (site for site in sites if set(site.roles) <= set(key)):
                 shape = map_shape(context.geometry, site.roles)
-                error_S = here.left_out(context, site.roles)
-                error_S = error_S * mean_times([tried[role] for role in site.roles])
+                error_S = here.truncation_errors(context, site.roles)
+                error_S = error_S * mean_ratio([trials[role] for role in site.roles])
                 ranks = self._ranks(len(error_S))
                 cost = [pivoted_parameters(shape, rank) for rank in ranks]
                 ranks_S = torch.tensor(ranks)
@@ -208,12 +216,12 @@ class ActivationTucker(LayerFit):
         if is_narrowed(site):  # rows are kept as they are
             return None
         rank = max(1, min(map_shape(context.geometry, site.roles)) // SHARE)
-        fitted = AtWidth.of(context, site.roles, self.plain).fit(context, site.roles, rank)
+        fitted = ErrorModel.of(context, site.roles, self.plain).fit(context, site.roles, rank)
         return pivoted(*fitted.map, site.roles)
 
     def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
         if is_output_projection(role):
-            return written(context, (role,), self.plain)
+            return shrunk_gradient_covariance(context, (role,), self.plain)
         return context.width_covariance((role,))
 
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
@@ -242,30 +250,31 @@ class ActivationTucker(LayerFit):
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """Each set of roles in the order in which they run, then all together."""
         refits = self.correction and self.refit_epochs > 0
-        moving: dict[Site, Moving] = {}
+        trained: dict[Site, TrainableSite] = {}
         factors: dict[Site, Factors] = {}
-        given: dict[Site, OfGiven | None] = {}
+        output_maps: dict[Site, OutputMap | None] = {}
         for key in reading_together([role for site in context.sites for role in site.roles]):
             sites = {s: size for s, size in context.sites.items() if s.roles[0] in key}
             if not sites:
                 continue
-            here = AtWidth.of(context, key, self.plain, self.ridge if self.correction else None)
+            here = ErrorModel.of(context, key, self.plain, self.ridge if self.correction else None)
             for site, size in sites.items():
                 assert size is not None, "a budget gives every site its size"
                 if is_narrowed(site):
                     channels = fit_channels(context, site, size[0], here)
                     factors[site] = channels.factors()
                     if refits:
-                        moving[site] = channels.balanced()
+                        trained[site] = channels.balanced()
                     continue
                 fitted = here.fit(context, site.roles, size[0])
-                factors[site], given[site] = pivoted(*fitted.map, site.roles), fitted.given
+                factors[site] = pivoted(*fitted.map, site.roles)
+                output_maps[site] = fitted.output_map
                 if refits:
-                    moving[site] = Balanced(fitted.map, here.metric, site.roles)
+                    trained[site] = PreconditionedMap(fitted.map, here.metric, site.roles)
             for site in sites:
-                context.put(site, factors[site], given.get(site))
+                context.replace(site, factors[site], output_maps.get(site))
         if refits:
-            return refit(context, moving, factors, self.refit_epochs)
+            return refit(context, trained, factors, self.refit_epochs)
         return LayerResult(factors)
 
 
