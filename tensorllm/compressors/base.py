@@ -64,7 +64,7 @@ class ErrorCurve(NamedTuple):
     sizes_NC: Tensor
 
 
-Ways = list[list["Job"]]  # ways in which matrices that read one input may be grouped into sites
+Groupings = list[list["Job"]]  # of the same matrices; a budget chooses one
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class Compressor(ABC):
         return 0
 
     @property
-    def draws_by(self) -> int:
+    def seed_of_fit(self) -> int:
         """The seed of the random vectors or labels that a fit samples gradients with."""
         return 0
 
@@ -257,26 +257,26 @@ class LayerFit(Compressor):
     """A strategy that fits the matrices of a layer to what goes through it, layer after layer.
 
     Attributes:
-        at_width: whether covariances at the model's width are all that it asks the context for
-            (`width_covariance`, `propagated_covariance`) beside `whole_inputs`: nothing else is
+        width_only: whether covariances at the model's width are all that it asks the context for
+            (`width_covariance`, `propagated_covariance`) beside `full_covariances`: nothing else is
             then measured whose size is the square of an FFN's width.
         holds_out: whether `curves` asks for `held_out_error`: a batch is then kept out of its
             covariances.
-        one_size: whether a budget gives all sites that `ways` names the same size.
+        one_size: whether a budget gives all sites of `groupings` the same size.
     """
 
     needs: ClassVar[Needs] = "activations"
-    at_width: ClassVar[bool] = False
+    width_only: ClassVar[bool] = False
     holds_out: ClassVar[bool] = False
     one_size: ClassVar[bool] = False
 
     @property
-    def whole_inputs(self) -> tuple[str, ...]:
+    def full_covariances(self) -> tuple[str, ...]:
         """Roles whose inputs' covariances `curves` asks for in full, however wide they are."""
         return ()
 
     @property
-    def keeps_inputs(self) -> bool:
+    def needs_input_covariances(self) -> bool:
         """Whether `fit_layer` asks for covariances of the original's own inputs."""
         return True
 
@@ -289,9 +289,9 @@ class LayerFit(Compressor):
                 original's output, covariances, and, where a budget was shared out, the sizes.
         """
 
-    def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
+    def groupings(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Groupings]:
         """How a budget may group the layer's matrices into sites, for each set of matrices that may
-        be grouped: by default as they were planned."""
+        be grouped: by default only as they were planned."""
         del geometry, layer
         return [[[Job(site, self)]] for site in sites]
 

@@ -25,7 +25,7 @@ from tensorllm.compressors.base import (
 from tensorllm.compressors.checks import check_roles
 from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site, Size
 from tensorllm.compressors.matrix import matrix_sites
-from tensorllm.compressors.wrapped import Wrapped, WrappedFit, of_inner
+from tensorllm.compressors.wrapped import Wrapped, WrappedFit, delegated
 from tensorllm.errors import UserError
 from tensorllm.io import entry_bytes
 from tensorllm.models.spec import ModelSpec
@@ -107,10 +107,10 @@ class RoundedLeaf(Leaf):
 
     source: ClassVar[str] = ""
 
-    needs = of_inner()
-    named = of_inner()
-    check = of_inner()
-    decompose = of_inner()
+    needs = delegated()
+    named = delegated()
+    check = delegated()
+    decompose = delegated()
 
     def curve(
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
@@ -226,7 +226,7 @@ class RoundedFit(WrappedFit):
         self.most, self.written = most, written
 
     @property
-    def keeps_inputs(self) -> bool:
+    def needs_input_covariances(self) -> bool:
         return True  # their covariances are what whole matrices are rounded by
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
@@ -245,7 +245,7 @@ class RoundedFit(WrappedFit):
                 ErrorCurve(*(t.cpu() for t in plain)),
                 {bits: sum(each[bits] for each in mine) for bits in HOW},
                 sum(each[0] for each in mine),
-                whole=len(site.roles) == 1,  # several are, each alone, in another way of grouping
+                whole=len(site.roles) == 1,  # several are, each alone, in another grouping
                 tried=self._tried(context, site),
             )
         return out

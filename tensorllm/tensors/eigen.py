@@ -33,7 +33,7 @@ def leading_vectors(w: Tensor, mode: int, rank: int) -> Tensor:
     Raises:
         UserError: `w` holds NaN or Inf.
     """
-    for dtype in _ways(w):
+    for dtype in _dtypes(w):
         found = _by_gram(w, mode, rank, dtype, last=_is_last(w, dtype))
         if found is not None:
             return found
@@ -46,7 +46,7 @@ def all_singular_values(w: Tensor, mode: int) -> Tensor:
 
     Each is exact to 1e-4 of itself, or to 1e-7 of the largest where `w` is float32 or narrower.
     """
-    for dtype in _ways(w):
+    for dtype in _dtypes(w):
         g_SS = _smaller_gram(w, mode, dtype)
         entry = torch.finfo(dtype).eps / 2 * float(g_SS.diagonal().max())
         if math.isfinite(entry):
@@ -63,7 +63,7 @@ def require_finite(w: Tensor) -> None:
         raise UserError("the weights must be finite numbers, but there are NaN or Inf among them")
 
 
-def _ways(w: Tensor) -> tuple[torch.dtype, ...]:
+def _dtypes(w: Tensor) -> tuple[torch.dtype, ...]:
     """The dtypes in which products are tried."""
     return (torch.float64,) if w.dtype == torch.float64 else (torch.float32, torch.float64)
 

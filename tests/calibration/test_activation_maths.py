@@ -224,24 +224,25 @@ def curves(seed: int, sizes: list[tuple[int, int]]) -> list[Curve]:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.3, 1.1))
 def test_no_allocation_is_better_than_the_one_that_is_found(seed, share):
-    """Brute force over ways and ranks: the best is at most 1 % of the error at rank 1 better."""
+    """Brute force over groupings and ranks: the best is at most 1 % of the error at rank 1
+    better."""
     a, b, ab = curves(seed, [(24, 16), (12, 16), (36, 16)])
     clusters = [[[a, b], [ab]], [curves(seed + 1, [(16, 16)])]]
     budget = int(share * 16 * (24 + 12 + 16))
     best = math.inf
-    for way, other in itertools.product(*clusters):
-        every = [*way, *other]
+    for grouping, other in itertools.product(*clusters):
+        every = [*grouping, *other]
         costs, errors = (
             sum(torch.meshgrid(*part, indexing="ij"))
             for part in ([c.cost_S for c in every], [c.error_S for c in every])
         )
         best = min(best, float(errors[costs <= budget].min()))
     found = allocate(clusters, budget)
-    ways = [cluster[choice.way] for cluster, choice in zip(clusters, found, strict=True)]
+    chosen = [cluster[choice.grouping] for cluster, choice in zip(clusters, found, strict=True)]
     spent = sum(
         int(c.cost_S[rank - 1])
-        for way, choice in zip(ways, found, strict=True)
-        for c, rank in zip(way, choice.ranks, strict=True)
+        for grouping, choice in zip(chosen, found, strict=True)
+        for c, rank in zip(grouping, choice.ranks, strict=True)
     )
     whole = sum(float(c.error_S[0]) for c in [a, b, clusters[1][0][0]])
     assert spent <= budget

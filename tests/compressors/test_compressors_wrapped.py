@@ -4,11 +4,11 @@ from tensorllm.compressors import Leaf
 from tensorllm.compressors.base import LayerFit
 from tensorllm.compressors.rounded import RoundedLeaf
 from tensorllm.compressors.settings import make_compressor
-from tensorllm.compressors.wrapped import Wrapped, WrappedFit, of_inner
+from tensorllm.compressors.wrapped import Wrapped, WrappedFit, delegated
 
 
 def left_to_inner(kind: type) -> list[str]:
-    return [name for name, member in vars(kind).items() if type(member) is type(of_inner())]
+    return [name for name, member in vars(kind).items() if type(member) is type(delegated())]
 
 
 def test_what_is_not_the_wrappers_own_is_that_of_the_strategy_inside() -> None:
@@ -25,4 +25,4 @@ def test_what_is_not_the_wrappers_own_is_that_of_the_strategy_inside() -> None:
         assert names
         assert {n: getattr(wrapper, n) for n in names} == {n: getattr(inner, n) for n in names}
     assert Wrapped(fit, lambda one: one).training_steps == 3
-    assert WrappedFit(fit).at_width
+    assert WrappedFit(fit).width_only

@@ -14,10 +14,10 @@ from tensorllm.compressors.base import (
     COMPRESSORS,
     ErrorCurve,
     GradientOf,
+    Groupings,
     Job,
     LayerFit,
     Needs,
-    Ways,
 )
 from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.calibrated.channels import (
@@ -97,7 +97,7 @@ class ActivationTucker(LayerFit):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
     needs: ClassVar[Needs] = "gradients"
-    at_width: ClassVar[bool] = True
+    width_only: ClassVar[bool] = True
     holds_out: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES
 
@@ -106,7 +106,7 @@ class ActivationTucker(LayerFit):
         return self.distill_steps
 
     @property
-    def draws_by(self) -> int:
+    def seed_of_fit(self) -> int:
         return self.seed
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class ActivationTucker(LayerFit):
         return self.weighting
 
     @property
-    def keeps_inputs(self) -> bool:
+    def needs_input_covariances(self) -> bool:
         return not self.correction
 
     @property
@@ -151,27 +151,28 @@ class ActivationTucker(LayerFit):
         return out
 
     @property
-    def whole_inputs(self) -> tuple[str, ...]:
+    def full_covariances(self) -> tuple[str, ...]:
         return ("out",) if self.narrowing and "out" in self.roles else ()
 
-    def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
+    def groupings(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Groupings]:
         of = {
             site: [
-                [Job(site_of(layer, group), self) for group in way]
-                for way in groupings(site.roles, self.sharing)
+                [Job(site_of(layer, group), self) for group in partition]
+                for partition in partitions(site.roles, self.sharing)
             ]
             for site in sites
         }
         narrower = self._narrowed(layer, [role for site in sites for role in site.roles])
         if narrower is None:
             return list(of.values())
-        reading, writing = (ways for s, ways in of.items() if set(s.roles) <= set(narrower.roles))
+        ffn = [site for site in sites if set(site.roles) <= set(narrower.roles)]
+        reading, writing = (of[site] for site in ffn)
         together = [[*one, *other] for one in reading for other in writing]
-        rest = [ways for s, ways in of.items() if not set(s.roles) <= set(narrower.roles)]
+        rest = [groupings for site, groupings in of.items() if site not in ffn]
         return [*rest, [*together, [Job(narrower, self)]]]
 
     def ffn_channels(self, geometry: Geometry) -> int | None:
-        return None if self.whole_inputs else geometry.F
+        return None if self.full_covariances else geometry.F
 
     def _narrowed(self, layer: int, roles: Sequence[str]) -> Site | None:
         """What may lose channels."""
@@ -183,8 +184,8 @@ class ActivationTucker(LayerFit):
         for layer in layers:
             geometry = spec.geometry(layer)
             sites = [job.site for job in self.jobs(spec, [layer])]
-            for ways in self.ways(geometry, layer, sites):
-                total += min(sum(_least(geometry, job.site) for job in way) for way in ways)
+            for groupings in self.groupings(geometry, layer, sites):
+                total += min(sum(_least(geometry, job.site) for job in one) for one in groupings)
         return total
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
@@ -298,18 +299,18 @@ def usual_multiple(full: int) -> int:
     return 2 ** max(0, full.bit_length() - 5)
 
 
-def groupings(roles: Group, sharing: bool) -> list[list[Group]]:
-    """All ways to group roles that read one input; without sharing each role alone."""
+def partitions(roles: Group, sharing: bool) -> list[list[Group]]:
+    """All partitions of roles that read one input; without sharing each role alone."""
     if not sharing:
         return [[(role,) for role in roles]]
-    ways: list[list[Group]] = [[]]
+    out: list[list[Group]] = [[]]
     for role in roles:
-        ways = [
+        out = [
             new
-            for way in ways
+            for old in out
             for new in (
-                [*way, (role,)],
-                *([*way[:i], (*way[i], role), *way[i + 1 :]] for i in range(len(way))),
+                [*old, (role,)],
+                *([*old[:i], (*old[i], role), *old[i + 1 :]] for i in range(len(old))),
             )
         ]
-    return ways
+    return out
