@@ -122,7 +122,7 @@ class RoundedLeaf(Leaf):
             for bits, how in HOW.items()
         }
         total = inner.error_of(w, torch.zeros_like(w), statistics)
-        sizes = Sizes(site, shape, dtype, self.most, lambda size: inner.outline(shape, size))
+        sizes = RoundedSizes(site, shape, dtype, self.most, lambda size: inner.outline(shape, size))
         return sizes.with_bits(inner.curve(site, w, statistics), errs, total)
 
     def at_size(self, site: Site, size: Size) -> Leaf:
@@ -135,7 +135,7 @@ class RoundedLeaf(Leaf):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RoundedSizes:
     """What the sizes of a site take in a file.
 
     Attributes:
@@ -241,7 +241,7 @@ class RoundedFit(WrappedFit):
             shape = site.shape(geometry)
             dtype = self.written or context.weight(site.roles[0]).dtype
             outline = partial(self.inner.outline, site, geometry)
-            out[site] = Sizes(site, shape, dtype, self.most, outline).with_bits(
+            out[site] = RoundedSizes(site, shape, dtype, self.most, outline).with_bits(
                 ErrorCurve(*(t.cpu() for t in plain)),
                 {bits: sum(each[bits] for each in mine) for bits in HOW},
                 sum(each[0] for each in mine),

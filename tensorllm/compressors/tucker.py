@@ -29,7 +29,7 @@ from tensorllm.tensors.ranks import (
 from tensorllm.tensors.stacking import ATTENTION
 from tensorllm.tensors.tucker import spectra, truncate, tucker
 
-Layout = Literal["paper", "official"]
+LayoutName = Literal["paper", "official"]
 Solver = Literal["sthosvd", "tensorly"]
 LAYOUTS = ("paper", "official")
 SOLVERS = ("sthosvd", "tensorly")
@@ -59,7 +59,7 @@ class TuckerSettings(Leaf):
     ranks: tuple[int, ...] | None = None
     energy: float | None = None
     error: float | None = None
-    layout: Layout = "paper"
+    layout: LayoutName = "paper"
     sweeps: int | None = None
     tol: float | None = None
     solver: Solver = "sthosvd"

@@ -89,7 +89,7 @@ class ExpertsSite(SiteModule):
         return torch.tensordot(self.u_SZ[matrix], core_ZBR, 1)
 
 
-class Part(Protocol):
+class ExpertMatrices(Protocol):
     """One kind of matrix (gate, in or out) of all experts."""
 
     def begin(self, x_ND: Tensor) -> Tensor: ...
@@ -172,10 +172,10 @@ class FactoredExperts(nn.Module):
         self.parts = nn.ModuleDict({f"role_{kind}": part for kind, part in parts.items()})
         self._is_hf_initialized = True  # transformers has nothing to fill here
 
-    def part(self, kind: str) -> Part:
+    def part(self, kind: str) -> ExpertMatrices:
         """What runs this kind of matrix."""
         modules: Any = self.parts._modules
-        found: Part | None = modules.get(f"role_{kind}")
+        found: ExpertMatrices | None = modules.get(f"role_{kind}")
         if found is not None:
             return found
         parameter = self.where.parameter(kind)

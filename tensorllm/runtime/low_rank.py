@@ -76,7 +76,7 @@ class PivotedSite(SiteModule):
         super().__init__(factors, site, geometry)
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
-        self._step: Step | None = None
+        self._step: TokenStep | None = None
 
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
@@ -151,7 +151,7 @@ class PivotedSite(SiteModule):
         made = self._made(None) if decodes(x) else None
         return None if made is None else made.run
 
-    def _made(self, where: Setting | None) -> "Step | None":
+    def _made(self, where: Setting | None) -> "TokenStep | None":
         basis, mix = self.basis, self.mix
         if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
             return None
@@ -159,7 +159,7 @@ class PivotedSite(SiteModule):
         mixed = times(mix.weight, where) if mix.weight.numel() else None
         run = self._through(times(basis.weight, where), mixed)
         places = (0, 0) if where is None else (basis.weight.data_ptr(), mix.weight.data_ptr())
-        return Step(*weights, places, where, run)
+        return TokenStep(*weights, places, where, run)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
         """`step`, by the products with both matrices; mixed None: all rows are chosen ones."""
@@ -170,7 +170,7 @@ class PivotedSite(SiteModule):
         return not (isinstance(self.basis, TurnedLinear) and isinstance(self.mix, TurnedLinear))
 
 
-class Step(NamedTuple):
+class TokenStep(NamedTuple):
     """How one token runs through both matrices of a site, in one setting.
 
     Attributes:

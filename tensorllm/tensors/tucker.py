@@ -18,7 +18,7 @@ from tensorllm.tensors.factors import Factors, Tucker, project_all, wide, wide_d
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import energy, exact_float32, gram, project, residual_energy
 
-Method = Callable[[Tensor, Mapping[int, int], int | None, float | None], Tucker]
+TuckerMethod = Callable[[Tensor, Mapping[int, int], int | None, float | None], Tucker]
 # One sweep is enough for most tensors (its gain is below TOL of the relative error, and later ones
 # gain less); where the width decays and nothing else does, up to a dozen are needed to come within
 # 2e-4 of where they end.
@@ -156,7 +156,7 @@ def _tensorly(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: floa
     return _ordered(core, dict(zip(modes, factors, strict=True)), modes, diagonal=None)
 
 
-METHODS: dict[str, Method] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
+METHODS: dict[str, TuckerMethod] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
 
 
 @exact_float32()
