@@ -10,13 +10,13 @@ Shapes: N size of the mode, C columns of its unfolding, R rank, S the smaller of
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors.threads import one_thread
 from tensorllm.tensors.unfold import all_finite, gram, unfolding
 
 LOSS = 5e-6  # energy that rounding may lose by that sum, as a share of the energy discarded
@@ -160,22 +160,15 @@ def leading_subspace(g_NN: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(g_NN.float() @ sketch_NR).Q.double()
 
 
-@contextmanager
-def _few_threads(size: int) -> Iterator[None]:
-    """One thread for the many short steps of a small factorisation.
+def _few_threads(size: int) -> AbstractContextManager[None]:
+    """One thread for the many short steps of a small factorisation, for as long as it lasts.
 
     With two threads it is a third faster on an idle machine, but on one whose cores others use too,
     where the threads wait for each other at every step, it was seen to take 20 times longer.
     """
-    threads = torch.get_num_threads()
-    if size >= 2 * LARGE or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    if size >= 2 * LARGE or torch.get_num_threads() == 1:
+        return nullcontext()
+    return one_thread()
 
 
 def _svd(x_NC: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ torchao's; widening is one product, so that a folder of such factors opens witho
 Shapes: N the size of the first mode, Y its groups, ... the other modes.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tensorllm.errors import UserError
+from tensorllm.progress import silenced
 from tensorllm.tensors.factors import FACTORS, Factors
 from tensorllm.tensors.weighted import Metric
 from tensorllm.tensors.whole import Whole
@@ -236,10 +236,9 @@ def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 
 def _torchao() -> Any:
-    # It tells of GPU libraries that it does not find, which are of no use here.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
-        return import_module("torchao.quantization.quant_primitives")
+        with silenced("torchao"):  # it tells of GPU libraries that it does not find
+            return import_module("torchao.quantization.quant_primitives")
     except ImportError:
         raise UserError("quantising needs torchao; pip install 'tensorllm[quant]'") from None
 

@@ -284,3 +284,8 @@ def test_small_factorisations_take_one_thread_and_give_the_others_back() -> None
     with pytest.raises(ZeroDivisionError), eigen._few_threads(3):
         assert 1 / 0
     assert torch.get_num_threads() == 2
+    with eigen._few_threads(3):
+        with eigen._few_threads(2048), eigen._few_threads(5):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
