@@ -8,12 +8,14 @@ writes, counts, searches, budgets, saves or runs works on this contract, never o
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from tensorllm.compressors.budget import Budget
+from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.dimension import Dimension as Dimension  # plugins import it from here
+from tensorllm.compressors.layer import ErrorCurve as ErrorCurve  # and this
 from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
@@ -24,44 +26,6 @@ from tensorllm.tensors.stacking import ATTENTION, Geometry
 
 Needs = Literal["weights", "activations", "gradients"]
 GradientOf = Literal["outputs", "loss"]
-
-
-@dataclass(frozen=True, slots=True)
-class Dimension:
-    """One thing that `search-ranks` may vary.
-
-    Attributes:
-        values: what is tried where the user names no values, ascending: all whole numbers, all
-            floats, or all names.
-        allowed: smallest and largest number that a user may name (on a logarithmic scale 0 itself
-            is not one); None: only those of `values`.
-        names: what a user's sets of names, joined by `+`, may hold; empty: only `values`.
-        log: whether a sampler draws numbers between the bounds on a logarithmic scale.
-        optional: it is varied only where the user names values.
-    """
-
-    values: tuple[Value, ...]
-    allowed: tuple[float, float] | None = None
-    names: tuple[str, ...] = ()
-    log: bool = True
-    optional: bool = False
-
-
-class ErrorCurve(NamedTuple):
-    """What every size of a site stores and what error it leaves.
-
-    Shapes: N sizes, C integers that say one size (ranks, as a rule).
-
-    Attributes:
-        cost_N: numbers stored, ascending.
-        error_N: error left, descending, in a unit that all sites of one run share.
-        sizes_NC: the sizes, for `Leaf.at_size` or `LayerContext.sizes`; all 0 leaves the site as
-            it is.
-    """
-
-    cost_N: Tensor
-    error_N: Tensor
-    sizes_NC: Tensor
 
 
 Groupings = list[list["Job"]]  # of the same matrices; a budget chooses one
@@ -142,6 +106,20 @@ class Compressor(ABC):
     def budget(self) -> Budget | None:
         """The target size among the strategy's own settings; None: its sizes are given."""
         return None
+
+    def with_budget(self, budget: Budget) -> "Compressor":
+        """The strategy with another target in place of its own; itself where it has none.
+
+        Raises:
+            UserError: it has no setting for this target.
+        """
+        if self.budget is None:
+            return self
+        own: Any = self
+        targets = {field.name for field in fields(own)} & set(TARGETS)
+        if wrong := budget.settings.keys() - targets:
+            raise UserError(f"{type(self).__name__} has no setting {', '.join(wrong)}")
+        return replace(own, **(dict.fromkeys(targets) | budget.settings))
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:

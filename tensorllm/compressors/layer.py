@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,23 @@ class MatrixStatistics:
 
 OutputMap = Callable[[Tensor], Tensor]  # outputs (..., D) of the factors, from the original's
 Size = tuple[int, ...]  # integers that say one size on an error curve: ranks, as a rule
+
+
+class ErrorCurve(NamedTuple):
+    """What every size of a site stores and what error it leaves.
+
+    Shapes: N sizes, C integers that say one size (ranks, as a rule).
+
+    Attributes:
+        cost_N: numbers stored, ascending.
+        error_N: error left, descending, in a unit that all sites of one run share.
+        sizes_NC: the sizes, for `Leaf.at_size` or `LayerContext.sizes`; all 0 leaves the site as
+            it is.
+    """
+
+    cost_N: Tensor
+    error_N: Tensor
+    sizes_NC: Tensor
 
 
 class LayerContext(Protocol):

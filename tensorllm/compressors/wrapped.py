@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from tensorllm.compressors.base import (
     LayerFit,
     Leaf,
 )
+from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.compressors.widths import multiples
 from tensorllm.models.spec import ModelSpec
@@ -60,6 +61,9 @@ class Wrapped(Composite):
     training_steps = delegated()
     seed_of_fit = delegated()
     budget = delegated()
+
+    def with_budget(self, budget: Budget) -> "Wrapped":
+        return replace(self, inner=self.inner.with_budget(budget))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         made: dict[int, Leaf | LayerFit] = {}  # one wrapper of each strategy: they go by identity
