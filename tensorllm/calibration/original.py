@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from tensorllm.calibration.layers import Layers, Tap
-from tensorllm.calibration.remembered import Rebuild, Remembered, watched
+from tensorllm.calibration.module_cache import ModuleCache, Rebuild, watched
 from tensorllm.calibration.store import Store
 from tensorllm.compressors.layer import Site
 from tensorllm.models import RoleMatrices
@@ -115,7 +115,7 @@ class Original:
     def signals(self, name: str) -> Iterator[Tensor]:
         """What a tap gave (N, X), batch by batch."""
         if name == self._first:
-            block, nothing = self.module.block, Remembered(self.module.block, "")
+            block, nothing = self.module.block, ModuleCache(self.module.block, "")
             tap, layer = self.taps[name], self.module.number
             yield from self.layers.signals(layer, block, self.hidden, tap, nothing)
             return

@@ -290,11 +290,11 @@ class Sweeps:
                     sites,
                 )
                 found = self._fit_layer(context)
-                runs = [context.run.outputs()]
+                runs = [context.original_run.outputs()]
                 if fits:
                     runs.append(context.outputs())
                 after(*runs)
-                context.run.drop()
+                context.original_run.drop()
             sweep.done(found)
             if not self.several:
                 sweep.forget_start()

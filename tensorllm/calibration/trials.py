@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tensorllm.calibration.layers import Layers
+from tensorllm.calibration.module_cache import ModuleCache
 from tensorllm.calibration.original import LayerModule
-from tensorllm.calibration.remembered import Remembered
 from tensorllm.compressors.operators import LinearOperator, replaced_by
 from tensorllm.tensors.stacking import ATTENTION_ROLES
 
@@ -23,10 +23,10 @@ class Trials:
     """Runs of a layer with matrices and parameters that are tried; nothing is written.
 
     Args:
-        attention: what its attention gave, for runs that leave it as it is.
+        attention: the outputs of its attention, for runs that leave it as it is.
     """
 
-    def __init__(self, layers: Layers, module: LayerModule, attention: Remembered) -> None:
+    def __init__(self, layers: Layers, module: LayerModule, attention: ModuleCache) -> None:
         self.layers, self.module, self._attention = layers, module, attention
 
     def output(
@@ -46,7 +46,7 @@ class Trials:
         run: dict[str, Tensor] = {}
         stands = not set(weights) & set(ATTENTION_ROLES) and not parameters
         with ExitStack() as standing:
-            standing.enter_context(self._attention.within(batch, stands))
+            standing.enter_context(self._attention.active(batch, stands))
             for role, w in weights.items():
                 if isinstance(w, LinearOperator):
                     if self._alone(role) and w.is_cheaper(hidden_BTD.shape[:-1].numel()):

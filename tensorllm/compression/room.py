@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from tensorllm.checkpoint.factored import beside
+from tensorllm.checkpoint.factored import fused_with
 from tensorllm.checkpoint.reader import DTYPES, Checkpoint
 from tensorllm.checkpoint.writer import SHARD_BYTES
 from tensorllm.compressors import Compressor
@@ -71,7 +71,7 @@ def with_room(
     for layer, role in matrices:  # all else that is fused with them stays
         numbers = roles.spec.geometry(layer).numel(role)
         other -= numbers * tensors[roles.name(layer, role)].itemsize
-    names = (f"rest.{layer}.{role}" for layer, role in beside(roles, matrices))
+    names = (f"rest.{layer}.{role}" for layer, role in fused_with(roles, matrices))
     other += sum(entry_bytes(name, (10**6, 10**6), 2, most) for name in names)
     now = sum(t.bytes(name, most) for name, t in tensors.items())
     if most >= now:

@@ -181,7 +181,7 @@ def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
     out_ARB = torch.empty(a, r, b, dtype=u_NR.dtype, device=w.device)
     size = x_ANB.numel() if x_ANB.dtype == u_NR.dtype else 4 * CHUNK
     narrow = b > 1 and a > 1 and n * b <= min(NARROW, size)
-    u_wide = _beside_itself(u_NR, b) if narrow else u_NR
+    u_wide = _times_identity(u_NR, b) if narrow else u_NR
     with exact_float32():
         for at_a, at_b in _pieces(x_ANB, size):
             piece = x_ANB[at_a, :, at_b].to(u_NR.dtype)
@@ -205,7 +205,7 @@ def project_all(w: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
     return w
 
 
-def _beside_itself(u_NR: Tensor, b: int) -> Tensor:
+def _times_identity(u_NR: Tensor, b: int) -> Tensor:
     """u ⊗ I_B: it multiplies (A, N·B) blocks as `u` multiplies (A, N)."""
     eye_BB = torch.eye(b, dtype=u_NR.dtype, device=u_NR.device)
     return (u_NR[:, None, :, None] * eye_BB[None, :, None, :]).flatten(2).flatten(0, 1)

@@ -183,9 +183,9 @@ def test_how_much_a_product_takes_at_once(
     sizes_asked_for: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widened, products = [], []
-    beside, mm = unfold._beside_itself, torch.mm
+    widen, mm = unfold._times_identity, torch.mm
     monkeypatch.setattr(unfold, "NARROW", 20)
-    monkeypatch.setattr(unfold, "_beside_itself", lambda u, b: widened.append(b) or beside(u, b))
+    monkeypatch.setattr(unfold, "_times_identity", lambda u, b: widened.append(b) or widen(u, b))
     monkeypatch.setattr(torch, "mm", lambda *two, out: products.append(1) or mm(*two, out=out))
     for shape, dtype in (
         ((7, 5, 4), torch.float32),
