@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.calibration.covariances import Covariances, Key, Wanted, writes
-from tensorllm.calibration.experts import is_of_experts, watch
+from tensorllm.calibration.experts import expert_hooks, is_of_experts
 from tensorllm.calibration.layers import without_bias
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Batch
@@ -73,7 +73,7 @@ class CovarianceHooks:
 
     def __enter__(self) -> Self:
         self._handles = [handle for key in self._plain for handle in self._hooks(key)]
-        self._handles += watch(self.model, self.roles, self._routed, self._mask, self._see)
+        self._handles += expert_hooks(self.model, self.roles, self._routed, self._mask, self._see)
         return self
 
     def __exit__(self, *problem: object) -> None:

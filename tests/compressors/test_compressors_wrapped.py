@@ -26,7 +26,7 @@ def test_what_is_not_the_wrappers_own_is_that_of_the_strategy_inside() -> None:
     for wrapper, inner in (
         (WrappedFit(fit), fit),
         (Wrapped(fit, lambda one: one), fit),
-        (RoundedLeaf(leaf, most=2**20), leaf),
+        (RoundedLeaf(leaf, max_bytes=2**20), leaf),
     ):
         names = left_to_inner(type(wrapper))
         assert names
