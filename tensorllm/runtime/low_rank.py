@@ -19,7 +19,7 @@ from tensorllm.runtime.sites import (
     Held,
     Order,
     SiteModule,
-    TurnedLinear,
+    TransposedLinear,
     held_by,
     linear,
     runs,
@@ -65,8 +65,8 @@ class PivotedSite(SiteModule):
     another.
     """
 
-    basis: TurnedLinear
-    mix: TurnedLinear
+    basis: TransposedLinear
+    mix: TransposedLinear
     rows_R: Tensor
     order_I: Tensor
     margin = 1.0  # what is not predicted to be slower saves memory
@@ -118,8 +118,8 @@ class PivotedSite(SiteModule):
         """What gives the outputs (..., O) of x (..., I), one token that is decoded.
 
         None: x is another number of tokens, or in a graph, gradients are wanted, a linear is
-        adapted, or its weight made anew for each use (`runtime.narrow`). With weights to be read in
-        between, look-ups take a token as long as its products do: so there are few here, of
+        adapted, or its weight made anew for each use (`runtime.dequantise`). With weights to be
+        read in between, look-ups take a token as long as its products do: so there are few here, of
         dictionaries and of what is written in C.
         """
         if (
@@ -153,7 +153,8 @@ class PivotedSite(SiteModule):
 
     def _made(self, where: Setting | None) -> "TokenStep | None":
         basis, mix = self.basis, self.mix
-        if type(basis) is not TurnedLinear or type(mix) not in (TurnedLinear, nn.ParameterDict):
+        of_mix = (TransposedLinear, nn.ParameterDict)
+        if type(basis) is not TransposedLinear or type(mix) not in of_mix:
             return None
         weights = basis.weight, mix.weight
         mixed = times(mix.weight, where) if mix.weight.numel() else None
@@ -167,7 +168,7 @@ class PivotedSite(SiteModule):
 
     def is_adapted(self) -> bool:
         """Whether one of the linears is another module by now, such as one with LoRA beside it."""
-        return not (isinstance(self.basis, TurnedLinear) and isinstance(self.mix, TurnedLinear))
+        return not all(isinstance(module, TransposedLinear) for module in (self.basis, self.mix))
 
 
 class TokenStep(NamedTuple):

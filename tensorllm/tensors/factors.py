@@ -139,7 +139,7 @@ class Factors(ABC):
         """The same factors in floating point; `self` where they are that already."""
         return self
 
-    def narrow_parts(self, name: str) -> dict[str, Tensor]:
+    def quantised_parts(self, name: str) -> dict[str, Tensor]:
         """What is stored in place of the tensor `name` of `plain()`; empty: that tensor itself."""
         del name
         return {}
