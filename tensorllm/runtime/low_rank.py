@@ -36,7 +36,7 @@ FEW = 32  # tokens up to which a product with the weights transposed is slower t
 class LowRankSite(SiteModule):
     """Two ordinary linears, so that LoRA and quantisation find what they know."""
 
-    narrow_reads = 1.4
+    half_precision_reads = 1.4
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
@@ -70,7 +70,7 @@ class PivotedSite(SiteModule):
     rows_R: Tensor
     order_I: Tensor
     margin = 1.0  # what is not predicted to be slower saves memory
-    narrow_reads = 0.65
+    half_precision_reads = 0.65
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)

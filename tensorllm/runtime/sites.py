@@ -91,8 +91,8 @@ class SiteModule(nn.Module):
         latent_attention: whether `runtime.attention` can run the whole attention in the latents of
             this module; it then asks for the members of `runtime.tucker.HeadsSite`.
         margin: predicted speed-up that a site has to reach for `--policy auto` to run it factored.
-        narrow_reads: how much longer reading its numbers takes, beside those of a matrix, where
-            both have 16 bits than `cost` says of 32.
+        half_precision_reads: how much longer reading its numbers takes, beside those of a matrix,
+            where both have 16 bits than `cost` says of 32.
         sizes: inner width I of each matrix, in the order of `site.matrices`.
     """
 
@@ -101,7 +101,7 @@ class SiteModule(nn.Module):
     # Predictions near 1 are up to a third too high, and every site of `benchmarks/runtime.py --part
     # cost` that reached this in prompt and decoding was measured to gain.
     margin: ClassVar[float] = 1.2
-    narrow_reads: ClassVar[float] = 1.0
+    half_precision_reads: ClassVar[float] = 1.0
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__()
