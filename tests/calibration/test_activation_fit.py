@@ -13,7 +13,7 @@ from calibration_text import distance, logits, text
 from tiny_models import TINY, tiny_model
 
 from tensorllm.calibration import Calibration, fit, read_calibration
-from tensorllm.calibration.covariances import Wanted
+from tensorllm.calibration.covariances import Covariances, Wanted
 from tensorllm.calibration.hooks import module_of
 from tensorllm.calibration.statistics import frozen, measure_loss
 from tensorllm.checkpoint.loading import load
@@ -134,6 +134,17 @@ def test_spilled_moments_are_the_same(tmp_path):
         spilled = measure_loss(model, roles, keys, text().batches(), BOTH, spill=tmp_path)
     assert any(tmp_path.iterdir())
     assert all(torch.equal(held.propagated[key], spilled.propagated[key]) for key in keys)
+
+
+def test_covariances_are_stored_and_read_under_the_names_of_earlier_fits() -> None:
+    """A folder that an interrupted fit goes on from calls what is propagated `carried`."""
+    part = {(3, ("in", "gate")): torch.tensor([[2.0, 1.0], [1.0, 3.0]])}
+    found = Covariances(inputs=part, propagated=part)
+    stored = found.tensors()
+    assert stored.keys() == {"inputs/3/in-gate", "carried/3/in-gate"}
+    again = Covariances.from_tensors(stored, torch.device("cpu"))
+    (whole,) = again.propagated.values()
+    assert torch.equal(whole, *part.values())
 
 
 def test_data_beat_no_data_and_correction_beats_none():
