@@ -140,6 +140,12 @@ class Planned:
                     out += [[[Job(site, strategy)]] for site in sites]
         return out
 
+    @property
+    def candidates(self) -> set[Site]:
+        """The sites of all groupings."""
+        groupings = [grouping for cluster in self.groupings() for grouping in cluster]
+        return {job.site for grouping in groupings for job in grouping}
+
     def of(self, layer: int) -> list[Job]:
         """The jobs of a layer."""
         return [job for job in self.jobs if job.site.layers == (layer,)]

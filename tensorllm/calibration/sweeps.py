@@ -160,12 +160,7 @@ class Sweeps:
     def curves(self) -> Curves:
         """What every candidate's sizes cost, from one sweep over the original's layers."""
         layers = self.measured_layers
-        candidates = {
-            job.site
-            for groupings in self.planned.groupings()
-            for grouping in groupings
-            for job in grouping
-        }
+        candidates = self.planned.candidates
         sweep = Sweep(self.store, "errors", ("measured",), layers.start, layers.layers)
         for layer, (kept,), after in sweep:
             before = self.counted(kept, layer, MEASURING)
