@@ -90,16 +90,16 @@ class BetterStart(WrappedFit):
         first = self.inner.fit_layer(context)
         error = context.output_error()
         block.load_state_dict(before)
-        context.put_parameters({})  # nothing that was measured of the first fit holds
+        context.replace_parameters({})  # nothing that was measured of the first fit holds
         second = self.other.fit_layer(context)
         if context.output_error() < error:
             self.chosen.append("without correction")
             return second
         self.chosen.append("correction")
         block.load_state_dict(before)
-        context.put_parameters({})
+        context.replace_parameters({})
         for site, factors in first.factors.items():
-            context.put(site, factors)
+            context.replace(site, factors)
         return first
 
 

@@ -37,7 +37,7 @@ from tensorllm.compression.task import FolderTask
 from tensorllm.compressors import ActivationHybrid, PlainSVD, Rounded
 from tensorllm.compressors.budget import Budget
 from tensorllm.errors import UserError
-from tensorllm.tensors.quantised import narrow
+from tensorllm.tensors.quantised import quantise_tensor
 
 MODEL = "models/tinystories-656K"
 TOGETHER = (  # linears that read the same input, in the order in which they run
@@ -172,7 +172,7 @@ def main() -> None:
     begin(args)
     draws = range(1 if args.quick else args.draws)
     try:
-        narrow(torch.zeros(64, 16), 8)
+        quantise_tensor(torch.zeros(64, 16), 8)
     except UserError as error:  # torchao is not installed
         sys.exit(str(error))
     with tempfile.TemporaryDirectory() as work:

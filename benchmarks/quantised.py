@@ -25,7 +25,7 @@ from tensorllm.compression.engine import compression_of
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.tensors.quantised import BITS, narrow, quantise, widen
+from tensorllm.tensors.quantised import BITS, dequantise, quantise, quantise_tensor
 from tensorllm.tensors.stacking import ATTENTION
 
 MODEL, STORIES = "models/tinystories-656K", "data/tinystories_1000.json"
@@ -68,8 +68,8 @@ class Bench:
         for layer in range(model.config.num_hidden_layers):
             for role in ROLES:
                 w_ID = roles.read(weights, layer, role)
-                parts = narrow(w_ID.mT, BITS[how]) if how else (w_ID.mT,)
-                rounded = (widen(*parts) if how else w_ID.mT).mT
+                parts = quantise_tensor(w_ID.mT, BITS[how]) if how else (w_ID.mT,)
+                rounded = (dequantise(*parts) if how else w_ID.mT).mT
                 size += sum(p.nbytes for p in parts)
                 lost += float((rounded - w_ID).square().sum())
                 energy += float(w_ID.square().sum())
@@ -151,7 +151,7 @@ def main() -> None:
     if args.quick:
         args.fitted, args.scored = 8, 8
     try:
-        narrow(torch.zeros(64, 16), 8)
+        quantise_tensor(torch.zeros(64, 16), 8)
     except UserError as error:  # torchao is not installed
         sys.exit(str(error))
     bench = Bench(real(args, MODEL), real(args, STORIES), args.fitted, args.scored)

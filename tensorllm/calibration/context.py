@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from tensorllm.calibration.covariances import Covariances, Key
-from tensorllm.calibration.heap import give_back
+from tensorllm.calibration.heap import trim_heap
 from tensorllm.calibration.layers import Layers, Tap
+from tensorllm.calibration.module_cache import ModuleCache
 from tensorllm.calibration.original import LayerModule, Original
 from tensorllm.calibration.ranks import ALONE, Ranks
-from tensorllm.calibration.remembered import Remembered
 from tensorllm.calibration.store import Hidden
 from tensorllm.calibration.trials import Trials
-from tensorllm.compressors.applied import Applied
-from tensorllm.compressors.layer import MatrixStatistics, OfGiven, Site, Size
+from tensorllm.compressors.layer import MatrixStatistics, OutputMap, Site, Size
+from tensorllm.compressors.operators import LinearOperator
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 from tensorllm.tensors.unfold import add_gram, mirror
@@ -34,12 +34,13 @@ class Context:
     """See `compressors.layer.LayerContext`, which this implements.
 
     Args:
-        original, compressed: the layer twice; what is `put` goes into the compressed one.
+        original, compressed: the layer twice; factors take the place of the compressed one's
+            matrices.
         measure: gives covariances of the original, of this layer's `keys` at least.
         keys: sets of roles of this layer that read the same input.
         before: hidden states before the layer, per batch, of the original and of the compressed
             model; read again and again.
-        run: of the original.
+        original_run: of the original layer on its own inputs.
         sites: the strategy's sites of this layer, with their sizes.
         ranks: the processes that this one fits with.
     """
@@ -52,17 +53,17 @@ class Context:
         measure: Callable[[], Covariances],
         keys: Sequence[Key],
         before: tuple[Hidden, Hidden],
-        run: Original,
+        original_run: Original,
         sites: Mapping[Site, Size | None],
         ranks: Ranks = ALONE,
     ) -> None:
         self.layers, self.original, self.compressed = layers, original, compressed
-        self.keys, self.before, self.run, self.sites = keys, before, run, sites
+        self.keys, self.before, self.original_run, self.sites = keys, before, original_run, sites
         self.ranks, self._measure = ranks, measure
-        self._attention = Remembered(compressed.block, compressed.attention)
-        self._ffn = Remembered(compressed.block, compressed.ffn)
+        self._attention = ModuleCache(compressed.block, compressed.attention)
+        self._ffn = ModuleCache(compressed.block, compressed.ffn)
         self._trials = Trials(layers, compressed, self._attention)
-        self._given: set[str] = set()  # output projections whose outputs are kept
+        self._noted: set[str] = set()  # output projections whose outputs are kept
         self._shifted: dict[tuple[Key, str], tuple[Tensor, Tensor]] = {}
         self._held_out = range(self.batches - layers.held_out, self.batches)
         self._tokens = self._count(range(self._held_out.start))
@@ -129,9 +130,9 @@ class Context:
     def gradient_tokens(self, roles: Sequence[str]) -> int:
         return int(self.covariances.gradient_tokens[self._key(roles[0])])
 
-    def carried_covariance(self, roles: Sequence[str]) -> Tensor:
+    def propagated_covariance(self, roles: Sequence[str]) -> Tensor:
         key = self._key(roles[0])
-        whole_YY = self.covariances.carried[key]
+        whole_YY = self.covariances.propagated[key]
         width = len(whole_YY) // len(key[1])
         parts = whole_YY.view(len(key[1]), width, len(key[1]), width)
         chosen = [key[1].index(role) for role in roles]
@@ -155,12 +156,12 @@ class Context:
         ]
 
     def original_inputs(self, role: str) -> Iterator[Tensor]:
-        nothing = Remembered(self.original.block, "")
+        nothing = ModuleCache(self.original.block, "")
         tap, block = Tap(self.original.below(role)), self.original.block
         return self.layers.signals(self.layer, block, self.before[0], tap, nothing)
 
-    def original_at_width(self, role: str) -> Iterator[Tensor]:
-        return self.run.signals(self._key(role)[1][0])
+    def original_width_activations(self, role: str) -> Iterator[Tensor]:
+        return self.original_run.signals(self._key(role)[1][0])
 
     def compressed_inputs(self, role: str) -> Iterator[Tensor]:
         tap, block = Tap(self.compressed.below(role)), self.compressed.block
@@ -168,7 +169,7 @@ class Context:
 
     def shifted_covariances(self, role: str) -> tuple[Tensor, Tensor]:
         if not is_output_projection(role):
-            return self.shifted_at_width((role,))
+            return self.shifted_width_covariances((role,))
         key = (self._key(role), "inputs")
         if key not in self._shifted:
             self._shifted[key] = self._moments(
@@ -176,89 +177,91 @@ class Context:
             )
         return self._shifted[key]
 
-    def shifted_at_width(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def shifted_width_covariances(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:
         key = (self._key(roles[0]), "width")
         if key not in self._shifted:
             tap, block = self.compressed.tap(key[0][1]), self.compressed.block
             hidden = self.before[1]
             name = key[0][1][0]
-            note = partial(self._note, name) if name in self._round else None
+            note = partial(self._note, name) if name in self._enclosing else None
             found = self.layers.signals(self.layer, block, hidden, tap, self._attention, note)
-            self._shifted[key] = self._moments(self.run.signals(name), found)
+            self._shifted[key] = self._moments(self.original_run.signals(name), found)
         return self._shifted[key]
 
     def _moments(self, x: Iterable[Tensor], y: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """E[x yᵀ] and E[y yᵀ]: products in float32, sums in float64."""
-        cross_XX = seen_XX = torch.zeros((), dtype=torch.float64, device=self.device)
+        cross_XX = own_XX = torch.zeros((), dtype=torch.float64, device=self.device)
         for x_NX, y_NX in zip(x, y, strict=True):
             x_NX, y_NX = x_NX.float(), y_NX.float()
             if not cross_XX.ndim:
                 size = x_NX.shape[1], y_NX.shape[1]
-                cross_XX, seen_XX = (cross_XX.new_zeros(size) for _ in range(2))
+                cross_XX, own_XX = (cross_XX.new_zeros(size) for _ in range(2))
             cross_XX += x_NX.mT @ y_NX
-            add_gram(seen_XX, y_NX)
-        self.ranks.sum(cross_XX, seen_XX)
-        return cross_XX.div_(self._tokens), mirror(seen_XX).div_(self._tokens)
+            add_gram(own_XX, y_NX)
+        self.ranks.sum(cross_XX, own_XX)
+        return cross_XX.div_(self._tokens), mirror(own_XX).div_(self._tokens)
 
-    def put(self, site: Site, factors: Factors, given: OfGiven | None = None) -> None:
-        self.compressed.put(site, factors)
-        self.run.drop(self._key(site.roles[0])[1][0])  # memory: its signals have been used
+    def replace(self, site: Site, factors: Factors, output_map: OutputMap | None = None) -> None:
+        self.compressed.replace(site, factors)
+        self.original_run.drop(self._key(site.roles[0])[1][0])  # memory: its signals have been used
         if set(site.roles) & set(ATTENTION_ROLES):
-            self._attention.forget()
-        self._ffn.forget()  # whatever is put runs before it or in it
-        if given is not None and site.roles[0] in self._given:
-            self._rebuild(site.roles[0], given)
+            self._attention.clear()
+        self._ffn.clear()  # every matrix is run before it or in it
+        if output_map is not None and site.roles[0] in self._noted:
+            self._rebuild(site.roles[0], output_map)
         for key in list(self._shifted):
             if not set(site.roles) <= set(key[0][1]):
                 del self._shifted[key]  # an input below which a matrix has changed
-        self._drop_given()
-        give_back()
+        self._drop_noted()
+        trim_heap()
 
-    def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+    def replace_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         weights = self.compressed.weights
-        self._attention.forget()
-        self._ffn.forget()
+        self._attention.clear()
+        self._ffn.clear()
         self._shifted.clear()
-        self._drop_given()
+        self._drop_noted()
         for name, w in parameters.items():
             weights[f"{self.compressed.path}.{name}"].copy_(w)
 
     @property
-    def _round(self) -> dict[str, Remembered]:
-        """By output projection, the module round it."""
+    def _enclosing(self) -> dict[str, ModuleCache]:
+        """By output projection, the module that encloses it."""
         found = {"o": self._attention, "out": self._ffn}
-        return {name: module for name, module in found.items() if name in self.run.inside}
+        return {name: module for name, module in found.items() if name in self.original_run.inside}
 
-    def _note(self, name: str, number: int, given_BTD: Tensor) -> None:
+    def _note(self, name: str, number: int, y_BTD: Tensor) -> None:
         """Keep what the original's output projection gives on the compressed model's inputs."""
-        self.run.store.save(f"compressed-{name}-{number}", {"given": given_BTD})
-        self._given.add(name)
+        self.original_run.store.save(f"compressed-{name}-{number}", {"given": y_BTD})
+        self._noted.add(name)
 
-    def _rebuild(self, name: str, now: OfGiven) -> None:
-        """Let the module round an output projection give what it does with its factors, without
-        another run of what comes before the projection."""
-        rebuild = self.run.rebuilds.get(name)
+    def _rebuild(self, name: str, output_map: OutputMap) -> None:
+        """Let the module that encloses an output projection give what it does with its factors,
+        without another run of what comes before the projection."""
+        rebuild = self.original_run.rebuilds.get(name)
         if rebuild is None:
             return
         module: Any = self.compressed.block.get_submodule(self.compressed.below(name))
         bias = getattr(module, "bias", None)
         for number in range(self.batches):
-            given_BTD = self.run.store.load(f"compressed-{name}-{number}")["given"].to(self.device)
-            now_BTD = now(given_BTD.float()).to(given_BTD.dtype)
-            now_BTD = now_BTD if bias is None else now_BTD + bias
-            self._round[name].remember(number, rebuild(now_BTD))
+            y_BTD = self.original_run.store.load(f"compressed-{name}-{number}")["given"].to(
+                self.device
+            )
+            y_BTD = output_map(y_BTD.float()).to(y_BTD.dtype)
+            y_BTD = y_BTD if bias is None else y_BTD + bias
+            self._enclosing[name].set(number, rebuild(y_BTD))
 
-    def _drop_given(self) -> None:
-        for name in self._given:
+    def _drop_noted(self) -> None:
+        for name in self._noted:
             for number in range(self.batches):
-                self.run.store.drop(f"compressed-{name}-{number}")
-        self._given.clear()
+                self.original_run.store.drop(f"compressed-{name}-{number}")
+        self._noted.clear()
 
     def outputs(self) -> Iterator[Tensor]:
         """Hidden states after the compressed layer, as it is now."""
-        kept = [self._attention, *([self._ffn] if self._ffn.holds else [])]
+        caches = [self._attention, *([self._ffn] if self._ffn.filled else [])]
         block = self.compressed.block
-        return self.layers.run_remembering(self.layer, block, self.before[1], kept)
+        return self.layers.run_cached(self.layer, block, self.before[1], caches)
 
     def _distance(self, batch: int, out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
         """Squared, of all tokens relative to their size, over the tokens of all batches."""
@@ -269,21 +272,21 @@ class Context:
     def output_error(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, out_BTD in enumerate(self.outputs()):
-            target_BTD = self.run.output(number)
+            target_BTD = self.original_run.output(number)
             total += self._distance(number, out_BTD.float(), target_BTD.float()).double()
         self.ranks.sum(total)
         return float(total)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         self.ranks.sum(*tensors)
 
     def output_loss(
         self,
         batch: int,
-        weights: Mapping[str, Tensor | Applied],
+        weights: Mapping[str, Tensor | LinearOperator],
         parameters: Mapping[str, Tensor],
     ) -> Tensor:
-        target_BTD = self.run.output(batch)
+        target_BTD = self.original_run.output(batch)
         with torch.enable_grad():
             out_BTD = self._trials.output(batch, self.before[1][batch], weights, parameters)
             return self._distance(batch, out_BTD, target_BTD.float())
@@ -297,7 +300,7 @@ class Context:
         return dict(zip(site.roles, parts, strict=True))
 
     @torch.no_grad()
-    def held_out_error(self, weights: Mapping[str, Tensor | Applied]) -> float:
+    def held_out_error(self, weights: Mapping[str, Tensor | LinearOperator]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number in self._held_out:
             hidden_BTD, known = self.before[1].at(number), self._held_outputs

@@ -40,14 +40,15 @@ class Covariances:
         tokens: that an expert was given, by its keys: (1,).
         gradient_tokens: tokens that gradients were taken of: (1,).
         gradients: E[g gᵀ] over the joint outputs of its roles.
-        carried: at the model's width, of input projections E[h hᵀ] of all roles' h = Wᵀ g, one role
-            after the other (roles D, roles D); of output projections E[y yᵀ] of y = W x (D, D).
+        propagated: through the matrices to the model's width: of input projections E[h hᵀ] of all
+            roles' h = Wᵀ g, one role after the other (roles D, roles D); of output projections
+            E[y yᵀ] = W E[x xᵀ] Wᵀ of y = W x (D, D).
     """
 
     inputs: dict[Key, Tensor] = field(default_factory=dict)
     sizes: dict[Key, Tensor] = field(default_factory=dict)
     gradients: dict[Key, Tensor] = field(default_factory=dict)
-    carried: dict[Key, Tensor] = field(default_factory=dict)
+    propagated: dict[Key, Tensor] = field(default_factory=dict)
     tokens: dict[Key, Tensor] = field(default_factory=dict)
     gradient_tokens: dict[Key, Tensor] = field(default_factory=dict)
 
@@ -60,7 +61,7 @@ class Covariances:
             self.inputs,
             self.sizes,
             self.gradients,
-            self.carried,
+            self.propagated,
             self.tokens,
             self.gradient_tokens,
         )
@@ -72,19 +73,20 @@ class Covariances:
             inputs: whether those of the original's own inputs are among them.
         """
         return {
-            f"{what}/{key[0]}/{'-'.join(key[1])}": _packed(t)
+            f"{STORED.get(what, what)}/{key[0]}/{'-'.join(key[1])}": _packed(t)
             for what, part in zip(PARTS, self._parts, strict=True)
             for key, t in part.items()
             if inputs
             or what in ("gradients", "gradient_tokens")
-            or (what == "carried" and not writes(key[1]))
+            or (what == "propagated" and not writes(key[1]))
         }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Covariances":
         out = cls()
         for name, t in tensors.items():
-            what, layer, roles = name.split("/")
+            stored, layer, roles = name.split("/")
+            what = FIELDS.get(stored, stored)
             whole = t if what in VECTORS else _unpacked(t)
             getattr(out, what)[int(layer), tuple(roles.split("-"))] = whole.to(device)
         return out
@@ -105,7 +107,9 @@ def _unpacked(packed: Tensor) -> Tensor:
     return mirror(out_NN)
 
 
-PARTS = ("inputs", "sizes", "gradients", "carried", "tokens", "gradient_tokens")
+PARTS = ("inputs", "sizes", "gradients", "propagated", "tokens", "gradient_tokens")
+STORED = {"propagated": "carried"}  # another name in a store, as folders of earlier fits have it
+FIELDS = {stored: field for field, stored in STORED.items()}
 VECTORS = ("sizes", "tokens", "gradient_tokens")  # of these; the others are symmetric matrices
 
 

@@ -4,7 +4,6 @@ Shapes: B sequences, T positions, N tokens of a batch, V words, I and D of a rol
 """
 
 import copy
-import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from tensorllm.calibration.sequences import Batch, Calibration
 from tensorllm.compressors.layer import Site
 from tensorllm.compressors.steps import mean_size, warmed_up
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.progress import Progress, quiet
+from tensorllm.progress import Progress, quiet, silenced
 from tensorllm.runtime import Placement, install, module_for
 from tensorllm.tensors.factors import Factors
 from tensorllm.weights import dense_matrices
@@ -164,15 +163,10 @@ class _Steps(Callback):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's notes on devices and its advice about loggers and loaders."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")
-            yield
-    finally:
-        log.setLevel(level)
+    name = "lightning.pytorch.utilities.rank_zero"
+    with silenced(name), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        yield
 
 
 def distill(

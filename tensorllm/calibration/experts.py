@@ -14,7 +14,7 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.experts import tokens_at_experts
 from tensorllm.tensors.stacking import is_output_projection
 
-Seen = Callable[[Key, Tensor], None]  # called with what (M, X) a key read
+OnInputs = Callable[[Key, Tensor], None]  # called with what (M, X) a key read
 
 
 def is_of_experts(roles: RoleMatrices, key: Key) -> bool:
@@ -22,24 +22,24 @@ def is_of_experts(roles: RoleMatrices, key: Key) -> bool:
     return roles.stored(key[0], key[1][0]).experts is not None
 
 
-def watch(
+def expert_hooks(
     model: nn.Module,
     roles: RoleMatrices,
     keys: Sequence[Key],
     kept: Callable[[], Tensor],
-    seen: Seen,
+    on_inputs: OnInputs,
 ) -> Iterator[Any]:
     """Hooks on the mixtures of these keys; one for each layer.
 
     Args:
         kept: mask (B, T) of the running batch: true where there is a token.
-        seen: called for every expert that has a token in the batch.
+        on_inputs: called for every expert that has a token in the batch.
     """
     for layer in dict.fromkeys(key[0] for key in keys):
         experts = roles.mixtures[layer].experts
         module = model.get_submodule(f"{roles.layer_path(layer)}.{experts.path}")
         by_role = {role: key for key in keys if key[0] == layer for role in key[1]}
-        hook = _hook(roles, layer, by_role, kept, seen)
+        hook = _hook(roles, layer, by_role, kept, on_inputs)
         yield module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
@@ -48,7 +48,7 @@ def _hook(
     layer: int,
     by_role: Mapping[str, Key],
     kept: Callable[[], Tensor],
-    seen: Seen,
+    on_inputs: OnInputs,
 ) -> Callable[..., None]:
     experts = roles.mixtures[layer].experts
     of_expert: dict[int, dict[bool, Key]] = {}
@@ -62,6 +62,6 @@ def _hook(
             found = tokens_at_experts(module, experts, given[0].detach(), given[1:], kept_N)
             for expert, x_MD, h_MF in found:
                 for outputs, key in of_expert.get(expert, {}).items():
-                    seen(key, h_MF if outputs else x_MD)
+                    on_inputs(key, h_MF if outputs else x_MD)
 
     return see

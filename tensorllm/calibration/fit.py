@@ -22,10 +22,9 @@ from tensorllm.calibration.store import Store
 from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors.base import Compressor
-from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import Site
-from tensorllm.compressors.settings import fields_of, make_compressor, settings_of
-from tensorllm.compressors.wrapped import Wrapped
+from tensorllm.compressors.settings import fields_of, settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
@@ -139,7 +138,7 @@ def fit_sizes(
     """
     if any(target.max_loss_increase is not None for target in targets):
         raise UserError("max_loss_increase searches for one size; give ratios or parameters")
-    own = [_aimed_at(compressor, target) for target in targets]
+    own = [compressor.with_budget(target) for target in targets]
     with frozen(model):
         work = Sweeps(own[0], InMemory(model), calibration, layers, progress=progress)
         work.several = True
@@ -168,17 +167,6 @@ def _train(work: Sweeps, sites: list[Site], budget: Budget | None, text: Calibra
     before = {site: made.factors(site) for site in sites}
     model, text = work.source.model, text.to_distill or text
     work.keep(distill(model, work.source.roles, before, text, steps, work.progress))
-
-
-def _aimed_at(compressor: Compressor, target: Budget) -> Compressor:
-    """The strategy with this target, where it has one among its own settings."""
-    if compressor.budget is None:
-        return compressor
-    if isinstance(compressor, Wrapped):
-        return replace(compressor, inner=_aimed_at(compressor.inner, target))
-    mode, settings = settings_of(compressor)
-    rest = {name: value for name, value in settings.items() if name not in TARGETS}
-    return make_compressor(mode, rest | target.settings)
 
 
 def measure_for(compressor: Compressor, model: nn.Module, calibration: Calibration) -> Covariances:

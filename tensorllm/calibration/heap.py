@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return the free pages of the heap to the system; nothing where the C library cannot."""
     _trim()(0)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.calibration.covariances import Covariances, Key, Wanted, writes
-from tensorllm.calibration.experts import is_of_experts, watch
+from tensorllm.calibration.experts import expert_hooks, is_of_experts
 from tensorllm.calibration.layers import without_bias
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.calibration.sequences import Batch
@@ -20,7 +20,7 @@ from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import add_gram, mirror
 
 # What the sums are of, at a module.
-MEASURED = {"inputs": "input", "gradients": "output's gradient", "carried": "input's gradient"}
+MEASURED = {"inputs": "input", "gradients": "output's gradient", "propagated": "input's gradient"}
 
 
 def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> nn.Module:
@@ -68,12 +68,12 @@ class CovarianceHooks:
         self._batch: Batch | None = None
         self._with_gradients = False
         self._gradients: dict[tuple[int, str], Tensor] = {}
-        self._carried: dict[tuple[int, str], Tensor] = {}
+        self._propagated: dict[tuple[int, str], Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         self._handles = [handle for key in self._plain for handle in self._hooks(key)]
-        self._handles += watch(self.model, self.roles, self._routed, self._mask, self._see)
+        self._handles += expert_hooks(self.model, self.roles, self._routed, self._mask, self._see)
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -96,12 +96,12 @@ class CovarianceHooks:
                 whole = [g for g in parts.values() if g is not None]
                 self._add("gradients", (layer, together), torch.cat(whole, dim=1))
             if self.wanted.width and not writes(together):
-                carried = [self._across(layer, role, g) for role, g in parts.items()]
-                self._add("carried", (layer, together), torch.cat(carried, dim=1))
+                propagated = [self._across(layer, role, g) for role, g in parts.items()]
+                self._add("propagated", (layer, together), torch.cat(propagated, dim=1))
 
     def _across(self, layer: int, role: str, gradient: Tensor | None) -> Tensor:
         """h = Wᵀ g (N, D): as the backward pass left it, or from the gradient at the output."""
-        found = self._carried.pop((layer, role), None)
+        found = self._propagated.pop((layer, role), None)
         if found is not None:
             return found
         assert gradient is not None
@@ -124,7 +124,7 @@ class CovarianceHooks:
             self.ranks.sum(total)
             if what != "sizes":
                 mirror(total)
-            of_gradients = what == "gradients" or (what == "carried" and not writes(key[1]))
+            of_gradients = what == "gradients" or (what == "propagated" and not writes(key[1]))
             tokens = given.get((key[0], key[1]))
             if tokens is not None:
                 out.tokens[key[0], key[1]] = tokens
@@ -157,7 +157,7 @@ class CovarianceHooks:
     def _add(self, what: str, key: Key, x_NX: Tensor) -> None:
         if not torch.isfinite(x_NX).all():
             name = self.roles.name(key[0], key[1][0]).removesuffix(".weight")
-            of = "output" if what == "carried" and writes(key[1]) else MEASURED[what]
+            of = "output" if what == "propagated" and writes(key[1]) else MEASURED[what]
             raise UserError(
                 f"the {of} of {name} has NaN or Inf in calibration batch {self._number}: the "
                 "model's dtype may be too narrow, load it in float32"
@@ -173,7 +173,7 @@ class CovarianceHooks:
     def _hooks(self, key: Key) -> Iterator[Any]:
         layer, together = key
         first = module_of(self.model, self.roles, layer, together[0])
-        carries = self.wanted.width and writes(together)
+        propagates = self.wanted.width and writes(together)
 
         def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert self._batch is not None
@@ -182,8 +182,9 @@ class CovarianceHooks:
                 self._sums.add(("sizes", *key), x_NX.abs().sum(0))
             if self.wanted.matrices or not writes(together) or together[0] in self.wanted.whole:
                 self._add("inputs", key, x_NX)
-            if carries:
-                self._add("carried", key, self._batch.tokens(without_bias(module, output)).float())
+            if propagates:
+                y_ND = self._batch.tokens(without_bias(module, output))
+                self._add("propagated", key, y_ND.float())
 
         yield first.register_forward_hook(see)
         for role in together * self.wanted.gradients:
@@ -200,7 +201,7 @@ class CovarianceHooks:
 
         def keep(gradient: Tensor) -> None:
             assert self._batch is not None
-            self._carried[layer, role] = self._batch.tokens(gradient).float()
+            self._propagated[layer, role] = self._batch.tokens(gradient).float()
 
         def see_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if not self._with_gradients:

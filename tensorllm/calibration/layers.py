@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tensorllm.calibration.remembered import Remembered
+from tensorllm.calibration.module_cache import ModuleCache
 from tensorllm.calibration.sequences import Batch
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.models import RoleMatrices, parameters_of
@@ -233,7 +233,7 @@ class Layers:
         block: nn.Module,
         hidden: Iterable[Tensor],
         tap: Tap,
-        kept: Remembered,
+        cache: ModuleCache,
         note: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
         """What a tap of the layer gives (N, X), batch by batch; the layer runs only so far.
@@ -241,11 +241,11 @@ class Layers:
         Args:
             note: gets each batch's number and what the tap gave, before padding is taken off.
         """
-        usable = not tap.path.startswith(f"{kept.path}.")
+        usable = not tap.path.startswith(f"{cache.path}.")
         every = zip(self.batches, self.calls[layer], hidden, strict=True)
         for number, (batch, call, hidden_BTD) in enumerate(every):
             signal: Tensor | None = None
-            with torch.no_grad(), tap.attached(block, _stop), kept.within(number, usable):
+            with torch.no_grad(), tap.attached(block, _stop), cache.active(number, usable):
                 try:
                     call.run(block, hidden_BTD)
                 except _Reached as reached:
@@ -268,14 +268,14 @@ class Layers:
                 out_BTD = call.run(block, hidden_BTD)
             yield out_BTD, {name: batch.tokens(signal) for name, signal in seen.items()}
 
-    def run_remembering(
-        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], kept: Sequence[Remembered]
+    def run_cached(
+        self, layer: int, block: nn.Module, hidden: Iterable[Tensor], caches: Sequence[ModuleCache]
     ) -> Iterator[Tensor]:
-        """As `run`, without running again what is remembered."""
+        """As `run`, without running again the modules whose outputs are cached."""
         for number, (call, hidden_BTD) in enumerate(zip(self.calls[layer], hidden, strict=True)):
-            with torch.no_grad(), ExitStack() as remembering:
-                for each in kept:
-                    remembering.enter_context(each.within(number))
+            with torch.no_grad(), ExitStack() as active:
+                for each in caches:
+                    active.enter_context(each.active(number))
                 out_BTD = call.run(block, hidden_BTD)
             yield out_BTD
 

@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from tensorllm.calibration.layers import Layers, Tap
-from tensorllm.calibration.remembered import Rebuild, Remembered, watched
+from tensorllm.calibration.module_cache import ModuleCache, Rebuild, watched
 from tensorllm.calibration.store import Store
 from tensorllm.compressors.layer import Site
 from tensorllm.models import RoleMatrices
@@ -35,7 +35,7 @@ class LayerModule:
     def weights(self) -> dict[str, Tensor]:
         return {name: p.data for name, p in self.parameters.items()}
 
-    def put(self, site: Site, factors: Factors) -> None:
+    def replace(self, site: Site, factors: Factors) -> None:
         """Let the factors, in the dtype they are stored in, take the place of the weights."""
         weights = self.weights
         dtype = weights[self.roles.name(self.number, site.roles[0])].dtype
@@ -115,7 +115,7 @@ class Original:
     def signals(self, name: str) -> Iterator[Tensor]:
         """What a tap gave (N, X), batch by batch."""
         if name == self._first:
-            block, nothing = self.module.block, Remembered(self.module.block, "")
+            block, nothing = self.module.block, ModuleCache(self.module.block, "")
             tap, layer = self.taps[name], self.module.number
             yield from self.layers.signals(layer, block, self.hidden, tap, nothing)
             return

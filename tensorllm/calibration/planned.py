@@ -4,7 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tensorllm.calibration.covariances import Key, Wanted
 from tensorllm.compressors.allocation import share_out
-from tensorllm.compressors.base import Compressor, ErrorCurve, GradientOf, Job, LayerFit, Leaf, Ways
+from tensorllm.compressors.base import (
+    Compressor,
+    ErrorCurve,
+    GradientOf,
+    Groupings,
+    Job,
+    LayerFit,
+    Leaf,
+)
 from tensorllm.compressors.layer import Site, Size
 from tensorllm.compressors.placing import placed
 from tensorllm.errors import UserError
@@ -76,10 +84,10 @@ class Planned:
     def wanted(self) -> Wanted:
         """Which covariances the strategies need."""
         strategies = [job.compressor for job in self.jobs if job.compressor.needs != "weights"]
-        width = [isinstance(one, LayerFit) and one.at_width for one in strategies]
+        width = [isinstance(one, LayerFit) and one.width_only for one in strategies]
         gradients = any(one.needs == "gradients" for one in strategies)
         whole = {
-            role for one in strategies if isinstance(one, LayerFit) for role in one.whole_inputs
+            role for one in strategies if isinstance(one, LayerFit) for role in one.full_covariances
         }
         return Wanted(
             matrices=not all(width), width=any(width), gradients=gradients, whole=frozenset(whole)
@@ -105,32 +113,38 @@ class Planned:
     def least(self, curves: Mapping[Site, ErrorCurve]) -> int:
         """Numbers stored at the smallest sizes."""
         least = 0
-        for ways in self.ways():
-            least += min(sum(int(curves[job.site].cost_N[0]) for job in way) for way in ways)
+        for groupings in self.groupings():
+            least += min(sum(int(curves[job.site].cost_N[0]) for job in one) for one in groupings)
         return least
 
     def sized(self, curves: Mapping[Site, ErrorCurve], numbers: int) -> dict[Site, Size | None]:
         """The sites, each with its size, that a budget chooses."""
-        ways = self.ways()
+        clusters = self.groupings()
         tied = [
             job.site
-            for ways_here in ways
-            for job in ways_here[0]
+            for groupings in clusters
+            for job in groupings[0]
             if isinstance(job.compressor, LayerFit) and job.compressor.one_size
         ]
-        found = share_out(ways, curves, numbers, tied).sizes
+        found = share_out(clusters, curves, numbers, tied).sizes
         return {site: size for site, size in found.items() if any(size)}
 
-    def ways(self) -> list[Ways]:
+    def groupings(self) -> list[Groupings]:
         """How matrices may be grouped into sites, for each set that may be."""
-        out: list[Ways] = []
+        out: list[Groupings] = []
         for layer in self.layers:
             for strategy, sites in self.strategies(layer, [j.site for j in self.of(layer)]):
                 if isinstance(strategy, LayerFit):
-                    out += strategy.ways(self.spec.geometry(layer), layer, sites)
+                    out += strategy.groupings(self.spec.geometry(layer), layer, sites)
                 else:
                     out += [[[Job(site, strategy)]] for site in sites]
         return out
+
+    @property
+    def candidates(self) -> set[Site]:
+        """The sites of all groupings."""
+        groupings = [grouping for cluster in self.groupings() for grouping in cluster]
+        return {job.site for grouping in groupings for job in grouping}
 
     def of(self, layer: int) -> list[Job]:
         """The jobs of a layer."""

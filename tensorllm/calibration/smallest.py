@@ -82,5 +82,5 @@ def with_factors(
     for site, found in factors.items():
         (layer,) = site.layers
         block = smaller.get_submodule(roles.layer_path(layer))
-        LayerModule(roles, layer, block).put(site, found)
+        LayerModule(roles, layer, block).replace(site, found)
     return smaller

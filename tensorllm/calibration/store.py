@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorllm.calibration.heap import give_back
+from tensorllm.calibration.heap import trim_heap
 from tensorllm.compressors.layer import Site
 from tensorllm.errors import UserError
 from tensorllm.io import TEMPORARY, no_space, write_tensors, write_text
@@ -203,7 +203,7 @@ class Sweep:
             yield self.layer, self._before(self.layer), self._keep
             for states in self._before(self.layer):
                 states.drop()
-            give_back()
+            trim_heap()
             self.layer += 1
 
     def done(self, found: Mapping[str, Tensor]) -> None:

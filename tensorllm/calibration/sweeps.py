@@ -68,7 +68,7 @@ class Sweeps:
         self.known: Covariances | None = None
         self.unreached: dict[int, set[int]] = {}
         self.several = False  # whether covariances are kept for a fit of other sizes
-        self.keeps_inputs = False  # beyond what the strategy asks for
+        self.keep_input_covariances = False  # beyond what the strategy asks for
         self._layers: Layers | None = None
         self._measured: Layers | None = None
         self.planned = Planned(compressor, source.roles, layers)
@@ -81,7 +81,7 @@ class Sweeps:
     @property
     def seed(self) -> int:
         """Of the random vectors or labels that gradients are sampled with."""
-        return self.compressor.draws_by
+        return self.compressor.seed_of_fit
 
     def run(self, budget: Budget | None) -> list[Site]:
         """Measured, shared out and fitted: the sites that have factors in the store now.
@@ -150,7 +150,7 @@ class Sweeps:
                 progress=self.progress,
                 ranks=self.ranks,
             )
-        self.keeps_inputs = True
+        self.keep_input_covariances = True
         self.curves()
         out = Covariances()
         for layer in self.planned.layers:
@@ -160,7 +160,7 @@ class Sweeps:
     def curves(self) -> Curves:
         """What every candidate's sizes cost, from one sweep over the original's layers."""
         layers = self.measured_layers
-        candidates = {job.site for ways in self.planned.ways() for way in ways for job in way}
+        candidates = self.planned.candidates
         sweep = Sweep(self.store, "errors", ("measured",), layers.start, layers.layers)
         for layer, (kept,), after in sweep:
             before = self.counted(kept, layer, MEASURING)
@@ -232,8 +232,8 @@ class Sweeps:
 
     def _keep(self, layer: int, covariances: Covariances) -> None:
         """For the second sweep, what its fits ask for."""
-        inputs = self.keeps_inputs or any(
-            not isinstance(job.compressor, LayerFit) or job.compressor.keeps_inputs
+        inputs = self.keep_input_covariances or any(
+            not isinstance(job.compressor, LayerFit) or job.compressor.needs_input_covariances
             for job in self.planned.of(layer)
         )
         self.measures.save(f"covariances-{layer}", covariances.tensors(inputs=inputs))
@@ -285,11 +285,11 @@ class Sweeps:
                     sites,
                 )
                 found = self._fit_layer(context)
-                runs = [context.run.outputs()]
+                runs = [context.original_run.outputs()]
                 if fits:
                     runs.append(context.outputs())
                 after(*runs)
-                context.run.drop()
+                context.original_run.drop()
             sweep.done(found)
             if not self.several:
                 sweep.forget_start()
@@ -324,7 +324,7 @@ class Sweeps:
                     leaf = strategy if size is None else strategy.at_size(site, size)
                     found[site] = leaf.decompose(*_tensor_and_statistics(context, site))
                     if context.compressed is not context.original:
-                        context.put(site, found[site])
+                        context.replace(site, found[site])
             for site, factors in found.items():
                 out |= as_stored(site, factors)
         return out

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tensorllm.calibration.layers import Layers
+from tensorllm.calibration.module_cache import ModuleCache
 from tensorllm.calibration.original import LayerModule
-from tensorllm.calibration.remembered import Remembered
-from tensorllm.compressors.applied import Applied, standing_in
+from tensorllm.compressors.operators import LinearOperator, replaced_by
 from tensorllm.tensors.stacking import ATTENTION_ROLES
 
 NOTHING: Mapping[str, Any] = {}
@@ -23,35 +23,35 @@ class Trials:
     """Runs of a layer with matrices and parameters that are tried; nothing is written.
 
     Args:
-        attention: what its attention gave, for runs that leave it as it is.
+        attention: the outputs of its attention, for runs that leave it as it is.
     """
 
-    def __init__(self, layers: Layers, module: LayerModule, attention: Remembered) -> None:
+    def __init__(self, layers: Layers, module: LayerModule, attention: ModuleCache) -> None:
         self.layers, self.module, self._attention = layers, module, attention
 
     def output(
         self,
         batch: int,
         hidden_BTD: Tensor,
-        weights: Mapping[str, Tensor | Applied] = NOTHING,
+        weights: Mapping[str, Tensor | LinearOperator] = NOTHING,
         parameters: Mapping[str, Tensor] = NOTHING,
     ) -> Tensor:
         """Hidden states (B, T, D) behind the layer, float32.
 
         Args:
-            weights: role matrices (I, D), or what applies one.
+            weights: role matrices (I, D), or operators.
             parameters: by name below the layer.
         """
         module, number = self.module, self.module.number
         run: dict[str, Tensor] = {}
         stands = not set(weights) & set(ATTENTION_ROLES) and not parameters
         with ExitStack() as standing:
-            standing.enter_context(self._attention.within(batch, stands))
+            standing.enter_context(self._attention.active(batch, stands))
             for role, w in weights.items():
-                if isinstance(w, Applied):
-                    if self._alone(role) and w.pays(hidden_BTD.shape[:-1].numel()):
+                if isinstance(w, LinearOperator):
+                    if self._alone(role) and w.is_cheaper(hidden_BTD.shape[:-1].numel()):
                         own = module.block.get_submodule(module.below(role))
-                        standing.enter_context(standing_in(own, w))
+                        standing.enter_context(replaced_by(own, w))
                         continue
                     w = w.matrix()
                 name = module.roles.name(number, role)

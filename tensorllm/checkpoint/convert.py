@@ -11,8 +11,8 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.reader import PICKLES
+from tensorllm.checkpoint.small_files import small_files
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
 from tensorllm.errors import Incomplete, UserError, first_line
 

@@ -91,11 +91,11 @@ def rest_of(
     """
     return {
         f"{layer}.{role}": roles.read(weights, layer, role).clone()
-        for layer, role in beside(roles, replaced)
+        for layer, role in fused_with(roles, replaced)
     }
 
 
-def beside(roles: RoleMatrices, replaced: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+def fused_with(roles: RoleMatrices, replaced: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
     """(layer, role) of the matrices that share a parameter with replaced ones, and are not."""
     replaced = set(replaced)
     others = {
@@ -154,7 +154,9 @@ class FactoredFolder:
             self.manifest,
             sites=sites,
             replaced={n: facts for n, facts in self.manifest.replaced.items() if n in names},
-            rest={f"{n}.{role}": f"rest.{n}.{role}" for n, role in beside(self.roles, matrices)},
+            rest={
+                f"{n}.{role}": f"rest.{n}.{role}" for n, role in fused_with(self.roles, matrices)
+            },
         )
 
     def partly_dense(self, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.beside import small_files
+from tensorllm.checkpoint.small_files import small_files
 
 SAMPLES = 32  # places of each tensor that are read
 BYTES = 64  # at each place

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from tensorllm.checkpoint.beside import UNWANTED
+from tensorllm.checkpoint.small_files import UNWANTED
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
 from tensorllm.recipes import short_names

@@ -41,7 +41,7 @@ SHARDS = ("q", "k", "v")  # what vLLM's joined attention projection calls its pa
 
 def register() -> None:
     """Tell vLLM of the method; the entry point calls it in each of vLLM's processes."""
-    register_quantization_config(METHOD)(FactoredConfig)
+    register_quantization_config(METHOD)(FactoredVLLMConfig)
 
 
 class Parts:
@@ -125,7 +125,7 @@ class Parts:
         return {matrix: each.module.requires_grad_(False) for matrix, each in made.items()}
 
 
-class FactoredConfig(QuantizationConfig):
+class FactoredVLLMConfig(QuantizationConfig):
     """What `"quant_method": "tensorllm"` in config.json stands for in vLLM."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class FactoredConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "FactoredConfig":
+    def from_config(cls, config: dict[str, Any]) -> "FactoredVLLMConfig":
         del config  # says what transformers needs; the folder's manifest says the rest
         return cls()
 

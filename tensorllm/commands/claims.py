@@ -20,7 +20,7 @@ from tensorllm.evaluation.scorer import context_of
 from tensorllm.io import check_writable, locked, write_json
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import short_names
-from tensorllm.reproduction.claims import METHODS, PROTOCOL, Method, Questions, Subject
+from tensorllm.reproduction.claims import METHODS, PROTOCOL, Method, StudyDataset, StudyModel
 from tensorllm.reproduction.claims_summary import (
     NOT_RUN,
     REFUSED,
@@ -40,7 +40,7 @@ RESULTS = "claims.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class StudyCell:
     """One search of the study: a dataset, a draw of its rows, and a method."""
 
     dataset: str
@@ -95,25 +95,25 @@ class ClaimStudy:
         self.questions = {name: self._questions(name) for name in self.datasets}
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[StudyCell]:
         """Draw by draw: an unfinished study has something of every dataset."""
         return [
-            Cell(dataset, draw, method)
+            StudyCell(dataset, draw, method)
             for draw in range(self.request.draws)
             for dataset in self.datasets
             for method in self.methods
         ]
 
-    def _questions(self, name: str) -> Questions:
+    def _questions(self, name: str) -> StudyDataset:
         root = None if DATASETS[name].source is None else self.request.data
         data = make_dataset(name, data_file=data_file(name, root), split="all")
         tokenizer = self.loader.tokenizer()
         data.connect(tokenizer, context=context_of(self.loader.config(), tokenizer))
-        return Questions(data, self.request.limit)
+        return StudyDataset(data, self.request.limit)
 
     @cached_property
-    def subject(self) -> Subject:
-        return Subject(self.loader, self.methods, examiners=len(self.datasets) + 1)
+    def subject(self) -> StudyModel:
+        return StudyModel(self.loader, self.methods, examiners=len(self.datasets) + 1)
 
     def run(self, progress: Progress) -> None:
         """Every cell that is not finished: choose, then tell."""
@@ -169,18 +169,18 @@ class ClaimStudy:
             "original": None if rows is None else scores(rows),
         }
 
-    def _result(self, cell: Cell) -> dict[str, Any]:
+    def _result(self, cell: StudyCell) -> dict[str, Any]:
         about = {"dataset": cell.dataset, "method": cell.method.name, "draw": cell.draw}
         return {**about, **(self._cell(cell) or {"found": NOT_RUN})}
 
-    def _finished(self, cell: Cell) -> bool:
+    def _finished(self, cell: StudyCell) -> bool:
         chosen = self._choice(cell).read()
         if chosen is None or "point" not in chosen:
             return chosen is not None
         points = None, Point(**chosen["point"])
         return all(self._test(cell.dataset, point).read() is not None for point in points)
 
-    def _cell(self, cell: Cell) -> dict[str, Any] | None:
+    def _cell(self, cell: StudyCell) -> dict[str, Any] | None:
         """What a finished cell tells; None: it is not finished."""
         chosen = self._choice(cell).read()
         if chosen is None:
@@ -206,7 +206,7 @@ class ClaimStudy:
             self.folder / dataset / "test" / f"{name}.json", self._facts | {"test": test_rows}
         )
 
-    def _choice(self, cell: Cell) -> CellFile:
+    def _choice(self, cell: StudyCell) -> CellFile:
         questions = self.questions[cell.dataset]
         facts = {
             "validation": examples_fingerprint(questions.drawn(cell.draw, self.request.validation)),

@@ -18,13 +18,13 @@ from tensorllm.models import RoleMatrices
 from tensorllm.progress import Progress, quiet
 from tensorllm.weights import stacked
 
-Read = Callable[[Iterable[str]], Mapping[str, Tensor]]  # parameters by name
+ReadWeights = Callable[[Iterable[str]], Mapping[str, Tensor]]  # parameters by name
 
 
 def sized(
     compressor: Compressor,
     roles: RoleMatrices,
-    read: Read,
+    read: ReadWeights,
     total: int,
     budget: Budget,
     layers: Sequence[int] | None = None,
@@ -79,7 +79,7 @@ def stored_in(curves: Mapping[Site, ErrorCurve], sizes: Mapping[Site, Size]) -> 
 
 
 def _curves(
-    jobs: Sequence[Job], roles: RoleMatrices, read: Read, progress: Progress
+    jobs: Sequence[Job], roles: RoleMatrices, read: ReadWeights, progress: Progress
 ) -> dict[Site, ErrorCurve]:
     out = {}
     for index, job in enumerate(jobs):

@@ -17,10 +17,11 @@ def decomposition_seconds(shapes: Iterable[tuple[int, ...]], speed: float) -> fl
     return sum(10.0 * prod(shape) * sorted(shape)[-2] for shape in shapes) / speed
 
 
-def gemm_speed(size: int = 1024) -> float:
+def gemm_speed() -> float:
     """Float32 matrix products of this machine's processor, in flop per second."""
     import torch
 
+    size = 1024
     a = torch.randn(size, size)
     _ = a @ a
     started = time.perf_counter()

@@ -24,7 +24,7 @@ from tensorllm.compression.plan import Plan, plan
 from tensorllm.compression.prepare import fit_folder_of, prepared
 from tensorllm.compression.publish import publish
 from tensorllm.compression.report import CompressionReport, Totals, saved_parameters
-from tensorllm.compression.room import Stored, with_room
+from tensorllm.compression.room import StoredTensor, with_room
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import Unit, open_checkpoint, run_unit, units
 from tensorllm.compressors import Compressor
@@ -80,7 +80,7 @@ def compress(
     target = budget or (None if isinstance(strategy, Fitted) else strategy.budget)
     if target is not None and target.target_bytes is not None:
         assert isinstance(strategy, Compressor), "a fit has met its target"
-        held = {n: Stored(tuple(w.shape), w.element_size()) for n, w in weights.items()}
+        held = {n: StoredTensor(tuple(w.shape), w.element_size()) for n, w in weights.items()}
         strategy, budget = with_room(strategy, target, roles, held, layers)
     if calibration is not None:
         if isinstance(strategy, Fitted):

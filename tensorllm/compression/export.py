@@ -21,7 +21,7 @@ from tensorllm.checkpoint.manifest import (
 )
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter, as_written, check_target, exclusive
-from tensorllm.compression.beside import complete, dense_config
+from tensorllm.compression.complete import complete, dense_config
 from tensorllm.compression.exported import exported_manifest, exported_report
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.beside import complete, dense_config
+from tensorllm.compression.complete import complete, dense_config
 from tensorllm.compression.exported import exported_report
 from tensorllm.errors import Incomplete, UserError, first_line
 from tensorllm.io import no_space

@@ -21,7 +21,7 @@ from tensorllm.checkpoint.factored import dense_tensors
 from tensorllm.checkpoint.manifest import check_files, factored_manifest
 from tensorllm.checkpoint.reader import Checkpoint, Entry
 from tensorllm.checkpoint.writer import ShardWriter, as_written, check_target, exclusive
-from tensorllm.compression.beside import complete, dense_config
+from tensorllm.compression.complete import complete, dense_config
 from tensorllm.compression.exported import Narrowed, beside_narrow
 from tensorllm.compression.jobs import CompressedSite
 from tensorllm.compression.plan import Plan

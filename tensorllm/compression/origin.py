@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorllm.checkpoint.beside import CARD
+from tensorllm.checkpoint.small_files import CARD
 
 LICENCES = ("license*", "licence*", "copying*", "unlicense*")  # names of the text, in any case
 # The hub's identifier of a licence by how its text begins, white space and case aside.

@@ -54,7 +54,7 @@ class Plan(ABC):
 
 
 @dataclass(frozen=True)
-class Decompositions(Plan):
+class DecompositionPlan(Plan):
     """Each site's weights are decomposed when their turn comes.
 
     Attributes:
@@ -70,7 +70,7 @@ class Decompositions(Plan):
 
 
 @dataclass(frozen=True)
-class Fits(Plan):
+class FittedPlan(Plan):
     """All factors are there already: a strategy was fitted to a text."""
 
     strategy: Fitted
@@ -114,7 +114,7 @@ def plan(strategy: Compressor | Fitted, roles: RoleMatrices, layers: Sequence[in
 
 def decompositions(
     compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | None
-) -> Decompositions:
+) -> DecompositionPlan:
     """The plan of a strategy that needs no text.
 
     Raises:
@@ -127,7 +127,7 @@ def decompositions(
         raise UserError(
             f"mode {mode!r} is fitted to text: give --calibration FILE (or calibration= in Python)"
         )
-    return Decompositions(
+    return DecompositionPlan(
         compressor,
         found.layers,
         tuple(job.site for job in found.jobs),
@@ -143,7 +143,7 @@ def _of_fit(fitted: Fitted, roles: RoleMatrices, layers: Sequence[int] | None) -
         raise UserError(
             f"this strategy was fitted to layers {sorted(fitted.layers)}, not {sorted(wanted)}"
         )
-    return Fits(fitted, wanted, fitted.sites, fitted.settings, fitted.passed_over)
+    return FittedPlan(fitted, wanted, fitted.sites, fitted.settings, fitted.passed_over)
 
 
 def _refuse_overlap(sites: Sequence[Site]) -> None:

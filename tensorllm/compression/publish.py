@@ -12,7 +12,7 @@ from tensorllm.checkpoint.factored import mark_config
 from tensorllm.checkpoint.manifest import Manifest, StoredSite
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter
-from tensorllm.compression.beside import complete, dense_config
+from tensorllm.compression.complete import complete, dense_config
 from tensorllm.compression.narrow import Narrowing
 from tensorllm.compression.origin import origin
 from tensorllm.compression.plan import Plan

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from tensorllm.checkpoint.factored import beside
+from tensorllm.checkpoint.factored import fused_with
 from tensorllm.checkpoint.reader import DTYPES, Checkpoint
 from tensorllm.checkpoint.writer import SHARD_BYTES
 from tensorllm.compressors import Compressor
@@ -22,7 +22,7 @@ SHARD = 48  # bytes of a weight file that are neither numbers nor names of tenso
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor as it will be written."""
 
     shape: tuple[int, ...]
@@ -33,14 +33,14 @@ class Stored:
         return prod(self.shape) * self.itemsize + entry_bytes(name, self.shape, self.itemsize, most)
 
 
-def stored_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Stored]:
+def stored_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint, written in a dtype (None: as they are)."""
     _ = checkpoint.weights  # from here on it is known which are unused
     out = {}
     for name, entry in checkpoint.entries.items():
         kept = entry.dtype not in DTYPES or name in checkpoint.unused
         width = entry.bytes // max(1, entry.numel)
-        out[name] = Stored(entry.shape, width if kept or dtype is None else dtype.itemsize)
+        out[name] = StoredTensor(entry.shape, width if kept or dtype is None else dtype.itemsize)
     return out
 
 
@@ -48,7 +48,7 @@ def with_room(
     compressor: Compressor,
     budget: Budget,
     roles: RoleMatrices,
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
     layers: Sequence[int] | None,
     shard_bytes: int = SHARD_BYTES,
     written: torch.dtype | None = None,
@@ -71,7 +71,7 @@ def with_room(
     for layer, role in matrices:  # all else that is fused with them stays
         numbers = roles.spec.geometry(layer).numel(role)
         other -= numbers * tensors[roles.name(layer, role)].itemsize
-    names = (f"rest.{layer}.{role}" for layer, role in beside(roles, matrices))
+    names = (f"rest.{layer}.{role}" for layer, role in fused_with(roles, matrices))
     other += sum(entry_bytes(name, (10**6, 10**6), 2, most) for name in names)
     now = sum(t.bytes(name, most) for name, t in tensors.items())
     if most >= now:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tensorllm.compressors.base import ErrorCurve, Ways
+from tensorllm.compressors.base import ErrorCurve, Groupings
 from tensorllm.compressors.layer import Site, Size
 from tensorllm.tensors.allocation import Curve, allocate, error_of
 
@@ -37,7 +37,7 @@ def with_whole(curve: ErrorCurve, numbers: int) -> ErrorCurve:
 
 
 def share_out(
-    ways: Sequence[Ways],
+    clusters: Sequence[Groupings],
     curves: Mapping[Site, ErrorCurve],
     numbers: int,
     tied: Collection[Site] = (),
@@ -45,34 +45,38 @@ def share_out(
     """Sizes that store at most `numbers` with about the least summed error.
 
     Each size is worth the error that it takes away per number that it costs; layers and matrices
-    compete for one budget. Of several ways to group matrices one is chosen.
+    compete for one budget. Of the groupings of a cluster of matrices one is chosen.
 
     Args:
-        tied: sites that all get the same size; no other way has any of their matrices.
+        tied: sites that all get the same size; no other grouping has any of their matrices.
 
     Raises:
         UserError: even the smallest sizes store more.
     """
-    free = [each for each in ways if not any(job.site in tied for way in each for job in way)]
-    clusters = [
+    free = [
+        groupings
+        for groupings in clusters
+        if not any(job.site in tied for grouping in groupings for job in grouping)
+    ]
+    curves_of = [
         [
-            [Curve(curves[job.site].cost_N, curves[job.site].error_N) for job in way]
-            for way in ways_here
+            [Curve(curves[job.site].cost_N, curves[job.site].error_N) for job in grouping]
+            for grouping in groupings
         ]
-        for ways_here in free
+        for groupings in free
     ]
     if tied:
         together = _together([curves[site] for site in tied])
-        clusters.append([[Curve(together.cost_N, together.error_N)]])
-    choices = allocate(clusters, numbers)
+        curves_of.append([[Curve(together.cost_N, together.error_N)]])
+    choices = allocate(curves_of, numbers)
     sizes: dict[Site, Size] = {}
-    for ways_here, choice in zip(free, choices[: len(free)], strict=True):
-        for job, point in zip(ways_here[choice.way], choice.ranks, strict=True):
+    for groupings, choice in zip(free, choices[: len(free)], strict=True):
+        for job, point in zip(groupings[choice.grouping], choice.ranks, strict=True):
             sizes[job.site] = tuple(curves[job.site].sizes_NC[point - 1].tolist())
     if tied:
         (point,) = choices[-1].ranks
         sizes |= dict.fromkeys(tied, tuple(together.sizes_NC[point - 1].tolist()))
-    return Allocation(sizes, error_of(clusters, choices))
+    return Allocation(sizes, error_of(curves_of, choices))
 
 
 def _together(curves: Sequence[ErrorCurve]) -> ErrorCurve:

@@ -8,12 +8,14 @@ writes, counts, searches, budgets, saves or runs works on this contract, never o
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from tensorllm.compressors.budget import Budget
+from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.dimension import Dimension as Dimension  # plugins import it from here
+from tensorllm.compressors.layer import ErrorCurve as ErrorCurve  # and this
 from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
@@ -26,45 +28,7 @@ Needs = Literal["weights", "activations", "gradients"]
 GradientOf = Literal["outputs", "loss"]
 
 
-@dataclass(frozen=True, slots=True)
-class Dimension:
-    """One thing that `search-ranks` may vary.
-
-    Attributes:
-        values: what is tried where the user names no values, ascending: all whole numbers, all
-            floats, or all names.
-        allowed: smallest and largest number that a user may name (on a logarithmic scale 0 itself
-            is not one); None: only those of `values`.
-        names: what a user's sets of names, joined by `+`, may hold; empty: only `values`.
-        log: whether a sampler draws numbers between the bounds on a logarithmic scale.
-        optional: it is varied only where the user names values.
-    """
-
-    values: tuple[Value, ...]
-    allowed: tuple[float, float] | None = None
-    names: tuple[str, ...] = ()
-    log: bool = True
-    optional: bool = False
-
-
-class ErrorCurve(NamedTuple):
-    """What every size of a site stores and what error it leaves.
-
-    Shapes: N sizes, C integers that say one size (ranks, as a rule).
-
-    Attributes:
-        cost_N: numbers stored, ascending.
-        error_N: error left, descending, in a unit that all sites of one run share.
-        sizes_NC: the sizes, for `Leaf.at_size` or `LayerContext.sizes`; all 0 leaves the site as
-            it is.
-    """
-
-    cost_N: Tensor
-    error_N: Tensor
-    sizes_NC: Tensor
-
-
-Ways = list[list["Job"]]  # ways in which matrices that read one input may be grouped into sites
+Groupings = list[list["Job"]]  # of the same matrices; a budget chooses one
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +98,7 @@ class Compressor(ABC):
         return 0
 
     @property
-    def draws_by(self) -> int:
+    def seed_of_fit(self) -> int:
         """The seed of the random vectors or labels that a fit samples gradients with."""
         return 0
 
@@ -142,6 +106,20 @@ class Compressor(ABC):
     def budget(self) -> Budget | None:
         """The target size among the strategy's own settings; None: its sizes are given."""
         return None
+
+    def with_budget(self, budget: Budget) -> "Compressor":
+        """The strategy with another target in place of its own; itself where it has none.
+
+        Raises:
+            UserError: it has no setting for this target.
+        """
+        if self.budget is None:
+            return self
+        own: Any = self
+        targets = {field.name for field in fields(own)} & set(TARGETS)
+        if wrong := budget.settings.keys() - targets:
+            raise UserError(f"{type(self).__name__} has no setting {', '.join(wrong)}")
+        return replace(own, **(dict.fromkeys(targets) | budget.settings))
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
@@ -257,41 +235,41 @@ class LayerFit(Compressor):
     """A strategy that fits the matrices of a layer to what goes through it, layer after layer.
 
     Attributes:
-        at_width: whether covariances at the model's width are all that it asks the context for
-            (`width_covariance`, `carried_covariance`) beside `whole_inputs`: nothing else is then
-            measured whose size is the square of an FFN's width.
+        width_only: whether covariances at the model's width are all that it asks the context for
+            (`width_covariance`, `propagated_covariance`) beside `full_covariances`: nothing else is
+            then measured whose size is the square of an FFN's width.
         holds_out: whether `curves` asks for `held_out_error`: a batch is then kept out of its
             covariances.
-        one_size: whether a budget gives all sites that `ways` names the same size.
+        one_size: whether a budget gives all sites of `groupings` the same size.
     """
 
     needs: ClassVar[Needs] = "activations"
-    at_width: ClassVar[bool] = False
+    width_only: ClassVar[bool] = False
     holds_out: ClassVar[bool] = False
     one_size: ClassVar[bool] = False
 
     @property
-    def whole_inputs(self) -> tuple[str, ...]:
+    def full_covariances(self) -> tuple[str, ...]:
         """Roles whose inputs' covariances `curves` asks for in full, however wide they are."""
         return ()
 
     @property
-    def keeps_inputs(self) -> bool:
+    def needs_input_covariances(self) -> bool:
         """Whether `fit_layer` asks for covariances of the original's own inputs."""
         return True
 
     @abstractmethod
     def fit_layer(self, context: LayerContext) -> LayerResult:
-        """The factors of one layer's sites, `put` into the compressed layer too.
+        """The factors of one layer's sites, which also replace the compressed layer's matrices.
 
         Args:
             context: the layer, the original's and the compressed model's inputs of it, the
                 original's output, covariances, and, where a budget was shared out, the sizes.
         """
 
-    def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
+    def groupings(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Groupings]:
         """How a budget may group the layer's matrices into sites, for each set of matrices that may
-        be grouped: by default as they were planned."""
+        be grouped: by default only as they were planned."""
         del geometry, layer
         return [[[Job(site, self)]] for site in sites]
 

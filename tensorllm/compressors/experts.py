@@ -30,8 +30,9 @@ from tensorllm.tensors.experts import (
     stored_numbers,
     weighted_tucker,
 )
-from tensorllm.tensors.factors import Factors, Tucker, tucker_outline
+from tensorllm.tensors.factors import Factors, Tucker
 from tensorllm.tensors.stacking import ROUTED, Geometry
+from tensorllm.tensors.tucker import tucker_outline
 
 MODES = ("experts", "inner", "width", "matrices")
 STACKED = ("inputs", "all", "none")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from tensorllm.compressors.base import COMPRESSORS, Composite, Compressor, Dimension, Job
 from tensorllm.compressors.laser import LaserSVD
-from tensorllm.compressors.tucker import Layout, SharedTucker4D
+from tensorllm.compressors.tucker import LayoutName, SharedTucker4D
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
@@ -29,7 +29,7 @@ class Hybrid(Composite):
     """
 
     ranks: tuple[int, ...] | None = None
-    layout: Layout | None = None
+    layout: LayoutName | None = None
     rho: float | None = None
     rank: int | None = None
     matrices: tuple[str, ...] | None = None

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from tensorllm.compressors.applied import Applied
+from tensorllm.compressors.operators import LinearOperator
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION, STACKINGS, Geometry, families
 
@@ -93,8 +93,25 @@ class MatrixStatistics:
         return self.gradient_covariance_YY if self.reads_rows else self.input_covariance_XX
 
 
-OfGiven = Callable[[Tensor], Tensor]  # (..., D) of (..., D)
+OutputMap = Callable[[Tensor], Tensor]  # outputs (..., D) of the factors, from the original's
 Size = tuple[int, ...]  # integers that say one size on an error curve: ranks, as a rule
+
+
+class ErrorCurve(NamedTuple):
+    """What every size of a site stores and what error it leaves.
+
+    Shapes: N sizes, C integers that say one size (ranks, as a rule).
+
+    Attributes:
+        cost_N: numbers stored, ascending.
+        error_N: error left, descending, in a unit that all sites of one run share.
+        sizes_NC: the sizes, for `Leaf.at_size` or `LayerContext.sizes`; all 0 leaves the site as
+            it is.
+    """
+
+    cost_N: Tensor
+    error_N: Tensor
+    sizes_NC: Tensor
 
 
 class LayerContext(Protocol):
@@ -147,12 +164,13 @@ class LayerContext(Protocol):
         """Of how many tokens the gradients at the outputs of these roles were taken."""
         ...
 
-    def carried_covariance(self, roles: Sequence[str]) -> Tensor:
-        """The other side, carried across the matrices to the model's width (D, D), float64: E[h hᵀ]
-        of h = Wᵀ g, the sum over these roles; of output projections E[y yᵀ] of y = W x."""
+    def propagated_covariance(self, roles: Sequence[str]) -> Tensor:
+        """The covariance of the other side, propagated through the matrices to the model's width
+        (D, D), float64: of input projections E[h hᵀ] = Wᵀ E[g gᵀ] W of h = Wᵀ g, summed over these
+        roles; of an output projection E[y yᵀ] = W E[x xᵀ] Wᵀ of y = W x."""
         ...
 
-    def shifted_at_width(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def shifted_width_covariances(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:
         """As `shifted_covariances` at the model's width (D, D): of what input projections read, or
         of W x and W y of output projections, W the original's matrix."""
         ...
@@ -165,28 +183,27 @@ class LayerContext(Protocol):
         """(N, X) per batch: what the original gives the role's matrix."""
         ...
 
-    def original_at_width(self, role: str) -> Iterator[Tensor]:
-        """(N, D) per batch, without another run of the layer: what the original gives an input
-        projection to read, or W x of an output projection, W its matrix."""
+    def original_width_activations(self, role: str) -> Iterator[Tensor]:
+        """Activations of the original at the model's width, (N, D) per batch, without another run
+        of the layer: the inputs of an input projection, or the outputs W x of an output
+        projection."""
         ...
 
     def compressed_inputs(self, role: str) -> Iterator[Tensor]:
-        """(N, X) per batch: what the compressed model gives it, with all that was `put` so far."""
+        """(N, X) per batch: what the compressed model gives it, with what was replaced so far."""
         ...
 
-    def put(self, site: Site, factors: Factors, given: OfGiven | None = None) -> None:
-        """Let factors, rounded as they are stored, take the place of the compressed layer's
-        matrices.
+    def replace(self, site: Site, factors: Factors, output_map: OutputMap | None = None) -> None:
+        """Replace matrices of the compressed layer by factors, rounded as they are stored.
 
         Args:
-            given: of an output projection, how what it gives with its factors is made of what the
-                original's matrix gives for the same input; saves another run of the layer.
+            output_map: of an output projection, how its outputs with the factors follow from those
+                with the original's matrix on the same input; saves another run of the layer.
         """
         ...
 
-    def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Let norms and biases, by their names below the layer, take the place of the compressed
-        layer's."""
+    def replace_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Replace norms and biases of the compressed layer, by their names below it."""
         ...
 
     def outputs(self) -> Iterator[Tensor]:
@@ -207,26 +224,26 @@ class LayerContext(Protocol):
         """The role matrices (I, D) that factors of a site stand for."""
         ...
 
-    def held_out_error(self, weights: Mapping[str, Tensor | Applied]) -> float:
-        """How far the layer's output on that text moves with these role matrices (I, D), or what
-        applies them, in the place of its own, in the unit of `output_error`."""
+    def held_out_error(self, weights: Mapping[str, Tensor | LinearOperator]) -> float:
+        """How far the layer's output on that text moves with these role matrices (I, D), or
+        operators, in the place of its own, in the unit of `output_error`."""
         ...
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors, gradients as a rule, by their sums over the processes of the fit."""
         ...
 
     def output_loss(
         self,
         batch: int,
-        weights: Mapping[str, Tensor | Applied],
+        weights: Mapping[str, Tensor | LinearOperator],
         parameters: Mapping[str, Tensor],
     ) -> Tensor:
         """`output_error` on one batch, as a scalar that gradients flow from.
 
         Args:
             batch: 0 to `batches` - 1.
-            weights: role matrices (I, D) to run with, or what does as they do.
+            weights: role matrices (I, D) to run with, or operators.
             parameters: other parameters of the layer to run with, by their names below it.
         """
         ...

@@ -208,9 +208,9 @@ def _whitening_of(context: LayerContext, role: str) -> Root:
 def weighted_curve(w_YX: Tensor, root: Root) -> ErrorCurve:
     """Squared error of a map at every rank that saves numbers, relative to its mean square, inputs
     weighted; and at size 0 the matrix as it is."""
-    seen_YX = root.scale(w_YX)
-    wide = len(seen_YX) <= seen_YX.shape[1]
-    gram = seen_YX @ seen_YX.mT if wide else seen_YX.mT @ seen_YX
+    scaled_YX = root.scale(w_YX)
+    wide = len(scaled_YX) <= scaled_YX.shape[1]
+    gram = scaled_YX @ scaled_YX.mT if wide else scaled_YX.mT @ scaled_YX
     squares = eigenvalues(gram).clamp(min=0).cpu()
     ranks = torch.arange(1, len(squares) + 1)
     whole = float(squares.sum()) or 1.0  # a matrix of zeros has no error at any rank
@@ -279,12 +279,12 @@ def map_of(w_ID: Tensor, role: str) -> Tensor:
 
 def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (Y, R) and (R, X) of the best map of this rank between weighted inputs."""
-    seen_YX = root.scale(w_YX)
-    if len(seen_YX) <= seen_YX.shape[1]:  # on the smaller side, where the root drops out
-        u_YR = leading_eigenvectors(seen_YX @ seen_YX.mT, rank)
+    scaled_YX = root.scale(w_YX)
+    if len(scaled_YX) <= scaled_YX.shape[1]:  # on the smaller side, where the root drops out
+        u_YR = leading_eigenvectors(scaled_YX @ scaled_YX.mT, rank)
         return u_YR, u_YR.mT @ w_YX
-    v_XR = leading_eigenvectors(seen_YX.mT @ seen_YX, rank)
-    return seen_YX @ v_XR, root.unscale(v_XR.mT)
+    v_XR = leading_eigenvectors(scaled_YX.mT @ scaled_YX, rank)
+    return scaled_YX @ v_XR, root.unscale(v_XR.mT)
 
 
 def low_rank(u_YR: Tensor, v_RX: Tensor, *, transposed: bool, like: Tensor) -> LowRank:

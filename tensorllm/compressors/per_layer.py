@@ -13,7 +13,7 @@ Edit = Mapping[str, Any]  # `layers`, `mode` and that mode's settings
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LayerEdit:
     """One edit: which layers, and by whom."""
 
     layers: tuple[int, ...]
@@ -43,7 +43,7 @@ class PerLayer(Composite):
         object.__setattr__(self, "edits", tuple(self.edits))
         self.parts()  # refuses wrong settings now rather than at work
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LayerEdit]:
         """The edits with their strategies made."""
         return [_part(number, edit) for number, edit in enumerate(self.edits, 1)]
 
@@ -60,7 +60,7 @@ class PerLayer(Composite):
         return jobs
 
 
-def _part(number: int, edit: Any) -> Part:
+def _part(number: int, edit: Any) -> LayerEdit:
     if not isinstance(edit, Mapping):
         raise UserError(f"edit {number} must be a mapping of layers, mode and settings: {edit!r}")
     layers, mode = edit.get("layers"), edit.get("mode")
@@ -71,6 +71,6 @@ def _part(number: int, edit: Any) -> Part:
         raise UserError(f"edit {number}: mode is missing")
     settings = {key: value for key, value in edit.items() if key not in ("layers", "mode")}
     try:
-        return Part(tuple(layers), make_compressor(mode, settings))
+        return LayerEdit(tuple(layers), make_compressor(mode, settings))
     except UserError as error:
         raise UserError(f"edit {number}: {error}") from None

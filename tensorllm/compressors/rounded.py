@@ -2,7 +2,7 @@
 
 For a budget in bytes a size is ranks and bits: `(*size, 4)` are the factors of a size in int4,
 `(0, ..., 4)` is the whole matrix in int4, `(0, ..., 0)` leaves it as it is. What it costs are bytes
-in the file; what it errs is what truncation loses, and of what is left what rounding does.
+in the file; its error is that of truncation plus that of rounding what is kept.
 Shapes: N sizes of a curve, I and D of a role matrix.
 """
 
@@ -25,7 +25,7 @@ from tensorllm.compressors.base import (
 from tensorllm.compressors.checks import check_roles
 from tensorllm.compressors.layer import LayerContext, LayerResult, MatrixStatistics, Site, Size
 from tensorllm.compressors.matrix import matrix_sites
-from tensorllm.compressors.wrapped import Wrapped, WrappedFit, of_inner
+from tensorllm.compressors.wrapped import Wrapped, WrappedFit, delegated
 from tensorllm.errors import UserError
 from tensorllm.io import entry_bytes
 from tensorllm.models.spec import ModelSpec
@@ -97,33 +97,35 @@ class RoundedLeaf(Leaf):
 
     Attributes:
         inner: the leaf.
-        most: bytes of the file, at most.
+        max_bytes: of the file.
         written: dtype of the file's matrices; None: that of the weights that are decomposed.
     """
 
     inner: Leaf
-    most: int
+    max_bytes: int
     written: torch.dtype | None = None
 
     source: ClassVar[str] = ""
 
-    needs = of_inner()
-    named = of_inner()
-    check = of_inner()
-    decompose = of_inner()
+    needs = delegated()
+    named = delegated()
+    check = delegated()
+    decompose = delegated()
 
     def curve(
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> ErrorCurve:
         """Each size in full and in few bits, and the tensor itself."""
         inner, shape, dtype = self.inner, tuple(w.shape), self.written or w.dtype
-        errs = {
+        rounding_errors = {
             bits: inner.error_of(w, quantise(Whole(w), how).dense(), statistics)
             for bits, how in HOW.items()
         }
         total = inner.error_of(w, torch.zeros_like(w), statistics)
-        sizes = Sizes(site, shape, dtype, self.most, lambda size: inner.outline(shape, size))
-        return sizes.with_bits(inner.curve(site, w, statistics), errs, total)
+        sizes = RoundedSizes(
+            site, shape, dtype, self.max_bytes, lambda size: inner.outline(shape, size)
+        )
+        return sizes.with_bits(inner.curve(site, w, statistics), rounding_errors, total)
 
     def at_size(self, site: Site, size: Size) -> Leaf:
         *ranks, bits = size
@@ -135,38 +137,39 @@ class RoundedLeaf(Leaf):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RoundedSizes:
     """What the sizes of a site take in a file.
 
     Attributes:
         shape, dtype: of the site's tensor, as it is stored where it is not rounded.
-        most: bytes of the file, at most.
+        max_bytes: of the file.
         outline: gives the factors of a size that has no bits.
     """
 
     site: Site
     shape: tuple[int, ...]
     dtype: torch.dtype
-    most: int
+    max_bytes: int
     outline: Callable[[Size], Factors]
 
     def with_bits(
         self,
         plain: ErrorCurve,
-        errs: Mapping[int, float],
+        rounding_errors: Mapping[int, float],
         total: float,
         *,
         whole: bool = True,
-        tried: Mapping[int, float] | None = None,
+        trial_errors: Mapping[int, float] | None = None,
     ) -> ErrorCurve:
         """A curve whose sizes are ranks and bits, and whose costs are bytes.
 
         Args:
             plain: without rounding, in numbers.
-            errs: bits -> what rounding the whole tensor costs, in the unit of the curve.
+            rounding_errors: bits -> what rounding the whole tensor costs, in the unit of the curve.
             total: what the tensor would cost if it were zero.
             whole: whether the tensor itself is a candidate.
-            tried: bits -> what rounding factors cost in a trial; else it is estimated from `errs`.
+            trial_errors: bits -> what rounding factors cost in a trial; else it is estimated from
+                `rounding_errors`.
         """
         nothing = (0,) * plain.sizes_NC.shape[1]
         found: list[tuple[int, float, Size]] = []
@@ -176,28 +179,30 @@ class Sizes:
             factors = cast_factors(self.outline(tuple(ranks)), self.dtype)
             left = max(0.0, 1 - error / total) if total > 0 else 0.0
             found.append((self.bytes(factors, None), error, (*ranks, 0)))
-            for bits, each in errs.items():
-                worse = factors.rounding * each * left if tried is None else tried[bits]
+            for bits, each in rounding_errors.items():
+                worse = (
+                    factors.rounding * each * left if trial_errors is None else trial_errors[bits]
+                )
                 found.append((self.bytes(factors, bits), error + worse, (*ranks, bits)))
-        for bits, error in {0: 0.0, **errs}.items() if whole else ():
+        for bits, error in {0: 0.0, **rounding_errors}.items() if whole else ():
             tensor = Whole(torch.empty(self.shape, dtype=self.dtype, device="meta"))
             names = self.bytes(tensor, bits or None) - _numbers(tensor, bits or None)
             # The matrices of the site may be held one by one: each has a name then.
             cost = self.bytes(tensor, bits or None) + (len(self.site.matrices) - 1) * names
             found.append((cost, error, (*nothing, bits)))
-        return _useful(found)
+        return _pareto(found)
 
     def bytes(self, factors: Factors, bits: int | None) -> int:
         """At most so many bytes factors take in the file, with their names in its header."""
         held = shapes_held(factors, bits)
         names = (
-            entry_bytes(f"factors.{self.site.name}.{name}", shape, width, self.most)
+            entry_bytes(f"factors.{self.site.name}.{name}", shape, width, self.max_bytes)
             for name, (shape, width) in held.items()
         )
         return _numbers(factors, bits) + sum(names)
 
 
-def _useful(found: list[tuple[int, float, Size]]) -> ErrorCurve:
+def _pareto(found: list[tuple[int, float, Size]]) -> ErrorCurve:
     """Those that no cheaper one is as good as, by ascending cost."""
     kept: list[tuple[int, float, Size]] = []
     for cost, error, size in sorted(found):
@@ -221,32 +226,32 @@ class RoundedFit(WrappedFit):
     rounded once they are fitted, and the layers above see what that did.
     """
 
-    def __init__(self, inner: LayerFit, most: int, written: torch.dtype | None = None) -> None:
+    def __init__(self, inner: LayerFit, max_bytes: int, written: torch.dtype | None = None) -> None:
         super().__init__(inner)
-        self.most, self.written = most, written
+        self.max_bytes, self.written = max_bytes, written
 
     @property
-    def keeps_inputs(self) -> bool:
+    def needs_input_covariances(self) -> bool:
         return True  # their covariances are what whole matrices are rounded by
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
-        plainly = self.inner.curves(sites, context)
-        errs = {
-            role: self._errors(context, role)
+        unrounded = self.inner.curves(sites, context)
+        rounding_errors = {
+            role: self._rounding_errors(context, role)
             for role in dict.fromkeys(role for site in sites for role in site.roles)
         }
         out, geometry = {}, context.geometry
-        for site, plain in plainly.items():
-            mine = [errs[role] for role in site.roles]
+        for site, plain in unrounded.items():
+            mine = [rounding_errors[role] for role in site.roles]
             shape = site.shape(geometry)
             dtype = self.written or context.weight(site.roles[0]).dtype
             outline = partial(self.inner.outline, site, geometry)
-            out[site] = Sizes(site, shape, dtype, self.most, outline).with_bits(
+            out[site] = RoundedSizes(site, shape, dtype, self.max_bytes, outline).with_bits(
                 ErrorCurve(*(t.cpu() for t in plain)),
                 {bits: sum(each[bits] for each in mine) for bits in HOW},
                 sum(each[0] for each in mine),
-                whole=len(site.roles) == 1,  # several are, each alone, in another way of grouping
-                tried=self._tried(context, site),
+                whole=len(site.roles) == 1,  # several are, each alone, in another grouping
+                trial_errors=self._trial_errors(context, site),
             )
         return out
 
@@ -259,32 +264,32 @@ class RoundedFit(WrappedFit):
             ranks[site], bits[site] = size[:-1], size[-1]
             if not any(ranks[site]):
                 found[site] = self._whole(context, site, bits[site])
-                context.put(site, found[site])
+                context.replace(site, found[site])
         left = {site: size for site, size in ranks.items() if any(size)}
         if not left:
             return LayerResult(found)
-        result = self.inner.fit_layer(cast(LayerContext, _With(context, left)))
+        result = self.inner.fit_layer(cast(LayerContext, _WithSites(context, left)))
         for site, factors in result.factors.items():
             found[site] = factors
             if bits[site]:
                 found[site] = quantise(factors, HOW[bits[site]])
-                context.put(site, found[site])
+                context.replace(site, found[site])
         return LayerResult(found, result.parameters)
 
-    def _tried(self, context: LayerContext, site: Site) -> dict[int, float] | None:
-        """Bits -> what rounding a site's factors costs, where that can be tried: matrices of
+    def _trial_errors(self, context: LayerContext, site: Site) -> dict[int, float] | None:
+        """Bits -> what rounding a site's factors costs, where a trial is possible: matrices of
         different sizes that share a factor may lose all that the small ones are."""
         factors = self.inner.example(site, context) if context.holds_out else None
         if factors is None:
             return None
-        plainly = context.held_out_error(context.matrices(site, factors))
+        unrounded = context.held_out_error(context.matrices(site, factors))
         costs = {
             bits: context.held_out_error(context.matrices(site, quantise(factors, how)))
             for bits, how in HOW.items()
         }
-        return {bits: max(0.0, cost - plainly) for bits, cost in costs.items()}
+        return {bits: max(0.0, cost - unrounded) for bits, cost in costs.items()}
 
-    def _errors(self, context: LayerContext, role: str) -> dict[int, float]:
+    def _rounding_errors(self, context: LayerContext, role: str) -> dict[int, float]:
         """What rounding a matrix costs by bits, and at 0 what leaving it out does."""
         w_ID = context.weight(role).float()
         metric_DD = self.inner.rounding_metric(context, role).to(w_ID.device)
@@ -303,7 +308,7 @@ class RoundedFit(WrappedFit):
 
 
 @dataclass(frozen=True)
-class _With:
+class _WithSites:
     """A context with other sites."""
 
     context: LayerContext
@@ -313,17 +318,17 @@ class _With:
         return getattr(self.context, name)
 
 
-def in_bytes(compressor: Compressor, most: int, written: torch.dtype | None = None) -> Wrapped:
+def in_bytes(compressor: Compressor, max_bytes: int, written: torch.dtype | None = None) -> Wrapped:
     """The strategy with sizes that are ranks and bits, and costs that are bytes.
 
     Args:
-        most: bytes of the file, at most.
+        max_bytes: of the file.
         written: dtype of the file's matrices, where the model runs in another; None: in that.
     """
 
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
         if isinstance(inner, Leaf):
-            return RoundedLeaf(inner, most, written)
-        return RoundedFit(inner, most, written)
+            return RoundedLeaf(inner, max_bytes, written)
+        return RoundedFit(inner, max_bytes, written)
 
     return Wrapped(compressor, wrap)

@@ -19,7 +19,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.registry import one_of
 from tensorllm.tensors.energy import tucker_energy, tucker_stored
-from tensorllm.tensors.factors import Factors, Tucker, tucker_outline
+from tensorllm.tensors.factors import Factors, Tucker
 from tensorllm.tensors.ranks import (
     check_ranks,
     ranks_for_energy,
@@ -27,9 +27,9 @@ from tensorllm.tensors.ranks import (
     tucker_parameters,
 )
 from tensorllm.tensors.stacking import ATTENTION
-from tensorllm.tensors.tucker import spectra, truncate, tucker
+from tensorllm.tensors.tucker import spectra, truncate, tucker, tucker_outline
 
-Layout = Literal["paper", "official"]
+LayoutName = Literal["paper", "official"]
 Solver = Literal["sthosvd", "tensorly"]
 LAYOUTS = ("paper", "official")
 SOLVERS = ("sthosvd", "tensorly")
@@ -59,7 +59,7 @@ class TuckerSettings(Leaf):
     ranks: tuple[int, ...] | None = None
     energy: float | None = None
     error: float | None = None
-    layout: Layout = "paper"
+    layout: LayoutName = "paper"
     sweeps: int | None = None
     tol: float | None = None
     solver: Solver = "sthosvd"

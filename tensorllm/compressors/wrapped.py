@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +14,12 @@ from tensorllm.compressors.base import (
     Composite,
     Compressor,
     ErrorCurve,
+    Groupings,
     Job,
     LayerFit,
     Leaf,
-    Ways,
 )
+from tensorllm.compressors.budget import Budget
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.compressors.widths import multiples
 from tensorllm.models.spec import ModelSpec
@@ -28,7 +29,7 @@ from tensorllm.tensors.stacking import FFN, Geometry
 Wrap = Callable[[Leaf | LayerFit], Leaf | LayerFit]
 
 
-class _OfInner:
+class _Delegated:
     """A member of the wrapped strategy, `inner`, under its own name."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -38,9 +39,9 @@ class _OfInner:
         return self if instance is None else getattr(instance.inner, self.name)
 
 
-def of_inner() -> Any:
-    """An attribute or method that a wrapper leaves to what it wraps, `inner`."""
-    return _OfInner()  # as Any: each stands for a member of another type
+def delegated() -> Any:
+    """An attribute or method that a wrapper delegates to what it wraps, `inner`."""
+    return _Delegated()  # as Any: each stands for a member of another type
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,13 @@ class Wrapped(Composite):
     wrap: Wrap
 
     source: ClassVar[str] = ""
-    named = of_inner()
-    training_steps = of_inner()
-    draws_by = of_inner()
-    budget = of_inner()
+    named = delegated()
+    training_steps = delegated()
+    seed_of_fit = delegated()
+    budget = delegated()
+
+    def with_budget(self, budget: Budget) -> "Wrapped":
+        return replace(self, inner=self.inner.with_budget(budget))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         made: dict[int, Leaf | LayerFit] = {}  # one wrapper of each strategy: they go by identity
@@ -80,22 +84,22 @@ class WrappedFit(LayerFit):
     def __init__(self, inner: LayerFit) -> None:
         self.inner = inner
 
-    source = of_inner()
-    needs = of_inner()
-    at_width = of_inner()
-    holds_out = of_inner()
-    named = of_inner()
-    gradient_of = of_inner()
-    whole_inputs = of_inner()
-    keeps_inputs = of_inner()
-    check = of_inner()
-    stored_parameters = of_inner()
-    ffn_channels = of_inner()
-    ways = of_inner()
-    curves = of_inner()
-    example = of_inner()
-    passes = of_inner()
-    fit_layer = of_inner()
+    source = delegated()
+    needs = delegated()
+    width_only = delegated()
+    holds_out = delegated()
+    named = delegated()
+    gradient_of = delegated()
+    full_covariances = delegated()
+    needs_input_covariances = delegated()
+    check = delegated()
+    stored_parameters = delegated()
+    ffn_channels = delegated()
+    groupings = delegated()
+    curves = delegated()
+    example = delegated()
+    passes = delegated()
+    fit_layer = delegated()
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         return [Job(job.site, self) for job in self.inner.jobs(spec, layers)]
@@ -110,11 +114,11 @@ class ChannelsOnly(WrappedFit):
 
     one_size = True
 
-    def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
-        """The one way of an FFN in which it is a single site; others stay as they are."""
-        found = self.inner.ways(geometry, layer, sites)
-        channels = [way for ways in found for way in ways if _loses_channels(way)]
-        return [[[Job(job.site, self) for job in way]] for way in channels]
+    def groupings(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Groupings]:
+        """The one grouping of an FFN in which it is a single site; others stay as they are."""
+        found = self.inner.groupings(geometry, layer, sites)
+        channels = [one for groupings in found for one in groupings if _loses_channels(one)]
+        return [[[Job(job.site, self) for job in grouping]] for grouping in channels]
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         """At widths that other tools run well."""
@@ -130,12 +134,12 @@ class ChannelsOnly(WrappedFit):
         return out
 
 
-def _loses_channels(way: Sequence[Job]) -> bool:
-    return any(job.site.roles in NARROWED for job in way)
+def _loses_channels(grouping: Sequence[Job]) -> bool:
+    return any(job.site.roles in NARROWED for job in grouping)
 
 
-class _OfFFNs(Wrapped):
-    """Without what is fitted to other matrices."""
+class _FFNsOnly(Wrapped):
+    """Without what is fitted to attention."""
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         jobs = super().jobs(spec, layers)
@@ -152,4 +156,4 @@ def channels_only(compressor: Compressor) -> Wrapped:
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
         return ChannelsOnly(inner) if isinstance(inner, LayerFit) else inner
 
-    return _OfFFNs(compressor, wrap)
+    return _FFNsOnly(compressor, wrap)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tensorllm.evaluation.predictions import Prediction
 
 RESAMPLES = 2000
+TAIL = (1 - 0.95) / 2  # outside an interval, on either side
 NORMAL = 1.959964  # 97.5 % quantile of the standard normal distribution
 LEAST_P = 2 / RESAMPLES  # of a bootstrap: so few resamples cannot tell a smaller one
 CHUNK = 2**22  # numbers drawn at once
@@ -33,10 +34,9 @@ def resampled_means(values_NC: Numbers, seed: int, resamples: int = RESAMPLES) -
     return np.concatenate(means)
 
 
-def interval(samples: Numbers, level: float = 0.95) -> list[float]:
-    """The percentile interval [low, high]."""
-    tail = (1 - level) / 2
-    return [float(v) for v in np.quantile(samples, [tail, 1 - tail])]
+def interval(samples: Numbers) -> list[float]:
+    """The 95 % percentile interval [low, high]."""
+    return [float(v) for v in np.quantile(samples, [TAIL, 1 - TAIL])]
 
 
 def intervals(predictions: Sequence[Prediction], seed: int) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ from tensorllm.models.skeleton import Skeleton, instance, layers_path, linears
 from tensorllm.models.task import hidden_size
 from tensorllm.models.verify import TOKENS, Mismatch, Probe, check_attention, check_ffn, randomise
 from tensorllm.models.verify_experts import check_files, check_mixture, randomise_experts
+from tensorllm.tensors.threads import one_thread
 
 HOW = "To say where its matrices are, register one row: docs/add_an_architecture.md"
 TINY_PARAMETERS = 2**24  # of a model that is made only to try things on
@@ -51,12 +52,10 @@ def verified(whole: Skeleton, config: Any, propose: Candidates) -> Verdicts:
         own = (mixture and mixture.kind, *map(signature, propose(block, config)))
         kinds.setdefault(own, number)
     tiny = _tiny(config, max(2, 1 + max(kinds.values())))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of tiny products, threads only wait for one another
     try:
         # It may be asked for while a model is made on the meta device; the caller's random numbers
-        # are left alone.
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        # are left alone. Of tiny products, threads only wait for one another.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), one_thread():
             torch.manual_seed(0)
             model = instance(tiny, "cpu", text_only=True)
             blocks = list(model.get_submodule(layers_path(model, tiny)))
@@ -68,8 +67,6 @@ def verified(whole: Skeleton, config: Any, propose: Candidates) -> Verdicts:
             f"a {config.model_type!r} model has no row, and what its structure suggests could not "
             f"be verified on a tiny model: {type(error).__name__}: {first_line(error)}. {HOW}"
         ) from error
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _tiny(config: Any, layers: int) -> Any:

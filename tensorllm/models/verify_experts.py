@@ -24,9 +24,9 @@ from tensorllm.tensors.stacking import expert_role
 STEP = 0.5  # by which a channel's matrix row is changed, relative to its norm
 
 
-def randomise_experts(block: nn.Module, mixture: Mixture, seed: int = 0) -> None:
+def randomise_experts(block: nn.Module, mixture: Mixture) -> None:
     """Numbers with which every matrix of the mixture matters."""
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(0)
     module: Any = block.get_submodule(mixture.experts.path)
     with torch.no_grad():
         for name in (mixture.experts.inputs, mixture.experts.outputs):

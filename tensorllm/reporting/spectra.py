@@ -8,6 +8,7 @@ from tensorllm.compression.spectra import LayerSpectra
 from tensorllm.reporting.tables import new_table
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
+WIDTH = 24  # characters of a sparkline
 
 
 def spectra_tables(layers: Sequence[LayerSpectra]) -> RenderableType:
@@ -42,9 +43,9 @@ def spectra_tables(layers: Sequence[LayerSpectra]) -> RenderableType:
     )
 
 
-def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """The curve of a spectrum, relative to its largest value, in `width` characters at most."""
+def sparkline(values: Sequence[float]) -> str:
+    """The curve of a spectrum, relative to its largest value, in `WIDTH` characters at most."""
     top = values[0] or 1.0
-    step = max(1, len(values) / width)
-    picked = [values[int(i * step)] for i in range(min(width, len(values)))]
+    step = max(1, len(values) / WIDTH)
+    picked = [values[int(i * step)] for i in range(min(WIDTH, len(values)))]
     return "".join(BLOCKS[round(8 * value / top)] for value in picked)

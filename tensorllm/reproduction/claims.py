@@ -75,7 +75,7 @@ METHODS = (
 )
 
 
-class Questions:
+class StudyDataset:
     """A dataset's rows: `test` scores winners; what edits are chosen on is drawn from `pool`."""
 
     def __init__(self, data: ReasoningDataModule, limit: int | None) -> None:
@@ -114,7 +114,7 @@ class Draw:
     gradient: Gradient
 
 
-class Subject:
+class StudyModel:
     """A model in memory, its edits, and the examiners of its questions.
 
     Args:
@@ -179,7 +179,7 @@ class Subject:
             self._held += size
         return edit
 
-    def _examiner(self, questions: Questions, examples: Sequence[Example]) -> Examiner:
+    def _examiner(self, questions: StudyDataset, examples: Sequence[Example]) -> Examiner:
         return Examiner(
             self.model,
             self.tokenizer,
@@ -189,7 +189,7 @@ class Subject:
             budget=self.budget,
         )
 
-    def draw(self, questions: Questions, number: int, count: int) -> Draw:
+    def draw(self, questions: StudyDataset, number: int, count: int) -> Draw:
         """The rows of a draw; the last one is kept."""
         key = (questions.name, number)
         if key not in self._draws:
@@ -202,7 +202,7 @@ class Subject:
             self._draws[key] = Draw(examiner, screen, examiner(None), gradient)
         return self._draws[key]
 
-    def on_test(self, questions: Questions, point: Point | None) -> dict[str, Any]:
+    def on_test(self, questions: StudyDataset, point: Point | None) -> dict[str, Any]:
         """The test rows' predictions after an edit (None: of the original)."""
         if questions.name not in self._tests:
             self._tests[questions.name] = self._examiner(questions, questions.test)

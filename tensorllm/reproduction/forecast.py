@@ -56,14 +56,14 @@ def _best(call: Any, device: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class RunCost:
     """Predicted seconds, and bytes at the peak."""
 
     seconds: float
     peak_bytes: int
 
 
-class Forecast:
+class CellForecast:
     """Predicts cells of one model.
 
     Args:
@@ -89,7 +89,7 @@ class Forecast:
         self.in_layers = max(self.parameters - tables, 1)
         self.cached = 2 * self.width * sum(geo.G * geo.K for geo in spec.geometries)
 
-    def cell(self, cell: Cell, examples: int, *, searched: bool) -> Cost:
+    def cell(self, cell: Cell, examples: int, *, searched: bool) -> RunCost:
         """The cost of one cell.
 
         Args:
@@ -114,7 +114,7 @@ class Forecast:
             seconds += (layers + 2) * self.scoring(cell.dataset, validation)
             tests = 2  # the original's beside it
         seconds += tests * self.scoring(cell.dataset, examples)
-        return Cost(seconds, BASE_BYTES + self.width * self.parameters + self._batch() + working)
+        return RunCost(seconds, BASE_BYTES + self.width * self.parameters + self._batch() + working)
 
     def scoring(self, dataset: str, examples: int) -> float:
         """Seconds to score so many examples of a dataset, by the papers' protocol."""

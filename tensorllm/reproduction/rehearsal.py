@@ -19,7 +19,12 @@ from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.recipes import short_names
-from tensorllm.reproduction.forecast import Forecast, measure_machine, model_of_sizes, real_model
+from tensorllm.reproduction.forecast import (
+    CellForecast,
+    measure_machine,
+    model_of_sizes,
+    real_model,
+)
 from tensorllm.reproduction.inputs import data_file, weights_of
 from tensorllm.reproduction.published import Cell
 
@@ -142,7 +147,7 @@ def predict(
     """
     model = real_model(short_names()[wanted[0].model])
     machine = measure_machine(device, dtype)
-    forecast = Forecast(model, machine, dtype, accelerated=device != "cpu")
+    forecast = CellForecast(model, machine, dtype, accelerated=device != "cpu")
     out = []
     for cell, search in zip(wanted, searched, strict=True):
         examples, counted = counts[cell.dataset]

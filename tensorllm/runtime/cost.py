@@ -25,10 +25,10 @@ Cache = Literal["auto", "latent", "dense"]
 # Of a layer beside its matrices, with transformers' own modules: operations that a token that is
 # decoded starts, products that take as long as a score, and how much longer all that takes in a
 # prompt, beside products, where those are of 16 bits.
-LAYER_OPERATIONS, FUSED_SCORE, BESIDE_NARROW = 80, 22, 2.2
+LAYER_OPERATIONS, FUSED_SCORE, BESIDE_HALF_PRECISION = 80, 22, 2.2
 # Weights of 16 bits are read 1.2 times as fast as those of 32: an operation is worth more of them.
 # And the attention that `runtime.one_query` replaces takes as long as so many operations.
-FASTER_NARROW, REPEATING_ATTENTION = 1.2, 65
+FASTER_HALF_PRECISION, REPEATING_ATTENTION = 1.2, 65
 # A prompt's products with factors take so much longer, each, than those with thicker matrices. The
 # choice of a site leaves that out: it would be kept dense for a gain that decoding loses again.
 THIN = 1.08
@@ -43,7 +43,7 @@ class Choice:
     why: str
     dense: Cost
     factors: Cost
-    narrow_reads: float = 1.0  # of the module that runs it
+    half_precision_reads: float = 1.0  # of the module that runs it
 
     @property
     def speedups(self) -> tuple[float, float]:
@@ -71,7 +71,9 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
     if module is None:
         why = f"no module for {factors.kind!r} factors stacked as {site.stacking!r}"
         return Choice(site.name, False, why, dense, small)
-    choice = Choice(site.name, True, "smaller and faster", dense, small, module.narrow_reads)
+    choice = Choice(
+        site.name, True, "smaller and faster", dense, small, module.half_precision_reads
+    )
     if policy == "always":
         return replace(choice, why="by --policy always")
     if parameters(factors) >= site.numel(geometry):
@@ -101,11 +103,15 @@ def keeps_dense_cache(site: Site, factors: Factors, geometry: Geometry, cache: C
     return cache == "dense" or (cache == "auto" and not module.latents_pay(factors, geometry))
 
 
-def beside_matrices(geometry: Geometry, *, narrow: bool) -> Cost:
+def other_than_matrices(geometry: Geometry, *, half_precision: bool) -> Cost:
     """Of a layer, dense or factored: attention itself, norms, activations."""
     scores = geometry.H * PROMPT * (2 * geometry.K + FUSED_SCORE)
     moved = MOVE * (8 * geometry.D + 3 * geometry.F)
-    return Cost(0, LAYER_OPERATIONS, int((BESIDE_NARROW if narrow else 1) * (scores + moved)))
+    return Cost(
+        0,
+        LAYER_OPERATIONS,
+        int((BESIDE_HALF_PRECISION if half_precision else 1) * (scores + moved)),
+    )
 
 
 def whole_speedups(
@@ -117,24 +123,24 @@ def whole_speedups(
         choices: how every site runs; matrices without one are dense.
         head: weights of the output head, which a token that is decoded reads.
     """
-    narrow = dtype.itemsize == 2
+    half_precision = dtype.itemsize == 2
     matrices = Cost(0, 0, 0)
     shared, repeating = Cost(head, 1, head // PROMPT), 0
     for geometry in spec.geometries:
         size = sum(geometry.numel(role) for role in geometry.roles)
         matrices += Cost(size, len(geometry.roles), size)
-        shared += beside_matrices(geometry, narrow=narrow)
-        repeating += REPEATING_ATTENTION * (narrow and geometry.H > geometry.G)
+        shared += other_than_matrices(geometry, half_precision=half_precision)
+        repeating += REPEATING_ATTENTION * (half_precision and geometry.H > geometry.G)
     small = dense = shared + matrices
     for choice in choices:
         if choice.factored:
             reads, operations, products = choice.factors
-            reads = int((choice.narrow_reads if narrow else 1) * reads)
+            reads = int((choice.half_precision_reads if half_precision else 1) * reads)
             small += Cost(reads, operations, int(THIN * products))
             small += Cost(*(-number for number in choice.dense))
 
     def decode(cost: Cost, more: int = 0) -> float:
-        faster = FASTER_NARROW if narrow else 1
+        faster = FASTER_HALF_PRECISION if half_precision else 1
         return cost._replace(operations=int(faster * (cost.operations + more))).decode
 
     return dense.prefill / small.prefill, decode(dense, repeating) / decode(small)

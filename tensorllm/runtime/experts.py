@@ -89,7 +89,7 @@ class ExpertsSite(SiteModule):
         return torch.tensordot(self.u_SZ[matrix], core_ZBR, 1)
 
 
-class Part(Protocol):
+class ExpertMatrices(Protocol):
     """One kind of matrix (gate, in or out) of all experts."""
 
     def begin(self, x_ND: Tensor) -> Tensor: ...
@@ -99,8 +99,9 @@ class Part(Protocol):
     def end(self, z_NX: Tensor) -> Tensor: ...
 
 
-class Together(nn.Module):
-    """A kind that is one matrix of a site of all experts; the first of a site's kinds owns it."""
+class JointExperts(nn.Module):
+    """A kind of matrix whose factors all experts share in one site; the first kind of a site owns
+    it."""
 
     def __init__(self, site: ExpertsSite, matrix: int, *, output: bool, owner: bool) -> None:
         super().__init__()
@@ -124,8 +125,8 @@ class Together(nn.Module):
         return self.site.end(z_NX) if self.output else z_NX
 
 
-class Apart(nn.Module):
-    """A kind of which every expert has a module of its own."""
+class SeparateExperts(nn.Module):
+    """A kind of matrix of which every expert has a module of its own."""
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class Apart(nn.Module):
         return z_NX
 
 
-class Dense:
+class DenseExperts:
     """A kind of matrix that stays dense, in the parameter of the experts' module."""
 
     def __init__(self, view_EFD: Callable[[], Tensor], *, output: bool) -> None:
@@ -172,15 +173,15 @@ class FactoredExperts(nn.Module):
         self.parts = nn.ModuleDict({f"role_{kind}": part for kind, part in parts.items()})
         self._is_hf_initialized = True  # transformers has nothing to fill here
 
-    def part(self, kind: str) -> Part:
+    def part(self, kind: str) -> ExpertMatrices:
         """What runs this kind of matrix."""
         modules: Any = self.parts._modules
-        found: Part | None = modules.get(f"role_{kind}")
+        found: ExpertMatrices | None = modules.get(f"role_{kind}")
         if found is not None:
             return found
         parameter = self.where.parameter(kind)
         view = lambda: self.where.view(getattr(self, parameter), kind)  # noqa: E731
-        return Dense(view, output=kind == "out")
+        return DenseExperts(view, output=kind == "out")
 
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         if not self.where.routed:

@@ -16,13 +16,13 @@ from tensorllm.models.spec import Stored
 from tensorllm.runtime.adapters import ADAPTERS
 from tensorllm.runtime.attention import Bias, LatentOutput, become_factored
 from tensorllm.runtime.cache import grow_in_place
+from tensorllm.runtime.dequantise import Dequantise
 from tensorllm.runtime.experts import (
-    Apart,
     FactoredExperts,
-    Together,
+    JointExperts,
+    SeparateExperts,
     become_factored_experts,
 )
-from tensorllm.runtime.narrow import Widen
 from tensorllm.runtime.one_query import pack_groups
 from tensorllm.runtime.sites import (
     Held,
@@ -63,7 +63,7 @@ def install(
     Args:
         model: dense, of a known architecture; with its weights, or on the meta device.
         sites: what is replaced, each with its factors, in the dtype and on the device to run in;
-            factors in few bits stay so, and are widened for each use.
+            factors in few bits stay so, and are dequantised for each use.
         dense_cache: names of sites whose attention caches keys and values as wide as a head; that
             of others caches latents, where the architecture can.
 
@@ -84,7 +84,7 @@ def install(
         assert module is not None, "refused above"
         installation.add(site, factors, module)
     placed = installation.finish()
-    return _hold_narrow(model, placed, {site.name: factors for site, factors in sites})
+    return _hold_quantised(model, placed, {site.name: factors for site, factors in sites})
 
 
 def factors_of(model: nn.Module) -> list[nn.Module]:
@@ -245,7 +245,7 @@ class _Installation:
                     w_FD = self.roles.read(weights, layer, role).clone()
                     modules.append(dense_linear(w_FD, role))
                     self.placed.append(Placement("", f"{layer}.{role}", f"{at}.weight"))
-            parts[kind] = Apart(modules)
+            parts[kind] = SeparateExperts(modules)
         become_factored_experts(module, where, parts, replaced)
 
     def _together(self, kind: str, first: tuple[Site, Held], below: str) -> nn.Module:
@@ -256,7 +256,7 @@ class _Installation:
         matrix = site.families.index(f"experts.{kind}")
         for short, (inner, order) in held.tensors.items():
             self.placed.append(Placement(site.name, short, f"{below}.{inner}", order))
-        return Together(shared, matrix, output=kind == "out", owner=matrix == 0)
+        return JointExperts(shared, matrix, output=kind == "out", owner=matrix == 0)
 
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -305,25 +305,25 @@ class FactoredLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _hold_narrow(
+def _hold_quantised(
     model: Any, placements: Sequence[Placement], factors: Mapping[str, Factors]
 ) -> list[Placement]:
     """Put what is stored in few bits in the place of the parameters that it stands for.
 
-    By torch's parametrizations: what reads the parameter reads the widened one. That saves memory,
-    not time.
+    By torch's parametrizations: what reads the parameter reads the dequantised one. That saves
+    memory, not time.
     """
     out = []
     for place in placements:
-        parts = factors[place.site].narrow_parts(place.tensor) if place.site in factors else {}
+        parts = factors[place.site].quantised_parts(place.tensor) if place.site in factors else {}
         if not parts:
             out.append(place)
             continue
         path, _, name = place.parameter.rpartition(".")
         module = model.get_submodule(path)
         getattr(module, name).requires_grad_(False)
-        narrow = Widen(tuple(parts.values()), place.order)
-        parametrize.register_parametrization(module, name, narrow, unsafe=True)
+        dequantise = Dequantise(tuple(parts.values()), place.order)
+        parametrize.register_parametrization(module, name, dequantise, unsafe=True)
         held = f"{path}.parametrizations.{name}.original"
         out += [Placement(place.site, n, f"{held}{i}") for i, n in enumerate(parts)]
     return out

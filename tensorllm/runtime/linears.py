@@ -15,20 +15,20 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from tensorllm.errors import UserError
 from tensorllm.runtime.install import factors_of
-from tensorllm.runtime.sites import SiteModule, TurnedLinear, linear
+from tensorllm.runtime.sites import SiteModule, TransposedLinear, linear
 
 
-class ThroughLinear(nn.Module):
+class LinearParametrization(nn.Module):
     """A parametrization: a parameter whose numbers a linear without a bias holds.
 
-    As a matrix (all modes but the last, the last), turned so that there are few unit vectors.
+    As a matrix (all modes but the last, the last), transposed where that leaves fewer unit vectors.
     """
 
     def __init__(self, held: Tensor) -> None:
         super().__init__()
         matrix = held.detach().flatten(0, -2)
-        self.shape, self.turned = held.shape, matrix.shape[0] < matrix.shape[1]
-        self.linear = linear(matrix.mT if self.turned else matrix)
+        self.shape, self.transposed = held.shape, matrix.shape[0] < matrix.shape[1]
+        self.linear = linear(matrix.mT if self.transposed else matrix)
 
     def forward(self, nothing: Tensor) -> Tensor:
         del nothing
@@ -39,7 +39,7 @@ class ThroughLinear(nn.Module):
             like = next(inner.parameters())
             unit = torch.eye(min(self.shape.numel() // self.shape[-1], self.shape[-1])).to(like)
             weight = inner(unit).mT
-        return (weight.mT if self.turned else weight).reshape(self.shape)
+        return (weight.mT if self.transposed else weight).reshape(self.shape)
 
     def right_inverse(self, held: Tensor) -> Tensor:
         """What is stored in the parameter's own place: nothing."""
@@ -68,26 +68,28 @@ def factors_as_linears(model: nn.Module) -> list[str]:
             if isinstance(module, SiteModule):
                 _open(module)
     held = {id(m) for owner in owners for m in owner.modules()}
-    kinds = nn.Linear | TurnedLinear
+    kinds = nn.Linear | TransposedLinear
     return [n for n, m in model.named_modules() if id(m) in held and isinstance(m, kinds)]
 
 
 def _open(site: SiteModule) -> None:
     steps: Any = getattr(site, "parametrizations", {})  # of torch, where there are any
-    narrow = any(not isinstance(step, ThroughLinear) for each in steps.values() for step in each)
-    if narrow:
+    quantised = any(
+        not isinstance(step, LinearParametrization) for each in steps.values() for step in each
+    )
+    if quantised:
         raise UserError(
             f"quantised factors of {type(site).__name__} take no adapters: adapt the folder that "
             "was quantised, or train embeddings and norms"
         )
     for name, held in list(site.named_parameters(recurse=False)):
         if held.ndim > 1 and held.numel() and held.requires_grad:
-            register_parametrization(site, name, ThroughLinear(held), unsafe=True)
+            register_parametrization(site, name, LinearParametrization(held), unsafe=True)
 
 
-def any_through_linears(model: nn.Module) -> bool:
+def any_as_linears(model: nn.Module) -> bool:
     """Whether some of a model's factors are held as linears for adapters."""
-    return any(isinstance(module, ThroughLinear) for module in model.modules())
+    return any(isinstance(module, LinearParametrization) for module in model.modules())
 
 
 def as_parameters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,8 +99,8 @@ def as_parameters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
         UserError: an adapter stands beside a linear still.
     """
     out = dict(state)
-    for below, name, through in _through(model):
-        if type(through.linear) is not nn.Linear:
+    for below, name, parametrization in _parametrizations(model):
+        if type(parametrization.linear) is not nn.Linear:
             raise UserError(
                 "adapters stand beside the factors still: merge them first (merge_and_unload), or "
                 "save them alone, by peft's own save_pretrained"
@@ -107,14 +109,16 @@ def as_parameters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
         weight = out.pop(f"{start}0.linear.weight")
         out.pop(f"{start}original")
         out[f"{below}{name}"] = (
-            (weight.mT if through.turned else weight).reshape(through.shape).contiguous()
+            (weight.mT if parametrization.transposed else weight)
+            .reshape(parametrization.shape)
+            .contiguous()
         )
     return out
 
 
-def _through(model: nn.Module) -> Iterator[tuple[str, str, ThroughLinear]]:
-    """Path of the site with its dot, name of the parameter, what makes it."""
+def _parametrizations(model: nn.Module) -> Iterator[tuple[str, str, LinearParametrization]]:
+    """Path of the site with its dot, name of the parameter, and its parametrization."""
     for path, module in model.named_modules():
-        if isinstance(module, ThroughLinear):
+        if isinstance(module, LinearParametrization):
             site, _, rest = path.rpartition("parametrizations.")
             yield site, rest.partition(".")[0], module

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
+from tensorllm.runtime.ordering import columns_of, is_watched, rows_of
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     MOVE,
@@ -19,7 +20,7 @@ from tensorllm.runtime.sites import (
     Held,
     Order,
     SiteModule,
-    TurnedLinear,
+    TransposedLinear,
     held_by,
     linear,
     runs,
@@ -36,7 +37,7 @@ FEW = 32  # tokens up to which a product with the weights transposed is slower t
 class LowRankSite(SiteModule):
     """Two ordinary linears, so that LoRA and quantisation find what they know."""
 
-    narrow_reads = 1.4
+    half_precision_reads = 1.4
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
@@ -65,18 +66,18 @@ class PivotedSite(SiteModule):
     another.
     """
 
-    basis: TurnedLinear
-    mix: TurnedLinear
+    basis: TransposedLinear
+    mix: TransposedLinear
     rows_R: Tensor
     order_I: Tensor
     margin = 1.0  # what is not predicted to be slower saves memory
-    narrow_reads = 0.65
+    half_precision_reads = 0.65
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
         order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
-        self._step: Step | None = None
+        self._step: TokenStep | None = None
 
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
@@ -118,8 +119,8 @@ class PivotedSite(SiteModule):
         """What gives the outputs (..., O) of x (..., I), one token that is decoded.
 
         None: x is another number of tokens, or in a graph, gradients are wanted, a linear is
-        adapted, or its weight made anew for each use (`runtime.narrow`). With weights to be read in
-        between, look-ups take a token as long as its products do: so there are few here, of
+        adapted, or its weight made anew for each use (`runtime.dequantise`). With weights to be
+        read in between, look-ups take a token as long as its products do: so there are few here, of
         dictionaries and of what is written in C.
         """
         if (
@@ -152,16 +153,16 @@ class PivotedSite(SiteModule):
         made = self._made(None) if decodes(x) or is_few(x) else None
         return None if made is None else made.run
 
-    def _made(self, where: Setting | None) -> "Step | None":
+    def _made(self, where: Setting | None) -> "TokenStep | None":
         kinds = type(self.basis), type(self.mix)
-        held = kinds[0] is TurnedLinear and kinds[1] in (TurnedLinear, nn.ParameterDict)
+        held = kinds[0] is TransposedLinear and kinds[1] in (TransposedLinear, nn.ParameterDict)
         if not held and (where is not None or self.is_adapted()):
             return None
         basis, mix = self.basis.weight, self.mix.weight  # asked for once: it may be made anew
         mixed = times(mix, where) if mix.numel() else None
         run = self._through(times(basis, where), mixed)
         places = (0, 0) if where is None else (basis.data_ptr(), mix.data_ptr())
-        return Step(basis, mix, places, where, run)
+        return TokenStep(basis, mix, places, where, run)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
         """What `step` and `few` give, by the products with both matrices, tokens as rows; mixed
@@ -170,10 +171,10 @@ class PivotedSite(SiteModule):
 
     def is_adapted(self) -> bool:
         """Whether one of the linears is another module by now, such as one with LoRA beside it."""
-        return not (isinstance(self.basis, TurnedLinear) and isinstance(self.mix, TurnedLinear))
+        return not all(isinstance(module, TransposedLinear) for module in (self.basis, self.mix))
 
 
-class Step(NamedTuple):
+class TokenStep(NamedTuple):
     """How one token runs through both matrices of a site, in one setting.
 
     Attributes:
@@ -323,27 +324,6 @@ def is_few(x: Tensor) -> bool:
     Never in a graph, which is for any number of tokens.
     """
     return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
-
-
-def is_watched() -> bool:
-    """Whether gradients are recorded or a compiler traces: then nothing is written in place."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
-def columns_of(y_NI: Tensor, order_I: Tensor) -> Tensor:
-    """Columns of few rows in an order: of several rows in 16 bits `index_select` copies number by
-    number, and `gather` takes half as long."""
-    if len(y_NI) == 1 or y_NI.dtype is torch.float32:
-        return y_NI.index_select(1, order_I)
-    return y_NI.gather(1, order_I.long().expand(len(y_NI), -1))
-
-
-def rows_of(y_IN: Tensor, order_I: Tensor) -> Tensor:
-    """Rows in an order: on a CPU as fast as a copy, for which `index_select` takes half as long
-    again."""
-    if is_watched():
-        return y_IN.index_select(0, order_I)
-    return y_IN.gather(0, order_I.long()[:, None].expand(-1, y_IN.shape[1]))
 
 
 def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Held(NamedTuple):
     tensors: Mapping[str, tuple[str, Order]]
 
 
-class TurnedLinear(Conv1D):
+class TransposedLinear(Conv1D):
     """`x @ weight`: a linear without a bias, held as (inputs, outputs).
 
     By its class adapters such as LoRA (peft) know how its weight lies.
@@ -86,13 +86,13 @@ class SiteModule(nn.Module):
 
     Attributes:
         names: stored name -> attribute that holds it, and the order of its modes there, of tensors
-            that are not held as they are stored. `NAME.weight`: a `TurnedLinear` holds it, which
-            adapters may take the place of.
+            that are not held as they are stored. `NAME.weight`: a `TransposedLinear` holds it,
+            which adapters may take the place of.
         latent_attention: whether `runtime.attention` can run the whole attention in the latents of
             this module; it then asks for the members of `runtime.tucker.HeadsSite`.
         margin: predicted speed-up that a site has to reach for `--policy auto` to run it factored.
-        narrow_reads: how much longer reading its numbers takes, beside those of a matrix, where
-            both have 16 bits than `cost` says of 32.
+        half_precision_reads: how much longer reading its numbers takes, beside those of a matrix,
+            where both have 16 bits than `cost` says of 32.
         sizes: inner width I of each matrix, in the order of `site.matrices`.
     """
 
@@ -101,7 +101,7 @@ class SiteModule(nn.Module):
     # Predictions near 1 are up to a third too high, and every site of `benchmarks/runtime.py --part
     # cost` that reached this in prompt and decoding was measured to gain.
     margin: ClassVar[float] = 1.2
-    narrow_reads: ClassVar[float] = 1.0
+    half_precision_reads: ClassVar[float] = 1.0
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__()
@@ -111,7 +111,9 @@ class SiteModule(nn.Module):
             held = t if order is None else t.permute(order).contiguous()
             module = attribute.removesuffix(".weight")
             if module != attribute:  # nothing can be put beside a linear without outputs
-                some = TurnedLinear(held) if held.numel() else nn.ParameterDict({"weight": held})
+                some = (
+                    TransposedLinear(held) if held.numel() else nn.ParameterDict({"weight": held})
+                )
                 self.add_module(module, some)
             elif held.is_floating_point():
                 self.register_parameter(attribute, nn.Parameter(held))

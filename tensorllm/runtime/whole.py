@@ -1,4 +1,4 @@
-"""A matrix that is only rounded, as a module: an ordinary linear, widened for each use."""
+"""A matrix that is only rounded, as a module: an ordinary linear, dequantised for each use."""
 
 from tensorllm.compressors.layer import Site
 from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs

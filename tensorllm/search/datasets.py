@@ -15,14 +15,14 @@ from tensorllm.search.parts import Asked
 SHOWN = "--dataset takes a name, or several such as fever,wikidata_qa"
 
 
-class Source(NamedTuple):
+class DatasetSource(NamedTuple):
     """What was asked for: a dataset's name or YAML file, and a file in place of the hub."""
 
     name: str
     data_file: Path | None
 
 
-class Questions(NamedTuple):
+class SearchDataset(NamedTuple):
     """A dataset: what trials are compared on, and what the winner is scored on.
 
     Attributes:
@@ -43,7 +43,7 @@ class Questions(NamedTuple):
         return Asked(self.validation.examples, self.validation.max_new_tokens)
 
 
-def sources_of(request: SearchRequest) -> list[Source]:
+def sources_of(request: SearchRequest) -> list[DatasetSource]:
     """The datasets of a list with commas; files are in the same order, an empty place is the hub's.
 
     Raises:
@@ -57,7 +57,7 @@ def sources_of(request: SearchRequest) -> list[Source]:
     if not all(names):
         raise UserError(f"{SHOWN}; got {dataset!r}")
     if len(names) == 1:
-        return [Source(names[0], data_file)]
+        return [DatasetSource(names[0], data_file)]
     files = [""] * len(names) if data_file is None else str(data_file).split(",")
     if len(files) != len(names):
         raise UserError(
@@ -66,7 +66,7 @@ def sources_of(request: SearchRequest) -> list[Source]:
             f"{str(data_file)!r}"
         )
     found = [
-        Source(name, Path(file.strip()) if file.strip() else None)
+        DatasetSource(name, Path(file.strip()) if file.strip() else None)
         for name, file in zip(names, files, strict=True)
     ]
     source, times = Counter(found).most_common(1)[0]
@@ -78,7 +78,7 @@ def sources_of(request: SearchRequest) -> list[Source]:
     return found
 
 
-def questions_of(sources: Sequence[Source], limit: int | None) -> list[Questions]:
+def search_datasets(sources: Sequence[DatasetSource], limit: int | None) -> list[SearchDataset]:
     """Both parts of each dataset; nothing is read yet."""
     parts = [
         [
@@ -88,10 +88,10 @@ def questions_of(sources: Sequence[Source], limit: int | None) -> list[Questions
         for source in sources
     ]
     labels = _labels(sources, [str(validation.name) for validation, _ in parts])
-    return [Questions(label, *both) for label, both in zip(labels, parts, strict=True)]
+    return [SearchDataset(label, *both) for label, both in zip(labels, parts, strict=True)]
 
 
-def _labels(sources: Sequence[Source], names: Sequence[str]) -> list[str]:
+def _labels(sources: Sequence[DatasetSource], names: Sequence[str]) -> list[str]:
     """Names; of datasets that share one the files."""
     short = [s.data_file.stem if s.data_file else n for s, n in zip(sources, names, strict=True)]
     whole = [str(s.data_file or n) for s, n in zip(sources, names, strict=True)]
@@ -100,7 +100,7 @@ def _labels(sources: Sequence[Source], names: Sequence[str]) -> list[str]:
     return [name if one else file for name, one, file in zip(names, unique, files, strict=True)]
 
 
-def need_answers(datasets: Sequence[Questions]) -> None:
+def need_answers(datasets: Sequence[SearchDataset]) -> None:
     """Refuse running text among several datasets: the worst change of its accuracy is none."""
     texts = [each.label for each in datasets if each.validation.examples[0].tokens]
     if texts and len(datasets) > 1:

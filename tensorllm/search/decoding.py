@@ -27,7 +27,7 @@ Run = Callable[..., tuple[Tensor, Any]]
 
 
 @dataclass(slots=True)
-class Group:
+class RowGroup:
     """Rows of neighbouring lanes with the same lowest layer.
 
     Attributes:
@@ -51,12 +51,12 @@ class Decoding:
         columns: what has been read since: of each row the token's place among the `Paths`.
     """
 
-    groups: list[Group]
+    groups: list[RowGroup]
     below: Sequence[Any]
     origin_B: Tensor
     columns: list[Tensor]
 
-    def parts(self) -> Iterator[tuple[Group, slice]]:
+    def parts(self) -> Iterator[tuple[RowGroup, slice]]:
         """Each group and its rows."""
         at = 0
         for group in self.groups:
@@ -70,7 +70,9 @@ class Decoding:
             own = rows[(rows >= part.start) & (rows < part.stop)] - part.start
             if len(own):
                 lanes = [group.lanes[at] for at in own.tolist()]
-                groups.append(Group(group.lowest, lanes, _selected(group.cache, own, group.lowest)))
+                groups.append(
+                    RowGroup(group.lowest, lanes, _selected(group.cache, own, group.lowest))
+                )
         columns = [places_B[rows] for places_B in self.columns]
         return Decoding(groups, self.below, self.origin_B[rows], columns)
 
@@ -98,7 +100,9 @@ class Decoder:
                 _pretending(entries[0], 0, rows * len(own)) if at < lowest else _joined(entries)
                 for at, entries in enumerate(zip(*(one.layers for one in own), strict=True))
             ]
-            groups.append(Group(lowest, [lane for lane in own_lanes for _ in range(rows)], cache))
+            groups.append(
+                RowGroup(lowest, [lane for lane in own_lanes for _ in range(rows)], cache)
+            )
         deepest, cache = max(
             ((self._from(lane, cache), cache) for lane, cache in zip(lanes, caches, strict=True)),
             key=lambda pair: pair[0],

@@ -31,7 +31,7 @@ from tensorllm.search.parts import Asked, ByPart, Part
 from tensorllm.search.prefix import Edited, Prefix
 from tensorllm.search.space import Point
 from tensorllm.search.stopping import Race, Rival
-from tensorllm.search.trial import Sizes, TrialResult, result_of, together
+from tensorllm.search.trial import EditSizes, TrialResult, result_of, together
 from tensorllm.tensors.stacking import FEED_FORWARD, family
 
 # Trials that are examined at once, at most, and tokens of one batch of all of them: their caches
@@ -291,11 +291,11 @@ class Examiner:
         }
 
 
-def sizes(edit: ModelEdit) -> Sizes:
+def sizes(edit: ModelEdit) -> EditSizes:
     """What an edit does to the matrices."""
     before, after = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
     error = max((site.relative_error for site in edit.sites), default=0.0)
-    return Sizes(before / after if after else 1.0, before - after, error)
+    return EditSizes(before / after if after else 1.0, before - after, error)
 
 
 def refusal(edit: ModelEdit, max_error: float | None, min_ratio: float) -> str | None:

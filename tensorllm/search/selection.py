@@ -47,7 +47,7 @@ def front(trials: Sequence[FrozenTrial], goal: Objective) -> Finished:
 
 
 def selection_gain(
-    trials: Sequence[FrozenTrial], original: TrialResult, seed: int, resamples: int = RESAMPLES
+    trials: Sequence[FrozenTrial], original: TrialResult, seed: int
 ) -> dict[str, Any] | None:
     """How far selection flatters the winner's accuracy, by the bootstrap over validation examples.
 
@@ -59,11 +59,11 @@ def selection_gain(
         `optimism` (points), its 95 % `interval`, `gain` over the original on validation (points),
         and `gain_without` the optimism; None where there is no accuracy or one trial only.
     """
-    return optimism([found for _, found in finished(trials)], original, seed, resamples)
+    return optimism([found for _, found in finished(trials)], original, seed)
 
 
 def optimism(
-    results: Sequence[TrialResult], original: TrialResult, seed: int, resamples: int = RESAMPLES
+    results: Sequence[TrialResult], original: TrialResult, seed: int
 ) -> dict[str, Any] | None:
     """`selection_gain` of the results that a choice was made from.
 
@@ -79,7 +79,7 @@ def optimism(
     changes = [c_TN - _verdicts([o]) for c_TN, o in zip(correct, before, strict=True)]
     generator = np.random.default_rng(seed)
     worst_R, gaps_RC = [], []
-    for _ in range(resamples):
+    for _ in range(RESAMPLES):
         times = [_drawn(c_TN.shape[1], generator) for c_TN in correct]
         sums = [c @ t.astype(np.float32) / len(t) for c, t in zip(changes, times, strict=True)]
         chosen = int(np.argmax(np.min(sums, 0)))
@@ -94,12 +94,12 @@ def optimism(
     )  # fmt: skip
     gain_C = gains_CT[:, int(np.argmax(gains_CT.min(0)))]
     each = [
-        _summary(gaps_R, float(gain), resamples)
+        _summary(gaps_R, float(gain))
         for gaps_R, gain in zip(np.array(gaps_RC).T, gain_C, strict=True)
     ]
     if not original.parts:
         return each[0]
-    return {**_summary(np.array(worst_R), float(gain_C.min()), resamples), "datasets": each}
+    return {**_summary(np.array(worst_R), float(gain_C.min())), "datasets": each}
 
 
 def by_dataset(result: TrialResult) -> list[TrialResult]:
@@ -123,14 +123,14 @@ def _means(values_N: NDArray[np.float32], times_N: NDArray[np.int64]) -> tuple[f
     return inside, float(values_N[out_N].mean()) if out_N.any() else inside
 
 
-def _summary(gaps: NDArray[np.float64], gain: float, resamples: int) -> dict[str, Any]:
+def _summary(gaps: NDArray[np.float64], gain: float) -> dict[str, Any]:
     mean, (low, high) = float(np.mean(gaps)), np.quantile(gaps, [0.025, 0.975])
     return {
         "optimism": mean,
         "interval": [float(low), float(high)],
         "gain": gain,
         "gain_without": gain - mean,
-        "resamples": resamples,
+        "resamples": RESAMPLES,
     }
 
 

@@ -28,7 +28,7 @@ from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.registry import one_of
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.activation_cache import CacheBudget
-from tensorllm.search.datasets import Questions, need_answers, questions_of, sources_of
+from tensorllm.search.datasets import SearchDataset, need_answers, search_datasets, sources_of
 from tensorllm.search.decompositions import ModelEdit, edit_of_fit, edit_of_sites
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.feasible import feasible
@@ -78,7 +78,7 @@ class Study:
         _ = COMPRESSORS[request.mode]  # an unknown one is refused before the model is loaded
         self.request = request
         self.asked = sources_of(request)
-        self._questions = questions_of(self.asked, request.limit)
+        self._questions = search_datasets(self.asked, request.limit)
         self.source = resolve(request.model, request.revision)
         self.loader = Loader(self.source.folder, dtype_of(request.dtype)).quickest(self.device)
         self.protocol: Protocol = PROTOCOLS[request.protocol]
@@ -180,7 +180,7 @@ class Study:
         return len(self.points) if self.grid else self.request.trials or TRIALS
 
     @cached_property
-    def datasets(self) -> list[Questions]:
+    def datasets(self) -> list[SearchDataset]:
         """What the search is about, with what reads it."""
         context = context_of(self.model.config, self.tokenizer)
         for questions in self._questions:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 from tensorllm.evaluation.predictions import Prediction
 
 
-class Sizes(NamedTuple):
+class EditSizes(NamedTuple):
     """What a compression does to the matrices.
 
     Attributes:
@@ -64,7 +64,7 @@ class TrialResult:
 
 
 def result_of(
-    rows: Sequence[Prediction], stopped: bool, sizes: Sizes, seconds: float
+    rows: Sequence[Prediction], stopped: bool, sizes: EditSizes, seconds: float
 ) -> TrialResult | None:
     """The figures of these rows, None of none; a loss that is not finite is an error."""
     if not rows:

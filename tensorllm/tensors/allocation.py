@@ -1,7 +1,7 @@
 """Ranks for many matrices out of one budget, by what each number more is worth.
 
 A curve says what each rank costs (numbers stored) and what error it leaves. A cluster is a set of
-matrices that may be grouped in several ways; each way is a list of curves. For a Lagrange
+matrices with alternative groupings, each a list of curves. For a Lagrange
 multiplier λ of the numbers stored the best of everything is found curve by curve; the multiplier
 is bisected until the budget is met, and what is left over buys the best steps that still fit.
 Merged frontiers, exact for small problems, give another choice; the better of the two is taken.
@@ -28,17 +28,17 @@ class Curve(NamedTuple):
     error_S: Tensor
 
 
-Cluster = Sequence[Sequence[Curve]]  # ways to group its matrices; each is a list of curves
+Cluster = Sequence[Sequence[Curve]]  # groupings of its matrices; each is a list of curves
 
 
-class Choice(NamedTuple):
-    """For one cluster: which way of grouping, and the rank of each of its curves."""
+class ClusterChoice(NamedTuple):
+    """For one cluster: which grouping, and the rank of each of its curves."""
 
-    way: int
+    grouping: int
     ranks: tuple[int, ...]
 
 
-def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
+def allocate(clusters: Sequence[Cluster], budget: int) -> list[ClusterChoice]:
     """The choice of each cluster with about the least summed error within the budget.
 
     Raises:
@@ -70,24 +70,26 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
     return min(spent, key=lambda choices: error_of(clusters, choices))
 
 
-def error_of(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> float:
+def error_of(clusters: Sequence[Cluster], choices: Sequence[ClusterChoice]) -> float:
     """The summed error of a choice."""
     return sum(float(curve.error_S[rank - 1]) for curve, rank in _chosen_curves(clusters, choices))
 
 
-def _cheapest(cluster: Cluster, multiplier: float) -> Choice:
-    """The way and ranks of least error + multiplier · cost; at infinity, of least cost."""
+def _cheapest(cluster: Cluster, multiplier: float) -> ClusterChoice:
+    """The grouping and ranks of least error + multiplier · cost; at infinity, of least cost."""
     options = []
-    for way, curves in enumerate(cluster):
+    for grouping, curves in enumerate(cluster):
         totals = [
             c.error_S + multiplier * c.cost_S if multiplier < math.inf else c.cost_S for c in curves
         ]
         ranks = tuple(int(total_S.argmin()) + 1 for total_S in totals)
-        options.append((sum(float(total_S.min()) for total_S in totals), Choice(way, ranks)))
-    return min(options)[1]  # the first way, where several are as good
+        options.append(
+            (sum(float(total_S.min()) for total_S in totals), ClusterChoice(grouping, ranks))
+        )
+    return min(options)[1]  # the first grouping, where several are as good
 
 
-def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
+def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[ClusterChoice]:
     """The best choice along merged frontiers, exact while they are small."""
     merged = partial(merge, budget=budget)
     fronts = [
@@ -99,19 +101,22 @@ def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[Choice]:
     ]
     widths = [front.picks_NC.shape[1] for front in fronts]
     picks = reduce(merged, fronts).picks_NC[-1].split(widths)
-    return [Choice(way, tuple(r for r in ranks if r)) for way, *ranks in map(Tensor.tolist, picks)]
+    return [
+        ClusterChoice(grouping, tuple(r for r in ranks if r))
+        for grouping, *ranks in map(Tensor.tolist, picks)
+    ]
 
 
 def _prices(clusters: Sequence[Cluster]) -> tuple[float, float]:
     """Prices between which every choice changes."""
-    curves = [curve for cluster in clusters for way in cluster for curve in way]
+    curves = [curve for cluster in clusters for grouping in cluster for curve in grouping]
     top = max(float(curve.error_S[0]) for curve in curves)
     return top * 1e-18, top * 1e3
 
 
 def _spend_rest(
-    clusters: Sequence[Cluster], choices: Sequence[Choice], budget: int
-) -> list[Choice]:
+    clusters: Sequence[Cluster], choices: Sequence[ClusterChoice], budget: int
+) -> list[ClusterChoice]:
     """Buy, again and again, the affordable higher rank with the most gain per number."""
     chosen = _chosen_curves(clusters, choices)
     curves, ranks = [curve for curve, _ in chosen], [rank for _, rank in chosen]
@@ -127,7 +132,7 @@ def _spend_rest(
         if step := _best_step(curves[i], i, ranks[i], left):
             heappush(heap, step)
     each = iter(ranks)
-    return [Choice(one.way, tuple(islice(each, len(one.ranks)))) for one in choices]
+    return [ClusterChoice(one.grouping, tuple(islice(each, len(one.ranks)))) for one in choices]
 
 
 def _best_step(curve: Curve, i: int, rank: int, left: int) -> tuple[float, int, int, int] | None:
@@ -143,15 +148,15 @@ def _best_step(curve: Curve, i: int, rank: int, left: int) -> tuple[float, int, 
     return (-gain, i, rank + 1 + best, int(price_S[best])) if gain > 0 else None
 
 
-def _cost(clusters: Sequence[Cluster], choices: Sequence[Choice]) -> int:
+def _cost(clusters: Sequence[Cluster], choices: Sequence[ClusterChoice]) -> int:
     return sum(int(curve.cost_S[rank - 1]) for curve, rank in _chosen_curves(clusters, choices))
 
 
 def _chosen_curves(
-    clusters: Sequence[Cluster], choices: Sequence[Choice]
+    clusters: Sequence[Cluster], choices: Sequence[ClusterChoice]
 ) -> list[tuple[Curve, int]]:
     return [
         (curve, rank)
         for cluster, choice in zip(clusters, choices, strict=True)
-        for curve, rank in zip(cluster[choice.way], choice.ranks, strict=True)
+        for curve, rank in zip(cluster[choice.grouping], choice.ranks, strict=True)
     ]

@@ -10,13 +10,13 @@ Shapes: N size of the mode, C columns of its unfolding, R rank, S the smaller of
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
+from tensorllm.tensors.threads import one_thread
 from tensorllm.tensors.unfold import all_finite, gram, unfolding
 
 LOSS = 5e-6  # energy that rounding may lose by that sum, as a share of the energy discarded
@@ -33,7 +33,7 @@ def leading_vectors(w: Tensor, mode: int, rank: int) -> Tensor:
     Raises:
         UserError: `w` holds NaN or Inf.
     """
-    for dtype in _ways(w):
+    for dtype in _dtypes(w):
         found = _by_gram(w, mode, rank, dtype, last=_is_last(w, dtype))
         if found is not None:
             return found
@@ -46,7 +46,7 @@ def all_singular_values(w: Tensor, mode: int) -> Tensor:
 
     Each is exact to 1e-4 of itself, or to 1e-7 of the largest where `w` is float32 or narrower.
     """
-    for dtype in _ways(w):
+    for dtype in _dtypes(w):
         g_SS = _smaller_gram(w, mode, dtype)
         entry = torch.finfo(dtype).eps / 2 * float(g_SS.diagonal().max())
         if math.isfinite(entry):
@@ -63,7 +63,7 @@ def require_finite(w: Tensor) -> None:
         raise UserError("the weights must be finite numbers, but there are NaN or Inf among them")
 
 
-def _ways(w: Tensor) -> tuple[torch.dtype, ...]:
+def _dtypes(w: Tensor) -> tuple[torch.dtype, ...]:
     """The dtypes in which products are tried."""
     return (torch.float64,) if w.dtype == torch.float64 else (torch.float32, torch.float64)
 
@@ -160,22 +160,15 @@ def leading_subspace(g_NN: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(g_NN.float() @ sketch_NR).Q.double()
 
 
-@contextmanager
-def _few_threads(size: int) -> Iterator[None]:
-    """One thread for the many short steps of a small factorisation.
+def _few_threads(size: int) -> AbstractContextManager[None]:
+    """One thread for the many short steps of a small factorisation, for as long as it lasts.
 
     With two threads it is a third faster on an idle machine, but on one whose cores others use too,
     where the threads wait for each other at every step, it was seen to take 20 times longer.
     """
-    threads = torch.get_num_threads()
-    if size >= 2 * LARGE or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    if size >= 2 * LARGE or torch.get_num_threads() == 1:
+        return nullcontext()
+    return one_thread()
 
 
 def _svd(x_NC: Tensor) -> tuple[Tensor, Tensor]:

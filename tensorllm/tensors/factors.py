@@ -15,7 +15,7 @@ from torch import Tensor
 from tensorllm.errors import UserError
 from tensorllm.registry import Registry
 from tensorllm.tensors.eigen import all_singular_values
-from tensorllm.tensors.unfold import exact_float32, project
+from tensorllm.tensors.unfold import exact_float32, growth, project, project_all
 
 Picture = Literal["core", "product"]
 CANCELS = 0.01  # a smaller share of the energy is computed from the difference itself
@@ -139,7 +139,7 @@ class Factors(ABC):
         """The same factors in floating point; `self` where they are that already."""
         return self
 
-    def narrow_parts(self, name: str) -> dict[str, Tensor]:
+    def quantised_parts(self, name: str) -> dict[str, Tensor]:
         """What is stored in place of the tensor `name` of `plain()`; empty: that tensor itself."""
         del name
         return {}
@@ -312,21 +312,8 @@ class LowRank(Factors):
 def low_rank_outline(shape: Sequence[int], rank: int) -> LowRank:
     """The factors of a matrix without their numbers, on the meta device."""
     rows, columns = shape
-    return LowRank(
-        torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta")
-    )
-
-
-def tucker_outline(shape: Sequence[int], ranks: Mapping[int, int]) -> Tucker:
-    """Tucker factors without numbers, on the meta device, of a tensor of this shape.
-
-    Args:
-        ranks: mode -> rank, of the modes that have a factor; the core is as long as the tensor in
-            the others.
-    """
-    core = [ranks.get(mode, size) for mode, size in enumerate(shape)]
-    factors = {n: torch.empty(shape[n], rank, device="meta") for n, rank in ranks.items()}
-    return Tucker(torch.empty(core, device="meta"), factors)
+    with torch.device("meta"):
+        return LowRank(torch.empty(rows, rank), torch.empty(rank, columns))
 
 
 @FACTORS.register("cp")
@@ -360,15 +347,3 @@ class CP(Factors):
     @property
     def ranks(self) -> tuple[int, ...]:
         return (self.weights_R.numel(),)
-
-
-def growth(shape: Sequence[int]) -> float:
-    """Order of products with (N, R) factors: ascending to grow, descending to shrink."""
-    return 1 / shape[1] - 1 / shape[0]
-
-
-def project_all(w: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
-    """`w` projected on every factor, in the order with the fewest multiply-adds."""
-    for mode in sorted(factors, key=lambda n: growth(factors[n].shape), reverse=True):
-        w = project(w, factors[mode], mode)
-    return w

@@ -41,12 +41,12 @@ def merge(a: Front, b: Front, budget: int) -> Front:
 
 
 def union(fronts: Sequence[Front], budget: int) -> Front:
-    """The frontier of several ways; the first pick tells the way, shorter ones end in 0."""
+    """The frontier of alternatives; the first pick tells which one, shorter ones end in 0."""
     width = max(f.picks_NC.shape[1] for f in fronts)
     picks = []
-    for way, front in enumerate(fronts):
+    for number, front in enumerate(fronts):
         padded = torch.nn.functional.pad(front.picks_NC, (1, width - front.picks_NC.shape[1]))
-        padded[:, 0] = way
+        padded[:, 0] = number
         picks.append(padded)
     cost_N, error_N = torch.cat([f.cost_N for f in fronts]), torch.cat([f.error_N for f in fronts])
     return _pareto(Front(cost_N, error_N, torch.cat(picks)), budget)

@@ -1,11 +1,10 @@
 """Factors whose numbers are held in 8 or 4 bits, with a scale for every 64 of them.
 
 Groups run down the first mode, the one that products sum over or that is largest. Rounding is
-torchao's; widening is one product, so that a folder of such factors opens without torchao.
+torchao's; dequantising is one product, so that a folder of such factors opens without torchao.
 Shapes: N the size of the first mode, Y its groups, ... the other modes.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tensorllm.errors import UserError
+from tensorllm.progress import silenced
 from tensorllm.tensors.factors import FACTORS, Factors
 from tensorllm.tensors.weighted import Metric
 from tensorllm.tensors.whole import Whole
@@ -50,12 +50,12 @@ class Quantised(Factors):
         for name in self.stored:
             short, _, part = name.rpartition("_")
             if part == "values":
-                found[short] = widen(*self.narrow_parts(short).values())
+                found[short] = dequantise(*self.quantised_parts(short).values())
             elif part not in PARTS:
                 found[name] = self.stored[name]
         return self.inner.from_tensors(found)
 
-    def narrow_parts(self, name: str) -> dict[str, Tensor]:
+    def quantised_parts(self, name: str) -> dict[str, Tensor]:
         names = (f"{name}_{part}" for part in PARTS)
         return {name: self.stored[name] for name in names if name in self.stored}
 
@@ -102,7 +102,7 @@ def quantise(factors: Factors, how: str) -> Factors:
 
     Raises:
         UserError: another `how`, factors that are quantised already, or a kind whose tensors have
-            names that the narrow form needs.
+            names that the quantised form needs.
     """
     if how not in BITS:
         raise UserError(f"--quantize must be one of {', '.join(BITS)}, got {how!r}")
@@ -114,7 +114,7 @@ def quantise(factors: Factors, how: str) -> Factors:
     stored: dict[str, Tensor] = {}
     for short, t in tensors.items():
         if _is_rounded(t):
-            parts = narrow(t, BITS[how])
+            parts = quantise_tensor(t, BITS[how])
             stored |= {f"{short}_{p}": x for p, x in zip(PARTS, parts, strict=False)}
         else:
             stored[short] = t
@@ -201,8 +201,8 @@ def quantised_whole(w: Tensor, how: str, by: Compensation) -> Factors:
 
 
 def rounded_column(w_I: Tensor, bits: int) -> Tensor:
-    """What `narrow` makes of one column (I,), widened: in few operations, as it is asked for every
-    column of a matrix, one after the other."""
+    """What `quantise_tensor` makes of one column (I,), dequantised: in few operations, as it is
+    asked for every column of a matrix, one after the other."""
     most = 2 ** (bits - 1)
     groups = pad(w_I, (0, -len(w_I) % GROUP)).view(-1, GROUP)
     scales = groups.abs().amax(1, keepdim=True).div_(most - 0.5).clamp_(min=TINY)
@@ -211,7 +211,7 @@ def rounded_column(w_I: Tensor, bits: int) -> Tensor:
     return rounded.view(-1)[: len(w_I)]
 
 
-def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
+def quantise_tensor(t: Tensor, bits: int) -> tuple[Tensor, ...]:
     """Values and scales of a tensor (N, ...): symmetric, rounded to the nearest by torchao."""
     rounding = _torchao()
     size = len(t)
@@ -236,15 +236,14 @@ def narrow(t: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 
 def _torchao() -> Any:
-    # It tells of GPU libraries that it does not find, which are of no use here.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
-        return import_module("torchao.quantization.quant_primitives")
+        with silenced("torchao"):  # it tells of GPU libraries that it does not find
+            return import_module("torchao.quantization.quant_primitives")
     except ImportError:
         raise UserError("quantising needs torchao; pip install 'tensorllm[quant]'") from None
 
 
-def widen(values: Tensor, scales: Tensor, rest: Tensor | None = None) -> Tensor:
+def dequantise(values: Tensor, scales: Tensor, rest: Tensor | None = None) -> Tensor:
     """The numbers that values and scales stand for, in the dtype of the scales."""
     if values.dtype == torch.uint8:
         signed = values.view(torch.int8)

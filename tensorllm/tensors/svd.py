@@ -14,7 +14,7 @@ from tensorllm.tensors.factors import LowRank, wide, wide_dtype
 from tensorllm.tensors.ranks import check_rank
 from tensorllm.tensors.unfold import exact_float32
 
-Method = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+SVDMethod = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 @exact_float32()
@@ -68,7 +68,7 @@ def _lowrank(
     return u[:, :rank] * s[:rank], v[:, :rank].mT
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, SVDMethod] = {
     "exact": _exact,
     "randomized": _randomized,
     "official": _official,

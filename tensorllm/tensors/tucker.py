@@ -7,18 +7,25 @@ the best rank-1 and rank-(R1,...,RN) approximation of higher-order tensors", SIA
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tensorllm.errors import UserError
 from tensorllm.tensors.eigen import all_singular_values, eigh, leading_vectors, require_finite
-from tensorllm.tensors.factors import Factors, Tucker, project_all, wide, wide_dtype
+from tensorllm.tensors.factors import Factors, Tucker, wide, wide_dtype
 from tensorllm.tensors.ranks import check_rank
-from tensorllm.tensors.unfold import energy, exact_float32, gram, project, residual_energy
+from tensorllm.tensors.unfold import (
+    energy,
+    exact_float32,
+    gram,
+    project,
+    project_all,
+    residual_energy,
+)
 
-Method = Callable[[Tensor, Mapping[int, int], int | None, float | None], Tucker]
+TuckerMethod = Callable[[Tensor, Mapping[int, int], int | None, float | None], Tucker]
 # One sweep is enough for most tensors (its gain is below TOL of the relative error, and later ones
 # gain less); where the width decays and nothing else does, up to a dozen are needed to come within
 # 2e-4 of where they end.
@@ -156,7 +163,7 @@ def _tensorly(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: floa
     return _ordered(core, dict(zip(modes, factors, strict=True)), modes, diagonal=None)
 
 
-METHODS: dict[str, Method] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
+METHODS: dict[str, TuckerMethod] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
 
 
 @exact_float32()
@@ -200,3 +207,15 @@ def relative_error(w: Tensor, factors: Factors) -> float:
         return math.sqrt(share)
     left = residual_energy(w, factors.dense())
     return math.sqrt(left / total) if total else float(left > 0)
+
+
+def tucker_outline(shape: Sequence[int], ranks: Mapping[int, int]) -> Tucker:
+    """Tucker factors without numbers, on the meta device, of a tensor of this shape.
+
+    Args:
+        ranks: mode -> rank, of the modes that have a factor; the core is as long as the tensor in
+            the others.
+    """
+    core = [ranks.get(mode, size) for mode, size in enumerate(shape)]
+    factors = {n: torch.empty(shape[n], rank, device="meta") for n, rank in ranks.items()}
+    return Tucker(torch.empty(core, device="meta"), factors)

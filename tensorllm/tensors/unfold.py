@@ -7,9 +7,10 @@ product of 16 million terms was seen to be 0.4 % off.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from threading import Lock
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,22 +23,40 @@ STRIP = 512  # columns of a Gram matrix made by one product
 NARROW = 256  # up to so many columns, blocks are multiplied as one matrix with zeros in it
 
 
+class _Exact:
+    """How many contexts of `exact_float32` the process is in, and its setting outside of them."""
+
+    lock = Lock()
+    depth = 0
+    outside: ClassVar[list[str]] = []
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """float32 products in float32: a trainer may have allowed TF32 or bfloat16 in the process.
+
+    The setting is the whole process's, other threads' too. Contexts may be nested or overlap in
+    several threads: the first to be entered saves the setting and the last to be left restores it,
+    after an exception as well.
 
     By torch's setting per backend: once that was used, reading the older one of all is an error.
     """
     backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     products = [backend.matmul for backend in backends]
-    before = [product.fp32_precision for product in products]
-    try:
+    with _Exact.lock:
+        if not _Exact.depth:
+            _Exact.outside = [product.fp32_precision for product in products]
+        _Exact.depth += 1
         for product in products:
             product.fp32_precision = "ieee"
+    try:
         yield
     finally:
-        for product, precision in zip(products, before, strict=True):
-            product.fp32_precision = precision
+        with _Exact.lock:
+            _Exact.depth -= 1
+            if not _Exact.depth:
+                for product, precision in zip(products, _Exact.outside, strict=True):
+                    product.fp32_precision = precision
 
 
 def in_memory_order(w: Tensor) -> tuple[Tensor, list[int]]:
@@ -162,7 +181,7 @@ def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
     out_ARB = torch.empty(a, r, b, dtype=u_NR.dtype, device=w.device)
     size = x_ANB.numel() if x_ANB.dtype == u_NR.dtype else 4 * CHUNK
     narrow = b > 1 and a > 1 and n * b <= min(NARROW, size)
-    u_wide = _beside_itself(u_NR, b) if narrow else u_NR
+    u_wide = _times_identity(u_NR, b) if narrow else u_NR
     with exact_float32():
         for at_a, at_b in _pieces(x_ANB, size):
             piece = x_ANB[at_a, :, at_b].to(u_NR.dtype)
@@ -174,7 +193,19 @@ def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
     return out_ARB.view(sizes).permute(_inverse(order))
 
 
-def _beside_itself(u_NR: Tensor, b: int) -> Tensor:
+def growth(shape: Sequence[int]) -> float:
+    """Order of products with (N, R) factors: ascending to grow, descending to shrink."""
+    return 1 / shape[1] - 1 / shape[0]
+
+
+def project_all(w: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
+    """`w` projected on every factor, in the order with the fewest multiply-adds."""
+    for mode in sorted(factors, key=lambda n: growth(factors[n].shape), reverse=True):
+        w = project(w, factors[mode], mode)
+    return w
+
+
+def _times_identity(u_NR: Tensor, b: int) -> Tensor:
     """u ⊗ I_B: it multiplies (A, N·B) blocks as `u` multiplies (A, N)."""
     eye_BB = torch.eye(b, dtype=u_NR.dtype, device=u_NR.device)
     return (u_NR[:, None, :, None] * eye_BB[None, :, None, :]).flatten(2).flatten(0, 1)

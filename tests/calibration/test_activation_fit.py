@@ -13,7 +13,7 @@ from calibration_text import distance, logits, text
 from tiny_models import TINY, tiny_model
 
 from tensorllm.calibration import Calibration, fit, read_calibration
-from tensorllm.calibration.covariances import Wanted
+from tensorllm.calibration.covariances import Covariances, Wanted
 from tensorllm.calibration.hooks import module_of
 from tensorllm.calibration.statistics import frozen, measure_loss
 from tensorllm.checkpoint.loading import load
@@ -85,9 +85,9 @@ def test_moments_are_those_of_the_roles_own_inputs_and_gradients(name):
         else:
             read = [roles.read(weights, layer, role).double() for role in group]
             carried_NY = torch.cat([g @ w for g, w in zip(parts, read, strict=True)], dim=1)
-        carried = moments.carried[layer, group]
+        propagated = moments.propagated[layer, group]
         wanted = carried_NY.mT @ carried_NY / 5
-        assert torch.allclose(carried, wanted, atol=1e-3 * float(wanted.abs().max()))
+        assert torch.allclose(propagated, wanted, atol=1e-3 * float(wanted.abs().max()))
         felt = moments.gradients[layer, group]
         assert torch.allclose(felt, g_NM.mT @ g_NM / 5, atol=1e-3 * float(felt.abs().max()))
 
@@ -111,8 +111,8 @@ def test_what_the_backward_pass_leaves_is_carried_across_each_matrix(name):
         whole_YX = torch.block_diag(*blocks)
         wanted = whole_YX.mT @ parts @ whole_YX
         for found in (both, alone):
-            carried = found.carried[layer, group]
-            assert torch.allclose(carried, wanted, atol=1e-5 * float(wanted.abs().max()))
+            propagated = found.propagated[layer, group]
+            assert torch.allclose(propagated, wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_padding_and_batch_size_do_not_count():
@@ -133,7 +133,18 @@ def test_spilled_moments_are_the_same(tmp_path):
         held = measure_loss(model, roles, keys, text().batches(), BOTH)
         spilled = measure_loss(model, roles, keys, text().batches(), BOTH, spill=tmp_path)
     assert any(tmp_path.iterdir())
-    assert all(torch.equal(held.carried[key], spilled.carried[key]) for key in keys)
+    assert all(torch.equal(held.propagated[key], spilled.propagated[key]) for key in keys)
+
+
+def test_covariances_are_stored_and_read_under_the_names_of_earlier_fits() -> None:
+    """A folder that an interrupted fit goes on from calls what is propagated `carried`."""
+    part = {(3, ("in", "gate")): torch.tensor([[2.0, 1.0], [1.0, 3.0]])}
+    found = Covariances(inputs=part, propagated=part)
+    stored = found.tensors()
+    assert stored.keys() == {"inputs/3/in-gate", "carried/3/in-gate"}
+    again = Covariances.from_tensors(stored, torch.device("cpu"))
+    (whole,) = again.propagated.values()
+    assert torch.equal(whole, *part.values())
 
 
 def test_data_beat_no_data_and_correction_beats_none():

@@ -22,12 +22,11 @@ from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
 from tensorllm.tensors.weighted import (
     Metric,
     between_roots,
-    left_out,
-    left_out_by,
     narrow_root,
     projection,
+    projection_error,
     regression,
-    through,
+    truncation_errors,
 )
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (40, 3)]
@@ -107,12 +106,12 @@ def test_a_projection_costs_what_it_says_and_is_the_svd_between_both_roots(shape
     outputs, inputs = moment(shape[0], 90, 1), moment(shape[1], 90, 2)
     w_MX = randn(*shape)
     metric = Metric(outputs if writes else inputs)
-    carried = w_MX @ inputs @ w_MX.mT if writes else w_MX.mT @ outputs @ w_MX
-    errors = left_out(metric.seen(carried), min(shape))
+    propagated = w_MX @ inputs @ w_MX.mT if writes else w_MX.mT @ outputs @ w_MX
+    errors = truncation_errors(metric.weighted(propagated), min(shape))
     assert errors.shape == (min(shape),)
     left, right = (torch.linalg.cholesky(m) for m in (outputs, inputs))
     for rank in range(1, min(shape) + 1):
-        into, back = projection(metric, carried, rank)
+        into, back = projection(metric, propagated, rank)
         found = (into @ back).mT @ w_MX if writes else w_MX @ into @ back
         u, s, v = torch.linalg.svd(left.mT @ w_MX @ right, full_matrices=False)
         best = (u[:, :rank] * s[:rank]) @ v[:rank]
@@ -129,39 +128,39 @@ def test_large_covariances_give_the_same_subspace_in_float32():
     q = torch.linalg.qr(randn(size, size)).Q
     values = torch.logspace(0, -6, size, dtype=torch.float64)
     values[:rank] *= 100
-    carried = (q * values) @ q.mT
+    propagated = (q * values) @ q.mT
     metric = Metric(torch.eye(size, dtype=torch.float64), 0.0)
-    into, back = projection(metric, carried, rank)
+    into, back = projection(metric, propagated, rank)
     assert torch.allclose(into @ back, q[:, :rank] @ q[:, :rank].mT, atol=1e-5)
-    errors = left_out(metric.seen(carried), size)
+    errors = truncation_errors(metric.weighted(propagated), size)
     assert torch.allclose(errors[:-1], values.flip(0).cumsum(0).flip(0)[1:], atol=1e-4)
 
 
 def test_a_basis_costs_what_its_map_misses_and_a_sketch_little_more():
     """Of a spectrum that decays, below and from order 1,024 on."""
     for size in (40, 1100):
-        carried = moment(size, 3 * size, 1) @ torch.diag(torch.logspace(0, -3, size).double())
-        carried = carried @ carried.mT
+        propagated = moment(size, 3 * size, 1) @ torch.diag(torch.logspace(0, -3, size).double())
+        propagated = propagated @ propagated.mT
         metric = Metric(moment(size, 3 * size, 2))
-        seen, rank = metric.seen(carried), size // 2
-        basis = leading_subspace(seen, rank)
+        weighted, rank = metric.weighted(propagated), size // 2
+        basis = leading_subspace(weighted, rank)
         assert torch.allclose(basis.mT @ basis, torch.eye(rank).double(), atol=1e-5)
         into, back = between_roots(metric, basis)
         missed = torch.eye(size).double() - into @ back
-        wanted = float(torch.trace(missed.mT @ carried @ missed @ metric.raised))
-        assert left_out_by(seen, basis) == pytest.approx(wanted, rel=1e-3)
-        best = float(left_out(seen, size)[rank - 1])
-        assert best * (1 - 1e-3) < left_out_by(seen, basis) < 3 * best
-    assert left_out_by(seen, torch.eye(size).double()) == pytest.approx(
-        0.0, abs=1e-9 * float(seen.trace())
+        wanted = float(torch.trace(missed.mT @ propagated @ missed @ metric.raised))
+        assert projection_error(weighted, basis) == pytest.approx(wanted, rel=1e-3)
+        best = float(truncation_errors(weighted, size)[rank - 1])
+        assert best * (1 - 1e-3) < projection_error(weighted, basis) < 3 * best
+    assert projection_error(weighted, torch.eye(size).double()) == pytest.approx(
+        0.0, abs=1e-9 * float(weighted.trace())
     )
 
 
 def test_behind_a_map_a_projection_comes_with_it():
-    inputs, carried, map_DD = moment(7, 40, 1), moment(7, 40, 2), randn(7, 7, seed=3)
+    inputs, propagated, map_DD = moment(7, 40, 1), moment(7, 40, 2), randn(7, 7, seed=3)
     metric = Metric(inputs)
-    plain = projection(metric, map_DD.mT @ carried @ map_DD, 3)
-    into, back = projection(metric, carried, 3, through(metric, map_DD))
+    plain = projection(metric, map_DD.mT @ propagated @ map_DD, 3)
+    into, back = projection(metric, propagated, 3, metric.times_root(map_DD))
     assert torch.allclose(into @ back, map_DD @ plain.into_NR @ plain.back_RN)
 
 
@@ -225,24 +224,25 @@ def curves(seed: int, sizes: list[tuple[int, int]]) -> list[Curve]:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.3, 1.1))
 def test_no_allocation_is_better_than_the_one_that_is_found(seed, share):
-    """Brute force over ways and ranks: the best is at most 1 % of the error at rank 1 better."""
+    """Brute force over groupings and ranks: the best is at most 1 % of the error at rank 1
+    better."""
     a, b, ab = curves(seed, [(24, 16), (12, 16), (36, 16)])
     clusters = [[[a, b], [ab]], [curves(seed + 1, [(16, 16)])]]
     budget = int(share * 16 * (24 + 12 + 16))
     best = math.inf
-    for way, other in itertools.product(*clusters):
-        every = [*way, *other]
+    for grouping, other in itertools.product(*clusters):
+        every = [*grouping, *other]
         costs, errors = (
             sum(torch.meshgrid(*part, indexing="ij"))
             for part in ([c.cost_S for c in every], [c.error_S for c in every])
         )
         best = min(best, float(errors[costs <= budget].min()))
     found = allocate(clusters, budget)
-    ways = [cluster[choice.way] for cluster, choice in zip(clusters, found, strict=True)]
+    chosen = [cluster[choice.grouping] for cluster, choice in zip(clusters, found, strict=True)]
     spent = sum(
         int(c.cost_S[rank - 1])
-        for way, choice in zip(ways, found, strict=True)
-        for c, rank in zip(way, choice.ranks, strict=True)
+        for grouping, choice in zip(chosen, found, strict=True)
+        for c, rank in zip(grouping, choice.ranks, strict=True)
     )
     whole = sum(float(c.error_S[0]) for c in [a, b, clusters[1][0][0]])
     assert spent <= budget

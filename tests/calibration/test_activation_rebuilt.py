@@ -11,7 +11,7 @@ from torch import nn
 
 from tensorllm.calibration import fit
 from tensorllm.calibration.context import Context
-from tensorllm.calibration.remembered import giving_on
+from tensorllm.calibration.module_cache import rebuild_of
 from tensorllm.compressors import ActivationHybrid
 
 WANTED = ActivationHybrid(target_ratio=1.5, refit_epochs=0, narrowing=False)
@@ -47,7 +47,7 @@ def test_nothing_runs_twice_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def noted(self: Context, name: str, now: object) -> None:
         plain(self, name, now)
         rebuilt.append(name)
-        assert self._round[name].holds
+        assert self._enclosing[name].filled
 
     monkeypatch.setattr(Context, "_rebuild", noted)
     ran: list[str] = []
@@ -75,11 +75,11 @@ def watched_outputs(plain, ran: list[str]):
 
 def test_what_a_module_returns_is_recognised_by_the_tensor_inside() -> None:
     given, other = torch.ones(2), torch.ones(2)
-    alone, first = giving_on(given, given), giving_on((given, None), given)
+    alone, first = rebuild_of(given, given), rebuild_of((given, None), given)
     assert alone is not None
     assert alone(other) is other
     assert first is not None
     assert first(other) == (other, None)
-    assert giving_on(other, given) is None
-    assert giving_on((given, other), given) is None  # attention's weights would be lost
-    assert giving_on(given, None) is None
+    assert rebuild_of(other, given) is None
+    assert rebuild_of((given, other), given) is None  # attention's weights would be lost
+    assert rebuild_of(given, None) is None

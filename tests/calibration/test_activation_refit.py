@@ -1,4 +1,4 @@
-"""Moving all factors of a layer together: gradients, and outputs that come nearer.
+"""TrainableSite all factors of a layer together: gradients, and outputs that come nearer.
 
 Shapes: B sequences, T positions, D model width, M outputs of a map, X its inputs.
 """
@@ -16,10 +16,10 @@ from tensorllm.calibration import fit, sweeps
 from tensorllm.calibration.context import Context
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.applied import Product, Rows
 from tensorllm.compressors.calibrated import refit
 from tensorllm.compressors.calibrated.maps import Map
-from tensorllm.compressors.calibrated.refit import Balanced
+from tensorllm.compressors.calibrated.refit import PreconditionedMap
+from tensorllm.compressors.operators import ProductOperator, RowsOperator
 from tensorllm.compressors.steps import damp_rounding
 from tensorllm.errors import UserError
 from tensorllm.tensors.weighted import Metric
@@ -74,7 +74,7 @@ def test_a_well_fitted_layer_comes_nearer_too():
 def test_a_map_starts_as_it_was_with_its_size_in_both_factors(writes):
     left_MR, right_RX = randn(9, 3), randn(3, 6, seed=1)
     samples = randn(9 if writes else 6, 40, seed=2)
-    balanced = Balanced(
+    balanced = PreconditionedMap(
         Map(left_MR, right_RX), Metric(samples @ samples.mT), ("o",) if writes else ("q",)
     )
     found = balanced.map()
@@ -85,7 +85,7 @@ def test_a_map_starts_as_it_was_with_its_size_in_both_factors(writes):
 
 def test_a_map_of_zeros_is_no_trouble():
     map_ = Map(torch.zeros(5, 2).double(), torch.zeros(2, 4).double())
-    left, right = Balanced(map_, Metric(torch.eye(4).double()), ("q",)).map()
+    left, right = PreconditionedMap(map_, Metric(torch.eye(4).double()), ("q",)).map()
     assert not left.any()
     assert torch.isfinite(right).all()
 
@@ -130,15 +130,15 @@ def test_an_eighth_of_the_batches_is_compared_and_not_trained_on(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_applied_as_factors_or_as_matrices_it_is_the_same_refit(name, monkeypatch):
+def test_run_as_factors_or_as_matrices_it_is_the_same_refit(name, monkeypatch):
     model, found = tiny_model(name), {}
     wanted = ActivationHybrid(target_ratio=3, refit_epochs=1)
-    for pays in (True, False):
-        for kind in (Product, Rows):
-            monkeypatch.setattr(kind, "pays", lambda self, tokens, pays=pays: pays)
-        found[pays] = fit(wanted, model, text(), [0])
+    for cheaper in (True, False):
+        for kind in (ProductOperator, RowsOperator):
+            monkeypatch.setattr(kind, "is_cheaper", lambda self, tokens, cheaper=cheaper: cheaper)
+        found[cheaper] = fit(wanted, model, text(), [0])
     for site in found[True].sites:
-        one, other = (found[pays].factors(site).dense() for pays in (True, False))
+        one, other = (found[cheaper].factors(site).dense() for cheaper in (True, False))
         assert torch.allclose(one, other, atol=2e-2 * float(other.abs().max())), site
 
 

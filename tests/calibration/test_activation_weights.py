@@ -17,7 +17,11 @@ from tensorllm.calibration.covariances import Covariances, Wanted
 from tensorllm.calibration.layers import InMemory, Layers
 from tensorllm.calibration.statistics import GRADIENT_TOKENS, Measurement, frozen, sampled
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.calibrated.at_width import AtWidth, share_of, written
+from tensorllm.compressors.calibrated.error_model import (
+    ErrorModel,
+    shrinkage,
+    shrunk_gradient_covariance,
+)
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.weighted import at_equal_cost
@@ -39,7 +43,7 @@ def layer(w_MD: Tensor, inputs_DD: Tensor, gradients_MM: Tensor, samples: int = 
     return SimpleNamespace(
         weight=lambda role: w_MD,
         width_covariance=lambda roles: inputs_DD,
-        carried_covariance=lambda roles: len(roles) * w_MD.mT @ gradients_MM @ w_MD,
+        propagated_covariance=lambda roles: len(roles) * w_MD.mT @ gradients_MM @ w_MD,
         tokens=10**6,
         gradient_tokens=lambda roles: samples,
         geometry=SimpleNamespace(D=D),
@@ -52,7 +56,7 @@ def cost(w_MD: Tensor, fitted_MD: Tensor, inputs_DD: Tensor, gradients_MM: Tenso
 
 
 def fitted(context: Any, plain: float | None, roles: tuple[str, ...] = ("in",)) -> Tensor:
-    map_ = AtWidth.of(context, roles, plain).fit(context, roles, RANK).map
+    map_ = ErrorModel.of(context, roles, plain).fit(context, roles, RANK).map
     return map_.left_MR @ map_.right_RX
 
 
@@ -82,9 +86,11 @@ def test_gradients_that_overflow_are_refused() -> None:
 
 def test_nothing_plain_is_the_gradients_alone() -> None:
     context = layer(randn(M, D, seed=1), covariance(D, 200, 2), covariance(M, 200, 3))
-    found_DD = AtWidth.of(context, ("in",), 0.0).carried(context, ("in",))
-    assert torch.equal(found_DD, context.carried_covariance(("in",)))
-    assert torch.equal(written(context, ("out",), 0.0), context.width_covariance(("out",)))
+    found_DD = ErrorModel.of(context, ("in",), 0.0).propagated(context, ("in",))
+    assert torch.equal(found_DD, context.propagated_covariance(("in",)))
+    assert torch.equal(
+        shrunk_gradient_covariance(context, ("out",), 0.0), context.width_covariance(("out",))
+    )
 
 
 @pytest.mark.parametrize("plain", [0.0, 0.3, 1.0])
@@ -92,10 +98,10 @@ def test_all_of_a_matrix_costs_the_same_whatever_the_share(plain: float) -> None
     """So that matrices keep their weights against each other in one budget."""
     w_MD, inputs_DD, gradients_MM = randn(M, D, seed=1), covariance(D, 200, 2), covariance(M, 90, 3)
     context = layer(w_MD, inputs_DD, gradients_MM)
-    found_DD = AtWidth.of(context, ("in",), plain).carried(context, ("in",))
+    found_DD = ErrorModel.of(context, ("in",), plain).propagated(context, ("in",))
     whole = cost(w_MD, torch.zeros_like(w_MD), inputs_DD, gradients_MM)
     assert float((found_DD * inputs_DD).sum()) == pytest.approx(whole, rel=1e-9)
-    trace = written(context, ("out",), plain).trace()
+    trace = shrunk_gradient_covariance(context, ("out",), plain).trace()
     assert float(trace) == pytest.approx(float(inputs_DD.trace()), rel=1e-9)
 
 
@@ -123,8 +129,8 @@ def test_the_share_falls_with_the_tokens_that_gradients_were_taken_of(
     samples: int, share: float
 ) -> None:
     context = layer(randn(M, D, seed=1), covariance(D, 200, 2), covariance(M, 90, 3), samples)
-    assert share_of(context, ("in",), None) == pytest.approx(share)
-    assert share_of(context, ("in",), 0.3) == 0.3
+    assert shrinkage(context, ("in",), None) == pytest.approx(share)
+    assert shrinkage(context, ("in",), 0.3) == 0.3
 
 
 def test_gradients_are_counted_and_the_count_is_kept() -> None:

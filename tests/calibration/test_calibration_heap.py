@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tensorllm.calibration import store
-from tensorllm.calibration.heap import _trim, give_back
+from tensorllm.calibration.heap import _trim, trim_heap
 from tensorllm.calibration.store import Store, Sweep
 
 STATM = Path("/proc/self/statm")
@@ -26,7 +26,7 @@ def test_pages_between_tensors_that_stay_go_back() -> None:
     staying = tensors[::50]
     del tensors
     before = resident()
-    give_back()
+    trim_heap()
     assert before - resident() > 4 * EACH * COUNT / 2
     assert all(bool((each == 1).all()) for each in staying)
 
@@ -34,7 +34,7 @@ def test_pages_between_tensors_that_stay_go_back() -> None:
 def test_a_walk_gives_back_after_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Store()
     seen: list[bool] = []
-    monkeypatch.setattr(store, "give_back", lambda: seen.append(held.has("hidden-0-0")))
+    monkeypatch.setattr(store, "trim_heap", lambda: seen.append(held.has("hidden-0-0")))
     for layer, (states,), after in Sweep(held, "found", ("hidden",), [torch.zeros(1, 2, 3)], 3):
         assert len(seen) == layer
         after([hidden + 1 for hidden in states])

@@ -5,8 +5,8 @@ from calibration_text import text
 from tiny_models import tiny_model
 
 from tensorllm.calibration.layers import InMemory, Layers
+from tensorllm.calibration.module_cache import ModuleCache
 from tensorllm.calibration.original import LayerModule, Original
-from tensorllm.calibration.remembered import Remembered
 from tensorllm.calibration.store import Store, Sweep
 
 
@@ -52,7 +52,7 @@ def test_a_shared_input_is_given_by_whichever_module_runs_first():
         module = block.get_submodule(run.module.below(role))
         module.register_forward_hook(lambda module, args, output: ran.append(module))
     for roles in (("in", "gate"), ("gate", "in")):
-        tap, nothing = run.module.tap(roles), Remembered(block, "")
+        tap, nothing = run.module.tap(roles), ModuleCache(block, "")
         found = layers.signals(0, block, layers.start, tap, nothing)
         alone = layers.signals(0, block, layers.start, run.module.tap(roles[:1]), nothing)
         for one, other in zip(found, alone, strict=True):

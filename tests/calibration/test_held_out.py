@@ -15,8 +15,8 @@ from tensorllm.calibration.statistics import MEASURED_TOKENS, sampled
 from tensorllm.calibration.sweeps import BATCH
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import ActivationHybrid, ActivationTucker
-from tensorllm.compressors.calibrated.at_width import AtWidth
-from tensorllm.compressors.calibrated.held_out import MOST, Trial, mean_times, times_expected
+from tensorllm.compressors.calibrated.error_model import ErrorModel
+from tensorllm.compressors.calibrated.held_out import LARGEST, Trial, error_ratio, mean_ratio
 from tensorllm.compressors.calibrated.maps import pivoted
 from tensorllm.compressors.rounded import HOW, RoundedFit
 from tensorllm.tensors.quantised import quantise
@@ -117,7 +117,7 @@ def test_a_trial_of_a_sketch_tells_what_one_of_the_best_map_does(
     def ask(context: Any, curves: Any) -> dict[str, Trial]:
         keys = [("q", "k", "v"), ("o",), ("in", "gate"), ("out",)]
         return {
-            role: AtWidth.of(context, key, None).tried(context, role)
+            role: ErrorModel.of(context, key, None).trial(context, role)
             for key in keys
             for role in key
         }
@@ -130,8 +130,8 @@ def test_a_trial_of_a_sketch_tells_what_one_of_the_best_map_does(
         near = asked(patched, model, text, ask)
     for best, sketched in zip(exact, near, strict=True):
         for role, trial in best.items():
-            assert trial.expected < sketched[role].expected < 4 * trial.expected
-            assert sketched[role].times == pytest.approx(trial.times, rel=0.3)
+            assert trial.predicted < sketched[role].predicted < 4 * trial.predicted
+            assert sketched[role].ratio == pytest.approx(trial.ratio, rel=0.3)
 
 
 @pytest.mark.parametrize("role", ["q", "o"])
@@ -141,13 +141,13 @@ def test_a_curve_goes_through_what_its_trial_has_cost(
     """Where a trial costs thrice what was expected, so does every rank."""
     model, text = tiny_model("llama"), long_text()
 
-    def curve_of(times: float) -> list[Tensor]:
-        def tried(context: Any, weights: Any, expected: float) -> float:
-            return times if role in weights else 1.0
+    def curve_of(ratio: float) -> list[Tensor]:
+        def measured(context: Any, weights: Any, predicted: float) -> float:
+            return ratio if role in weights else 1.0
 
         with monkeypatch.context() as patched:
-            name = "tensorllm.compressors.calibrated.at_width.times_expected"
-            patched.setattr(name, tried)
+            name = "tensorllm.compressors.calibrated.error_model.error_ratio"
+            patched.setattr(name, measured)
             found: list[Tensor] = asked(
                 patched, model, text, lambda context, curves: by_role(curves, role), sharing=False
             )
@@ -165,12 +165,12 @@ def by_role(curves: Any, role: str) -> Tensor:
 
 def test_factors_are_bounded_and_averaged_by_cost() -> None:
     context: Any = SimpleNamespace(held_out_error=lambda weights: 6.0)
-    assert times_expected(context, {}, 2.0) == 3.0
-    assert times_expected(context, {}, 1e-9) == MOST
-    assert times_expected(context, {}, 1e9) == 1 / MOST
-    assert times_expected(context, {}, 0.0) == 1.0
-    assert mean_times([Trial(1.0, 2.0), Trial(3.0, 4.0)]) == 3.5
-    assert mean_times([Trial(0.0, 2.0)]) == 1.0
+    assert error_ratio(context, {}, 2.0) == 3.0
+    assert error_ratio(context, {}, 1e-9) == LARGEST
+    assert error_ratio(context, {}, 1e9) == 1 / LARGEST
+    assert error_ratio(context, {}, 0.0) == 1.0
+    assert mean_ratio([Trial(1.0, 2.0), Trial(3.0, 4.0)]) == 3.5
+    assert mean_ratio([Trial(0.0, 2.0)]) == 1.0
 
 
 def test_what_rounding_factors_costs_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_what_rounding_factors_costs_is_tried(monkeypatch: pytest.MonkeyPatch) -
         out = before(self, sites, context)
         site = next(site for site in sites if site.roles == together)
         rank = 32
-        fitted = AtWidth.of(context, together, self.inner.plain).fit(context, together, rank)
+        fitted = ErrorModel.of(context, together, self.inner.plain).fit(context, together, rank)
         factors = pivoted(*fitted.map, together)
         costs = [
             context.held_out_error(context.matrices(site, each))

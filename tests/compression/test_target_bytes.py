@@ -35,7 +35,7 @@ from tensorllm.compressors import (
 )
 from tensorllm.compressors.base import ErrorCurve
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.rounded import HOW, RoundedLeaf, Sizes
+from tensorllm.compressors.rounded import HOW, RoundedLeaf, RoundedSizes
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.reporting.tables import compression_tables
@@ -148,7 +148,7 @@ def test_outlines_are_the_factors_and_their_bytes(
         held = {n: (tuple(t.shape), t.element_size()) for n, t in stored.tensors().items()}
         assert shapes_held(outline, bits) == held
         numbers = sum(t.nbytes for t in stored.tensors().values())
-        sizes = Sizes(SITE, shape, dtype, 10**6, lambda size: strategy.outline(shape, size))
+        sizes = RoundedSizes(SITE, shape, dtype, 10**6, lambda size: strategy.outline(shape, size))
         names = sizes.bytes(outline, bits) - numbers
         assert 60 * len(held) < names < 140 * len(held)
 

@@ -100,7 +100,7 @@ def test_the_pages_fitted_compressor_is_svd_llm(packages: Path, tmp_path: Path) 
     lines = (" ".join(reversed(q.prompt.split())) for q in questions()[:800])
     text.write_text("\n".join(lines))
     fitted = ("--calibration", text, "--sequences", 16, "--allow-overlap")
-    ours = ("--plugin", "mean_head", "--model", MODEL_DIR, "--mode", "seen-svd")
+    ours = ("--plugin", "mean_head", "--model", MODEL_DIR, "--mode", "whitened-svd")
     shipped = ("--model", MODEL_DIR, "--mode", "svd-llm", "--matrices", "q,k,v,o")
     made = []
     for name, which in (("ours", ours), ("shipped", shipped)):
@@ -120,7 +120,7 @@ def test_the_pages_fitted_compressor_is_svd_llm(packages: Path, tmp_path: Path) 
     few = ("--trials", 2, "--limit", 20, "--dataset", "demo", "--layers", 1, "--json")
     done = tensorllm(packages, "search-ranks", *ours, *fitted[:2], "--allow-overlap", *few)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["winner"]["mode"] == "seen-svd"
+    assert json.loads(done.stdout)["winner"]["mode"] == "whitened-svd"
 
 
 @pytest.mark.slow

@@ -157,11 +157,11 @@ class Chasing(OneRank, LayerFit):
             w_ID = context.weight(role).double()
             backwards = role in ("o", "out")
             w_YX = w_ID.mT if backwards else w_ID
-            cross_XX, seen_XX = context.shifted_covariances(role)
-            eye_XX = torch.eye(len(seen_XX), dtype=torch.float64)
-            ridge_XX = 1e-4 * seen_XX.diagonal().mean() * eye_XX
-            map_YX = torch.linalg.solve(seen_XX + ridge_XX, (w_YX @ cross_XX + w_YX @ ridge_XX).mT)
+            cross_XX, own_XX = context.shifted_covariances(role)
+            eye_XX = torch.eye(len(own_XX), dtype=torch.float64)
+            ridge_XX = 1e-4 * own_XX.diagonal().mean() * eye_XX
+            map_YX = torch.linalg.solve(own_XX + ridge_XX, (w_YX @ cross_XX + w_YX @ ridge_XX).mT)
             map_YX = map_YX.mT
             out[site] = halves(map_YX.mT if backwards else map_YX, size[0] if size else self.rank)
-            context.put(site, out[site])
+            context.replace(site, out[site])
         return LayerResult(out)

@@ -24,7 +24,7 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset, score
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.reporting.claims import claims_tables
-from tensorllm.reproduction.claims import Method, Questions, Subject, loss_of, screening
+from tensorllm.reproduction.claims import Method, StudyDataset, StudyModel, loss_of, screening
 from tensorllm.reproduction.claims_summary import corrected, edit_text
 from tensorllm.reproduction.frequency import by_frequency, changed, edges, generic, trend
 from tensorllm.requests.reproduce import ReproduceRequest
@@ -59,7 +59,7 @@ def test_a_study_is_reported_kept_and_not_run_again(
     ]
     assert json.loads((small.out / "claims.json").read_text()) == {"demo": first}
     kept = files(small.out)
-    monkeypatch.setattr(claims_module, "Subject", None)  # no model is needed
+    monkeypatch.setattr(claims_module, "StudyModel", None)  # no model is needed
     assert claims(small, methods=METHODS) == first
     assert files(small.out) == kept
     console = Console(width=80, record=True, file=io.StringIO())
@@ -99,15 +99,15 @@ def test_a_killed_study_tells_what_is_done_and_goes_on(
     small: ReproduceRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = claims(replace(small, out=small.out / "whole"), methods=METHODS)
-    choose, calls = Subject.choose, []
+    choose, calls = StudyModel.choose, []
 
-    def dies(self: Subject, *rest: Any) -> Any:
+    def dies(self: StudyModel, *rest: Any) -> Any:
         calls.append(rest)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return choose(self, *rest)
 
-    monkeypatch.setattr(Subject, "choose", dies)
+    monkeypatch.setattr(StudyModel, "choose", dies)
     with pytest.raises(KeyboardInterrupt):
         claims(small, methods=METHODS)
     part = json.loads((small.out / "claims.json").read_text())["demo"]["cells"]
@@ -187,7 +187,7 @@ def test_a_dataset_of_one_answer_is_refused(tmp_path: Path) -> None:
     rows.write_text("".join(f'{{"prompt": "q{n}", "answer": "a"}}\n' for n in range(50)))
     (tmp_path / "one.yaml").write_text("data_file: one.jsonl\n")
     with pytest.raises(UserError, match=r"every answer of .* is 'a'"):
-        Questions(make_dataset(str(tmp_path / "one.yaml"), split="all"), None)
+        StudyDataset(make_dataset(str(tmp_path / "one.yaml"), split="all"), None)
 
 
 def test_holms_correction_decides_as_the_step_down_procedure() -> None:

@@ -19,7 +19,7 @@ from tensorllm.compressors import ActivationHybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.requests.others import ExportRequest
-from tensorllm.runtime.sites import TurnedLinear
+from tensorllm.runtime.sites import TransposedLinear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*:FutureWarning",  # transformers' and peft's
@@ -203,7 +203,7 @@ def test_lora_on_pivoted_factors_is_what_its_paper_says(small: Path):
     assert torch.allclose(logits(with_lora), logits(plain), atol=1e-5)  # B begins as zero
     learn(with_lora, IDS, 4)
     linears = {n: m for n, m in with_lora.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    own = {n: m for n, m in plain.named_modules() if isinstance(m, TurnedLinear)}
+    own = {n: m for n, m in plain.named_modules() if isinstance(m, TransposedLinear)}
     assert linears.keys() == own.keys()
     for name, linear in own.items():
         a, b = (getattr(linears[name], part)["default"].weight for part in ("lora_A", "lora_B"))
@@ -216,7 +216,7 @@ def test_lora_on_pivoted_factors_is_what_its_paper_says(small: Path):
     assert (step - plain(IDS[:1, :1]).logits).abs().max() < 1e-4
     merged = with_lora.merge_and_unload()
     assert (logits(merged) - want).abs().max() < 1e-4
-    assert own.keys() == {n for n, m in merged.named_modules() if isinstance(m, TurnedLinear)}
+    assert own.keys() == {n for n, m in merged.named_modules() if isinstance(m, TransposedLinear)}
 
 
 def test_all_linears_of_a_factored_model_take_lora_and_it_is_merged_back(

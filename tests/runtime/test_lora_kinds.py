@@ -20,7 +20,7 @@ from tensorllm.calibration import Calibration
 from tensorllm.checkpoint.manifest import read_manifest
 from tensorllm.compression.export import quantise_folder
 from tensorllm.compressors import ActivationHybrid, Job, Leaf, MoDeGPT, Site
-from tensorllm.runtime.sites import _MODULES, TurnedLinear
+from tensorllm.runtime.sites import _MODULES, TransposedLinear
 from tensorllm.tensors.factors import FACTORS
 from tensorllm.tensors.whole import Whole
 
@@ -161,7 +161,7 @@ def test_what_lora_adds_is_its_papers_formula(name: str, folders: dict[str, Path
                 continue
             a, b = (getattr(step.linear, n)["default"].weight for n in ("lora_A", "lora_B"))
             added = 2 * b @ a
-            p.data += (added.mT if step.turned else added).reshape(p.shape).detach()
+            p.data += (added.mT if step.transposed else added).reshape(p.shape).detach()
             changed += 1
     assert changed
     assert (logits(plain) - logits(adapted)).abs().max() < 1e-4
@@ -190,7 +190,7 @@ def test_it_may_be_called_twice_and_the_model_trained_and_saved_without_adapters
     start = logits(model)
     names = tl.factors_as_linears(model)
     assert tl.factors_as_linears(model) == names
-    assert all(isinstance(model.get_submodule(n), nn.Linear | TurnedLinear) for n in names)
+    assert all(isinstance(model.get_submodule(n), nn.Linear | TransposedLinear) for n in names)
     assert torch.equal(logits(model), start)
     tl.train_only_factors(model)
     learn(model, IDS, 3)

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tensorllm.compression.export import quantise_folder
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.measure import weight_bytes
+from tensorllm.tensors import quantised
 from tensorllm.tensors.factors import CP, LowRank, Tucker
 from tensorllm.tensors.pivoted import PivotedLowRank
-from tensorllm.tensors.quantised import Quantised, narrow, quantise, widen
+from tensorllm.tensors.quantised import Quantised, dequantise, quantise, quantise_tensor
 from tensorllm_cli import export as export_command
 
 IDS = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -39,9 +41,9 @@ def random(*sizes: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_number_is_the_nearest_of_its_group(shape: tuple[int, ...], bits: int):
     t = random(*shape)
-    parts = narrow(t, bits)
+    parts = quantise_tensor(t, bits)
     assert len(parts) == (3 if bits == 4 and len(t) % 2 else 2)
-    got = widen(*parts)
+    got = dequantise(*parts)
     assert got.shape == t.shape
     steps = 2 ** (bits - 1) - 0.5
     for start in range(0, len(t), 64):
@@ -70,18 +72,25 @@ def test_plain_factors_are_plain_already():
 
 
 def test_torchao_is_asked_for_and_kept_quiet(monkeypatch: pytest.MonkeyPatch):
-    logger, root = logging.getLogger("torchao"), logging.getLogger().level
-    logger.setLevel(logging.NOTSET)
-    narrow(random(4, 4), 8)
-    assert (logger.level, logging.getLogger().level) == (logging.ERROR, root)
+    logger, levels = logging.getLogger("torchao"), []
+    monkeypatch.setattr(logger, "level", logging.INFO)
+
+    def imported(name: str) -> object:
+        levels.append(logger.level)
+        return import_module(name)
+
+    monkeypatch.setattr(quantised, "import_module", imported)
+    quantise_tensor(random(4, 4), 8)
+    assert levels == [logging.ERROR]
+    assert logger.level == logging.INFO  # whoever uses torchao beside us hears it again
     monkeypatch.setitem(sys.modules, "torchao.quantization.quant_primitives", None)
     with pytest.raises(UserError) as caught:
-        narrow(random(4, 4), 8)
+        quantise_tensor(random(4, 4), 8)
     assert str(caught.value) == "quantising needs torchao; pip install 'tensorllm[quant]'"
 
 
 def test_zeros_stay_zeros():
-    assert torch.equal(widen(*narrow(torch.zeros(70, 20), 4)), torch.zeros(70, 20))
+    assert torch.equal(dequantise(*quantise_tensor(torch.zeros(70, 20), 4)), torch.zeros(70, 20))
 
 
 @pytest.mark.parametrize(("how", "error"), [("int8", 0.02), ("int4", 0.3)])

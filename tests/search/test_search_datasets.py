@@ -24,7 +24,7 @@ from tensorllm.requests.search import SearchRequest
 from tensorllm.search.examiner import Examiner, Infeasible
 from tensorllm.search.guide import guided
 from tensorllm.search.objectives import OBJECTIVES, over_datasets
-from tensorllm.search.selection import optimism
+from tensorllm.search.selection import RESAMPLES, optimism
 from tensorllm.search.stopping import Race, Rival, rivals_of
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult, pack, together
@@ -182,6 +182,7 @@ def test_a_choice_among_equals_is_luck_and_a_planted_gain_is_not() -> None:
     equal = [noise(rng, 0.5, 0.5) for _ in range(20)]
     luck = optimism(equal, original, 0)
     assert luck is not None
+    assert luck["resamples"] == RESAMPLES  # a name in saved results
     assert luck["optimism"] > 1
     assert len(luck["datasets"]) == 2
     planted = optimism([*equal, noise(rng, 0.8, 0.9)], original, 0)

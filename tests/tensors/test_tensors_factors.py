@@ -18,6 +18,7 @@ from torch import Tensor
 from tensorllm.errors import UserError
 from tensorllm.tensors import factors as factors_module
 from tensorllm.tensors import tucker as tucker_module
+from tensorllm.tensors import unfold
 from tensorllm.tensors.blocks import BlockLowRank
 from tensorllm.tensors.cp import cp
 from tensorllm.tensors.factors import CP, FACTORS, Factors, LowRank, Tucker, cast, parameters
@@ -140,11 +141,11 @@ def test_products_come_in_the_cheapest_order(seed: int, monkeypatch: pytest.Monk
         orders.append(mode)
         return project(w, u, mode)
 
-    for module in (factors_module, tucker_module):
+    for module in (factors_module, tucker_module, unfold):
         monkeypatch.setattr(module, "project", watched)
     for run, sizes, to in (
         (lambda: Tucker(random(*small), us).dense(), small, large),
-        (lambda: factors_module.project_all(random(*large), us), large, small),
+        (lambda: unfold.project_all(random(*large), us), large, small),
     ):
         orders.clear()
         run()

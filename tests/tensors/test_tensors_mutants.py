@@ -9,7 +9,7 @@ import torch
 
 from tensorllm.metrics import METRICS, Percentage, add_answers, answer_metrics
 from tensorllm.tensors import allocation, frontier
-from tensorllm.tensors.allocation import Choice, Curve, allocate, error_of
+from tensorllm.tensors.allocation import ClusterChoice, Curve, allocate, error_of
 from tensorllm.tensors.frontier import Front, front_of, merge, union
 
 Point = tuple[int, float, tuple[int, ...]]
@@ -109,7 +109,7 @@ def test_thinning_with_no_budget_at_all(monkeypatch: pytest.MonkeyPatch):
 
 
 def problem(seed: int) -> list[list[list[Curve]]]:
-    """Two clusters of two ways: two curves, or one that stands for both."""
+    """Two clusters of two groupings: two curves, or one that stands for both."""
     made = iter(range(100 * seed, 100 * seed + 100))
     return [[[Curve(*curve(next(made))) for _ in range(n)] for n in (2, 1)] for _ in range(2)]
 
@@ -119,18 +119,18 @@ def test_small_budgets_are_spent_as_well_as_brute_force_does(seed: int):
     clusters = problem(seed)
     options = [
         [
-            Choice(way, ranks)
-            for way, curves in enumerate(cluster)
+            ClusterChoice(grouping, ranks)
+            for grouping, curves in enumerate(cluster)
             for ranks in itertools.product(*(range(1, len(c.cost_S) + 1) for c in curves))
         ]
         for cluster in clusters
     ]
 
-    def cost(choices: tuple[Choice, ...]) -> int:
+    def cost(choices: tuple[ClusterChoice, ...]) -> int:
         return sum(
             int(c.cost_S[rank - 1])
             for cluster, choice in zip(clusters, choices, strict=True)
-            for c, rank in zip(cluster[choice.way], choice.ranks, strict=True)
+            for c, rank in zip(cluster[choice.grouping], choice.ranks, strict=True)
         )
 
     every = [(cost(c), error_of(clusters, c), c) for c in itertools.product(*options)]
@@ -204,7 +204,7 @@ def test_devices_add_their_states_and_options_reach_every_metric():
 def prices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the frontiers, which are exact in small problems and so hide the prices."""
 
-    def least(clusters: list[allocation.Cluster], budget: int) -> list[Choice]:
+    def least(clusters: list[allocation.Cluster], budget: int) -> list[ClusterChoice]:
         return [allocation._cheapest(cluster, math.inf) for cluster in clusters]
 
     monkeypatch.setattr(allocation, "_by_frontier", least)
@@ -213,22 +213,22 @@ def prices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("prices_alone")
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
 def test_a_price_finds_the_dearer_way_where_it_pays(scale: float):
-    """Steps from the cheapest choice never change the way of grouping."""
+    """Steps from the cheapest choice never change the grouping."""
     cheap = Curve(torch.tensor([1, 2, 3]), scale * torch.tensor([9.0, 8.9, 8.8]).double())
     good = Curve(torch.tensor([4, 6, 9]), scale * torch.tensor([3.0, 1.0, 0.9]).double())
     clusters = [[[cheap], [good]] for _ in range(3)]
-    assert allocate(clusters, 18) == [Choice(1, (2,))] * 3  # 18 numbers at the budget of 18
+    assert allocate(clusters, 18) == [ClusterChoice(1, (2,))] * 3  # 18 numbers at the budget of 18
     found = allocate(clusters, 21)
     assert sorted(choice.ranks for choice in found) == [(2,), (2,), (3,)]
-    assert allocate(clusters, 27) == [Choice(1, (3,))] * 3  # all there is
-    assert allocate(clusters, 3) == [Choice(0, (1,))] * 3  # the least there is
+    assert allocate(clusters, 27) == [ClusterChoice(1, (3,))] * 3  # all there is
+    assert allocate(clusters, 3) == [ClusterChoice(0, (1,))] * 3  # the least there is
 
 
 @pytest.mark.usefixtures("prices_alone")
 def test_a_price_may_spend_the_budget_to_the_last_number():
     only = Curve(torch.tensor([1]), torch.tensor([9.0]).double())
     good = Curve(torch.tensor([4, 100]), torch.tensor([3.0, 2.9]).double())
-    assert allocate([[[only], [good]]] * 2, 8) == [Choice(1, (1,))] * 2
+    assert allocate([[[only], [good]]] * 2, 8) == [ClusterChoice(1, (1,))] * 2
 
 
 @pytest.mark.usefixtures("prices_alone")
@@ -264,16 +264,18 @@ def test_what_is_left_buys_the_most_gain_per_number():
         return Curve(torch.tensor(costs), torch.tensor(errors).double())
 
     steps = [[[curve_of([1, 2, 5], [10, 7, 4]), curve_of([1, 4], [10, 5])]]]
-    assert allocation._spend_rest(steps, [Choice(0, (1, 1))], 6) == [Choice(0, (2, 2))]
+    assert allocation._spend_rest(steps, [ClusterChoice(0, (1, 1))], 6) == [
+        ClusterChoice(0, (2, 2))
+    ]
     near = [[[curve_of([1, 2], [10, 9.9]), curve_of([1, 3], [2, 0])]]]
-    assert allocation._spend_rest(near, [Choice(0, (1, 1))], 4) == [Choice(0, (1, 2))]
+    assert allocation._spend_rest(near, [ClusterChoice(0, (1, 1))], 4) == [ClusterChoice(0, (1, 2))]
     idle = [[[curve_of([1, 2], [3, 3])]]]
-    assert allocation._spend_rest(idle, [Choice(0, (1,))], 9) == [Choice(0, (1,))]
+    assert allocation._spend_rest(idle, [ClusterChoice(0, (1,))], 9) == [ClusterChoice(0, (1,))]
 
 
 def test_choices_that_do_not_fit_the_clusters_are_an_error():
     clusters = [[[Curve(*curve(0))]], [[Curve(*curve(1))]]]
-    for choices in ([Choice(0, (1,))], [Choice(0, (1,)), Choice(0, (1, 1))]):
+    for choices in ([ClusterChoice(0, (1,))], [ClusterChoice(0, (1,)), ClusterChoice(0, (1, 1))]):
         with pytest.raises(ValueError, match="zip"):
             error_of(clusters, choices)
 
@@ -282,7 +284,7 @@ def test_a_matrix_of_rank_one_is_allocated_too():
     """It has one rank to choose."""
     one = Curve(torch.tensor([2]), torch.tensor([0.0]).double())
     other = Curve(torch.tensor([1, 2, 3]), torch.tensor([5.0, 1.0, 0.0]).double())
-    assert allocate([[[one, other]]], 4) == [Choice(0, (1, 2))]
+    assert allocate([[[one, other]]], 4) == [ClusterChoice(0, (1, 2))]
 
 
 def test_picks_are_gathered_only_for_points_that_stay(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -182,9 +183,9 @@ def test_how_much_a_product_takes_at_once(
     sizes_asked_for: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widened, products = [], []
-    beside, mm = unfold._beside_itself, torch.mm
+    widen, mm = unfold._times_identity, torch.mm
     monkeypatch.setattr(unfold, "NARROW", 20)
-    monkeypatch.setattr(unfold, "_beside_itself", lambda u, b: widened.append(b) or beside(u, b))
+    monkeypatch.setattr(unfold, "_times_identity", lambda u, b: widened.append(b) or widen(u, b))
     monkeypatch.setattr(torch, "mm", lambda *two, out: products.append(1) or mm(*two, out=out))
     for shape, dtype in (
         ((7, 5, 4), torch.float32),
@@ -267,6 +268,45 @@ def test_reduced_precision_of_the_process_is_left_out_and_left_alone() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def medium_precision() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def precisions() -> set[str]:
+    return {part.matmul.fp32_precision for part in (torch.backends.cuda, torch.backends.mkldnn)}
+
+
+@pytest.mark.usefixtures("medium_precision")
+def test_exact_products_end_with_the_outermost_context_and_after_an_error() -> None:
+    before = precisions()
+    assert before != {"ieee"}
+    with unfold.exact_float32():
+        with pytest.raises(ZeroDivisionError), unfold.exact_float32():
+            assert 1 / 0
+        assert precisions() == {"ieee"}
+    assert precisions() == before
+    with pytest.raises(ZeroDivisionError), unfold.exact_float32():
+        assert 1 / 0
+    assert precisions() == before
+
+
+@pytest.mark.usefixtures("medium_precision")
+def test_exact_products_of_threads_that_overlap_end_with_the_last() -> None:
+    """Restoring what each had found would leave the setting of the first for ever."""
+    before = precisions()
+    first, second = unfold.exact_float32(), unfold.exact_float32()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        one.submit(first.__exit__, None, None, None).result()
+        assert precisions() == {"ieee"}
+        other.submit(second.__exit__, None, None, None).result()
+    assert precisions() == before
 
 
 @pytest.mark.parametrize("width", [3, 1023, 1024, 1300])

@@ -150,7 +150,7 @@ def as_tried(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]
 
 
 @pytest.mark.parametrize(
-    ("last", "ways"),
+    ("last", "dtypes"),
     [
         # a float32 Gram matrix of largest entry 1 is off by 6e-8, which must be 1e-4 of its least
         (6.5e-4**0.5, [torch.float32]),
@@ -159,18 +159,18 @@ def as_tried(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]
     ],
 )
 def test_singular_values_are_read_off_the_cheapest_gram_matrix(
-    last: float, ways: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    last: float, dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = as_tried(monkeypatch, "_smaller_gram")
     monkeypatch.setattr(eigen, "_svd", None)  # never needed for what came in float32
     values = torch.tensor([1.0, 1.0, last])
     got = eigen.all_singular_values(values.diag(), 0)
     torch.testing.assert_close(got, values.double(), rtol=1e-4, atol=1e-7)
-    assert [dtype for _, _, dtype in tried] == ways
+    assert [dtype for _, _, dtype in tried] == dtypes
 
 
 @pytest.mark.parametrize(
-    ("values", "dtype", "rank", "ways", "svds"),
+    ("values", "dtype", "rank", "dtypes", "svds"),
     [
         ([1.0, 0.5, 0.1], torch.float32, 1, [torch.float32], 0),
         ([1.0, 0.5, 0.1], torch.bfloat16, 1, [torch.float32], 0),
@@ -195,13 +195,13 @@ def test_leading_vectors_come_the_cheapest_way_that_is_exact(
     values: list[float],
     dtype: torch.dtype,
     rank: int,
-    ways: list[torch.dtype],
+    dtypes: list[torch.dtype],
     svds: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     grams, decomposed = as_tried(monkeypatch, "_by_gram"), as_tried(monkeypatch, "_svd")
     got = eigen.leading_vectors(torch.tensor(values, dtype=torch.float64).diag().to(dtype), 0, rank)
-    assert [args[3] for args in grams] == ways
+    assert [args[3] for args in grams] == dtypes
     assert len(decomposed) == svds
     if any(values):
         torch.testing.assert_close(got.abs().double(), torch.eye(3).double()[:, :rank])
@@ -283,4 +283,9 @@ def test_small_factorisations_take_one_thread_and_give_the_others_back() -> None
         assert torch.get_num_threads() == 2
     with pytest.raises(ZeroDivisionError), eigen._few_threads(3):
         assert 1 / 0
+    assert torch.get_num_threads() == 2
+    with eigen._few_threads(3):
+        with eigen._few_threads(2048), eigen._few_threads(5):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2

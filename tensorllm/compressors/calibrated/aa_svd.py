@@ -70,7 +70,7 @@ class AASVD(MatrixFit):
                 self.rank_at(context, site),
             )
             out[site] = low_rank(*factors, transposed=is_output_projection(role), like=w_ID)
-            context.put(site, out[site])
+            context.replace(site, out[site])
         return self._refined(context, out) if self.refine_epochs else LayerResult(out)
 
     def _refined(self, context: LayerContext, fitted: Mapping[Site, LowRank]) -> LayerResult:
@@ -91,9 +91,9 @@ class AASVD(MatrixFit):
                 optimizer.step()
         out = {site: LowRank(u.detach(), v.detach()) for site, (u, v) in pairs.items()}
         for site, factors in out.items():
-            context.put(site, factors)
+            context.replace(site, factors)
         changed = {name: w.detach().to(kept[name]) for name, w in others.items()}
-        context.put_parameters(changed)
+        context.replace_parameters(changed)
         return LayerResult(out, changed)
 
 
@@ -102,14 +102,14 @@ def leaf(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_()
 
 
-def anchored(w_YX: Tensor, cross_XX: Tensor, seen_XX: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def anchored(w_YX: Tensor, cross_XX: Tensor, own_XX: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (Y, R) and (R, X) of the map nearest to W x on the inputs y, in mean square.
 
     Args:
         cross_XX: E[x yᵀ].
-        seen_XX: E[y yᵀ] = L Lᵀ; the map is SVD_R(W E[x yᵀ] L⁻ᵀ) L⁻¹.
+        own_XX: E[y yᵀ] = L Lᵀ; the map is SVD_R(W E[x yᵀ] L⁻ᵀ) L⁻¹.
     """
-    root = whitening(seen_XX.to(w_YX), RIDGE)
+    root = whitening(own_XX.to(w_YX), RIDGE)
     target = w_YX @ cross_XX.to(w_YX) @ root.inverse_XX.mT  # W E[x yᵀ] L⁻ᵀ
     ones = w_YX.new_ones(w_YX.shape[1])
     u_YR, v_RX = truncated(target, Root(ones, ones), rank)

@@ -14,13 +14,12 @@ from tensorllm.compressors.base import (
     COMPRESSORS,
     ErrorCurve,
     GradientOf,
+    Groupings,
     Job,
     LayerFit,
     Needs,
-    Ways,
 )
 from tensorllm.compressors.budget import Budget
-from tensorllm.compressors.calibrated.at_width import AtWidth, written
 from tensorllm.compressors.calibrated.channels import (
     curve,
     fit_channels,
@@ -28,11 +27,17 @@ from tensorllm.compressors.calibrated.channels import (
     least_stored,
     narrowed_site,
 )
-from tensorllm.compressors.calibrated.held_out import SHARE, mean_times
+from tensorllm.compressors.calibrated.error_model import ErrorModel, shrunk_gradient_covariance
+from tensorllm.compressors.calibrated.held_out import SHARE, mean_ratio
 from tensorllm.compressors.calibrated.maps import Group, map_shape, pivoted, site_of
-from tensorllm.compressors.calibrated.refit import PASSES_OF_AN_EPOCH, Balanced, Moving, refit
+from tensorllm.compressors.calibrated.refit import (
+    PASSES_OF_AN_EPOCH,
+    PreconditionedMap,
+    TrainableSite,
+    refit,
+)
 from tensorllm.compressors.checks import check_seed
-from tensorllm.compressors.layer import LayerContext, LayerResult, OfGiven, Site, Size
+from tensorllm.compressors.layer import LayerContext, LayerResult, OutputMap, Site, Size
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
@@ -92,7 +97,7 @@ class ActivationTucker(LayerFit):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
     needs: ClassVar[Needs] = "gradients"
-    at_width: ClassVar[bool] = True
+    width_only: ClassVar[bool] = True
     holds_out: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES
 
@@ -101,7 +106,7 @@ class ActivationTucker(LayerFit):
         return self.distill_steps
 
     @property
-    def draws_by(self) -> int:
+    def seed_of_fit(self) -> int:
         return self.seed
 
     def __post_init__(self) -> None:
@@ -126,7 +131,7 @@ class ActivationTucker(LayerFit):
         return self.weighting
 
     @property
-    def keeps_inputs(self) -> bool:
+    def needs_input_covariances(self) -> bool:
         return not self.correction
 
     @property
@@ -146,27 +151,28 @@ class ActivationTucker(LayerFit):
         return out
 
     @property
-    def whole_inputs(self) -> tuple[str, ...]:
+    def full_covariances(self) -> tuple[str, ...]:
         return ("out",) if self.narrowing and "out" in self.roles else ()
 
-    def ways(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Ways]:
+    def groupings(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Groupings]:
         of = {
             site: [
-                [Job(site_of(layer, group), self) for group in way]
-                for way in groupings(site.roles, self.sharing)
+                [Job(site_of(layer, group), self) for group in partition]
+                for partition in partitions(site.roles, self.sharing)
             ]
             for site in sites
         }
         narrower = self._narrowed(layer, [role for site in sites for role in site.roles])
         if narrower is None:
             return list(of.values())
-        reading, writing = (ways for s, ways in of.items() if set(s.roles) <= set(narrower.roles))
+        ffn = [site for site in sites if set(site.roles) <= set(narrower.roles)]
+        reading, writing = (of[site] for site in ffn)
         together = [[*one, *other] for one in reading for other in writing]
-        rest = [ways for s, ways in of.items() if not set(s.roles) <= set(narrower.roles)]
+        rest = [groupings for site, groupings in of.items() if site not in ffn]
         return [*rest, [*together, [Job(narrower, self)]]]
 
     def ffn_channels(self, geometry: Geometry) -> int | None:
-        return None if self.whole_inputs else geometry.F
+        return None if self.full_covariances else geometry.F
 
     def _narrowed(self, layer: int, roles: Sequence[str]) -> Site | None:
         """What may lose channels."""
@@ -178,20 +184,23 @@ class ActivationTucker(LayerFit):
         for layer in layers:
             geometry = spec.geometry(layer)
             sites = [job.site for job in self.jobs(spec, [layer])]
-            for ways in self.ways(geometry, layer, sites):
-                total += min(sum(_least(geometry, job.site) for job in way) for way in ways)
+            for groupings in self.groupings(geometry, layer, sites):
+                total += min(sum(_least(geometry, job.site) for job in one) for one in groupings)
         return total
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         narrowed = [site for site in sites if is_narrowed(site)]
-        out = {s: curve(s, context, written(context, ("out",), self.plain)) for s in narrowed}
+        out = {
+            s: curve(s, context, shrunk_gradient_covariance(context, ("out",), self.plain))
+            for s in narrowed
+        }
         for key in reading_together([role for site in sites for role in site.roles]):
-            here = AtWidth.of(context, key, self.plain)
-            tried = {role: here.tried(context, role) for role in key}
+            here = ErrorModel.of(context, key, self.plain)
+            trials = {role: here.trial(context, role) for role in key}
             for site in (site for site in sites if set(site.roles) <= set(key)):
                 shape = map_shape(context.geometry, site.roles)
-                error_S = here.left_out(context, site.roles)
-                error_S = error_S * mean_times([tried[role] for role in site.roles])
+                error_S = here.truncation_errors(context, site.roles)
+                error_S = error_S * mean_ratio([trials[role] for role in site.roles])
                 ranks = self._ranks(len(error_S))
                 cost = [pivoted_parameters(shape, rank) for rank in ranks]
                 ranks_S = torch.tensor(ranks)
@@ -208,24 +217,25 @@ class ActivationTucker(LayerFit):
         if is_narrowed(site):  # rows are kept as they are
             return None
         rank = max(1, min(map_shape(context.geometry, site.roles)) // SHARE)
-        fitted = AtWidth.of(context, site.roles, self.plain).fit(context, site.roles, rank)
+        fitted = ErrorModel.of(context, site.roles, self.plain).fit(context, site.roles, rank)
         return pivoted(*fitted.map, site.roles)
 
     def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
         if is_output_projection(role):
-            return written(context, (role,), self.plain)
+            return shrunk_gradient_covariance(context, (role,), self.plain)
         return context.width_covariance((role,))
 
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
-        """By a trial, as curves are; without text for one tr(E M Eᵀ) at the model's width, on the
-        other side as much as it costs on average: the carried covariance's trace over the matrix's
-        square."""
+        """By a trial, as curves are; without text for one tr(E M Eᵀ) at the model's width, times
+        what the other side costs on average: the propagated covariance's trace over the matrix's
+        square.
+        """
         if context.holds_out:
             return context.held_out_error({role: context.weight(role) + lost_ID})
         metric_DD = context.width_covariance((role,)).to(lost_ID.device)
-        carried_DD = context.carried_covariance((role,)).to(lost_ID.device)
+        propagated_DD = context.propagated_covariance((role,)).to(lost_ID.device)
         w_ID = context.weight(role).float()
-        scale = float(carried_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
+        scale = float(propagated_DD.diagonal().sum()) / max(float(w_ID.square().sum()), 1e-30)
         lost_ID = lost_ID.double()
         return scale * float(((lost_ID @ metric_DD) * lost_ID).sum())
 
@@ -241,30 +251,31 @@ class ActivationTucker(LayerFit):
     def fit_layer(self, context: LayerContext) -> LayerResult:
         """Each set of roles in the order in which they run, then all together."""
         refits = self.correction and self.refit_epochs > 0
-        moving: dict[Site, Moving] = {}
+        trained: dict[Site, TrainableSite] = {}
         factors: dict[Site, Factors] = {}
-        given: dict[Site, OfGiven | None] = {}
+        output_maps: dict[Site, OutputMap | None] = {}
         for key in reading_together([role for site in context.sites for role in site.roles]):
             sites = {s: size for s, size in context.sites.items() if s.roles[0] in key}
             if not sites:
                 continue
-            here = AtWidth.of(context, key, self.plain, self.ridge if self.correction else None)
+            here = ErrorModel.of(context, key, self.plain, self.ridge if self.correction else None)
             for site, size in sites.items():
                 assert size is not None, "a budget gives every site its size"
                 if is_narrowed(site):
                     channels = fit_channels(context, site, size[0], here)
                     factors[site] = channels.factors()
                     if refits:
-                        moving[site] = channels.balanced()
+                        trained[site] = channels.balanced()
                     continue
                 fitted = here.fit(context, site.roles, size[0])
-                factors[site], given[site] = pivoted(*fitted.map, site.roles), fitted.given
+                factors[site] = pivoted(*fitted.map, site.roles)
+                output_maps[site] = fitted.output_map
                 if refits:
-                    moving[site] = Balanced(fitted.map, here.metric, site.roles)
+                    trained[site] = PreconditionedMap(fitted.map, here.metric, site.roles)
             for site in sites:
-                context.put(site, factors[site], given.get(site))
+                context.replace(site, factors[site], output_maps.get(site))
         if refits:
-            return refit(context, moving, factors, self.refit_epochs)
+            return refit(context, trained, factors, self.refit_epochs)
         return LayerResult(factors)
 
 
@@ -288,18 +299,18 @@ def usual_multiple(full: int) -> int:
     return 2 ** max(0, full.bit_length() - 5)
 
 
-def groupings(roles: Group, sharing: bool) -> list[list[Group]]:
-    """All ways to group roles that read one input; without sharing each role alone."""
+def partitions(roles: Group, sharing: bool) -> list[list[Group]]:
+    """All partitions of roles that read one input; without sharing each role alone."""
     if not sharing:
         return [[(role,) for role in roles]]
-    ways: list[list[Group]] = [[]]
+    out: list[list[Group]] = [[]]
     for role in roles:
-        ways = [
+        out = [
             new
-            for way in ways
+            for old in out
             for new in (
-                [*way, (role,)],
-                *([*way[:i], (*way[i], role), *way[i + 1 :]] for i in range(len(way))),
+                [*old, (role,)],
+                *([*old[:i], (*old[i], role), *old[i + 1 :]] for i in range(len(old))),
             )
         ]
-    return ways
+    return out

@@ -13,12 +13,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tensorllm.compressors.applied import Applied, Rows
 from tensorllm.compressors.base import ErrorCurve
-from tensorllm.compressors.calibrated.at_width import AtWidth, written
-from tensorllm.compressors.calibrated.held_out import SHARE, times_expected
-from tensorllm.compressors.calibrated.refit import DAMPING, Moving
+from tensorllm.compressors.calibrated.error_model import ErrorModel, shrunk_gradient_covariance
+from tensorllm.compressors.calibrated.held_out import SHARE, error_ratio
+from tensorllm.compressors.calibrated.refit import DAMPING, TrainableSite
 from tensorllm.compressors.layer import LayerContext, Site
+from tensorllm.compressors.operators import LinearOperator, RowsOperator
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry, is_output_projection
@@ -58,9 +58,9 @@ def _step(channels: int) -> int:
 def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
     """What the layer's output loses without the last channels, `out` refitted each time.
 
-    With the covariance of the channels in their order C = L Lᵀ, the best of the first R misses the
-    rows after R of Lᵀ W; a row costs by the covariance of the gradient that `out` writes into.
-    As R numbers per output are fitted to N tokens, what is missed on another text is larger:
+    With the covariance of the channels in their order C = L Lᵀ, the residual of the best fit by the
+    first R is the rows after R of Lᵀ W; a row costs by the covariance of the gradient that `out`
+    writes into. As R numbers per output are fitted to N tokens, the error on other text is larger:
     generalised cross-validation (Golub, Heath and Wahba 1979) divides by (1 - R / N)².
 
     Args:
@@ -72,8 +72,8 @@ def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
     order_F = _order(covariance_FF.diagonal(), out_FD, gradient_DD)
     floor = floor_of(len(order_F), context.tokens)
     root_FF = narrow_root(covariance_FF[order_F[:, None], order_F], floor)
-    missed_FD = transposed_lower_times(root_FF.to(out_FD), out_FD[order_F])
-    left_F = _costs(missed_FD, gradient_DD).flip(0).cumsum(0).flip(0)
+    residual_FD = transposed_lower_times(root_FF.to(out_FD), out_FD[order_F])
+    left_F = _costs(residual_FD, gradient_DD).flip(0).cumsum(0).flip(0)
     step = _step(len(left_F))
     kept_S = torch.arange(step, len(left_F), step)
     each = len(site.roles) * context.geometry.D
@@ -85,13 +85,13 @@ def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
         middle = len(kept_S) // SHARE
         kept_R, left_X = order_F.tensor_split([int(kept_S[middle])])
         near_FD = torch.zeros_like(out_FD)
-        near_FD[kept_R] = out_FD[kept_R] + _made_up_for(root_FF.to(out_FD), out_FD[left_X])
-        error_S = error_S * times_expected(context, {"out": near_FD}, float(error_S[middle]))
+        near_FD[kept_R] = out_FD[kept_R] + _regressed(root_FF.to(out_FD), out_FD[left_X])
+        error_S = error_S * error_ratio(context, {"out": near_FD}, float(error_S[middle]))
     return ErrorCurve(cost_S, error_S, kept_S[:, None])
 
 
-def _made_up_for(root_FF: Tensor, rest_XD: Tensor) -> Tensor:
-    """(R, D): what the first R channels can give of what the X others gave.
+def _regressed(root_FF: Tensor, rest_XD: Tensor) -> Tensor:
+    """What to add to the first R rows of `out` (R, D) for the X others: their least squares.
 
     Args:
         root_FF: the lower Cholesky factor of the covariance of all, in this order.
@@ -108,17 +108,18 @@ def _order(squares_F: Tensor, out_FD: Tensor, gradient_DD: Tensor) -> Tensor:
 
 
 def _costs(rows_ND: Tensor, gradient_DD: Tensor) -> Tensor:
-    """rᵀ G r of each row r, float64: what it costs where rows of `out` are written."""
+    """rᵀ G r of each row r, float64: what it costs where rows of `out` are
+    shrunk_gradient_covariance."""
     size = float(gradient_DD.diagonal().mean()) or 1.0  # float32 may not reach so far down
     weighted_ND = rows_ND @ (gradient_DD / size).to(rows_ND)
     return (weighted_ND * rows_ND).sum(1, dtype=torch.float64).clamp(min=0) * size
 
 
-class Channels(Moving):
+class Channels(TrainableSite):
     """The rows that stay.
 
     Attributes:
-        metrics: of what is read and of what the channels give, once they are known.
+        metrics: of the inputs and of the kept channels' activations, once they are known.
     """
 
     metrics: tuple[Metric, Metric] | None = None
@@ -139,8 +140,8 @@ class Channels(Moving):
     def balanced(self) -> Self:
         """In coordinates in which steps cost about the same in all directions."""
         assert self.metrics is not None
-        read, given = self.metrics
-        root_DD, root_RR = Metric(read.covariance_NN, DAMPING).root, given.root
+        read, kept = self.metrics
+        root_DD, root_RR = Metric(read.covariance_NN, DAMPING).root, kept.root
         self.reading_PRD.copy_(self.reading_PRD @ root_DD.to(self.reading_PRD))
         self.out_RD.copy_(root_RR.mT.to(self.out_RD) @ self.out_RD)
         self.back = lower_inverse(root_DD).to(self.out_RD), lower_inverse(root_RR).to(self.out_RD)
@@ -154,9 +155,9 @@ class Channels(Moving):
         from_DD, from_RR = self.back
         return [*(self.reading_PRD @ from_DD), from_RR.mT @ self.out_RD]
 
-    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+    def operators(self, geometry: Geometry) -> dict[str, LinearOperator]:
         return {
-            role: Rows(self.rows_R, w_RD, self.channels, is_output_projection(role))
+            role: RowsOperator(self.rows_R, w_RD, self.channels, is_output_projection(role))
             for role, w_RD in zip(self.site.roles, self.rows(), strict=True)
         }
 
@@ -167,46 +168,46 @@ class Channels(Moving):
         return KeptRows.of(torch.cat(each), torch.cat(self.rows()).float(), size)
 
 
-def fit_channels(context: LayerContext, site: Site, count: int, read: AtWidth) -> Channels:
-    """The channels that matter most, fitted and `put` into the compressed layer.
+def fit_channels(context: LayerContext, site: Site, count: int, read: ErrorModel) -> Channels:
+    """The channels that matter most, fitted; they replace those of the compressed layer.
 
     Rows of in and gate make up for the input having changed as far as a linear map can; rows of
-    `out` are the least squares of the original's output on what the channels give then.
+    `out` are the least squares of the original's output on the channels' activations then.
 
     Args:
         count: of channels that stay.
         read: what the input projections read.
     """
     corrects = read.correction_DD is not None
-    given = context.compressed_inputs if corrects else context.original_inputs
+    inputs_of = context.compressed_inputs if corrects else context.original_inputs
     out_FD = context.weight("out")
     squares_F = torch.zeros(len(out_FD), dtype=torch.float64, device=out_FD.device)
-    for x_NF in islice(given("out"), max(1, context.batches // ORDERED)):
+    for x_NF in islice(inputs_of("out"), max(1, context.batches // ORDERED)):
         squares_F += x_NF.float().square().sum(0)
-    context.add_up([squares_F])
-    gradient_DD = written(context, ("out",), read.plain).to(squares_F)
+    context.all_reduce([squares_F])
+    gradient_DD = shrunk_gradient_covariance(context, ("out",), read.plain).to(squares_F)
     rows_R = _order(squares_F, out_FD.float(), gradient_DD)[:count].sort().values
     reading_PRD = torch.stack([context.weight(role)[rows_R].float() for role in site.roles[:-1]])
     if read.correction_DD is not None:
         reading_PRD = reading_PRD @ read.correction_DD.to(reading_PRD)
     found = Channels(site, rows_R, reading_PRD, len(out_FD))
     found.write(out_FD[rows_R].float())
-    context.put(site, found.factors())
-    given_RR = torch.zeros(count, count, dtype=torch.float64, device=out_FD.device)
-    wanted_RD = torch.zeros(count, out_FD.shape[1], dtype=torch.float64, device=out_FD.device)
+    context.replace(site, found.factors())
+    kept_RR = torch.zeros(count, count, dtype=torch.float64, device=out_FD.device)
+    target_RD = torch.zeros(count, out_FD.shape[1], dtype=torch.float64, device=out_FD.device)
     tokens = torch.zeros((), dtype=torch.float64, device=out_FD.device)
-    for y_ND, x_NF in zip(context.original_at_width("out"), given("out"), strict=True):
+    for y_ND, x_NF in zip(context.original_width_activations("out"), inputs_of("out"), strict=True):
         kept_NR = x_NF[:, rows_R].float()
-        add_gram(given_RR, kept_NR)
-        wanted_RD += kept_NR.mT @ y_ND.float()
+        add_gram(kept_RR, kept_NR)
+        target_RD += kept_NR.mT @ y_ND.float()
         tokens += len(kept_NR)
-    context.add_up([given_RR, wanted_RD, tokens])
-    mirror(given_RR)
-    ridge = RIDGE * float(given_RR.diagonal().mean())
-    given_RR.diagonal().add_(ridge)
-    root_RR = Metric(given_RR, 0.0).root
-    out_RD = torch.cholesky_solve(wanted_RD + ridge * out_FD[rows_R].double(), root_RR)
+    context.all_reduce([kept_RR, target_RD, tokens])
+    mirror(kept_RR)
+    ridge = RIDGE * float(kept_RR.diagonal().mean())
+    kept_RR.diagonal().add_(ridge)
+    root_RR = Metric(kept_RR, 0.0).root
+    out_RD = torch.cholesky_solve(target_RD + ridge * out_FD[rows_R].double(), root_RR)
     found.write(out_RD.float())
-    context.put(site, found.factors())
-    found.metrics = read.metric, Metric(given_RR / tokens, DAMPING)
+    context.replace(site, found.factors())
+    found.metrics = read.metric, Metric(kept_RR / tokens, DAMPING)
     return found

@@ -12,31 +12,31 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tensorllm.compressors.applied import Applied
 from tensorllm.compressors.layer import LayerContext
+from tensorllm.compressors.operators import LinearOperator
 
 SHARE = 2  # a trial keeps the full rank, or all channels, divided by this
-MOST = 5.0  # largest factor, up or down: a trial is of one batch
+LARGEST = 5.0  # ratio, up or down: a trial is on one batch
 
 
 class Trial(NamedTuple):
-    """The error that the curve predicts, and how many times that the trial measured."""
+    """The error that the curve predicts, and the measured error over it."""
 
-    expected: float
-    times: float
+    predicted: float
+    ratio: float
 
 
-def mean_times(trials: Sequence[Trial]) -> float:
+def mean_ratio(trials: Sequence[Trial]) -> float:
     """The mean over matrices that share a factor, by predicted error; 1 where that is 0."""
-    whole = sum(trial.expected for trial in trials)
-    return sum(trial.expected * trial.times for trial in trials) / whole if whole > 0 else 1.0
+    whole = sum(trial.predicted for trial in trials)
+    return sum(trial.predicted * trial.ratio for trial in trials) / whole if whole > 0 else 1.0
 
 
-def times_expected(
-    context: LayerContext, weights: Mapping[str, Tensor | Applied], expected: float
+def error_ratio(
+    context: LayerContext, weights: Mapping[str, Tensor | LinearOperator], predicted: float
 ) -> float:
     """The error of the layer's output on held-out text with these role matrices (I, D), relative to
     the predicted one."""
-    if not expected > 0:
+    if not predicted > 0:
         return 1.0
-    return min(max(context.held_out_error(weights) / expected, 1 / MOST), MOST)
+    return min(max(context.held_out_error(weights) / predicted, 1 / LARGEST), LARGEST)

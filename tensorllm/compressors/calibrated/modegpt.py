@@ -117,7 +117,7 @@ class MoDeGPT(LayerFit):
             w_ID = context.weight(role)
             dtype = torch.promote_types(w_ID.dtype, torch.float32)
             factors[sites[role]] = KeptRows.of(rows_R, values_RD.to(dtype), len(w_ID))
-            context.put(sites[role], factors[sites[role]])
+            context.replace(sites[role], factors[sites[role]])
         return LayerResult(factors)
 
     def ffn_channels(self, geometry: Geometry) -> int:

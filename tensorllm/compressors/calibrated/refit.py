@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorllm.compressors.applied import Applied, Product, Reading
 from tensorllm.compressors.calibrated.maps import Map, pivoted
 from tensorllm.compressors.layer import LayerContext, LayerResult, Site
+from tensorllm.compressors.operators import LinearOperator, ProductOperator, SharedInput
 from tensorllm.compressors.steps import damp_rounding, mean_size, warmed_up
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
@@ -34,11 +34,11 @@ HELD_OUT = 8  # one batch in so many is not trained on: it tells which epoch cam
 PASSES_OF_AN_EPOCH = 2.9  # forward, backward for inputs and weights, steps; held out: forward
 
 
-class Moving(nn.Module):
-    """The factors of a site as parameters that can be trained."""
+class TrainableSite(nn.Module):
+    """The factors of a site as parameters."""
 
     @abstractmethod
-    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+    def operators(self, geometry: Geometry) -> dict[str, LinearOperator]:
         """The role matrices that they stand for."""
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Moving(nn.Module):
         """As they are stored."""
 
 
-class Balanced(Moving):
+class PreconditionedMap(TrainableSite):
     """A map `wide diag(1/size) narrow L⁻¹` (or its transpose), L the root of the metric at D.
 
     With the size of a component once in each parameter and once taken out between them, a small
@@ -66,13 +66,13 @@ class Balanced(Moving):
         self.wide_WR = nn.Parameter(wide_WR * (self.size_R / tall_R.clamp(min=1e-30)))
         self.narrow_RD = nn.Parameter(narrow_RD * tall_R[:, None])
 
-    def applied(self, geometry: Geometry) -> dict[str, Applied]:
+    def operators(self, geometry: Geometry) -> dict[str, LinearOperator]:
         left_MR, right_RX = self.map()
-        reading = Reading(right_RX.mT)
+        shared = SharedInput(right_RX.mT)
         rows = [geometry.outputs(role) for role in self.roles]
         parts = [left_MR] if self.writes else left_MR.split(rows)
         return {
-            role: Product(reading, part_YR.mT, self.writes)
+            role: ProductOperator(shared, part_YR.mT, self.writes)
             for role, part_YR in zip(self.roles, parts, strict=True)
         }
 
@@ -89,30 +89,30 @@ class Balanced(Moving):
 
 def refit(
     context: LayerContext,
-    moving: Mapping[Site, Moving],
+    trained: Mapping[Site, TrainableSite],
     before: Mapping[Site, Factors],
     epochs: int,
 ) -> LayerResult:
-    """The factors after the epoch that came nearest on batches that were not trained on, put into
-    the layer too; as they were if none came nearer.
+    """The factors after the epoch that came nearest on batches that were not trained on; as they
+    were if none came nearer. They replace the layer's matrices too.
 
     On a short text more epochs come ever nearer on what they are trained on, and no nearer on
     other text. With fewer than `HELD_OUT` batches all are trained on and compared.
 
     Args:
         context: the compressed layer, with the factors as they were fitted.
-        moving: those factors, to be trained.
+        trained: those factors, to be trained.
         before: the same, as they are stored.
     """
-    ends = _ends(moving, epochs)
-    if not _train(context, moving, ends):
+    ends = _ends(trained, epochs)
+    if not _train(context, trained, ends):
         for site, end in ends.items():
-            if end < epochs:  # put into the layer while the rest moved
-                context.put(site, before[site])
+            if end < epochs:  # it was replaced when its training ended
+                context.replace(site, before[site])
         return LayerResult(before)
-    out = {site: each.factors() for site, each in moving.items()}
+    out = {site: each.factors() for site, each in trained.items()}
     for site, factors in out.items():
-        context.put(site, factors)
+        context.replace(site, factors)
     return LayerResult(out)
 
 
@@ -123,34 +123,36 @@ def _ends(sites: Iterable[Site], epochs: int) -> dict[Site, int]:
     return {site: first if is_of_it else epochs for site, is_of_it in attention.items()}
 
 
-def _train(context: LayerContext, moving: Mapping[Site, Moving], ends: Mapping[Site, int]) -> bool:
-    """Adam on all sites; what has ended is put into the layer. Leaves the parameters of the best
-    epoch; whether any came nearer than the start."""
+def _train(
+    context: LayerContext, trained: Mapping[Site, TrainableSite], ends: Mapping[Site, int]
+) -> bool:
+    """Adam on all sites; those that have ended are replaced in the layer. Leaves the parameters of
+    the best epoch; whether any came nearer than the start."""
     held = list(range(0, context.batches, HELD_OUT)) if context.batches >= HELD_OUT else []
-    seen = [batch for batch in range(context.batches) if batch not in held]
-    judged = held or seen
-    start = error = _error(context, moving, judged)
+    rest = [batch for batch in range(context.batches) if batch not in held]
+    judged = held or rest
+    start = error = _error(context, trained, judged)
     rate = LEARNING_RATE * math.sqrt(start * context.batches / len(judged))
     groups: list[dict[str, Any]] = []
     rates: list[Callable[[int], float]] = []
-    for site, each in moving.items():
+    for site, each in trained.items():
         for p in each.parameters():
             groups.append({"params": [p], "lr": rate * mean_size(p)})
-            rates.append(partial(warmed_up, steps=ends[site] * len(seen)))
+            rates.append(partial(warmed_up, steps=ends[site] * len(rest)))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
     draws = torch.Generator().manual_seed(context.layer)
-    best = copy.deepcopy([each.state_dict() for each in moving.values()])
+    best = copy.deepcopy([each.state_dict() for each in trained.values()])
     for epoch in range(max(ends.values())):
-        now = {site: each for site, each in moving.items() if epoch < ends[site]}
+        now = {site: each for site, each in trained.items() if epoch < ends[site]}
         for site in (site for site, end in ends.items() if epoch == end):
-            context.put(site, moving[site].factors())
-        for place in torch.randperm(len(seen), generator=draws).tolist():
+            context.replace(site, trained[site].factors())
+        for place in torch.randperm(len(rest), generator=draws).tolist():
             optimizer.zero_grad()
             with torch.enable_grad():
-                context.output_loss(seen[place], _applied(context, now), {}).backward()
+                context.output_loss(rest[place], _operators(context, now), {}).backward()
             grads = [p.grad for each in now.values() for p in each.parameters()]
-            context.add_up([grad for grad in grads if grad is not None])
+            context.all_reduce([grad for grad in grads if grad is not None])
             if not schedule.last_epoch:
                 damp_rounding(optimizer)
             optimizer.step()
@@ -158,25 +160,29 @@ def _train(context: LayerContext, moving: Mapping[Site, Moving], ends: Mapping[S
         found = _error(context, now, judged)
         if found < error:
             error = found
-            best = copy.deepcopy([each.state_dict() for each in moving.values()])
-    for each, state in zip(moving.values(), best, strict=True):
+            best = copy.deepcopy([each.state_dict() for each in trained.values()])
+    for each, state in zip(trained.values(), best, strict=True):
         each.load_state_dict(state)
     return error < start
 
 
-def _applied(context: LayerContext, moving: Mapping[Site, Moving]) -> dict[str, Applied]:
-    """All their role matrices."""
-    out: dict[str, Applied] = {}
-    for each in moving.values():
-        out |= each.applied(context.geometry)
+def _operators(
+    context: LayerContext, trained: Mapping[Site, TrainableSite]
+) -> dict[str, LinearOperator]:
+    """The operators of all their role matrices."""
+    out: dict[str, LinearOperator] = {}
+    for each in trained.values():
+        out |= each.operators(context.geometry)
     return out
 
 
 @torch.no_grad()
-def _error(context: LayerContext, moving: Mapping[Site, Moving], batches: Sequence[int]) -> float:
+def _error(
+    context: LayerContext, trained: Mapping[Site, TrainableSite], batches: Sequence[int]
+) -> float:
     """Of the layer's output over some batches, of all processes."""
-    applied = _applied(context, moving)
-    total = sum(context.output_loss(batch, applied, {}).double() for batch in batches)
+    operators = _operators(context, trained)
+    total = sum(context.output_loss(batch, operators, {}).double() for batch in batches)
     assert isinstance(total, torch.Tensor)
-    context.add_up([total])
+    context.all_reduce([total])
     return float(total)

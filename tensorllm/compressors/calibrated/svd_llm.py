@@ -62,11 +62,11 @@ class SVDLLMSequential(MatrixFit):
             w_YX = map_of(w_ID, role)
             root = whitening(context.input_covariance(role).to(w_YX))
             _, v_RX = truncated(w_YX, root, self.rank_at(context, site))
-            _, seen_XX = context.shifted_covariances(role)
-            right_XR = seen_XX.to(w_YX) @ v_RX.mT
+            _, own_XX = context.shifted_covariances(role)
+            right_XR = own_XX.to(w_YX) @ v_RX.mT
             u_YR = torch.linalg.lstsq(v_RX @ right_XR, (w_YX @ right_XR).mT).solution.mT
             out[site] = low_rank(u_YR, v_RX, transposed=is_output_projection(role), like=w_ID)
-            context.put(site, out[site])
+            context.replace(site, out[site])
         return LayerResult(out)
 
 

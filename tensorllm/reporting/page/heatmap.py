@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from tensorllm.reporting.page.theme import SEQUENCE, Canvas, Picture, colour
+from tensorllm.reporting.page.theme import SEQUENCE, Canvas, PagePicture, colour
 
 
 def heatmap(
@@ -18,7 +18,7 @@ def heatmap(
     title: str,
     caption: str = "From {low:.3g} (faint) to {high:.3g} (strong): the share of the norm lost.",
     number: str = ".2f",
-) -> Picture:
+) -> PagePicture:
     """Cells in six shades; their numbers are written in where there is room.
 
     Args:

@@ -6,10 +6,10 @@ from typing import Any
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN
-from tensorllm.reporting.page.theme import Canvas, Picture, colour
+from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
 
 
-def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[Picture]:
+def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[PagePicture]:
     """Before and after, with their intervals, on one axis per metric."""
     if found.before is None:
         return []
@@ -20,7 +20,7 @@ def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[Pict
     ]
 
 
-def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> Picture:
+def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> PagePicture:
     assert found.before is not None
     before, after = found.before[metric], found.after[metric]
     shown = SHOWN[metric]
@@ -53,7 +53,7 @@ def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> Pictu
 
 def change_picture(
     canvas: Canvas, before: Sequence[Prediction], after: Sequence[Prediction], prefix: str
-) -> Picture:
+) -> PagePicture:
     """How much each example's loss moved."""
     moved = [new.loss - old.loss for old, new in zip(before, after, strict=True)]
     edge = sorted(abs(x) for x in moved)[int(0.99 * (len(moved) - 1))] or 1.0
@@ -87,7 +87,7 @@ SPEED = (  # what, its ratio, name
 )
 
 
-def speed_picture(canvas: Canvas, found: Mapping[str, Any], prefix: str) -> Picture:
+def speed_picture(canvas: Canvas, found: Mapping[str, Any], prefix: str) -> PagePicture:
     """Gains of running factored over dense, 1 is even."""
     bars = [(name, found["ratios"][key]) for key, name in SPEED if key in found["ratios"]]
     with canvas.axes(0.7 + 0.27 * len(bars)) as axes:

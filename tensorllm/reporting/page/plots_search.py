@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.heatmap import heatmap
-from tensorllm.reporting.page.theme import Canvas, Picture, colour
+from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
 
 Row = Mapping[str, Any]  # one of trials.parquet
 COLUMNS = 8  # as many as have room for their numbers
@@ -14,7 +14,7 @@ COLUMNS = 8  # as many as have room for their numbers
 
 def search_pictures(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], prefix: str = ""
-) -> list[Picture]:
+) -> list[PagePicture]:
     """The plots of a study; none where no trial was examined in full."""
     # Sums over fewer examples than all are no fair figures: pruned trials are left out.
     full = [r for r in rows if r["state"] == "complete" and not r["stopped"]]
@@ -41,7 +41,7 @@ def _across(choices: Mapping[str, Sequence[Any]]) -> str:
 
 def _layers_and_values(
     canvas: Canvas, rows: Sequence[Row], across: str, measure: str, name: str
-) -> Picture:
+) -> PagePicture:
     """The best of every layer and value; many values are put together in ranges."""
     layers = sorted({r["layer"] for r in rows})
     bins = _bins(sorted({r[across] for r in rows}))
@@ -88,7 +88,7 @@ def _bins(values: Sequence[Any]) -> list[list[Any]]:
 
 def _front(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], measure: str, name: str
-) -> Picture:
+) -> PagePicture:
     """Every trial, those that no other beats in both, and the original."""
     with canvas.axes() as axes:
         x, y = [r["ratio"] for r in rows], [r[measure] for r in rows]
@@ -136,7 +136,7 @@ def _nice(low: float, high: float) -> list[float]:
 
 def _history(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], measure: str, name: str
-) -> Picture:
+) -> PagePicture:
     """Trials in the order of their numbers, and the best so far."""
     rows = sorted(rows, key=lambda row: row["number"])
     pick: Callable[..., float] = min if measure == "loss" else max

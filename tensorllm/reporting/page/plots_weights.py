@@ -6,7 +6,7 @@ from typing import Any
 
 from tensorllm.compression.descriptions import modes_of, numbers
 from tensorllm.reporting.page.heatmap import heatmap
-from tensorllm.reporting.page.theme import Canvas, Picture, colour, shades
+from tensorllm.reporting.page.theme import Canvas, PagePicture, colour, shades
 from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FEED_FORWARD, families, family
 
 Json = Mapping[str, Any]
@@ -15,7 +15,7 @@ NAMED = 6  # lines that a legend names one by one
 
 def spectra_pictures(
     canvas: Canvas, sites: Sequence[Json], details: Mapping[str, Json], prefix: str
-) -> list[Picture]:
+) -> list[PagePicture]:
     """One plot per kind of site and mode; a line per site, cut at the dot."""
     groups: dict[tuple[str, int, bool], list[tuple[Json, Json]]] = {}
     for site in sites:
@@ -36,7 +36,7 @@ def _spectra(
     flat: bool,
     pairs: Sequence[tuple[Json, Json]],
     name: str,
-) -> Picture:
+) -> PagePicture:
     with canvas.axes() as axes:
         for (site, spectrum), shade in zip(pairs, shades(len(pairs)), strict=True):
             top = spectrum["values"][0] or 1.0
@@ -91,7 +91,7 @@ def _cut(pairs: Sequence[tuple[Json, Json]]) -> str:
     return f"{kept} of {size} kept; what is right of the dot was cut."
 
 
-def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> list[Picture]:
+def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> list[PagePicture]:
     """Heatmaps of relative errors: matrix by layer, and head by layer or matrix."""
     matrices = [matrix for record in details.values() for matrix in record["matrices"]]
     if not matrices:
@@ -120,7 +120,7 @@ def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> 
     return out + _head_errors(canvas, matrices, prefix)
 
 
-def _head_errors(canvas: Canvas, matrices: Sequence[Json], prefix: str) -> list[Picture]:
+def _head_errors(canvas: Canvas, matrices: Sequence[Json], prefix: str) -> list[PagePicture]:
     with_heads = [m for m in matrices if m.get("heads")]
     if not with_heads:
         return []

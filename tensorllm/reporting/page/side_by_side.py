@@ -7,7 +7,7 @@ from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.figures import between, times
 from tensorllm.reporting.page.subjects import Subject
-from tensorllm.reporting.page.theme import Canvas, Picture, colour
+from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
 
 LONGEST = 38  # characters of a name in a plot
 
@@ -62,14 +62,14 @@ def _row(
 
 def _pictures(
     subjects: Sequence[Subject], wanted: tuple[str, ...] | None, canvas: Canvas
-) -> list[Picture]:
+) -> list[PagePicture]:
     """A plot per metric that every measured subject has."""
     found = [(s, m) for s in subjects if (m := _measured(s, wanted)) is not None]
     metrics = [m for m in MAIN if found and all(m in measured.after for _, measured in found)]
     return [_bars(found, metric, canvas) for metric in metrics] if len(found) > 1 else []
 
 
-def _bars(found: Sequence[tuple[Subject, BeforeAfter]], metric: str, canvas: Canvas) -> Picture:
+def _bars(found: Sequence[tuple[Subject, BeforeAfter]], metric: str, canvas: Canvas) -> PagePicture:
     """Score of every subject, and of the originals they were made from."""
     bars: dict[str, tuple[float, Sequence[float] | None, str]] = {}
     for subject, measured in found:

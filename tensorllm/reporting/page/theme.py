@@ -52,7 +52,7 @@ WIDTH = 3.5  # inches: a plot is as wide as a telephone, and a page has several 
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class PagePicture:
     """A plot in the page: `svg` takes the page's colours; `alt` says what is to be seen."""
 
     name: str
@@ -97,7 +97,7 @@ class Canvas:
             FigureCanvasAgg(figure)
             yield figure.subplots()
 
-    def picture(self, axes: Any, name: str, *, title: str, caption: str, alt: str) -> Picture:
+    def picture(self, axes: Any, name: str, *, title: str, caption: str, alt: str) -> PagePicture:
         """Keep what is drawn; call it before the block of `axes` ends."""
         figure = axes.figure
         text = StringIO()
@@ -108,7 +108,7 @@ class Canvas:
             path = self.folder / f"{name}.{ending}"
             figure.savefig(path, dpi=200, metadata={"Date": None} if ending == "svg" else None)
             self.files.append(path)
-        return Picture(name, title, caption, alt, _inline(text.getvalue(), name))
+        return PagePicture(name, title, caption, alt, _inline(text.getvalue(), name))
 
 
 def _inline(svg: str, name: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from tensorllm.checkpoint.beside import small_files
 from tensorllm.checkpoint.factored import MARKS
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest
+from tensorllm.checkpoint.small_files import small_files
 from tensorllm.checkpoint.writer import ShardWriter
 from tensorllm.compression.card import CARD, REPORT, card, text_of
 from tensorllm.compression.details import DETAILS

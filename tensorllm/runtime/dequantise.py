@@ -1,15 +1,15 @@
-"""Parameters that are held in few bits and widened for each use, by torch's parametrizations."""
+"""Parameters held in few bits and dequantised for each use, by torch's parametrizations."""
 
 import torch
 from torch import Tensor, nn
 
 from tensorllm.errors import UserError
 from tensorllm.runtime.sites import Order
-from tensorllm.tensors.quantised import widen
+from tensorllm.tensors.quantised import dequantise
 
 
-class Widened(Tensor):
-    """What numbers in few bits stand for: made anew for each use, what is written to it is lost."""
+class Dequantised(Tensor):
+    """A dequantised parameter: made anew for each use, so that what is written to it is lost."""
 
     # What comes out of it is plain.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -26,7 +26,7 @@ class Widened(Tensor):
         )
 
 
-class Widen(nn.Module):
+class Dequantise(nn.Module):
     """From what is stored in few bits to the parameter, its modes in the order it is held in."""
 
     def __init__(self, stored: tuple[Tensor, ...], order: Order) -> None:
@@ -35,9 +35,9 @@ class Widen(nn.Module):
         self.order = order
 
     def forward(self, *stored: Tensor) -> Tensor:
-        t = widen(*stored)
+        t = dequantise(*stored)
         held = t if self.order is None else t.permute(self.order)
-        return held if torch.compiler.is_compiling() else held.as_subclass(Widened)
+        return held if torch.compiler.is_compiling() else held.as_subclass(Dequantised)
 
     def right_inverse(self, dense: Tensor) -> tuple[Tensor, ...]:
         """What is held from now on; asked for once, on registration."""

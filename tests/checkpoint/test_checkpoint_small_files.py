@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import tiny_model
 
-from tensorllm.checkpoint.beside import small_files
+from tensorllm.checkpoint.small_files import small_files
 from tensorllm.compression.engine import compress_folder
 from tensorllm.compression.export import export
 from tensorllm.compression.task import FolderTask
@@ -95,5 +95,5 @@ def test_a_large_folder_without_weights_is_no_part_of_the_model(
 ) -> None:
     (folder / "wandb").mkdir()
     (folder / "wandb" / "log.json").write_text("x" * 100)
-    monkeypatch.setattr("tensorllm.checkpoint.beside.SMALL", 99)
+    monkeypatch.setattr("tensorllm.checkpoint.small_files.SMALL", 99)
     assert not [path for path in small_files(folder) if path.parent.name == "wandb"]

@@ -1,4 +1,4 @@
-"""Modules of a layer that need not run again: what they gave is kept, or known in another way."""
+"""Cached outputs of a layer's modules, which then need not run again."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Remembered:
-    """A module of a layer whose outputs are kept and given again as long as nothing changes them.
+class ModuleCache:
+    """The outputs of one module of a layer, by batch; whoever changes what they depend on clears
+    it.
 
     Args:
         path: below the layer; "" for none.
@@ -18,35 +19,36 @@ class Remembered:
     def __init__(self, block: nn.Module, path: str) -> None:
         self.path = path
         self._module = block.get_submodule(path) if path else None
-        self._kept: dict[int, Any] = {}
+        self._outputs: dict[int, Any] = {}
 
-    def forget(self) -> None:
-        self._kept.clear()
+    def clear(self) -> None:
+        self._outputs.clear()
 
-    def remember(self, number: int, output: Any) -> None:
+    def set(self, number: int, output: Any) -> None:
         """Let this be what the module gives on batch `number`."""
-        self._kept[number] = output
+        self._outputs[number] = output
 
     @property
-    def holds(self) -> bool:
-        """Whether anything is remembered."""
-        return bool(self._kept)
+    def filled(self) -> bool:
+        """Whether it has the output of any batch."""
+        return bool(self._outputs)
 
     @contextmanager
-    def within(self, number: int, usable: bool = True) -> Iterator[None]:
-        """While batch `number` runs."""
+    def active(self, number: int, usable: bool = True) -> Iterator[None]:
+        """Within it, where batch `number` runs, the module gives its cached output, or what it
+        gives is cached; neither where it is not `usable`."""
         module: Any = self._module
         if module is None or not usable:
             yield
-        elif number in self._kept:
-            kept = self._kept[number]
-            module.forward = lambda *args, **kwargs: _copied(kept)
+        elif number in self._outputs:
+            cached = self._outputs[number]
+            module.forward = lambda *args, **kwargs: _copied(cached)
             try:
                 yield
             finally:
                 del module.forward
         else:
-            keep = partial(self.remember, number)
+            keep = partial(self.set, number)
             handle = module.register_forward_hook(lambda module, args, output: keep(output))
             try:
                 yield
@@ -57,7 +59,7 @@ class Remembered:
 Rebuild = Callable[[Tensor], Any]  # what a module returns, from what one inside it gave
 
 
-def giving_on(returned: Any, given: Tensor | None) -> Rebuild | None:
+def rebuild_of(returned: Any, given: Tensor | None) -> Rebuild | None:
     """How a module's return value is made of a tensor that a module inside it gave: where it is
     that tensor, or begins with it and holds no other; else None."""
     if returned is given:
@@ -73,14 +75,14 @@ def giving_on(returned: Any, given: Tensor | None) -> Rebuild | None:
 def watched(
     block: nn.Module, path: str, inner: str, found: Callable[[Rebuild | None], None]
 ) -> Iterator[None]:
-    """Within it, `found` gets `giving_on` of the modules at both paths whenever the outer ran."""
+    """Within it, `found` gets `rebuild_of` of the modules at both paths whenever the outer ran."""
     given: list[Tensor] = []
     handles = [
         block.get_submodule(inner).register_forward_hook(
             lambda module, args, output: given.append(output)
         ),
         block.get_submodule(path).register_forward_hook(
-            lambda module, args, output: found(giving_on(output, given.pop() if given else None))
+            lambda module, args, output: found(rebuild_of(output, given.pop() if given else None))
         ),
     ]
     try:

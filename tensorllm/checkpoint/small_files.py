@@ -1,4 +1,4 @@
-"""What a model folder holds beside its weights: all of it goes with the model, but code.
+"""The small files of a model folder, beside its weights: all of them go with the model, but code.
 
 A list of what is wanted forgets what the next tokenizer needs (`bpe.codes`, chat templates). So
 what is known to be weights, pickles or code is left out, and all else is copied.

@@ -1,6 +1,6 @@
-"""Role matrices that are applied as factors instead of being multiplied out for every batch.
+"""Linear operators that stand for role matrices without multiplying their factors out.
 
-Shapes: X what the matrix reads, Y what it gives, R rank or rows that are kept, I and D of a role
+Shapes: X inputs of the matrix, Y its outputs, R rank or rows that are kept, I and D of a role
 matrix; it is (Y, X) where it reads the model's width and (X, Y) where it writes to it.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Applied(ABC):
-    """A role's matrix by what it does to an input."""
+class LinearOperator(ABC):
+    """A role matrix by its action on inputs."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -25,12 +25,12 @@ class Applied(ABC):
         """The role matrix (I, D)."""
 
     @abstractmethod
-    def pays(self, tokens: int) -> bool:
+    def is_cheaper(self, tokens: int) -> bool:
         """Whether this costs less than making the matrix and multiplying so many tokens by it."""
 
 
-class Reading:
-    """The factor (X, R) that maps which read one input share; each input is multiplied once."""
+class SharedInput:
+    """The factor (X, R) that maps of one input share; each input is multiplied by it once."""
 
     def __init__(self, into_XR: Tensor) -> None:
         self.into_XR = into_XR
@@ -43,33 +43,33 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Product(Applied):
-    """Two factors: y = x into back.
+class ProductOperator(LinearOperator):
+    """The product of two factors: y = x `into` `back`.
 
     Attributes:
         back_RY: the other factor.
         writes: whether the role is an output projection.
     """
 
-    reading: Reading
+    shared: SharedInput
     back_RY: Tensor
     writes: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.reading(x) @ self.back_RY.to(x.dtype)
+        return self.shared(x) @ self.back_RY.to(x.dtype)
 
     def matrix(self) -> Tensor:
-        whole_XY = self.reading.into_XR @ self.back_RY
+        whole_XY = self.shared.into_XR @ self.back_RY
         return whole_XY if self.writes else whole_XY.mT
 
-    def pays(self, tokens: int) -> bool:
-        (rank, outputs), inputs = self.back_RY.shape, len(self.reading.into_XR)
+    def is_cheaper(self, tokens: int) -> bool:
+        (rank, outputs), inputs = self.back_RY.shape, len(self.shared.into_XR)
         return tokens * rank * (inputs + outputs) <= (tokens + rank) * inputs * outputs
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Applied):
-    """Rows of the role matrix; the others are zero.
+class RowsOperator(LinearOperator):
+    """RowsOperator of the role matrix; the others are zero.
 
     Attributes:
         rows_R: their numbers.
@@ -94,17 +94,17 @@ class Rows(Applied):
         whole_ID = self.values_RD.new_zeros(self.size, self.values_RD.shape[1])
         return whole_ID.index_copy(0, self.rows_R, self.values_RD)
 
-    def pays(self, tokens: int) -> bool:
+    def is_cheaper(self, tokens: int) -> bool:
         return True
 
 
 @contextmanager
-def standing_in(module: nn.Module, applied: Applied) -> Iterator[None]:
-    """Within it a linear module's matrix is this one; its bias stays."""
+def replaced_by(module: nn.Module, operator: LinearOperator) -> Iterator[None]:
+    """Within it the operator takes the place of a linear module's matrix; the bias stays."""
     own: Any = module
 
     def forward(x: Tensor) -> Tensor:
-        y, bias = applied(x), getattr(module, "bias", None)
+        y, bias = operator(x), getattr(module, "bias", None)
         return y if bias is None else y + bias
 
     own.forward = forward
