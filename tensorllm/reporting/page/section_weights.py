@@ -34,7 +34,8 @@ def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
     for site in sites:
         key = (site["kind"], len(site["ranks"]), *site["roles"], *site["shape"])
         alike.setdefault(key, []).append(site)
-    out, rest = [], []
+    out: list[dict[str, Any]] = []
+    rest: list[tuple[str, str]] = []
     for first, *others in sorted(alike.values(), key=_numbers, reverse=True):
         if (drawing := factor_drawing(first)) is None:
             continue
