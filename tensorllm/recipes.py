@@ -130,10 +130,11 @@ def _target_problems(wanted: Mapping[str, Any]) -> list[str]:
 
 
 def as_yaml(recipe: Mapping[str, Any]) -> str:
-    """The text of a recipe file, keys in their order."""
+    """The text of a recipe file, keys in their order, in lines of at most 80 columns."""
     import yaml
 
-    return yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=76)
+    # A line ends behind the word that passes the width.
+    return yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=68)
 
 
 def _of_run(values: dict[str, Any]) -> list[str]:

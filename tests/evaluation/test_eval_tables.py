@@ -141,7 +141,8 @@ def test_the_plan_says_what_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3, "3 s"), (90, "1.5 min"), (7200, "2.0 h"), (864_000, "10 days")]
+    ("seconds", "text"),
+    [(3, "3 s"), (90, "1.5 min"), (7200, "2.0 h"), (864_000, "10 days"), (2e8, "2,315 days")],
 )
 def test_durations(seconds: float, text: str):
     assert duration(seconds) == text

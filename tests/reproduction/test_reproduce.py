@@ -240,8 +240,13 @@ def test_weights_and_data_are_found_in_the_hubs_layouts(small, tmp_path, monkeyp
     "model", ["roberta", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gptj", "llama2"))]
 )
 def test_every_published_cell_runs_on_a_tiny_model(model, tmp_path):
-    plan = rehearse(ReproduceRequest(model=model, datasets=["fever"], data=tmp_path))
+    steps = []
+    plan = rehearse(
+        ReproduceRequest(model=model, datasets=["fever"], data=tmp_path),
+        lambda *step: steps.append(step[:2]),
+    )
     assert len(cells(model)) == 4 * len(plan.rehearsals)
+    assert steps == [(done, len(plan.rehearsals)) for done in range(len(plan.rehearsals) + 1)]
     assert [line.split(":")[0] for line in plan.missing] == ["weights", "fever"]
     for told in plan.rehearsals:
         assert told.searched == (told.cell.searched and told.cell.recipe is not None)
