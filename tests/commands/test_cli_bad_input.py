@@ -192,6 +192,38 @@ def test_wrong_options(name: str, out: bool, gptj: Path, tmp_path: Path, refused
     refused(("compress", "--model", gptj, *where, *options), *words)
 
 
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("compress --model --mode hybrid", "--model needs a value, got the option --mode"),
+        ("compress --model m --mode svd --evaluate --dataset text", "--evaluate needs a value"),
+        ("generate --model m --prompt --json", "--prompt needs a value, got the option --json"),
+        ("compress --model m --mode laser --layers 0 1", "a list is one word, such as 0,1,2"),
+        ("compress some/model --mode svd", "(some/model): a value stands behind its option"),
+    ],
+)
+def test_values_that_are_left_out_or_stand_alone(typed: str, words: str, refused: Refused) -> None:
+    refused(typed.split(), words)
+
+
+def test_a_value_that_looks_like_an_option_can_be_given(refused: Refused) -> None:
+    refused(["generate", "--model", "nothing", "--prompt=--json"], "no model 'nothing'")
+
+
+@pytest.mark.parametrize("path", ["no.jsonl", "no.csv", "no.txt", "no.json"])
+@pytest.mark.parametrize("option", ["--calibration", "--sampled", "--distill-text"])
+def test_texts_that_are_not_there(option: str, path: str, tmp_path: Path, refused: Refused) -> None:
+    """The line names the file, and no option that was not typed."""
+    text = tmp_path / "text.txt"
+    text.write_text("Ada Moss plays banjo\n" * 200)
+    given = {"--calibration": text, option: tmp_path / path}
+    more = ("--distill-steps", 1) if option == "--distill-text" else ()
+    fit = ("--mode", "activation-tucker", "--target-ratio", 1.5, *more)
+    words = [str(word) for pair in given.items() for word in pair]
+    said = refused(["compress", "--model", "demo", *fit, *words], path, "No such file")
+    assert "--data-file" not in said
+
+
 @pytest.mark.parametrize("mode", ["shared-tucker", "per-matrix-tucker"])
 def test_official_layout_of_grouped_attention(
     mode: str, llama: Path, tmp_path: Path, refused: Refused
