@@ -1,5 +1,6 @@
 """Rich tables that fit a terminal of 80 columns."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,11 +82,13 @@ def sizes_table(reports: Sequence[CompressionReport]) -> RenderableType:
 def plan_table(plan: DryRun) -> RenderableType:
     """What a run would do, for `--dry-run`."""
     table = new_table("site", "shape", "parameters", "after", "ratio", number_from=2)
+    _whole(table, "parameters")
     for site in plan.sites:
         after = site.parameters_after
         ratio = "not known yet" if after is None else f"{site.parameters_before / after:.2f}"
         left = "not known yet" if after is None else count(after)
-        table.add_row(site.name, _shape(site.shape), count(site.parameters_before), left, ratio)
+        before = count(site.parameters_before)
+        table.add_row(_label(site.name), _shape(site.shape), before, left, ratio)
     totals = new_table("plan", "before", "after", number_from=1)
     totals.add_row(
         "parameters", count(plan.parameters_before), _known(plan.parameters_after, count)
@@ -158,7 +161,7 @@ def _sites(report: CompressionReport) -> RenderableType:
         return _every_site(report, report.sites)
     groups: dict[str, list[SiteReport]] = {}
     for site in report.sites:
-        groups.setdefault(site.name.rpartition(".")[2], []).append(site)
+        groups.setdefault(_matrices(site.name), []).append(site)
     table = new_table("matrices", "sites", "ranks", "parameters", "CR", "error", number_from=1)
     for name, sites in groups.items():
         ranks = [min(s.ranks for s in sites), max(s.ranks for s in sites)]
@@ -188,9 +191,10 @@ def _every_site(report: CompressionReport, sites: Sequence[SiteReport]) -> Table
     if "calibration" in report.settings:  # the factors were fitted before, in another time
         names.remove("s")
     table = new_table(*names, number_from=3)
+    _whole(table, "CR", "error", "s")
     for site in sites:
         cells = (
-            site.name,
+            _label(site.name),
             _shape(site.shape),
             ",".join(str(rank) for rank in site.ranks),
             f"{count(site.parameters_before)} → {count(site.parameters_after)}",
@@ -200,6 +204,22 @@ def _every_site(report: CompressionReport, sites: Sequence[SiteReport]) -> Table
         )
         table.add_row(*cells[: len(names)])
     return table
+
+
+def _whole(table: Table, *names: str) -> None:
+    """No figure of these columns is broken; others are, where a row is too wide."""
+    for column in table.columns:
+        column.no_wrap = column.no_wrap or column.header in names
+
+
+def _label(name: str) -> str:
+    """A site's name, what its matrices share said once: `layers.0.experts.in-gate`."""
+    return re.sub(r"(?<=-)(?:experts|shared)\.", "", name)
+
+
+def _matrices(name: str) -> str:
+    """Which matrices a site is of, in whichever layer and expert: `experts.in`."""
+    return re.sub(r"experts\.\d+\.", "experts.", _label(name).split(".", 2)[2])
 
 
 def _ratios(report: CompressionReport) -> Table:

@@ -96,6 +96,11 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ranks are fractions": ((*SHARED, "--ranks", "8.5,4,2"), ("--ranks", "8.5")),
     "no ranks": ((*SHARED, "--ranks", ""), ("--ranks", "whole numbers")),
     "neither ranks nor energy": (SHARED, ("ranks, energy and error",)),
+    "trawl without a rank": (("--mode", "trawl"), ("needs rank, and no ranks; got none",)),
+    "trawl with ranks": (
+        ("--mode", "trawl", "--ranks", "2,2,2"),
+        ("needs rank, and no ranks; got ranks (2, 2, 2)",),
+    ),
     "ranks and energy": ((*SHARED, "--ranks", "8,4,2", "--energy", "0.5"), ("exactly one",)),
     "energy 0": ((*SHARED, "--energy", "0"), ("energy", "(0, 1]")),
     "energy nan": ((*SHARED, "--energy", "nan"), ("energy", "(0, 1]", "nan")),
