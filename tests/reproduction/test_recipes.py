@@ -226,3 +226,28 @@ def test_no_line_of_a_recipe_is_wider_than_a_terminal(length: int) -> None:
         written = as_yaml({"layers": [3], "source": text})
         assert max(map(len, written.splitlines())) <= 80
         assert yaml.safe_load(written)["source"] == text
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "dataset", "words"),
+    [
+        (
+            "gptj",
+            "hybrid",
+            "fevr",
+            "'hybrid' for gptj on 'fevr'. Did you mean 'fever'? Known",
+        ),
+        (
+            "gptj",
+            "trawl",
+            "fever",
+            "'trawl' for gptj: leave --dataset out, or take one of the mode",
+        ),
+        ("mine", "trawl", "fever", "'trawl' for mine: leave --dataset out$"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_told_apart(
+    model: str, mode: str, dataset: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words.replace("?", r"\?")):
+        default_recipe(model, mode, dataset)
