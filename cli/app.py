@@ -161,7 +161,9 @@ def _wrong_use(error: Any) -> str:
     """Typer's words, and what was typed; of what is missing also what it would have been."""
     from pydantic import ValidationError
 
-    said: str = error.format_message()
+    said: str = error.format_message().removeprefix("Invalid value: ")
+    if said.startswith("Got unexpected extra argument"):
+        return f"{said}: a value stands behind its option, and a list is one word, such as 0,1,2"
     if isinstance(error.__cause__, ValidationError):  # its words name no value
         said = f"{said}, got {error.__cause__.errors()[0]['input']!r}"
     takes = (

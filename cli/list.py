@@ -17,11 +17,10 @@ def list_(request: ListRequest, *, json: bool) -> None:
     """
     with progress_bar():
         from tensorllm.commands.catalog import catalog
+        from tensorllm.reporting.rows import rows_table
 
         rows = catalog(request.kind, request.plugins)
     if json:
         print_json(rows)
         return
-    from tensorllm.reporting.tables import rows_table
-
     print_result(rows_table(rows))

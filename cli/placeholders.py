@@ -1,7 +1,10 @@
-"""What stands for an option's value in the help: nothing where it takes none."""
+"""What stands for an option's value: in the help a word for its kind, and never another option."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 VALUES = {"<str>": "TEXT", "<list[str]>": "TEXT", "<int>": "N", "<float>": "X", "<path>": "PATH"}
@@ -12,6 +15,10 @@ class Command(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _named(super().get_params(ctx), ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _refuse_options_as_values(self.get_params(ctx), args)
+        return super().parse_args(ctx, args)
 
 
 class Group(TyperGroup):
@@ -29,3 +36,22 @@ def _named(params: list[Any], ctx: Any) -> list[Any]:
             shown = param.display_type(ctx)
             param.metavar = "" if param.is_flag else VALUES.get(shown, shown)
     return params
+
+
+def _refuse_options_as_values(params: Sequence[Any], args: Sequence[str]) -> None:
+    """An option whose value was left out would take the next option for it.
+
+    Raises:
+        typer.BadParameter: names both; a value that looks like an option is typed --option=value.
+    """
+    options = {
+        word: param
+        for param in params
+        if isinstance(param, TyperOption)
+        for word in (*param.opts, *param.secondary_opts)
+    }
+    for word, following in pairwise(args):
+        if word == "--":
+            return
+        if word in options and not options[word].is_flag and following in options:
+            raise typer.BadParameter(f"{word} needs a value, got the option {following}")

@@ -1,7 +1,7 @@
 """`tensorllm report`."""
 
 from tensorllm.requests.others import ReportRequest
-from tensorllm_cli.show import print_json, print_lines
+from tensorllm_cli.show import print_json, print_lines, progress_bar
 from tensorllm_cli.signature import takes
 
 
@@ -17,9 +17,10 @@ def report(request: ReportRequest, *, json: bool) -> None:
 
       tensorllm report laser/ tucker/ hybrid/ runs/* --out comparison.html
     """
-    from tensorllm.commands.report import report
+    with progress_bar("drawing"):
+        from tensorllm.commands.report import report
 
-    made = report(request.runs, request.out, cards=request.card)
+        made = report(request.runs, request.out, cards=request.card)
     if json:
         print_json(made.to_json())
         return

@@ -54,10 +54,11 @@ def _claims(request: ReproduceRequest, *, as_json: bool) -> None:
 
 
 def _rehearse(request: ReproduceRequest, *, as_json: bool) -> None:
-    from tensorllm.commands.reproduce import rehearse
-    from tensorllm.reporting.reproduction import rehearsal_table
+    with progress_bar() as progress:
+        from tensorllm.commands.reproduce import rehearse
+        from tensorllm.reporting.reproduction import rehearsal_table
 
-    plan = rehearse(request).to_json()
+        plan = rehearse(request, progress).to_json()
     if as_json:
         print_json(plan)
     else:

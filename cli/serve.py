@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from tensorllm.requests.others import ServeRequest
 from tensorllm_cli.interrupt import INTERRUPT
-from tensorllm_cli.show import print_json, print_lines
+from tensorllm_cli.show import print_json, print_lines, progress_bar
 from tensorllm_cli.signature import takes
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ def serve(request: ServeRequest, *, json: bool) -> None:
       tensorllm serve --model out/ --port 8000
     """
     INTERRUPT.leaves = lambda: "the server has stopped"
-    from tensorllm.commands.serve import serve
+    with progress_bar("loading"):
+        from tensorllm.commands.serve import serve
 
     def announce(address: "Address") -> None:
         if json:

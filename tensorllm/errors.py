@@ -12,4 +12,10 @@ class Incomplete(RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of what another package's error says, at most 400 characters of it; its kind
     where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shortened(said, 400)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, cut between words with dots behind where it has more characters than that."""
+    return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from tensorllm.errors import first_line
+from tensorllm.errors import first_line, shortened
 
 
 def why_not(
@@ -33,7 +33,8 @@ def why_not(
 def reason(error: Exception) -> str:
     """What the hub itself says about a refusal, else the error's first line."""
     message = (getattr(error, "server_message", None) or "").strip()
-    return (message.splitlines()[0] if message else first_line(error)).rstrip(".")[:200]
+    said = message.splitlines()[0] if message else first_line(error)
+    return shortened(said.rstrip("."), 200)
 
 
 def local_copy(

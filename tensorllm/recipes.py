@@ -130,10 +130,11 @@ def _target_problems(wanted: Mapping[str, Any]) -> list[str]:
 
 
 def as_yaml(recipe: Mapping[str, Any]) -> str:
-    """The text of a recipe file, keys in their order."""
+    """The text of a recipe file, keys in their order, in lines of at most 80 columns."""
     import yaml
 
-    return yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=76)
+    # A line ends behind the word that passes the width.
+    return yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=68)
 
 
 def _of_run(values: dict[str, Any]) -> list[str]:
@@ -197,10 +198,17 @@ def default_recipe(model: str, mode: str, dataset: str | None = None) -> Recipe 
         if (recipe.model, recipe.mode, recipe.dataset) == (model, canonical, wanted):
             return recipe
     if dataset is not None:
-        known = sorted({str(r.dataset) for r in shipped().values() if r.model == model})
+        of_model = [recipe for recipe in shipped().values() if recipe.model == model]
+        known = sorted({str(r.dataset) for r in of_model if r.mode == canonical})
+        if not known:
+            modes = ", ".join(sorted({r.mode for r in of_model}))
+            raise UserError(
+                f"no recipe of mode {mode!r} for {model}: leave --dataset out"
+                + (f", or take one of the modes {modes}" if modes else "")
+            )
         raise UserError(
-            f"no recipe for {model} on {dataset!r}.{did_you_mean(dataset, known)} "
-            f"Known for {model}: {', '.join(known) or 'none; leave --dataset out'}"
+            f"no recipe of mode {mode!r} for {model} on {dataset!r}."
+            f"{did_you_mean(dataset, known)} Known: {', '.join(known)}"
         )
     return None
 

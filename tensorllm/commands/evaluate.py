@@ -161,7 +161,10 @@ def _loaders(request: EvaluateRequest, devices: Devices, source: Source) -> dict
     compressed = replace(original, folder=request.compressed)
     manifest = compressed.manifest()
     if manifest is None:
-        raise UserError(f"--compressed: {request.compressed} has no tensorllm.json")
+        raise UserError(
+            f"--compressed: {request.compressed} has no tensorllm.json, so tensorllm did not make "
+            "it from --model; score it by itself with --model"
+        )
     if not compressed.made_from(source):
         raise UserError(
             f"{request.compressed} was made from {manifest.source.get('model')!r}, not from "

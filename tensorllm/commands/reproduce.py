@@ -53,9 +53,12 @@ def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Out
     return _reproduce(_wanted(request), request, progress)
 
 
-def rehearse(request: ReproduceRequest) -> ReproductionPlan:
+def rehearse(request: ReproduceRequest, progress: Progress = quiet) -> ReproductionPlan:
     """Run every cell on a tiny random model of the architecture, of which nothing is kept, and
     predict what the real run takes.
+
+    Args:
+        progress: called with (cells that ran, cells in all, the cell).
     """
     request = replace(request, device=device_of(request.device, decomposes=True))
     wanted = _wanted(request)
@@ -72,7 +75,7 @@ def rehearse(request: ReproduceRequest) -> ReproductionPlan:
             layer=None if request.layer is None else 0,
             candidates=tiny.layers,
         )
-        _reproduce(tiny.cells, on_tiny, quiet)
+        _reproduce(tiny.cells, on_tiny, progress)
     where = request.weights, request.data
     counts = {name: count_examples(request.model, name, *where, request.limit) for name in datasets}
     dtype = dtype_of(request.dtype) or getattr(torch, short_names()[request.model]["dtype"])

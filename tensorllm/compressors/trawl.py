@@ -57,7 +57,9 @@ class Trawl(Leaf):
         check_seed(self.seed)
         wanted, other = ("rank", "ranks") if self.method == "cp" else ("ranks", "rank")
         if getattr(self, wanted) is None or getattr(self, other) is not None:
-            raise UserError(f"method {self.method!r} takes {wanted} and not {other}")
+            given = {name: getattr(self, name) for name in (wanted, other)}
+            got = ", ".join(f"{k} {v}" for k, v in given.items() if v is not None) or "none"
+            raise UserError(f"method {self.method!r} needs {wanted}, and no {other}; got {got}")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"rank must be 1 or more, got {self.rank}")
         object.__setattr__(self, "matrices", check_roles(self.matrices, MATRICES))

@@ -69,7 +69,10 @@ class TuckerSettings(Leaf):
     def __post_init__(self) -> None:
         given = [name for name in ("ranks", "energy", "error") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise UserError(f"give exactly one of ranks, energy and error, got {given or 'none'}")
+            raise UserError(
+                f"give exactly one of ranks, energy and error, got {', '.join(given) or 'none'}; "
+                "`tensorllm inspect` shows what ranks keep"
+            )
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UserError(f"energy must be in (0, 1], got {self.energy}")
         if self.error is not None and not 0 <= self.error < 1:

@@ -24,14 +24,15 @@ def rows_of_file(path: Path) -> Iterator[Row]:
         UserError: the file is missing, empty or malformed (says at which line).
     """
     if not path.is_file():
-        raise UserError(f"--data-file must be a readable file, got {str(path)!r}")
+        why = "Is a directory" if path.is_dir() else "No such file or directory"
+        raise UserError(f"cannot read the rows of {str(path)!r}: {why}")
     suffix = ending(path)
     readers = {".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".json": _json}
     if suffix not in KNOWN:
         known = ", ".join(KNOWN)
-        raise UserError(f"--data-file must end in one of {known}, got {path.name!r}")
+        raise UserError(f"a file of rows must end in one of {known}, got {path.name!r}")
     if suffix == ".parquet" and path.suffix.lower() != suffix:
-        raise UserError(f"--data-file: parquet is compressed in itself; unpack {path.name!r}")
+        raise UserError(f"parquet is compressed in itself; unpack {path.name!r}")
     rows = readers.get(suffix, _jsonl)(path)
     first = next(rows, None)
     if first is None:

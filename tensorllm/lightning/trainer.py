@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -247,7 +248,10 @@ def is_first() -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice about loggers and data-loading workers."""
+    """Without Lightning's advice about loggers and data-loading workers, but with what a profiler
+    found, which was asked for.
+    """
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
     names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
     with silenced(*names), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")

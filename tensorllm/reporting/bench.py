@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from tensorllm.reporting.tables import new_table, size
+from tensorllm.reporting.rows import new_table
+from tensorllm.reporting.tables import size
 
 ROWS = (  # what, field of the models, field of the ratios, unit
     ("prefill", "prefill_tokens_per_second", "prefill", "tokens/s"),

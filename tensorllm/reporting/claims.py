@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from tensorllm.reporting.tables import new_table
+from tensorllm.reporting.rows import new_table
 
 
 def claims_tables(found: Mapping[str, Any]) -> RenderableType:

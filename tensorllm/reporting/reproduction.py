@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tensorllm.reporting.tables import duration, new_table, size
+from tensorllm.reporting.rows import new_table
+from tensorllm.reporting.tables import duration, size
 
 Rows = Sequence[Mapping[str, Any]]
 MARKS = {"searched": "*", "given": "+"}

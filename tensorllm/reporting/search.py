@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from tensorllm.metrics import MAIN, SHOWN
-from tensorllm.reporting.tables import new_table
+from tensorllm.reporting.rows import new_table
 
 SCORES = {"accuracy": "accuracy, %", "loss": "loss"}
 ACROSS = 4  # labels that have a column each; more have rows

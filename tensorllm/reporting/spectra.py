@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 
 from tensorllm.compression.spectra import LayerSpectra
-from tensorllm.reporting.tables import new_table
+from tensorllm.reporting.rows import new_table
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 WIDTH = 24  # characters of a sparkline

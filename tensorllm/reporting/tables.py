@@ -1,10 +1,10 @@
 """Rich tables that fit a terminal of 80 columns."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,9 +12,9 @@ from rich.text import Text
 from tensorllm.compression.dry_run import DryRun
 from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport, asked_for
 from tensorllm.metrics import MAIN, SHOWN
+from tensorllm.reporting.rows import MANY, new_table
 
-WIDTH = 80  # columns of a terminal
-MANY, WORST = 24, 5  # sites that have a row each; of more, those that are shown
+WORST = 5  # sites that are shown where there are too many for a row each
 
 
 def compression_tables(report: CompressionReport) -> RenderableType:
@@ -82,11 +82,13 @@ def sizes_table(reports: Sequence[CompressionReport]) -> RenderableType:
 def plan_table(plan: DryRun) -> RenderableType:
     """What a run would do, for `--dry-run`."""
     table = new_table("site", "shape", "parameters", "after", "ratio", number_from=2)
+    _whole(table, "parameters")
     for site in plan.sites:
         after = site.parameters_after
         ratio = "not known yet" if after is None else f"{site.parameters_before / after:.2f}"
         left = "not known yet" if after is None else count(after)
-        table.add_row(site.name, _shape(site.shape), count(site.parameters_before), left, ratio)
+        before = count(site.parameters_before)
+        table.add_row(_label(site.name), _shape(site.shape), before, left, ratio)
     totals = new_table("plan", "before", "after", number_from=1)
     totals.add_row(
         "parameters", count(plan.parameters_before), _known(plan.parameters_after, count)
@@ -115,13 +117,13 @@ def size(n: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """under 1 s, 12 s, 3.5 min, 20.1 h, 12 days."""
+    """under 1 s, 12 s, 3.5 min, 20.1 h, 1,200 days."""
     if seconds < 1:
         return "under 1 s"
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / unit:.{int(unit > 1)}f} {name}"
-    return f"{seconds / 86_400:.0f} days"
+    return f"{seconds / 86_400:,.0f} days"
 
 
 def p_value(value: float, least: float = 1e-4) -> str:
@@ -159,7 +161,7 @@ def _sites(report: CompressionReport) -> RenderableType:
         return _every_site(report, report.sites)
     groups: dict[str, list[SiteReport]] = {}
     for site in report.sites:
-        groups.setdefault(site.name.rpartition(".")[2], []).append(site)
+        groups.setdefault(_matrices(site.name), []).append(site)
     table = new_table("matrices", "sites", "ranks", "parameters", "CR", "error", number_from=1)
     for name, sites in groups.items():
         ranks = [min(s.ranks for s in sites), max(s.ranks for s in sites)]
@@ -189,9 +191,10 @@ def _every_site(report: CompressionReport, sites: Sequence[SiteReport]) -> Table
     if "calibration" in report.settings:  # the factors were fitted before, in another time
         names.remove("s")
     table = new_table(*names, number_from=3)
+    _whole(table, "CR", "error", "s")
     for site in sites:
         cells = (
-            site.name,
+            _label(site.name),
             _shape(site.shape),
             ",".join(str(rank) for rank in site.ranks),
             f"{count(site.parameters_before)} → {count(site.parameters_after)}",
@@ -201,6 +204,22 @@ def _every_site(report: CompressionReport, sites: Sequence[SiteReport]) -> Table
         )
         table.add_row(*cells[: len(names)])
     return table
+
+
+def _whole(table: Table, *names: str) -> None:
+    """No figure of these columns is broken; others are, where a row is too wide."""
+    for column in table.columns:
+        column.no_wrap = column.no_wrap or column.header in names
+
+
+def _label(name: str) -> str:
+    """A site's name, what its matrices share said once: `layers.0.experts.in-gate`."""
+    return re.sub(r"(?<=-)(?:experts|shared)\.", "", name)
+
+
+def _matrices(name: str) -> str:
+    """Which matrices a site is of, in whichever layer and expert: `experts.in`."""
+    return re.sub(r"experts\.\d+\.", "experts.", _label(name).split(".", 2)[2])
 
 
 def _ratios(report: CompressionReport) -> Table:
@@ -222,20 +241,6 @@ def _scores(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
-def new_table(*columns: str, number_from: int) -> Table:
-    """A table whose columns hold numbers from the one at `number_from` on."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        numeric = index >= number_from
-        table.add_column(
-            column,
-            justify="right" if numeric else "left",
-            no_wrap=index == 0,
-            overflow="fold",  # a figure with its end cut off would be another figure
-        )
-    return table
-
-
 def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(str(n) for n in shape)
 
@@ -247,37 +252,3 @@ def _known(value: int | None, show: Any) -> str:
 def result_tables(result: CompressionReport | DryRun) -> RenderableType:
     """The tables of whatever `tensorllm compress` gave."""
     return plan_table(result) if isinstance(result, DryRun) else compression_tables(result)
-
-
-def rows_table(rows: list[dict[str, str]]) -> RenderableType:
-    """Rows of text with the same keys."""
-    if rows and len(rows) <= MANY and _words_width(rows) > WIDTH:
-        return _blocks(rows)
-    table = new_table(*(rows[0] if rows else ["nothing"]), number_from=99)
-    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]] if rows else []
-    if sum(widths) + len(widths) + 1 <= WIDTH < sum(widths) + 3 * len(widths) - 1:
-        table.padding = (0, 0)  # narrow gaps, and every row on one line
-    for row in rows:
-        table.add_row(*row.values())
-    return table
-
-
-def _words_width(rows: list[dict[str, str]]) -> int:
-    """Columns that a table takes at least if no word is to be broken."""
-    longest = {key: max(map(len, key.split())) for key in rows[0]}
-    for row in rows:
-        for key, text in row.items():
-            longest[key] = max([longest[key], *map(len, text.split())])
-    return sum(longest.values()) + len(longest) + 1
-
-
-def _blocks(rows: list[dict[str, str]]) -> RenderableType:
-    """The first cell of a row, and the others one below the other beside it."""
-    first, second, *others = rows[0]
-    table = new_table(first, second, number_from=99)
-    for row in rows:
-        lines = [row[second], *(f"{key}: {row[key]}" for key in others if row[key])]
-        table.add_row(row[first], Text("\n".join(lines)))
-        if row is not rows[-1]:
-            table.add_row()
-    return table

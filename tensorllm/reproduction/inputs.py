@@ -28,7 +28,8 @@ def weights_of(model: str, given: str | None) -> Source:
         given: a checkpoint's folder, a cache of the hub or a folder of copies of repositories.
 
     Raises:
-        UserError: they are not there; the message says what to fetch and where to put it.
+        UserError: they are not there, or of another kind of model; the message says what to fetch
+            and where to put it.
     """
     if given is None:
         return resolve(model, hint=f"To have it here: {fetch_weights(model)}")
@@ -37,6 +38,19 @@ def weights_of(model: str, given: str | None) -> Source:
         raise UserError(
             f"--weights {given} holds no {CONFIG} and no copy of {hub_id(model)}. "
             f"To have one: {fetch_weights(model)}"
+        )
+    config, known = Checkpoint(found.folder).config, short_names()[model]
+    kind, wanted = (
+        f"{layers} layers of type {name!r}"
+        for layers, name in (
+            (config.num_hidden_layers, config.model_type),
+            (known["sizes"]["layers"], known["model_type"]),
+        )
+    )
+    if kind != wanted:
+        raise UserError(
+            f"--weights {given} has {kind}, and {model} {wanted}. "
+            f"To have its weights: {fetch_weights(model)}"
         )
     return found
 

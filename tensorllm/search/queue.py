@@ -8,7 +8,7 @@ reason, which counts as none at all, and is queued again.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -75,12 +75,7 @@ class TrialQueue:
         if known is None:
             self.study.set_user_attr("identity", dict(identity))
             return
-        differs = [
-            f"{name} was {_short(known.get(name))} and is {_short(identity.get(name))}"
-            for name in sorted({*known, *identity})
-            if known.get(name) != identity.get(name)
-        ]
-        if differs:
+        if differs := list(_differences(known, identity)):
             raise UserError(
                 f"the study {self.study.study_name!r} was begun with something else: "
                 f"{'; '.join(differs)}. Choose another --study"
@@ -223,6 +218,15 @@ def _values(trial: FrozenTrial) -> dict[str, Any]:
 
 def _key(values: Values) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(values.items()))
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two nested mappings, each by its path of keys."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*was, *now}):
+            yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield f"{name} was {_short(was)} and is {_short(now)}"
 
 
 def _short(value: Any) -> str:

@@ -96,6 +96,11 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ranks are fractions": ((*SHARED, "--ranks", "8.5,4,2"), ("--ranks", "8.5")),
     "no ranks": ((*SHARED, "--ranks", ""), ("--ranks", "whole numbers")),
     "neither ranks nor energy": (SHARED, ("ranks, energy and error",)),
+    "trawl without a rank": (("--mode", "trawl"), ("needs rank, and no ranks; got none",)),
+    "trawl with ranks": (
+        ("--mode", "trawl", "--ranks", "2,2,2"),
+        ("needs rank, and no ranks; got ranks (2, 2, 2)",),
+    ),
     "ranks and energy": ((*SHARED, "--ranks", "8,4,2", "--energy", "0.5"), ("exactly one",)),
     "energy 0": ((*SHARED, "--energy", "0"), ("energy", "(0, 1]")),
     "energy nan": ((*SHARED, "--energy", "nan"), ("energy", "(0, 1]", "nan")),
@@ -194,6 +199,38 @@ def test_wrong_options(name: str, out: bool, gptj: Path, tmp_path: Path, refused
     options, words = OPTIONS[name]
     where = ("--out", tmp_path / "out") if out else ()
     refused(("compress", "--model", gptj, *where, *options), *words)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("compress --model --mode hybrid", "--model needs a value, got the option --mode"),
+        ("compress --model m --mode svd --evaluate --dataset text", "--evaluate needs a value"),
+        ("generate --model m --prompt --json", "--prompt needs a value, got the option --json"),
+        ("compress --model m --mode laser --layers 0 1", "a list is one word, such as 0,1,2"),
+        ("compress some/model --mode svd", "(some/model): a value stands behind its option"),
+    ],
+)
+def test_values_that_are_left_out_or_stand_alone(typed: str, words: str, refused: Refused) -> None:
+    refused(typed.split(), words)
+
+
+def test_a_value_that_looks_like_an_option_can_be_given(refused: Refused) -> None:
+    refused(["generate", "--model", "nothing", "--prompt=--json"], "no model 'nothing'")
+
+
+@pytest.mark.parametrize("path", ["no.jsonl", "no.csv", "no.txt", "no.json"])
+@pytest.mark.parametrize("option", ["--calibration", "--sampled", "--distill-text"])
+def test_texts_that_are_not_there(option: str, path: str, tmp_path: Path, refused: Refused) -> None:
+    """The line names the file, and no option that was not typed."""
+    text = tmp_path / "text.txt"
+    text.write_text("Ada Moss plays banjo\n" * 200)
+    given = {"--calibration": text, option: tmp_path / path}
+    more = ("--distill-steps", 1) if option == "--distill-text" else ()
+    fit = ("--mode", "activation-tucker", "--target-ratio", 1.5, *more)
+    words = [str(word) for pair in given.items() for word in pair]
+    said = refused(["compress", "--model", "demo", *fit, *words], path, "No such file")
+    assert "--data-file" not in said
 
 
 @pytest.mark.parametrize("mode", ["shared-tucker", "per-matrix-tucker"])

@@ -1,5 +1,6 @@
 """The command line's manners: 80 columns, quiet when piped, JSON alone, names suggested."""
 
+import ast
 import inspect
 import json
 import os
@@ -42,6 +43,29 @@ def test_help_fits_and_tells_all(
     if name:
         assert f"tensorllm {name} " in out  # an example beside the usage line
         assert "Example" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_is_silent_while_it_imports_what_it_needs(name: str) -> None:
+    """The libraries take seconds: what brings them is imported behind a bar."""
+    module = inspect.getmodule(inspect.unwrap(COMMANDS[name]))
+    assert module is not None
+    tree = ast.parse(inspect.getsource(module))
+    bars = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and "progress_bar" in ast.unparse(node.items[0])
+    ]
+    behind = {id(node) for bar in bars for node in ast.walk(bar)}
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    heavy = [
+        node
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorllm.commands")
+    ]
+    assert heavy
+    assert [ast.unparse(node) for node in heavy if id(node) not in behind] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

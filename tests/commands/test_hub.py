@@ -7,7 +7,8 @@ import pytest
 from cli_runs import piped
 
 from tensorllm.checkpoint import source
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
+from tensorllm.hub import reason
 
 # Nothing listens there, on any machine.
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
@@ -57,3 +58,11 @@ def test_weights_in_the_cache_serve_where_the_hub_does_not(tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *of, **settings: tmp_path)
     monkeypatch.setattr(source, "why_not", lambda *of: "no answer")
     assert source.resolve("owner/name").folder == tmp_path
+
+
+def test_what_others_say_is_cut_between_words():
+    said = reason(RuntimeError("seventeen letters " * 50 + "\nand more"))
+    assert len(said) <= 204
+    assert set(said.removesuffix(" ...").split()) == {"seventeen", "letters"}
+    assert first_line(RuntimeError("x" * 500)) == "x" * 400 + " ..."
+    assert first_line(RuntimeError("short")) == "short"

@@ -39,7 +39,7 @@ def refused(match: str, name: str, content: str | None, file: str = "d.jsonl", *
     "check",
     [
         refused("Unknown dataset 'fevr'. Did you mean 'fever'", "fevr", GOOD),
-        refused("must be a readable file", "fever", None),
+        refused("cannot read the rows of .*No such file", "fever", None),
         refused("has no rows", "wikidata_qa", ""),
         refused("has no rows", "wikidata_qa", "[]", "d.json"),
         refused("malformed JSON on line 2", "wikidata_qa", GOOD + '{"input": '),

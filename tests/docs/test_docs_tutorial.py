@@ -73,7 +73,12 @@ def test_the_real_half_prints_what_it_says(
             [] if arguments[0] == "compress" else ["--data-file", str(shared_dir / "data" / FACTS)]
         )
         got = run([*arguments, *file], capsys)
-        assert NUMBER.sub("#", " ".join(normal(want))) == NUMBER.sub("#", " ".join(normal(got)))
+        assert without_figures(want) == without_figures(got)
+
+
+def without_figures(text: str) -> str:
+    """Nor is a dtype's width kept: a processor without bfloat16 computes in float32."""
+    return NUMBER.sub("#", " ".join(normal(text))).replace("bfloat#", "float#")
 
 
 def test_the_real_half_is_what_was_recorded() -> None:

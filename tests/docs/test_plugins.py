@@ -117,6 +117,9 @@ def test_the_pages_fitted_compressor_is_svd_llm(packages: Path, tmp_path: Path) 
         assert report["settings"][target[2:].replace("-", "_")] == most
         sizes = [(s["parameters_after"], s["parameters_before"]) for s in report["sites"]]
         assert all(after <= before for after, before in sizes)
+    text.write_text(f"{questions()[0].prompt}\n" * 400)  # says nothing of most directions
+    done = tensorllm(packages, "compress", *ours, *fitted, "--target-ratio", 1.5)
+    assert done.returncode == 0, done.stderr
     few = ("--trials", 2, "--limit", 20, "--dataset", "demo", "--layers", 1, "--json")
     done = tensorllm(packages, "search-ranks", *ours, *fitted[:2], "--allow-overlap", *few)
     assert done.returncode == 0, done.stderr

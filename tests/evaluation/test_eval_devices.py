@@ -3,8 +3,10 @@ callbacks and loggers, and what a dead worker leaves.
 """
 
 import csv
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -304,7 +306,29 @@ def test_wrong_options_of_the_trainer_are_one_line(options: dict[str, Any], mess
         Devices(accelerator="cpu").trainer(options)
 
 
-def test_options_of_the_trainer_and_own_callbacks_reach_it(folder: Path, questions_file: Path):
+class Said(logging.Handler):
+    """What was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += record.getMessage()
+
+
+@pytest.fixture
+def said() -> Iterator[Said]:
+    """What Lightning's profilers say."""
+    logger, handler = logging.getLogger("lightning.pytorch.profilers"), Said()
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def test_options_of_the_trainer_and_own_callbacks_reach_it(
+    folder: Path, questions_file: Path, said: Said
+):
     request = EvaluateRequest(
         model=str(folder),
         dataset="questions",
@@ -316,6 +340,7 @@ def test_options_of_the_trainer_and_own_callbacks_reach_it(folder: Path, questio
     named = ["test_eval_devices.Asked", seen]
     done = evaluate(replace(request, trainer={"callbacks": named, "profiler": "simple"}))
     assert sorted(seen.indices) == [p.index for p in done.predictions]
+    assert "TEST Profiler Report" in said.text
     with pytest.raises(Incomplete, match="examples were not scored"):
         evaluate(replace(request, trainer={"limit_test_batches": 1}))
 

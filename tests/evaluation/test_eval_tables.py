@@ -7,7 +7,7 @@ from printed import shown
 from tiny_models import tiny_model
 
 import tensorllm as tl
-from tensorllm.compressors import PlainSVD
+from tensorllm.compressors import COMPRESSORS, PlainSVD
 from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.figures import smaller
 from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
@@ -141,7 +141,8 @@ def test_the_plan_says_what_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3, "3 s"), (90, "1.5 min"), (7200, "2.0 h"), (864_000, "10 days")]
+    ("seconds", "text"),
+    [(3, "3 s"), (90, "1.5 min"), (7200, "2.0 h"), (864_000, "10 days"), (2e8, "2,315 days")],
 )
 def test_durations(seconds: float, text: str):
     assert duration(seconds) == text
@@ -219,3 +220,28 @@ def test_many_sites_are_grouped_and_the_worst_shown():
     worst = max(report.sites, key=lambda s: s.relative_error)
     assert sum(line.lstrip().startswith("layers.") for line in lines) == 5
     assert any(worst.name in line for line in lines)
+
+
+def test_experts_are_no_layers_of_the_same_name_and_no_figure_is_broken():
+    model = tiny_model("qwen3_moe", num_hidden_layers=6, mlp_only_layers=[0])
+    matrices = ("in", "out", "experts.in", "experts.out")
+    report = tl.compress(model, PlainSVD(rank=3, matrices=matrices))
+    rows = [line.split() for line in shown(result_tables(report)).splitlines()]
+    experts = model.config.num_experts
+    assert ["in", "1"] in [row[:2] for row in rows]
+    assert ["experts.in", str(5 * experts)] in [row[:2] for row in rows]
+
+
+def test_a_tensor_of_experts_fits_80_columns():
+    model = tiny_model("qwen3_moe")
+    report = tl.compress(model, COMPRESSORS["expert-tucker"](kept=0.5))
+    lines = shown(result_tables(report)).splitlines()
+    assert max(map(len, lines)) <= 80
+    for site in report.sites:
+        (row,) = [line.split() for line in lines if line.split()[:1] == [label_of(site.name)]]
+        assert f"{site.relative_error:.4f}" in row
+        assert f"{site.ratio:.2f}" in row
+
+
+def label_of(name: str) -> str:
+    return name.replace("experts.in-experts.gate", "experts.in-gate")

@@ -61,6 +61,15 @@ def test_the_import_is_light(script: str) -> None:
     assert float(seconds) < SECONDS
 
 
+def test_a_list_needs_neither_lightning_nor_torchmetrics() -> None:
+    done = python(
+        "import sys\nfrom tensorllm_cli.app import main\n"
+        "try: main(['list', 'models'])\n"
+        "finally: print({'lightning', 'torchmetrics'} & {*sys.modules})"
+    )
+    assert done.stdout.endswith("set()\n"), done.stdout
+
+
 def test_help_takes_less_than_two_seconds() -> None:
     def seconds() -> float:
         before = os.times()

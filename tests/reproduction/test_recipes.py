@@ -13,7 +13,7 @@ from repository import ROOT
 
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.errors import UserError
-from tensorllm.recipes import default_recipe, read_recipe, shipped
+from tensorllm.recipes import as_yaml, default_recipe, read_recipe, shipped
 from tensorllm.tensors.ranks import tucker_parameters
 
 CONFIGS = ROOT / "configs"
@@ -216,3 +216,38 @@ def test_installed_package_carries_the_recipes():
     for path in FILES:
         recipe = installed.joinpath(*path.relative_to(CONFIGS).parts)
         assert recipe.read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("length", range(1, 12))
+def test_no_line_of_a_recipe_is_wider_than_a_terminal(length: int) -> None:
+    """Wherever its words end."""
+    for first in range(1, 60):
+        text = " ".join(["x" * first, *["y" * length] * 30])
+        written = as_yaml({"layers": [3], "source": text})
+        assert max(map(len, written.splitlines())) <= 80
+        assert yaml.safe_load(written)["source"] == text
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "dataset", "words"),
+    [
+        (
+            "gptj",
+            "hybrid",
+            "fevr",
+            "'hybrid' for gptj on 'fevr'. Did you mean 'fever'? Known",
+        ),
+        (
+            "gptj",
+            "trawl",
+            "fever",
+            "'trawl' for gptj: leave --dataset out, or take one of the mode",
+        ),
+        ("mine", "trawl", "fever", "'trawl' for mine: leave --dataset out$"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_told_apart(
+    model: str, mode: str, dataset: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words.replace("?", r"\?")):
+        default_recipe(model, mode, dataset)

@@ -45,7 +45,7 @@ def small(tmp_path, monkeypatch):
     ]
     parsed = {f"small/wikidata_qa/{i}": parse_recipe(r, f"r/{i}") for i, r in enumerate(recipes)}
     monkeypatch.setattr(published_module, "shipped", lambda: parsed)
-    monkeypatch.setitem(short_names(), "small", {"sizes": {"layers": 2}})
+    monkeypatch.setitem(short_names(), "small", {"model_type": "gptj", "sizes": {"layers": 2}})
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     weights, data = tmp_path / "weights", tmp_path / "data"
     tiny_model("gptj", vocab_size=len(tokenizer)).save_pretrained(weights)
@@ -103,6 +103,19 @@ def test_cells_are_run_once_kept_and_not_run_again(small):
     kept = {p: p.stat().st_mtime_ns for p in small.out.rglob("*")}
     assert [o.metrics for o in reproduce(small)] == [o.metrics for o in first]
     assert {p: p.stat().st_mtime_ns for p in small.out.rglob("*")} == kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("llama", 2), ("gptj", 3)], ids=["another type", "another depth"]
+)
+def test_weights_of_another_model_are_refused_before_any_work(small, kind, layers, tmp_path):
+    """The folder of weights is typed by hand; else the first cells would be kept."""
+    weights = tmp_path / "other"
+    tiny_model(kind, num_hidden_layers=layers).save_pretrained(weights)
+    said = f"other has {layers} layers of type '{kind}', and small 2 layers of type 'gptj'"
+    with pytest.raises(UserError, match=f"{said}.*To have its weights"):
+        reproduce(replace(small, weights=str(weights)))
+    assert not list(small.out.rglob("*.json"))
 
 
 def test_a_layer_that_was_not_published_is_the_best_on_validation(small):
@@ -210,7 +223,7 @@ def test_missing_weights_say_what_to_fetch(tmp_path):
 
 @pytest.mark.parametrize("layout", ["cache", "home", "plain"])
 def test_weights_and_data_are_found_in_the_hubs_layouts(small, tmp_path, monkeypatch, layout):
-    facts = {"hub": "Owner/Small", "revision": "main", "model_type": "gptj"}
+    facts = {"hub": "Owner/Small", "revision": "main", "model_type": "gptj", "sizes": {"layers": 2}}
     monkeypatch.setattr(inputs_module, "short_names", lambda: {"small": facts})
     root = tmp_path / "copies"
     folders = {
@@ -240,8 +253,13 @@ def test_weights_and_data_are_found_in_the_hubs_layouts(small, tmp_path, monkeyp
     "model", ["roberta", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gptj", "llama2"))]
 )
 def test_every_published_cell_runs_on_a_tiny_model(model, tmp_path):
-    plan = rehearse(ReproduceRequest(model=model, datasets=["fever"], data=tmp_path))
+    steps = []
+    plan = rehearse(
+        ReproduceRequest(model=model, datasets=["fever"], data=tmp_path),
+        lambda *step: steps.append(step[:2]),
+    )
     assert len(cells(model)) == 4 * len(plan.rehearsals)
+    assert steps == [(done, len(plan.rehearsals)) for done in range(len(plan.rehearsals) + 1)]
     assert [line.split(":")[0] for line in plan.missing] == ["weights", "fever"]
     for told in plan.rehearsals:
         assert told.searched == (told.cell.searched and told.cell.recipe is not None)

@@ -145,8 +145,8 @@ def test_a_damaged_file_is_kept_aside(small, tmp_path):
     ("change", "named"),
     [
         ({"protocol": "paper"}, "protocol was 'strict' and is 'paper'"),
-        ({"limit": 41}, "dataset was"),
-        ({"rho": (0.01,)}, "space was"),
+        ({"limit": 41}, r"dataset\S* was"),
+        ({"rho": (0.01,)}, r"space.choices.rho was \[.*\] and is \[0.01\]\. Choose another"),
         ({"objective": "loss"}, "directions|objective"),
         ({"seed": 5}, "seed was 0 and is 5"),
     ],
