@@ -116,15 +116,17 @@ class PivotedSite(SiteModule):
         return {**self.__dict__, "_step": None}
 
     def step(self, x: Tensor) -> Product | None:
-        """What gives the outputs (..., O) of x (..., I), one token that is decoded.
+        """What gives the outputs (..., O) of x (..., I), a token that is decoded, or one of each of
+        a few texts.
 
-        None: x is another number of tokens, or in a graph, gradients are wanted, a linear is
+        None: x is more tokens, or in a graph, gradients are wanted, a linear is
         adapted, or its weight made anew for each use (`runtime.dequantise`). With weights to be
         read in between, look-ups take a token as long as its products do: so there are few here, of
         dictionaries and of what is written in C.
         """
+        size, width = x.numel(), x.shape[-1]
         if (
-            x.numel() != x.shape[-1]
+            size > FEW * width
             or torch.is_grad_enabled()
             or type(x) is not Tensor  # what `torch.export` sends through, for one
             or torch.compiler.is_dynamo_compiling()
@@ -140,6 +142,7 @@ class PivotedSite(SiteModule):
                 and (basis.data_ptr(), mix.data_ptr()) == places
                 and x.dtype is where.dtype
                 and torch.get_num_threads() == where.threads
+                and (size == width) is where.alone
             ):
                 return run
         where = setting(x)
@@ -148,8 +151,8 @@ class PivotedSite(SiteModule):
         return None if held is None else held.run
 
     def few(self, x: Tensor) -> Product | None:
-        """The same of a few tokens, and of one where gradients are recorded or a compiler traces;
-        never cached."""
+        """The same where gradients are recorded, weights made anew, or, of one token, a compiler
+        traces; never cached."""
         made = self._made(None) if decodes(x) or is_few(x) else None
         return None if made is None else made.run
 

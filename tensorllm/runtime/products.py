@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]  # of a row (1, I) and a matrix: (1, O)
+Product = Callable[[Tensor], Tensor]  # of rows (N, I) and a matrix: (N, O)
 
 # Outputs up to which a sum of rows is faster than BLAS: in float32 what fits the registers, beyond
 # which BLAS reads as fast; in 16 bits always.
@@ -38,33 +38,34 @@ def vector_times(x_I: Tensor, w_IO: Tensor) -> Tensor:
 
 
 class Setting(NamedTuple):
-    """What, beside the matrix, the kernel depends on."""
+    """What, beside the matrix, the kernel of a few tokens depends on."""
 
     dtype: torch.dtype
     on_cpu: bool
     threads: int
+    alone: bool  # one token, not a few
 
 
 def setting(x: Tensor) -> Setting | None:
-    """In which a vector is multiplied now; None: its kernel is the compiler's choice or must know
-    its own gradient."""
+    """In which tokens x (..., I) are multiplied now; None: their kernel is the compiler's choice or
+    must know its own gradient."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    return Setting(x.dtype, x.is_cpu, torch.get_num_threads())
+    return Setting(x.dtype, x.is_cpu, torch.get_num_threads(), x.numel() == x.shape[-1])
 
 
 def times(w_IO: Tensor, where: Setting | None) -> Product:
-    """x_1I -> `x_1I @ w_IO` (1, O), by the fastest kernel there is in this setting.
+    """x_NI -> `x_NI @ w_IO` (N, O), by the fastest kernel there is in this setting.
 
     What can be asked before the vector is there is asked here: between two products a processor has
     forgotten what it knew, and each question then takes as long as reading kilobytes of weights.
     In a setting it is a product with the numbers that the matrix has where it lies now.
     """
     if where is None:
-        return lambda x_1I: x_1I @ w_IO
+        return lambda x_NI: x_NI @ w_IO
     w_IO = w_IO.detach()  # else the kernel prepares for a gradient, in four more operations
     if not _summed(w_IO, where):
-        return lambda x_1I: torch.mm(x_1I, w_IO)
+        return lambda x_NI: torch.mm(x_NI, w_IO)
     rows_I, starts = _bags(w_IO.size(0), where.threads)
     sums = torch.embedding_bag
     if starts.numel() == 1:
@@ -77,7 +78,8 @@ def times(w_IO: Tensor, where: Setting | None) -> Product:
 def _summed(w_IO: Tensor, where: Setting) -> bool:
     """Whether it is taken as a weighted sum of rows."""
     return (
-        where.on_cpu
+        where.alone
+        and where.on_cpu
         and w_IO.is_cpu
         and 0 < w_IO.size(1) <= WIDEST.get(w_IO.dtype, 0)
         and where.dtype is w_IO.dtype
