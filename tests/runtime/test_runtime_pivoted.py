@@ -63,20 +63,32 @@ def test_the_latent_is_made_once_for_all_readers(monkeypatch: pytest.MonkeyPatch
     model = fitted("llama")
     factorize(model)
     assert any(len(site.sizes) > 1 for site in sites(model))
-    want = model(IDS).logits
+    ids = IDS.repeat(1, 3)
+    assert IDS.numel() <= FEW < ids.numel()
+    want = model(ids).logits
     made = 0
-    outputs = PivotedInputs._outputs
+    outputs, step = PivotedInputs._outputs, PivotedInputs.step
 
     def counted(site: PivotedInputs, x: Any) -> Any:
         nonlocal made
         made += 1
         return outputs(site, x)
 
+    def counted_step(site: PivotedInputs, x: Any) -> Any:
+        nonlocal made
+        run = step(site, x)
+        made += run is not None
+        return run
+
     monkeypatch.setattr(PivotedInputs, "_outputs", counted)
-    assert torch.equal(model(IDS).logits, want)
+    assert torch.equal(model(ids).logits, want)
     parts = [m for m in model.modules() if isinstance(m, RoleLinear)]
     inputs = [part for part in parts if isinstance(part._site[0], PivotedInputs)]
     assert made == sum(part.index == 0 for part in inputs) < len(inputs)
+    made = 0
+    monkeypatch.setattr(PivotedInputs, "step", counted_step)
+    model(IDS)
+    assert made == sum(part.index == 0 for part in inputs)
     assert all(
         m._held is None for m in model.modules() if isinstance(m, PivotedInputs)
     )  # no activation is kept
@@ -120,6 +132,8 @@ def test_a_token_of_each_of_a_few_texts(dtype: torch.dtype):
     got, want = factored(ids).logits.float(), dense(ids).logits
     tol = 1e-5 if dtype == torch.float32 else 3e-2
     assert (got - want).abs().max() <= tol * want.abs().max()
+    for some in (ids[:1], ids):  # what is cached for one token is not run for several, nor for one
+        assert (factored(some).logits - got[: len(some)]).abs().max() <= tol * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
