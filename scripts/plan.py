@@ -18,7 +18,7 @@ from support.scaling_tensors import ranks_at  # plan_machines says where that li
 from tensorllm.checkpoint.writer import SHARD_BYTES
 from tensorllm.compression.dry_run import BASE_BYTES, WORKING_COPIES
 from tensorllm.compressors import ActivationHybrid, Site
-from tensorllm.compressors.calibrated.activation import groupings
+from tensorllm.compressors.calibrated.activation import partitions
 from tensorllm.tensors.ranks import tucker_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION, Geometry
@@ -84,14 +84,14 @@ def fit(machine: Machine) -> dict[str, float]:
     models' together on all of it.
     """
     square, reads = float(GEOMETRY.D**2), [len(c) for c in CLUSTERS if len(c) > 1]
-    carried = sum(n**2 for n in reads) + 2
-    covariances = len(CLUSTERS) * (SAMPLE + 2) + SAMPLE**2 * carried
+    propagated = sum(n**2 for n in reads) + 2
+    covariances = len(CLUSTERS) * (SAMPLE + 2) + SAMPLE**2 * propagated
     candidates, chosen = _decompositions()
     reading = sum(OUTPUTS[i] * GEOMETRY.D for i, c in enumerate(CLUSTERS) if len(c) > 1)
     return {
         "read": 2 * SIZE / machine.read,
         "passes": machine.passes(LAYERS * (SAMPLE + SAMPLE**2 + 3) * TOKENS * LAYER),
-        "gradients carried": machine.products(LAYERS * SAMPLE**2 * TOKENS * reading, "float32"),
+        "gradients propagated": machine.products(LAYERS * SAMPLE**2 * TOKENS * reading, "float32"),
         "covariances": machine.products(LAYERS * TOKENS * covariances * square, "float32"),
         "adding up": LAYERS * (TOKENS / GEOMETRY.D) * 12 * covariances * square / machine.moved,
         "products": LAYERS * (2 * candidates + 6 * chosen) * square * GEOMETRY.D
@@ -102,7 +102,7 @@ def fit(machine: Machine) -> dict[str, float]:
 
 def _decompositions() -> tuple[int, int]:
     """Eigenproblems of the width in one layer: of its candidates, and at most of its factors."""
-    groups = [{g for way in groupings(c, True) for g in way} for c in CLUSTERS]
+    groups = [{g for way in partitions(c, True) for g in way} for c in CLUSTERS]
     return sum(map(len, groups)), sum(map(len, CLUSTERS))
 
 
