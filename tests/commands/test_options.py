@@ -148,7 +148,7 @@ def test_a_recipe_may_say_what_is_of_the_run(tmp_path: Path) -> None:
         ("overwrite: 1", "overwrite must be true or false, got 1"),
         ("fromat: dense", "unknown key 'fromat'. Did you mean 'format'?"),
         ("rho: [1]", "rho must be a number, got [1]"),
-        ("matrices: in", "matrices must be a list, got 'in'"),
+        ("matrices: in", "matrices must be a list such as [in], got 'in'"),
     ],
 )
 def test_a_recipe_is_checked(line: str, said: str) -> None:
