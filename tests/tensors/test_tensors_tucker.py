@@ -19,8 +19,8 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from tensorllm.errors import UserError
-from tensorllm.tensors import factors as factors_module
 from tensorllm.tensors import tucker as tucker_module
+from tensorllm.tensors import unfold as unfold_module
 from tensorllm.tensors.factors import LowRank, Tucker, cast
 from tensorllm.tensors.tucker import relative_error, spectra, truncate, tucker
 from tensorllm.tensors.unfold import in_memory_order
@@ -266,7 +266,7 @@ def test_no_costly_product_is_made_twice(
     for module, name in (
         (tucker_module, "project"),
         (tucker_module, "eigh"),
-        (factors_module, "project"),
+        (unfold_module, "project"),
     ):
         monkeypatch.setattr(module, name, watched(module, name))
     tucker(w, {0: 4, 1: 2, 2: 3}, sweeps=sweeps, tol=0)
