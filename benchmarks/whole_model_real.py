@@ -8,9 +8,11 @@ first 60 % of WikiText-2's test file (own), or on stories, claims and questions 
 `--sampled FILE` (of `tensorllm sample`) on what the model wrote too, and distilled, where the
 method asks for that, on `--distill-text FILE` alone; scored, in nats per token, on blocks of its
 last 40 % and on stories, and zero-shot on the first `--questions` test rows of each of the four
-datasets (0: none). Each text that is calibrated on, each number of sequences and each draw of them
-(`--seed`) is a part of docs/results/whole_model_real.json, written after every method; what other
-commands measured with the same model stays there, each row with its commit and command.
+datasets (0: none); claims of fever and questions of hotpotqa may stand in the text (other), so that
+these two are not held out there. Each text that is calibrated on, each number of sequences and
+each draw of them (`--seed`) is a part of docs/results/whole_model_real.json, written after every
+method; what other commands measured with the same model stays there, each row with its commit and
+command.
 """
 
 import argparse

@@ -80,10 +80,10 @@ def _folder(request: SearchRequest, stack: ExitStack) -> Path:
         if (request.study / CONFIG).is_file():
             raise UserError(f"--study {request.study} is a model's folder; give another folder")
         names = {path.name for path in request.study.glob("*")}
-        if names & {RECIPE, RESULTS} and not names & {JOURNAL, TRIALS}:  # would be overwritten
+        foreign = ", ".join(sorted(names & {RECIPE, RESULTS}))
+        if foreign and not names & {JOURNAL, TRIALS}:  # it would be overwritten
             raise UserError(
-                f"--study {request.study} holds {', '.join(sorted(names & {RECIPE, RESULTS}))} of "
-                "something else than a search; give another folder"
+                f"--study {request.study} holds {foreign} that no search made; give another folder"
             )
         check_writable(request.study)
         return request.study

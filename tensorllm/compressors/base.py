@@ -118,7 +118,7 @@ class Compressor(ABC):
         own: Any = self
         targets = {field.name for field in fields(own)} & set(TARGETS)
         if wrong := budget.settings.keys() - targets:
-            raise UserError(f"{type(self).__name__} has no setting {', '.join(wrong)}")
+            raise UserError(f"{name_of(type(self))} has no setting {', '.join(wrong)}")
         return replace(own, **(dict.fromkeys(targets) | budget.settings))
 
     @classmethod

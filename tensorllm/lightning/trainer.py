@@ -251,8 +251,13 @@ def _quiet() -> Iterator[None]:
     """Without Lightning's advice about loggers and data-loading workers, but with what a profiler
     found, which was asked for.
     """
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
+    profilers = logging.getLogger("lightning.pytorch.profilers")
+    level = profilers.level
     names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
     with silenced(*names), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        yield
+        profilers.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            profilers.setLevel(level)

@@ -150,7 +150,7 @@ class PivotedSite(SiteModule):
         self._step = None if where is None else held
         return None if held is None else held.run
 
-    def few(self, x: Tensor) -> Product | None:
+    def uncached(self, x: Tensor) -> Product | None:
         """The same where gradients are recorded, weights made anew, or, of one token, a compiler
         traces; never cached."""
         made = self._made(None) if decodes(x) or is_few(x) else None
@@ -168,8 +168,8 @@ class PivotedSite(SiteModule):
         return TokenStep(basis, mix, places, where, run)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
-        """What `step` and `few` give, by the products with both matrices, tokens as rows; mixed
-        None: all rows are chosen ones."""
+        """What `step` and `uncached` give, by the products with both matrices, tokens as rows;
+        mixed None: all rows are chosen ones."""
         raise NotImplementedError
 
     def is_adapted(self) -> bool:
@@ -178,7 +178,7 @@ class PivotedSite(SiteModule):
 
 
 class TokenStep(NamedTuple):
-    """How one token runs through both matrices of a site, in one setting.
+    """How one token, or a few, run through both matrices of a site, in one setting.
 
     Attributes:
         basis, mix: the parameters.
@@ -234,7 +234,7 @@ class PivotedInputs(PivotedSite):
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
         """(..., I) of each role."""
-        if (run := self.few(x)) is not None:
+        if (run := self.uncached(x)) is not None:
             return run(x).split_with_sizes(self.sizes, -1)
         if not self.mix.weight.numel():
             return self.basis(x).split(self.sizes, dim=-1)
@@ -282,7 +282,7 @@ class PivotedOutput(PivotedSite):
         return made_I
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        if (run := self.step(x) or self.few(x)) is not None:
+        if (run := self.step(x) or self.uncached(x)) is not None:
             return run(x)
         if not self.mix.weight.numel():
             return self.basis(x)

@@ -509,7 +509,7 @@ def test_results_of_something_else_are_not_overwritten_by_a_study(
     scores = tmp_path / "results.json"
     scores.write_text("{}")
     asked = ("search-ranks", "--model", gptj, "--dataset", "demo", "--study", tmp_path)
-    refused(asked, "results.json of something else", "give another folder")
+    refused(asked, "results.json that no search made", "give another folder")
     assert scores.read_text() == "{}"
     assert list(tmp_path.iterdir()) == [scores]
 
