@@ -22,7 +22,7 @@ are generated, beside the same trials with every answer generated anew
     python benchmarks/support/counted_search.py search-ranks ... > FILE
 
 printed in an environment with that release; the same command is then run here, unless a second
-file has what it printed here.
+file has what it printed here, and a third what it printed here with `--flops`.
 """
 
 import argparse

@@ -1,6 +1,9 @@
 """`python benchmarks/support/counted_search.py search-ranks ...`: a search as the command line has
 it, which ends after its trials and prints what they took and found as a line of JSON.
 
+With `--flops` before `search-ranks` also the floating-point operations of all its matrix products,
+which takes longer: its times are then of no use.
+
 Runs in any environment with a release of tensorllm, older ones too, and so imports nothing else of
 this folder.
 """
@@ -9,22 +12,26 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import tensorllm
 from tensorllm.search.worker import Worker
 from tensorllm_cli.app import main
 
 
-def counted(run: Any) -> Any:
+def counted(run: Any, *, flops: bool) -> Any:
     """`Worker.run`, after which the process ends: the test part is of no interest here."""
+    operations = FlopCounterMode(display=False) if flops else nullcontext()
 
     def search(self: Any, report: Any = None) -> None:
         before, started = time.process_time(), time.perf_counter()
-        run(self, report)
+        with operations:
+            run(self, report)
         found = {
             "arguments": sys.argv[1:],
             "release": release(),
@@ -38,6 +45,8 @@ def counted(run: Any) -> Any:
                 for trial in self.queue.trials()
             ],
         }
+        if isinstance(operations, FlopCounterMode):
+            found["flops"] = operations.get_total_flops()
         print(json.dumps(found), flush=True)
         sys.exit(0)
 
@@ -54,5 +63,8 @@ def release() -> str:
 
 
 if __name__ == "__main__":
-    Worker.run = counted(Worker.run)  # type: ignore[method-assign]
+    flops = "--flops" in sys.argv
+    if flops:
+        sys.argv.remove("--flops")
+    Worker.run = counted(Worker.run, flops=flops)  # type: ignore[method-assign]
     main()

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.results import Comparison
 
 from tensorllm.search.trial import unpack
@@ -22,11 +24,13 @@ def beside(file: Path, *ours: Path) -> tuple[str, dict[str, Comparison], dict[st
     Args:
         file: what `counted_search.py` printed in the older release's environment.
         ours: what it printed in this one, right after or before: CPU time depends on what else the
-            machine does.
+            machine does. A second one, printed with `--flops`, gives the floor: the operations of
+            all matrix products at the speed of a large one.
     """
     old = read(file.read_text())
     if ours:
-        return compared(old, read(ours[0].read_text()))
+        new, *counted = (read(one.read_text()) for one in ours)
+        return compared(old, new, counted[0]["flops"] if counted else None)
     command = [sys.executable, str(COUNTED), *old["arguments"]]
     new = read(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return compared(old, new)
@@ -39,8 +43,19 @@ def read(text: str) -> dict[str, Any]:
     return found
 
 
+def flops_per_second(size: int = 2048) -> float:
+    """Of a large float32 product, in CPU seconds."""
+    a = torch.randn(size, size)
+    taken = []
+    for _ in range(5):
+        started = time.process_time()
+        a @ a
+        taken.append(time.process_time() - started)
+    return 2 * size**3 / min(taken)
+
+
 def compared(
-    old: Mapping[str, Any], new: Mapping[str, Any]
+    old: Mapping[str, Any], new: Mapping[str, Any], flops: int | None = None
 ) -> tuple[str, dict[str, Comparison], dict[str, Any]]:
     """CPU time of all trials, and whether every verdict that both have is the same."""
     mine, others = by_point(new), by_point(old)
@@ -54,12 +69,14 @@ def compared(
         peer=old["cpu_seconds"] / len(pairs),
         peer_name=old["release"],
         wanted=WANTED,
+        floor=None if flops is None else flops / flops_per_second() / len(pairs),
     )
     about = {
         "search": [Path(word).name if word.startswith("/") else word for word in old["arguments"]],
         "release": new["release"],
         "peer": {name: old[name] for name in ("release", "cpu_seconds", "threads")},
         "cpu_seconds": new["cpu_seconds"],
+        "flops": flops,
         "trials": len(pairs),
         "questions": new["original"]["seen"],
         "examples_scored": {
