@@ -50,9 +50,9 @@ from tensorllm.options import layers
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.objectives import OBJECTIVES
-from tensorllm.search.parts import Asked
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
+from tensorllm.search.staged import DatasetExamples
 from tensorllm.search.stopping import rivals_of
 from tensorllm.search.trial import TrialResult, unpack
 
@@ -104,7 +104,8 @@ class Given(NamedTuple):
     def examiner(self) -> Examiner:
         """A new one knows nothing: nothing is decomposed or kept yet."""
         return Examiner(
-            self.model, self.tokenizer, [Asked(self.data.examples, self.data.max_new_tokens)],
+            self.model, self.tokenizer,
+            [DatasetExamples(self.data.examples, self.data.max_new_tokens)],
             PROTOCOLS["strict"], points=self.points, seed=self.seed,
             budget=CacheBudget(default_budget(self.model.device)),
         )  # fmt: skip

@@ -10,8 +10,8 @@ import torch
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.io import Journal
 from tensorllm.search.examiner import Examiner, sizes
-from tensorllm.search.parts import Asked
 from tensorllm.search.space import Point
+from tensorllm.search.staged import DatasetExamples
 from tensorllm.search.study import Study
 
 ORIGINAL = "original"
@@ -71,7 +71,7 @@ def examiner_of(study: Study, part: str) -> Examiner:
     return Examiner(
         study.model,
         study.tokenizer,
-        [Asked(data.examples, data.max_new_tokens)],
+        [DatasetExamples(data.examples, data.max_new_tokens)],
         study.protocol,
         points=[study.space.point(values) for values in study.feasible],
         budget=study.cache_budget,

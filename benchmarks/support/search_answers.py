@@ -22,9 +22,9 @@ from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.forwards import PrefixForward
-from tensorllm.search.parts import Asked
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.space import Point, make_space
+from tensorllm.search.staged import DatasetExamples
 from tensorllm.search.trial import TrialResult
 
 WANTED = 4.0
@@ -67,7 +67,8 @@ class Counted(PrefixForward):
 def examiner(model: Any, tokenizer: Any, data: ReasoningDataModule, points: list[Point]) -> Any:
     """A new one knows nothing."""
     return Examiner(
-        model, tokenizer, [Asked(data.examples, data.max_new_tokens)], PROTOCOLS["strict"],
+        model, tokenizer, [DatasetExamples(data.examples, data.max_new_tokens)],
+        PROTOCOLS["strict"],
         points=points,
         budget=CacheBudget(default_budget(model.device)),
     )  # fmt: skip
@@ -117,7 +118,7 @@ def answers(
     count = running(Counted, ours, tokenizer, data)
     running(Anew, peer, tokenizer, data, compact_below=0.5)
     _, original = timed(ours, [None])
-    before = len(ours.prefix.paths)
+    before = len(ours.prefix.tokens)
     count.tokens = 0
     size = ours.side_by_side
     groups = [points[at : at + size] for at in range(0, len(points), size)]
@@ -127,7 +128,7 @@ def answers(
         mine += first
         found += one
         print(f"{len(found)} of {len(points)} trials: {mine:.1f} CPU s", flush=True)
-    known = 1 - (len(ours.prefix.paths) - before) / count.tokens
+    known = 1 - (len(ours.prefix.tokens) - before) / count.tokens
     again, _ = timed(ours, groups[-1])
     plain, others = anew(peer, points)
     compared = Comparison(

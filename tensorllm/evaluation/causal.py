@@ -95,7 +95,7 @@ class CausalScorer:
         keep = [e.length - min(e.start, len(e.prompt)) + 1 for e in batch.items]
         sequences = [e.full[0] for e in batch.items]
         columns = max(map(len, sequences)) + self.greedy.max_new_tokens
-        together = self.forward.hides(columns)
+        together = self.forward.may_hide(columns)
         readings, scores = {}, {}
         for lane in lanes:
             with self.forward.lane(lane):

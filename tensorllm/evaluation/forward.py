@@ -164,18 +164,18 @@ class ModelForward:
         (cache,) = caches  # there is one model
         return cache
 
-    def hides(self, columns: int) -> bool:
+    def may_hide(self, columns: int) -> bool:
         """Whether columns among so many may be hidden and nothing else changes."""
         # A sliding window counts hidden columns, too.
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         return window is None or columns <= window
 
-    def tells_apart(self, columns: int) -> bool:
+    def obeys_masks(self, columns: int) -> bool:
         """Whether `sees_BTS` is obeyed in rows of so many columns."""
-        return self._obeys_masks and self.hides(columns)
+        return self._sees_only_what_it_may and self.may_hide(columns)
 
     @cached_property
-    def _obeys_masks(self) -> bool:
+    def _sees_only_what_it_may(self) -> bool:
         """Tried: the last of four tokens must not see the third, and stand in its place.
 
         Some kinds of attention take no such mask, or tell places from what is masked.

@@ -53,7 +53,7 @@ def read(
         sequences: tokens of each row.
         apart: how many leading tokens of the rows may be read apart from the rest.
         branches: continuations of each row, whose tokens follow it one after the other; only for
-            models that tell columns apart (`ModelForward.tells_apart`).
+            models that tell columns apart (`ModelForward.obeys_masks`).
     """
     rows, device = len(sequences), forward.device
     heads: Sequence[Sequence[Tokens]] = branches or [()] * rows
@@ -128,7 +128,7 @@ def choice_scores(
     apart = min(map(len, prompts))
     longest = max(sum(len(b) - 1 for b in of_one) for of_one in branches)
     further: Further = {}
-    if longest and forward.tells_apart(max(map(len, prompts)) + longest):
+    if longest and forward.obeys_masks(max(map(len, prompts)) + longest):
         heads = [[b[:-1] for b in of_one] for of_one in branches]
         found = read(forward, prompts, keep=longest + 1, apart=apart, key=key, branches=heads)
         logits_BV, further = _side_by_side(found.logits, branches)

@@ -34,10 +34,10 @@ from tensorllm.search.examiner import Examiner, Infeasible
 from tensorllm.search.feasible import feasible
 from tensorllm.search.guide import LEAST, Gradient, loss_gradient, predicted
 from tensorllm.search.objectives import OBJECTIVES
-from tensorllm.search.parts import Asked
 from tensorllm.search.prefix import default_budget
 from tensorllm.search.selection import optimism
 from tensorllm.search.space import LAYER, Point, make_space
+from tensorllm.search.staged import DatasetExamples
 from tensorllm.search.stopping import Rival, rivals_of
 from tensorllm.search.trial import TrialResult
 
@@ -183,7 +183,7 @@ class StudyModel:
         return Examiner(
             self.model,
             self.tokenizer,
-            [Asked(examples, questions.max_new_tokens)],
+            [DatasetExamples(examples, questions.max_new_tokens)],
             PROTOCOLS[PROTOCOL],
             points=self._every,
             budget=self.budget,

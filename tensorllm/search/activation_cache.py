@@ -30,13 +30,13 @@ class LayerInput:
 
     Attributes:
         hidden_BTD: what enters the layer.
-        tupled: whether layers return a tuple that begins with the hidden states.
+        in_tuple: whether layers return a tuple that begins with the hidden states.
         ffn: of the layer itself, where its FFN reads what no edit of the attention changes.
         below: the cache's entries of the layers below; empty where none was grown.
     """
 
     hidden_BTD: Tensor
-    tupled: bool
+    in_tuple: bool
     ffn: ModuleCall | None = None
     below: Sequence[Any] = field(default=())
 
@@ -44,16 +44,16 @@ class LayerInput:
     def bytes(self) -> int:
         return sum(t.nbytes for t in (self.hidden_BTD, *(self.ffn or ()))) + cached(self.below)
 
-    def on(self, device: torch.device) -> "LayerInput":
+    def to(self, device: torch.device) -> "LayerInput":
         """The same where the model is; itself where it is there already."""
         same = self.hidden_BTD.device == device
-        return self if same else self.each(lambda t: t.to(device))
+        return self if same else self.map(lambda t: t.to(device))
 
-    def each(self, change: Change) -> "LayerInput":
+    def map(self, change: Change) -> "LayerInput":
         """The same with all tensors changed."""
         ffn = ModuleCall(*map(change, self.ffn)) if self.ffn else None
         below = [_changed(layer, change) for layer in self.below]
-        return LayerInput(change(self.hidden_BTD), self.tupled, ffn, below)
+        return LayerInput(change(self.hidden_BTD), self.in_tuple, ffn, below)
 
 
 def cached(layers: Sequence[Any]) -> int:
@@ -124,7 +124,7 @@ class ActivationCache:
                     return at, replace(found[0], below=below[:at])
         return 0, None
 
-    def admit(self, key: Hashable, layer: int, new: LayerInput, *, spare: bool = False) -> None:
+    def add(self, key: Hashable, layer: int, new: LayerInput, *, spare: bool = False) -> None:
         """Keep it where the budget allows, at the expense of other layers' unless it is `spare`."""
         with self._lock:
             mine = self._kept.setdefault(layer, {})
@@ -138,7 +138,7 @@ class ActivationCache:
                 assert self.budget.folder is not None
                 folder = self.budget.folder
                 try:
-                    new = new.each(lambda t: mapped(t, folder))
+                    new = new.map(lambda t: mapped(t, folder))
                 except OSError:  # less room than the budget says: it is computed again
                     return
             self.bytes[place] += new.bytes

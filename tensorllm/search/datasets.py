@@ -10,7 +10,7 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.recipes import short_names
 from tensorllm.requests.search import SearchRequest
-from tensorllm.search.parts import Asked
+from tensorllm.search.staged import DatasetExamples
 
 SHOWN = "--dataset takes a name, or several such as fever,wikidata_qa"
 
@@ -39,8 +39,8 @@ class SearchDataset(NamedTuple):
             part.connect(tokenizer, masked=masked, context=context)
 
     @property
-    def asked(self) -> Asked:
-        return Asked(self.validation.examples, self.validation.max_new_tokens)
+    def asked(self) -> DatasetExamples:
+        return DatasetExamples(self.validation.examples, self.validation.max_new_tokens)
 
 
 def sources_of(request: SearchRequest) -> list[DatasetSource]:

@@ -1,9 +1,9 @@
 """Generated tokens of several edits at once: unedited layers read each new text once, for all.
 
-Trials answer much as the original and as each other do. What unedited layers make of a token
-depends on the tokens before it only, so it is kept by them (`Paths`), and one pass through these
-layers serves all rows that have come to the same text, under whichever edit. The layers from the
-lowest edited one on then run on all rows, those of equal lowest layer together.
+Trials answer much as the original and as each other do. What unedited layers compute for a token
+depends only on the tokens before it. So it is cached under these (`TokenCache`), and one pass
+through the unedited layers serves all rows with the same text, whatever their edit. The layers from
+the lowest edited one on then run on all rows, those with the same lowest layer together.
 
 Shapes: B rows, U rows that unedited layers read, C kept columns, D model width.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from tensorllm.evaluation.forward import ORDINARY, Padded, Path, selected
 from tensorllm.search.activation_cache import LayerInput
 from tensorllm.search.lanes import LaneWeights
-from tensorllm.search.prefix import Pass, Prefix
+from tensorllm.search.prefix import ForwardPass, Prefix
 
 Run = Callable[..., tuple[Tensor, Any]]
 
@@ -48,7 +48,7 @@ class Decoding:
         groups: of the rows, in order.
         below: entries of the unedited layers, of the rows that prompts were read in.
         origin_B: of each row the one among these.
-        columns: what has been read since: of each row the token's place among the `Paths`.
+        columns: what has been read since: of each row the token's place among the `TokenCache`.
     """
 
     groups: list[RowGroup]
@@ -97,7 +97,7 @@ class Decoder:
             own_lanes, own = zip(*of_group, strict=True)
             cache = copy.copy(own[0])
             cache.layers = [
-                _pretending(entries[0], 0, rows * len(own)) if at < lowest else _joined(entries)
+                _placeholder(entries[0], 0, rows * len(own)) if at < lowest else _joined(entries)
                 for at, entries in enumerate(zip(*(one.layers for one in own), strict=True))
             ]
             groups.append(
@@ -140,14 +140,14 @@ class Decoder:
         found, groups = [], []
         for group, part in rows.parts():
             new = Padded(*(t[part] for t in batch))
-            kept = LayerInput(entered[group.lowest][part], self.prefix.paths.tupled)
-            call = Pass(group.lowest, kept if group.lowest else None, {})
+            kept = LayerInput(entered[group.lowest][part], self.prefix.tokens.in_tuple)
+            call = ForwardPass(group.lowest, kept if group.lowest else None, {})
             how = {"keep": keep[part], "mask_BS": mask_BS[part], "best": best}
             forward = partial(run, new, cache=group.cache, grow=True, **how)
             with self.weights.rows(_counted(group.lanes)):
-                of_group, cache = self.prefix.passed(call, forward)
+                of_group, cache = self.prefix.run_pass(call, forward)
             cache.layers[: group.lowest] = [
-                _pretending(entry, new.ids_BT.shape[1]) for entry in cache.layers[: group.lowest]
+                _placeholder(entry, new.ids_BT.shape[1]) for entry in cache.layers[: group.lowest]
             ]
             found.append(of_group)
             groups.append(replace(group, cache=cache))
@@ -162,16 +162,16 @@ class Decoder:
         nothing = {0: batch.ids_BT}
         if not wanted:
             return rows, nothing
-        known = self.prefix.paths
+        known = self.prefix.tokens
         places = self._places(batch, rows, paths, mask_BS, run)
         if places is not None:
             places_B = torch.tensor(places, device=self.prefix.device)
             entered = {layer: known.hidden(layer, places_B) for layer in wanted}
             return replace(rows, columns=[*rows.columns, places_B]), nothing | entered
         everyone = torch.arange(len(batch.ids_BT), device=self.prefix.device)
-        noted, cache = self._read(batch, rows, everyone, mask_BS, {depth, *wanted}, run)
+        recorded, cache = self._read(batch, rows, everyone, mask_BS, {depth, *wanted}, run)
         rows = replace(rows, below=cache.layers[:depth], origin_B=everyone, columns=[])
-        return rows, nothing | noted
+        return rows, nothing | recorded
 
     def _places(
         self, batch: Padded, rows: Decoding, paths: Sequence[Path | None], mask_BS: Tensor, run: Run
@@ -181,13 +181,13 @@ class Decoder:
         """
         if batch.ids_BT.shape[1] != 1:
             return None
-        depth, known = max(group.lowest for group in rows.groups), self.prefix.paths
+        depth, known = max(group.lowest for group in rows.groups), self.prefix.tokens
         needed = [group.lowest for group in rows.groups for _ in group.lanes]
 
         def found() -> list[int | None]:
             """Rows that nobody looks at have any place."""
             both = zip(paths, needed, strict=True)
-            return [0 if path is None else known.place(path, layer) for path, layer in both]
+            return [0 if path is None else known.index_of(path, layer) for path, layer in both]
 
         places = found()
         new = {
@@ -198,8 +198,8 @@ class Decoder:
         if new and not known.full:
             read_U = torch.tensor(list(new.values()), device=self.prefix.device)
             layers = {layer for layer in self.prefix.candidates if layer <= depth}
-            noted, cache = self._read(batch, rows, read_U, mask_BS, layers, run)
-            known.admit(list(new), depth, noted, cache.layers[:depth])
+            recorded, cache = self._read(batch, rows, read_U, mask_BS, layers, run)
+            known.add(list(new), depth, recorded, cache.layers[:depth])
             places = found()
         there = [place for place in places if place is not None]
         return there if len(there) == len(places) else None
@@ -220,18 +220,18 @@ class Decoder:
         below = [selected(entry, origin_U) for entry in rows.below[:depth]]
         if rows.columns:
             places_UC = torch.stack([places_B[read_U] for places_B in rows.columns], 1)
-            known = self.prefix.paths
-            below = [known.extended(entry, at, places_UC) for at, entry in enumerate(below)]
-        above = [_pretending(entry, 0, len(read_U)) for entry in cache.layers[depth:]]
+            known = self.prefix.tokens
+            below = [known.with_tokens(entry, at, places_UC) for at, entry in enumerate(below)]
+        above = [_placeholder(entry, 0, len(read_U)) for entry in cache.layers[depth:]]
         cache.layers = [*below, *above]
-        call = Pass(0, None, dict.fromkeys(layers), stop=depth)
+        call = ForwardPass(0, None, dict.fromkeys(layers), stop=depth)
         new = Padded(*(t[read_U] for t in batch))
         keep = [1] + [0] * (len(read_U) - 1)  # no logits are wanted; there must be some
         how = {"keep": keep, "mask_BS": mask_BS[read_U], "best": True}
         forward = partial(run, new, cache=cache, grow=True, **how)
-        _, cache = self.prefix.passed(call, forward)
-        self.prefix.paths.tupled = call.tupled
-        return {layer: x for layer, x in call.noted.items() if x is not None}, cache
+        _, cache = self.prefix.run_pass(call, forward)
+        self.prefix.tokens.in_tuple = call.in_tuple
+        return {layer: x for layer, x in call.recorded.items() if x is not None}, cache
 
 
 def _counted(lanes: Sequence[int]) -> list[tuple[int, int]]:
@@ -240,7 +240,7 @@ def _counted(lanes: Sequence[int]) -> list[tuple[int, int]]:
 
 def _selected(cache: Any, rows: Tensor, lowest: int) -> Any:
     new = copy.copy(cache)
-    new.layers = [_pretending(entry, 0, len(rows)) for entry in cache.layers[:lowest]]
+    new.layers = [_placeholder(entry, 0, len(rows)) for entry in cache.layers[:lowest]]
     new.layers += [selected(entry, rows) for entry in cache.layers[lowest:]]
     return new
 
@@ -254,7 +254,7 @@ def _joined(entries: Sequence[Any]) -> Any:
     return new
 
 
-def _pretending(entry: Any, more: int, rows: int | None = None) -> Any:
+def _placeholder(entry: Any, more: int, rows: int | None = None) -> Any:
     """An entry of the right length that holds nothing: of layers that are skipped nothing else is
     asked.
     """

@@ -27,9 +27,9 @@ from tensorllm.search.activation_cache import NO_CACHE, CacheBudget
 from tensorllm.search.decompositions import Decompositions, ModelEdit, applied, edit_of_fit
 from tensorllm.search.forwards import PrefixForward, PrefixMaskedForward
 from tensorllm.search.lanes import changed_by, changed_names, rowwise
-from tensorllm.search.parts import Asked, ByPart, Part
-from tensorllm.search.prefix import Edited, Prefix
+from tensorllm.search.prefix import EditExtent, Prefix
 from tensorllm.search.space import Point
+from tensorllm.search.staged import DatasetExamples, PerDatasetScorer, StagedExamples
 from tensorllm.search.stopping import Race, Rival
 from tensorllm.search.trial import EditSizes, TrialResult, result_of, together
 from tensorllm.tensors.stacking import FEED_FORWARD, family
@@ -66,7 +66,7 @@ class Examiner:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        asked: Sequence[Asked],
+        asked: Sequence[DatasetExamples],
         protocol: Protocol,
         *,
         points: Sequence[Point],
@@ -94,7 +94,7 @@ class Examiner:
         self.workers = workers_for(model)
         keys = count()
         self.parts = [
-            Part(
+            StagedExamples(
                 examples,
                 make_scorer(
                     model,
@@ -229,7 +229,9 @@ class Examiner:
             pairs = zip(edits, rivals, strict=True)
             return [found for e, r in pairs for found in self._rows([e], [r], level)]
         races = [self._races(of_edit, level) for of_edit in rivals]
-        rows: list[dict[Part, list[Prediction]]] = [{p: [] for p in self.parts} for _ in edits]
+        rows: list[dict[StagedExamples, list[Prediction]]] = [
+            {p: [] for p in self.parts} for _ in edits
+        ]
         stopped = [False] * len(edits)
         going = dict.fromkeys(range(len(edits)))
         batches = [(part, batch) for part, stage in self.stages for batch in stage]
@@ -237,7 +239,7 @@ class Examiner:
         with (
             self._applied(edits),
             self.prefix.editing(*map(self._edited, edits)),
-            closing(score_all(ByPart(going), batches, self.workers)) as scored,
+            closing(score_all(PerDatasetScorer(going), batches, self.workers)) as scored,
         ):
             for part, stage in self.stages:
                 of_batches = list(islice(scored, len(stage)))
@@ -274,13 +276,13 @@ class Examiner:
         with self.forward.weights.installed(changed):
             yield
 
-    def _edited(self, edit: ModelEdit) -> Edited:
+    def _edited(self, edit: ModelEdit) -> EditExtent:
         matrices = {matrix for site in edit.sites for matrix in site.site.matrices}
         lowest = min((layer for layer, _ in matrices), default=None)
         ffn = any(layer == lowest and family(role) in FEED_FORWARD for layer, role in matrices)
-        return Edited(lowest, ffn or bool(edit.parameters))
+        return EditExtent(lowest, ffn or bool(edit.parameters))
 
-    def _races(self, rivals: Sequence[Rival], level: float) -> dict[Part, Race]:
+    def _races(self, rivals: Sequence[Rival], level: float) -> dict[StagedExamples, Race]:
         """Each test has its share of the level, so that together they keep it."""
         if not rivals:
             return {}

@@ -23,9 +23,9 @@ from tensorllm.evaluation.forward import left_padded
 from tensorllm.search.decompositions import SiteEdit
 from tensorllm.search.examiner import Examiner
 from tensorllm.search.forwards import PrefixForward
-from tensorllm.search.parts import Part
 from tensorllm.search.selection import finished
 from tensorllm.search.space import Matrices, Point
+from tensorllm.search.staged import StagedExamples
 from tensorllm.search.trial import TrialResult
 
 EXAMPLES = 100
@@ -84,7 +84,10 @@ def predicted(sites: Sequence[SiteEdit], gradient: Gradient, examiner: Examiner)
 
 
 def loss_gradient(
-    examiner: Examiner, matrices: Matrices, count: int = EXAMPLES, part: Part | None = None
+    examiner: Examiner,
+    matrices: Matrices,
+    count: int = EXAMPLES,
+    part: StagedExamples | None = None,
 ) -> tuple[Gradient, int]:
     """The gradient (I, D), float32, of the mean loss of the first `count` validation examples of a
     dataset (by default the first one), in the order of examination.
@@ -121,7 +124,7 @@ def loss_gradient(
     return {matrix: examiner.roles.read(sums, *matrix) for matrix in matrices}, len(items)
 
 
-def items_of(part: Part) -> list[Encoded]:
+def items_of(part: StagedExamples) -> list[Encoded]:
     """The encoded examples of a dataset in the order of examination."""
     batches = [batch for stage in part.stages for batch in stage]
     if not all(isinstance(batch, CausalBatch) for batch in batches):

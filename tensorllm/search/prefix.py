@@ -2,9 +2,9 @@
 
 What enters the lowest edited layer, and the keys and values below it, depend on unedited weights
 only; so does its FFN where attention and FFN read the same (GPT-J's parallel block). They are kept
-by batch, and for generated tokens by all that was read before them (`Paths`). Several edits may be
-run side by side (`lanes`). Everything else (embedding, masks, rotary angles, the layers above) runs
-as the model's own code says, so that no architecture needs code of its own.
+by batch, and for generated tokens by all tokens before them (`TokenCache`). Several edits may run
+side by side (`lanes`). Everything else (embedding, masks, rotary angles, the layers above) runs as
+the model's own code says, so that no architecture needs code of its own.
 
 Shapes: B rows, T tokens, S cached and new tokens, D model width, V vocabulary.
 """
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tensorllm.models import RoleMatrices, Stored
 from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, ModuleCall
-from tensorllm.search.paths import Paths
+from tensorllm.search.token_cache import TokenCache
 from tensorllm.tensors.stacking import FFN
 
 T = TypeVar("T")
@@ -46,27 +46,27 @@ def _ffn_module(layer: nn.Module, stored: Sequence[Stored]) -> nn.Module | None:
 
 
 @dataclass(slots=True)
-class Pass:
-    """One pass through the model: what it need not compute, and what it notes.
+class ForwardPass:
+    """One pass through the model: what it need not compute, and what it records.
 
     Attributes:
         skip: layers below are left out; `kept` holds what they would give.
         kept: of layer `skip`.
         stop: layers from this one on are left out, too, and nobody looks at what comes out.
-        noted: layers of which nothing is kept yet, with what came in; those asked for, until they
-            have run, are None.
+        recorded: by layer of which nothing is kept yet, the hidden states that entered it; None
+            until it has run.
         ffns: what their FFNs were given and made.
     """
 
     skip: int
     kept: LayerInput | None
-    noted: dict[int, Tensor | None]
+    recorded: dict[int, Tensor | None]
     stop: int | None = None
-    tupled: bool = False
+    in_tuple: bool = False
     ffns: dict[int, ModuleCall] = field(default_factory=dict)
 
 
-class Edited(NamedTuple):
+class EditExtent(NamedTuple):
     """What of a model an edit leaves as it is.
 
     Attributes:
@@ -102,14 +102,14 @@ class Prefix:
         self.store = ActivationCache(budget)
         self.device = model.device
         self.candidates = frozenset(candidates) - {0}
-        self.paths = Paths(self.store, self.candidates)
-        self.edits: Sequence[Edited] = (Edited(0, True),)
+        self.tokens = TokenCache(self.store, self.candidates)
+        self.edits: Sequence[EditExtent] = (EditExtent(0, True),)
         self.skipped = self.computed = 0  # layers
         self._parallel = True  # until an FFN is seen to read what an edit has changed
         self._now = threading.local()  # batches may run side by side
 
     @contextmanager
-    def editing(self, *edits: Edited) -> Iterator[None]:
+    def editing(self, *edits: EditExtent) -> Iterator[None]:
         """In here a pass is one of a model with one of these edits: the first, or that of `at`."""
         self.edits = edits
         with ExitStack() as stack:
@@ -177,15 +177,15 @@ class Prefix:
             self.computed += len(self.layers)
             return forward()
         at, kept = self.store.nearest(key, self.lowest, grow)
-        call = Pass(at, kept and kept.on(self.device), self._unknown(at, kept))
-        wanted, cache = self.passed(call, forward)
+        call = ForwardPass(at, kept and kept.to(self.device), self._unknown(at, kept))
+        wanted, cache = self.run_pass(call, forward)
         if grow and call.kept is not None:
             cache.layers[:at] = [copy.copy(layer) for layer in call.kept.below]
         self._admit(key, call, cache if grow else None)
         return wanted, cache
 
-    def passed(self, call: Pass, forward: Callable[[], tuple[T, Any]]) -> tuple[T, Any]:
-        """A pass that leaves layers out and notes what enters others, as `call` says."""
+    def run_pass(self, call: ForwardPass, forward: Callable[[], tuple[T, Any]]) -> tuple[T, Any]:
+        """A pass that skips layers and records what enters others, as `call` says."""
         self._now.call = call
         try:
             return forward()
@@ -201,31 +201,31 @@ class Prefix:
         wanted = {layer for layer in wanted if at <= layer < len(self.layers)}
         return dict.fromkeys(wanted if kept is None else wanted - {at})
 
-    def _admit(self, key: Hashable, call: Pass, cache: Any) -> None:
-        """Keep what was noted: of the lowest edited layer, and of others if there is room."""
-        for layer in sorted(call.noted, key=lambda layer: (layer != self.lowest, -layer)):
-            hidden_BTD = call.noted[layer]
+    def _admit(self, key: Hashable, call: ForwardPass, cache: Any) -> None:
+        """Keep what was recorded: of the lowest edited layer, and of others if there is room."""
+        for layer in sorted(call.recorded, key=lambda layer: (layer != self.lowest, -layer)):
+            hidden_BTD = call.recorded[layer]
             assert hidden_BTD is not None
             below = [copy.copy(entry) for entry in cache.layers[:layer]] if cache else ()
-            new = LayerInput(hidden_BTD, call.tupled, call.ffns.get(layer), below)
-            self.store.admit(key, layer, new, spare=layer != self.lowest)
+            new = LayerInput(hidden_BTD, call.in_tuple, call.ffns.get(layer), below)
+            self.store.add(key, layer, new, spare=layer != self.lowest)
 
     def _layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer that hands on what is kept while it is skipped, and is noted when it is asked."""
+        """A layer that returns what is kept while it is skipped, and records its input if asked."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            call: Pass | None = getattr(self._now, "call", None)
+            call: ForwardPass | None = getattr(self._now, "call", None)
             if call is not None and call.kept is not None and index < call.skip:
-                return (call.kept.hidden_BTD,) if call.kept.tupled else call.kept.hidden_BTD
+                return (call.kept.hidden_BTD,) if call.kept.in_tuple else call.kept.hidden_BTD
             if call is None:
                 return forward(*args, **kwargs)
             entered_BTD = args[0] if args else kwargs["hidden_states"]
-            if index in call.noted:
-                call.noted[index] = entered_BTD
+            if index in call.recorded:
+                call.recorded[index] = entered_BTD
             if call.stop is not None and index >= call.stop:
-                return (entered_BTD,) if call.tupled else entered_BTD
+                return (entered_BTD,) if call.in_tuple else entered_BTD
             output = forward(*args, **kwargs)
-            call.tupled = isinstance(output, tuple)
+            call.in_tuple = isinstance(output, tuple)
             return output
 
         return run
@@ -234,7 +234,7 @@ class Prefix:
         """A layer's FFN: not computed again for what it was given before."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            call: Pass | None = getattr(self._now, "call", None)
+            call: ForwardPass | None = getattr(self._now, "call", None)
             if call is None or len(args) != 1 or kwargs or not self._remembers_ffn(index):
                 return forward(*args, **kwargs)
             same = call.kept.ffn if call.kept is not None and index == call.skip else None
@@ -244,7 +244,7 @@ class Prefix:
                 self._parallel = False
                 self.store.forget_ffn()
             output = forward(*args)
-            if index in call.noted and isinstance(output, Tensor):
+            if index in call.recorded and isinstance(output, Tensor):
                 call.ffns[index] = ModuleCall(args[0], output.clone())
             return output
 

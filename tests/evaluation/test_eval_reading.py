@@ -67,7 +67,7 @@ def test_a_shared_beginning_is_read_once_and_changes_no_logit(name):
 def test_branches_side_by_side_see_their_prompt_and_themselves(name, shared):
     model = tiny_model(name)
     forward = Counted(model)
-    assert forward.tells_apart(20)
+    assert forward.obeys_masks(20)
     forward.tokens.clear()
     found = read(forward, ROWS, keep=5, apart=9 if shared else 0, branches=HEADS)
     assert len(forward.tokens) == 1 + shared
@@ -83,10 +83,10 @@ def test_branches_side_by_side_see_their_prompt_and_themselves(name, shared):
 
 @torch.no_grad()
 def test_models_that_take_no_such_mask_are_told_from_others():
-    assert not ModelForward(tiny_model("falcon", alibi=True)).tells_apart(9)
+    assert not ModelForward(tiny_model("falcon", alibi=True)).obeys_masks(9)
     sliding = ModelForward(tiny_model("mistral", sliding_window=8))
-    assert sliding.tells_apart(8)
-    assert not sliding.tells_apart(9)
+    assert sliding.obeys_masks(8)
+    assert not sliding.obeys_masks(9)
 
 
 @pytest.mark.parametrize("model_type", ["gptj", "llama"])
@@ -97,7 +97,7 @@ def test_both_ways_to_score_choices_equal_the_naive_one(model_type, monkeypatch)
     plan = Encoder(tokenizer, 64, 0)(long)
     assert max(len(ids) - e.shared for e in plan for ids in e.full) > 2
     for obeys in (True, False):
-        monkeypatch.setattr(ModelForward, "tells_apart", lambda self, n, obeys=obeys: obeys)
+        monkeypatch.setattr(ModelForward, "obeys_masks", lambda self, n, obeys=obeys: obeys)
         rows = score(model, tokenizer, long, max_new_tokens=0, batch_tokens=300)
         for e, row in zip(long, rows, strict=True):
             want = naive(model, tokenizer, e, 1, paper=False)

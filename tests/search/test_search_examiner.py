@@ -13,8 +13,8 @@ from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.decompositions import Decompositions, applied
 from tensorllm.search.examiner import Examiner, Infeasible
-from tensorllm.search.parts import LEAST, Asked, shuffled
 from tensorllm.search.space import make_space
+from tensorllm.search.staged import LEAST, DatasetExamples, shuffled
 from tensorllm.search.stopping import Rival
 from tensorllm.search.trial import pack, unpack
 
@@ -42,7 +42,7 @@ def examiner_of(loader, data, points, **options):
     return Examiner(
         loader(),
         loader.tokenizer(),
-        [Asked(data.examples, data.max_new_tokens)],
+        [DatasetExamples(data.examples, data.max_new_tokens)],
         PROTOCOLS["strict"],
         points=points,
         **{"budget": CacheBudget(2**26), **options},

@@ -13,7 +13,7 @@ from tensorllm.evaluation.forward import ModelForward, left_padded
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import ActivationCache, CacheBudget, LayerInput, mapped
 from tensorllm.search.forwards import PrefixForward, PrefixMaskedForward
-from tensorllm.search.prefix import Edited, Prefix, default_budget
+from tensorllm.search.prefix import EditExtent, Prefix, default_budget
 
 CAUSAL = [name for name in TINY if TINY[name].task == "causal"]
 MASKED = [name for name in TINY if TINY[name].task == "masked"]
@@ -45,7 +45,7 @@ def test_every_causal_architecture_resumes_above_what_is_kept(name):
     for round_, lowest in enumerate((1, 1, 2, 2, 0, 1)):
         role = ("o", "out")[round_ % 2]
         with Edit(roles, weights, lowest, role, 1.5 + round_):
-            with prefix.editing(Edited(lowest, ffn=role == "out")):
+            with prefix.editing(EditExtent(lowest, ffn=role == "out")):
                 got = run_all(forward, batch, after, rows, next_)
             want = run_all(plain, batch, after, rows, next_)
         for one, other in zip(got, want, strict=True):
@@ -77,7 +77,7 @@ def test_every_masked_architecture_resumes_above_what_is_kept(name):
     for round_, lowest in enumerate((1, 1, 2, 2)):
         with (
             Edit(roles, weights, lowest, "o", 1.5 + round_),
-            prefix.editing(Edited(lowest, ffn=False)),
+            prefix.editing(EditExtent(lowest, ffn=False)),
         ):
             got = forward(ids_BT, seen_BT, key="a")
             want = model(input_ids=ids_BT, attention_mask=seen_BT).logits
@@ -97,7 +97,7 @@ def test_the_ffn_beside_the_edited_attention_is_computed_once(name):
     inner.register_forward_hook(lambda *_: calls.append(1))
     for scale in (2.0, 3.0, 4.0):
         with Edit(roles, weights, 1, "o", scale):
-            with prefix.editing(Edited(1, ffn=False)):
+            with prefix.editing(EditExtent(1, ffn=False)):
                 got = forward(batch, keep=1, key=0)[0]
             spent = len(calls)
             want = plain(batch, keep=1)[0]
@@ -105,7 +105,7 @@ def test_the_ffn_beside_the_edited_attention_is_computed_once(name):
         close(got, want)
     assert len(calls) == (1 if name in PARALLEL else 3)
     with Edit(roles, weights, 1, "in", 2.0):
-        with prefix.editing(Edited(1, ffn=True)):
+        with prefix.editing(EditExtent(1, ffn=True)):
             got = forward(batch, keep=1, key=0)[0]
         close(got, plain(batch, keep=1)[0])
 
@@ -123,7 +123,7 @@ def test_batches_side_by_side_do_not_mix():
 
     for scale in (2.0, 3.0):
         with Edit(roles, weights, 1, "o", scale):
-            with prefix.editing(Edited(1, ffn=False)), ThreadPoolExecutor(4) as pool:
+            with prefix.editing(EditExtent(1, ffn=False)), ThreadPoolExecutor(4) as pool:
                 got = list(pool.map(ask, range(16)))
             for one, batch in zip(got, batches, strict=True):
                 close(one, plain(batch, keep=1)[0])
@@ -141,7 +141,7 @@ def test_the_byte_budgets_are_respected(tmp_path, memory, disk):
     prefix = Prefix(model, roles, CacheBudget(memory * ONE, disk * ONE, tmp_path))
     plain = ModelForward(model)
     for lowest in (1, 2, 1, 1):
-        with prefix.editing(Edited(lowest, ffn=True)):
+        with prefix.editing(EditExtent(lowest, ffn=True)):
             for key, batch in enumerate(batches):
                 close(forward_of(model, prefix)(batch, keep=1, key=key)[0], plain(batch, keep=1)[0])
                 held = [found for of in prefix.store._kept.values() for found in of.values()]
@@ -163,13 +163,13 @@ def test_one_pass_of_the_original_serves_every_candidate(name):
     prefix = Prefix(model, roles, LARGE, candidates={0, 1, 2})
     forward, plain = PrefixForward(model, prefix), ModelForward(model)
     batch = left_padded([[5, 9, 11, 4, 8], [7, 3]], CPU)
-    with prefix.editing(Edited(None, ffn=False)):
+    with prefix.editing(EditExtent(None, ffn=False)):
         close(forward(batch, keep=1, grow=True, key=0)[0], plain(batch, keep=1)[0])
     assert prefix.skipped == 0
     for count, (lowest, role) in enumerate([(2, "o"), (1, "o"), (2, "in"), (1, "o")], 1):
         before = prefix.skipped
         with Edit(roles, weights, lowest, role, 1.5 + count):
-            with prefix.editing(Edited(lowest, ffn=role == "in")):
+            with prefix.editing(EditExtent(lowest, ffn=role == "in")):
                 got, cache = forward(batch, keep=1, grow=True, key=0)
             want, plain_cache = plain(batch, keep=1, grow=True)
         close(got, want)
@@ -190,12 +190,12 @@ def test_what_is_kept_to_spare_gives_way():
     prefix = Prefix(model, roles, CacheBudget(3 * ONE), candidates={1, 2})
     forward = PrefixForward(model, prefix)
     batches = [left_padded([[5, 9, 11, 4 + i]] * 4, CPU) for i in range(3)]
-    with prefix.editing(Edited(2, ffn=True)):
+    with prefix.editing(EditExtent(2, ffn=True)):
         for key, batch in enumerate(batches):
             forward(batch, keep=1, key=key)
     assert prefix.store.bytes["memory"] <= 3 * ONE
     computed = prefix.computed
-    with prefix.editing(Edited(2, ffn=True)):
+    with prefix.editing(EditExtent(2, ffn=True)):
         for key, batch in enumerate(batches):
             forward(batch, keep=1, key=key)
     assert prefix.computed - computed == 3  # the layer that is asked for came first
@@ -213,9 +213,9 @@ def test_a_system_that_does_not_tell_free_memory_has_a_budget(monkeypatch):
 
 def test_what_can_never_be_kept_drives_nothing_else_out():
     store = ActivationCache(CacheBudget(memory=ONE))
-    small, large = (LayerInput(torch.zeros(n * ONE // 4), tupled=False) for n in (1, 2))
-    store.admit(0, 1, small)
-    store.admit(0, 2, large)
+    small, large = (LayerInput(torch.zeros(n * ONE // 4), in_tuple=False) for n in (1, 2))
+    store.add(0, 1, small)
+    store.add(0, 2, large)
     assert store.nearest(0, 3, grown=False)[0] == 1
 
 
@@ -240,6 +240,6 @@ def test_a_full_disk_only_costs_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tensorllm.search.activation_cache.mapped", full)
     store = ActivationCache(CacheBudget(disk=9 * ONE, folder=tmp_path))
-    store.admit(0, 1, LayerInput(torch.zeros(ONE // 4), tupled=False))
+    store.add(0, 1, LayerInput(torch.zeros(ONE // 4), in_tuple=False))
     assert store.nearest(0, 1, grown=False) == (0, None)
     assert store.bytes == {"memory": 0, "disk": 0}

@@ -18,7 +18,7 @@ from tensorllm.evaluation.protocol import STRICT
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.search.activation_cache import CacheBudget
 from tensorllm.search.forwards import PrefixForward
-from tensorllm.search.prefix import Edited, Prefix
+from tensorllm.search.prefix import EditExtent, Prefix
 
 NEW = 5
 # Rotary and learned positions, ALiBi, sliding windows, capped logits, parallel blocks.
@@ -91,7 +91,7 @@ def test_answers_are_those_of_the_naive_loop_whatever_is_known(name):
     ends, answers = 0, []
     for edit in (None, *EDITS):
         with Edit(roles, weights, *(edit or (2, "out", 1.0))):
-            with prefix.editing(Edited(edit and edit[0], ffn=bool(edit) and edit[1] == "out")):
+            with prefix.editing(EditExtent(edit and edit[0], ffn=bool(edit) and edit[1] == "out")):
                 rows = scorers[0](CausalBatch(0, items))
             plain = scorers[1](CausalBatch(0, items))
             wanted = [naive(model, item.prompt, eos) for item in items]
@@ -118,7 +118,7 @@ def test_unedited_layers_of_a_known_answer_are_not_run():
         before = prefix.computed
         with (
             Edit(roles, weights, lowest or 2, "out", scale),
-            prefix.editing(Edited(lowest, ffn=True)),
+            prefix.editing(EditExtent(lowest, ffn=True)),
         ):
             scorer(CausalBatch(0, items))
         computed.append(prefix.computed - before)
@@ -137,11 +137,11 @@ def test_where_there_is_no_room_nothing_is_known():
     forward = PrefixForward(model, prefix)
     scorer = scorer_of(forward)
     for _ in range(2):
-        with prefix.editing(Edited(2, ffn=True)):
+        with prefix.editing(EditExtent(2, ffn=True)):
             rows = scorer(CausalBatch(0, items))
         wanted = [naive(model, item.prompt, frozenset()) for item in items]
         assert [row.generation.split() for row in rows] == [list(map(str, new)) for new in wanted]
-    assert prefix.paths.bytes <= 2**15
+    assert prefix.tokens.bytes <= 2**15
     assert prefix.store.bytes["memory"] <= 2**16
 
 
@@ -167,7 +167,7 @@ def test_edits_side_by_side_answer_as_one_by_one(name, room):
             changed.append({weight: weights[weight].clone()})
             wanted.append([naive(model, item.prompt, eos) for item in items])
             losses.append([row.log_probability for row in plain(CausalBatch(0, items))])
-    marks = [Edited(layer, ffn=role == "out") for layer, role, _ in edits]
+    marks = [EditExtent(layer, ffn=role == "out") for layer, role, _ in edits]
     for lanes in ([0, 1, 2, 3, 4], [1, 3], [0, 1, 2, 3, 4]):  # the last time much is known
         with prefix.editing(*marks), forward.weights.installed(changed):
             found = scorer.side_by_side(CausalBatch(0, items), lanes)
@@ -177,7 +177,7 @@ def test_edits_side_by_side_answer_as_one_by_one(name, room):
                 assert row.generation == " ".join(map(str, new)), (edits[lane], row.index)
                 assert row.log_probability == pytest.approx(loss, abs=1e-4)
     assert len({str(one) for one in wanted}) > 2
-    assert prefix.paths.bytes <= room / 2
+    assert prefix.tokens.bytes <= room / 2
     assert not any(
         "forward" in m.__dict__ for m in model.modules() if isinstance(m, torch.nn.Linear)
     )

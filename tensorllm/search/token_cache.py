@@ -21,7 +21,7 @@ LEAST = 256  # tokens that room is made for at once
 SHARE = 0.5  # of the memory at most: prompts are worth more
 
 
-class Paths:
+class TokenCache:
     """Tokens by their paths, with what enters each candidate layer and the keys and values below.
 
     Args:
@@ -32,7 +32,7 @@ class Paths:
     def __init__(self, store: ActivationCache, candidates: Collection[int]) -> None:
         self.store = store
         self.candidates = frozenset(candidates)
-        self.tupled = False  # whether layers return a tuple
+        self.in_tuple = False  # whether layers return a tuple
         self.bytes = 0
         self.full = False  # whether there was no room once
         self._places: dict[Path, int] = {}
@@ -45,7 +45,7 @@ class Paths:
         """Tokens of which something is kept."""
         return len(self._depths)
 
-    def place(self, path: Path | None, layer: int) -> int | None:
+    def index_of(self, path: Path | None, layer: int) -> int | None:
         """Where a token is kept, if it is known up to this layer."""
         at = None if path is None else self._places.get(path)
         return None if at is None or self._depths[at] < layer else at
@@ -55,7 +55,7 @@ class Paths:
         kept_RD = self._hidden_RD.get(layer, next(iter(self._hidden_RD.values())))
         return kept_RD.index_select(0, places_B)[:, None]
 
-    def admit(
+    def add(
         self,
         paths: Sequence[Path],
         depth: int,
@@ -71,7 +71,9 @@ class Paths:
             layers: the cache's entries of the layers below it, `ORDINARY` ones.
         """
         with self._lock:
-            new = [(row, path) for row, path in enumerate(paths) if self.place(path, depth) is None]
+            new = [
+                (row, path) for row, path in enumerate(paths) if self.index_of(path, depth) is None
+            ]
             fresh = [path for _, path in new if path not in self._places]
             if not new or not self._room(len(self) + len(fresh), hidden, layers):
                 return
@@ -128,7 +130,7 @@ class Paths:
             new[:have] = old
         return new
 
-    def extended(self, entry: Any, layer: int, places_BC: Tensor) -> Any:
+    def with_tokens(self, entry: Any, layer: int, places_BC: Tensor) -> Any:
         """A layer's entry of a cache with these tokens behind it."""
         new, places = copy.copy(entry), places_BC.flatten()
         read = (kept_RGK.index_select(0, places) for kept_RGK in self._below[layer])

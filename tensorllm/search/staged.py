@@ -17,14 +17,14 @@ STAGES = (1 / 8, 1 / 4, 1 / 2, 1)
 LEAST = 32  # examples in a stage
 
 
-class Asked(NamedTuple):
+class DatasetExamples(NamedTuple):
     """A dataset's examples, and how long a generated answer may be."""
 
     examples: Sequence[Example]
     max_new_tokens: int
 
 
-class Part:
+class StagedExamples:
     """The examples of one dataset, planned.
 
     Args:
@@ -65,7 +65,7 @@ class Part:
 Lanes = list[list[Prediction]]  # rows by lane; none of those that have ended
 
 
-class ByPart:
+class PerDatasetScorer:
     """Scores a batch by the scorer of its dataset, for all edits that are still of interest.
 
     Args:
@@ -76,7 +76,7 @@ class ByPart:
         self.lanes = lanes
         self.count = len(lanes)
 
-    def score(self, batch: tuple[Part, Any]) -> Lanes:
+    def score(self, batch: tuple[StagedExamples, Any]) -> Lanes:
         part, own = batch
         if self.count == 1:
             return [part.scorer.score(own)]
