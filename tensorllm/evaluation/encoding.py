@@ -10,7 +10,7 @@ from tensorllm.data.example import Example
 from tensorllm.data.tokens import open_ended
 from tensorllm.errors import UserError
 
-# Words at the end of a prompt: those before cannot change how the answer is tokenized.
+# Words at the end of a prompt: those before cannot change how the answer is tokenised.
 TAIL_WORDS = 4
 
 
@@ -48,7 +48,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 class Encoder:
-    """Tokenizes examples in bulk; each distinct prompt ending and answer only once.
+    """Tokenises examples in bulk; each distinct prompt ending and answer only once.
 
     Args:
         tokenizer: the model's.

@@ -1,6 +1,6 @@
 """Whether a text holds the answer, or can still come to hold it.
 
-Normalization and token F1 are those of the SQuAD evaluation script.
+Normalisation and token F1 are those of the SQuAD evaluation script.
 """
 
 import re
@@ -59,7 +59,7 @@ def token_f1(text: str, answer: str) -> float:
 class TokenBound:
     """Lower bounds on the number of tokens that are still needed to complete an answer.
 
-    Words are whole and normalized. A word is spelled by a chain of pieces, a piece being the text
+    Words are whole and normalised. A word is spelled by a chain of pieces, a piece being the text
     of a token between spaces. The shortest possible chain bounds the tokens that the word takes,
     whichever tokens are chosen.
     """

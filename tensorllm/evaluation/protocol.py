@@ -19,7 +19,7 @@ class Protocol:
         name: as it stands in the results.
         search_prompt: the text that is searched for the answer includes the prompt.
         substring: the answer matches as a case-insensitive substring (`no` in `north`), instead of
-            as whole words normalized as SQuAD does.
+            as whole words normalised as SQuAD does.
         masked_extra_token: a masked model's loss is divided by one token more than the answer has.
         masked_bare_loss: a masked model's loss is computed on text without its special tokens.
         unmasked_padding: the loss is computed in batches of so many examples, in the dataset's

@@ -1,4 +1,4 @@
-"""What a search optimizes.
+"""What a search optimises.
 
 A plugin adds an objective with `OBJECTIVES.register`, or by an entry point of the group
 `tensorllm.objectives`.
