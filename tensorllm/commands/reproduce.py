@@ -46,7 +46,7 @@ def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Out
 
     Raises:
         UserError: weights or data are missing, the folder holds another run's cells or cannot be
-            written, or no cell has a layer to choose.
+            written, or `layer` fits none of the cells.
     """
     request = replace(request, device=device_of(request.device, decomposes=True))
     check_writable(request.out)

@@ -225,7 +225,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
         world = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
         share: list[Any] = list(batches[rank::world])
-        steps = max(1, -(-len(batches) // world))  # one where all is done: Lightning skips none
+        steps = max(1, -(-len(batches) // world))  # Lightning skips an empty loader
         share += [None] * (steps - len(share))
         return DataLoader(share, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 

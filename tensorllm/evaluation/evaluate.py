@@ -80,10 +80,6 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate a model on a dataset.
 
-    Returns:
-        `accuracy` (per cent), `loss` (nats per answer token) and the other metrics; `examples`
-        (their number), `dataset`, `split` and `protocol`.
-
     Args:
         model: any causal or masked transformers model, on its device.
         tokenizer: its tokenizer.
@@ -94,6 +90,10 @@ def evaluate_model(
         limit: the most examples to use.
         data_file: a local file to read instead of the hub.
         on_batch: called with the predictions of each finished batch.
+
+    Returns:
+        `accuracy` (per cent), `loss` (nats per answer token) and the other metrics; `examples`
+        (their number), `dataset`, `split` and `protocol`.
     """
     if isinstance(dataset, str):
         dataset = make_dataset(dataset, data_file=data_file, split=split, limit=limit)

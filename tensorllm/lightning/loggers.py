@@ -78,7 +78,7 @@ NOWHERE = MetricLog()
 def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[MetricLog]:
     """A log for a command without a Trainer; it is finalised at the end in any case.
 
-    Args: as for `make_logger`.
+    Its arguments are those of `make_logger`.
     """
     logger = make_logger(name, folder, command)
     if logger is None:

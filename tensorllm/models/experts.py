@@ -239,16 +239,16 @@ def tokens_at_experts(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield for each expert the inputs of its matrices, over the tokens routed to it.
 
-    Yields:
-        The expert; the inputs (M, D) of its input matrices; and the hidden states (M, F) that its
-        output matrix reads, times the router's weights.
-
     Args:
         module: the dense module of the experts.
         experts: its description.
         x: the module's first argument.
         routing: its other arguments.
         kept_N: tokens that count; padding does not.
+
+    Yields:
+        The expert; the inputs (M, D) of its input matrices; and the hidden states (M, F) that its
+        output matrix reads, times the router's weights.
     """
     bias_EI = bias_of(module, experts.inputs)
     for expert in range(experts.count):

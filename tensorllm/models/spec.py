@@ -61,7 +61,7 @@ def part_of(stored: Stored, weight: Tensor, role: str, geometry: Geometry) -> Te
     count = stored.count(geometry)
     rows = len(w_IC) // count
     sizes = {r: geometry.inner(r) // count for r in stored.roles if r in geometry.roles}
-    kept = rows - sum(sizes.values())  # rows of what is stored with the roles but is none
+    kept = rows - sum(sizes.values())  # rows stored with the roles, such as an output gate's
     start = sum(sizes.get(r, kept) for r in stored.roles[: stored.roles.index(role)])
     if count == 1:
         return w_IC.narrow(0, start, sizes.get(role, kept))

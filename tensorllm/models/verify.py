@@ -284,7 +284,10 @@ def role_rows(stored: Any, geo: Geometry, role: str, rows: int) -> Tensor:
 def check_rows(
     probe: Probe, match: Match, geo: Geometry, role: str, base: Mapping[str, Any]
 ) -> None:
-    """Check that the role's outputs are its matrix times its input, and written as it is read."""
+    """Check that the role's outputs are its matrix times the input.
+
+    And that the matrix, written back as it was read, leaves the parameter unchanged.
+    """
     stored = next(one for one in match.stored if role in one.roles)
     module: Any = probe.modules[stored.path]
     seen_in, seen_out = base[stored.path]

@@ -116,8 +116,8 @@ class ActivationCache:
     def nearest(self, key: Hashable, layer: int, grown: bool) -> tuple[int, LayerInput | None]:
         """The highest layer up to `layer` whose input for this batch is kept, and that input.
 
-        With `grown`, the layer's input counts only if the key-value cache below it is kept too, and
-        it is returned with it. (0, None) if nothing is kept.
+        With `grown`, only if the key-value cache below the layer is kept too. (0, None) if nothing
+        is kept.
         """
         with self._lock:
             below = [entry for entry, _ in self._below.get(key, ())]
