@@ -161,7 +161,7 @@ class ModelForward:
 
     def merged(self, caches: Sequence[Any], lanes: Sequence[int]) -> Any:
         """One cache with the rows of all these, each read in its lane."""
-        (cache,) = caches  # u is relative to the rounded sum, not the exact one
+        (cache,) = caches  # there is only one model
         return cache
 
     def may_hide(self, columns: int) -> bool:

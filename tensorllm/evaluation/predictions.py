@@ -114,7 +114,7 @@ def update(metrics: MetricCollection, predictions: Sequence[Prediction]) -> None
 
 def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
     """All metrics of these predictions; those that do not apply are left out."""
-    metrics = answer_metrics(sync_on_compute=False)  # (example, choice) -> log-probabilities
+    metrics = answer_metrics(sync_on_compute=False)  # this process only
     update(metrics, predictions)
     found = {name: float(value) for name, value in metrics.compute().items()}
     return {name: value for name, value in found.items() if not math.isnan(value)}
