@@ -77,7 +77,7 @@ def change_picture(
         return canvas.picture(axes, f"{prefix}loss-changes", title=title, caption=caption, alt=alt)
 
 
-SPEED = (  # its ratio, name
+SPEED = (  # key of the ratio, its label
     ("prefill", "prompt"),
     ("decode", "decoding"),
     ("weights", "weights"),
