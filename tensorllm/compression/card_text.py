@@ -116,8 +116,8 @@ def _value(value: float, interval: Sequence[float] | None, digits: int) -> str:
 
 def _again(report: Mapping[str, Any]) -> str:
     """How to repeat a compression; the recipe has the settings that resulted from all options."""
-    told_apart = ("calibration", "chosen_by")  # given by options; a record, not a setting
-    settings = {key: v for key, v in report["settings"].items() if key not in told_apart}
+    shown_elsewhere = ("calibration", "chosen_by")  # by options, or not a setting
+    settings = {key: v for key, v in report["settings"].items() if key not in shown_elsewhere}
     recipe = {"model": report["model"], "mode": report["mode"], "layers": report["layers"]}
     text = as_yaml(recipe | settings)
     revision = f" --revision {report['revision']}" if report["revision"] else ""
