@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tensorllm.evaluation.evaluate import evaluate_model
     from tensorllm.runtime import factors_as_linears, train_only_factors
 
-# Loaded at first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
+# Loaded on first use: importing torch and transformers takes seconds, `tensorllm --help` must not.
 _HOME = {
     "ActivationHybrid": "tensorllm.compressors",
     "ActivationTucker": "tensorllm.compressors",
@@ -94,7 +94,7 @@ __all__ = [
     "train_only_factors",
 ]
 
-watch()  # transformers' from_pretrained then opens factored folders
+watch()  # lets transformers' from_pretrained open factored folders
 
 
 def __getattr__(name: str) -> Any:

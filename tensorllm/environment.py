@@ -42,12 +42,12 @@ def versions() -> dict[str, str]:
 
 @cache
 def _version(name: str) -> str:
-    """Reading a package's metadata takes as long as compressing a small matrix."""
+    """A package's version; cached, as reading it takes as long as compressing a small matrix."""
     return version(name)
 
 
 def hardware() -> str:
-    """One line: processor, cores in use, and the GPUs there are."""
+    """One line: processor, cores in use, and GPUs."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -56,7 +56,7 @@ def hardware() -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use; all of the machine's where that is not known."""
+    """Processor cores that this process may use; all of the machine's if that is not known."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,21 +1,23 @@
-"""The errors a user can cause. The command line prints them as one line and exits with 2."""
+"""Errors that a user can cause or fix; the command line prints each as one line."""
 
 
 class UserError(ValueError):
-    """Wrong input: the message says what is wrong, the allowed range, and what came."""
+    """Wrong input: the message says what is wrong, what is allowed, and what was given."""
 
 
 class Incomplete(RuntimeError):
-    """The work stopped half-way for a reason outside the program (disk full, lost worker)."""
+    """Work that stopped for a reason outside the program (disk full, lost worker)."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another package's error says, at most 400 characters of it; its kind
-    where it says nothing."""
+    """The first line of another package's error message, at most 400 characters.
+
+    The error's class name if the message is empty.
+    """
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return shortened(said, 400)
 
 
 def shortened(text: str, most: int) -> str:
-    """The text, cut between words with dots behind where it has more characters than that."""
+    """The text, cut between words and ended by dots if it has more than `most` characters."""
     return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."

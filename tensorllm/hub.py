@@ -1,5 +1,6 @@
-"""The hub: whether it answers, before a download that would retry for half a minute, and what of it
-is here already.
+"""The hub: whether it answers, and what is already here.
+
+Asked before a download, which would retry for half a minute.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ from tensorllm.errors import first_line, shortened
 def why_not(
     repo: str, kind: Literal["model", "dataset"], revision: str | None = None
 ) -> str | None:
-    """One line that says why the hub cannot give a repository now, or None if it can.
+    """Why the hub cannot provide a repository now, in one line; None if it can.
 
-    In offline mode (`HF_HUB_OFFLINE`) it is not asked: what follows may find the cache. It has the
-    client's own time to answer (`HF_HUB_ETAG_TIMEOUT`, ten seconds unless set).
+    In offline mode (`HF_HUB_OFFLINE`) it is not asked: the caller may find the repository in the
+    cache. It has the client's own time to answer (`HF_HUB_ETAG_TIMEOUT`, ten seconds by default).
     """
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
@@ -31,7 +32,7 @@ def why_not(
 
 
 def reason(error: Exception) -> str:
-    """What the hub itself says about a refusal, else the error's first line."""
+    """The hub's own message about a refusal, or else the error's first line."""
     message = (getattr(error, "server_message", None) or "").strip()
     said = message.splitlines()[0] if message else first_line(error)
     return shortened(said.rstrip("."), 200)
@@ -43,13 +44,14 @@ def local_copy(
     root: Path | None = None,
     revision: str | None = None,
 ) -> Path | None:
-    """The folder of a repository that was fetched before, or None.
+    """The folder of a repository that was downloaded before; None if there is none.
 
     Args:
-        repo: its name on the hub, in any case: the hub itself does not tell them apart.
-        root: a cache of the hub (`models--OWNER--NAME/snapshots/...`, perhaps in its folder `hub`),
-            or a folder with the plain folder `OWNER/NAME` or `NAME`; None: this user's cache.
-        revision: preferred where there are several.
+        repo: its name on the hub, in any case, which the hub ignores.
+        kind: model or dataset.
+        root: a hub cache (`models--OWNER--NAME/snapshots/...`, perhaps in its folder `hub`), or a
+            folder with a plain folder `OWNER/NAME` or `NAME`; None: this user's cache.
+        revision: preferred if there are several.
     """
     if root is None:
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -64,7 +66,7 @@ def local_copy(
 
 
 def _cached(cache: Path, repo: str, kind: str, revision: str | None) -> Path | None:
-    """A repository's snapshot in a cache of the hub: the revision, `main`, or the newest."""
+    """A repository's snapshot in a hub cache: the revision, `main`, or the newest."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.file_download import repo_folder_name
@@ -72,7 +74,7 @@ def _cached(cache: Path, repo: str, kind: str, revision: str | None) -> Path | N
     place = _named(cache, repo_folder_name(repo_id=repo, repo_type=kind))
     if place is None:
         return None
-    spelt = place.name.removeprefix(f"{kind}s--").replace("--", "/")  # as it was fetched
+    spelt = place.name.removeprefix(f"{kind}s--").replace("--", "/")  # as it was downloaded
     for wanted in (revision, "main"):
         with suppress(LocalEntryNotFoundError):
             return Path(

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, locks that end with their process, journals that survive it.
+"""Atomic files, locks that end with their process, journals that survive it.
 
-Whatever the package keeps on disk goes through these functions: a process that is killed at any
-moment leaves the old file or the new one under a name, never half of one.
+Everything the package keeps on disk goes through these functions: if a process is killed at any
+moment, a name has the old file or the new one, never half of one.
 """
 
 import hashlib
@@ -28,21 +28,21 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file to write in the block; it takes the place of `path` when the block ends well.
+    """A new file to write within the block; it replaces `path` if the block succeeds.
 
     It lies in the folder of `path`, which must exist. Each process has its own, so that several may
-    write the same path: the last one wins. Where the block raises, `path` is as it was.
+    write the same path: the last one wins. If the block raises, `path` is unchanged.
 
     Yields:
         The temporary file, empty; its name begins with a dot and ends in `.tmp`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        temporary.unlink(missing_ok=True)  # of a killed process that had this one's number
+        temporary.unlink(missing_ok=True)  # left by a killed process with the same id
         with temporary.open("xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # what the umask leaves of 0o666
         yield temporary
-        temporary.chmod(mode)  # safetensors lets nobody else read what it writes
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -51,18 +51,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Write a JSON file that ends with a line break, whole or not at all."""
+    """Write a JSON file that ends with a line break, atomically."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, atomically.
 
     Raises:
         OSError: the disk is full or gone.
@@ -77,31 +77,33 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
                 temporary,
                 metadata={"format": "pt"},
             )
-        except SafetensorError as error:  # how it reports what the system refused
+        except SafetensorError as error:  # how it reports the system's errors
             raise OSError(str(error)) from error
 
 
 def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
-    """At most so many bytes a tensor takes in the header of a safetensors file.
+    """An upper bound on the bytes of a tensor's entry in a safetensors header.
 
     Args:
-        width: bytes of a number.
-        most: bytes of the file, at most.
+        name: of the tensor.
+        shape: of the tensor.
+        width: bytes per number.
+        most: upper bound on the file's size in bytes.
     """
     dtype = {1: "U8", 2: "BF16"}.get(width, "F32")
     entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [most, most]}
-    return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # braces, but a comma
+    return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # no braces, but a comma
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder nobody else writes."""
+    """Remove the temporary files of killed processes from a folder that nobody else writes."""
     for pattern in (f".*{TEMPORARY}", f"{TEMPORARY}*"):  # ours, and those of safetensors
         for half in folder.glob(pattern):
             half.unlink()
 
 
 def sync(path: Path) -> None:
-    """Return once a file, or the names in a folder, are on the disk."""
+    """Return once a file, or a folder's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -110,11 +112,11 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Let a complete folder appear under its name, and only then remove one that was there.
+    """Move a complete folder to its final name, and only then remove the one that was there.
 
     Args:
         new: on the same disk as `target`.
-        target: what is there, if anything, is put aside as `.NAME.old` in between.
+        target: an existing one is called `.NAME.old` in between.
     """
     target = target.absolute()
     old = target.with_name(f".{target.name}.old")
@@ -127,7 +129,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder in which no file can be made; where it is not there, what it would lie in."""
+    """Refuse a folder in which no file can be created; if it does not exist, its nearest parent."""
     above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     try:
         with tempfile.TemporaryFile(dir=above):
@@ -140,7 +142,9 @@ def no_space(folder: Path, error: Exception, what: str = "file") -> Incomplete:
     """The error for a disk that is full or gone.
 
     Args:
-        what: of these, the finished ones are kept for the next run.
+        folder: where writing failed.
+        error: what the system raised.
+        what: the unit of work of which finished ones are kept for the next run.
     """
     free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
     reason = getattr(error, "strerror", None) or error
@@ -152,19 +156,19 @@ def no_space(folder: Path, error: Exception, what: str = "file") -> Incomplete:
 
 @contextmanager
 def locked(path: Path, *, refusal: str | None = None) -> Iterator[None]:
-    """Hold the lock file `path` in the block; the system opens it when its holder dies.
+    """Hold the lock file `path` within the block; the system releases it if the holder dies.
 
     Args:
-        path: made where it is not there; its folder must exist.
-        refusal: what a second process gets to read, at once; None: it waits for its turn.
+        path: created if needed; its folder must exist.
+        refusal: a second process's error message, raised at once; None: it waits for its turn.
 
     Raises:
         UserError: another process, or other code of this one, holds it, and there is a `refusal`.
-        OSError: it cannot be made there.
+        OSError: it cannot be created there.
     """
     from filelock import FileLock, Timeout
 
-    path.touch()  # a file that cannot be made is to FileLock as one that is held: it waits
+    path.touch()  # FileLock would take a file that cannot be created for one that is held, and wait
     lock = FileLock(path, timeout=-1 if refusal is None else 0, poll_interval=0.02)
     try:
         lock.acquire()
@@ -173,17 +177,17 @@ def locked(path: Path, *, refusal: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        if refusal is not None:  # nobody waits for it: whoever comes makes a new one
+        if refusal is not None:  # nobody waits for it, so the next one creates a new file
             path.unlink(missing_ok=True)
         lock.release()
 
 
 class Journal:
-    """Records of finished work, a JSON line each; every process appends to a file of its own.
+    """Records of finished work, a JSON line each; every process appends to its own file.
 
     Args:
         folder: must exist.
-        stem: how the names of the journal's files begin.
+        stem: prefix of the journal's file names.
     """
 
     def __init__(self, folder: Path, stem: str = "journal") -> None:
@@ -196,13 +200,13 @@ class Journal:
             OSError: the disk is full or gone.
         """
         path = self.folder / f"{self.stem}-{socket.gethostname()}-{os.getpid()}.jsonl"
-        # A line break first: what a crash cut short before must not swallow the next record.
+        # A line break first, so that a record cut short by a crash does not swallow the next one.
         text = "\n" + "".join(json.dumps(record) + "\n" for record in records)
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
 
     def records(self) -> Iterator[Any]:
-        """All records, file by file; a line that a crash cut short counts as not there."""
+        """All records, file by file; lines cut short by a crash are skipped."""
         for path in sorted(self.folder.glob(f"{self.stem}-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError):
@@ -216,9 +220,9 @@ def sha256(path: Path) -> str:
 
 
 def sha256s(paths: Iterable[Path]) -> Iterator[str]:
-    """Checksums of several files in their order, as many at a time as there are processors.
+    """Checksums of several files in their order, computed on all cores in parallel.
 
-    Hashing and reading leave the interpreter to other threads.
+    Hashing and reading release the interpreter lock.
     """
     with ThreadPoolExecutor(cores()) as pool:
         yield from pool.map(sha256, paths)

@@ -1,6 +1,6 @@
-"""What is reported of many answers, as torchmetrics: exact over any number of devices.
+"""The reported metrics over many answers, as torchmetrics: exact over any number of devices.
 
-Every metric keeps two float64 sums, so that the sizes of batches do not matter.
+Every metric keeps two float64 sums, so that batch sizes do not matter.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ TOP = (1, 5, 10)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """How a metric is shown to people, in a table, a sentence or a plot.
+    """How a metric is shown in tables, sentences and plots.
 
     Attributes:
-        name: what it is.
-        unit: what it is counted in; empty where it is a pure number.
+        name: of the metric.
+        unit: empty for a pure number.
         digits: decimals in a table; a sentence and a plot have one less.
-        upwards: whether more is better.
+        upwards: whether larger is better.
     """
 
     name: str
@@ -32,25 +32,25 @@ class Shown:
 
     @property
     def title(self) -> str:
-        """Such as `loss, nats per token`."""
+        """A title such as `loss, nats per token`."""
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
     def better(self, change: float) -> bool:
-        """Whether a change is none for the worse."""
+        """Whether a change is not for the worse."""
         return change >= 0 if self.upwards else change <= 0
 
     def tone(self, change: float) -> str:
-        """`good` or `bad`; empty for a change that is too small to be shown."""
+        """`good` or `bad`; empty for a change that is too small to show."""
         if not float(self.brief(change)):
             return ""
         return "good" if self.better(change) else "bad"
 
     def exact(self, value: float) -> str:
-        """The value as tables have it."""
+        """The value as in tables."""
         return f"{value:.{self.digits}f}"
 
     def brief(self, value: float) -> str:
-        """The value as sentences and plots have it."""
+        """The value as in sentences and plots."""
         return f"{value:.{self.digits - 1}f}"
 
 
@@ -63,11 +63,11 @@ SHOWN = {  # by their names in results, in the order of tables
     "top_10": Shown(name="first token in top 10", unit="%"),
     "token_f1": Shown(name="token F1", unit="%"),
 }
-MAIN = ("accuracy", "loss")  # those that have intervals and tests
+MAIN = ("accuracy", "loss")  # the metrics with intervals and tests
 
 
 class Ratio(Metric):
-    """A quotient of two sums over examples, in float64; NaN terms do not count.
+    """A quotient of two sums over examples, in float64; NaN terms are left out.
 
     torchmetrics' own MeanMetric sums in float32 once a LightningModule holds it.
     """
@@ -105,16 +105,16 @@ class Exponential(Ratio):
         return super().compute().exp()
 
 
-Columns = Mapping[str, Tensor]  # of some examples, each (examples,); NaN where there is no question
+Columns = Mapping[str, Tensor]  # one value per example; NaN where there is no question
 
 
 class AnswerMetric(NamedTuple):
-    """A metric of many answers.
+    """A metric over many answers.
 
     Attributes:
-        kind: how it is made of the sums.
-        terms: what is summed, of `correct`, `log_probability`, `answer_tokens`, `rank` and
-            `token_f1`; and what the sum is divided by, where that is not the number of examples.
+        kind: how it is computed from the sums.
+        terms: of the columns (`correct`, `log_probability`, `answer_tokens`, `rank` and
+            `token_f1`): what is summed; and the weights whose sum divides it, by default 1 each.
     """
 
     kind: type[Ratio]
@@ -130,7 +130,7 @@ def _within(k: int) -> AnswerMetric:
 
 METRICS = {  # by their names in results
     "accuracy": AnswerMetric(Percentage, lambda c: (c["correct"],)),
-    # over examples, in nats per token
+    # mean over examples, in nats per token
     "loss": AnswerMetric(Ratio, lambda c: (-c["log_probability"] / c["answer_tokens"],)),
     # over tokens
     "perplexity": AnswerMetric(Exponential, lambda c: (-c["log_probability"], c["answer_tokens"])),
@@ -140,12 +140,12 @@ METRICS = {  # by their names in results
 
 
 def answer_metrics(**options: Any) -> MetricCollection:
-    """All of them by the names they have in results; `options` are torchmetrics' own."""
+    """All metrics by their names in results; `options` are torchmetrics' own."""
     made: dict[str, Any] = {name: metric.kind(**options) for name, metric in METRICS.items()}
     return MetricCollection(made, compute_groups=False)
 
 
 def add_answers(metrics: MetricCollection, columns: Columns) -> None:
-    """Let metrics count these examples."""
+    """Add these examples to the metrics."""
     for name, metric in metrics.items():
         metric.update(*METRICS[name].terms(columns))

@@ -1,4 +1,4 @@
-"""What the field of a request is on the command line, and how text that was typed is read.
+"""How the fields of a request become command-line options, and how typed text is parsed.
 
 A field `rank: Annotated[int | None, Option("The rank itself.")] = None` of a request is the option
 `--rank`; `cli/` makes a command's signature from such fields.
@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tensorllm.errors import UserError
 
-MOST_LAYERS = 100_000  # far more than any model has: a typing error must not fill the memory
+MOST_LAYERS = 100_000  # far more than any model has: a typing error must not exhaust the memory
 
 Value = int | float | str
 
@@ -21,15 +21,15 @@ class Option:
     """A field that the command line sets.
 
     Attributes:
-        help: what the help page says of it.
+        help: its text on the help page.
         flag: by default `--` and the field's name with dashes.
-        metavar: what stands for the value in the help.
-        parse: makes the field's value of (flag, the text); None: the field's type does.
+        metavar: the value's placeholder on the help page.
+        parse: makes the field's value from (flag, text); None: the field's type does.
         repeated: may be given several times; `parse` gets all the texts.
-        argument: has no flag: its place says what it is.
-        least: of a whole number.
-        needs: fields of the request of which one must be given, or have the value behind a `=`
-            (`study=claims`), or this one does nothing.
+        argument: positional, without a flag.
+        least: the least value of a whole number.
+        needs: this option does nothing unless one of these fields of the request is given, or has
+            the value after a `=` (`study=claims`).
     """
 
     help: str
@@ -72,21 +72,21 @@ def option_fields(request: type) -> list[OptionField]:
 
 
 def at_least(request: Any, name: str, least: float) -> None:
-    """Refuse a field below its least value; None is not given."""
+    """Refuse a field below its least value; None means not given."""
     value = getattr(request, name)
     if value is not None and value < least:
         raise UserError(f"{flag_of(name)} must be at least {least}, got {value}")
 
 
 def above(request: Any, name: str, bound: float) -> None:
-    """Refuse a field that is not more than a bound; None is not given."""
+    """Refuse a field that is not above a bound; None means not given."""
     value = getattr(request, name)
     if value is not None and value <= bound:
         raise UserError(f"{flag_of(name)} must be more than {bound}, got {value:g}")
 
 
 def refuse_idle(request: Any) -> None:
-    """Refuse an option that was given without what it is for."""
+    """Refuse an option that was given without one that it needs."""
     declared = {field.name: field for field in option_fields(type(request))}
     given = {name for name, field in declared.items() if getattr(request, name) != field.default}
     for name, field in declared.items():
@@ -102,11 +102,11 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-# What is typed.
+# Parsers of typed text.
 
 
 def layers(flag: str, text: str) -> tuple[int, ...] | str:
-    """`27`, `0,1` or `8-27` as layer numbers; `all` stays as it is."""
+    """Layer numbers from `27`, `0,1` or `8-27`; `all` stays as it is."""
     if text == "all":
         return text
     out: list[int] = []
@@ -126,13 +126,13 @@ def layers(flag: str, text: str) -> tuple[int, ...] | str:
 
 
 def candidates(flag: str, text: str) -> tuple[int, ...] | None:
-    """As `layers`, where all is the default: None."""
+    """As `layers`, but `all` becomes None."""
     found = layers(flag, text)
     return found if isinstance(found, tuple) else None
 
 
 def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """`304,19,2` as numbers; how many there must be is the compressor's to say."""
+    """Numbers from `304,19,2`; the compressor checks how many there must be."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -140,13 +140,13 @@ def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def names(flag: str, text: str) -> tuple[str, ...]:
-    """`q,k` as names."""
+    """Names from `q,k`."""
     del flag
     return tuple(part.strip() for part in text.split(","))
 
 
 def assignments(flag: str, items: list[str]) -> dict[str, Any]:
-    """`field=value` items, the values read as YAML."""
+    """A mapping from `field=value` items, with the values read as YAML."""
     import yaml
 
     out = {}
@@ -162,7 +162,7 @@ def assignments(flag: str, items: list[str]) -> dict[str, Any]:
 
 
 def numbers(flag: str, text: str) -> float | tuple[float, ...]:
-    """`1.5` as a number, `1.2,1.5,2` as several."""
+    """One number from `1.5`, several from `1.2,1.5,2`."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -171,7 +171,7 @@ def numbers(flag: str, text: str) -> float | tuple[float, ...]:
 
 
 def shares(flag: str, text: str) -> tuple[float, ...]:
-    """`0.5,0.9` as shares in (0, 1]."""
+    """Shares in (0, 1] from `0.5,0.9`."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -182,7 +182,7 @@ def shares(flag: str, text: str) -> tuple[float, ...]:
 
 
 def values(flag: str, text: str) -> tuple[Value, ...]:
-    """`64,96`, `0.1,0.5` or `in,in+out`: whole numbers, numbers or names."""
+    """Whole numbers, numbers or names from `64,96`, `0.1,0.5` or `in,in+out`."""
     found = tuple(_value(part.strip()) for part in text.split(","))
     if "" in found:
         raise UserError(f"{flag} takes values such as 64,96; got {text!r}")
@@ -190,7 +190,7 @@ def values(flag: str, text: str) -> tuple[Value, ...]:
 
 
 def named_values(flag: str, items: list[str]) -> dict[str, tuple[Value, ...]]:
-    """`NAME=V1,V2` items: values by name."""
+    """Values by name from `NAME=V1,V2` items."""
     out = {}
     for item in items:
         name, _, text = item.partition("=")
@@ -210,7 +210,7 @@ def _value(text: str) -> Value:
 
 
 def size(flag: str, text: str) -> int:
-    """`60MiB`, `60MB`, `1.5TB`, or a number of bytes."""
+    """Bytes from `60MiB`, `60MB`, `1.5TB`, or a number of bytes."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b|b?)\s*", text, re.IGNORECASE)
     found = 0
     if match is not None:
@@ -226,7 +226,7 @@ def size(flag: str, text: str) -> int:
 
 
 def seconds(flag: str, text: str) -> float:
-    """`90s`, `10m`, `2h`, or a number of seconds."""
+    """Seconds from `90s`, `10m`, `2h`, or a number of seconds."""
     unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
     try:
         found = float(text[:-1]) * unit if unit else float(text)

@@ -1,4 +1,4 @@
-"""How work that takes long says how far it is."""
+"""How long-running work reports its progress."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ Progress = Callable[[int, int, str], None]  # parts done, parts in all, what is 
 
 
 def quiet(done: int, total: int, what: str) -> None:
-    """The default: says nothing."""
+    """The default: reports nothing."""
 
 
 @contextmanager
 def silenced(*libraries: str) -> Iterator[None]:
-    """No warnings of libraries' loggers meanwhile; errors stay."""
+    """Hide warnings of these libraries' loggers within the block; errors are still shown."""
     loggers = [logging.getLogger(name) for name in libraries]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

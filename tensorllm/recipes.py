@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say which model, layers and settings, and where these come from."""
+"""Recipes: YAML files with a model, layers and settings, and their sources."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -21,17 +21,17 @@ from tensorllm.options import option_fields
 from tensorllm.registry import did_you_mean
 from tensorllm.requests.compress import ONLY_TYPED, SETTINGS, CompressRequest
 
-# What a recipe says beside the compressor's own settings.
+# What a recipe holds besides the compressor's own settings.
 NOTES = ("origin", "source", "published", "alternatives")
 KEYS = ("model", "dataset", "mode", "layers", *NOTES)
-# What it may say of the run: fields of the request that are no field of the mode.
+# What it may set of the run: fields of the request that are not fields of the mode.
 RUN = {
     field.name: field.kind
     for field in option_fields(CompressRequest)
     if field.name not in (*KEYS, *SETTINGS, *ONLY_TYPED)
 }
 
-# Settings of which one excludes the others: giving one drops the recipe's.
+# Settings that exclude each other: giving one drops the recipe's.
 SIZES = (("ranks", "energy", "error"), ("rho", "rank", "kept"))
 _TARGET_TYPES = get_type_hints(Budget)
 EXCLUSIVE = tuple((*names, *TARGETS) for names in SIZES)
@@ -43,8 +43,8 @@ class Recipe:
 
     Attributes:
         settings: the compressor's fields.
-        run: what it says of the run: fields of `CompressRequest` such as `calibration` and `out`.
-        notes: where it comes from.
+        run: settings of the run: fields of `CompressRequest` such as `calibration` and `out`.
+        notes: its origin, source and published results.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Recipe:
     run: dict[str, Any] = field(default_factory=dict)
 
     def compressor(self, **override: Any) -> Compressor:
-        """The strategy, with fields of the recipe replaced where given."""
+        """The strategy, with the recipe's fields replaced by those given."""
         return make_compressor(self.mode, self.settings | override)
 
 
@@ -77,7 +77,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
-    """A recipe from YAML text; `name` is what errors call it."""
+    """A recipe from YAML text; `name` is its name in errors."""
     import yaml
 
     try:
@@ -108,7 +108,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
         run={key: checked(RUN[key], values[key]) for key in of_run},
     )
     try:
-        if budget_of(recipe.mode, settings) is None:  # else the sizes are not there yet
+        if budget_of(recipe.mode, settings) is None:  # otherwise sizes are still to be chosen
             recipe.compressor()
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
@@ -116,7 +116,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 
 def budget_of(mode: str, settings: Mapping[str, Any]) -> Budget | None:
-    """The target size among the settings; None where there is none, or the mode takes it itself."""
+    """The target size among the settings; None if there is none, or the mode handles it itself."""
     wanted = {name: settings[name] for name in TARGETS if name in settings}
     if not wanted or set(wanted) <= set(fields_of(mode)):
         return None
@@ -133,12 +133,12 @@ def as_yaml(recipe: Mapping[str, Any]) -> str:
     """The text of a recipe file, keys in their order, in lines of at most 80 columns."""
     import yaml
 
-    # A line ends behind the word that passes the width.
+    # YAML ends a line after the word that exceeds the width.
     return yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=68)
 
 
 def _of_run(values: dict[str, Any]) -> list[str]:
-    """Keys that say something of the run; a field of the mode that is called so comes first."""
+    """Keys that set something of the run; a field of the mode with the same name goes first."""
     own = fields_of(values["mode"])
     return [key for key in values if key in RUN and key not in own]
 
@@ -184,7 +184,7 @@ def shipped() -> dict[str, Recipe]:
 
 @cache
 def short_names() -> dict[str, dict[str, Any]]:
-    """What is known of the models that have a short name."""
+    """Facts about the models that have a short name."""
     import yaml
 
     return dict(yaml.safe_load((files("tensorllm.configs") / "models.yaml").read_text()))
@@ -214,7 +214,7 @@ def default_recipe(model: str, mode: str, dataset: str | None = None) -> Recipe 
 
 
 def recipe_of(request: CompressRequest) -> Recipe:
-    """Recipe file or shipped recipe with the request's own settings put on top."""
+    """The recipe file or shipped recipe, overridden by the request's own settings."""
     given, base = request.given, None
     if request.config is not None:
         base = read_recipe(request.config)
@@ -251,9 +251,7 @@ def recipe_of(request: CompressRequest) -> Recipe:
 
 
 def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:
-    """The request with what its recipe says of the run, or else its model's short name, where it
-    says nothing itself.
-    """
+    """The request, completed by what its recipe, or its model's short name, sets for the run."""
     own = {field.name: field.default for field in fields(request)}
     said = {"evaluate": short_names().get(recipe.model, {}).get("evaluate"), **recipe.run}
     return replace(request, **{k: v for k, v in said.items() if getattr(request, k) == own[k]})

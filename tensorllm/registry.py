@@ -1,4 +1,4 @@
-"""Names for interchangeable things; unknown names fail with a suggestion."""
+"""Registries of interchangeable things by name; unknown names fail with a suggestion."""
 
 import importlib
 import traceback
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """`" Did you mean 'x'?"` for the closest known name, or nothing."""
+    """`" Did you mean 'x'?"` for the closest known name, or an empty text."""
     by_lower = {entry.lower(): entry for entry in known}
     close = get_close_matches(name.lower(), by_lower, n=1)
     return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def one_of(what: str, name: str, known: Sequence[str]) -> str:
-    """`name`, which must be one of a few; `what` is what an error calls it."""
+    """Return `name`, which must be one of a few; `what` names it in an error."""
     if name in known:
         return name
     hint = did_you_mean(name, list(known))
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         self.every.append(self)
 
     def register(self, name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[T], T]:
-        """Decorator: make the entry known under `name` and `aliases`; a taken name raises."""
+        """Decorator that registers an entry under `name` and `aliases`; a name in use raises."""
 
         def add(entry: T) -> T:
             for taken in (name, *aliases):
@@ -90,7 +90,7 @@ class Registry(Generic[T]):
         raise UserError(f"{entry!r} is not a registered {self.kind}")
 
     def running_in(self, frame: FrameType) -> str | None:
-        """The entry from outside the package whose own code, a method or function, a frame runs."""
+        """The entry from outside the package whose own method or function a frame executes."""
         module, names = frame.f_globals.get("__name__", ""), frame.f_locals
         if module.partition(".")[0] == __package__:
             return None
@@ -103,13 +103,13 @@ class Registry(Generic[T]):
         return None
 
     def _load_plugins(self) -> None:
-        group, self.group = self.group, None  # once; an entry point may look names up itself
+        group, self.group = self.group, None  # once; an entry point may look up names itself
         if group is not None:
             for point in entry_points(group=group):
                 try:
                     point.load()
                 except Exception as error:  # the plugin's own code may raise anything
-                    self.group = group  # said again to who asks again, not passed over
+                    self.group = group  # so that the next lookup reports it again
                     raise UserError(
                         f"the installed plugin {point.value!r} ({group}) cannot be imported: "
                         f"{type(error).__name__}: {error}. Repair or uninstall it"
@@ -134,9 +134,9 @@ def load_plugins(modules: Sequence[str]) -> None:
 
 
 def raised_by(error: BaseException) -> str | None:
-    """Such as `compressor 'mine' (mine.py, line 7)`: the plugin's code that an error came out of.
+    """The plugin's code that raised an error, such as `compressor 'mine' (mine.py, line 7)`.
 
-    None: no code of an entry from outside the package was running.
+    None if no code of an entry from outside the package was running.
     """
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         for registry in Registry.every:

@@ -1,7 +1,8 @@
-"""From factors to weights: what a site's factors stand for, in the place of its matrices.
+"""From factors to weights: write what a site's factors represent in place of its matrices.
 
-The one way in which factors become dense weights again; `runtime.install` is the one in which they
-become modules. Shapes: I inner width, D model width of a role matrix.
+The only code that turns factors back into dense weights; `runtime.install` turns them into modules.
+
+Shapes: I inner width, D model width of a role matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,15 +20,15 @@ T = TypeVar("T")
 
 
 def stacked(site: Site, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> Tensor:
-    """The site's tensor, from the model's parameters by name."""
+    """The site's stacked tensor, from the model's parameters by name."""
     geometry = roles.spec.geometry(site.layers[0])
     return site.stack([roles.read(weights, *m) for m in site.matrices], geometry)
 
 
 def dense_matrices(site: Site, factors: Factors, roles: RoleMatrices) -> list[Tensor]:
-    """The role matrices (I, D) that the factors stand for, in the order of `site.matrices`.
+    """The role matrices (I, D) that the factors represent, in the order of `site.matrices`.
 
-    They are in float32 or wider; `cast` the factors first where they are stored in a narrow dtype.
+    They are in float32 or wider; `cast` the factors first if they are stored in a narrow dtype.
     """
     return site.unstack(factors.dense(), roles.spec.geometry(site.layers[0]))
 
@@ -43,10 +44,12 @@ def write_matrices(
 def write_dense(
     site: Site, factors: Factors, roles: RoleMatrices, weights: Mapping[str, Tensor]
 ) -> None:
-    """Overwrite the site's matrices in place by what the factors stand for.
+    """Overwrite the site's matrices in place by what the factors represent.
 
     Args:
-        factors: of the site, in the dtype in which they are stored.
+        site: the site.
+        factors: in the dtype in which they are stored.
+        roles: of the model.
         weights: parameters by name; those of the site's matrices must be there.
     """
     write_matrices(site, dense_matrices(site, factors, roles), roles, weights)
@@ -56,9 +59,9 @@ def write_dense(
 def restored(
     sites: Iterable[Site], roles: RoleMatrices, weights: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Whatever the block writes to the matrices of `sites`, afterwards they are as before.
+    """Restore the matrices of `sites` after the block, whatever it writes to them.
 
-    The parameters come back bit for bit, in place, however the block ends.
+    The parameters are restored bit for bit, in place, however the block ends.
     """
     names = {roles.name(*matrix) for site in sites for matrix in site.matrices}
     before = {name: weights[name].detach().clone() for name in names}
@@ -76,10 +79,12 @@ def edited(
     roles: RoleMatrices,
     weights: Mapping[str, Tensor],
 ) -> Iterator[None]:
-    """The model with other role matrices within the block; then bit for bit as before.
+    """Replace role matrices within the block; afterwards they are restored bit for bit.
 
     Args:
         edits: sites and their new matrices (I, D), such as those of `dense_matrices`.
+        roles: of the model.
+        weights: parameters by name.
     """
     edits = list(edits)
     with restored([site for site, _ in edits], roles, weights):
@@ -90,14 +95,14 @@ def edited(
 
 
 def touched(site: Site, roles: RoleMatrices) -> set[str]:
-    """Names of the parameters that a site's factors stand for, and of those fused with them."""
+    """Names of the parameters that a site's factors replace, and of those fused with them."""
     return {name for matrix in site.matrices for name in roles.together(*matrix)}
 
 
 def sharing(
     items: Iterable[T], names_of: Callable[[T], set[str]]
 ) -> list[tuple[set[str], list[T]]]:
-    """What must be handled together because it touches the same parameter, as fused ones are.
+    """Group items that touch the same parameter, such as a fused one.
 
     Args:
         names_of: the parameters that an item touches.

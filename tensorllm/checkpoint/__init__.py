@@ -1,1 +1,1 @@
-"""Checkpoints on disk: reading, writing dense and factored folders, loading factored ones."""
+"""Checkpoints on disk: read them, write dense and factored folders, load factored ones."""

@@ -1,4 +1,4 @@
-"""config.json as a transformers config; sizes that no model can have are refused before."""
+"""Read config.json as a transformers config, after refusing impossible sizes."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from tensorllm.errors import UserError, first_line
 
-# Under every name that the table's configs give them; transformers divides by some unchecked.
+# Under every name used by the supported configs; transformers divides by some unchecked.
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -35,10 +35,10 @@ SIZES = (
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a folder; its own code is never run.
+    """The transformers config of a folder; the folder's own code is never run.
 
     Raises:
-        UserError: it is no JSON object, has impossible sizes, or transformers does not take it.
+        UserError: it is no JSON object, has impossible sizes, or transformers rejects it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> Any:
 
 
 def check_sizes(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse a size that is not a whole number of 1 or more; null is a default."""
+    """Refuse a size that is not a whole number of 1 or more; null means the default."""
     for name in SIZES:
         value = values.get(name)
         if value is None:

@@ -1,4 +1,4 @@
-"""Turn a folder with pickled weights into safetensors, without running the code a pickle can hold.
+"""Turn a folder with pickled weights into safetensors, without running code from the pickles.
 
 python -m tensorllm.checkpoint.convert FOLDER NEW_FOLDER
 """
@@ -21,7 +21,7 @@ def convert(source: Path, target: Path) -> None:
     """Write the weights of `source` to the new folder `target`, pickle file by pickle file.
 
     Raises:
-        UserError: no pickles, or one that holds more than named tensors; nothing is written.
+        UserError: there are no pickles, or one holds more than named tensors; nothing is written.
         Incomplete: the disk is full.
     """
     check_target(target, overwrite=False, source=source)
@@ -44,7 +44,10 @@ def convert(source: Path, target: Path) -> None:
 
 
 def _pickles(folder: Path) -> list[Path]:
-    """The files of weights: by their usual name, beside which a trainer may leave other pickles."""
+    """The weight files: those with the usual name, else any pickle in the folder.
+
+    A trainer may leave other pickles beside the usual ones.
+    """
     usual = sorted(folder.glob("pytorch_model*.bin"))
     return usual or sorted(path for pattern in PICKLES for path in folder.glob(pattern))
 
@@ -60,7 +63,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     )
     if not named:
         raise UserError(f"{path} must hold names and tensors only, got {type(state).__name__}")
-    return {name: t.clone() for name, t in state.items()}  # tied tensors are stored for each name
+    return {name: t.clone() for name, t in state.items()}  # tied tensors are stored under each name
 
 
 def main(arguments: Sequence[str]) -> int:

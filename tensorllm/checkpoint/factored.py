@@ -1,4 +1,4 @@
-"""The factored format: cores and factors in the place of the matrices that they stand for."""
+"""The factored format: cores and factors are stored in place of the matrices they represent."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tensorllm.weights import sharing, touched, write_dense
 
 STEM = "factored"
 METHOD = "tensorllm"
-MARKS = ("quantization_config", "transformers_weights")  # of a factored folder, in its config
+MARKS = ("quantization_config", "transformers_weights")  # in the config of a factored folder
 NOT_WITHOUT_US = "these-weights-are-factored-first-import-tensorllm.safetensors"
 README = """---
 library_name: tensorllm
@@ -43,7 +43,7 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 
 def store_site(site: Site, factors: Factors) -> tuple[StoredSite, dict[str, Tensor]]:
-    """How a site is stored: its manifest entry and its tensors under their names in the file."""
+    """A site's manifest entry, and its tensors under their names in the file."""
     tensors = {f"factors.{site.name}.{short}": t for short, t in factors.tensors().items()}
     names = dict(zip(factors.tensors(), tensors, strict=True))
     entry = StoredSite(site.name, site.layers, site.roles, site.stacking, factors.kind, names)
@@ -51,12 +51,14 @@ def store_site(site: Site, factors: Factors) -> tuple[StoredSite, dict[str, Tens
 
 
 def mark_config(config: Mapping[str, Any], weights: str) -> dict[str, Any]:
-    """config.json of a factored folder: transformers loads it with tensorllm, and not without.
+    """The config.json of a factored folder: transformers loads it only with tensorllm imported.
 
-    A way of storing weights that transformers does not know it merely warns of, and fills what it
-    misses at random. So it is sent to a file that is not there, whose name says what to do.
+    Of an unknown quantisation method transformers only warns, and fills the missing weights with
+    random numbers. So the config names a weight file that does not exist, whose name says what to
+    do.
 
     Args:
+        config: of the dense model.
         weights: the file, or the index of files, that holds the factors.
     """
     return {
@@ -67,7 +69,7 @@ def mark_config(config: Mapping[str, Any], weights: str) -> dict[str, Any]:
 
 
 def unmark_config(config: Any) -> Any:
-    """The config, in memory, of the dense model that a factored folder stands for."""
+    """Remove the marks in place, which leaves the config of the dense model."""
     for name in MARKS:
         if hasattr(config, name):
             delattr(config, name)
@@ -75,7 +77,7 @@ def unmark_config(config: Any) -> Any:
 
 
 def write_readme(folder: Path) -> None:
-    """Say how the folder is used, where it has no README.md yet."""
+    """Write a README.md that explains how to use the folder, unless it has one."""
     path = folder / "README.md"
     if not path.exists():
         write_text(path, README)
@@ -84,10 +86,10 @@ def write_readme(folder: Path) -> None:
 def rest_of(
     roles: RoleMatrices, weights: Mapping[str, Tensor], replaced: Iterable[tuple[int, str]]
 ) -> dict[str, Tensor]:
-    """Matrices that share a fused parameter with replaced ones but stay dense: `layer.role` -> it.
+    """Dense matrices that share a fused parameter with replaced ones, by `layer.role`.
 
     Args:
-        replaced: (layer, role) of the matrices that factors stand for.
+        replaced: (layer, role) of the matrices that are stored as factors.
     """
     return {
         f"{layer}.{role}": roles.read(weights, layer, role).clone()
@@ -96,7 +98,7 @@ def rest_of(
 
 
 def fused_with(roles: RoleMatrices, replaced: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-    """(layer, role) of the matrices that share a parameter with replaced ones, and are not."""
+    """(layer, role) of the matrices that share a parameter with replaced ones but stay dense."""
     replaced = set(replaced)
     others = {
         (layer, other) for layer, role in replaced for other in roles.stored(layer, role).roles
@@ -105,7 +107,7 @@ def fused_with(roles: RoleMatrices, replaced: Iterable[tuple[int, str]]) -> list
 
 
 class FactoredFolder:
-    """What a factored folder holds, read tensor by tensor.
+    """The contents of a factored folder, read tensor by tensor.
 
     Raises:
         UserError: the folder lacks a tensor that its manifest names.
@@ -127,18 +129,18 @@ class FactoredFolder:
             raise UserError(f"{folder} lacks the tensor {first}, which its manifest names")
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters that no factors stand for, as they are stored."""
+        """The parameters that are stored as they are, not as factors."""
         for name in self.stored.entries:
             if name not in self.special:
                 yield from self.stored.read([name]).items()
 
     def dense_groups(self) -> Iterator[tuple[list[StoredSite], dict[str, Tensor]]]:
-        """Sites that touch the same parameters, and these parameters rebuilt, group by group."""
+        """Groups of sites that share parameters, each with these parameters rebuilt as dense."""
         for _, group in self._groups():
             yield group, self._rebuild(group)
 
     def rebuilt(self, name: str) -> dict[str, Tensor]:
-        """A parameter that factors stand for, dense, and those that are rebuilt with it."""
+        """Rebuild a parameter that is stored as factors, and all that are rebuilt along with it."""
         return next(self._rebuild(group) for names, group in self._groups() if name in names)
 
     def _groups(self) -> list[tuple[set[str], list[StoredSite]]]:
@@ -146,7 +148,7 @@ class FactoredFolder:
         return sharing(self.manifest.sites, lambda site: names[site.name])
 
     def subset(self, wanted: set[str]) -> Manifest:
-        """The manifest of a model in which only the sites named run in their factors."""
+        """The manifest of a model in which only the named sites run as factors."""
         sites = [site for site in self.manifest.sites if site.name in wanted]
         matrices = [matrix for site in sites for matrix in site.site.matrices]
         names = {name for site in sites for name in touched(site.site, self.roles)}
@@ -190,7 +192,7 @@ class FactoredFolder:
 
 
 def dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the model that a factored folder stands for, rebuilt one by one."""
+    """Every parameter of the model that a factored folder represents, rebuilt one by one."""
     factored = FactoredFolder(folder)
     yield from factored.plain_tensors()
     for _, weights in factored.dense_groups():

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's tensors are those that its class asks for.
+"""Check that a checkpoint's tensors are those its model class needs.
 
-transformers fills what it does not find at random and passes over what it does not know, with a
-warning at most; a score of such a model is a false number. So names are judged here, for every
+transformers fills missing parameters with random numbers and ignores unknown tensors, with a
+warning at most; a score of such a model is meaningless. So names are checked here, for every
 command that reads a model, by one rule.
 """
 
@@ -17,25 +17,25 @@ from tensorllm.errors import UserError
 log = logging.getLogger(__name__)
 
 # Constants that older transformers stored beside the weights; the model makes its own.
-# (`attn.bias` is a causal mask: where attention has biases, they are of its projections.)
+# (`attn.bias` is a causal mask: attention's real biases belong to its projections.)
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|causal_mask"
     r"|(self_)?(attn|attention|crossattention)\.bias)$"
 )
-# Put before every name by what wrapped the model while it was trained or compiled.
+# Prefixes added by wrappers around a model that was trained or compiled.
 WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "_fsdp_wrapped_module.", "base_model.")
 SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What transformers found when it put tensors into a model.
+    """What transformers reported when it loaded tensors into a model.
 
     Attributes:
-        missing: parameters that no tensor was found for, tied ones aside.
-        unexpected: stored tensors that the model has no place for.
+        missing: parameters without a stored tensor, except tied ones.
+        unexpected: stored tensors that the model has no parameter for.
         mismatched: name, stored shape and the model's shape.
-        errors: what went wrong while stored tensors were turned into parameters.
+        errors: messages from converting stored tensors to parameters.
     """
 
     missing: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Findings:
 
 
 def findings_of(info: Mapping[str, Any]) -> Findings:
-    """From what `from_pretrained(..., output_loading_info=True)` tells."""
+    """Read the info that `from_pretrained(..., output_loading_info=True)` returns."""
     return Findings(
         tuple(sorted(info["missing_keys"])),
         tuple(sorted(info["unexpected_keys"])),
@@ -55,14 +55,15 @@ def findings_of(info: Mapping[str, Any]) -> Findings:
 
 
 def judge(model: Any, found: Findings, folder: Path | str) -> None:
-    """Refuse a model that is not whole; tell of stored tensors that it does not need.
+    """Refuse an incomplete model; warn of stored tensors that it does not use.
 
     Args:
-        model: of the class that the tensors were put into; its weights are not looked at.
-        folder: what messages call it.
+        model: of the class that the tensors were loaded into; its weights are not read.
+        found: what transformers reported.
+        folder: its name in messages.
 
     Raises:
-        UserError: a parameter without a tensor, a tensor without a place, or one of another shape.
+        UserError: a parameter without a tensor, a tensor without a parameter, or a wrong shape.
     """
     kind = type(model).__name__
     if found.mismatched:
@@ -90,14 +91,14 @@ def judge(model: Any, found: Findings, folder: Path | str) -> None:
 
 
 def _is_buffer(name: str) -> bool:
-    """Whether a stored tensor is a constant, such as a causal mask, and no weight."""
+    """Whether a stored tensor is a constant, such as a causal mask, and not a weight."""
     return BUFFERS.search(name) is not None
 
 
 def _is_part_of_another_head(name: str, model: Any) -> bool:
-    """Whether a tensor is of a module that stands beside the base model and this class lacks.
+    """Whether a tensor belongs to a head beside the base model that this class lacks.
 
-    Such as the classifier of another task, or a sentence encoder's pooler. What lies inside the
+    Such as the classifier of another task, or a sentence encoder's pooler. Whatever lies inside the
     base model takes part in every prediction.
     """
     below = name.removeprefix(f"{model.base_model_prefix}.")
@@ -109,7 +110,7 @@ def _is_part_of_another_head(name: str, model: Any) -> bool:
 
 
 def _hint(unexpected: Iterable[str]) -> str:
-    """Why names may not fit: they all begin with what a wrapper put before them."""
+    """Why names may not fit: they all begin with a wrapper's prefix."""
     names = list(unexpected)
     for wrapper in WRAPPERS:
         if names and all(name.startswith(wrapper) for name in names):

@@ -1,6 +1,6 @@
-"""Registers factored folders with transformers when that is imported, without importing it.
+"""Registers the factored format with transformers when that is imported, without importing it.
 
-`import tensorllm` calls `watch`. Nothing heavy may be imported here.
+`import tensorllm` calls `watch`, so nothing heavy may be imported here.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 from tensorllm.progress import silenced
 
-WATCHED = "transformers.quantizers.auto"  # the table of ways in which weights may be stored
+WATCHED = "transformers.quantizers.auto"  # transformers' table of quantisation methods
 OURS = "tensorllm.checkpoint.quantizer"
 
 
@@ -27,7 +27,7 @@ def watch() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds one module, by asking the others, and adds a line to what its import does."""
+    """Finds the watched module through the other finders, and wraps its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -42,7 +42,7 @@ class _Watcher(MetaPathFinder):
 
 
 class _Registering(Loader):
-    """Runs a module as its own loader does, then registers the factored format."""
+    """Executes a module with its own loader, then registers the factored format."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -52,7 +52,7 @@ class _Registering(Loader):
         return created
 
     def exec_module(self, module: ModuleType) -> None:
-        # Where torchao is installed this imports it, and it tells of GPU libraries it lacks.
+        # Where torchao is installed this imports it, and it logs which GPU libraries it lacks.
         with silenced("torchao", "torch.utils._pytree"):
             self._loader.exec_module(module)
         import_module(OURS)

@@ -1,4 +1,4 @@
-"""What a model is, by its content: the same under every path and on every machine."""
+"""Hashes that identify a model by its content, under any path and on any machine."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from tensorllm.checkpoint.small_files import small_files
 
 SAMPLES = 32  # places of each tensor that are read
 BYTES = 64  # at each place
-NOTES = ("_name_or_path", "transformers_version")  # of config.json: say nothing of the model
+NOTES = ("_name_or_path", "transformers_version")  # of config.json: irrelevant to the model
 
 
 def config_identity(folder: Path) -> Any:
-    """What config.json says of the model, however it is laid out."""
+    """The content of config.json, however it is laid out."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in sorted(values.items()) if key not in NOTES}
 
@@ -23,8 +23,8 @@ def config_identity(folder: Path) -> Any:
 def weights_identity(folder: Path, entries: Mapping[str, Any]) -> str:
     """A hash of names, shapes and dtypes of all tensors, and of evenly spaced bytes of each.
 
-    Whatever trains or edits a model changes nearly all numbers of a tensor, so that reading a few
-    of them tells models apart in a moment, and it does not matter how they are put into files.
+    Training or editing changes nearly all numbers of a tensor, so reading a few of them is enough
+    to tell models apart quickly; how tensors are distributed over files does not matter.
 
     Args:
         entries: of `Checkpoint`.
@@ -54,6 +54,6 @@ def files_identity(folder: Path, without: Iterable[str] = ()) -> dict[str, str]:
 
 
 def identity_of(folder: Path, entries: Mapping[str, Any]) -> str:
-    """One short name for config and weights together."""
+    """One short hash of config and weights together."""
     facts = [config_identity(folder), weights_identity(folder, entries)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

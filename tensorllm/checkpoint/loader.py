@@ -1,4 +1,4 @@
-"""Loading what is evaluated: a checkpoint folder, dense or compressed, as model and tokenizer."""
+"""Load a checkpoint folder, dense or compressed, as model and tokenizer."""
 
 import hashlib
 import json
@@ -35,8 +35,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
-MUCH_FASTER = 1.5  # so that noise does not decide
-NOTES = ("report.json", "tensorllm.json", "details.json")  # of ours: they change no score
+MUCH_FASTER = 1.5  # a margin, so that noise does not decide
+NOTES = ("report.json", "tensorllm.json", "details.json")  # our own files: they change no score
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Loader:
         folder: an ordinary checkpoint, or one that tensorllm wrote.
         dtype: of the weights in memory; None: as they are stored.
         device: where the weights go; a Trainer moves them itself.
-        language: with the head that predicts tokens; False: as it was saved.
+        language: load with the head that predicts tokens; False: as it was saved.
         verify: compare checksums of what tensorllm wrote, which reads all of it once more.
-        cache: what attention keeps of the tokens so far, of a factored folder (`load`).
+        cache: what attention keeps in the key-value cache of a factored model (see `load`).
     """
 
     folder: Path
@@ -66,7 +66,7 @@ class Loader:
             check_files(self.folder, manifest, verify=self.verify)
         config = self.config()
         if not factored and getattr(config, "quantization_config", None) is None:
-            Checkpoint(self.folder).check_readable()  # says more of what is wrong
+            Checkpoint(self.folder).check_readable()  # its message is more precise
         try:
             if factored:
                 made: nn.Module = load(
@@ -86,11 +86,11 @@ class Loader:
         return read_config(self.folder)
 
     def quickest(self, device: str | None = None, *, overflows: bool = True) -> "Loader":
-        """With the dtype that was asked for, or else the one that the model is best computed in.
+        """With the requested dtype, or else the one in which the model runs best.
 
         Args:
             device: where it will run, if not where the weights go first.
-            overflows: as of `computing_dtype`.
+            overflows: see `computing_dtype`.
         """
         if self.dtype is not None:
             return self
@@ -112,11 +112,11 @@ class Loader:
 
     @property
     def masked(self) -> bool:
-        """Whether the model fills masks in, and writes no text."""
+        """Whether it is a masked language model, which generates no text."""
         return is_masked(self.config())
 
     def manifest(self) -> Manifest | None:
-        """What tensorllm wrote about the folder, or None."""
+        """The folder's manifest; None if tensorllm did not write it."""
         return read_manifest(self.folder)
 
     def made_from(self, source: Source) -> bool:
@@ -127,12 +127,12 @@ class Loader:
         known = manifest.source.get("identity")
         if known is not None:
             return bool(known == Checkpoint(source.folder).identity)
-        # Saved from memory: the original's weights were not there any more, only its name.
+        # Saved from memory, when only the name of the original was known, not its weights.
         named = str(manifest.source.get("model"))
         return named == source.name or Path(named).resolve().name == source.folder.resolve().name
 
     def fingerprint(self) -> str:
-        """Changes when weights, config or tokenizer do, and not with the place of the folder."""
+        """A hash that changes with weights, config or tokenizer, but not with the folder's path."""
         stem = "model" if factored_manifest(self.folder) is None else STEM
         checkpoint = Checkpoint(self.folder, stem=stem)
         facts = [str(self.dtype), checkpoint.identity, files_identity(self.folder, NOTES)]
@@ -149,12 +149,12 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def computing_dtype(
     stored: torch.dtype | None, device: str, *, overflows: bool = True
 ) -> torch.dtype | None:
-    """The dtype that a model is best run in: as stored, or of 16 bits the faster on a CPU.
+    """The dtype a model runs best in: as stored, or float32 where a CPU is slow in 16 bits.
 
-    CPUs without instructions for 16 bits emulate them, many times slower.
+    CPUs without 16-bit instructions emulate them, many times slower.
 
     Args:
-        overflows: whether what overflows in float16 is to be seen, as in a score: it then stays.
+        overflows: whether overflow in float16 must show, as in a score: float16 is then kept.
     """
     narrow = (torch.bfloat16,) if overflows else (torch.bfloat16, torch.float16)
     if device != "cpu" or stored not in narrow:
@@ -165,21 +165,21 @@ def computing_dtype(
 
 @cache
 def seconds_of_product(dtype: torch.dtype) -> float:
-    """Of a product of the size that a layer has, the best of a few, on this machine."""
+    """Time of a product of the size found in a layer, the best of a few, on this machine."""
     x_ND, w_DD = torch.ones(128, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
     found = []
     for _ in range(5):
         started = time.perf_counter()
-        linear(x_ND, w_DD)  # as layers have it; `@` takes longer yet where 16 bits are emulated
+        linear(x_ND, w_DD)  # as in layers; `@` is slower still where 16 bits are emulated
         found.append(time.perf_counter() - started)
     return min(found)
 
 
 def device_of(name: str, *, decomposes: bool = False) -> str:
-    """The device of that name; `auto` is the first GPU where there is one.
+    """The device with that name; `auto` is the first GPU if there is one.
 
     Args:
-        decomposes: whether matrices will be decomposed there, for which it needs float64.
+        decomposes: whether matrices will be decomposed there, which needs float64.
 
     Raises:
         UserError: no such device, or one without float64 (`mps`) where that is needed.

@@ -1,7 +1,7 @@
-"""Loading what tensorllm wrote: dense, in its factors, or partly so; one function, `load`.
+"""Load what tensorllm wrote: dense, as factors, or partly so; by one function, `load`.
 
-transformers does the work. A factored folder opens by `from_pretrained` itself, which replaces
-modules through `install_skeleton` before it reads weights and calls `finish` behind that.
+transformers does the work. `from_pretrained` opens a factored folder too: it replaces modules
+through `install_skeleton` before it reads weights, and calls `finish` afterwards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ from tensorllm.runtime.cost import Cache, Choice, choose, keeps_dense_cache, who
 from tensorllm.runtime.install import FactoredLinear
 
 How = Literal["always", "auto", "dense"]
-CHOICES = "tensorllm_choices"  # where a model keeps how each of its sites runs
-_cache_elsewhere: Cache = "latent"  # of models that `from_pretrained` opens by itself
-# Row numbers and quantised values, which no dtype of the model applies to.
+CHOICES = "tensorllm_choices"  # the attribute with a model's choices, one per site
+_cache_elsewhere: Cache = "latent"  # for models that `from_pretrained` opens by itself
+# Row numbers and quantised values, to which the model's dtype does not apply.
 INTEGERS = {"I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 
 
@@ -40,21 +40,21 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = False,
 ) -> Any:
-    """The transformers model of a folder that tensorllm wrote.
+    """Load the transformers model of a folder that tensorllm wrote.
 
     Args:
-        policy: `dense`: as the dense model that the factors stand for; `always`: in its factors
-            wherever a module runs them; `auto`: in those that the cost model says are smaller and
-            faster. `choices_of` says how each site of the model runs.
-        cache: what attention keeps of the tokens so far: `latent`, which takes less memory where a
-            module can; `dense`: keys and values as wide as a head; `auto`: latents where decoding
-            is predicted not to be slower with them.
+        policy: `dense`: as the dense model that the factors represent; `always`: as factors
+            wherever a module can run them; `auto`: as factors where the cost model says that is
+            smaller and faster. `choices_of` says how each site of the model runs.
+        cache: what attention keeps in the key-value cache: `latent`, which takes less memory where
+            a module supports it; `dense`: full keys and values; `auto`: latents where they are
+            predicted not to slow decoding down.
         dtype: of the weights in memory; None: as they are stored.
-        verify: compare the files' checksums with the manifest's; sizes are looked at always.
+        verify: compare the files' checksums with the manifest's; sizes are always compared.
 
     Raises:
-        UserError: the folder is not ours, from a newer version, or its files have changed; it is
-            not factored, where its factors are asked for.
+        UserError: tensorllm did not write the folder, its format is newer, or its files have
+            changed; or factors are asked for and it has none.
     """
     folder = Path(folder)
     one_of("policy", policy, get_args(How))
@@ -88,10 +88,10 @@ def load(
 
 @contextmanager
 def cache_elsewhere(cache: Cache) -> Iterator[None]:
-    """What attention caches in the models that `from_pretrained` opens inside this block.
+    """Set what attention caches in models that `from_pretrained` opens within the block.
 
-    For what opens models by itself and takes no option of ours, such as a server: it may do so in
-    any thread, so the choice holds for the whole process until the block ends.
+    For programs that open models themselves and pass none of our options, such as a server. They
+    may do so in any thread, so the choice holds for the whole process until the block ends.
     """
     global _cache_elsewhere
     one_of("cache", cache, get_args(Cache))
@@ -103,16 +103,16 @@ def cache_elsewhere(cache: Cache) -> Iterator[None]:
 
 
 def choices_of(model: Any) -> list[Choice]:
-    """How each site of a model from `load` runs, and why; nothing where it was loaded dense."""
+    """How each site of a model from `load` runs, and why; empty if it was loaded as dense."""
     return list(getattr(model, CHOICES, []))
 
 
 def predicted_of(model: Any, folder: str | Path) -> tuple[float, float] | None:
-    """How many times as fast as the dense model one of `load` is predicted to be.
+    """The predicted speed of a model from `load`, relative to the dense model.
 
     Returns:
-        Of a prompt of 512 tokens and of decoding one text; None: of a mixture of experts, of which
-        a token reads some, and of a model without an output head.
+        The speedup for a prompt of 512 tokens, and for decoding one text. None for a mixture of
+        experts, of which a token uses only some, and for a model without an output head.
     """
     factored, head = FactoredFolder(Path(folder)), model.get_output_embeddings()
     spec = factored.roles.spec
@@ -124,7 +124,7 @@ def predicted_of(model: Any, folder: str | Path) -> tuple[float, float] | None:
 def _choices(
     folder: Path, manifest: Manifest, policy: Any, cache: Cache
 ) -> tuple[list[Choice], list[str]]:
-    """How each site is to run, and which cache no latents; shapes say it, no weight is read."""
+    """How each site is to run, and which cache no latents; read from shapes, not from weights."""
     factored = FactoredFolder(folder, manifest)
     entries, geometry = factored.stored.entries, factored.roles.spec.geometry
     choices, dense = [], []
@@ -147,7 +147,7 @@ def _from_state(
     dtype: torch.dtype | None,
     dense_cache: Sequence[str],
 ) -> Any:
-    """The model with the sites `wanted` in their factors and all others dense."""
+    """The model with the sites in `wanted` as factors and all others dense."""
     import transformers
 
     config = unmark_config(Checkpoint(folder, stem=STEM).config)
@@ -176,11 +176,13 @@ def install_skeleton(
     *,
     dense_cache: Sequence[str] | None = None,
 ) -> tuple[Manifest, list[Placement]]:
-    """Give a model on the meta device the factored modules of a folder, empty.
+    """Install a folder's factored modules, empty, in a model on the meta device.
 
     Args:
+        model: the dense model, on the meta device.
+        folder: a factored one.
         files: of weights, in the folder.
-        sites: names of those that run in their factors; None: all.
+        sites: names of those that run as factors; None: all.
         dense_cache: names of those whose attention caches no latents; None: as `cache_elsewhere`
             says.
 
@@ -188,7 +190,7 @@ def install_skeleton(
         The manifest of the model, and where the stored tensors go.
 
     Raises:
-        UserError: the folder's files are not what its manifest says, or cannot run factored.
+        UserError: the folder's files do not match its manifest, or the factors cannot be run.
     """
     _fetch_manifest(model, folder)
     manifest = read_manifest(folder)
@@ -227,7 +229,7 @@ def install_skeleton(
 
 
 def finish(model: Any, manifest: Manifest) -> None:
-    """What is left to do once a factored model has its weights."""
+    """Finish a factored model after its weights have been loaded."""
     for module in model.modules():
         if isinstance(module, SiteModule):
             module.finish()
@@ -235,9 +237,9 @@ def finish(model: Any, manifest: Manifest) -> None:
 
 
 def _nothing_to_initialise(model: Any) -> None:
-    """Keep transformers from initialising weights that are gone through the modules above them.
+    """Keep transformers from initialising replaced weights through the modules above them.
 
-    Only up to the layer: what lies above may still have to fill buffers of all layers.
+    Only up to the layer: modules above it may still have to fill buffers of all layers.
     """
     modules = dict(model.named_modules())
     ours = [name for name, module in modules.items() if isinstance(module, FactoredLinear | Bias)]
@@ -257,12 +259,12 @@ def _empty(info: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _fetch_manifest(model: Any, folder: Path) -> None:
-    """Bring the manifest beside weights that transformers fetched from a hub without it."""
+    """Fetch the manifest for weights that transformers downloaded from a hub without it."""
     if (folder / MANIFEST).is_file() or folder.parent.name != "snapshots":
         return
     from transformers.utils.hub import cached_file
 
-    cached_file(  # of the commit and in the cache of the weights, whichever were asked for
+    cached_file(  # from the same commit, into the same cache as the weights
         model.config.name_or_path,
         MANIFEST,
         revision=folder.name,

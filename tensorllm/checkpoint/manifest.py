@@ -18,7 +18,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class StoredSite:
-    """A site whose matrices are stored as factors: `tensors` maps the factors' names to files'."""
+    """A site stored as factors; `tensors` maps the factors' names to names in the files."""
 
     name: str
     layers: tuple[int, ...]
@@ -39,13 +39,17 @@ class StoredSite:
 
 @dataclass(slots=True)
 class Manifest:
-    """What `tensorllm.json` holds.
+    """The content of `tensorllm.json`.
 
     Attributes:
         format: `dense` (an ordinary checkpoint) or `factored`.
         source: model, revision and folder that were compressed.
-        replaced: stored parameter -> shape and dtype, of those that factors stand for.
-        rest: `layer.role` -> tensor, of matrices that stay dense in a fused, replaced parameter.
+        mode: the compressor's name.
+        settings: the compressor's fields.
+        versions: of the packages that were used.
+        sites: those stored as factors.
+        replaced: stored parameter -> shape and dtype, of those stored as factors.
+        rest: `layer.role` -> tensor, of dense matrices that belong to a fused, replaced parameter.
         files: file -> bytes and SHA-256.
     """
 
@@ -62,7 +66,7 @@ class Manifest:
 
     @property
     def compressor(self) -> dict[str, Any]:
-        """What was done, as results of the folder name it."""
+        """The compression, as results of this folder describe it."""
         return {"mode": self.mode, **self.settings, "layers": self.source.get("layers")}
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +74,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, or None where tensorllm did not write the folder.
+    """The folder's manifest; None if tensorllm did not write the folder.
 
     Raises:
         UserError: there is no such folder, or the manifest cannot be read.
@@ -100,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def factored_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder that holds factors; None for every other folder."""
+    """The manifest of a folder that holds factors; None for any other folder."""
     manifest = read_manifest(folder)
     return manifest if manifest is not None and manifest.format == "factored" else None
 
@@ -109,7 +113,7 @@ def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
     """Refuse files that are missing, truncated or changed since they were written.
 
     Args:
-        verify: not only sizes, but checksums, which takes longer than loading the files does.
+        verify: compare checksums as well as sizes, which takes longer than loading the files.
     """
     for name, facts in manifest.files.items():
         path = folder / name

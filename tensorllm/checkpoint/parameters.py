@@ -1,7 +1,7 @@
-"""Which of the stored tensors are the model's parameters, found without reading one of them.
+"""Which stored tensors are the model's parameters, found without reading any tensor.
 
-Files hold more than that: causal masks, the head of another task, a tied matrix under both of its
-names. Sizes, dtype and the search for NaN are over parameters, each once.
+Files also hold causal masks, the head of another task, or a tied matrix under both of its names.
+Sizes, dtype and the search for NaN count each parameter once.
 """
 
 import re
@@ -21,10 +21,10 @@ from tensorllm.progress import silenced
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """How stored tensors stand to a model.
+    """How stored tensors relate to a model's parameters.
 
     Attributes:
-        unused: stored, but nothing that the model reads.
+        unused: stored tensors that the model does not read.
         tied: pairs of stored names that the model may hold as one parameter.
     """
 
@@ -33,10 +33,11 @@ class Parameters:
 
 
 def parameters_in(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Parameters:
-    """Put tensors without numbers into a model without numbers, and see what becomes of them.
+    """Load tensors on the meta device into a model on the meta device, and see where they go.
 
     Args:
-        folder: what messages name.
+        folder: its name in messages.
+        config: of the model.
         shapes: of all stored tensors.
 
     Raises:
@@ -46,7 +47,7 @@ def parameters_in(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...
     kind = saved_class(config)
     model, found = _tried(kind, folder, config, shapes)
     if not config.architectures and found.missing and not _within_base(model, found):
-        # Saved without a head, and without a word about it: then it is the base model.
+        # Saved without a head, and config.json names no class: then it is the base model.
         kind = base_class(config) or kind
         model, found = _tried(kind, folder, config, shapes)
     judge(model, found, folder)
@@ -79,12 +80,12 @@ def _tried(
 
 
 def _within_base(model: Any, found: Findings) -> bool:
-    """Whether something is missing that is not the head's."""
+    """Whether a parameter outside the head is missing."""
     return any(name.startswith(f"{model.base_model_prefix}.") for name in found.missing)
 
 
 def _unused(names: Iterable[str], found: Findings, model: Any) -> Iterator[str]:
-    """The stored names that become nothing in the model; findings lack what its class ignores."""
+    """Stored names that no parameter uses; findings lack those that the model's class ignores."""
     prefix = f"{model.base_model_prefix}."
     known, unexpected = set(model.state_dict()), set(found.unexpected)
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
@@ -96,7 +97,7 @@ def _unused(names: Iterable[str], found: Findings, model: Any) -> Iterator[str]:
 
 
 def _stored(name: str, shapes: Mapping[str, Any], model: Any) -> str:
-    """What the file calls a parameter: with the base model's prefix or without; nothing if not."""
+    """A parameter's stored name, with or without the base model's prefix; empty if not stored."""
     prefix = f"{model.base_model_prefix}."
     for known in (name, name.removeprefix(prefix), f"{prefix}{name}"):
         if known in shapes:

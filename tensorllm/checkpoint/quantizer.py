@@ -1,9 +1,11 @@
-"""The factored format as transformers sees it: one more way in which weights are stored.
+"""The factored format as a transformers quantisation method.
 
 transformers reads `quantization_config` in config.json, finds `FactoredHfQuantizer` by its
 `quant_method`, and lets it replace modules before weights are read, each into its own place. The
-model that comes out is an ordinary one: it can be cast, moved, trained and saved.
-Imported by `hook` while transformers itself is being imported, so all else is imported later.
+resulting model is an ordinary one: it can be cast, moved, trained and saved.
+
+`hook` imports this while transformers itself is being imported, so everything else is imported
+later.
 """
 
 from collections.abc import Sequence
@@ -14,16 +16,16 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD, STEM = "tensorllm", "factored"  # of checkpoint.factored, which is not imported here
+METHOD, STEM = "tensorllm", "factored"  # as in checkpoint.factored, which is not imported here
 
 
 @register_quantization_config(METHOD)
 class FactoredConfig(QuantizationConfigMixin):
-    """What config.json says: which file, or index of files, holds the factors.
+    """The `quantization_config` of a factored folder: the file, or index, that holds the factors.
 
     Args:
-        folder, sites: while `load` makes a model that is partly dense: where it reads from, and
-            the names of the sites that run in their factors.
+        folder, sites: set while `load` makes a model that is partly dense: the folder to read from,
+            and the names of the sites that run as factors.
         dense_cache: names of the sites whose attention caches no latents; None: the process's
             default.
     """
@@ -44,7 +46,7 @@ class FactoredConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class FactoredHfQuantizer(HfQuantizer):
-    """Gives a model on the meta device its factored modules, and renames what is read for them."""
+    """Installs factored modules in a model on the meta device, and renames what they read."""
 
     requires_calibration = True  # a model is factored by `tensorllm compress`, not while it loads
 
@@ -80,7 +82,7 @@ class FactoredHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from tensorllm.checkpoint.loading import finish
 
-        self.remove_quantization_config(model)  # else it could not be cast, or trained
+        self.remove_quantization_config(model)  # otherwise the model could not be cast or trained
         finish(model, self._manifest)
         return model
 

@@ -1,4 +1,4 @@
-"""A local checkpoint in the layout of the hub, read a few tensors at a time."""
+"""Read a local checkpoint, in the hub's layout, a few tensors at a time."""
 
 import json
 import logging
@@ -29,13 +29,13 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies, from its file's header."""
+    """Where a tensor lies, from its file's header."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
-    start: int  # in the file
+    start: int  # offset in the file
 
     @property
     def numel(self) -> int:
@@ -43,15 +43,18 @@ class Entry:
 
 
 class Checkpoint:
-    """The weights of a folder, by name; nothing is held in memory.
+    """The weights of a folder, by name; they are read only on request.
 
     Args:
         stem: name of the weight files without its ending.
+
+    Raises:
+        UserError: it is no model folder, or its weight files cannot be read.
     """
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder, self.stem = folder, stem
-        self.unused: frozenset[str] = frozenset()  # known with `weights`
+        self.unused: frozenset[str] = frozenset()  # set by `weights`
         if not folder.is_dir():
             raise UserError(f"no such model folder: {folder}")
         refuse_adapter(folder)
@@ -61,10 +64,10 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers config; its own code is never run."""
+        """The transformers config; the folder's own code is never run."""
         config = read_config(self.folder)
         method = getattr(config, "quantization_config", None)
-        if method is not None and self.stem == "model":  # else it is our own mark
+        if method is not None and self.stem == "model":  # otherwise the factored format's own mark
             raise UserError(_quantised(self.folder, method))
         return config
 
@@ -82,7 +85,8 @@ class Checkpoint:
         """The tensors that are the model's parameters, tied ones once.
 
         Raises:
-            UserError: they are not all, or not only, those of the config's model.
+            UserError: parameters are missing, or there are tensors the config's model does not
+                have.
         """
         from tensorllm.checkpoint.parameters import parameters_in
 
@@ -98,7 +102,7 @@ class Checkpoint:
         return weights
 
     def check_readable(self) -> None:
-        """Refuse what weights cannot be stored as, by their names: integers may be masks."""
+        """Refuse weights of unsupported dtypes, by their names: other integers may be masks."""
         named = {n: e for n, e in self.entries.items() if not BUFFERS.search(n)}
         endings = (".weight", ".bias")
         check_dtypes(
@@ -119,7 +123,7 @@ class Checkpoint:
         return DTYPES[max(counts, key=lambda dtype: counts[dtype])]
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers, read a few rows at a time."""
+        """Whether two tensors hold the same numbers, compared a few rows at a time."""
         from safetensors import safe_open
 
         if self.entries[one].shape != self.entries[other].shape:
@@ -134,15 +138,15 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """The same for the same config and weights, wherever they lie and in whatever files."""
+        """The same for the same config and weights, in any folder and split over any files."""
         return identity_of(self.folder, self.entries)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What interrupted work must find unchanged to go on."""
+        """What must be unchanged for interrupted work to go on."""
         return {"source": self.identity}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, each in memory of its own.
+        """Read the named tensors, each into its own memory.
 
         A file stays mapped only while it is read: mapped pages count as resident memory.
         """
@@ -159,7 +163,7 @@ class Checkpoint:
         return out
 
     def _files(self) -> list[str]:
-        """The weight files, by transformers' own rules: a single file goes before an index."""
+        """The weight files, by transformers' own rules: a single file precedes an index."""
         folder, index = self.folder, self.folder / index_name(self.stem)
         single = f"{self.stem}.safetensors"
         if (self.folder / single).is_file():
@@ -170,7 +174,7 @@ class Checkpoint:
             try:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
                 if any(Path(file).name != file for file in files):
-                    raise ValueError  # weights lie in the folder itself, nowhere else
+                    raise ValueError  # weights must lie in the folder itself
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{index} is not a safetensors index") from None
             missing = [file for file in files if not (self.folder / file).is_file()]
@@ -199,7 +203,7 @@ class Checkpoint:
 
 
 def _quantised(folder: Path, method: Any) -> str:
-    """That weights are quantised, by what, and how to get them back in floating point."""
+    """The refusal of quantised weights: by which method, and how to get floating point ones."""
     found = method if isinstance(method, dict) else getattr(method, "__dict__", {})
     name = getattr(found.get("quant_method"), "value", found.get("quant_method"))
     return (
@@ -211,7 +215,7 @@ def _quantised(folder: Path, method: Any) -> str:
 
 
 def check_dtypes(folder: Path, weights: Mapping[str, Entry]) -> None:
-    """Refuse weights that are stored as other than floating point numbers of 16 bits or more."""
+    """Refuse weights that are not stored as floating point numbers of 16 bits or more."""
     for name, entry in weights.items():
         if entry.dtype not in DTYPES:
             raise UserError(
@@ -221,7 +225,7 @@ def check_dtypes(folder: Path, weights: Mapping[str, Entry]) -> None:
 
 
 def index_name(stem: str) -> str:
-    """Name of the file that says which shard holds which tensor."""
+    """Name of the file that maps each tensor to its shard."""
     return f"{stem}.safetensors.index.json"
 
 

@@ -1,7 +1,7 @@
-"""From the names of stored tensors to those of parameters, as transformers reads and saves.
+"""Map the names of stored tensors to those of parameters, for transformers to load and save.
 
-transformers tries the pattern of every rule on every name. A factored model has a rule for each
-tensor, so that this would grow with their square; here one table answers for all.
+transformers tries every rule's pattern on every name. A factored model has a rule for each tensor,
+so this would take quadratic time; here a single table covers all of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,12 +17,12 @@ from transformers.core_model_loading import (
 
 from tensorllm.runtime import Placement
 
-NO_NAME = "(?!)"  # a pattern that nothing matches: the tables are asked in its place
-Orders = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> the new name, the order of modes
+NO_NAME = "(?!)"  # a pattern that matches nothing: the tables are used instead
+Orders = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> the new name, and the order of modes
 
 
 class Renaming(WeightRenaming):
-    """New names by a table."""
+    """Renames tensors by a table."""
 
     __slots__ = ("names",)
 
@@ -41,7 +41,7 @@ class Renaming(WeightRenaming):
 
 
 class Reordering(WeightConverter):
-    """New names, and the modes of the tensors in another order, by the table of a `Permute`."""
+    """Renames tensors and permutes their modes, by the table of a `Permute`."""
 
     __slots__ = ()
 
@@ -57,7 +57,7 @@ class Permute(ConversionOps):
     """Permutes the modes of each tensor.
 
     Args:
-        orders: by the name that a tensor has before.
+        orders: by a tensor's name before renaming.
     """
 
     def __init__(self, orders: Orders) -> None:
@@ -65,7 +65,7 @@ class Permute(ConversionOps):
         self._by_new_name = dict(orders.values())
 
     def __deepcopy__(self, memo: object) -> Self:
-        return self  # for every tensor a rule is copied, and this never changes
+        return self  # transformers copies a rule for every tensor; this one is immutable
 
     def convert(
         self,
@@ -88,7 +88,7 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def conversions(named: Iterable[tuple[str, Placement]]) -> list[Any]:
-    """transformers' rules from stored tensors to parameters.
+    """transformers' rules for turning stored tensors into parameters.
 
     Args:
         named: each placement, with the name of its tensor in the folder.

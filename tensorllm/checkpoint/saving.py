@@ -1,4 +1,4 @@
-"""Saving a model that runs in its factors as a factored folder, through `save_pretrained`."""
+"""Save a model that runs as factors as a factored folder, through `save_pretrained`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -18,10 +18,10 @@ from tensorllm.runtime.linears import any_as_linears, as_parameters
 
 
 def record(model: Any, manifest: Manifest, placements: list[Placement] | None) -> None:
-    """Let a factored model know how it is stored, so that it saves itself as a factored folder.
+    """Record in a factored model how it is stored, so that it saves itself as a factored folder.
 
     Args:
-        placements: None: the model was read from one, and transformers knows the names.
+        placements: None: the model was read from such a folder, and transformers knows the names.
     """
     if placements is not None:
         model._weight_conversions = [*_of_the_dense(model), *conversions(manifest, placements)]
@@ -30,7 +30,7 @@ def record(model: Any, manifest: Manifest, placements: list[Placement] | None) -
 
 
 def _of_the_dense(model: Any) -> list[Any]:
-    """How transformers gets from the names in files to those of the dense model's parameters."""
+    """transformers' rules from the names in files to the dense model's parameters."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
@@ -42,11 +42,11 @@ def _of_the_dense(model: Any) -> list[Any]:
 
 
 def save_factored(model: Any, save_directory: str | Path, **kwargs: Any) -> None:
-    """`save_pretrained` of a factored model: its factors as they are now, in our format.
+    """`save_pretrained` of a factored model: its current factors, in the factored format.
 
     Args:
-        save_directory: made where it does not exist; files of the same names are replaced.
-        kwargs: as `PreTrainedModel.save_pretrained` has them.
+        save_directory: created if needed; files with the same names are replaced.
+        kwargs: those of `PreTrainedModel.save_pretrained`.
 
     Raises:
         UserError: an argument that does not apply.
@@ -59,19 +59,19 @@ def save_factored(model: Any, save_directory: str | Path, **kwargs: Any) -> None
             f"a factored model is saved without {', '.join(sorted(wrong))}; to upload it, call "
             "model.push_to_hub(repo_id)"
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # of `add_adapter`: they are saved alone
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved alone
         type(model).save_pretrained(model, save_directory, **kwargs)
         return
     if any_as_linears(model):
         kwargs["state_dict"] = as_parameters(model, kwargs.get("state_dict") or model.state_dict())
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # transformers names, ties, orders and shards; its file names must not be ours (see mark_config)
+    # transformers names, ties, orders and shards; its file names must differ (see mark_config)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as made:
         type(model).save_pretrained(model, made, **kwargs)
         _make_ours(Path(made), model)
         new = {path.name for path in Path(made).iterdir()}
-        for name in sorted(new):  # each takes the place of the old one at once
+        for name in sorted(new):  # each replaces its old version atomically
             (Path(made) / name).replace(folder / name)
         for old in folder.glob(f"{STEM}*.safetensors*"):
             if old.name not in new:
@@ -94,7 +94,7 @@ def _make_ours(made: Path, model: Any) -> None:
 
 
 def _rename_weights(made: Path) -> str:
-    """Give weight files the name of factors; returns what names them all."""
+    """Rename weight files for the factored format; returns the name of the file or index."""
     for path in made.glob("model*.safetensors"):
         path.replace(made / path.name.replace("model", STEM, 1))
     index = made / index_name("model")
@@ -114,7 +114,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def conversions(manifest: Manifest, placements: Iterable[Placement]) -> list[Any]:
-    """How transformers gets from stored tensors to parameters: names, and the order of modes."""
+    """transformers' rules from stored tensors to parameters: names, and the order of modes."""
     from tensorllm.checkpoint import renaming  # it imports transformers, which takes seconds
 
     return renaming.conversions(_stored_names(manifest, placements))

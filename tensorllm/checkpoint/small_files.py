@@ -1,7 +1,7 @@
-"""The small files of a model folder, beside its weights: all of them go with the model, but code.
+"""The small files of a model folder: everything goes with the model except weights and code.
 
-A list of what is wanted forgets what the next tokenizer needs (`bpe.codes`, chat templates). So
-what is known to be weights, pickles or code is left out, and all else is copied.
+A list of wanted names would miss what the next tokenizer needs (`bpe.codes`, chat templates). So
+known weights, pickles and code are left out, and everything else is copied.
 """
 
 import json
@@ -34,15 +34,15 @@ CODE = ("*.py", "*.pyc", "*.so", "*.dll", "*.dylib", "*.exe", "*.sh", "*.bat", "
 UNWANTED = (*(w for w in WEIGHTS if "safetensors" not in w), *PICKLED, *CODE, ".*", "*/.*")
 ADAPTER = ("adapter_config.json", "adapter_model.*")
 SMALL = 2**24  # bytes; a larger folder is a trainer's log or a data set
-CARD = "README.md"  # a model's card is written anew for what is made of it
-MODULES = "modules.json"  # sentence-transformers: which folder holds which module of a pipeline
+CARD = "README.md"  # a model card is written anew for the compressed model
+MODULES = "modules.json"  # sentence-transformers: the folder of each module of a pipeline
 
 
 def small_files(folder: Path) -> list[Path]:
-    """What is copied as it is: files of the folder, and of folders in it that belong to the model.
+    """Files to copy as they are: the folder's own, and those of its subfolders that are part of it.
 
-    Those are small folders without weights or pickles, such as `additional_chat_templates`, and
-    those that `modules.json` names, such as `1_Pooling`, whose safetensors are the model's too.
+    These are small subfolders without weights or pickles, such as `additional_chat_templates`, and
+    those that `modules.json` names, such as `1_Pooling`, whose safetensors belong to the model too.
     """
     return [*_wanted(folder.iterdir()), *_below(folder)]
 
@@ -71,7 +71,7 @@ def _wanted(files: Iterator[Path] | list[Path]) -> Iterator[Path]:
 
 
 def _modules(folder: Path) -> set[str]:
-    """The folders that a sentence-transformers pipeline is made of; none where there is none."""
+    """The folders of a sentence-transformers pipeline; empty if the model is none."""
     try:
         modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
         return {Path(module["path"]).parts[0] for module in modules if module.get("path")}

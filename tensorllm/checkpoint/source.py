@@ -1,4 +1,4 @@
-"""Where a model is: a short name, a hub id or a local folder, as a local folder in the end."""
+"""Find a model, given by short name, hub id or local folder, and return its local folder."""
 
 import json
 from contextlib import suppress
@@ -23,7 +23,7 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model: its name for reports, revision, and the folder that holds it."""
+    """A model: its name for reports, its revision, and the folder that holds it."""
 
     name: str
     revision: str | None
@@ -31,12 +31,15 @@ class Source:
 
 
 def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Source:
-    """The local folder of a model, downloaded to the hub's cache where it has to be.
+    """The local folder of a model, downloaded to the hub's cache if necessary.
 
     Args:
         model: a short name (`tensorllm list models`), a local folder, or a hub id.
         revision: branch, tag or commit on the hub.
-        hint: what to do when the hub does not give it.
+        hint: advice for when the download fails.
+
+    Raises:
+        UserError: no such model, or it cannot be downloaded.
     """
     known = short_names().get(model)
     if known is not None and "package" in known:
@@ -53,7 +56,7 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
 
 
 def _convert(path: Path) -> str:
-    """How a GGUF file becomes a folder."""
+    """How to turn a GGUF file into a folder."""
     folder, file = path.parent, path.name
     return (
         f"{path} is a GGUF file, whose weights are mostly quantised. Make a folder of it once, in "
@@ -64,7 +67,7 @@ def _convert(path: Path) -> str:
 
 
 def check_name(model: str) -> None:
-    """Refuse what can be no model, without asking the hub."""
+    """Refuse a name that cannot be a model, without asking the hub."""
     path = Path(model).expanduser()
     if model in short_names() or path.is_dir():
         return
@@ -104,7 +107,7 @@ def _download(hub_id: str, revision: str | None, hint: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cached copy holds all of a model: other programs fetch its tokenizer alone, say."""
+    """Whether a cached copy is complete: other programs may have fetched only the tokenizer."""
     try:
         indices = [json.loads(p.read_text()) for p in folder.glob("*.safetensors.index.json")]
         named = {file for index in indices for file in index["weight_map"].values()}

@@ -1,10 +1,10 @@
-"""The factored format as vLLM sees it: one more quantisation method, by its own plugin interface.
+"""The factored format as a vLLM quantisation method, by vLLM's plugin interface.
 
 vLLM imports this module by the entry point `vllm.general_plugins`; nothing else does. A linear
-layer of vLLM, which may stand for several matrices of the checkpoint (q, k and v in one), gets the
+layer of vLLM, which may fuse several matrices of the checkpoint (q, k and v in one), gets the
 modules that run their factors; attention, cache and scheduling stay vLLM's. Where factors cannot
-stand alone (some matrices of the layer are dense, stored interleaved, or the layer is split over
-devices), the layer is filled with the dense weights that they stand for.
+replace the whole layer (some of its matrices are dense or stored interleaved, or it is split over
+devices), the layer is filled with the dense weights that the factors represent.
 
 Written against vLLM 0.33.
 """
@@ -35,17 +35,17 @@ from tensorllm.hub import local_copy
 from tensorllm.runtime.sites import module_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OURS = ("factors.", "rest.")  # how the names of tensors begin that only we read
-SHARDS = ("q", "k", "v")  # what vLLM's joined attention projection calls its parts
+OURS = ("factors.", "rest.")  # prefixes of tensor names that only we read
+SHARDS = ("q", "k", "v")  # vLLM's names for the parts of its fused attention projection
 
 
 def register() -> None:
-    """Tell vLLM of the method; the entry point calls it in each of vLLM's processes."""
+    """Register the method; the entry point calls this in each of vLLM's processes."""
     register_quantization_config(METHOD)(FactoredVLLMConfig)
 
 
 class Parts:
-    """What stands for the linears of a factored folder, made when it is asked for.
+    """The modules or weights of a factored folder's linear layers, made on request.
 
     Args:
         folder: one that `tensorllm compress --format factored` wrote.
@@ -54,11 +54,11 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = FactoredFolder(folder)
         self._made: dict[tuple[str, torch.dtype], dict[tuple[int, str], nn.Module]] = {}
-        self._rebuilt: dict[str, Tensor] = {}  # with a weight that was asked for, until they are
+        self._rebuilt: dict[str, Tensor] = {}  # rebuilt along with others, not asked for yet
 
     @cached_property
     def sites(self) -> dict[str, dict[str, StoredSite]]:
-        """Path of a linear in the checkpoint -> role -> the site that stands for that matrix."""
+        """Path of a linear layer in the checkpoint -> role -> the site with that matrix."""
         found: dict[str, dict[str, StoredSite]] = defaultdict(dict)
         for entry in self.folder.manifest.sites:
             for layer, role in entry.site.matrices:
@@ -67,7 +67,7 @@ class Parts:
         return found
 
     def alone(self, path: str) -> bool:
-        """Whether factors stand for all of a linear, each role's outputs in one piece."""
+        """Whether factors replace all of a linear layer, each role's outputs being contiguous."""
         by_role, roles = self.sites.get(path, {}), self.folder.roles
         for role, entry in by_role.items():
             (layer,) = {n for n, other in self._matrices(entry, path) if other == role}
@@ -84,7 +84,7 @@ class Parts:
         return bool(by_role)
 
     def modules(self, path: str, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
-        """The module of each role of a linear, in order; those of one site share its factors."""
+        """The module of each role of a linear layer, in order; one site's modules share factors."""
         by_role, roles = self.sites[path], self.folder.roles
         first = next(iter(by_role.values()))
         layer = next(n for n, _ in self._matrices(first, path))
@@ -96,7 +96,7 @@ class Parts:
             yield self._made[key][layer, role]
 
     def dense(self, path: str) -> Tensor:
-        """The (out, in) weight that factors of a linear stand for, whole or in part."""
+        """The dense (out, in) weight of a linear layer that is wholly or partly factored."""
         name = f"{path}.weight"
         if name not in self._rebuilt:
             self._rebuilt.update(self.folder.rebuilt(name))
@@ -126,7 +126,7 @@ class Parts:
 
 
 class FactoredVLLMConfig(QuantizationConfig):
-    """What `"quant_method": "tensorllm"` in config.json stands for in vLLM."""
+    """vLLM's counterpart of `"quant_method": "tensorllm"` in config.json."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,13 +148,13 @@ class FactoredVLLMConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FactoredVLLMConfig":
-        del config  # says what transformers needs; the folder's manifest says the rest
+        del config  # meant for transformers; the folder's manifest says the rest
         return cls()
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Learn which folder it is; a model of the hub has to be in its cache by then."""
+        """Find the folder; a model of the hub must be in the local cache by then."""
         del hf_config
         here = Path(model_name)
         folder = here if here.is_dir() else local_copy(model_name, "model", revision=revision)
@@ -167,7 +167,7 @@ class FactoredVLLMConfig(QuantizationConfig):
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """vLLM's models do not know the factors' names; the layers read these themselves."""
+        """Hide the factors' names from vLLM's models; the layers read these tensors themselves."""
         return WeightsMapper(orig_to_new_prefix=dict.fromkeys(OURS))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
@@ -191,7 +191,7 @@ class FactoredVLLMConfig(QuantizationConfig):
 
 
 class FactoredMethod(LinearMethodBase):
-    """A linear of vLLM that runs in factors: the outputs of the checkpoint's linears, in a row."""
+    """A vLLM linear layer that runs as factors; it concatenates the checkpoint layers' outputs."""
 
     def __init__(self, parts: Parts, paths: list[str]) -> None:
         self.parts, self.paths = parts, paths
@@ -226,7 +226,7 @@ class FactoredMethod(LinearMethodBase):
 
 
 class DenseMethod(UnquantizedLinearMethod):
-    """An ordinary linear of vLLM, given the weights that factors stand for."""
+    """An ordinary vLLM linear layer, filled with the weights that the factors represent."""
 
     def __init__(self, parts: Parts, shards: Mapping[str, str | int | None]) -> None:
         super().__init__()

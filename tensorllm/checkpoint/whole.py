@@ -1,4 +1,4 @@
-"""The one way from a folder to a transformers model: what is not whole is refused."""
+"""Load a folder as a transformers model, refusing incomplete ones."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from tensorllm.models.task import language_model_class, saved_class
 from tensorllm.progress import silenced
 
 ADAPTER = "adapter_config.json"
-# The first prints a table of names, which `judge` says in a line. Where its logger has a level of
-# its own, transformers also has the second list the layers that are not sharded over GPUs.
+# The first prints a table of names, which `judge` reports in one line. Where its logger has a
+# level of its own, transformers also makes the second list layers that are not sharded over GPUs.
 NOISY = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
 
 
@@ -26,15 +26,15 @@ def load_whole(
     language: bool = True,
     changed: bool = False,
 ) -> Any:
-    """The model of a folder in evaluation mode, every weight read from there.
+    """The model of a folder in evaluation mode, with every weight read from there.
 
     Args:
         folder: an ordinary checkpoint, or a factored one.
         config: its config.
         dtype: of the weights in memory; None: as they are stored.
-        language: with the head that predicts tokens, whatever class the folder was saved from;
+        language: load with the head that predicts tokens, whatever class the folder was saved from;
             False: as it was saved.
-        changed: the config differs from the folder's own, and counts.
+        changed: use `config` even though it differs from the folder's own.
 
     Raises:
         UserError: a parameter is missing, unexpected, or of another shape.
@@ -46,15 +46,15 @@ def load_whole(
 
 
 def load_state(state: dict[str, Any], config: Any, dtype: torch.dtype | None, folder: Path) -> Any:
-    """The model of tensors that are in memory; `folder` is what messages name."""
+    """The model of tensors that are in memory; `folder` is its name in messages."""
     kind = saved_class(config)
     return _made(kind, None, folder, config=config, state_dict=state, dtype=dtype or config.dtype)
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuse a folder whose weights are not all: transformers would apply the adapter beside them.
+    """Refuse a folder with an adapter, which transformers would apply to the weights beside it.
 
-    Compressed without it, the model would be another one than is scored.
+    Compressed without the adapter, it would not be the model that is scored.
     """
     if (folder / ADAPTER).is_file():
         raise UserError(
@@ -65,7 +65,7 @@ def refuse_adapter(folder: Path) -> None:
 
 @contextmanager
 def without_bar() -> Iterator[None]:
-    """Let transformers show no progress of what takes no time."""
+    """Hide transformers' progress bar for loading that takes no time."""
     from transformers.utils import logging as library
 
     shown = library.is_progress_bar_enabled()

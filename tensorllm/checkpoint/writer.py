@@ -1,7 +1,7 @@
-"""Writing a checkpoint shard by shard into a folder that appears only when it is complete.
+"""Write a checkpoint shard by shard into a folder that appears only when it is complete.
 
-Work goes to a hidden folder beside the target, with a journal of the shards that are finished. Run
-again, a killed run skips what the journal has.
+Work goes to a hidden folder beside the target, with a journal of the finished shards. When a killed
+run is repeated, it skips what the journal has.
 """
 
 import json
@@ -35,7 +35,7 @@ SHARD_BYTES = 2**29
 
 
 def as_written(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor in main memory; floating point numbers in this dtype, or as they are (None)."""
+    """The tensor on the CPU; floating point numbers are cast to `dtype`, None: as they are."""
     return t.to("cpu", dtype if t.is_floating_point() else None)
 
 
@@ -72,17 +72,18 @@ def exclusive(target: Path) -> Iterator[None]:
 class ShardWriter:
     """Collects tensors and writes them in shards; `finish` puts the folder in its place.
 
-    Used as a context. A block that ends in a `UserError` was refused: what it wrote is thrown away.
-    Whatever else ends it was an interruption, and the next run goes on from what is there.
+    Used as a context manager. If the block ends in a `UserError`, the work was refused and what it
+    wrote is deleted. Any other error is an interruption, and the next run goes on from there.
 
-    A thread computes a written shard's checksum, and enters it into the journal, while the next one
-    is being filled.
+    While the next shard is being filled, a thread computes the last one's checksum and enters it in
+    the journal.
 
     Args:
         target: the folder to make; it must not exist unless `overwrite`.
         stem: name of the weight files (`model` or `factored`).
-        fingerprint: names the work; a journal of other work is thrown away.
-        shard_bytes: a shard is written as soon as it holds as much.
+        fingerprint: identifies the work; a journal of other work is deleted.
+        shard_bytes: a shard is written as soon as it is this large.
+        overwrite: replace an existing folder.
     """
 
     def __init__(
@@ -115,23 +116,23 @@ class ShardWriter:
 
     @property
     def finished(self) -> dict[str, Any]:
-        """Units of work that an earlier, interrupted run finished, with their notes."""
+        """Units of work that are in the journal, with their notes."""
         return {name: note for shard in self._journal["shards"] for name, note in shard["units"]}
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
-        """The files of weights written so far, each with its bytes and SHA-256."""
+        """The weight files written so far, each with its bytes and SHA-256."""
         self._settle()
         shards = [shard for shard in self._journal["shards"] if shard["names"]]
         return {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in shards}
 
     @property
     def bytes(self) -> int:
-        """Of all these files."""
+        """Total size of these files."""
         return sum(facts["bytes"] for facts in self.files.values())
 
     def add(self, unit: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
-        """Take the tensors of one unit of work; one that an earlier run finished is passed over."""
+        """Add the tensors of one unit of work; skip it if an earlier run finished it."""
         if unit in self._earlier:
             return
         self._buffer |= {name: t.contiguous() for name, t in tensors.items()}
@@ -156,14 +157,14 @@ class ShardWriter:
         self._buffer, self._units = {}, {}
 
     def _enter(self, shard: dict[str, Any]) -> None:
-        """The journal has the shard from now on: another run need not write it again."""
+        """Enter a shard in the journal: from now on, another run need not write it again."""
         if "file" in shard:
             shard["sha256"] = sha256(self.folder / shard["file"])
         self._journal["shards"].append(shard)
         self.write_json(JOURNAL, self._journal)
 
     def _settle(self) -> None:
-        """Wait until the journal has the shard that was written last."""
+        """Wait until the last shard written is in the journal."""
         entering, self._entering = self._entering, None
         if entering is not None:
             try:
@@ -172,21 +173,21 @@ class ShardWriter:
                 raise no_space(self.folder, error) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file of the folder, whole or not at all."""
+        """Write a JSON file in the folder, atomically."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file of the folder, whole or not at all."""
+        """Write a small file in the folder, atomically."""
         try:
             write_text(self.folder / name, text)
         except OSError as error:
             raise no_space(self.folder, error) from error
 
     def copy(self, source: Path, name: Path | None = None) -> None:
-        """Copy a small file, such as the tokenizer's, as it is.
+        """Copy a small file, such as the tokenizer's, unchanged.
 
         Args:
-            name: where it goes below the folder; its own name by default.
+            name: its path in the folder; None: its own name.
         """
         target = self.folder / (name or source.name)
         try:
@@ -196,7 +197,7 @@ class ShardWriter:
             raise no_space(self.folder, error) from error
 
     def name_files(self) -> str:
-        """Give the shards their final names, and an index where there are several.
+        """Give the shards their final names, and write an index if there are several.
 
         Returns:
             The name of the one file, or of the index: what transformers looks for.
@@ -209,7 +210,7 @@ class ShardWriter:
             many = f"{self.stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             final = single if len(shards) == 1 else many
             old = self.folder / shard["file"]
-            if old.exists():  # else renamed by a run that was killed after this
+            if old.exists():  # otherwise renamed by a run that was killed after this
                 old.replace(self.folder / final)
             shard["file"] = final
         if len(shards) == 1:
@@ -222,16 +223,16 @@ class ShardWriter:
         return index_name(self.stem)
 
     def finish(self) -> None:
-        """Let the complete folder appear under its name."""
+        """Move the complete folder to its final name."""
         for path in self.folder.iterdir():
             sync(path)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         sync(self.folder)
-        check_target(self.target, overwrite=self.overwrite)  # another run may have come first
+        check_target(self.target, overwrite=self.overwrite)  # another run may have been faster
         replace_folder(self.folder, self.target)
 
     def discard(self) -> None:
-        """Throw away all that was written: the work was refused, not interrupted."""
+        """Delete all that was written: the work was refused, not interrupted."""
         self._beside.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 

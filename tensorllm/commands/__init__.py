@@ -1,1 +1,1 @@
-"""Compress, evaluate, search: where the parts are put together."""
+"""The commands: compress, evaluate, search and others, assembled from the other packages."""

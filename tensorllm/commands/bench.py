@@ -1,4 +1,4 @@
-"""`tensorllm bench`: a factored folder beside the dense model that it stands for."""
+"""`tensorllm bench`: a factored folder beside the dense model that it represents."""
 
 import json
 import subprocess
@@ -21,12 +21,12 @@ from tensorllm.runtime.cost import Cache, Choice, Policy
 from tensorllm.runtime.measure import Measured, measure
 
 KINDS = ("dense", "factored")
-PROMPT, NEW = 512, 32  # tokens, where the model takes as many
+PROMPT, NEW = 512, 32  # tokens, if the model's context allows
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Both models' figures, how every site ran, and where all this was."""
+    """Both models' figures, how every site ran, and the environment."""
 
     models: dict[str, Measured]
     choices: list[Choice]
@@ -67,14 +67,15 @@ class Bench:
 
 
 def bench(request: BenchRequest, progress: Progress = quiet) -> Bench:
-    """Measure a factored folder, in its factors and dense, in turns in one process.
+    """Measure a factored folder, as factors and as a dense model, alternately in one process.
 
     Args:
-        progress: called with (turns done, turns in all, what is timed), then with (models done,
+        request: the folder, and what is measured.
+        progress: called with (rounds done, rounds in all, what is timed), then with (models done,
             models in all, that it is their memory).
 
     Raises:
-        UserError: not a factored folder, or numbers that make no sense.
+        UserError: not a factored folder, or invalid numbers.
         Incomplete: a process that measures memory died.
     """
     for name in ("prompt_tokens", "new_tokens", "repeats"):
@@ -112,7 +113,7 @@ def bench(request: BenchRequest, progress: Progress = quiet) -> Bench:
 
 
 def _lengths(request: BenchRequest, limit: int | None) -> tuple[int, int]:
-    """Tokens of the prompt and new ones, which must fit the model's context together."""
+    """Numbers of prompt tokens and new tokens, which must fit the model's context together."""
     prompt, new = request.prompt_tokens, request.new_tokens
     if new is None:
         new = NEW if limit is None else min(NEW, limit // 4)

@@ -1,4 +1,4 @@
-"""`tensorllm list`: what there is, as rows of text."""
+"""`tensorllm list`: compressors, models, datasets and so on, as rows of text."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ def _recipes() -> list[Row]:
 
 
 def _layers(recipe: "Recipe") -> str:
-    """Such as `11` or, where the FFN's layers are others, `11+24`; ? was never published."""
+    """Layers such as `11`, or `11+24` if the FFN's differ; `?` if they were never published."""
     shown = [
         "?" if layers is None else _plain(layers)
         for layers in (recipe.layers, recipe.settings.get("ffn_layers", recipe.layers))

@@ -55,9 +55,9 @@ class StudyCell:
 def claims(
     request: ReproduceRequest, progress: Progress = quiet, methods: Sequence[Method] = METHODS
 ) -> dict[str, Any]:
-    """Run the cells that are not finished yet, and tell them all.
+    """Run the cells that are not finished yet, and return the results of all.
 
-    The results of every model that was studied into the same folder are in its `claims.json`.
+    The results of all models studied in the same folder are in its `claims.json`.
 
     Raises:
         UserError: the model is masked, data are missing, or the folder holds another run's cells.
@@ -66,7 +66,7 @@ def claims(
     study = ClaimStudy(request, methods)
     try:
         study.run(progress)
-    except (KeyboardInterrupt, Incomplete):  # what is finished is reported, too
+    except (KeyboardInterrupt, Incomplete):  # finished cells are reported, too
         study.keep(study.results())
         raise
     found = study.results()
@@ -75,7 +75,7 @@ def claims(
 
 
 class ClaimStudy:
-    """The cells of one model, their files, and the model once it is needed."""
+    """The cells of one model, their files, and the model, loaded when it is needed."""
 
     def __init__(self, request: ReproduceRequest, methods: Sequence[Method] = METHODS) -> None:
         self.request = request
@@ -96,7 +96,7 @@ class ClaimStudy:
 
     @property
     def cells(self) -> list[StudyCell]:
-        """Draw by draw: an unfinished study has something of every dataset."""
+        """Draw by draw, so that an unfinished study has results for every dataset."""
         return [
             StudyCell(dataset, draw, method)
             for draw in range(self.request.draws)
@@ -116,7 +116,7 @@ class ClaimStudy:
         return StudyModel(self.loader, self.methods, examiners=len(self.datasets) + 1)
 
     def run(self, progress: Progress) -> None:
-        """Every cell that is not finished: choose, then tell."""
+        """Run every unfinished cell: choose an edit, then score it."""
         to_do = [cell for cell in self.cells if not self._finished(cell)]
         for done, cell in enumerate(to_do):
             progress(done, len(to_do), cell.name)
@@ -137,7 +137,7 @@ class ClaimStudy:
             file.write(self.subject.on_test(self.questions[dataset], point))
 
     def results(self) -> dict[str, Any]:
-        """All cells of this model, those that were not run named as such."""
+        """The results of all cells of this model; cells that were not run are marked."""
         cells = corrected([self._result(cell) for cell in self.cells])
         return {
             "model": self.name,
@@ -153,10 +153,10 @@ class ClaimStudy:
         }
 
     def keep(self, found: dict[str, Any]) -> None:
-        """Put the results beside those of other models."""
+        """Save the results beside those of other models."""
         path = self.request.out / RESULTS
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f".{RESULTS}.lock")):  # models may be studied side by side
+        with locked(path.with_name(f".{RESULTS}.lock")):  # several models may be studied at once
             known = json.loads(path.read_text()) if path.is_file() else {}
             write_json(path, {**known, self.name: found})
 
@@ -181,7 +181,7 @@ class ClaimStudy:
         return all(self._test(cell.dataset, point).read() is not None for point in points)
 
     def _cell(self, cell: StudyCell) -> dict[str, Any] | None:
-        """What a finished cell tells; None: it is not finished."""
+        """The result of a finished cell; None: it is not finished."""
         chosen = self._choice(cell).read()
         if chosen is None:
             return None
@@ -189,7 +189,7 @@ class ClaimStudy:
             return {"found": REFUSED, "sentence": chosen["refused"]}
         before = self._predictions(cell.dataset, None)
         after = self._predictions(cell.dataset, Point(**chosen["point"]))
-        if before is None or after is None:  # killed between the choice and the test
+        if before is None or after is None:  # interrupted between the choice and the test
             return None
         return result_of(chosen, before, after, self.questions[cell.dataset].frequency())
 
@@ -198,7 +198,7 @@ class ClaimStudy:
         return None if kept is None else [prediction_of(row) for row in kept["predictions"]]
 
     def _test(self, dataset: str, point: Point | None) -> CellFile:
-        """The file of the test rows' predictions: cells with the same edit share it."""
+        """The file of the predictions on the test rows, shared by cells with the same edit."""
         key = "" if point is None else "-" + hashlib.sha256(point.key.encode()).hexdigest()[:12]
         name = "original" if point is None else f"{point.mode}{key}"
         test_rows = examples_fingerprint(self.questions[dataset].test)

@@ -35,13 +35,14 @@ from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
 
 def run(request: CompressRequest, progress: Progress = quiet) -> CompressionReport | DryRun | None:
-    """Do what was asked, and score the model before and after where that is wanted.
+    """Compress as requested, and score the model before and after if asked to.
 
-    Started by `torchrun`, all processes fit and the first one does the rest; None in the others.
+    Started by `torchrun`, all processes take part in the fit and the first one does the rest; the
+    others return None.
 
     Raises:
         UserError: the request contradicts itself, the recipe, the model or the folder.
-        Incomplete: the folder could not be finished; the same request goes on.
+        Incomplete: the folder could not be finished; the same request resumes it.
     """
     load_plugins(request.plugins)
     recipe = recipe_of(request)
@@ -70,11 +71,11 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
 
 
 def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[CompressionReport]:
-    """A folder for each of several ratios, all from one measurement of the calibration text.
+    """Write a folder for each of several ratios, all from one measurement of the calibration text.
 
     Raises:
-        UserError: as `run`; and without `calibration` and `out`, or where sizes are searched for.
-        Incomplete: a folder could not be finished; those before it are there.
+        UserError: as `run`; also without `calibration` and `out`, or if sizes must be searched for.
+        Incomplete: a folder could not be finished; earlier ones are complete.
     """
     ratios = request.target_ratio
     assert isinstance(ratios, tuple), "asked only for several"
@@ -90,7 +91,7 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
     first = made[0]
     assert first.calibration is not None
     for task in made:
-        dry_run(task)  # what can be refused is refused before the fit
+        dry_run(task)  # refuses what can be refused before the fit
     targets = [Budget(target_ratio=ratio) for ratio in ratios]
     loader = Loader(first.source, first.dtype, first.device, language=False)
     model = loader.quickest(overflows=False)()
@@ -105,9 +106,9 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
 
 
 def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]:
-    """What is to be made, of which model; the request is a completed one.
+    """The task of a completed request, and its model.
 
-    All that can be refused without the model is refused before it is fetched.
+    Whatever can be refused without the model is refused before it is downloaded.
     """
     check_name(recipe.model)
     budget = budget_of(recipe.mode, recipe.settings)
@@ -148,7 +149,7 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
 
 
 def compressor_of(recipe: Recipe, budget: Budget | None, source: Source) -> Compressor:
-    """The strategy of a recipe; where a budget is to choose its sizes, at the smallest."""
+    """The strategy of a recipe; at its smallest sizes if a budget will choose them."""
     if budget is None:
         return make_compressor(recipe.mode, recipe.settings)
     rest = {key: value for key, value in recipe.settings.items() if key not in TARGETS}
@@ -189,7 +190,7 @@ def _in_memory(
     plan_jobs(strategy, roles, task.layers)
     loader = Loader(task.source, task.dtype, task.device, language=score is not None)
     in_bytes = task.aim is not None and task.aim.target_bytes is not None
-    if (score or task.calibration) and not in_bytes:  # bytes are counted as the model is held
+    if (score or task.calibration) and not in_bytes:  # bytes count the model as held
         loader = loader.quickest(overflows=score is not None)
     model = loader()
     tokenizer = loader.tokenizer() if score else None

@@ -1,5 +1,6 @@
-"""`tensorllm evaluate`: a checkpoint, alone or beside the original it was made from, scored by
-Lightning's Trainer into a folder of results.
+"""`tensorllm evaluate`: score a checkpoint, alone or beside the original it was made from.
+
+Lightning's Trainer scores it, into a folder of results.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metri
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The content of results.json, and predictions: of the model, of the original beside it."""
+    """The content of results.json, the model's predictions, and the original's if there is one."""
 
     results: dict[str, Any]
     predictions: list[Prediction]
@@ -55,15 +56,16 @@ class Evaluation:
 
 
 def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation:
-    """Score the model on the dataset; with `compressed`, original and compressed.
+    """Score the model on the dataset; with `compressed`, the original and the compressed one.
 
     Args:
-        progress: called with (examples scored, examples in all, which model) where there is one
-            process; several have the Trainer's bar.
+        request: the models, the dataset, and how they are scored.
+        progress: called with (examples scored, examples in all, which model) if there is one
+            process; several show the Trainer's bar.
 
     Raises:
         UserError: wrong input.
-        Incomplete: the run stopped half-way; the same request goes on where it stopped.
+        Incomplete: the run was interrupted; the same request resumes it.
     """
     devices = _check(request)
     protocol = PROTOCOLS[request.protocol]
@@ -118,7 +120,7 @@ def _dataset(name: str, request: EvaluateRequest) -> ReasoningDataModule:
 
 
 def _logger(request: EvaluateRequest) -> Any:
-    """The logger of Lightning that was named or given."""
+    """Lightning's logger that was named or given."""
     if request.logger is None or isinstance(request.logger, str):
         return make_logger(request.logger, request.log_dir, "evaluate")
     return request.logger
@@ -130,7 +132,7 @@ def _calibrated(scored: Scored, choices: Sequence[str]) -> Scored:
 
 
 def _check(request: EvaluateRequest) -> Devices:
-    """Refuse what needs no model to be refused; where it is to run."""
+    """Refuse what can be refused without the model; returns where to run."""
     load_plugins(request.plugins)
     check_options(request.trainer)
     one_of("--cache", request.cache, get_args(Cache))
@@ -176,7 +178,7 @@ def _loaders(request: EvaluateRequest, devices: Devices, source: Source) -> dict
 def _made_with(
     request: EvaluateRequest, devices: Devices, source: Source, loader: Loader
 ) -> dict[str, Any]:
-    """What names the model and the machine in results.json."""
+    """What identifies the model and the machine in results.json."""
     manifest = loader.manifest()
     return {
         "model": source.name,

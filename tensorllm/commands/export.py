@@ -1,4 +1,4 @@
-"""`tensorllm export`: a factored folder as an ordinary checkpoint, a graph, or in few bits."""
+"""`tensorllm export`: a factored folder as an ordinary checkpoint, a graph, or quantised."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class NarrowExport:
 
 @dataclass(frozen=True, slots=True)
 class QuantisedExport:
-    """A factored folder whose factors have few bits, site by site."""
+    """A factored folder with quantised factors, site by site."""
 
     out: Path
     how: str
@@ -73,7 +73,7 @@ class QuantisedExport:
 def run(
     request: ExportRequest, progress: Progress = quiet
 ) -> Export | NarrowExport | QuantisedExport:
-    """Write the folder that is asked for.
+    """Write the requested folder.
 
     Raises:
         UserError: not a factored folder, or options that exclude one another.

@@ -1,4 +1,4 @@
-"""`tensorllm generate`: text from any folder, a factored one in its factors."""
+"""`tensorllm generate`: generate text with any folder; a factored one runs as factors."""
 
 import logging
 from typing import Any, get_args
@@ -26,15 +26,17 @@ LOG = logging.getLogger(__name__)
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
-    """The prompts and what the model writes behind them, one text per prompt; its answers alone
-    where the prompts are messages of a chat.
+    """The prompts with the model's continuations, one text per prompt.
+
+    If the prompts are messages of a chat, only the answers are returned.
 
     Args:
-        progress: called with (tokens written, the most there may be, what is done).
+        request: the model, the prompts, and how tokens are chosen.
+        progress: called with (tokens generated, the most there may be, what is done).
 
     Raises:
-        UserError: settings out of range, no tokenizer, or a model that writes no text or whose
-            scores are NaN.
+        UserError: settings out of range, no tokenizer, a model that generates no text, or scores
+            that are NaN.
     """
     load_plugins(request.plugins)
     _check(request)
@@ -63,7 +65,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
 
     def count(ids: Tensor, scores: Any) -> Tensor:
         progress(ids.shape[1] - read, most, "writing")
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # no reason to stop
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # never stop
 
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
     out = model.generate(
@@ -72,7 +74,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         max_new_tokens=most,
         num_beams=request.beams,
         do_sample=request.temperature > 0,
-        pad_token_id=PAD,  # masked out before a prompt, and cut off behind a text's end
+        pad_token_id=PAD,  # masked out before a prompt, and cut off after a text's end
         logits_processor=refuse_nan(),
         stopping_criteria=StoppingCriteriaList([count]),
         **(sampling if request.temperature > 0 else {}),
@@ -88,7 +90,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
 def loaded(
     request: GenerateRequest | SampleRequest, *, policy: Policy = "always", cache: Cache = "auto"
 ) -> tuple[Any, Any]:
-    """The model on its device, in its factors where it has them, and its tokenizer."""
+    """The model on its device, as factors if it is factored, and its tokenizer."""
     folder = resolve(request.model, request.revision).folder
     device = device_of(request.device)
     loader = Loader(folder, dtype_of(request.dtype), verify=request.verify).quickest(device)
@@ -103,7 +105,7 @@ def loaded(
 
 
 def _until_end(ids: list[int], eos: frozenset[int]) -> list[int]:
-    """The tokens up to the one that ends the text; what follows it is padding."""
+    """The tokens up to the one that ends the text; what follows is padding."""
     end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
     return ids[: end + 1]
 

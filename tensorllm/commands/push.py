@@ -1,4 +1,4 @@
-"""`tensorllm push`: a folder of ours on the Hugging Face hub, checked and with its card."""
+"""`tensorllm push`: upload a folder to the Hugging Face hub, checked and with its card."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,12 +11,12 @@ from tensorllm.errors import UserError
 from tensorllm.hub import reason
 from tensorllm.requests.others import PushRequest
 
-HIDDEN = ".*"  # of file managers and of an interrupted command
+HIDDEN = ".*"  # hidden files, such as those of an interrupted command
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Where a folder is now, and what a reader would look for in its card in vain."""
+    """Where a folder was uploaded, and what a reader would miss in its card."""
 
     url: str
     commit: str
@@ -32,11 +32,11 @@ class Pushed:
 
 
 def push(request: PushRequest) -> Pushed:
-    """Upload a folder in one commit; the repository is made where there is none.
+    """Upload a folder in one commit; the repository is created if there is none.
 
     Raises:
-        UserError: the folder is not ours, not whole or has changed, there is no token, or the hub
-            refuses or cannot be reached.
+        UserError: tensorllm did not write the folder, it is incomplete or has changed, there is no
+            token, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

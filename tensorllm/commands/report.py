@@ -19,7 +19,7 @@ NEEDED = ("matplotlib", "jinja2")
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The page, its plots as files of their own, and the model cards that were extended."""
+    """The page, the files of its plots, and the model cards that were extended."""
 
     page: Path
     plots: list[Path]
@@ -37,12 +37,12 @@ def report(runs: Sequence[Path], out: Path, *, cards: bool = False) -> Page:
     """Write the page of these runs to `out`, and its plots into a folder beside it.
 
     Args:
-        runs: folders that tensorllm wrote, or files of what it printed with --json.
-        out: the HTML file; a page that was made before is replaced, anything else is not.
-        cards: put the measurements into the model cards of the checkpoints among the runs.
+        runs: folders that tensorllm wrote, or files with its --json output.
+        out: the HTML file; an earlier page is replaced, any other file is refused.
+        cards: add the measurements to the model cards of the checkpoints among the runs.
 
     Raises:
-        UserError: a path that is no run, or a place that cannot be written.
+        UserError: a path that is no run, or a file that cannot be written.
         Incomplete: the disk is full.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]

@@ -1,4 +1,4 @@
-"""`tensorllm reproduce`: the published tables, measured beside published, cell by cell."""
+"""`tensorllm reproduce`: measure the published tables again, cell by cell."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -42,11 +42,11 @@ from tensorllm.requests.search import SearchRequest
 
 
 def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Outcome]:
-    """Run every published cell that is not finished yet; each is kept as soon as it is.
+    """Run every published cell that is not finished yet; each is saved as soon as it is.
 
     Raises:
         UserError: weights or data are missing, the folder holds another run's cells or cannot be
-            written, or no cell takes the layer.
+            written, or `layer` fits none of the cells.
     """
     request = replace(request, device=device_of(request.device, decomposes=True))
     check_writable(request.out)
@@ -54,10 +54,12 @@ def reproduce(request: ReproduceRequest, progress: Progress = quiet) -> list[Out
 
 
 def rehearse(request: ReproduceRequest, progress: Progress = quiet) -> ReproductionPlan:
-    """Run every cell on a tiny random model of the architecture, of which nothing is kept, and
-    predict what the real run takes.
+    """Run every cell on a tiny random model of the architecture, and predict the real run's cost.
+
+    Nothing is kept of the tiny runs.
 
     Args:
+        request: as for the real run.
         progress: called with (cells that ran, cells in all, the cell).
     """
     request = replace(request, device=device_of(request.device, decomposes=True))
@@ -90,7 +92,7 @@ def rehearse(request: ReproduceRequest, progress: Progress = quiet) -> Reproduct
 
 
 def _wanted(request: ReproduceRequest) -> list[Cell]:
-    """The cells that were asked for; a layer that none of them can take is refused."""
+    """The requested cells; refuses a layer that none of them can use."""
     wanted = cells(request.model, request.datasets)
     layers = short_names()[request.model]["sizes"]["layers"]
     if request.layer is not None and not 0 <= request.layer < layers:
@@ -120,7 +122,7 @@ def _run(
     loader = Loader(folder, dtype_of(request.dtype), request.device)
     model = tokenizer = None
     found: dict[int, dict[str, Any]] = {}
-    # Searches load a model of their own: they come first, so that there is one at a time.
+    # Searches load a model of their own: they run first, so that only one is in memory.
     order = sorted(range(len(to_do)), key=lambda i: not _searches(to_do[i], request))
     for done, i in enumerate(order):
         cell = to_do[i]
@@ -140,10 +142,10 @@ def _run(
 
 
 def _search_cell(cell: Cell, folder: Path, request: ReproduceRequest) -> dict[str, Any]:
-    """Metrics of a cell whose layer was never published: the best one on the validation part.
+    """Metrics of a cell whose layer was never published: the best layer on the validation part.
 
-    Everything else is the recipe's. The study stays in the output folder: a search that was killed
-    goes on from its finished trials.
+    All other settings are the recipe's. The study stays in the output folder, so that a search that
+    was killed resumes from its finished trials.
     """
     found = search.run(_search_of(cell, folder, request)).results
     winner = dict(found["winner"])
@@ -153,7 +155,7 @@ def _search_cell(cell: Cell, folder: Path, request: ReproduceRequest) -> dict[st
 
 
 def _search_of(cell: Cell, folder: Path, request: ReproduceRequest) -> SearchRequest:
-    """The search over layers that finds a cell's."""
+    """The search over layers for a cell."""
     assert cell.recipe is not None
     fixed, grid = search_settings(cell)
     return SearchRequest(
@@ -175,7 +177,7 @@ def _search_of(cell: Cell, folder: Path, request: ReproduceRequest) -> SearchReq
 
 
 def _searches(cell: Cell, request: ReproduceRequest) -> bool:
-    """Whether the cell's layer has to be found."""
+    """Whether the cell's layer must be searched."""
     return cell.searched and request.layer is None
 
 
@@ -189,13 +191,13 @@ def _origin(cell: Cell, request: ReproduceRequest) -> str:
 
 
 def _path(cell: Cell, request: ReproduceRequest) -> Path:
-    """Where the finished cell is kept."""
+    """Where the finished cell is saved."""
     name = cell.name.replace(" (", "-").rstrip(")")
     return request.out / cell.model / cell.dataset / f"{name}.json"
 
 
 def _file(cell: Cell, request: ReproduceRequest) -> CellFile:
-    """The file of a cell, with what another run must agree with."""
+    """The file of a cell, with the facts that another run must agree with."""
     facts = {
         "weights_identity": weights_identity(request.model, request.weights),
         "data_identity": data_identity(cell.dataset, request.data),

@@ -1,4 +1,4 @@
-"""`tensorllm sample`: a calibration set that the model writes itself."""
+"""`tensorllm sample`: a calibration set that the model generates itself."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from tensorllm.requests.others import SampleRequest
 
 @dataclass(frozen=True)
 class Sampled:
-    """What was written where."""
+    """What was written, and where."""
 
     file: Path
     sequences: int
@@ -33,11 +33,11 @@ class Sampled:
 
 
 def sample(request: SampleRequest, progress: Progress = quiet) -> Sampled:
-    """A file of JSON lines, one sequence per line in the field `text`; whole or not there.
+    """Write a file of JSON lines, one sequence per line in the field `text`, atomically.
 
     Raises:
-        UserError: numbers out of range, a file that is there already, no tokenizer, or a model
-            that writes no text.
+        UserError: numbers out of range, a file that exists, no tokenizer, or a model that
+            generates no text.
     """
     load_plugins(request.plugins)
     if request.out.exists() and not request.overwrite:

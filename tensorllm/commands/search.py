@@ -1,4 +1,4 @@
-"""`tensorllm search-ranks`: one process or several, then the winner on the test part."""
+"""`tensorllm search-ranks`: search in one process or several, then test the winner."""
 
 import logging
 import tempfile
@@ -34,7 +34,7 @@ from tensorllm.search.study import Study
 
 LOG = logging.getLogger(__name__)
 
-FEW = 100  # validation examples; fewer cannot tell ten points apart
+FEW = 100  # validation examples; with fewer, ten points may be chance
 
 OnTrials = Callable[[Sequence[FrozenTrial]], None]
 
@@ -43,12 +43,13 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
     """Search, and score the winner on the test part.
 
     Args:
+        request: what is searched, and how.
         progress: called with (trials done, trials in all, the best so far), then with (test
-            examples scored, in all, of which model).
+            examples scored, examples in all, which model).
 
     Raises:
         UserError: the request does not fit the model, the data or the study.
-        Incomplete: the study cannot be written, or no trial came to its end.
+        Incomplete: the study cannot be written, or no trial was examined in full.
     """
     check_workers(request.workers)
     load_plugins(request.plugins)
@@ -75,7 +76,7 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
 
 
 def _folder(request: SearchRequest, stack: ExitStack) -> Path:
-    """The study's folder: the given one, or a temporary one that goes with `stack`."""
+    """The study's folder: the given one, or a temporary one that `stack` removes."""
     if request.study is not None:
         if (request.study / CONFIG).is_file():
             raise UserError(f"--study {request.study} is a model's folder; give another folder")
@@ -97,7 +98,7 @@ def _explore(
     progress: Progress,
     on_trials: OnTrials | None = None,
 ) -> None:
-    """Examine every trial of a study, with as many workers as were asked for."""
+    """Examine every trial of a study, with the requested number of workers."""
     study.fill(queue)
     study.original(queue)
 
@@ -105,7 +106,7 @@ def _explore(
         trials = queue.trials()
         if on_trials is not None:
             on_trials(trials)
-        # A sampler makes up for infeasible trials: they are none of those that were asked for.
+        # Infeasible trials are replaced by the sampler and do not count as requested ones.
         counted = trials if study.grid else [t for t in trials if not infeasible(t)]
         done = sum(t.state.is_finished() for t in counted)
         goal = study.goal_of(queue)
@@ -115,7 +116,7 @@ def _explore(
 
     if study.request.workers > 1:
         run_workers(study, folder, lambda: report(study, queue))
-    while True:  # until all have ended, those of other machines and dead workers included
+    while True:  # until all have ended, including those of other machines and dead workers
         study.work(queue, report)
         if study.late:
             return
@@ -131,7 +132,7 @@ def _explore(
 def _next(
     study: Study, queue: TrialQueue, folder: Path, steps: Sequence[Step], progress: Progress
 ) -> Step | None:
-    """The best edit on top of these; None where nothing is left to edit, or nothing gains."""
+    """The best edit on top of these; None if nothing is left to edit, or nothing improves."""
     wanted = on_top(study.request, folder, steps)
     above = Study(wanted, study.deadline)
     if study.late or not above.points:

@@ -1,6 +1,6 @@
 """`tensorllm serve`: transformers' own server, in a process that knows the factored format.
 
-`transformers serve` imports no package of others, so by itself it cannot open a factored folder.
+`transformers serve` imports no other packages, so by itself it cannot open a factored folder.
 """
 
 import socket
@@ -17,12 +17,12 @@ from tensorllm.requests.others import ServeRequest
 from tensorllm.runtime.cost import Cache
 
 PORTS = range(1, 2**16)
-MARK = "@"  # transformers' server reads a revision behind it
+MARK = "@"  # transformers' server takes what follows it as a revision
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a model answers.
+    """Where a model is served.
 
     Attributes:
         url: what OpenAI's clients call `base_url`.
@@ -46,10 +46,12 @@ def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:
     """Answer requests of OpenAI's clients until the process is interrupted.
 
     Args:
-        announce: called before the model is loaded, once all that can be refused was looked at.
+        request: the model and the address.
+        announce: called before the model is loaded, once everything else has been checked.
 
     Raises:
-        UserError: no server is installed, the address cannot be used, or the model writes no text.
+        UserError: no server is installed, the address cannot be used, or the model generates no
+            text.
     """
     from transformers.utils.import_utils import is_serve_available
 
@@ -84,7 +86,7 @@ def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Refuse what cannot be listened at before a model is loaded for it."""
+    """Refuse an address that cannot be used, before a model is loaded for it."""
     if port not in PORTS:
         raise UserError(f"--port must be in {PORTS[0]}..{PORTS[-1]}, got {port}")
     try:

@@ -1,1 +1,1 @@
-"""Jobs over sites, in memory and from folder to folder; the report with every ratio by its name."""
+"""Compress models, in memory and from folder to folder, and report every ratio by its name."""

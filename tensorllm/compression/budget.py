@@ -1,4 +1,4 @@
-"""Sizes for every site of a model out of one budget, from the weights alone."""
+"""Share one budget out among all sites of a model, from the weights alone."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -31,12 +31,19 @@ def sized(
     *,
     progress: Progress = quiet,
 ) -> PerLayer:
-    """The strategy at sizes that meet a budget with about the least error; site by site.
+    """The strategy with a size for each site that meets a budget at about the least error.
 
     Args:
-        compressor: at whatever sizes (`Compressor.budget_settings`).
-        read: gives parameters of the model.
+        compressor: with any sizes (`Compressor.budget_settings`).
+        roles: of the model.
+        read: reads parameters of the model by name.
         total: parameters of the whole model.
+        budget: the target.
+        layers: counted from 0; None: all.
+        progress: called with (sites done, sites in all, what is done).
+
+    Returns:
+        One edit per site whose size is not zero.
 
     Raises:
         UserError: a strategy that needs a text or has no error curves, or a target out of reach.
@@ -46,7 +53,7 @@ def sized(
     jobs = decompositions(compressor, roles, layers).jobs
     geometry = roles.spec.geometry
     before = sum(geometry(n).numel(r) for job in jobs for n, r in job.site.matrices)
-    budget.numbers(before, total)  # what no sizes can meet is refused before spectra are computed
+    budget.numbers(before, total)  # refuse impossible targets before spectra are computed
     curves = _curves(jobs, roles, read, progress)
     least = sum(int(curve.cost_N[0]) for curve in curves.values())
     numbers = budget.numbers(before, total, least)
@@ -97,6 +104,6 @@ def _curves(
 
 
 def _edit(leaf: Any, site: Site, size: Size) -> dict[str, Any]:
-    """As one of the edits of `PerLayer`."""
+    """The site's edit, as `PerLayer` takes it."""
     mode, settings = settings_of(leaf.at_size(site, size))
     return {"layers": list(site.layers), "mode": mode, **settings}

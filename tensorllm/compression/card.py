@@ -1,6 +1,6 @@
-"""The README.md of a checkpoint folder: a model card as the Hugging Face hub reads it.
+"""Write the README.md of a checkpoint folder: a model card as the Hugging Face hub reads it.
 
-Our part stands between two marks, so that it can be written anew while the rest stays.
+Our part stands between two marks, so that it can be rewritten while the rest stays.
 """
 
 import json
@@ -41,13 +41,13 @@ def card(
     origin: Mapping[str, Any] | None = None,
     measured: Sequence[BeforeAfter] = (),
 ) -> str:
-    """The card of a folder.
+    """The model card of a folder.
 
     Args:
-        report: the content of report.json; the scores it holds are shown too.
+        report: the content of report.json; the scores in it are shown too.
         config: the content of config.json.
         previous: a card to extend: the folder's own, or that of the original model.
-        origin: what else is known of the original (`origin.origin`); what its card says goes first.
+        origin: what else is known of the original (`origin.origin`); its own card takes precedence.
         measured: further measurements, shown in order.
     """
     kept, text = _split(previous)
@@ -73,25 +73,25 @@ def card(
 
 
 def rewrite_card(folder: Path, measured: Sequence[BeforeAfter] = ()) -> None:
-    """Write the card of a finished folder anew, from its report, with measurements."""
+    """Rewrite the card of a finished folder from its report, with measurements."""
     report, config = (json.loads((folder / name).read_text()) for name in (REPORT, "config.json"))
     path = folder / CARD
     write_text(path, card(report, config=config, previous=text_of(path), measured=measured))
 
 
 def text_of(path: Path) -> str:
-    """A card's text, whatever its encoding; empty where there is none."""
+    """A card's text, whatever its encoding; empty if there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def card_lacks(card: str) -> tuple[str, ...]:
-    """What a reader of the hub looks for first and a card does not say, such as the licence."""
+    """The fields a reader of the hub looks for first and that a card lacks, such as the licence."""
     values, _ = _split(card)
     return tuple(name for name in NEEDED if not values.get(name))
 
 
 def hub_id(model: str) -> str | None:
-    """The id on the hub of a model that a report names; None for a local folder."""
+    """The hub id of a model that a report names; None for a local folder."""
     known = short_names().get(model)
     if known is not None:
         return known.get("hub")
@@ -134,13 +134,13 @@ def _metadata(
     }
     if base is not None:
         values["base_model"] = base
-    if results:  # the hub wants the name of what was measured, and only then
+    if results:  # the hub wants a model name along with results, and only then
         values |= {"model_name": name, "eval_results": results}
     return ModelCardData(**values).to_yaml()
 
 
 def _dataset(name: str) -> dict[str, Any]:
-    """The dataset as the hub knows it, by its repository there where it has one."""
+    """The dataset for the hub's metadata: its repository and configuration if it has one."""
     source = DATASETS[name].source if name in DATASETS else None
     if source is None:
         return {"dataset_type": name, "dataset_name": name}
@@ -149,7 +149,7 @@ def _dataset(name: str) -> dict[str, Any]:
 
 
 def _beside(found: BeforeAfter, metric: str) -> dict[str, Any]:
-    """What makes a value readable: its interval, and the original model's value."""
+    """A value's context: its interval, and the original model's value."""
     out: dict[str, Any] = {}
     if interval := found.intervals_after.get(metric):
         out["interval_95"] = [round(end, 4) for end in interval]
@@ -159,7 +159,7 @@ def _beside(found: BeforeAfter, metric: str) -> dict[str, Any]:
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
-    """Metadata worth keeping and text of a card; one that cannot be read is all text."""
+    """The metadata worth keeping and the text of a card; an unreadable card is all text."""
     from huggingface_hub import ModelCard
 
     if not card.strip():
@@ -179,7 +179,7 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
-    """The hub's name of what the model does."""
+    """The hub's name for the model's task."""
     for name in config.get("architectures") or []:
         for ending, task in TASKS.items():
             if name.endswith(ending):

@@ -22,7 +22,7 @@ def body(
     task: str | None,
     measured: Sequence[BeforeAfter],
 ) -> str:
-    """Markdown, without front matter; the arguments are those of `card.card`."""
+    """The card as Markdown, without front matter; the arguments are those of `card.card`."""
     decomposed = bool(report["sites"])
     mode, _ = asked_for(report["mode"], report["settings"])
     parts = [
@@ -115,9 +115,9 @@ def _value(value: float, interval: Sequence[float] | None, digits: int) -> str:
 
 
 def _again(report: Mapping[str, Any]) -> str:
-    """The recipe holds what the shipped one and the command line's options came to."""
-    told_apart = ("calibration", "chosen_by")  # the text by options; why these edits by no setting
-    settings = {key: v for key, v in report["settings"].items() if key not in told_apart}
+    """How to repeat a compression; the recipe has the settings that resulted from all options."""
+    shown_elsewhere = ("calibration", "chosen_by")  # by options, or not a setting
+    settings = {key: v for key, v in report["settings"].items() if key not in shown_elsewhere}
     recipe = {"model": report["model"], "mode": report["mode"], "layers": report["layers"]}
     text = as_yaml(recipe | settings)
     revision = f" --revision {report['revision']}" if report["revision"] else ""
@@ -141,7 +141,7 @@ def _again(report: Mapping[str, Any]) -> str:
 
 
 def _exported(report: Mapping[str, Any]) -> str:
-    """How a folder was made of an ordinary one, nothing of which was decomposed."""
+    """How a folder was exported from an ordinary one, of which nothing was decomposed."""
     version = report["environment"].get("versions", {}).get("tensorllm", "")
     return (
         f"## Make it again\n\nWith tensorllm {version}:\n\n```\ntensorllm export MODEL FOLDER "
@@ -150,13 +150,13 @@ def _exported(report: Mapping[str, Any]) -> str:
 
 
 def _fitted_to(text: Mapping[str, Any]) -> str:
-    """What FILE was, and what was drawn of it; what SAMPLED and DISTILLED were."""
+    """Which texts FILE, SAMPLED and DISTILLED were, and what was drawn from them."""
     lost = (
         " The loss on them rose by {loss_increase:.4f} from {loss:.4f} nats per token."
         if "loss_increase" in text
         else ""
     ).format_map(text)
-    # Folders from before this was noted do not say it.
+    # Older folders do not have it.
     ran = f" The model ran in {text['dtype']}." if "dtype" in text else ""
     other = " DISTILLED was `{source}`, all of its {sequences:,} sequences; SHA-256: `{sha256}`."
     taught = other.format_map(text["to_distill"]) if "to_distill" in text else ""

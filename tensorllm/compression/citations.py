@@ -1,4 +1,4 @@
-"""The papers that a model card names, by the address a compressor gives as its source."""
+"""BibTeX of the papers that a model card cites, by the address a compressor gives as its source."""
 
 PAPERS = {
     "https://arxiv.org/abs/2501.15674": """@inproceedings{gu2025tensorllm,
@@ -45,8 +45,10 @@ ALWAYS = ("https://arxiv.org/abs/2501.15674", "https://arxiv.org/abs/2312.13558"
 
 
 def citation(source: str) -> str:
-    """Markdown: BibTeX of the two papers all this rests on, and of the strategy's own; its address
-    where that is no paper known here, such as the source of a plugin."""
+    """Markdown with BibTeX of the two papers tensorllm rests on, and of the strategy's own.
+
+    A source that is not among the papers here, such as a plugin's, is given by its address.
+    """
     cited = dict.fromkeys((*ALWAYS, source))
     entries = "\n\n".join(PAPERS[url] for url in cited if url in PAPERS)
     own = f"\n\nThe method itself: <{source}>" if source and source not in PAPERS else ""

@@ -1,6 +1,6 @@
-"""What stands beside the weights of every folder that is written, whichever road it came by.
+"""Write what stands beside the weights of every folder, however the weights were made.
 
-`compress` and the exports alike end with `complete`: small files, config, manifest, report, card.
+`compress` and all exports end with `complete`: small files, config, manifest, report, card.
 """
 
 import json
@@ -30,20 +30,21 @@ def complete(
     details: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what goes beside the weights, and let the folder appear under its name.
+    """Write what goes beside the weights, and move the folder to its final name.
 
     Args:
-        source: the folder that the weights were made from: its tokenizer and other small files go
-            with them, and its card goes on.
+        writer: has written the weights.
+        source: the folder that the weights were made from: its tokenizer and other small files are
+            copied, and its card is extended.
         config: config.json of the new folder.
-        manifest: None: of a folder that is no checkpoint of ours, such as a graph.
+        manifest: None: the folder is no checkpoint, such as a graph.
         report: report.json; None: what was done is not known, so there is no card either.
-        details: what a report draws of each site; None: as it stands in the source.
+        details: what a report draws of each site; None: copied from the source.
         origin: what is known of the original besides its card (`origin.origin`).
     """
     for path in small_files(source):
         below = path.relative_to(source)
-        if below.as_posix() not in OURS:  # a module in a folder of its own has its config.json, too
+        if below.as_posix() not in OURS:  # a module in a subfolder has its own config.json
             writer.copy(path, below)
     writer.write_json("config.json", config)
     if manifest is not None:
@@ -60,7 +61,7 @@ def complete(
 
 
 def dense_config(source: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The config.json of a folder's model, without what says that it is factored."""
+    """The config.json of a folder's model, without the marks of the factored format."""
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     for name in MARKS:
         config.pop(name, None)

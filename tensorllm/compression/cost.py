@@ -1,4 +1,4 @@
-"""What a compression costs on this machine, predicted to about a factor of two."""
+"""Predict what a compression costs on this machine, to about a factor of two."""
 
 import time
 from collections.abc import Iterable
@@ -6,19 +6,19 @@ from math import prod
 
 
 def decomposition_seconds(shapes: Iterable[tuple[int, ...]], speed: float) -> float:
-    """Predicted time to decompose tensors of these shapes.
+    """Predicted time, in seconds, to decompose tensors of these shapes.
 
-    The work is some passes of products with the second largest mode; ten fit a GPT-J layer with one
-    HOOI sweep on two cores (1.1 s at 156 GFLOP/s).
+    Modelled as ten passes of products with the second largest mode, which fits a GPT-J layer with
+    one HOOI sweep on two cores (1.1 s at 156 GFLOP/s).
 
     Args:
-        speed: float32 flop per second, as `gemm_speed` gives it.
+        speed: float32 flop per second, as `gemm_speed` measures it.
     """
     return sum(10.0 * prod(shape) * sorted(shape)[-2] for shape in shapes) / speed
 
 
 def gemm_speed() -> float:
-    """Float32 matrix products of this machine's processor, in flop per second."""
+    """Speed of float32 matrix products on this machine's processor, in flop per second."""
     import torch
 
     size = 1024

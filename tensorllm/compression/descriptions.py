@@ -1,6 +1,6 @@
-"""What a compression did, in plain words, from the sites of its report.
+"""Describe in plain words what a compression did, from the sites of its report.
 
-A report is shown without the plugin whose kinds of factors it names, too.
+Works without the plugin whose kinds of factors a report names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +14,14 @@ from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, STACKINGS, fa
 
 Sites = Sequence[Mapping[str, Any]]
 Group = tuple[tuple[tuple[str, ...], str], Sites]  # roles and kind of factors, and their sites
-MOST = 3  # groups of matrices that are listed one by one
+MOST = 3  # groups of matrices that are listed separately
 
 
 def done_in_words(sites: Sites) -> str:
     """Such as `attention of layer 1 as a shared Tucker tensor of ranks (64, 16, 4), ...`."""
     parts = []
     groups = _grouped(sites)
-    if len(groups) > MOST:  # a line for each would be a list, not a sentence
+    if len(groups) > MOST:  # a phrase for each would be a list, not a sentence
         groups = _by_kind(sites)
     for (roles, kind), together in groups:
         layers = numbers(layer for site in together for layer in site["layers"])
@@ -48,7 +48,7 @@ def _grouped(sites: Sites) -> list[Group]:
 
 
 def _by_kind(sites: Sites) -> list[Group]:
-    """The same, with all roles of one kind of factors in one group."""
+    """Sites grouped by kind of factors only, whatever their roles."""
     out: list[Group] = []
     for kind in dict.fromkeys(site["kind"] for site in sites):
         together = [site for site in sites if site["kind"] == kind]
@@ -78,12 +78,12 @@ def _factors(kind: str, sites: Sites) -> str:
 
 
 def modes_of(stacking: str) -> tuple[str, ...]:
-    """What each mode runs over; nothing for a stacking that is not known here."""
+    """What each mode runs over; empty for a stacking that is not known here."""
     return STACKINGS[stacking].modes if stacking in STACKINGS else ()
 
 
 def picture_of(kind: str) -> Picture | None:
-    """How factors of the kind are drawn; None: they are not."""
+    """How factors of this kind are drawn; None: they are not."""
     known = _known(kind)
     return None if known is None else known.picture
 

@@ -1,6 +1,7 @@
-"""What a report draws of one decomposition: spectra with their cuts, the error of every head.
+"""What a report draws of each decomposition: spectra with their cuts, and every head's error.
 
-Shapes: I inner width of a role matrix, D model width, K head width, H heads of the role.
+Shapes: I inner width of a role matrix, D model width, K head_dim, H heads of the role, M matrices,
+G groups.
 """
 
 import math
@@ -18,26 +19,27 @@ from tensorllm.tensors.tucker import relative_error, spectra
 from tensorllm.tensors.unfold import energy
 
 DETAILS = "details.json"
-# Multiply-adds that all of a mode's singular values may take; beyond, only the kept part is
-# recorded: more would cost as much as the decomposition.
+# Most multiply-adds for all singular values of a mode; beyond this, which would cost as much as
+# the decomposition, only the kept part is recorded.
 WHOLE = 2**32
-POINTS = 160  # of one spectrum are recorded, closer together where it begins
+POINTS = 160  # recorded of one spectrum, more closely spaced at its beginning
 
 
-Norms = list[tuple[Tensor, Tensor]]  # per matrix and head: of what was lost, and of all
+Norms = list[tuple[Tensor, Tensor]]  # per matrix and head: norm of the error, and of the head
 
 
 def details_of(site: Site, w: Tensor, factors: Factors, norms: Norms) -> dict[str, Any]:
     """The record of one site in `details.json`.
 
     Args:
+        site: the site.
         w: the stacked tensor that was decomposed.
         factors: as they are stored.
         norms: from `norms_of_heads`.
 
     Returns:
-        `spectra`: of each mode, singular values as shares of ||W|| at some of their numbers.
-        `matrices`: of each matrix ||W - dense|| / ||W||, and of each of its heads.
+        `spectra`: for each mode, singular values relative to ||W||, at some of their indices.
+        `matrices`: for each matrix ||W - dense|| / ||W||, and the same for each of its heads.
     """
     return {
         "site": site.name,
@@ -54,23 +56,25 @@ def error_of_site(w: Tensor, factors: Factors, norms: Norms) -> float:
     error, norm = (math.hypot(*(float(x.norm()) for x in of)) for of in zip(*norms, strict=True))
     if 0 < norm < math.inf and error < math.inf:
         return error / norm
-    return relative_error(w, factors)  # squares under- or overflowed, or there is nothing
+    return relative_error(w, factors)  # squares under- or overflowed, or all is zero
 
 
 def norms_of_heads(
     site: Site, w: Tensor, w_ID: Sequence[Tensor], factors: Factors, geometry: Geometry
 ) -> Norms:
-    """Per matrix the norms (H) of what every head lost, and of the head.
+    """For each matrix the norms (H) of every head's error, and of the head.
 
     Args:
+        site: the site.
         w: the stacked tensor that was decomposed.
         w_ID: the role matrices it was stacked from, in the order of `site.matrices`.
         factors: as they are stored.
+        geometry: of the site's layer.
     """
     by_head = STACKINGS[site.stacking].slices_are_heads
     found = factors.slice_errors(w, (0, 1)) if by_head else None
     if found is not None:
-        one = replace(geometry, D=1, K=1)  # where a head is one number
+        one = replace(geometry, D=1, K=1)  # one number per head
         errors, norms = (site.unstack(x_MG[None, None], one) for x_MG in found)
         return [(e.flatten(), n.flatten()) for e, n in zip(errors, norms, strict=True)]
     lost_ID = site.unstack(factors.dense() - w, geometry)
@@ -123,7 +127,7 @@ def _spectra(w: Tensor, factors: Factors) -> list[dict[str, Any]]:
 
 
 def _picked(count: int) -> list[int]:
-    """Numbers from 0 to count - 1, all of them or `POINTS` that grow farther apart."""
+    """Indices from 0 to count - 1: all of them, or `POINTS` with growing gaps."""
     if count <= POINTS:
         return list(range(count))
     steps = (round((count - 1) * (n / (POINTS - 1)) ** 2) for n in range(POINTS))

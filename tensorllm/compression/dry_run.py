@@ -17,13 +17,13 @@ from tensorllm.models import RoleMatrices
 
 # Memory, fitted to one run: GPT-J's sizes in bfloat16 at (304, 19, 2) peaked at 1.69 GiB.
 BASE_BYTES = 450 * 2**20  # the interpreter with torch and transformers
-WORKING_COPIES = 2  # float32 copies of a stacked tensor that are alive at once
-DISK = 400e6  # bytes read or written in a second, checked and hashed; an ordinary SSD
+WORKING_COPIES = 2  # float32 copies of a stacked tensor that exist at once
+DISK = 400e6  # bytes read or written per second, checked and hashed; an ordinary SSD
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedSite:
-    """A site and its parameters before and after; None where only the decomposition can tell."""
+    """A site and its parameters before and after; None if only the decomposition can tell."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,8 +36,8 @@ class DryRun:
     """What `--dry-run` prints.
 
     Attributes:
-        seconds: predicted for decompositions at the GEMM speed of this machine, and for reading
-            and writing at `DISK` bytes per second; None where a fit to text comes first.
+        seconds: predicted for decompositions at this machine's GEMM speed, and for reading and
+            writing at `DISK` bytes per second; None if a strategy is first fitted to a text.
         peak_bytes: predicted peak of resident memory.
     """
 
@@ -81,7 +81,7 @@ def dry_run(task: FolderTask) -> DryRun:
     width = task.dtype.itemsize if task.dtype is not None else checkpoint.bytes / before
     rest = before - sum(site.parameters_before for site in sites)
     after = None if stored is None else rest + stored
-    if task.format == "narrow":  # what is low-rank beside narrower FFNs is written dense
+    if task.format == "narrow":  # with narrower FFNs, low-rank matrices are written as dense ones
         after = None if cut is None else before - cut.removed(checkpoint.weights)
     written = before if task.format == "dense" else after
     largest = max(prod(site.shape) for site in sites)
@@ -101,7 +101,7 @@ def dry_run(task: FolderTask) -> DryRun:
 
 
 def _measured_for(task: FolderTask) -> bool:
-    """Whether sizes are chosen by what is measured on a text; the jobs have the smallest ones."""
+    """Whether sizes depend on measurements on a text; until then jobs have the smallest ones."""
     return task.calibration is not None and task.aim is not None
 
 
@@ -113,15 +113,15 @@ def _bytes_after(
     rest: int,
     written: int | None,
 ) -> int | None:
-    """Of the weight files.
+    """Bytes of the weight files.
 
     Args:
-        width: bytes of a number that is not rounded.
+        width: bytes per number that is not quantised.
         rest: numbers that no job touches.
         written: numbers in all; None: not known.
     """
     if task.aim is not None and task.aim.target_bytes is not None:
-        return task.aim.target_bytes  # or a little less
+        return task.aim.target_bytes  # or slightly less
     if task.format == "factored" and not _measured_for(task):
         shapes = [job.site.shape(roles.spec.geometry(job.site.layers[0])) for job in jobs]
         sizes = [

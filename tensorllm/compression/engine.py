@@ -1,7 +1,7 @@
 """The engine: plan, measure and fit where a text is given, decompose, write, report.
 
 `compress` works on a model in memory, `compress_folder` from folder to folder, unit by unit, so
-that the model is never whole in memory. Both plan alike (`compression.plan`).
+that the whole model is never in memory. Both make the same plan (`compression.plan`).
 """
 
 import time
@@ -41,7 +41,7 @@ ATTRIBUTE = "tensorllm_compression"
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """What was done to a model: kept on it so that it can be saved factored."""
+    """What was done to a model; kept on it so that it can be saved as factors."""
 
     plan: Plan
     sites: list[CompressedSite]
@@ -60,7 +60,7 @@ def compress(
 
     Args:
         model: any transformers model of a known architecture.
-        strategy: see `tensorllm list compressors`; or what `fit` made of it.
+        strategy: see `tensorllm list compressors`; or a fitted one, from `fit`.
         layers: counted from 0; all layers by default.
         budget: a target size, for a strategy without one of its own.
         calibration: the text, for a strategy that is fitted to one.
@@ -96,7 +96,7 @@ def compress(
     for index, site in enumerate(planned.sites):
         progress(index, len(planned.sites), site.name)
         done.append(run_job(site, planned, roles, weights))
-    for compressed in done:  # only now: a failure half-way leaves the model as it was
+    for compressed in done:  # only now, so that an earlier failure leaves the model as it was
         write_dense(compressed.site, compressed.factors, roles, weights)
     for name, w in planned.changed(roles).items():
         weights[name].copy_(w)
@@ -137,7 +137,7 @@ def _report(
 
 
 def compression_of(model: nn.Module) -> Compression | None:
-    """What `compress` did to this model, or None."""
+    """What `compress` did to this model; None if nothing."""
     return getattr(model, ATTRIBUTE, None)
 
 
@@ -145,7 +145,7 @@ def compression_of(model: nn.Module) -> Compression | None:
 def compressed(
     model: nn.Module, strategy: Compressor | Fitted, layers: Sequence[int] | None = None
 ) -> Iterator[CompressionReport]:
-    """The model compressed within the block; afterwards its weights are back bit for bit."""
+    """Compress the model within the block; afterwards its weights are restored bit for bit."""
     _refuse_compressed(model)
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
@@ -162,17 +162,17 @@ def compressed(
 
 
 def compress_folder(task: FolderTask, progress: Progress = quiet) -> CompressionReport:
-    """Compress a local checkpoint into a new folder; killed and run again, it resumes.
+    """Compress a local checkpoint into a new folder; an interrupted run is resumed.
 
     Raises:
-        UserError: what was asked does not fit the checkpoint; nothing is written.
+        UserError: the request does not fit the checkpoint; nothing is written.
         Incomplete: the disk is full; the finished part is kept for the next run.
     """
     started = time.perf_counter()
     check_target(task.folder, overwrite=task.overwrite, source=task.source)
     checkpoint, roles = open_checkpoint(task.source)
     if task.format == "narrow":
-        foreseen(task, roles)  # refused now, not after the fit
+        foreseen(task, roles)  # refuse now, not after the fit
     with exclusive(task.folder), fit_folder_of(task) as work:
         planned = plan(prepared(task, work, progress), roles, task.layers)
         cut = chosen(task, planned, checkpoint, roles) if task.format == "narrow" else None
@@ -198,7 +198,7 @@ def _run_units(
     progress: Progress,
     cut: Narrowing | None,
 ) -> None:
-    """Every unit that an earlier, interrupted run has not finished."""
+    """Run every unit that an earlier, interrupted run has not finished."""
     total = sum(_bytes(checkpoint, unit) for unit in todo)
     done, finished = 0, writer.finished
     for unit in todo:

@@ -1,6 +1,6 @@
-"""Writing a factored folder anew: as an ordinary checkpoint, or with its factors in few bits.
+"""Rewrite a factored folder: as an ordinary checkpoint, or with its factors in few bits.
 
-Both go tensor by tensor, so that the model is never whole in memory.
+Both go tensor by tensor, so that the whole model is never in memory.
 """
 
 import json
@@ -38,12 +38,13 @@ def export(
     overwrite: bool = False,
     progress: Progress = quiet,
 ) -> int:
-    """Write the dense checkpoint that a factored folder stands for; every tool reads it.
+    """Write the dense checkpoint that a factored folder represents, which every tool reads.
 
     Args:
         source: a folder that `tensorllm compress --format factored` wrote.
         target: the folder to make.
         dtype: of the written weights; by default that of the original.
+        overwrite: replace an existing folder.
         progress: called with (tensors written, tensors in all, the tensor's name).
 
     Returns:
@@ -79,7 +80,7 @@ def export(
 
 
 def _dense_count(source: Path, manifest: Manifest) -> int:
-    """How many tensors the dense checkpoint will have."""
+    """Number of tensors that the dense checkpoint will have."""
     special = {t for site in manifest.sites for t in site.tensors.values()}
     special |= set(manifest.rest.values())
     return len(set(Checkpoint(source, stem=STEM).entries) - special) + len(manifest.replaced)
@@ -87,11 +88,11 @@ def _dense_count(source: Path, manifest: Manifest) -> int:
 
 @dataclass(frozen=True, slots=True)
 class QuantisedSite:
-    """What quantising did to one site.
+    """The effect of quantisation on one site.
 
     Attributes:
         bytes_before, bytes_after: of its factors.
-        relative_error: ||factors - quantised|| / ||factors||, of the weights that they stand for.
+        relative_error: ||factors - quantised|| / ||factors||, both multiplied out to dense weights.
     """
 
     site: str
@@ -103,10 +104,10 @@ class QuantisedSite:
 def quantise_folder(
     source: Path, target: Path, how: str, *, overwrite: bool = False, progress: Progress = quiet
 ) -> list[QuantisedSite]:
-    """Write a factored folder whose factors are `int8` or `int4`; all else is copied.
+    """Write a factored folder with its factors in `int8` or `int4`; everything else is copied.
 
     Raises:
-        UserError: not a factored folder, one that is quantised already, or another `how`.
+        UserError: not a factored folder, one that is quantised already, or an unknown `how`.
     """
     one_of("--quantize", how, tuple(BITS))
     check_target(target, overwrite=overwrite, source=source)
@@ -138,7 +139,7 @@ def quantise_folder(
 def _write_weights(
     source: Path, manifest: Manifest, how: str, writer: ShardWriter, progress: Progress
 ) -> tuple[list[StoredSite], list[QuantisedSite]]:
-    """Narrow factors of every site, and the other tensors as they are."""
+    """Write every site's factors in few bits, and the other tensors unchanged."""
     stored = Checkpoint(source, stem=STEM)
     sites: list[StoredSite] = []
     found: list[QuantisedSite] = []
@@ -162,7 +163,10 @@ def _write_weights(
 def _quantised_report(
     report: dict[str, Any], manifest: Manifest, found: list[QuantisedSite]
 ) -> dict[str, Any]:
-    """A report that says in what the factors are held; rounding errs apart from what is lost."""
+    """The report with the quantised kinds, and with rounding errors added to the relative errors.
+
+    The rounding error counts as orthogonal to what the decomposition lost.
+    """
     kinds = {site.name: site.kind for site in manifest.sites}
     rounding = {site.site: site.relative_error for site in found}
 

@@ -1,4 +1,4 @@
-"""Manifest and report of what `export` makes of a folder, ours or an ordinary one."""
+"""Manifest and report of what `export` makes of a folder, tensorllm's or an ordinary one."""
 
 import json
 from collections.abc import Mapping
@@ -20,11 +20,13 @@ from tensorllm.models import RoleMatrices
 def exported_report(
     source: Path, format: str, size: int, dtype: torch.dtype | None
 ) -> dict[str, Any] | None:
-    """The report of a folder, as it is true of what was made of it; None where it has none.
+    """A folder's report, updated for what was exported from it; None if it has no report.
 
     Args:
+        source: the folder that was exported.
+        format: of the new folder.
         size: bytes of the new weight files.
-        dtype: of the new weights; None: as they were.
+        dtype: of the new weights; None: unchanged.
     """
     if not (source / REPORT).is_file():
         return None
@@ -39,21 +41,21 @@ def exported_report(
 
 
 def exported_manifest(manifest: Manifest, files: dict[str, dict[str, Any]]) -> Manifest:
-    """The manifest of an ordinary checkpoint that was made of a folder of ours."""
+    """The manifest of an ordinary checkpoint that was exported from a folder of ours."""
     return replace(manifest, format="dense", sites=[], replaced={}, rest={}, files=files)
 
 
 @dataclass(frozen=True, slots=True)
 class Narrowed:
-    """A model that lost FFN channels, and the new weight files.
+    """A model whose FFN channels were cut, and the new weight files.
 
     Attributes:
-        source: folder of the model as it was.
+        source: folder of the original model.
         roles: of the source.
         width: of an FFN, before and after.
-        removed: how many numbers went.
+        removed: how many numbers were cut.
         files: facts of the new weight files, by name.
-        dtype: they were cast to; None: as they were.
+        dtype: of the new weights; None: unchanged.
     """
 
     source: Path
@@ -70,12 +72,12 @@ class Narrowed:
 
     @property
     def held(self) -> dict[str, dict[str, Any]]:
-        """The files as a manifest holds them."""
+        """The files, as a manifest lists them."""
         return {name: dict(facts) for name, facts in self.files.items()}
 
 
 def beside_narrow(new: Narrowed) -> dict[str, Any]:
-    """What `complete` puts beside narrow weights: of a folder of ours as it was, but narrower."""
+    """What `complete` writes beside narrow weights; of a folder of ours its updated records."""
     manifest = read_manifest(new.source)
     if manifest is None:
         return _of_an_ordinary_one(new)
@@ -87,7 +89,7 @@ def beside_narrow(new: Narrowed) -> dict[str, Any]:
 
 
 def _narrower(report: Mapping[str, Any], new: Narrowed) -> dict[str, Any]:
-    """A report of a folder as it is true of the narrower one."""
+    """A folder's report, updated for the narrower model."""
     wide, narrow = new.width
     before = report["totals"]["parameters_before"]
     after = before - new.removed
@@ -100,7 +102,7 @@ def _narrower(report: Mapping[str, Any], new: Narrowed) -> dict[str, Any]:
 
 
 def _of_an_ordinary_one(new: Narrowed) -> dict[str, Any]:
-    """Nothing was decomposed: the channels are all that went."""
+    """Records for an ordinary folder, of which nothing but FFN channels was removed."""
     checkpoint, known = Checkpoint(new.source), origin(new.source)
     spec, parameters = new.roles.spec, checkpoint.parameters
     report = CompressionReport(

@@ -1,4 +1,4 @@
-"""Letting a model that was compressed in memory run in its factors."""
+"""Run a model that was compressed in memory as factors."""
 
 from typing import Any
 
@@ -17,19 +17,19 @@ from tensorllm.weights import touched
 
 
 def factorize(model: Any, policy: Policy = "always", cache: Cache = "latent") -> list[Choice]:
-    """Let a model that was compressed in memory run in its factors, in place.
+    """Replace the compressed matrices of a model in memory by modules that run factors, in place.
 
     Args:
         model: a transformers model, after `compress`.
-        policy: `always`: wherever a module runs the factors; `auto`: only where they save bytes and
-            time.
-        cache: as of `load`.
+        policy: `always`: wherever a module can run the factors; `auto`: only where they save bytes
+            and time.
+        cache: see `load`.
 
     Returns:
         How every site runs, and why.
 
     Raises:
-        UserError: the model was not compressed, runs factored already, or cannot run so at all.
+        UserError: the model was not compressed, runs as factors already, or cannot run so at all.
     """
     compression = compression_of(model)
     if compression is None:
@@ -75,7 +75,7 @@ def factorize(model: Any, policy: Policy = "always", cache: Cache = "latent") ->
 
 
 def _replaced(model: Any, sites: list[Site]) -> dict[str, dict[str, Any]]:
-    """Shape and dtype of the parameters that factors will stand for."""
+    """Shape and dtype of the parameters that factors will replace."""
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
     names = sorted({name for site in sites for name in touched(site, roles)})

@@ -1,6 +1,7 @@
-"""The formats that a compressed model can be written in: one list for commands, reports and cards.
+"""The formats of a compressed model: one list for commands, reports and cards.
 
-`compress` writes three of them itself; `export` makes the others, and these, of a finished folder.
+`compress` writes three of them itself; `export` makes the others, and also two of those, from a
+finished folder.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ class Written:
     """One format.
 
     Attributes:
-        library: what the hub calls the library that opens it.
+        library: the hub's name for the library that opens it.
         how: a card's sentence before the code.
-        code: that opens it; `{auto}` is the class of transformers.
-        by_compress: whether `compress` writes it; else `export` does, of a factored folder.
-        by_export: whether `export` does.
-        also: a card's sentence behind the code.
+        code: opens it; `{auto}` is the class of transformers.
+        by_compress: whether `compress` writes it; else `export` does, from a factored folder.
+        by_export: whether `export` writes it.
+        also: a card's sentence after the code.
     """
 
     library: str

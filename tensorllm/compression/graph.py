@@ -1,8 +1,9 @@
 """A factored model as a graph that runs without our code: torch's exported program, or ONNX.
 
-The graph takes `input_ids` and `attention_mask`, both (B, T) int64, and gives `logits` (B, T, V): a
-whole text at once, without a cache of keys and values. B and T are free. Its weights are the
-factors, so a file is as small as the factored folder.
+The graph takes `input_ids` and `attention_mask`, both (B, T) int64, and returns `logits` (B, T, V):
+a whole text at once, without a key-value cache. B and T are free. Its weights are the factors, so a
+file is as small as the factored folder.
+
 Shapes: B texts, T tokens, V vocabulary.
 """
 
@@ -29,8 +30,8 @@ from tensorllm.progress import Progress, quiet
 from tensorllm.registry import one_of
 
 NAMES = ("input_ids", "attention_mask")
-EXAMPLE, TRIED = (2, 9), (3, 17)  # (B, T) that is traced, and that the written file is tried with
-# max |logits - the model's| / max |the model's|: other kernels add up in another order.
+EXAMPLE, TRIED = (2, 9), (3, 17)  # (B, T) for tracing, and for testing the written file
+# max |logits - the model's| / max |the model's|: other kernels sum in another order.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 ROUGH = 5e-2  # in float16 and bfloat16
 
@@ -39,11 +40,11 @@ class GraphFormat(ABC):
     """A file format of graphs."""
 
     file: ClassVar[str]
-    packages: ClassVar[tuple[str, ...]] = ()  # beside torch; those of the extra of that name
+    packages: ClassVar[tuple[str, ...]] = ()  # required besides torch; in the extra of that name
     extra: ClassVar[str] = ""
 
     def dtype(self, stored: torch.dtype) -> torch.dtype:
-        """What weights stored in a dtype are written in, where nothing else is asked for."""
+        """The dtype of written weights if none is given, by the dtype they are stored in."""
         return stored
 
     @abstractmethod
@@ -52,7 +53,7 @@ class GraphFormat(ABC):
 
     @abstractmethod
     def logits(self, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(B, T, V), computed by the file alone."""
+        """Logits (B, T, V), computed from the file alone."""
 
 
 class Program(GraphFormat):
@@ -76,7 +77,7 @@ class Onnx(GraphFormat):
     extra = "onnx"
 
     def dtype(self, stored: torch.dtype) -> torch.dtype:
-        """onnxruntime has no bfloat16 products on a CPU."""
+        """float32 for bfloat16, of which onnxruntime has no products on a CPU."""
         return torch.float32 if stored == torch.bfloat16 else stored
 
     def write(self, program: ExportedProgram, folder: Path) -> None:
@@ -108,13 +109,15 @@ def export_graph(
 ) -> int:
     """Write a factored folder's model as a graph, with the tokenizer and the config beside it.
 
-    Nothing appears unless the written file gives the model's logits on a text of another length
-    than the one that was traced.
+    Nothing appears unless the written file reproduces the model's logits, on a text of another
+    length than the one that was traced.
 
     Args:
+        source: a factored folder.
         target: the folder to make.
         kind: one of `GRAPHS`.
         dtype: of the weights; None: as stored, but float32 for bfloat16 in ONNX.
+        overwrite: replace an existing folder.
         progress: called with (steps done, steps in all, the step).
 
     Returns:
@@ -151,14 +154,14 @@ def export_graph(
                 manifest=None,
                 report=exported_report(source, kind, size, written),
             )
-        except BaseException:  # a graph is made whole: no later run goes on from its half
+        except BaseException:  # a graph is written as a whole: no later run could resume it
             writer.discard()
             raise
     return size
 
 
 def _form(kind: str) -> GraphFormat:
-    """The format of that name; refused where a package that it needs is missing."""
+    """The format with that name; refused if a package that it needs is missing."""
     form = GRAPHS[one_of("--format", kind, tuple(GRAPHS))]
     missing = [package for package in form.packages if find_spec(package) is None]
     if missing:
@@ -185,8 +188,8 @@ class _Logits(nn.Module):
 
 @torch.no_grad()
 def trace(model: Any) -> ExportedProgram:
-    """The graph of a model, for any B and T that it takes; it names no file of this machine."""
-    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # B, and T up to a table of positions
+    """The graph of a model, for any B and T that it takes; contains no paths of this machine."""
+    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # B, and T up to the position table's size
     given = _inputs(model, EXAMPLE)
     shapes = dict.fromkeys(given, free)
     program = torch.export.export(_Logits(model).eval(), (), given, dynamic_shapes=shapes)
@@ -208,7 +211,7 @@ def _inputs(model: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _compare(form: GraphFormat, kind: str, model: Any, folder: Path) -> None:
-    """Refuse a written graph that does not compute what the model does."""
+    """Refuse a written graph whose logits differ from the model's."""
     inputs = _inputs(model, TRIED)
     want = _Logits(model)(**inputs)
     with _refused(f"{_name(model)} as {kind} does not run"):
@@ -224,9 +227,10 @@ def _compare(form: GraphFormat, kind: str, model: Any, folder: Path) -> None:
 
 @contextmanager
 def _refused(what: str, folder: Path | None = None) -> Iterator[None]:
-    """Make one line of whatever an exporter raises, and keep its talk from the terminal.
+    """Turn whatever an exporter raises into a one-line error, and silence its messages.
 
     Args:
+        what: begins the error.
         folder: where it writes; None: nowhere.
     """
     level = logging.root.manager.disable

@@ -1,4 +1,4 @@
-"""Doing one job: read the matrices of a site, decompose, measure the error."""
+"""Do one job: read the matrices of a site, decompose, measure the error."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from tensorllm.tensors.unfold import all_finite
 
 @dataclass(frozen=True, slots=True)
 class CompressedSite:
-    """A site and the factors that stand for its matrices, in the dtype in which they are stored."""
+    """A site and the factors of its matrices, in the dtype in which they are stored."""
 
     site: Site
     factors: Factors
@@ -41,7 +41,11 @@ def run_job(
     """Decompose one site of `weights`; nothing is written.
 
     Args:
-        dtype: in which the factors are stored; that of the weights by default.
+        site: the site.
+        planned: where its factors come from.
+        roles: of the model.
+        weights: the parameters that the site touches, by name.
+        dtype: of the stored factors; by default that of the weights.
     """
     geometry = roles.spec.geometry(site.layers[0])
     w_ID = [_finite(roles, weights, *m) for m in site.matrices]
@@ -78,7 +82,7 @@ def decomposed(
     weights: Mapping[str, Tensor],
     layers: Sequence[int] | None = None,
 ) -> list[CompressedSite]:
-    """All sites of a strategy as `compress` would decompose them; nothing is written."""
+    """Decompose all sites of a strategy as `compress` would; nothing is written."""
     planned = plan(strategy, roles, layers)
     return [run_job(site, planned, roles, weights) for site in planned.sites]
 

@@ -1,9 +1,10 @@
-"""A checkpoint without the FFN channels that nothing reads: an ordinary one, only narrower.
+"""A checkpoint without its unused FFN channels: an ordinary one, only narrower.
 
-A channel is dead where its row of `out` is zero: what `modegpt` drops, for one. Every tool that
-reads the architecture runs the result, faster by as much as it is smaller. `narrow` makes one of a
-folder; `compress --format narrow` cuts what it writes by the same `Narrowing`.
-Shapes: F FFN width, R width that is left, I rows of a stored parameter, C its columns.
+A channel is dead if its row of `out` is zero, as are those that `modegpt` drops. Every tool that
+reads the architecture runs the result, faster in proportion. `narrow` converts a folder;
+`compress --format narrow` cuts what it writes by the same `Narrowing`.
+
+Shapes: F FFN width, R remaining width, I rows of a stored parameter, C its columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,7 +43,7 @@ Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """What became of the FFN width, and the bytes of the weight files."""
+    """The FFN width before and after, and the bytes of the weight files."""
 
     before: int
     after: int
@@ -59,14 +60,19 @@ def narrow(
 ) -> Narrow:
     """Write a folder, factored or dense, without its dead FFN channels.
 
-    All layers get the width of the widest, rounded up (`compressors.widths`), as a config says one.
+    All layers get the width of the widest, rounded up (`compressors.widths`), since a config has
+    one width for all of them.
 
     Args:
+        source: the folder to convert.
+        target: the folder to make.
+        dtype: of the written weights; None: unchanged.
+        overwrite: replace an existing folder.
         progress: called with (tensors written, tensors in all, the tensor's name).
 
     Raises:
-        UserError: a layer has no dead channel, layers of other widths, or a class that cannot be
-            narrower.
+        UserError: a layer has no dead channel, the layers' widths differ, or the model's class
+            cannot be narrower.
     """
     check_target(target, overwrite=overwrite, source=source)
     tensors, names, identity = _opened(source)
@@ -99,13 +105,13 @@ def narrow(
 
 @dataclass(frozen=True, eq=False)
 class Narrowing:
-    """Takes dead channels out of the parameters that hold FFN roles, and out of their biases.
+    """Cuts dead channels from the parameters that hold FFN roles, and from their biases.
 
     Attributes:
         before, after: the width of all FFNs.
         config: of the narrower model.
-        chosen: of each layer, the channels that stay (R), ascending.
-        weights, biases: parameters that are cut, by name: whose they are, and how they are stored.
+        chosen: for each layer, the channels that stay (R), ascending.
+        weights, biases: parameters that are cut, by name: their layer, and how they are stored.
     """
 
     before: int
@@ -130,7 +136,7 @@ class Narrowing:
         return torch.cat([part[self.chosen[layer]] for part in w_I.chunk(parts)])
 
     def removed(self, entries: Mapping[str, Entry]) -> int:
-        """Numbers that go from the parameters of a checkpoint."""
+        """How many numbers of a checkpoint's parameters are cut."""
         cut = [e for name, e in entries.items() if name in self.weights or name in self.biases]
         return sum(entry.numel // self.before * (self.before - self.after) for entry in cut)
 
@@ -138,14 +144,15 @@ class Narrowing:
 def narrowing(
     given: Mapping[str, Any], roles: RoleMatrices, live: Mapping[int, Tensor]
 ) -> Narrowing:
-    """How a model becomes as narrow as its widest FFN needs to be.
+    """Find the least width to which all FFNs can be cut.
 
     Args:
-        given: its config.
-        live: of each layer with an FFN, which channels are read, (F,) bool.
+        given: the model's config.
+        roles: of the model.
+        live: for each layer with an FFN, which channels are used, (F,) bool.
 
     Raises:
-        UserError: nothing can go, or the model's class cannot be narrower.
+        UserError: nothing can be cut, or the model's class cannot be narrower.
     """
     full = _full_width(roles)
     counts = {layer: int(alive_F.sum()) for layer, alive_F in live.items()}
@@ -167,10 +174,10 @@ def narrowing(
 
 
 def foreseen(task: FolderTask, roles: RoleMatrices) -> Narrowing | None:
-    """How narrow a compression will write a model, before anything is fitted.
+    """Predict how narrow a compression will write a model, before anything is fitted.
 
     Returns:
-        Which channels stay is not meant, only how many; None: the fit will tell.
+        Only its width is meaningful, not which channels stay. None: only the fit will tell.
 
     Raises:
         UserError: as `narrowing`, as far as the settings tell.
@@ -185,7 +192,7 @@ def foreseen(task: FolderTask, roles: RoleMatrices) -> Narrowing | None:
             if kept.get(layer) == full:
                 kept[layer] = job.compressor.ffn_channels(roles.spec.geometry(layer))
     known = {layer: count for layer, count in kept.items() if count is not None}
-    counts = known or dict.fromkeys(kept, max(1, full // 2))  # of which one is tried
+    counts = known or dict.fromkeys(kept, max(1, full // 2))  # a guess, to check the class
     live = {layer: torch.arange(full) < count for layer, count in counts.items()}
     found = narrowing(given, roles, live)
     return found if len(known) == len(kept) else None
@@ -215,7 +222,7 @@ def _full_width(roles: RoleMatrices) -> int:
 
 
 def _common_width(counts: Mapping[int, int], full: int) -> int:
-    """The width that all layers get; channels that each layer reads."""
+    """The width for all layers, given the number of used channels of each."""
     widest = max(counts, key=lambda layer: counts[layer])
     width = rounded_up(counts[widest], full)
     if width is not None:
@@ -228,7 +235,7 @@ def _common_width(counts: Mapping[int, int], full: int) -> int:
 
 
 def _opened(source: Path) -> tuple[Tensors, set[str], Any]:
-    """The dense tensors one by one, their names, and what names the folder's content."""
+    """An iterator of the dense tensors (as a function), their names, the content's identity."""
     manifest = factored_manifest(source)
     if manifest is not None:
         check_files(source, manifest, verify=True)
@@ -251,12 +258,14 @@ def _planned_channels(
     roles: RoleMatrices,
     dtype: torch.dtype | None,
 ) -> dict[int, Tensor]:
-    """Of each layer with an FFN which channels will be read, (F,) bool, by what a compression is
-    going to write.
+    """For each layer with an FFN, which channels the compressed model will use, (F,) bool.
 
     Args:
-        done: factors that are there already, by the site's name.
-        dtype: in which factors are stored; that of the weights by default.
+        plan: of the compression.
+        done: factors that exist already, by the site's name.
+        checkpoint: the original.
+        roles: of the model.
+        dtype: of the stored factors; by default that of the weights.
     """
     full = _full_width(roles)
     live = {n: torch.ones(full, dtype=torch.bool) for n in _with_ffn(roles)}
@@ -276,7 +285,7 @@ def _planned_channels(
 
 
 def _live_channels(tensors: Tensors, roles: RoleMatrices) -> dict[int, Tensor]:
-    """Of each layer with an FFN which channels are read, (F,) bool."""
+    """For each layer with an FFN, which channels are used, (F,) bool."""
     owners = {roles.name(n, "out"): n for n in _with_ffn(roles)}
     live = {
         owners[name]: read_channels(roles.read({name: tensor}, owners[name], "out"))
@@ -287,14 +296,14 @@ def _live_channels(tensors: Tensors, roles: RoleMatrices) -> dict[int, Tensor]:
 
 
 def read_channels(out_FD: Tensor) -> Tensor:
-    """Which channels the output matrix reads, (F,) bool."""
+    """Which channels the output projection uses, (F,) bool."""
     return out_FD.ne(0).any(1)
 
 
 def _narrow_config(
     given: Mapping[str, Any], roles: RoleMatrices, full: int, width: int
 ) -> dict[str, Any]:
-    """The config of a model of this width, tried on its class."""
+    """The config of a model of this width, checked against its class."""
     layer = _with_ffn(roles)[0]
     name, stored = roles.name(layer, "out"), roles.stored(layer, "out")
     for made in _candidates(given, full, width):
@@ -310,7 +319,7 @@ def _narrow_config(
 
 
 def _candidates(given: Mapping[str, Any], full: int, width: int) -> Iterator[dict[str, Any]]:
-    """The config with each field that may be the FFN width set, at any depth."""
+    """The config with each field replaced that may be the FFN width, at any depth, in turn."""
     for path, value in _fields(given):
         if value == full or value is None:
             made = deepcopy(dict(given))
@@ -330,6 +339,6 @@ def _fields(given: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterable[tu
 
 
 def _of_width(alive_F: Tensor, width: int) -> Tensor:
-    """The channels that stay, ascending: the live ones, and dead ones up to the width."""
+    """The channels that stay, ascending: live ones, padded with dead ones to the width."""
     order_F = torch.argsort(alive_F.to(torch.uint8), descending=True, stable=True)
     return order_F[:width].sort().values

@@ -1,6 +1,6 @@
-"""What a model's folder says of where it comes from and under which licence it may be used.
+"""Where a model's folder comes from, and under which licence it may be used.
 
-The card of what is made of it says the same, in the hub's words for it
+The card of the compressed model repeats this, in the hub's terms
 (https://huggingface.co/docs/hub/model-cards).
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from tensorllm.checkpoint.small_files import CARD
 
-LICENCES = ("license*", "licence*", "copying*", "unlicense*")  # names of the text, in any case
-# The hub's identifier of a licence by how its text begins, white space and case aside.
+LICENCES = ("license*", "licence*", "copying*", "unlicense*")  # names of licence files, in any case
+# The hub's identifier of a licence, by how its text begins (white space and case ignored).
 BEGINNINGS = {
     "apache license version 2.0": "apache-2.0",
     "mit license": "mit",
@@ -31,11 +31,11 @@ BEGINNINGS = {
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """Metadata of a card that the folder's own files and its place tell, its card aside.
+    """Card metadata that follows from the folder's location and its files other than the card.
 
-    `base_model` where it is a snapshot in a cache of the hub; `license` by the text of a licence
-    beside the weights (`other`, with its name and a link, where the text is not a common one), or
-    as config.json names it.
+    `base_model` if it is a snapshot in a hub cache; `license` from the text of a licence beside the
+    weights (`other`, with its name and a link, if the text is not a common one), or as config.json
+    names it.
     """
     found: dict[str, Any] = {}
     if repo := _cached_repo(folder):
@@ -48,14 +48,14 @@ def origin(folder: Path) -> dict[str, Any]:
 
 
 def licence_files(folder: Path) -> Iterator[Path]:
-    """Texts of licences in a folder, by their name."""
+    """The licence texts in a folder, found by their names."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(Path(path.name.lower()).match(like) for like in LICENCES):
             yield path
 
 
 def copy_origin(source: Path, target: Path) -> None:
-    """Card and licence of a local model, for a folder that transformers is saving anew."""
+    """Copy card and licence of a local model to a folder that transformers is saving."""
     if source.is_dir():
         for path in (source / CARD, *licence_files(source)):
             if path.is_file() and not (target / path.name).exists():

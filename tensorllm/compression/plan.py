@@ -19,12 +19,12 @@ from tensorllm.tensors.factors import Factors
 
 @dataclass(frozen=True)
 class Plan(ABC):
-    """What a compression will do: sites, and where the factors of each come from.
+    """What a compression will do.
 
     Attributes:
-        strategy: as it decomposes, or as it was fitted.
-        layers: those that were asked for and have something that is compressed.
-        sites: what gets factors.
+        strategy: the compressor, or the fitted strategy.
+        layers: requested layers that have something to compress.
+        sites: those that get factors.
         settings: the mode's name and its settings, for reports and manifests.
         passed_over: layer -> the roles that it lacks.
     """
@@ -37,10 +37,10 @@ class Plan(ABC):
 
     @abstractmethod
     def factors(self, site: Site, w: Tensor) -> Factors:
-        """The factors of a site; `w` is its tensor."""
+        """The factors of a site; `w` is its stacked tensor."""
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
-        """Norms and biases that change with a layer, by their names below it."""
+        """Norms and biases of a layer that the strategy changes, by names within the layer."""
         del layer
         return {}
 
@@ -55,10 +55,10 @@ class Plan(ABC):
 
 @dataclass(frozen=True)
 class DecompositionPlan(Plan):
-    """Each site's weights are decomposed when their turn comes.
+    """Decomposes each site's weights when they are needed.
 
     Attributes:
-        jobs: what decomposes which site.
+        jobs: each site with its compressor.
     """
 
     jobs: list[Job]
@@ -71,7 +71,7 @@ class DecompositionPlan(Plan):
 
 @dataclass(frozen=True)
 class FittedPlan(Plan):
-    """All factors are there already: a strategy was fitted to a text."""
+    """Holds all factors already: the strategy was fitted to a text."""
 
     strategy: Fitted
 
@@ -101,11 +101,13 @@ def plan(strategy: Compressor | Fitted, roles: RoleMatrices, layers: Sequence[in
     """The plan of a strategy for a model.
 
     Args:
-        layers: counted from 0; all by default, or those that a fit was made for.
+        strategy: the compressor, or the fitted strategy.
+        roles: of the model.
+        layers: counted from 0; by default all, or those of a fitted strategy.
 
     Raises:
-        UserError: settings that do not fit the model, a strategy that needs a text, or a fit to
-            other layers.
+        UserError: settings that do not fit the model, a strategy that needs a text, or one that
+            was fitted to other layers.
     """
     if isinstance(strategy, Fitted):
         return _of_fit(strategy, roles, layers)
@@ -118,7 +120,7 @@ def decompositions(
     """The plan of a strategy that needs no text.
 
     Raises:
-        UserError: settings that do not fit the model, or a strategy that needs one.
+        UserError: settings that do not fit the model, or a strategy that needs a text.
     """
     found = _checked(placed(compressor, roles, layers), roles)
     unfitted = [job.compressor for job in found.jobs if job.compressor.needs != "weights"]

@@ -1,6 +1,6 @@
-"""Before anything is decomposed: the target shared out, the strategy fitted to its text.
+"""Before anything is decomposed: share out the target, fit the strategy to its text.
 
-An interrupted fit is kept in a folder beside the target, from which the same command goes on.
+An interrupted fit is kept in a folder beside the target, from which the same command resumes.
 """
 
 import shutil
@@ -32,10 +32,12 @@ from tensorllm.progress import Progress, quiet
 def prepared(
     task: FolderTask, work: Path | None = None, progress: Progress = quiet
 ) -> Compressor | Fitted:
-    """The task's strategy with its sizes and, where it needs a text, its factors.
+    """The task's strategy with its sizes and, if it needs a text, its factors.
 
     Args:
-        work: a folder that an interrupted fit goes on from; None: in memory.
+        task: what is to be made.
+        work: the folder in which an interrupted fit is kept; None: in memory.
+        progress: called with (steps done, steps in all, what is done).
     """
     if isinstance(task.compressor, Fitted):
         return task.compressor
@@ -62,11 +64,10 @@ def prepared(
 
 
 def aimed(task: FolderTask, checkpoint: Checkpoint, roles: RoleMatrices) -> FolderTask:
-    """The task, where its target is in bytes with sizes in bits too, and with what has no choice
-    subtracted.
+    """Prepare a target in bytes: sizes become ranks and bits, and fixed costs are subtracted.
 
     Raises:
-        UserError: a format that stores neither factors nor few bits, or a target without room.
+        UserError: the format stores neither factors nor few bits, or the target is too small.
     """
     target = task.aim
     if target is None or target.target_bytes is None:
@@ -92,7 +93,7 @@ def _fitted(
     progress: Progress,
 ) -> Fitted:
     if work is not None and task.format == "narrow":
-        work /= task.format  # the same strategy chooses from fewer candidates there
+        work /= task.format  # there the same strategy chooses from fewer candidates
     if task.stream:
         assert work is not None, "a streamed fit keeps its states on disk"
         return fit_folder(
@@ -124,13 +125,13 @@ def _fitted(
 
 
 def computing_dtype_of(task: FolderTask) -> torch.dtype | None:
-    """The dtype that the model runs in while it is fitted, the same in every process.
+    """The dtype in which the model runs while it is fitted, the same in every process.
 
-    What is written has the dtype that was asked for, or that it was stored in.
+    The result is written in the requested dtype, or in the stored one.
     """
     found = Loader(task.source, task.dtype, task.device).quickest(overflows=False).dtype
     wide_1 = torch.tensor([float(found == torch.float32)], device=task.device)
-    all_ranks().sum(wide_1)  # one process for which float32 is faster decides
+    all_ranks().sum(wide_1)  # float32 if it is faster for at least one process
     return torch.float32 if wide_1.item() else found
 
 
@@ -151,12 +152,12 @@ def _work(task: FolderTask) -> Path:
 
 @contextmanager
 def _work_folder(task: FolderTask) -> Iterator[Path]:
-    """The folder of an interrupted fit, beside the target; gone when the target is there."""
+    """The folder for an interrupted fit, beside the target; removed once the target exists."""
     work = _work(task)
-    before = work.exists()  # an interrupted fit's, or somebody else's folder
+    before = work.exists()  # left by an interrupted fit, or someone else's folder
     try:
         yield work
-    except UserError:  # refused: the same command will not go on
+    except UserError:  # refused: repeating the command cannot resume it
         if not before:
             shutil.rmtree(work, ignore_errors=True)
         raise
@@ -164,7 +165,7 @@ def _work_folder(task: FolderTask) -> Iterator[Path]:
 
 
 def fit_folder_of(task: FolderTask) -> AbstractContextManager[Path | None]:
-    """Where a fit is kept meanwhile; nothing where there is none."""
+    """The folder in which a fit is kept while it runs; None if nothing is fitted."""
     return _work_folder(task) if task.calibration is not None else nullcontext()
 
 
@@ -174,7 +175,7 @@ def check_fit(
     """Refuse a text or a target that does not fit the model, before anything is measured.
 
     Returns:
-        Numbers that the factors may store in all, where a target says so.
+        The numbers that all factors together may store; None if no target says so.
     """
     assert task.calibration is not None, "asked for a fit"
     geometry = roles.spec.geometry
@@ -186,7 +187,7 @@ def check_fit(
     if target is None or target.max_loss_increase is not None:
         return None
     if target.target_bytes is not None:
-        aimed(task, checkpoint, roles)  # what has no room is refused
+        aimed(task, checkpoint, roles)  # refuses a target that is too small
         return None
     before = sum(geometry(n).numel(role) for n, role in matrices)
     layers = sorted({layer for layer, _ in matrices})

@@ -31,10 +31,10 @@ def publish(
     started: float,
     narrowing: Narrowing | None = None,
 ) -> CompressionReport:
-    """Write what goes beside the shards, and let the folder appear under its name.
+    """Write what goes beside the shards, and move the folder to its final name.
 
     Args:
-        narrowing: what was cut out of the weights.
+        narrowing: what was cut from the weights.
     """
     weights, files = writer.name_files(), writer.files
     notes = [note for note in writer.finished.values() if note]
@@ -108,7 +108,7 @@ def _manifest(
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had resident so far.
+    """The peak resident memory of this process so far.
 
     On Linux not from getrusage: there a child process begins with its parent's peak.
     """

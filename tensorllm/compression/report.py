@@ -1,4 +1,4 @@
-"""What a compression did: per site, and each ratio by its own name."""
+"""What a compression did: each site, and each ratio by its own name."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,7 +28,7 @@ class SiteReport:
         parameters_before, parameters_after: numbers stored for these matrices.
         relative_error: ||W - dense|| / ||W||, with the factors as they are stored.
         seconds: decomposition alone, without reading and writing.
-        auto: how `--policy auto` runs it, factored or dense, and why.
+        auto: how `--policy auto` runs it, as factors or dense, and why.
     """
 
     name: str
@@ -50,7 +50,7 @@ class SiteReport:
 
     @property
     def few_bits(self) -> str:
-        """`int8` or `int4`, where its numbers are held so; else nothing."""
+        """`int8` or `int4` if the factors are quantised; otherwise empty."""
         how = self.kind.partition("-")[0]
         return how if how in BITS else ""
 
@@ -83,12 +83,12 @@ class CompressionReport:
     peak_resident_bytes: int | None = None
     evaluation: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
-    structure: str = ""  # families of the layers and how they were found, where no row said so
-    passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacks
-    ffn_width: tuple[int, int] | None = None  # before and after, where FFNs were made narrower
+    structure: str = ""  # families of the layers and how they were found; empty with a row
+    passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)  # layer -> roles it lacks
+    ffn_width: tuple[int, int] | None = None  # before and after, if FFNs were made narrower
 
     def layer_attention(self) -> dict[int, tuple[int, int]]:
-        """Attention parameters before and after of each layer with an edited attention matrix."""
+        """For each layer with an edited attention matrix, attention parameters before and after."""
         after: dict[int, float] = {}
         for site in self.sites:
             if set(site.roles) <= set(ATTENTION_ROLES):
@@ -103,7 +103,7 @@ class CompressionReport:
         return sum(geometry.numel(role) for role in geometry.roles if role in ATTENTION_ROLES)
 
     def _untouched_attention(self) -> int:
-        """Numbers in the attention of the layers that have no edited attention matrix."""
+        """Numbers in the attention of layers without an edited attention matrix."""
         edited = self.layer_attention()
         return sum(self._attention(n) for n in range(self.spec.layers) if n not in edited)
 
@@ -160,8 +160,11 @@ def site_report(record: Mapping[str, Any]) -> SiteReport:
 
 
 def asked_for(mode: str, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Mode and settings as somebody asked for them: where a target chose a list of edits, the mode
-    that the target was given for, and the target; of all others they are what they are."""
+    """Mode and settings as they were requested.
+
+    If a target chose a list of edits, these are the mode that the target was given for, and the
+    target; otherwise they are returned as they are.
+    """
     chosen_by = settings.get("chosen_by")
     if not isinstance(chosen_by, Mapping) or "mode" not in chosen_by:
         return mode, dict(settings)

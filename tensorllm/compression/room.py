@@ -1,4 +1,4 @@
-"""A budget in bytes for one model: what its files hold beside the matrices that are compressed."""
+"""Turn a budget in bytes into one for the compressed matrices: subtract all else in the files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from tensorllm.errors import UserError
 from tensorllm.io import entry_bytes
 from tensorllm.models import RoleMatrices
 
-SHARD = 48  # bytes of a weight file that are neither numbers nor names of tensors, at most
+SHARD = 48  # most bytes of a weight file besides tensors' numbers and header entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ class StoredTensor:
     itemsize: int
 
     def bytes(self, name: str, most: int) -> int:
-        """Its numbers, and its entry in the header of a file of at most so many bytes."""
+        """Bytes of its numbers, and of its header entry in a file of at most `most` bytes."""
         return prod(self.shape) * self.itemsize + entry_bytes(name, self.shape, self.itemsize, most)
 
 
 def stored_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint, written in a dtype (None: as they are)."""
-    _ = checkpoint.weights  # from here on it is known which are unused
+    """The tensors of a checkpoint, as they will be written in a dtype (None: unchanged)."""
+    _ = checkpoint.weights  # finds out which are unused
     out = {}
     for name, entry in checkpoint.entries.items():
         kept = entry.dtype not in DTYPES or name in checkpoint.unused
@@ -53,14 +53,19 @@ def with_room(
     shard_bytes: int = SHARD_BYTES,
     written: torch.dtype | None = None,
 ) -> tuple[Wrapped, Budget]:
-    """The strategy with sizes that are ranks and bits, and the target with all else subtracted.
+    """The strategy with sizes in ranks and bits, and the target with everything else subtracted.
 
     Args:
+        compressor: with any sizes.
+        budget: with a target in bytes.
+        roles: of the model.
         tensors: of the model, as they will be written.
-        written: dtype of the matrices there, where the model runs in another.
+        layers: counted from 0; None: all.
+        shard_bytes: size at which a weight file is ended.
+        written: dtype of the written matrices, if the model runs in another.
 
     Raises:
-        UserError: nothing is to be gained, or not even what stays as it is has room.
+        UserError: the target is no smaller than the model, or too small for what stays unchanged.
     """
     assert budget.target_bytes is not None, "asked only for bytes"
     most = budget.target_bytes
@@ -68,7 +73,7 @@ def with_room(
     fused = {name for matrix in matrices for name in roles.together(*matrix)}
     other = sum(t.bytes(name, most) for name, t in tensors.items() if name not in fused)
     other += sum(prod(tensors[name].shape) * tensors[name].itemsize for name in fused)
-    for layer, role in matrices:  # all else that is fused with them stays
+    for layer, role in matrices:  # what is fused with them stays
         numbers = roles.spec.geometry(layer).numel(role)
         other -= numbers * tensors[roles.name(layer, role)].itemsize
     names = (f"rest.{layer}.{role}" for layer, role in fused_with(roles, matrices))

@@ -1,4 +1,4 @@
-"""Saving a model that was compressed in memory."""
+"""Save a model that was compressed in memory."""
 
 import shutil
 import tempfile
@@ -29,13 +29,14 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> CompressionReport:
-    """Save what `compress` made of a model.
+    """Save a compressed model as a checkpoint folder.
 
     Args:
         model: a transformers model, after `compress`.
         target: the folder to make.
-        format: factors, or ordinary weights: dense, or without the FFN channels that were dropped.
-        tokenizer: saved beside the weights, where given.
+        format: factors, or ordinary weights: dense, or without dropped FFN channels.
+        tokenizer: saved beside the weights; None: none is saved.
+        overwrite: replace an existing folder.
 
     Raises:
         UserError: the model was not compressed, its compressed matrices were changed since, or the
@@ -57,7 +58,7 @@ def save(
         model.save_pretrained(folder)
         try:
             open_checkpoint(Path(folder))
-        except StoredOtherwise:  # fused in files and not in the model, say
+        except StoredOtherwise:  # fused in files and not in the model, for instance
             shutil.rmtree(folder)
             model.save_pretrained(folder, save_original_format=False)
         if tokenizer is not None:
@@ -79,7 +80,7 @@ def save(
 
 
 def _refuse_changed(model: Any, compression: Compression) -> None:
-    """Factors may only be saved while they are what the weights are: training changes those."""
+    """Refuse a model whose compressed weights differ from their factors, as after training."""
     weights = parameters_of(model)
     roles = RoleMatrices(model.config, weights)
     for done in compression.sites:

@@ -1,4 +1,4 @@
-"""The spectra of a checkpoint's attention, and what ranks would keep."""
+"""The spectra of a checkpoint's attention, and the ranks that would keep given energies."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ class LayerSpectra:
 
     Attributes:
         spectra: mode name -> singular values of its unfolding, largest first.
-        effective_ranks: mode name -> entropy of the normalised squared spectrum, as a rank.
+        effective_ranks: mode name -> effective rank of the spectrum (see `_effective_rank`).
         plans: energy share -> ranks that keep it in every mode, and their compression ratio.
         seconds: predicted for one decomposition of this tensor on this machine.
     """

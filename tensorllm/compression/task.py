@@ -21,16 +21,22 @@ class FolderTask:
     """What is to be made of a checkpoint.
 
     Attributes:
-        target: the folder to make; a plan needs none.
-        budget: a target size, where the strategy has none of its own.
+        source: the checkpoint's folder.
+        target: the folder to make; a dry run needs none.
+        compressor: the strategy, or a fitted one.
+        layers: counted from 0; None: all.
+        budget: a target size, if the strategy has none of its own.
         calibration: the text that the strategy is fitted to.
         stream: fit with one layer in memory at a time, read from disk.
+        format: of the new folder.
         device: where decompositions run.
-        dtype: of the written weights; that of each stored tensor by default.
-        model: the name that reports give the model; the folder by default.
-        done: factors that are there already, by the site's name.
-        original: `source` holds the model as it was before any compression.
-        shard_bytes: a file of weights is ended as soon as it holds so many.
+        dtype: of the written weights; by default that of each stored tensor.
+        overwrite: replace an existing folder.
+        model: the model's name in reports; by default the folder.
+        revision: of the model, for reports.
+        done: factors that exist already, by the site's name.
+        original: whether `source` holds the model as it was before any compression.
+        shard_bytes: size at which a weight file is ended.
     """
 
     source: Path
@@ -52,23 +58,23 @@ class FolderTask:
 
     @property
     def name(self) -> str:
-        """What reports call the model."""
+        """The model's name in reports."""
         return self.model or str(self.source)
 
     @property
     def strategy(self) -> Compressor:
-        """The strategy of a task that fits it."""
+        """The strategy to fit."""
         assert isinstance(self.compressor, Compressor), "asked for a fit"
         return channels_only(self.compressor) if self.format == "narrow" else self.compressor
 
     @property
     def aim(self) -> Budget | None:
-        """The target size, of the task or the strategy's own; None: sizes are given or fitted."""
+        """The target size, the task's or the strategy's own; None: sizes are given or fitted."""
         own = self.compressor.budget if isinstance(self.compressor, Compressor) else None
         return self.budget or own
 
     @property
     def folder(self) -> Path:
-        """The folder to make, of a task that makes one."""
+        """The folder to make."""
         assert self.target is not None, "only a plan needs no folder"
         return self.target

@@ -1,4 +1,4 @@
-"""A checkpoint as units of work, each small enough to be whole in memory."""
+"""Split a checkpoint into units of work, each small enough to fit in memory."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -31,18 +31,22 @@ class Unit:
 
 
 def open_checkpoint(folder: Path) -> tuple[Checkpoint, RoleMatrices]:
-    """A checkpoint that can be compressed, its shapes checked against its config."""
+    """Open a checkpoint to compress, and check its shapes against its config.
+
+    Raises:
+        UserError: it is factored already, incomplete, or its shapes do not match its config.
+    """
     if factored_manifest(folder) is not None:
         raise UserError(f"{folder} is factored already; give the model it was made from")
     checkpoint = Checkpoint(folder)
     roles = RoleMatrices(checkpoint.config, checkpoint.entries)
     roles.check_shapes({name: entry.shape for name, entry in checkpoint.entries.items()})
-    _ = checkpoint.weights  # refuses what is not whole
+    _ = checkpoint.weights  # refuses an incomplete model
     return checkpoint, roles
 
 
 def units(checkpoint: Checkpoint, roles: RoleMatrices, sites: Iterable[Site]) -> list[Unit]:
-    """All of the checkpoint as units of work: the sites first, then what is only copied."""
+    """The whole checkpoint as units of work: the sites first, then what is only copied."""
     groups = sharing(sites, lambda site: touched(site, roles))
     out = [Unit(together[0].name, sorted(names), together) for names, together in groups]
     seen = {name for unit in out for name in unit.names}
@@ -90,7 +94,7 @@ def run_unit(
 
 
 def _copied(name: str, w: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
-    """A parameter that no site touches: as it is, or as a fit has changed it."""
-    if w.is_floating_point() and not all_finite(w):  # what a job reads it checks itself
+    """A parameter that no site touches: unchanged, or as a fit has changed it."""
+    if w.is_floating_point() and not all_finite(w):  # jobs check what they read themselves
         raise UserError(f"{name} has NaN or infinite values")
     return changed[name].to(w.dtype) if name in changed else w

@@ -1,4 +1,4 @@
-"""One base for all datasets: where rows come from, which are used, and in what batches."""
+"""The base class of all datasets: where rows come from, which are used, how they are batched."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,30 +25,29 @@ Planner = Callable[[Sequence[Example]], Sequence[Any]]
 
 
 def one_per_batch(examples: Sequence[Example]) -> Sequence[list[Example]]:
-    """Each example alone: the plan until a model brings a better one."""
+    """Each example by itself: the plan until a model provides a better one."""
     return [[example] for example in examples]
 
 
 class ReasoningDataModule(LightningDataModule, ABC):
     """Questions with known answers.
 
-    A dataset names its fields and says how a row becomes an `Example`; it may also filter
-    (`select`).
+    A dataset names its fields and converts a row to an `Example`; it may also filter (`select`).
 
-    In a Trainer, `validate` reads the first fifth, and `test` what `split` says: what is tuned by
-    `validate` is never tuned on the test part.
+    In a Trainer, `validate` reads the first fifth and `test` what `split` says, so that tuning by
+    `validate` never uses the test part.
 
     Args:
-        data_file: a local file in place of the hub, or a folder: a copy of the hub's repository.
-        split: the part that `examples` and `trainer.test` give: the first fifth (`val`, for
+        data_file: a local file instead of the hub, or a folder: a copy of the hub's repository.
+        split: the part that `examples` and `trainer.test` use: the first fifth (`val`, for
             `examples` only), the rest (`test`) or `all`.
-        limit: at most so many examples of a part.
+        limit: the most examples to use of a part.
         fields: other names of the fields: `{"answer": "gold"}`.
 
     Class attributes:
         source: where it is on the hub; None: local files only.
-        field_names: role -> the names under which real files have it, the first one preferred.
-        max_new_tokens: how long a generated answer may be; 0: nothing is generated.
+        field_names: role -> the names under which real files have it, the preferred one first.
+        max_new_tokens: the most tokens of a generated answer; 0: nothing is generated.
         workload: how much the papers' experiments read, so that a plan needs no data.
     """
 
@@ -67,7 +66,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         known = (name for name in DATASETS if DATASETS[name] is type(self))
-        self.name = next(known, type(self).__name__)  # a class need not be registered to be used
+        self.name = next(known, type(self).__name__)  # a class can be used without being registered
         one_of("split", split, get_args(Split))
         if limit is not None and limit < 1:
             raise UserError(f"--limit must be at least 1, got {limit}")
@@ -86,7 +85,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
         self.context: int | None = None
         self.done: frozenset[int] = frozenset()  # indices scored by an earlier, interrupted run
         self.notes: list[str] = []  # what was left out and why, for the results
-        self._stage_split: Split | None = None  # of the Trainer's stage under way
+        self._stage_split: Split | None = None  # of the Trainer's current stage
         self._everything: list[Example] | None = None
         self._planner: Planner = one_per_batch
 
@@ -97,12 +96,12 @@ class ReasoningDataModule(LightningDataModule, ABC):
         masked: bool = False,
         context: int | None = None,
     ) -> None:
-        """Tell the dataset what reads it.
+        """Set the tokenizer and limits of the model that reads the dataset.
 
         Args:
-            tokenizer: whose tokens count.
-            masked: the model fills masks in.
-            context: how many tokens the model can read; None: as many as there are.
+            tokenizer: of the model.
+            masked: whether it is a masked language model.
+            context: how many tokens the model can read; None: unlimited.
         """
         if (tokenizer, masked, context) == (self.tokenizer, self.masked, self.context):
             return
@@ -111,15 +110,15 @@ class ReasoningDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def example(self, row: Row, where: str) -> Example | None:
-        """The row as an example, or None where the papers leave it out."""
+        """The row as an example; None if the papers leave it out."""
 
     def select(self, examples: Iterable[Example]) -> Iterable[Example]:
-        """What the papers keep of the examples of one hub split or file."""
+        """The examples that the papers keep, out of those of one hub split or file."""
         return examples
 
     @property
     def repository(self) -> HubSource | None:
-        """The hub's repository, or the local copy of it; None where rows come from one file."""
+        """The hub's repository, or a local copy of it; None if rows come from one file."""
         if self.data_file is None or self.source is None:
             return self.source if self.data_file is None else None
         return replace(self.source, folder=self.data_file) if self.data_file.is_dir() else None
@@ -136,12 +135,12 @@ class ReasoningDataModule(LightningDataModule, ABC):
             raise UserError(f"dataset {self.name!r} is not on the hub: give --data-file")
 
     def value(self, row: Row, role: str, where: str) -> Any:
-        """The row's field that plays `role`, under whichever of its names the row has."""
+        """The row's field that plays `role`, under any of its names."""
         names = (self.fields[role],) if role in self.fields else self.field_names[role]
         return row[field_of(row, names, where)]
 
     def text(self, row: Row, role: str, where: str) -> str:
-        """The same, stripped; it must be text that is not blank, or a number."""
+        """The same as text, stripped; it must be text that is not blank, or a number."""
         value = self.value(row, role, where)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -166,7 +165,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
 
     @property
     def examples(self) -> list[Example]:
-        """The chosen examples, in the order of the dataset: of the Trainer's stage, else `split`'s.
+        """The chosen examples, in the order of the dataset: the Trainer stage's part, or `split`.
 
         They are read on first use.
         """
@@ -193,7 +192,7 @@ class ReasoningDataModule(LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Lightning: choose the part that this stage reads.
 
-        Nothing is read yet: some datasets need the tokenizer, which the module brings (`connect`)
+        Nothing is read yet: some datasets need the tokenizer, which the module sets (`connect`)
         once it has its model.
         """
         if stage == "test" and self.split == "val":
@@ -205,14 +204,12 @@ class ReasoningDataModule(LightningDataModule, ABC):
         self._planner, self.done = one_per_batch, frozenset()  # an earlier run may have failed
 
     def teardown(self, stage: str) -> None:
-        """Lightning: forget what was this run's only, or the model would live as long as the
-        data.
-        """
+        """Lightning: drop this run's state, which would keep the model alive with the data."""
         self._stage_split, self._planner, self.done = None, one_per_batch, frozenset()
         self.trainer = None
 
     def plan_with(self, planner: Planner) -> None:
-        """Make the batches of this run by `planner`: examples in, batches out."""
+        """Make this run's batches with `planner`, a function from examples to batches."""
         self._planner = planner
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -222,18 +219,18 @@ class ReasoningDataModule(LightningDataModule, ABC):
         return self._dataloader(self.part(self.split))
 
     def _dataloader(self, examples: Sequence[Example]) -> DataLoader[Any]:
-        """This process's batches; None fills up, so that all processes take as many steps."""
-        # Not Lightning's DistributedSampler: it repeats examples until all devices have as many.
+        """This process's batches, padded with None so that all processes take as many steps."""
+        # Lightning's DistributedSampler would repeat examples to give every device as many.
         batches = self._planner([e for e in examples if e.index not in self.done])
         world = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
         share: list[Any] = list(batches[rank::world])
-        steps = max(1, -(-len(batches) // world))  # one where all is done: Lightning skips none
+        steps = max(1, -(-len(batches) // world))  # Lightning skips an empty loader
         share += [None] * (steps - len(share))
         return DataLoader(share, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        return batch  # lists of tokens; the scorer pads them where the model is
+        return batch  # lists of tokens; the scorer pads them on the model's device
 
 
 def _as_it_is(batch: Any) -> Any:

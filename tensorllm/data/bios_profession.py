@@ -1,5 +1,6 @@
-"""Bias in Bios: the profession of a person from a biography (De-Arteaga et al. 2019, arXiv
-1901.09451).
+"""Bias in Bios: the profession of a person from a biography (arXiv 1901.09451).
+
+Source: De-Arteaga et al. 2019.
 """
 
 from typing import ClassVar
@@ -10,14 +11,14 @@ from tensorllm.data.reading import Row
 from tensorllm.data.repository import HubSource
 from tensorllm.errors import UserError
 
-# The order of the hub's integer labels.
+# In the order of the hub's integer labels.
 _NAMES = """
     accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker
     interior_designer journalist model nurse painter paralegal pastor personal_trainer photographer
     physician poet professor psychologist rapper software_engineer surgeon teacher yoga_teacher
 """
 PROFESSIONS = _NAMES.split()
-# Those that are one token in the papers' tokenizers, in LASER's order.
+# Those that are a single token in the papers' tokenizers, in LASER's order.
 CHOICES = (
     "journalist",
     "poet",
@@ -28,14 +29,14 @@ CHOICES = (
     "painter",
     "professor",
 )
-MASKED_TOKENS = 50  # of the text, its last ones
+MASKED_TOKENS = 50  # the last tokens of the text that are kept
 
 
 @DATASETS.register("bios_profession", aliases=("bios", "bias_in_bios"))
 class BiosProfession(ReasoningDataModule):
     """The profession of a person from a biography: one of eight.
 
-    Of a local file with a `split` column, all rows count.
+    All rows of a local file are used, even if it has a `split` column.
     """
 
     source = HubSource("LabHC/bias_in_bios", None, ("dev",))

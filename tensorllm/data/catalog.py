@@ -1,4 +1,4 @@
-"""Every dataset that comes with tensorllm, imported once so that it is registered."""
+"""All datasets of tensorllm; importing this module registers them."""
 
 from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.bios_profession import BiosProfession

@@ -1,4 +1,4 @@
-"""What a dataset is made of, whatever it came from."""
+"""An example of a dataset, whatever its source."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,10 +9,11 @@ class Example:
     """One question and its gold answer.
 
     Attributes:
-        prompt: what the model reads. For a masked model it may hold the tokenizer's mask token
+        prompt: what the model reads. For a masked model it may contain the tokenizer's mask token
             once, where the answer belongs; otherwise the answer follows the prompt.
-        answer: the gold answer; one of `choices` where there are any.
-        choices: not empty: scored by the log-probability of each; empty: generated and matched.
+        answer: the gold answer; one of `choices` if there are any.
+        choices: if given, each is scored by its log-probability; if empty, an answer is generated
+            and matched.
         index: the example's place in its dataset, before a part of it was chosen; unique.
         tokens: for running text only: the token ids that are scored, in place of prompt and answer.
     """
@@ -28,9 +29,9 @@ class Workload(NamedTuple):
     """How much an experiment on a dataset reads.
 
     Attributes:
-        examples: of all splits, as LASER's appendix counts them (arXiv 2312.13558).
-        prompt_tokens, answer_tokens: means on real rows, by GPT-2's tokenizer (which is GPT-J's and
-            RoBERTa's).
+        examples: in all splits, as LASER's appendix counts them (arXiv 2312.13558).
+        prompt_tokens, answer_tokens: means over real rows, by GPT-2's tokenizer (which GPT-J and
+            RoBERTa share).
     """
 
     examples: int

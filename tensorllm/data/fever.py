@@ -12,14 +12,15 @@ from tensorllm.errors import UserError
 ANSWERS = dict.fromkeys(("supports", "true", "1"), "true") | dict.fromkeys(
     ("refutes", "false", "0"), "false"
 )
-UNDECIDED = {"not enough info", "nei"}  # the hub's v1.0 has no such rows; FEVER's own files have
+UNDECIDED = {"not enough info", "nei"}  # the hub's v1.0 has no such rows; FEVER's own files do
 
 
 @DATASETS.register("fever")
 class Fever(ReasoningDataModule):
     """Whether a claim is true or false.
 
-    Each claim once, and only where all its labels agree, as LASER's `dataset_utils/fever.py`.
+    Each claim is used once, and only if all its labels agree, as in LASER's
+    `dataset_utils/fever.py`.
     """
 
     source = HubSource("EleutherAI/fever", "v1.0", ("paper_dev", "paper_test"))

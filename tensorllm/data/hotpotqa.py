@@ -22,11 +22,11 @@ COUNTING_TOKENIZER = "meta-llama/Llama-2-7b-hf"
 class HotpotQA(ReasoningDataModule):
     """Questions whose answer takes two steps; the answer is generated.
 
-    Answers of at most 15 LLaMA tokens, special tokens included, as LASER's
+    Only answers of at most 15 LLaMA tokens, special tokens included, as in LASER's
     `dataset_utils/hotpot.py`.
 
     Args:
-        counting_tokenizer: whose tokens are counted: a hub id or folder. By default LLaMA-2's where
+        counting_tokenizer: counts the answers' tokens: a hub id or folder. By default LLaMA-2's if
             it is in the local cache, otherwise the evaluated model's own; the results say which.
     """
 
@@ -40,8 +40,9 @@ class HotpotQA(ReasoningDataModule):
         self.counting_tokenizer = counting_tokenizer
 
     def rows(self) -> Iterator[Iterator[Row]]:
-        """On the hub: as many train rows as there are validation rows, then those (test has no
-        answers).
+        """From the hub: as many train rows as there are validation rows, then the validation rows.
+
+        The test split has no answers.
         """
         source = self.repository
         if source is None:
@@ -59,7 +60,7 @@ class HotpotQA(ReasoningDataModule):
         return Example(f"{question}{mark} The answer is", answer)
 
     def load(self) -> list[Example]:
-        self._counter = self._load_counter()  # anew: another model's tokenizer may count now
+        self._counter = self._load_counter()  # another model's tokenizer may count now
         self.notes = [f"answers counted by the tokenizer of {self._counter.name_or_path}"]
         return super().load()
 

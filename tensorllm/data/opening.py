@@ -1,4 +1,4 @@
-"""Text files as they come: with a byte order mark or without, compressed or not."""
+"""Read text files with or without a byte order mark or compression."""
 
 import bz2
 import gzip
@@ -14,7 +14,7 @@ PACKED: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".bz2": bz2.open,
 
 
 def ending(path: Path) -> str:
-    """What the file is, such as `.jsonl`, whether it is compressed or not."""
+    """The file's suffix, such as `.jsonl`, without that of a compression."""
     inner = Path(path.stem) if path.suffix.lower() in PACKED else path
     return inner.suffix.lower()
 

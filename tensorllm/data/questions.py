@@ -1,6 +1,4 @@
-"""Questions of your own: any file with prompts and answers, described by one YAML or by nothing at
-all.
-"""
+"""Questions of your own: any file with prompts and answers, optionally described by a YAML file."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,9 +25,9 @@ class Questions(ReasoningDataModule):
     """Questions of your own: rows with `prompt` and `answer`, and `choices` if there are any.
 
     Args:
-        template: how a row becomes a prompt, with the row's fields in braces: `"Q: {question} A:"`.
+        template: makes a prompt from the row's fields in braces: `"Q: {question} A:"`.
         choices: the answers allowed for every row.
-        max_new_tokens: how long a generated answer may be.
+        max_new_tokens: the most tokens of a generated answer.
     """
 
     field_names: ClassVar = {
@@ -71,7 +69,7 @@ class Questions(ReasoningDataModule):
             raise UserError(
                 f"{where}: the template's field {error} is not in the row: {known}"
             ) from None
-        except (ValueError, LookupError, AttributeError) as error:  # as str.format tells them
+        except (ValueError, LookupError, AttributeError) as error:  # the errors of str.format
             raise UserError(
                 f"the template must have a row's fields in braces, such as 'Q: {{question}}', "
                 f"got {self.template!r:.80}: {error}"
@@ -79,7 +77,7 @@ class Questions(ReasoningDataModule):
 
 
 def _choices(values: Any, what: str) -> tuple[str, ...]:
-    """Texts, as answers are, or numbers; YAML reads a bare yes or no as true and false."""
+    """Texts, as answers are, or numbers; YAML reads a bare yes or no as a boolean."""
     if isinstance(values, list | tuple):
         numbers = [isinstance(v, int | float) and not isinstance(v, bool) for v in values]
         values = [str(v) if n else v for v, n in zip(values, numbers, strict=True)]
@@ -91,8 +89,10 @@ def _choices(values: Any, what: str) -> tuple[str, ...]:
 
 
 def questions_from_yaml(path: Path, **options: Any) -> Questions:
-    """The dataset that a YAML file describes (docs/add_a_dataset.md); `options` go before what it
-    says.
+    """The dataset that a YAML file describes (docs/add_a_dataset.md).
+
+    Args:
+        options: take precedence over the file.
 
     Raises:
         UserError: a key is unknown or of the wrong type.

@@ -1,4 +1,4 @@
-"""Rows of local files as dictionaries, in the order in which they are stored."""
+"""Rows of local files as dictionaries, in stored order."""
 
 import csv
 import itertools
@@ -13,7 +13,7 @@ from tensorllm.data.opening import ending, lines_of
 from tensorllm.errors import UserError
 
 Row = Mapping[str, Any]
-PARQUET_ROWS = 32  # in memory at once: rows may carry whole articles
+PARQUET_ROWS = 32  # in memory at once: rows may hold whole articles
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -21,7 +21,7 @@ def rows_of_file(path: Path) -> Iterator[Row]:
     """The rows of a jsonl, json, csv, tsv or parquet file, one at a time.
 
     Raises:
-        UserError: the file is missing, empty or malformed (says at which line).
+        UserError: the file is missing, empty or malformed (names the line).
     """
     if not path.is_file():
         why = "Is a directory" if path.is_dir() else "No such file or directory"
@@ -51,11 +51,11 @@ def _jsonl(path: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            if number == 1 and line.lstrip().startswith("["):  # a JSON list by another name
+            if number == 1 and line.lstrip().startswith("["):  # a JSON list under another name
                 yield from _json(path)
                 return
             try:
-                row = json.loads(line.rstrip("\r\n"))  # else an error may be of the line below
+                row = json.loads(line.rstrip("\r\n"))  # else an error may name the next line
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: malformed JSON on line {number}: {_why(error)}") from None
             yield _row(row, f"{path}, line {number}")
@@ -66,8 +66,10 @@ def _why(error: json.JSONDecodeError) -> str:
 
 
 def json_items(path: Path) -> list[Any]:
-    """The items of a JSON list, or of the one list that a JSON object holds (`data`, `examples`,
-    ...), or of JSON Lines, which many programs write into a file that ends in json.
+    """The items of a JSON list, of an object's only list, or of JSON Lines.
+
+    An object may hold its list under any name (`data`, `examples`, ...). Many programs write JSON
+    Lines into files named .json.
     """
     text = "".join(lines_of(path))
     if (rows := _as_lines(text, path)) is not None:
@@ -85,9 +87,9 @@ def json_items(path: Path) -> list[Any]:
 
 
 def _as_lines(text: str, path: Path) -> list[Any] | None:
-    """The rows of JSON Lines; None where the text is one JSON value over several lines.
+    """The rows of JSON Lines; None if the text is one JSON value over several lines.
 
-    So it is where the first line is a whole row, and not an object whose one field is a list.
+    It is JSON Lines if the first line is a whole row, and not an object whose one field is a list.
     """
     lines = text.lstrip().splitlines()
     try:

@@ -1,4 +1,4 @@
-"""Rows of a dataset's repository: on the hub, or in a local copy of it."""
+"""Rows of a dataset's repository, on the hub or in a local copy."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tensorllm.data.reading import KNOWN, Row, rows_of_file
 from tensorllm.errors import UserError, first_line
 from tensorllm.hub import local_copy, why_not
 
-# Where the hub keeps what it made of repositories that are a script.
+# Where the hub keeps its parquet export of repositories that consist of a script.
 EXPORT = "hf://datasets/{repo}@refs/convert/parquet/{config}/{split}/*.parquet"
 
 
@@ -33,7 +33,7 @@ class HubSource:
 
     @property
     def fetch(self) -> str:
-        """The command that fetches it: the hub's export, parquet whatever the repository holds."""
+        """The command that fetches the hub's export: parquet, whatever the repository holds."""
         return (
             f"hf download {self.repo} --repo-type dataset --revision refs/convert/parquet "
             f"--include '{self.config or 'default'}/*' --local-dir FOLDER/{self.repo}"
@@ -41,17 +41,18 @@ class HubSource:
 
     @property
     def what(self) -> str:
-        """Which files these are, for messages."""
+        """The files' description for messages."""
         config = f"{self.config}, " if self.config else ""
         return f"{self.repo} ({config}{' and '.join(self.splits)})"
 
 
 def rows_of_hub(source: HubSource, split: str) -> Iterator[Row]:
-    """The rows of one split: of the local copy, of the hub's cache, or streamed: no more is
-    downloaded than is used.
+    """The rows of one split: from the local copy, the hub's cache, or streamed.
+
+    Streaming downloads no more than is used.
 
     Raises:
-        UserError: it cannot be had; the message says how to go on without the network.
+        UserError: it is not available; the message says how to go on without a network.
     """
     folder = local_copy(source.repo, "dataset", source.folder) or source.folder
     files = [] if folder is None else files_of_split(folder, source.config, split)

@@ -1,6 +1,4 @@
-"""Any text: how well the model predicts it (perplexity). Nothing is generated, there is no
-accuracy.
-"""
+"""Any text: how well the model predicts it (perplexity), without generation or accuracy."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -17,8 +15,8 @@ from tensorllm.errors import UserError
 class Text(ReasoningDataModule):
     """The perplexity of any text file.
 
-    Documents are cut into blocks that share one token, so that every token but a document's first
-    is scored once.
+    Documents are cut into blocks that overlap by one token, so that every token except a document's
+    first is scored once.
 
     A file of rows gives one document per row (field `text`), a JSON list of strings one per string,
     any other file is one document.

@@ -1,7 +1,7 @@
-"""Text as tokens that a causal model goes on from.
+"""Tokenise text for a causal model to continue.
 
-Some tokenizers end every text with a special token (`add_eos_token`, or that of an encoder). Behind
-it nothing follows: answers and generations would be read after the end of the text.
+Some tokenizers end every text with a special token (`add_eos_token`, or that of an encoder). It is
+removed here: otherwise answers and generations would follow the end of the text.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ PROBE = "a"
 
 
 def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text, special ones before it included and those behind it left off."""
+    """Tokens of each text with leading special tokens, but without trailing ones."""
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(list(texts), verbose=False).input_ids
@@ -24,10 +24,10 @@ def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def as_messages(tokenizer: Any, texts: Sequence[str], whose: str) -> list[list[int]]:
-    """Tokens of each text as a user's message, and of what begins the answer, by the chat template.
+    """Tokens of each text as a user's message, up to where the answer begins, by the chat template.
 
     Args:
-        whose: what an error calls the model.
+        whose: the model's name in an error.
 
     Raises:
         UserError: the tokenizer has no chat template.
@@ -45,7 +45,7 @@ def as_messages(tokenizer: Any, texts: Sequence[str], whose: str) -> list[list[i
 
 
 def closing_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts behind every text; tried, since no attribute says it for all."""
+    """The tokens that the tokenizer appends to every text; tried, as no attribute tells."""
     bare = list(tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids)
     whole = list(tokenizer(PROBE, verbose=False).input_ids)
     for start in range(len(whole) - len(bare) + 1):
@@ -55,11 +55,11 @@ def closing_tokens(tokenizer: Any) -> list[int]:
 
 
 def check_ids(sequences: Sequence[Sequence[int]], rows: int, whose: str) -> None:
-    """Refuse tokens that a model has no embedding of.
+    """Refuse tokens for which the model has no embedding.
 
     Args:
-        rows: of the table of embeddings.
-        whose: what the message calls what was tokenised.
+        rows: number of embeddings.
+        whose: the name in the message for what was tokenised.
     """
     top = max((max(row) for row in sequences if row), default=-1)
     if top >= rows:

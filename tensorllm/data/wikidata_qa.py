@@ -12,7 +12,7 @@ from tensorllm.data.repository import HubSource
 class WikidataQA(ReasoningDataModule):
     """Facts of Wikidata as sentences to complete; the answer is generated.
 
-    Rows with exactly one target count; the prompt is the input, stripped.
+    Only rows with exactly one target are used; the prompt is the input, stripped.
     """
 
     source = HubSource("tasksource/bigbench", "qa_wikidata", ("validation", "train"))

@@ -1,3 +1,1 @@
-"""How answers are scored: the protocol, the fast scorers for causal and masked models,
-statistics.
-"""
+"""How answers are scored: protocols, fast scorers for causal and masked models, statistics."""

@@ -1,4 +1,4 @@
-"""Activation functions as one kernel each."""
+"""Run activation functions as one kernel each."""
 
 import weakref
 from functools import partial
@@ -6,14 +6,14 @@ from functools import partial
 from torch import nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-# Transformers spells GELU by its tanh approximation in eight passes over memory (`gelu_new` of
-# GPT-2 and GPT-J, `gelu_fast` of others); torch has it as one kernel, equal but for rounding. In a
+# Transformers computes GELU's tanh approximation (`gelu_new` of GPT-2 and GPT-J, `gelu_fast` of
+# others) in eight passes over memory; torch has it as one kernel, equal but for rounding. In a
 # small GPT-J on a CPU the eight passes take a quarter of the time.
 TANH_GELU = (NewGELUActivation, FastGELUActivation)
 
 
 def fuse_activations(model: nn.Module, owner: object) -> None:
-    """Let the model's activations run as one kernel for as long as `owner` lives."""
+    """Run the model's activations as one kernel for as long as `owner` lives."""
     for module in model.modules():
         if isinstance(module, TANH_GELU) and "forward" not in module.__dict__:
             module.forward = partial(nn.functional.gelu, approximate="tanh")  # type: ignore[method-assign]

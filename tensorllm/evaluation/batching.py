@@ -1,4 +1,4 @@
-"""What is scored together: items of similar length, within the memory there is."""
+"""Form batches of items of similar length that fit in memory."""
 
 import logging
 import math
@@ -25,13 +25,13 @@ LOGITS = 2**26  # numbers in one batch's logits: 256 MiB in float32
 def fill(
     items: Sequence[T], cost: Callable[[T], tuple[int, int]], tokens: int, together: int = 1
 ) -> Iterator[list[T]]:
-    """Batches of items of similar cost, the dearest first: what does not fit memory shows at once.
+    """Batch items of similar cost, the most expensive first, so that memory errors show at once.
 
     Args:
         items: in the dataset's order.
         cost: an item's tokens and logits; a batch costs its number of items times its dearest one.
         tokens: the budget of tokens per batch.
-        together: items whose indices fall into the same so many stay together, in order.
+        together: size of the groups of consecutive indices that stay in one batch, in order.
     """
     size = max(1, together)
     grouped = groupby(items, key=lambda item: item.example.index // size)
@@ -54,7 +54,7 @@ def fill(
 def _measured(
     group: Iterable[T], cost: Callable[[T], tuple[int, int]]
 ) -> tuple[list[T], tuple[int, int]]:
-    """The items, and the most tokens and logits that one of them costs."""
+    """The items, and the largest number of tokens and of logits among them."""
     items = list(group)
     tokens, logits = zip(*map(cost, items), strict=True)
     return items, (max(tokens), max(logits))
@@ -63,11 +63,11 @@ def _measured(
 def halving(
     scored: Callable[[Sequence[Item]], list[Prediction]], items: Sequence[Item]
 ) -> list[Prediction]:
-    """`scored(items)`, in halves where memory runs out.
+    """`scored(items)`; where memory runs out, each half by itself.
 
     Raises:
         Incomplete: one item alone does not fit memory.
-        UserError: the model's numbers are not finite.
+        UserError: the model's loss is not finite.
     """
     try:
         return finite(scored(items))
@@ -84,10 +84,10 @@ def halving(
 
 
 def finite(rows: list[Prediction]) -> list[Prediction]:
-    """The same rows.
+    """Return the rows unchanged.
 
     Raises:
-        UserError: the model's numbers are not finite.
+        UserError: the model's loss is not finite.
     """
     for row in rows:
         if not math.isfinite(row.log_probability):
@@ -96,5 +96,5 @@ def finite(rows: list[Prediction]) -> list[Prediction]:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # On a CPU torch has no error class of its own for it.
+    # On a CPU torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

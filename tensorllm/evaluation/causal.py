@@ -1,4 +1,4 @@
-"""Scoring a batch with a causal model: each prompt is read once, whatever is asked of it.
+"""Score a batch with a causal model: each prompt is read only once.
 
 Shapes: B examples, T tokens, V vocabulary, M columns with logits of all examples.
 """
@@ -30,10 +30,10 @@ class CausalBatch(NamedTuple):
 
 
 class CausalScorer:
-    """Turns batches into rows.
+    """Turns batches into predictions.
 
     Args:
-        greedy: how answers are generated, and by which model.
+        greedy: generates answers; also holds the model, tokenizer and protocol.
     """
 
     def __init__(self, greedy: Greedy) -> None:
@@ -43,12 +43,12 @@ class CausalScorer:
         self.protocol = greedy.protocol
 
     def __call__(self, batch: CausalBatch) -> list[Prediction]:
-        """The rows of the model as it is."""
+        """The batch's predictions by the model as it is."""
         return self.side_by_side(batch, [0])[0]
 
     @torch.inference_mode()
     def side_by_side(self, batch: CausalBatch, lanes: Sequence[int]) -> dict[int, list[Prediction]]:
-        """The rows of every lane (see `ModelForward.lane`)."""
+        """The predictions of every lane (see `ModelForward.lane`)."""
         first = batch.items[0].example
         if not first.tokens and not first.choices:
             return self._generated(batch, lanes)
@@ -61,7 +61,7 @@ class CausalScorer:
     def _answers(
         self, batch: CausalBatch, keep: Sequence[int], *, grow: bool
     ) -> tuple[Reading, list[tuple[float, int]]]:
-        """Read prompt and gold answer; also each answer's log-probability and first rank."""
+        """Read prompts and gold answers; also return answers' log-probabilities and first ranks."""
         found = read(
             self.forward,
             [e.full[0] for e in batch.items],
@@ -110,7 +110,7 @@ class CausalScorer:
         return {lane: self._rows(batch, scores[lane], generated[lane]) for lane in lanes}
 
     def _prompts(self, batch: CausalBatch) -> Reading:
-        """The prompts read without their answers."""
+        """Read the prompts without their answers."""
         sequences = [e.prompt for e in batch.items]
         key = None if batch.key is None else (batch.key, "prompts")
         apart = min(map(len, sequences)) - 1
@@ -139,9 +139,7 @@ class CausalScorer:
     def _unmasked(
         self, batch: CausalBatch, scores: list[tuple[float, int]]
     ) -> list[tuple[float, int]]:
-        """The papers' batched loss: pads are read as tokens, and positions count from the first of
-        them.
-        """
+        """The papers' batched loss: pads are read as tokens, and positions count from the first."""
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         found = []
@@ -177,8 +175,7 @@ class CausalScorer:
 def answer_scores(
     logits_MV: Tensor, sequences: Sequence[Sequence[int]], keep: Sequence[int], lengths: list[int]
 ) -> list[tuple[float, int]]:
-    """Log-probability of each row's last tokens, `lengths` of them, and the rank of the first of
-    these.
+    """Each row's log-probability of its last `lengths` tokens, and the rank of the first of them.
 
     Args:
         logits_MV: logits of the last columns of each row, `keep` of them.
@@ -187,7 +184,7 @@ def answer_scores(
         lengths: tokens of each row's answer.
     """
     device = logits_MV.device
-    # Nothing follows a row's last column.
+    # Nothing follows a row's last column, so any token stands in for the next one.
     following = [[*ids[len(ids) - n + 1 :], 0] for ids, n in zip(sequences, keep, strict=True)]
     next_M = torch.tensor([token for of_row in following for token in of_row], device=device)
     values_MV = logits_MV.float()

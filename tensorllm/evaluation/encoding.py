@@ -1,6 +1,4 @@
-"""Examples as tokens for a causal model: what is read once, what branches off it, where the answer
-begins.
-"""
+"""Examples as tokens for a causal model: shared prefix, branches, where the answer begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from tensorllm.data.example import Example
 from tensorllm.data.tokens import open_ended
 from tensorllm.errors import UserError
 
-# Words of a prompt's end: what precedes them cannot change how the answer is cut into tokens.
+# Words at the end of a prompt: those before cannot change how the answer is tokenised.
 TAIL_WORDS = 4
 
 
@@ -27,7 +25,7 @@ class Encoded:
             answer's.
         shared: how many leading tokens all of `full` have in common, at most up to `start`.
         start: where the answers begin in `full`.
-        truncated: how many tokens of the prompt's beginning did not fit the model's context.
+        truncated: tokens cut from the prompt's beginning because the context cannot hold them.
     """
 
     example: Example
@@ -50,7 +48,16 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 class Encoder:
-    """Tokenises examples in bulk, cutting each distinct prompt ending and answer only once."""
+    """Tokenises examples in bulk; each distinct prompt ending and answer only once.
+
+    Args:
+        tokenizer: the model's.
+        context: tokens that the model can read.
+        max_new_tokens: the most tokens of a generated answer.
+
+    Raises:
+        UserError: `max_new_tokens` leaves no room in the context.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, context: int, max_new_tokens: int
@@ -102,7 +109,7 @@ class Encoder:
         raise UserError("an empty prompt needs a tokenizer with a bos or eos token")
 
     def _with(self, text: str, prompt: list[int], answer: str) -> tuple[list[int], int]:
-        """Tokens of `text + " " + answer`, and where the answer begins among them."""
+        """Tokens of `text + " " + answer`, and the position where the answer begins."""
         tail = " ".join(text.split(" ")[-TAIL_WORDS:])
         if (tail, answer) not in self._tails:
             self._tails[tail, answer] = self._cut(tail, answer)
@@ -120,7 +127,7 @@ class Encoder:
 
     def _cut(self, tail: str, answer: str) -> tuple[list[int], list[int], int]:
         before, after = self._ids([tail, f"{tail} {answer}"])
-        # LASER's find_answer_len: the shortest ending that reads so.
+        # LASER's find_answer_len: the shortest ending that decodes to the answer.
         for length in range(1, len(after) + 1):
             if str(self.tokenizer.decode(after[-length:])).strip() == answer.strip():
                 return before, after, length
@@ -129,13 +136,13 @@ class Encoder:
     def _fitted(
         self, prompt: list[int], full: tuple[list[int], ...], shared: int, new: int
     ) -> tuple[list[int], tuple[list[int], ...], int]:
-        """Prompt and answers without as many of the first tokens as the context cannot hold."""
+        """Drop the first tokens that the context cannot hold; returns how many."""
         longest = max(len(prompt) + new, *map(len, full))
         cut = longest - self.context
         if cut <= 0:
             return prompt, full, 0
         special = set(self.tokenizer.all_special_ids)
-        kept = sum(1 for _ in takewhile(special.__contains__, prompt))  # a bos stays the first one
+        kept = sum(1 for _ in takewhile(special.__contains__, prompt))  # a bos token stays first
         if kept + cut >= min(shared, len(prompt)):
             raise UserError(
                 f"the model's context of {self.context} tokens must hold prompt and answer,"

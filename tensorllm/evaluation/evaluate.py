@@ -1,6 +1,4 @@
-"""A model in memory on a dataset, without a Trainer: for the compress command and for the rank
-search.
-"""
+"""Evaluate a model in memory on a dataset, without a Trainer."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -30,7 +28,7 @@ def make_dataset(
     limit: int | None = None,
     **options: Any,
 ) -> ReasoningDataModule:
-    """A dataset by its name, or by the YAML file that describes one's own."""
+    """A dataset by its name, or by a YAML file that describes your own."""
     chosen = {"data_file": data_file, "split": split, "limit": limit, **options}
     if dataset.endswith(YAML):
         return questions_from_yaml(Path(dataset), **chosen)
@@ -50,6 +48,8 @@ def score(
     """Score all examples; predictions come in the order of the examples.
 
     Args:
+        max_new_tokens: the most tokens of a generated answer.
+        batch_tokens: tokens per batch; None: what suits the device.
         on_batch: called with the predictions of each finished batch.
     """
     scorer = make_scorer(
@@ -78,19 +78,22 @@ def evaluate_model(
     data_file: Path | str | None = None,
     on_batch: Callable[[list[Prediction]], None] | None = None,
 ) -> dict[str, Any]:
-    """`accuracy` (per cent), `loss` (nats per answer token), the other metrics, `examples`, and
-    what names them.
+    """Evaluate a model on a dataset.
 
     Args:
         model: any causal or masked transformers model, on its device.
         tokenizer: its tokenizer.
-        dataset: a name, or a dataset (whose own split and limit then hold): it keeps its examples,
+        dataset: a name, or a dataset (whose own split and limit then apply): it keeps its examples,
             so that a second call does not read them again.
         protocol: a name or a protocol.
         split: the first fifth (`val`), the rest (`test`) or `all`.
-        limit: at most so many examples.
-        data_file: a local file in place of the hub.
+        limit: the most examples to use.
+        data_file: a local file to read instead of the hub.
         on_batch: called with the predictions of each finished batch.
+
+    Returns:
+        `accuracy` (per cent), `loss` (nats per answer token) and the other metrics; `examples`
+        (their number), `dataset`, `split` and `protocol`.
     """
     if isinstance(dataset, str):
         dataset = make_dataset(dataset, data_file=data_file, split=split, limit=limit)
@@ -118,12 +121,13 @@ def evaluate_model(
 def dataset_scorer(
     data_file: Path | None = None, limit: int | None = None, progress: Progress = quiet
 ) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase, str], dict[str, Any]]:
-    """A function that scores a model on a dataset's test part, protocol `strict`, and reads each
-    dataset once.
+    """A function that scores a model on a dataset's test part, protocol `strict`.
+
+    It reads each dataset only once.
 
     Args:
         data_file: the dataset's rows, instead of the hub.
-        limit: at most so many examples.
+        limit: the most examples to use.
         progress: called with (examples scored, examples in all, what is done).
     """
     read = cache(lambda name: make_dataset(name, data_file=data_file, limit=limit))

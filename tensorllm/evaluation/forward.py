@@ -1,4 +1,4 @@
-"""Running a causal model on padded batches with a cache that can be narrowed to some of its rows.
+"""Run a causal model on padded batches, with a key-value cache whose rows can be selected.
 
 Three things make it cheaper without changing what it computes: columns without logits skip the wide
 matrices of the last layer (`last_layer.py`), the output embedding reads only wanted columns
@@ -42,7 +42,7 @@ class Padded(NamedTuple):
 def left_padded(
     sequences: Sequence[Sequence[int]], device: torch.device, first: Sequence[int] | None = None
 ) -> Padded:
-    """Right-aligned rows; positions count from 0, or from `first` of each row."""
+    """Pad rows on the left; positions count from 0, or from each row's entry of `first`."""
     width = max(map(len, sequences))
     ids = np.full((len(sequences), width), PAD, dtype=np.int64)
     lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
@@ -55,7 +55,7 @@ def left_padded(
 
 
 def last_columns(counts: Sequence[int], device: torch.device) -> Tensor:
-    """So many of the last columns of each row, as a mask (B, the most of them)."""
+    """A mask (B, max(counts)) of each row's last `counts` columns."""
     counts_B = torch.tensor(counts, device=device)
     most = max(counts)
     return torch.arange(most, 0, -1, device=device)[None] <= counts_B[:, None]
@@ -65,17 +65,17 @@ ORDINARY = (DynamicLayer, DynamicSlidingWindowLayer)  # keys and values, and not
 
 
 def selected(entry: Any, rows: Tensor) -> Any:
-    """A layer's entry of a cache with these rows, which may repeat."""
+    """A layer's cache entry with only these rows, which may repeat."""
     new = copy.copy(entry)
     if type(entry) in (*ORDINARY, GrowingLayer):
-        new.reorder_cache(rows)  # on a CPU ten times faster than by indexing
+        new.reorder_cache(rows)  # on a CPU ten times faster than indexing
     else:
         new.batch_select_indices(rows)
     return new
 
 
 class ModelForward:
-    """A transformers model as scorers run it; a search derives one that keeps what does not change.
+    """Runs a transformers model for scorers; a search derives one that reuses unchanged results.
 
     Args:
         model: causal.
@@ -107,24 +107,24 @@ class ModelForward:
         key: Hashable = None,
         paths: Sequence[Path | None] = (),
     ) -> tuple[Tensor, Any]:
-        """Logits (B, keep, V) of the last `keep` columns, and the cache where `grow` is set.
+        """Logits (B, keep, V) of the last `keep` columns, and the key-value cache if `grow` is set.
 
         Args:
             batch: the new tokens.
-            keep: how many of its last columns need logits; of each row another number: the logits
-                are then (M, V), row after row.
-            best: the most probable tokens (M) instead of the logits.
+            keep: how many of its last columns need logits. If given per row, the logits are (M, V),
+                row after row.
+            best: return the most probable tokens (M) instead of logits.
             mask_BS: which cached and new columns may be seen; None: the batch's own mask.
-            cache: what an earlier call returned; it may be changed.
-            rows: the cache's rows that the batch's continue, which may repeat; the cache is then
-                left as it is. None: all, in order.
-            sees_BTS: which columns each new token sees, if that is not all before it; only for
-                models that tell columns apart.
+            cache: what an earlier call returned; it may be changed in place.
+            rows: the cache's rows that the batch's rows continue, which may repeat; the cache is
+                then left as it is. None: all, in order.
+            sees_BTS: which columns each new token sees, if not all before it; only for models that
+                obey such a mask (`obeys_masks`).
             grow: return a cache that holds these tokens too.
-            key: the same for the same tokens of a plan, so that results of unedited layers can be
-                kept; None: keep nothing.
-            paths: where each row has one new token, all its tokens up to this one, so that the same
-                can be done for tokens that no plan has; None: nobody will look at this row.
+            key: identifies the batch's tokens, so that results of unedited layers can be kept for a
+                later call with the same key; None: keep nothing.
+            paths: if each row has one new token, all its tokens up to this one: identifies
+                generated tokens as `key` does batches. None: the row's output is not used.
         """
         del key, paths  # nothing is kept here
         columns = keep if isinstance(keep, int) else max(keep)
@@ -156,17 +156,17 @@ class ModelForward:
         return None if cache is None and bool(seen.all()) else seen.long()
 
     def lane(self, number: int) -> AbstractContextManager[None]:
-        """In here the model is that of one of the edits that are run side by side."""
+        """Within the block, the model is edited as lane `number` says."""
         return nullcontext()
 
     def merged(self, caches: Sequence[Any], lanes: Sequence[int]) -> Any:
-        """A cache of the rows of all these, which were read in these lanes."""
-        (cache,) = caches  # there is one model
+        """One cache with the rows of all these, each read in its lane."""
+        (cache,) = caches  # there is only one model
         return cache
 
     def may_hide(self, columns: int) -> bool:
-        """Whether columns among so many may be hidden and nothing else changes."""
-        # A sliding window counts hidden columns, too.
+        """Whether up to `columns` columns may be masked without any other effect."""
+        # A sliding window counts masked columns, too.
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         return window is None or columns <= window
 
@@ -176,9 +176,9 @@ class ModelForward:
 
     @cached_property
     def _sees_only_what_it_may(self) -> bool:
-        """Tried: the last of four tokens must not see the third, and stand in its place.
+        """Test on four tokens: the last must not see the third, whose position it takes.
 
-        Some kinds of attention take no such mask, or tell places from what is masked.
+        Some kinds of attention accept no such mask, or derive positions from what is masked.
         """
         if "position_ids" not in self._accepts:
             return False
@@ -195,11 +195,11 @@ class ModelForward:
                     self, row._replace(positions_BT=places), keep=1, sees_BTS=sees_1TT
                 )
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-                return False  # whatever it was that such a mask did not fit
+                return False  # whichever way the model rejected the mask
         return bool(10 * (got - want).norm() < (plain - want).norm())
 
     def select(self, cache: Any, rows: Tensor) -> Any:
-        """A new cache of these rows, which may repeat."""
+        """A new cache with only these rows, which may repeat."""
         narrowed = copy.copy(cache)
         narrowed.layers = [selected(entry, rows) for entry in cache.layers]
         return narrowed

@@ -1,9 +1,9 @@
-"""Greedy answers that begin where the teacher-forced pass has already proved them.
+"""Greedy decoding that starts where the teacher-forced pass stops proving the answer.
 
 The pass over prompt and gold answer shows the most probable token after each of their tokens. As
-long as those are the gold tokens, greedy decoding would have said them too; the first other one is
-known as well. Only from there, and only while the verdict is open, is anything generated, for all
-models that a search runs side by side in the same steps.
+long as those are the gold tokens, greedy decoding would choose them too; the first different token
+is known as well. Only from there, and only while the verdict is open, are tokens generated; all
+models that a search runs side by side share the same steps.
 
 Shapes: B examples, T tokens, M positions with logits of all examples, S cached columns, V
 vocabulary.
@@ -24,9 +24,9 @@ from tensorllm.evaluation.matching import holds_answer, surely_holds_answer, tok
 from tensorllm.evaluation.prompts import Reading
 from tensorllm.evaluation.protocol import Protocol
 
-# Steps between looks at the text: decoding it costs as much as a step of a small model.
+# Steps between checks of the text: decoding it costs as much as a step of a small model.
 CHECK_EVERY = 4
-# Finished rows are carried along while they are few: to leave them out, the cache must be copied.
+# A few finished rows are carried along, as leaving them out means copying the cache.
 COMPACT_BELOW = 0.85
 
 
@@ -40,13 +40,13 @@ class Generated(NamedTuple):
 
 @dataclass(slots=True)
 class _Generation:
-    """One generation under way."""
+    """A generation in progress."""
 
     item: Encoded
     read: int  # tokens in the cache that belong to this generation
     pending: list[int]  # tokens still to be read before the next one is known
     new: list[int] = field(default_factory=list)
-    takes: int = 0  # tokens that the answer takes at least
+    takes: int = 0  # fewest tokens that the answer takes
 
     @property
     def path(self) -> Path:
@@ -54,7 +54,7 @@ class _Generation:
         return (*self.item.prompt, *self.new)
 
     def add(self, token: int) -> None:
-        """All pending tokens were read, and this one follows."""
+        """Add the token that follows the pending ones, which have been read."""
         self.read += len(self.pending)
         self.pending = [token]
         self.new.append(token)
@@ -66,11 +66,12 @@ class Greedy:
     Args:
         forward: the model.
         tokenizer: its tokenizer.
-        protocol: what counts as right.
-        max_new_tokens: how long a generated answer may be.
+        protocol: decides which answers are right.
+        max_new_tokens: the most tokens of a generated answer.
         eos: tokens that end a generation.
         stop_early: stop a generation when its verdict is certain.
-        compact_below: finished rows leave the cache once this share of its rows, or less, goes on.
+        compact_below: drop finished rows from the cache once at most this share of its rows is
+            still being generated.
     """
 
     def __init__(
@@ -101,13 +102,13 @@ class Greedy:
         keep: Sequence[int],
         readings: Mapping[int, Reading],
     ) -> dict[int, list[Generated]]:
-        """Verdicts of a batch in every lane.
+        """The verdicts of a batch in every lane.
 
         Args:
             items: the batch's examples.
             sequences: what was read of each: its prompt and gold answer, or its prompt alone.
-            keep: of how many of its last columns there are logits.
-            readings: what reading them gave, by lane.
+            keep: how many of its last columns have logits.
+            readings: the results of reading them, by lane.
         """
         proved = [self._proved(items, sequences, keep, r.logits) for r in readings.values()]
         rows = [row for of_lane in proved for row in of_lane]
@@ -133,7 +134,7 @@ class Greedy:
         best = self._best(logits_MV, [at for at, n in zip(first, after, strict=True) if n >= 0])
         rows = []
         for e, ids, at, end in zip(items, sequences, first, ends, strict=True):
-            if ids[: len(e.prompt)] != e.prompt:  # its last token may hold the space, too
+            if ids[: len(e.prompt)] != e.prompt:  # its last token may include the answer's space
                 same = min(common_prefix((e.prompt, ids)), len(e.prompt) - 1)
                 rows.append(_Generation(e, same, e.prompt[same:]))
                 continue
@@ -144,7 +145,7 @@ class Greedy:
         return rows
 
     def _best(self, logits_MV: Tensor, first: Sequence[int]) -> list[int]:
-        """The most probable tokens; a generation does not begin with its end.
+        """The most probable tokens; a generation's first token is never an end token.
 
         Args:
             first: the positions of first tokens.
@@ -159,7 +160,7 @@ class Greedy:
         return best
 
     def _ended(self, tokens: list[int]) -> list[int]:
-        """Tokens up to and including the first end."""
+        """The tokens up to and including the first end token."""
         for place, token in enumerate(tokens):
             if token in self.eos:
                 return tokens[: place + 1]
@@ -168,13 +169,20 @@ class Greedy:
     def _continue(
         self, rows: list[_Generation], lengths: Sequence[int], mask_BT: Tensor, cache: Any
     ) -> None:
-        """Args: `lengths`, `mask_BT`: of what was read, the same in every lane."""
+        """Generate until every verdict is known.
+
+        Args:
+            rows: the generations of all lanes, lane after lane.
+            lengths: how many tokens were read of each example.
+            mask_BT: mask of what was read, the same in every lane.
+            cache: of what was read, in all lanes.
+        """
         device, width = mask_BT.device, mask_BT.shape[1]
-        # Columns of the gold answer that greedy decoding did not say are hidden from what follows.
+        # Gold answer columns beyond what greedy decoding would choose must not be seen.
         ends = [row.read + width - n for row, n in zip(rows, cycle(lengths), strict=False)]
         mask_BS = torch.arange(width, device=device) < torch.tensor(ends, device=device)[:, None]
         mask_BS &= mask_BT.repeat(len(rows) // len(lengths), 1)
-        live = list(range(len(rows)))  # of `rows`, in the order of the cache's rows
+        live = list(range(len(rows)))  # indices into `rows`, in the order of the cache's rows
         going = set(live)
         for step in count():
             going = self._unfinished(rows, going, look=step % CHECK_EVERY == 0)
@@ -186,7 +194,7 @@ class Greedy:
                 cache, mask_BS = self.forward.select(cache, kept), mask_BS[kept]
                 live = [live[at] for at in keep]
             active = [rows[i] for i in live]
-            ended = [i not in going for i in live]  # they read something that nobody looks at
+            ended = [i not in going for i in live]  # they read on, but their output is unused
             new = left_padded([r.pending for r in active], device, [r.read for r in active])
             mask_BS = torch.cat([mask_BS, new.mask_BT], 1)
             begun = all(row.new for row in active)
@@ -226,11 +234,11 @@ class Greedy:
         return self.bound is not None and self.bound.missing(text, answer) > left
 
     def _window(self, row: _Generation) -> int:
-        """As many new tokens as the answer has: what token F1 looks at."""
+        """As many new tokens as the answer has: the text that token F1 is computed on."""
         return min(self.max_new_tokens, len(row.item.full[0]) - row.item.start)
 
     def _texts(self, rows: list[_Generation]) -> list[str]:
-        """What is searched for the answer."""
+        """The texts that are searched for the answer."""
         if not rows:
             return []
         before = [r.item.prompt if self.protocol.search_prompt else [] for r in rows]

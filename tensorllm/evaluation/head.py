@@ -1,8 +1,8 @@
-"""A model's output embedding, asked for the columns that are wanted and for no more than is asked.
+"""Compute the output embedding only for the columns, and as exactly, as is needed.
 
 With a vocabulary of 50,000 tokens it costs as much as eight layers of a small model. So it reads
-only the columns whose logits somebody looks at (`Head`), and where only the most probable token is
-asked for, a product in bfloat16 says which tokens can be it at all (`Screen`).
+only the columns whose logits are used (`Head`), and where only the most probable token is needed, a
+product in bfloat16 rules out most tokens first (`Screen`).
 
 Shapes: B rows, N columns, M wanted columns of all rows, D model width, V vocabulary. In `Screen`: N
 blocks of b tokens, Q pairs of a wanted column and a block, P of a wanted column and a token.
@@ -20,22 +20,22 @@ from torch.nn.functional import linear, pad
 
 from tensorllm.checkpoint.loader import seconds_of_product
 
-LARGE = 2**22  # numbers in the embedding; smaller ones are multiplied at once
-FASTER = 1.5  # times that bfloat16 must be faster than float32
-BLOCK = 64  # tokens that are looked at together
-MOST = 64  # candidates per column, on average; with more of them all logits are computed
+LARGE = 2**22  # numbers in the embedding; smaller ones are multiplied directly
+FASTER = 1.5  # bfloat16 must be this many times faster than float32
+BLOCK = 64  # tokens that are screened together
+MOST = 64  # candidates per column, on average; beyond this all logits are computed
 ROUNDOFF = 2.0**-8  # of bfloat16
 
 
 class Head:
-    """Narrows what the output embedding reads; does nothing outside `picking`.
+    """Restricts the output embedding to the wanted columns; does nothing outside `picking`.
 
-    Its weights must stay as they are for as long as this object lives.
+    Its weights must not change for as long as this object lives.
     """
 
     def __init__(self, model: Any) -> None:
         self._module: nn.Module | None = model.get_output_embeddings()
-        self._now = threading.local()  # batches may run side by side
+        self._now = threading.local()  # per thread: batches may run in parallel
         self._screen: Screen | None = None
         self._screens = _can_screen(self._module)  # until the model is seen to change its logits
         if self._module is not None:
@@ -44,11 +44,11 @@ class Head:
 
     @contextmanager
     def picking(self, wanted_BN: Tensor | None, *, best: bool = False) -> Iterator[None]:
-        """In here, and in this thread, only these of the last N columns are read.
+        """Within the block, and in this thread, only these of the last N columns are read.
 
         Args:
             wanted_BN: None: all columns.
-            best: only the most probable token is asked for, of each.
+            best: only the most probable token of each is needed.
         """
         now = self._now
         now.wanted, now.hidden, now.screen = wanted_BN, None, self._screen if best else None
@@ -62,10 +62,10 @@ class Head:
         """Logits of the wanted columns (M, V), from what the model returned within `picking`."""
         if self._now.hidden is not None:
             return logits[0]
-        return logits[:, -wanted_BN.shape[1] :][wanted_BN]  # it does without its module
+        return logits[:, -wanted_BN.shape[1] :][wanted_BN]  # its module was not called
 
     def best(self, logits: Tensor, wanted_BN: Tensor) -> Tensor:
-        """The most probable tokens of the wanted columns (M), likewise."""
+        """The most probable tokens (M) of the wanted columns, from what the model returned."""
         if self._now.best is not None:
             found: Tensor = self._now.best
             return found
@@ -105,11 +105,11 @@ def _can_screen(module: nn.Module | None) -> bool:
 
 
 class Screen:
-    """The most probable tokens of float32 logits, most of which are never computed.
+    """Finds the most probable token without computing most of the float32 logits.
 
-    A product of roundings to bfloat16, x' w', is off by at most |x| |w - w'| + |x - x'| |w'|
-    (Cauchy-Schwarz; its sums are float32), and its own rounding by u of its size. Only tokens that
-    these bounds leave room for are computed in float32.
+    The product of inputs rounded to bfloat16, x' w', is off by at most
+    |x| |w - w'| + |x - x'| |w'| (Cauchy-Schwarz; its sums are float32), and its own rounding by u
+    times its size. Only tokens that may be the best within these bounds are computed in float32.
 
     Args:
         weight_VD: of the output embedding.
@@ -126,7 +126,7 @@ class Screen:
         norm_V = pad(self.weight_VD.norm(dim=1), (0, filled))
         off_V = pad((self.weight_VD - self.narrow_VD[: len(weight_VD)]).norm(dim=1), (0, filled))
         bias_off_V = pad(self.bias_V.abs() * ROUNDOFF, (0, filled))
-        # Of each block of tokens the most.
+        # The largest of each block of tokens.
         self.norm_N = norm_V.view(-1, BLOCK).amax(1) * (1 + ROUNDOFF)
         self.off_N = off_V.view(-1, BLOCK).amax(1) + sums * self.norm_N
         self.bias_off_N = bias_off_V.view(-1, BLOCK).amax(1)
@@ -135,7 +135,7 @@ class Screen:
         """The most probable token of each column, (M)."""
         narrow_MD = x_MD.bfloat16()
         rough_MV = linear(narrow_MD, self.narrow_VD, self.narrow_V)
-        rough_MV[:, len(self.weight_VD) :] = -torch.inf  # the last block is filled up
+        rough_MV[:, len(self.weight_VD) :] = -torch.inf  # padding of the last block
         rough_MNb = rough_MV.view(len(x_MD), -1, BLOCK)
         highest_MN = rough_MNb.amax(-1).float()
         lowest_MN = self.lowest(x_MD, narrow_MD, highest_MN)
@@ -153,7 +153,7 @@ class Screen:
         return token_P.new_full((len(x_MD),), none).scatter_reduce(0, row_P, equal_P, "amin")
 
     def lowest(self, x_MD: Tensor, narrow_MD: Tensor, highest_MN: Tensor) -> Tensor:
-        """What a rough logit must be, in each block of tokens, for its token to be possible.
+        """The least rough logit, in each block of tokens, with which a token may be the best.
 
         Args:
             highest_MN: the highest rough logit of each block.
@@ -161,7 +161,7 @@ class Screen:
         x_M, off_M = x_MD.norm(dim=1), (x_MD - narrow_MD).norm(dim=1)
         off_MN = x_M[:, None] * self.off_N + off_M[:, None] * self.norm_N + self.bias_off_N
         u = ROUNDOFF * (1 + 2 * ROUNDOFF)
-        off_MN = off_MN * (1 + u)  # the sum's roundoff is u of itself, not of what it should be
-        least_M = (highest_MN - off_MN - u * highest_MN.abs()).amax(1)  # the best token's logit
+        off_MN = off_MN * (1 + u)  # u is relative to the rounded sum, not the exact one
+        least_M = (highest_MN - off_MN - u * highest_MN.abs()).amax(1)  # bounds the best logit
         need_MN = least_M[:, None] - off_MN
         return need_MN / torch.where(need_MN < 0, 1 - u, 1 + u)

@@ -1,4 +1,4 @@
-"""The last layer of a causal model, run only for the columns whose logits are read.
+"""Run the last layer of a causal model only for the columns whose logits are read.
 
 Shapes: B rows, T tokens, N wanted columns (the last ones), D the width of what a matrix reads or
 writes.
@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 
-# Where wanted columns may be picked out, and where their place must be filled again.
+# Roles whose input is cut to the wanted columns, and roles whose output is padded again.
 PICKED, FILLED = ("o", "in", "gate"), ("o", "out")
 
 
 class LastLayer:
-    """Narrows the last layer's `o`, `in` and `gate` to the wanted columns; `o` and `out` are
-    widened again by zeros.
+    """Cuts the input of the last layer's `o`, `in` and `gate` to the wanted columns.
 
-    Nothing above the last layer looks at the columns whose logits nobody wants, and nothing within
-    it but keys and values comes from them. So they need no output projection and no FFN.
+    The outputs of `o` and `out` are padded with zeros again. No layer above the last one reads the
+    columns whose logits are not wanted, and within it only keys and values come from them, so they
+    need no output projection and no FFN.
 
-    The hooks do nothing outside `keeping`, and go with this object. A model whose matrices are not
-    found where its architecture has them (a factored one) runs as it is.
+    The hooks do nothing outside `keeping`, and are removed with this object. A model whose matrices
+    are not found where its architecture has them (a factored one) runs as it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._now = threading.local()  # batches may run side by side
+        self._now = threading.local()  # per thread: batches may run in parallel
         for role, module in last_matrices(model):
             handles = []
             if role in PICKED:
@@ -43,7 +43,7 @@ class LastLayer:
 
     @contextmanager
     def keeping(self, columns: int) -> Iterator[None]:
-        """In here, and in this thread, only the last `columns` are wanted."""
+        """Within the block, and in this thread, only the last `columns` are wanted."""
         self._now.columns, self._now.width = columns, None
         try:
             yield
@@ -59,7 +59,7 @@ class LastLayer:
                 return None
             x_BTD = args[0]
             now.width = x_BTD.shape[1]
-            return (x_BTD[:, -columns:].contiguous(), *args[1:])  # Conv1D views it as flat
+            return (x_BTD[:, -columns:].contiguous(), *args[1:])  # Conv1D flattens it as a view
 
         return hook
 
@@ -77,15 +77,17 @@ class LastLayer:
 
 
 def last_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Role and module of the last layer's matrices that may be narrowed; none where the model's
-    matrices are not found, or a layer is more than one attention and one FFN."""
+    """Role and module of the last layer's matrices whose input may be cut.
+
+    None if the model's matrices are not found, or a layer is more than one attention and one FFN.
+    """
     try:
         roles = RoleMatrices(model.config, parameters_of(model))
     except UserError:
         return
     if not roles.layout.plain:
         return
-    # Only what is there: a layer may have no FFN, or one of another kind.
+    # Only those present: a layer may have no FFN, or one of another kind.
     for stored in roles.stored_in(roles.layers - 1):
         role = stored.roles[0]  # a module that holds several roles has one input
         if role in {*PICKED, *FILLED}:

@@ -1,4 +1,4 @@
-"""Scoring with a masked model: the answer is what it says in place of mask tokens.
+"""Score with a masked model: the answer is what it predicts at the mask tokens.
 
 Shapes: B texts, T tokens, V vocabulary, N masked places.
 """
@@ -23,7 +23,7 @@ OPEN_MASKS = 5  # masks after an open question, as in LASER's intervention_rober
 
 @dataclass(frozen=True, slots=True)
 class MaskedText:
-    """Tokens with masks, and the tokens that belong there (empty: whatever the model says)."""
+    """Tokens with masks, and the tokens that belong there (empty: any prediction)."""
 
     ids: list[int]
     places: list[int]
@@ -31,13 +31,14 @@ class MaskedText:
 
 
 class MaskedItem(NamedTuple):
-    """One example as one or more texts: per distinct choice length, or one to answer and one for
-    the loss.
+    """One example as one or more texts.
+
+    With choices one text per distinct choice length; without, one to answer and one for the loss.
     """
 
     example: Example
     texts: tuple[MaskedText, ...]
-    choices: tuple[tuple[int, list[int]], ...]  # per choice: which text, and its tokens
+    choices: tuple[tuple[int, list[int]], ...]  # for each choice its text's index and its tokens
     truncated: int
 
     @property
@@ -46,7 +47,7 @@ class MaskedItem(NamedTuple):
 
 
 class MaskedEncoder:
-    """Examples as masked texts; texts beyond the context lose their beginning."""
+    """Encodes examples as masked texts; those beyond the context lose their beginning."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, context: int, protocol: Protocol
@@ -66,7 +67,7 @@ class MaskedEncoder:
         return [self._choices(e) if e.choices else self._open(e) for e in examples]
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Tokens of the answer as it stands after a space."""
+        """Tokens of the answer after a space."""
         if answer not in self._answers:
             ids = self.tokenizer(f" {answer}", add_special_tokens=False).input_ids
             self._answers[answer] = ids
@@ -122,7 +123,7 @@ class MaskedEncoder:
 
 
 class MaskedForward:
-    """A transformers model on padded texts."""
+    """Runs a transformers model on padded texts."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -132,12 +133,12 @@ class MaskedForward:
         return self.model.device  # read anew: a Trainer moves the model
 
     def __call__(self, ids_BT: Tensor, seen_BT: Tensor, key: Hashable = None) -> Tensor:
-        """Logits (B, T, V); `key` is the same for the same tokens, see `ModelForward`."""
+        """Logits (B, T, V); `key` identifies the tokens, see `ModelForward`."""
         return self.model(input_ids=ids_BT, attention_mask=seen_BT).logits
 
 
 class MaskedScorer:
-    """Turns batches of masked items into rows."""
+    """Turns batches of masked items into predictions."""
 
     def __init__(
         self, forward: MaskedForward, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
@@ -210,7 +211,7 @@ def _rank(log_V: Tensor, token: int) -> int:
 
 
 def context_of_masked(model: PreTrainedModel, context: int) -> int:
-    """The context less the positions that some position tables keep for padding."""
+    """The context length, less the positions that some position tables reserve for padding."""
     reserved = (
         module.padding_idx + 1
         for name, module in model.named_modules()

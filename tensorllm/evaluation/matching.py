@@ -1,5 +1,6 @@
-"""Does a text hold the answer, and can it still? Normalisation and token F1 as the SQuAD evaluation
-script defines them.
+"""Whether a text holds the answer, or can still come to hold it.
+
+Normalisation and token F1 are those of the SQuAD evaluation script.
 """
 
 import re
@@ -32,7 +33,7 @@ def _words(text: str, answer: str) -> tuple[list[str], list[str]]:
 
 
 def holds_answer(text: str, answer: str, protocol: Protocol) -> bool:
-    """Whether `text` answers with `answer`."""
+    """Whether `text` contains `answer`, by the protocol's rule."""
     if protocol.substring:
         return answer.strip().lower() in text.strip().lower()
     words, gold = _words(text, answer)
@@ -41,9 +42,7 @@ def holds_answer(text: str, answer: str, protocol: Protocol) -> bool:
 
 
 def surely_holds_answer(text: str, answer: str, protocol: Protocol) -> bool:
-    """Whether every text that begins with `text` holds the answer, so that nothing more need be
-    read.
-    """
+    """Whether every continuation of `text` holds the answer, so that nothing more need be read."""
     if protocol.substring:
         return answer.strip().lower() in text.lower()
     # The last word may still grow: "Paris" into "Parisian".
@@ -58,10 +57,11 @@ def token_f1(text: str, answer: str) -> float:
 
 
 class TokenBound:
-    """Lower bounds on the tokens that an answer still takes, as whole normalised words.
+    """Lower bounds on the number of tokens that are still needed to complete an answer.
 
-    A word is spelt as a chain of pieces of tokens: a token's text between its spaces. The shortest
-    chain of pieces that there are is what a word takes at least, whichever tokens are chosen.
+    Words are whole and normalised. A word is spelled by a chain of pieces, a piece being the text
+    of a token between spaces. The shortest possible chain bounds the tokens that the word takes,
+    whichever tokens are chosen.
     """
 
     def __init__(self, pieces: Sequence[str]) -> None:
@@ -73,9 +73,9 @@ class TokenBound:
         self._known: dict[str, int] = {}
 
     def missing(self, text: str, answer: str) -> int:
-        """At least so many tokens must follow `text` before it holds `answer`."""
+        """The least number of tokens that must follow `text` before it can hold `answer`."""
         gold = normalised(answer)
-        if not gold or not answer.isascii():  # other characters may be spelt by bytes
+        if not gold or not answer.isascii():  # other characters may be spelled by bytes
             return 0
         complete = LAST_WORD.sub("", text)
         words = normalised(complete)
@@ -89,7 +89,7 @@ class TokenBound:
         )
 
     def _from(self, gold: list[str], matched: int, begun: str) -> int:
-        """Tokens for the words after the first `matched`, with `begun` standing at the end."""
+        """Tokens for the words after the first `matched`, where the text ends with `begun`."""
         word = gold[matched]
         ways = [NEVER]
         if word.startswith(begun):
@@ -100,7 +100,7 @@ class TokenBound:
         return max(0, min(ways) + sum(rest) - self.spanning * len(rest))
 
     def tokens(self, word: str) -> int:
-        """The fewest pieces that make the word."""
+        """The fewest pieces that spell the word."""
         if word not in self._known:
             fewest = [0] + [NEVER] * len(word)
             for end in range(1, len(word) + 1):
@@ -113,5 +113,5 @@ class TokenBound:
 
 @lru_cache(maxsize=4)
 def token_bound(tokenizer: PreTrainedTokenizerBase) -> TokenBound:
-    """The bounds for a tokenizer; reading all its tokens takes a moment."""
+    """The bounds for a tokenizer; cached, as reading all its tokens takes a moment."""
     return TokenBound(tokenizer.batch_decode([[token] for token in range(len(tokenizer))]))

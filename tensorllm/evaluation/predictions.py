@@ -1,4 +1,4 @@
-"""What is known of an example after it was scored; the metrics of many, and their parquet table."""
+"""An example's scoring result; the metrics of many, and their parquet table."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from tensorllm.metrics import add_answers, answer_metrics
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One example's result; also a line of predictions.parquet.
+    """One example's result; also a row of predictions.parquet.
 
     Attributes:
         index: the example's place in its dataset.
@@ -26,7 +26,7 @@ class Prediction:
         generation: the new text up to where the verdict was certain, or the chosen choice.
         correct: the verdict; None where there is no question (running text).
         log_probability: of the gold answer given the prompt, in nats.
-        answer_tokens: by how many tokens it is divided for the loss.
+        answer_tokens: the number of tokens by which the loss is divided.
         rank: 1 if the answer's first token was the most probable of the vocabulary, 2 if the
             second, ...
         token_f1: of as many new tokens as the answer has, or of the chosen choice.
@@ -55,12 +55,14 @@ class Prediction:
 def chosen_prediction(
     e: Example, sums: Sequence[float], *, answer_tokens: int, rank: int, truncated: int
 ) -> Prediction:
-    """The prediction for a question with choices; a tie is no right answer.
+    """The prediction for a question with choices; a tie counts as wrong.
 
     Args:
+        e: the example.
         sums: log-probability of each choice, in nats.
         answer_tokens: of the gold choice.
         rank: of its first token.
+        truncated: tokens of the prompt that did not fit the context.
     """
     gold = e.choices.index(e.answer)
     others = [s for i, s in enumerate(sums) if i != gold]
@@ -81,7 +83,7 @@ def chosen_prediction(
 
 
 def columns(predictions: Sequence[Prediction]) -> dict[str, Tensor]:
-    """What the metrics read, as float64 columns; NaN where there is no question."""
+    """The values that the metrics read, as float64 columns; NaN where there is no question."""
 
     def column(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64)
@@ -100,8 +102,10 @@ def columns(predictions: Sequence[Prediction]) -> dict[str, Tensor]:
 
 
 def update(metrics: MetricCollection, predictions: Sequence[Prediction]) -> None:
-    """Add predictions in the order of the dataset: sums of floats depend on their order, and the
-    same predictions give the same figures bit for bit however they were batched.
+    """Add predictions to the metrics, in the order of the dataset.
+
+    Floating-point sums depend on their order: this way the same predictions give the same figures
+    bit for bit, however they were batched.
     """
     ordered = sorted(predictions, key=lambda p: p.index)
     device = next(iter(metrics.values())).device
@@ -110,7 +114,7 @@ def update(metrics: MetricCollection, predictions: Sequence[Prediction]) -> None
 
 def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
     """All metrics of these predictions; those that do not apply are left out."""
-    metrics = answer_metrics(sync_on_compute=False)  # these alone, and no other process's
+    metrics = answer_metrics(sync_on_compute=False)  # this process only
     update(metrics, predictions)
     found = {name: float(value) for name, value in metrics.compute().items()}
     return {name: value for name, value in found.items() if not math.isnan(value)}
@@ -126,7 +130,7 @@ def prediction_of(values: dict[str, Any]) -> Prediction:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Write them as a parquet table, a line each."""
+    """Write the predictions as a parquet table, one a row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -149,10 +153,10 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The predictions of a table that `write_predictions` wrote.
+    """Read the table that `write_predictions` wrote.
 
     Raises:
-        UserError: it is damaged or not there.
+        UserError: it is damaged or does not exist.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

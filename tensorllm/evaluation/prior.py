@@ -1,4 +1,4 @@
-"""Choices without the model's prior for them: what it says of any question is taken out.
+"""Answers with the model's prior for each choice removed.
 
 Shapes: N questions, C choices of each.
 """
@@ -13,21 +13,21 @@ from tensorllm.errors import UserError
 from tensorllm.evaluation.matching import token_f1
 from tensorllm.evaluation.predictions import Prediction
 
-FEWEST = 10  # questions; a prior of fewer is noise
+FEWEST = 10  # questions; a prior estimated from fewer is noise
 
 
 def without_prior(predictions: Sequence[Prediction], choices: Sequence[str]) -> list[Prediction]:
-    """The predictions as they are when each choice's mean log-probability is taken out.
+    """Choose again after subtracting each choice's mean log-probability over the questions.
 
-    The mean over the questions, which needs no labels, is the model's prior for a choice: batch
-    calibration, arXiv 2309.17249, section 3. What is chosen, and whether that is right, changes;
-    log-probabilities and the loss stay.
+    This mean, which needs no labels, is the model's prior for a choice: batch calibration, arXiv
+    2309.17249, section 3. The chosen answers and verdicts change; log-probabilities and the loss
+    stay.
 
     Args:
         choices: of every question, in the order of the log-probabilities.
     """
     scores_NC = np.array([row.choice_log_probabilities for row in predictions], np.float64)
-    # Of a question itself only the differences between its choices are of interest.
+    # Only the differences between a question's choices matter.
     scores_NC -= np.logaddexp.reduce(scores_NC, axis=1, keepdims=True)
     scores_NC -= scores_NC.mean(0)
     out = []
@@ -41,10 +41,10 @@ def without_prior(predictions: Sequence[Prediction], choices: Sequence[str]) -> 
 
 
 def shared_choices(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The choices that all questions have.
+    """The choices that all questions have in common.
 
     Raises:
-        UserError: they do not have the same ones, or the questions are too few for a prior.
+        UserError: the questions' choices differ, or they are too few to estimate a prior.
     """
     if len(examples) < FEWEST:
         raise UserError(f"--calibrate-prior needs {FEWEST} questions or more, got {len(examples)}")

@@ -1,9 +1,9 @@
-"""How prompts are read: what they begin with once, their choices side by side.
+"""Read prompts efficiently: a shared beginning once, and a prompt's choices in one row.
 
 Prompts are made from templates, so that the questions of a batch often begin with the same tokens.
-Nothing after them can change what a causal model makes of these: they are read as one row, whose
-cache all rows continue. Several continuations of one prompt stand behind it in one row; each sees
-the prompt and itself.
+In a causal model nothing after these tokens can change their activations: they are read as one row,
+whose key-value cache all rows continue. A prompt's continuations follow it in the same row; each
+one sees only the prompt and itself.
 
 Shapes: B rows, T new tokens, S cached and new tokens, N columns with logits, V vocabulary.
 """
@@ -18,18 +18,18 @@ from torch import Tensor
 from tensorllm.evaluation.encoding import Encoded, common_prefix
 from tensorllm.evaluation.forward import ModelForward, Padded, left_padded
 
-WORTH = 0.05  # share of the batch's tokens that must be saved: repeating the cache costs, too
+WORTH = 0.05  # least share of the batch's tokens to save: repeating the cache costs, too
 
 Tokens = Sequence[int]
 
 
 class Reading(NamedTuple):
-    """What reading rows gave.
+    """The result of reading rows.
 
     Attributes:
         logits: of the last columns, (B, N, V), or (M, V) where each row has its own number of them.
-        padded: the rows as they lie in the cache's columns, their last tokens in the last ones.
-        cache: if it was to grow.
+        padded: the rows as they lie in the cache's columns, right-aligned.
+        cache: the key-value cache, if it was to grow.
     """
 
     logits: Tensor
@@ -51,9 +51,9 @@ def read(
 
     Args:
         sequences: tokens of each row.
-        apart: how many leading tokens of the rows may be read apart from the rest.
+        apart: how many leading tokens of the rows may be read separately from the rest.
         branches: continuations of each row, whose tokens follow it one after the other; only for
-            models that tell columns apart (`ModelForward.obeys_masks`).
+            models that obey such masks (`ModelForward.obeys_masks`).
     """
     rows, device = len(sequences), forward.device
     heads: Sequence[Sequence[Tokens]] = branches or [()] * rows
@@ -88,7 +88,7 @@ def read(
 def branched(
     lengths: Sequence[int], heads: Sequence[Sequence[Tokens]], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows that end in branches: positions (B, T), and what each column sees (B, T, T).
+    """Positions (B, T) of rows that end in branches, and which columns each column sees (B, T, T).
 
     Args:
         lengths: tokens of each row before its branches.
@@ -109,14 +109,14 @@ def branched(
     return places, np.tril(seen & (branch[:, None] >= 0))
 
 
-Branches = list[list[list[int]]]  # per example and choice the tokens after what all share
-Further = dict[tuple[int, int], list[float]]  # (example, choice) -> of its tokens after the first
+Branches = list[list[list[int]]]  # per example and choice: tokens after the shared ones
+Further = dict[tuple[int, int], list[float]]  # (example, choice) -> log-probabilities
 
 
 def choice_scores(
     forward: ModelForward, items: Sequence[Encoded], key: Hashable
 ) -> list[tuple[list[float], int]]:
-    """Per example the log-probability of every choice, and the rank of the gold one's first token.
+    """For each example every choice's log-probability, and the rank of the gold one's first token.
 
     Args:
         forward: the model.
@@ -143,7 +143,7 @@ def choice_scores(
 def _summed(
     items: Sequence[Encoded], branches: Branches, log_BV: Tensor, further: Further
 ) -> list[tuple[list[float], int]]:
-    """What all choices share counts only if it belongs to the answer."""
+    """Add up each choice's tokens; tokens shared by all count only if they belong to the answer."""
     firsts = [[b[0] for b in of_one] for of_one in branches]
     width = max(map(len, firsts))
     index = torch.tensor([f + f[:1] * (width - len(f)) for f in firsts], device=log_BV.device)
@@ -170,8 +170,9 @@ def _summed(
 
 
 def _side_by_side(logits_BNV: Tensor, branches: Branches) -> tuple[Tensor, Further]:
-    """The logits behind each prompt, and what follows in each branch, of rows that end in all
-    branches.
+    """Logits after each prompt, and log-probabilities within the branches.
+
+    The rows are those that end in all their branches.
     """
     columns = logits_BNV.shape[1]
     counts = [sum(len(b) - 1 for b in of_one) for of_one in branches]
@@ -189,7 +190,7 @@ def _side_by_side(logits_BNV: Tensor, branches: Branches) -> tuple[Tensor, Furth
 
 
 def _left_padded_to(width: int, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Token lists as a rectangle of this width, zeros on the left."""
+    """Token lists as a rectangle of this width, padded on the left with zeros."""
     return torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in sequences])
 
 
@@ -200,10 +201,10 @@ def _one_by_one(
     found: Reading,
     key: Hashable,
 ) -> Further:
-    """What follows in each branch, by further passes: for models that obey no such mask."""
+    """Log-probabilities within the branches, by separate passes: for models without such masks."""
     places = [(i, c) for i, of in enumerate(branches) for c, b in enumerate(of) if len(b) > 1]
     further: Further = {}
-    size = max(len(items), len(places) // 4)  # the cache is repeated: not for all choices at once
+    size = max(len(items), len(places) // 4)  # the cache is repeated: not all choices at once
     for at in range(0, len(places), size):
         chunk = places[at : at + size]
         rows = torch.tensor([i for i, _ in chunk], device=forward.device)

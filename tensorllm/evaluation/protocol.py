@@ -1,8 +1,8 @@
-"""What counts as a right answer: what the papers' scripts did, and what one should do.
+"""What counts as a right answer: by the papers' scripts, and by a strict standard.
 
-The sources of the quirks are the scripts themselves: github.com/pratyushasharma/laser,
-`src/study_utils/metric_utils.py` and `src/intervention_*.py`; docs/protocols.md tells each one's
-effect.
+The scripts' quirks come from their source: github.com/pratyushasharma/laser,
+`src/study_utils/metric_utils.py` and `src/intervention_*.py`; docs/protocols.md describes the
+effect of each.
 """
 
 from dataclasses import dataclass, fields
@@ -13,14 +13,14 @@ from tensorllm.registry import Registry
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """Which of the papers' quirks are kept. All off is the strict protocol.
+    """Which of the papers' quirks are kept. With all off it is the strict protocol.
 
     Attributes:
         name: as it stands in the results.
-        search_prompt: the text that is searched for the answer begins with the prompt.
-        substring: the answer matches as a case-insensitive substring (`no` in `north`), not as
-            whole words normalised as SQuAD does.
-        masked_extra_token: a masked model's loss divides by one token more than the answer has.
+        search_prompt: the text that is searched for the answer includes the prompt.
+        substring: the answer matches as a case-insensitive substring (`no` in `north`), instead of
+            as whole words normalised as SQuAD does.
+        masked_extra_token: a masked model's loss is divided by one token more than the answer has.
         masked_bare_loss: a masked model's loss is computed on text without its special tokens.
         unmasked_padding: the loss is computed in batches of so many examples, in the dataset's
             order, padded on the left with no attention mask; 0: padding is masked.
@@ -36,7 +36,7 @@ class Protocol:
     single_token_choices: bool = False
 
     def quirks(self) -> dict[str, bool | int]:
-        """Every switch by its name, on or off, for the results."""
+        """Every quirk by its name, on or off, for the results."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
 
 
@@ -56,10 +56,13 @@ PAPER = PROTOCOLS.register("paper")(
 
 
 def require_single_tokens(choices: dict[str, int]) -> None:
-    """Choice -> its number of tokens: the papers look one token up, so each must be one.
+    """Check that each choice is a single token, as the papers look up one token's probability.
+
+    Args:
+        choices: each choice's number of tokens.
 
     Raises:
-        UserError: one is not.
+        UserError: one is longer.
     """
     long = {choice: tokens for choice, tokens in choices.items() if tokens != 1}
     if long:

@@ -1,7 +1,7 @@
-"""Results on disk: a folder that is there in full or not at all, and what reads such folders.
+"""Results on disk: folders that are complete or do not exist, and functions that read them.
 
 A run keeps its predictions, batch by batch, in `.NAME.partial/` beside the folder it will become;
-the folder appears by one rename, when all is in it. A run with another fingerprint begins anew.
+the folder appears by one rename, when it is complete. A run with another fingerprint starts over.
 """
 
 import json
@@ -35,8 +35,11 @@ class ResultsFolder:
 
     Args:
         target: the folder that will hold the results.
-        fingerprint: what names the run; journals of another one are thrown away.
-        overwrite: replace a folder that is there.
+        fingerprint: identifies the run; journals of any other run are deleted.
+        overwrite: replace an existing folder.
+
+    Raises:
+        UserError: the target may not be written or replaced.
     """
 
     def __init__(self, target: Path, fingerprint: str, *, overwrite: bool = False) -> None:
@@ -53,7 +56,7 @@ class ResultsFolder:
             raise UserError(f"cannot write to {self.partial.parent}: {error.strerror}") from None
 
     def _begin(self, fingerprint: str) -> None:
-        """Remove what is there of another run."""
+        """Remove the files of any other run."""
         note = self.partial / "fingerprint"
         if note.is_file() and note.read_text(encoding="utf-8") == fingerprint:
             return
@@ -76,7 +79,7 @@ class ResultsFolder:
             predictions: by the name of their file.
 
         Raises:
-            UserError: the target is there by now; the journals are kept, and --overwrite goes on.
+            UserError: the target exists by now; the journals are kept, and --overwrite goes on.
             Incomplete: the disk is full.
         """
         done = self.partial / "done"
@@ -88,7 +91,7 @@ class ResultsFolder:
             write_json(done / RESULTS, results)
             for path in done.iterdir():
                 sync(path)
-            check_free(self.target, self.overwrite)  # another run may have come first
+            check_free(self.target, self.overwrite)  # another run may have been faster
             replace_folder(done, self.target)
         except OSError as error:
             raise disk_full(self.target, error) from None
@@ -97,12 +100,12 @@ class ResultsFolder:
 
 
 def disk_full(folder: Path, error: OSError) -> Incomplete:
-    """The error of a run whose finished batches are kept."""
+    """The error of a run that cannot go on but whose finished batches are kept."""
     return no_space(folder, error, "batch")
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target that holds something else than results to replace."""
+    """Refuse a target that holds anything but results to be replaced."""
     if target.exists() and not target.is_dir():
         raise UserError(f"--out must be a folder, {target} is a file")
     if target.is_dir() and any(target.iterdir()):
@@ -113,7 +116,7 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], list[Prediction]]:
-    """What a results folder holds.
+    """The results and predictions in a results folder.
 
     Raises:
         UserError: it is not one, or is damaged.
@@ -127,11 +130,14 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Prediction]]:
 
 
 def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
-    """What changed from one folder of results to another, over the examples both have.
+    """Compare two results folders, over the examples that both contain.
 
     Returns:
         The two results, their `metrics` over the common examples, the statistics of `compared`
         over these, and the predictions that went `wrong_to_right` and `right_to_wrong`.
+
+    Raises:
+        UserError: the datasets or protocols differ, or no example is in both.
     """
     (first, old), (second, new) = read_results(before), read_results(after)
     if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
@@ -171,8 +177,9 @@ def results_of(
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """What results.json says of the figures: metrics, 95 % intervals, and the paired tests against
-    the original where there is one.
+    """The figures of results.json: metrics, 95 % intervals, and paired tests against the original.
+
+    The tests are left out where there is no original.
     """
 
     def figures(scored: Scored) -> dict[str, Any]:
@@ -208,7 +215,7 @@ def count_of_examples(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BeforeAfter:
-    """One measurement, with the original beside it where there is one.
+    """One measurement, and the same of the original if there is one.
 
     `evaluate` writes it as results.json, `compress --evaluate` into report.json.
 
@@ -231,7 +238,7 @@ class BeforeAfter:
 
     @property
     def where(self) -> str:
-        """Such as `fever, test part, protocol strict, 2,000 examples`."""
+        """A description such as `fever, test part, protocol strict, 2,000 examples`."""
         return (
             f"{self.dataset}, {self.split} part, protocol {self.protocol}, "
             f"{count_of_examples(self.examples)}"
@@ -239,7 +246,7 @@ class BeforeAfter:
 
 
 def of_results(results: Mapping[str, Any]) -> BeforeAfter:
-    """From the content of results.json."""
+    """Read the content of results.json."""
     before = results.get("before") or {}
     return BeforeAfter(
         dataset=results["dataset"],
@@ -256,7 +263,7 @@ def of_results(results: Mapping[str, Any]) -> BeforeAfter:
 
 
 def of_scores(evaluation: Mapping[str, Any]) -> BeforeAfter:
-    """From `evaluation` of report.json: scores without intervals."""
+    """Read `evaluation` of report.json, which has scores without intervals."""
     before, after = evaluation["before"], evaluation["after"]
     return BeforeAfter(
         dataset=after["dataset"],

@@ -1,4 +1,4 @@
-"""Scoring by a model: the plan of batches, the predictions of each, and several batches at once.
+"""Scoring with a model: plan batches, predict each, and run several batches at once.
 
 `tensorllm.evaluation.evaluate.score` is the whole evaluation as one function; the LightningModule
 and the rank search use these parts.
@@ -34,11 +34,11 @@ from tensorllm.models.task import is_masked as fills_masks
 
 
 class BatchTokens(NamedTuple):
-    """Columns x rows of one batch, padding included.
+    """Columns times rows of one batch, padding included.
 
     Attributes:
-        read: where prompts are only read.
-        generate: where answers are generated, a token per row at a time.
+        read: for prompts that are only read.
+        generate: for answers that are generated, one token per row at a time.
     """
 
     read: int
@@ -54,15 +54,15 @@ R = TypeVar("R", covariant=True)
 
 
 class Scores(Interface[R]):
-    """What scores batches."""
+    """Anything that scores batches."""
 
     def score(self, batch: Any) -> R:
-        """What comes out of one batch: predictions in the batch's order."""
+        """The result of one batch: predictions in the batch's order."""
         ...
 
 
 class Scorer(Scores[list[Prediction]], Interface):
-    """What scores with one kind of model."""
+    """Plans and scores batches for one kind of model."""
 
     def plan(self, examples: Sequence[Example]) -> list[Any]:
         """Batches of examples; the same for every model with this tokenizer and context."""
@@ -70,7 +70,7 @@ class Scorer(Scores[list[Prediction]], Interface):
 
 
 def is_masked(model: PreTrainedModel) -> bool:
-    """Whether the model fills masks in: it has no causal head."""
+    """Whether it is a masked language model, without a causal head."""
     return fills_masks(model.config)
 
 
@@ -91,15 +91,18 @@ def make_scorer(
     Args:
         model: in eval mode, on its device.
         tokenizer: its tokenizer.
-        protocol: what counts as right.
-        max_new_tokens: how long a generated answer may be.
-        batch_tokens: how many tokens a batch may have, padding and generated ones included; None:
-            what suits the device.
-        forward: how the model is run, if not as it is.
+        protocol: decides which answers are right.
+        max_new_tokens: the most tokens of a generated answer.
+        batch_tokens: most tokens of a batch, padding and generated ones included; None: what suits
+            the device.
+        forward: how the model is run; None: as it is.
         stop_early: stop a generation when its verdict is certain.
-        compact_below: finished rows leave a generation's cache once this share of its rows, or
-            less, goes on.
+        compact_below: drop finished rows from the cache once at most this share of its rows is
+            still being generated.
         device: where the model will be when it scores; None: where it is.
+
+    Raises:
+        UserError: the model has no head that predicts tokens.
     """
     if model.get_output_embeddings() is None:
         raise UserError(f"a {type(model).__name__} has no head that predicts tokens")
@@ -124,7 +127,7 @@ def make_scorer(
 
 
 class CausalModelScorer:
-    """Plans and scores for a causal model."""
+    """Plans and scores batches for a causal model."""
 
     def __init__(
         self, scorer: CausalScorer, encoder: Encoder, budget: BatchTokens, rows: int
@@ -163,7 +166,7 @@ class CausalModelScorer:
 
     def score(self, batch: CausalBatch) -> list[Prediction]:
         def part(items: Sequence[Encoded]) -> list[Prediction]:
-            # A part has another shape than the planned batch, so nothing may be kept under its key.
+            # A part's shape differs from the planned batch's: nothing may be kept under its key.
             whole = len(items) == len(batch.items)
             return self.scorer(CausalBatch(batch.key if whole else None, tuple(items)))
 
@@ -174,14 +177,14 @@ class CausalModelScorer:
 
         Raises:
             RuntimeError: among others, out of memory: fewer at once may fit.
-            UserError: the numbers of one of them overflow.
+            UserError: the loss under one of them is not finite.
         """
         rows = self.scorer.side_by_side(batch, lanes)
         return {lane: finite(of_lane) for lane, of_lane in rows.items()}
 
 
 class MaskedModelScorer:
-    """Plans and scores for a masked model."""
+    """Plans and scores batches for a masked model."""
 
     def __init__(
         self,
@@ -212,13 +215,13 @@ class MaskedModelScorer:
 
 
 def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a model can read."""
+    """The number of tokens that a model can read."""
     limits = [context_length(config), tokenizer.model_max_length]
     return min(int(limit) for limit in limits if limit)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many tokens a model knows: a tokenizer may count fewer or more."""
+    """Rows of the embedding; the tokenizer's vocabulary may be smaller or larger."""
     table: Any = model.get_input_embeddings().weight
     return len(table)
 
@@ -232,8 +235,8 @@ def eos_of(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(eos if isinstance(eos, list) else [eos])
 
 
-# The matrices of small models are too small to share between cores: torch's own threads then wait
-# for each other longer than they work. So each core takes a batch of its own.
+# Small models' matrices are too small to share between cores: torch's threads would spend more
+# time waiting for each other than working. So each core takes a batch of its own.
 SMALL = 2**26  # parameters; with larger models one batch keeps all cores busy
 
 T = TypeVar("T")
@@ -241,14 +244,14 @@ T = TypeVar("T")
 
 def workers_for(model: PreTrainedModel, device: torch.device | None = None) -> int:
     """How many batches are scored at once; `device` as in `make_scorer`."""
-    # Autocast holds for the thread that switched it on, and for no other.
+    # Autocast applies only to the thread that switched it on.
     if (device or model.device).type != "cpu" or torch.is_autocast_enabled("cpu"):
         return 1
     return torch.get_num_threads() if model.num_parameters() <= SMALL else 1
 
 
 def score_all(scorer: Scores[T], batches: Sequence[Any], workers: int) -> Generator[T, None, None]:
-    """What comes out of each batch, in order; closed early, it drops the batches not yet begun."""
+    """The result of each batch, in order; if closed early, batches not yet begun are dropped."""
     if workers == 1 or len(batches) < 2:
         yield from map(scorer.score, batches)
         return
@@ -261,5 +264,5 @@ def score_all(scorer: Scores[T], batches: Sequence[Any], workers: int) -> Genera
 
 
 def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Consecutive items, so many at a time."""
+    """Consecutive items in groups of `size`."""
     return [items[at : at + size] for at in range(0, len(items), size)]

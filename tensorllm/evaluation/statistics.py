@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals, and paired tests of before against after.
+"""How certain a figure is: bootstrap intervals, and paired tests of before against after.
 
 Shapes: N examples, C columns, R resamples.
 """
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from tensorllm.evaluation.predictions import Prediction
 
 RESAMPLES = 2000
-TAIL = (1 - 0.95) / 2  # outside an interval, on either side
+TAIL = (1 - 0.95) / 2  # probability outside an interval, on either side
 NORMAL = 1.959964  # 97.5 % quantile of the standard normal distribution
-LEAST_P = 2 / RESAMPLES  # of a bootstrap: so few resamples cannot tell a smaller one
+LEAST_P = 2 / RESAMPLES  # least p of a bootstrap: these resamples cannot resolve a smaller one
 CHUNK = 2**22  # numbers drawn at once
 Numbers = NDArray[np.float64]
 
@@ -40,10 +40,10 @@ def interval(samples: Numbers) -> list[float]:
 
 
 def intervals(predictions: Sequence[Prediction], seed: int) -> dict[str, list[float]]:
-    """95 % bootstrap intervals of accuracy (per cent), loss and perplexity (nats per token, 1).
+    """95 % bootstrap intervals of accuracy (per cent), loss (nats per token) and perplexity.
 
-    Where all verdicts are the same, drawing from them again would be sure of it: the accuracy's is
-    then Wilson's (1927).
+    If all verdicts are the same, every resample of them is too, and the bootstrap interval would
+    have no width: the accuracy's is then Wilson's (1927).
     """
     columns = [
         [
@@ -76,8 +76,8 @@ def _wilson(right: int, asked: int) -> list[float]:
 def _unchanged(examples: int) -> list[float]:
     """95 % interval of a difference of accuracies, in points, where no verdict changed.
 
-    Source: Agresti and Min, Statistics in Medicine 2005: Wald's interval, half an example added to
-    each cell of the table of verdicts.
+    Source: Agresti and Min, Statistics in Medicine 2005: Wald's interval with half an example added
+    to each cell of the table of verdicts.
     """
     half = 100 * NORMAL / (examples + 2)
     return [-half, half]
@@ -94,15 +94,14 @@ def mcnemar(wrong_to_right: int, right_to_wrong: int) -> float:
 def compared(
     before: Sequence[Prediction], after: Sequence[Prediction], seed: int
 ) -> dict[str, Any]:
-    """Two runs over the same examples, in the same order: differences after - before, and their
-    tests.
+    """Compare two runs over the same examples, in the same order: differences after - before.
 
     Returns:
         `wrong_to_right` and `right_to_wrong`: how many verdicts changed; `mcnemar_p`: the exact
-        test of these; `accuracy` (points) and `loss` (nats per token): difference, 95 % paired
-        bootstrap interval (of accuracy Agresti and Min's where no verdict changed, which a
-        bootstrap would be sure of); `loss_p`: twice the smaller share of resamples on either side
-        of zero, `LEAST_P` at least.
+        test of these; `accuracy` (points) and `loss` (nats per token): difference and 95 % paired
+        bootstrap interval (if no verdict changed, the accuracy's interval is Agresti and Min's, as
+        the bootstrap's would have no width); `loss_p`: twice the smaller share of resamples on
+        either side of zero, at least `LEAST_P`.
     """
     verdicts = [(b.correct, a.correct) for b, a in zip(before, after, strict=True)]
     wrong_to_right = sum(was is False and now is True for was, now in verdicts)

@@ -1,6 +1,4 @@
-"""What an evaluation does beside scoring, as callbacks of the Trainer: keep predictions so that a
-killed run goes on, and say how far it is.
-"""
+"""Callbacks of the Trainer: keep predictions so that a killed run resumes, report progress."""
 
 import json
 from dataclasses import asdict
@@ -17,10 +15,10 @@ from tensorllm.progress import Progress
 
 
 class PerBatch(Callback):
-    """A callback for the predictions of each batch, of validation and of test alike."""
+    """A callback that gets the predictions of each batch, of validation and test alike."""
 
     def on_predictions(self, trainer: Any, predictions: list[Prediction]) -> None:
-        """Called in each process with what a batch of its own gave."""
+        """Called in each process with the predictions of its batch."""
         raise NotImplementedError
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
@@ -33,12 +31,12 @@ class PerBatch(Callback):
 class PredictionJournal(PerBatch):
     """Keeps the predictions of each finished batch in a folder, one file per process.
 
-    A later run with the same folder scores only what is missing, and its metrics count all. The
-    folder must be one for one model and compressor: it is refused where the module's
-    hyperparameters differ, but weights are not compared.
+    A later run with the same folder scores only what is missing; its metrics count everything. Use
+    one folder per model and compressor: it is refused if the module's hyperparameters differ, but
+    weights are not compared.
 
     Args:
-        folder: made where it is not there; several processes share it.
+        folder: created if needed; several processes share it.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -49,25 +47,25 @@ class PredictionJournal(PerBatch):
         return Journal(self.folder, "predictions")
 
     def predictions(self) -> dict[int, Prediction]:
-        """All that are kept, by the index of their example."""
+        """All predictions in the journal, by the index of their example."""
         found = {}
         for record in self.journal.records():
             try:
                 prediction = prediction_of(record)
-            except (KeyError, TypeError):  # cut short by a crash, and JSON all the same
+            except (KeyError, TypeError):  # cut short by a crash, yet valid JSON
                 continue
             found[prediction.index] = prediction
         return found
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Read what an earlier run kept: in one process, lest another has begun to add to it."""
+        """Read what an earlier run kept: in one process, before any other adds to it."""
         kept: dict[int, Prediction] = {}
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check(trainer.datamodule, pl_module)
             kept = self.predictions()
         trainer.datamodule.done = trainer.strategy.broadcast(frozenset(kept))
-        self._kept = kept  # the first process counts them, the others have none
+        self._kept = kept  # only the first process counts them
 
     def _check(self, data: Any, module: Any) -> None:
         """Refuse predictions of another run."""

@@ -1,4 +1,4 @@
-"""Any of Lightning's loggers by name, and the metrics that compress and search give it.
+"""Any of Lightning's loggers by name, and the metrics that compress and search log.
 
 An evaluation has a Trainer, which logs what the module logs.
 """
@@ -21,7 +21,7 @@ FOLDER = Path("logs")
 
 
 class MetricLog:
-    """Numbers by name and step: to a logger of Lightning, or to none."""
+    """Logs numbers by name and step, to one of Lightning's loggers or to none."""
 
     def __init__(self, logger: Any = None) -> None:
         self.logger = logger
@@ -29,7 +29,7 @@ class MetricLog:
         self._best: float | None = None
 
     def metrics(self, prefix: str, values: Mapping[str, Any], step: int = 0) -> None:
-        """The finite numbers among the values, as `prefix/name`."""
+        """Log the finite numbers among the values, as `prefix/name`."""
         numbers = {
             f"{prefix}/{name}": float(value)
             for name, value in values.items()
@@ -39,7 +39,7 @@ class MetricLog:
             self.logger.log_metrics(numbers, step)
 
     def compression(self, report: Mapping[str, Any]) -> None:
-        """Every ratio, each site's error with its number as the step, scores before and after."""
+        """Log all ratios, each site's error with its number as the step, and scores."""
         self.metrics("compress/ratio", report["ratios"])
         for step, site in enumerate(report["sites"]):
             self.metrics("compress/site", site, step)
@@ -48,7 +48,7 @@ class MetricLog:
             self.metrics(f"compress/{when}", scores)
 
     def trials(self, trials: "Sequence[FrozenTrial]") -> None:
-        """What each trial that has ended since the last call found, its number as the step."""
+        """Log the result of each trial that ended since the last call, its number as the step."""
         if self.logger is None:
             return
         from tensorllm.search.queue import RESULT
@@ -66,7 +66,7 @@ class MetricLog:
                 self.metrics("search", {"best_accuracy": self._best}, trial.number)
 
     def search(self, results: Mapping[str, Any]) -> None:
-        """The test scores of the original and the winner."""
+        """Log the test scores of the original and the winner."""
         for who in ("original", "winner"):
             self.metrics(f"search/{who}", results[who]["test"])
 
@@ -76,9 +76,9 @@ NOWHERE = MetricLog()
 
 @contextmanager
 def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[MetricLog]:
-    """A log for a command without a Trainer; it is written out at the end, whatever happens before.
+    """A log for a command without a Trainer; it is finalised at the end in any case.
 
-    Args: as of `make_logger`.
+    Its arguments are those of `make_logger`.
     """
     logger = make_logger(name, folder, command)
     if logger is None:
@@ -93,12 +93,12 @@ def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[
 
 
 def make_logger(name: str | None, folder: Path | None, command: str) -> Any:
-    """One of Lightning's loggers; None where none is asked for.
+    """One of Lightning's loggers; None if none is requested.
 
     Args:
         name: tensorboard, csv, wandb, ...
-        folder: where those that write files put them; `logs` by default.
-        command: what the run is called there.
+        folder: where loggers that write files put them; `logs` by default.
+        command: the name of the run there.
 
     Raises:
         UserError: no such logger, or its package is not installed.
@@ -109,7 +109,7 @@ def make_logger(name: str | None, folder: Path | None, command: str) -> Any:
         return None
     from lightning.pytorch import loggers
 
-    named = [kind for kind in loggers.__all__ if kind != "Logger"]  # the class of them all
+    named = [kind for kind in loggers.__all__ if kind != "Logger"]  # the base class
     kinds = {kind.removesuffix("Logger").lower(): kind for kind in named}
     kind = getattr(loggers, kinds[one_of("--logger", name, sorted(kinds))])
     given = {"save_dir": str(folder or FOLDER), "name": command}

@@ -1,4 +1,5 @@
-"""A model of any architecture, perhaps compressed, that answers questions in a Trainer:
+"""A LightningModule that scores any model, perhaps compressed, on questions.
+
 `trainer.validate(module, data)`, `trainer.test(module, data)`.
 """
 
@@ -34,18 +35,18 @@ from tensorllm.metrics import answer_metrics
 class ReasoningModule(LightningModule):
     """Scores a model on a `ReasoningDataModule`; logs every metric of `tensorllm.metrics`.
 
-    One class serves all architectures: what differs between them is data (`tensorllm.models`), and
-    whether a model fills masks in is asked of the model. A step returns
+    One class serves all architectures: their differences are data (`tensorllm.models`), and the
+    model itself tells whether it is a masked one. A step returns
     `{"predictions": [Prediction, ...]}`, which callbacks get as `outputs`.
 
     Args:
-        model: a transformers model, or what loads one: then each device's process loads its own.
+        model: a transformers model, or a function that loads one, for each device's process.
         tokenizer: its tokenizer.
         compressor: applied to the model before the first batch.
         layers: which layers it edits; all by default.
-        protocol: what counts as a right answer, or the name of it.
-        batch_tokens: how many tokens a batch may have; None: what suits the device.
-        prefix: what the names of logged metrics begin with.
+        protocol: decides which answers are right, or its name.
+        batch_tokens: the most tokens of a batch; None: what suits the device.
+        prefix: of the names of logged metrics.
     """
 
     model: PreTrainedModel
@@ -83,22 +84,22 @@ class ReasoningModule(LightningModule):
     def from_pretrained(
         cls, model: str | Path, *, dtype: str | None = None, **options: Any
     ) -> "ReasoningModule":
-        """The module of a model by its short name, hub id or folder (compressed ones, too).
+        """The module of a model given by short name, hub id or folder (also a compressed one).
 
         Args:
             dtype: of the weights, such as bf16; None: as they are stored.
-            options: as of the class.
+            options: those of the class.
         """
         loader = Loader(resolve(str(model)).folder, dtype_of(dtype))
         return cls(loader, loader.tokenizer(), **options)
 
     def setup(self, stage: str) -> None:
-        """Forget a run that did not reach its end: Lightning calls no teardown after an error."""
+        """Reset after a run that was interrupted: Lightning calls no teardown after an error."""
         self._predictions = []
         self.metrics.reset()
 
     def configure_model(self) -> None:
-        """Load and compress the model, once, and say how batches are made of the data."""
+        """Load and compress the model, once, and set how the data is batched."""
         if self._load is not None:
             self.model, self._load = self._load(), None
         if self.compressor is not None:
@@ -129,7 +130,7 @@ class ReasoningModule(LightningModule):
         return grouped(self._scorer.plan(examples), self._workers)
 
     def add_predictions(self, predictions: Sequence[Prediction]) -> None:
-        """Let the metrics of this run count what was scored before, in an interrupted one."""
+        """Count predictions of an earlier, interrupted run in this run's metrics."""
         self._predictions += predictions
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, list[Prediction]]:
@@ -156,7 +157,7 @@ class ReasoningModule(LightningModule):
     def _log_metrics(self) -> None:
         update(self.metrics, self._predictions)
         self._predictions = []
-        values = self.metrics.compute()  # of all processes; kept until Lightning resets them
+        values = self.metrics.compute()  # over all processes; kept until Lightning resets them
         for name, metric in self.metrics.items():
             if not values[name].isnan():  # running text has no accuracy
                 self.log(self.prefix + name, metric)
@@ -166,7 +167,7 @@ class ReasoningModule(LightningModule):
 
 
 def _hyperparameters(module: ReasoningModule) -> dict[str, Any]:
-    """What names a run, for its logger."""
+    """What identifies a run, for its logger."""
     named: dict[str, Any] = {"protocol": module.protocol.name}
     if module.compressor is not None:
         mode, settings = settings_of(module.compressor)

@@ -1,4 +1,4 @@
-"""Lightning's Trainer for an evaluation, on one device or several, and how its failures end."""
+"""Lightning's Trainer for an evaluation, on one device or several, and its failures."""
 
 import gc
 import inspect
@@ -28,24 +28,24 @@ from tensorllm.progress import Progress, silenced
 from tensorllm.registry import did_you_mean
 
 AGAIN = "run the same command again: it goes on from the last finished batch"
-# Options of the Trainer that have one of their own, or that an evaluation cannot change.
+# The Trainer's options that have a flag of their own.
 TAKEN = {
     **{name: f"--{name.replace('_', '-')}" for name in ("accelerator", "devices", "num_nodes")},
     **{name: f"--{name}" for name in ("strategy", "precision", "logger")},
 }
-FIXED = ("use_distributed_sampler",)  # the data module shares examples out, each once
+FIXED = ("use_distributed_sampler",)  # the data module distributes examples, each once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Devices:
-    """Where it runs; names and values are the Trainer's.
+    """Where an evaluation runs; names and values are the Trainer's.
 
     Attributes:
         accelerator: cpu, gpu, auto, ...
         devices: how many, or which (`0,1`), per node; on a CPU, processes.
         num_nodes: machines; each starts the same command (torchrun or SLURM).
         strategy: auto starts this machine's processes itself.
-        precision: 32-true, bf16-true, 16-mixed, ...; None: as the weights are.
+        precision: 32-true, bf16-true, 16-mixed, ...; None: that of the weights.
     """
 
     accelerator: str = "auto"
@@ -56,7 +56,7 @@ class Devices:
 
     @property
     def kind(self) -> str:
-        """What it runs on: `cpu`, or a kind of accelerator."""
+        """The kind of device it runs on: `cpu`, or a kind of accelerator."""
         if self.accelerator == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.accelerator
@@ -70,7 +70,7 @@ class Devices:
 
     @property
     def spawned(self) -> bool:
-        """Whether the other processes are children of this one: when one dies, it can say so."""
+        """Whether the other processes are children of this one, so that it notices their death."""
         return self.several and self.strategy == "auto" and self.num_nodes == 1
 
     def trainer(
@@ -80,12 +80,12 @@ class Devices:
         logger: Any = False,
         callbacks: Sequence[Callback] = (),
     ) -> Trainer:
-        """The Trainer.
+        """Make the Trainer.
 
         Args:
             options: further arguments of Lightning's Trainer; `callbacks` may be names of classes,
                 such as `my_package.MyCallback`.
-            logger: of Lightning; False: none.
+            logger: one of Lightning's; False: none.
             callbacks: called before those of the options.
 
         Raises:
@@ -98,7 +98,7 @@ class Devices:
         defaults = {
             "enable_checkpointing": False,
             "enable_model_summary": False,
-            "enable_progress_bar": self.several and sys.stderr.isatty(),  # else ours
+            "enable_progress_bar": self.several and sys.stderr.isatty(),  # otherwise ours is shown
         }
         own_flags = ((name, getattr(self, name)) for name in self.__slots__)
         what = " ".join(f"{TAKEN[name]} {value}" for name, value in own_flags if value is not None)
@@ -117,7 +117,7 @@ class Devices:
                     use_distributed_sampler=False,
                     **{**defaults, **chosen},
                 )
-        except Exception as error:  # Lightning has kinds of its own for what it refuses
+        except Exception as error:  # Lightning refuses values with errors of its own
             raise UserError(f"cannot run on {what}: {first_line(error)}") from None
 
 
@@ -144,7 +144,7 @@ def _callback(given: Any) -> Callback:
     module, _, name = str(given).rpartition(".")
     try:
         made = getattr(import_module(module), name)()
-    except Exception as error:  # a class of the user's own may raise anything
+    except Exception as error:  # a user's class may raise anything
         raise UserError(
             f"--trainer callbacks takes the name of a class, such as my_package.MyCallback; "
             f"{given!r} gives {type(error).__name__}: {first_line(error)}"
@@ -157,21 +157,21 @@ def _callback(given: Any) -> Callback:
 def run(
     trainer: Trainer, module: LightningModule, data: ReasoningDataModule
 ) -> dict[str, float] | None:
-    """`trainer.test`, or `trainer.validate` where the data is the validation part.
+    """Run `trainer.test`, or `trainer.validate` if the data is the validation part.
 
     Returns:
         What the module logged.
 
     Raises:
         Incomplete: a worker died.
-        UserError: what the model or dataset refused, in whichever process.
+        UserError: the model or dataset refused something, in any process.
     """
     stage = trainer.validate if data.split == "val" else trainer.test
     several = trainer.world_size > 1
     with _quiet():
         try:
             logged = stage(module, datamodule=data, verbose=False)
-            trainer.strategy.barrier()  # where all processes go on: their predictions are kept
+            trainer.strategy.barrier()  # every process has kept its predictions by then
         except ProcessRaisedException as error:
             last = str(error).strip().splitlines()[-1]
             name, _, message = last.partition(": ")
@@ -183,7 +183,7 @@ def run(
         except ProcessExitedException as error:
             how = error.signal_name or f"exit code {error.exit_code}"
             raise Incomplete(f"worker {error.error_index} died ({how}); {AGAIN}") from None
-        except RuntimeError as error:  # a collective whose other end is gone
+        except RuntimeError as error:  # a collective operation whose peer is gone
             if isinstance(error, Incomplete) or not several:
                 raise
             raise Incomplete(f"a process failed: {first_line(error)}; {AGAIN}") from None
@@ -204,13 +204,16 @@ def score_model(
     prefix: str = "",
     **settings: Any,
 ) -> Scored:
-    """Score a model by the Trainer; what an earlier, interrupted run kept in `folder` counts.
+    """Score a model with the Trainer; includes what an interrupted run kept in `folder`.
 
     Args:
+        loader: loads the model and its tokenizer.
+        data: the dataset.
+        folder: of the journal.
+        devices: where to run.
         options: further ones of the Trainer.
-        logger: of Lightning, or None.
-        progress: called after each batch where there is one process; several have the Trainer's
-            bar.
+        logger: one of Lightning's, or None.
+        progress: called after each batch if there is one process; several show the Trainer's bar.
         prefix: of the names of logged metrics.
         settings: further ones of `ReasoningModule`.
 
@@ -220,7 +223,7 @@ def score_model(
     kept = PredictionJournal(folder).predictions()
     metrics = None
     if any(e.index not in kept for e in data.examples):
-        gc.collect()  # the model before this one: Trainers and models are cycles
+        gc.collect()  # free the previous model: Trainers and models form reference cycles
         tokenizer = data.tokenizer or loader.tokenizer()
         module = ReasoningModule(loader, tokenizer, prefix=prefix, **settings)
         callbacks: list[Callback] = [PredictionJournal(folder)]
@@ -242,14 +245,15 @@ def score_model(
 
 
 def is_first() -> bool:
-    """Whether this process writes the results: one of those that torchrun, SLURM or ddp started."""
+    """Whether this process, of those that torchrun, SLURM or ddp started, writes the results."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice about loggers and data-loading workers, but with what a profiler
-    found, which was asked for.
+    """Silence Lightning's advice about loggers and data-loading workers.
+
+    A profiler's findings are still logged, since they were asked for.
     """
     profilers = logging.getLogger("lightning.pytorch.profilers")
     level = profilers.level

@@ -1,4 +1,4 @@
-"""Architectures as data: where each keeps its matrices, and the reader and writer for all."""
+"""Architectures as data: where each stores its matrices, and one reader and writer for all."""
 
 import tensorllm.models.table  # noqa: F401  registers the rows
 from tensorllm.models.access import RoleMatrices, parameters_of

@@ -1,7 +1,7 @@
 """The one reader and the one writer of role matrices, for every architecture.
 
 Shapes: I rows of a role matrix, C its columns (mostly the model width D), G key/value heads,
-g queries per group, K head width.
+g queries per group, K head_dim.
 """
 
 from collections import Counter
@@ -27,17 +27,17 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class StoredOtherwise(UserError):
-    """Files hold a matrix in another shape than the model does."""
+    """A checkpoint's files store a matrix in another shape than the model does."""
 
 
 class RoleMatrices:
     """Role matrices `(I, C)` of any architecture, read from and written to named parameters.
 
-    Layers may differ: sizes, roles and where they are stored are asked for per layer.
+    Layers may differ: sizes, roles and storage are looked up per layer.
 
     Args:
         config: the transformers config that the parameters belong to.
-        names: all parameter names; they tell the prefix of the base model.
+        names: all parameter names; they determine the prefix of the base model.
     """
 
     def __init__(self, config: Any, names: Collection[str]) -> None:
@@ -46,7 +46,7 @@ class RoleMatrices:
         self.layers = self.spec.layers
         layers = enumerate(self.layout.layers)
         self.mixtures: dict[int, Mixture] = {n: one.mixture for n, one in layers if one.mixture}
-        self._experts: dict[int, StoredExperts] = {}  # known once the layers' names are
+        self._experts: dict[int, StoredExperts] = {}  # set once the layers' names are known
         self._find_names(config, names)
         self._experts = {
             layer: stored_experts(found.experts, self.layer_path(layer), names)
@@ -91,7 +91,7 @@ class RoleMatrices:
         return self._named(own)
 
     def together(self, layer: int, role: str) -> set[str]:
-        """Names of the parameters that a model in memory holds as one, which has the role."""
+        """Names of the stored parameters that make up the in-memory parameter with this role."""
         return {self.name(layer, each) for each in self.stored(layer, role).roles}
 
     def layer_path(self, layer: int) -> str:
@@ -104,14 +104,14 @@ class RoleMatrices:
         return self._named(f"{own}{below}").removesuffix(below)
 
     def read(self, weights: Mapping[str, Tensor], layer: int, role: str) -> Tensor:
-        """The role matrix `(I, C)`, in the stored dtype; a view where it can be one."""
+        """The role matrix `(I, C)`, in the stored dtype; a view if possible."""
         part = self._part(weights[self.name(layer, role)], layer, role)
         return part.reshape(-1, part.shape[-1])
 
     def write(self, weights: Mapping[str, Tensor], layer: int, role: str, w_IC: Tensor) -> None:
         """Overwrite the role matrix `(I, C)` in place, rounded to the stored dtype.
 
-        Gradients flow from the parameter to `w_IC`, where that wants them.
+        Gradients flow from the parameter to `w_IC`, if it requires them.
         """
         part = self._part(weights[self.name(layer, role)], layer, role)
         want = (part.numel() // part.shape[-1], part.shape[-1])
@@ -119,7 +119,7 @@ class RoleMatrices:
         part.copy_(w_IC.reshape(part.shape))
 
     def check_layers(self, layers: Collection[int]) -> tuple[int, ...]:
-        """The layers as a tuple; out of range, repeated or missing ones are refused."""
+        """The layers as a tuple; refuses an empty list, and layers out of range or repeated."""
         wrong = [i for i in layers if not 0 <= i < self.layers]
         if wrong:
             raise UserError(f"layers must be in 0..{self.layers - 1}, got {wrong[0]}")
@@ -169,7 +169,7 @@ class RoleMatrices:
         return stored.experts.view(weight, kind)[int(expert)]
 
     def _single(self, layer: int) -> list[Stored]:
-        """Stored parameters of the layer that files hold as modules do: no experts'."""
+        """The layer's stored parameters that files name as modules do: all except experts."""
         return [s for s in self.stored_in(layer) if family(s.roles[0]) == s.roles[0]]
 
     def _named(self, parameter: str) -> str:
@@ -180,8 +180,11 @@ class RoleMatrices:
         return f"{other}{name.removeprefix(own)}"
 
     def _find_names(self, config: Any, names: Collection[str]) -> None:
-        """How these names call the model's parameters: `model.layers.0` may be `layers.0` in a base
-        model without its head, and anything that transformers renames in a file."""
+        """Find out how these names differ from the model's.
+
+        `model.layers.0` may be `layers.0` in a base model without its head, and transformers may
+        rename anything in a file.
+        """
         self._prefix, self._renamed = ("", ""), dict[str, str]()
         wanted = [self.name(n, s.roles[0]) for n in range(self.layers) for s in self._single(n)]
         if not wanted or wanted[0] in names:

@@ -1,7 +1,7 @@
-"""Which model types of transformers are read, and how: a committed table, and what makes it.
+"""Which model types of transformers can be read, and how: a committed table, and its generator.
 
-`tests/models/test_coverage.py` makes it anew and compares. Each type's default config is shrunk,
-so that all of them take a minute.
+`tests/models/test_coverage.py` generates the table and compares. Each type's default config is
+shrunk, so that all of them together take a minute.
 """
 
 import json
@@ -35,7 +35,7 @@ class Read:
 
     Attributes:
         how: `row`, `structure`, or `not read`.
-        what: which roles, or why none.
+        what: which roles, or the reason for none.
     """
 
     how: str
@@ -50,7 +50,7 @@ def table() -> dict[str, dict[str, Read]]:
 
 
 def made_with() -> str:
-    """The version of transformers that the table is of."""
+    """The version of transformers that the table was made with."""
     return str(json.loads(_path().read_text(encoding="utf-8"))["transformers"])
 
 
@@ -96,10 +96,11 @@ def types_of(task: str) -> list[str]:
 
 
 def read(model_type: str, given: dict[str, Any]) -> Read:
-    """How a type is read, tried now.
+    """Try how a model type is read.
 
     Args:
-        given: fields of its config whose defaults make no model.
+        model_type: as in config.json.
+        given: config fields whose defaults make no model.
     """
     from transformers import AutoConfig
 
@@ -108,7 +109,7 @@ def read(model_type: str, given: dict[str, Any]) -> Read:
         layout = layout_of(shrunk(config, LAYERS))
     except UserError as error:
         return Read(NOT, str(error).split(". To say where")[0][:200])
-    except Exception as error:  # a default config that transformers itself does not take
+    except Exception as error:  # a default config that transformers itself rejects
         return Read(NOT, f"its default config makes no model: {type(error).__name__}")
     every = layout.spec.geometries
     roles = {role for geometry in every for role in geometry.families}

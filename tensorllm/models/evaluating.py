@@ -1,4 +1,4 @@
-"""A model without dropout for a while."""
+"""Put a model in evaluation mode temporarily."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode in the block; afterwards each of its modules as it was.
+    """The model in evaluation mode within the block; each module's mode is restored afterwards.
 
-    `model.train(model.training)` would set them all alike: a part that its owner holds in
+    `model.train(model.training)` would set all modules alike: a part that its owner keeps in
     evaluation mode while the rest is trained would get its dropout back.
     """
     training = {module: module.training for module in model.modules()}

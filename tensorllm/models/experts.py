@@ -1,8 +1,11 @@
 """Experts: where a layer keeps its mixture, in memory and in files.
 
-In memory the experts of a layer are two parameters of one module, that of the input matrices (gate
-and in, or in alone) and that of the output matrices. Files may hold each matrix of each expert
-under a name of its own. Shapes: E experts, F their inner width, D model width.
+In memory the experts of a layer are two parameters of one module: the input matrices (gate and in,
+or in alone) and the output matrices. Files may hold each matrix of each expert under a name of its
+own.
+
+Shapes: E experts, F their inner width, D model width, N tokens, M tokens of one expert, K experts
+per token, I outputs of a fused parameter.
 """
 
 import re
@@ -15,14 +18,14 @@ from torch import Tensor, nn
 
 from tensorllm.tensors.stacking import expert_role
 
-# What files and modules call the matrices of an expert.
+# Names that files and modules use for the matrices of an expert.
 KINDS = {"gate_proj": "gate", "up_proj": "in", "down_proj": "out"} | {
     "w1": "gate",
     "w3": "in",
     "w2": "out",
 }
 FUSED_INPUTS, FUSED_IN, FUSED_OUTPUTS = "gate_up_proj", "up_proj", "down_proj"
-# What files call the fused parameters, where that is not what the module does.
+# Names that files use for the fused parameters, where they differ from the module's.
 ELSEWHERE = {
     FUSED_INPUTS: ("input_linear.weight", "experts.fc1.weight"),
     FUSED_OUTPUTS: ("output_linear.weight", "experts.fc2.weight"),
@@ -38,10 +41,10 @@ class Experts:
         count: E.
         width: F.
         gated: whether they have a gate.
-        transposed: parameters are (E, in, out), and not (E, out, in).
-        interleaved: rows of gate and in take turns, and do not follow each other.
-        routed: the module is called with each token's experts; else with all tokens, laid out
-            expert by expert.
+        transposed: parameters are (E, in, out) instead of (E, out, in).
+        interleaved: rows of gate and in alternate instead of following each other.
+        routed: the module is called with each token's experts; otherwise with all tokens, sorted by
+            expert.
     """
 
     path: str
@@ -64,7 +67,7 @@ class Experts:
 
     @property
     def inputs_in_order(self) -> tuple[str, ...]:
-        """The kinds of input matrices, as they are stored."""
+        """The kinds of input matrices, in stored order."""
         return ("gate", "in") if self.gated else ("in",)
 
     @property
@@ -86,7 +89,7 @@ class Experts:
         )
 
     def view(self, parameter: Tensor, kind: str) -> Tensor:
-        """The role matrices (E, F, D) of one kind, a view of the fused parameter."""
+        """The role matrices (E, F, D) of one kind, as a view of the fused parameter."""
         if kind == "out":
             return parameter if self.transposed else parameter.mT
         w_EID = parameter.mT if self.transposed else parameter
@@ -95,14 +98,14 @@ class Experts:
         return w_EID.unflatten(1, shape).select(2 if self.interleaved else 1, kinds.index(kind))
 
     def parameter_shape(self, parameter: str, width: int) -> tuple[int, int, int]:
-        """The shape of a fused parameter in a model of this width D."""
+        """The shape of a fused parameter in a model of width D = `width`."""
         inner = self.width * len(self.kinds_of(parameter))
         out_in = (width, inner) if parameter == self.outputs else (inner, width)
         return (self.count, *(reversed(out_in) if self.transposed else out_in))
 
 
 def experts_in(block: nn.Module, width: int) -> Experts | None:
-    """The experts of a layer's module, by its structure; None where it has none.
+    """Find a layer's experts by the structure of its module; None if it has none.
 
     Args:
         block: a layer, on the meta device or not.
@@ -125,7 +128,7 @@ def _experts_of(
     if len(inputs) != 3 or len(outputs) != 3 or inputs[0] != outputs[0]:
         return None
     if getattr(module, "has_post_expert_norm", False):
-        return None  # what an expert gives is not linear in what its last matrix gives
+        return None  # an expert's output is then not linear in that of its last matrix
     routed = hasattr(module, "is_transposed")
     transposed = module.is_transposed if routed else inputs[1] == width
     found = Experts(
@@ -148,7 +151,7 @@ class StoredExperts:
     """Where the stored tensors of one layer hold its experts.
 
     Attributes:
-        fused: parameter -> stored name, of those that are stored as in the module.
+        fused: parameter -> stored name, for those that are stored as in the module.
         apart: role -> stored name of the expert's own matrix, (out, in) as in `nn.Linear`.
     """
 
@@ -156,12 +159,12 @@ class StoredExperts:
     apart: Mapping[str, str]
 
     def is_apart(self, role: str) -> bool:
-        """Whether the matrix, or that of another expert, has a name of its own."""
+        """Whether this kind of matrix is stored under a separate name for each expert."""
         kind = role.split(".")[2]
         return any(known.endswith(f".{kind}") for known in self.apart)
 
     def missing(self, role: str) -> str:
-        """What a matrix that is not there would be called, after another expert's."""
+        """The name that a missing matrix would have, after another expert's."""
         _, expert, kind = role.split(".")
         like = next((n for r, n in self.apart.items() if r.endswith(f".{kind}")), "")
         return re.sub(r"experts\.\d+\.", f"experts.{expert}.", like)
@@ -171,7 +174,9 @@ def stored_experts(experts: Experts, layer_path: str, names: Collection[str]) ->
     """Where tensors of these names hold the experts of a layer.
 
     Args:
-        layer_path: what stands before the layer's names.
+        experts: as the layer's module keeps them.
+        layer_path: prefix of the layer's names.
+        names: of all stored tensors.
     """
     below = {n.removeprefix(f"{layer_path}."): n for n in names if n.startswith(f"{layer_path}.")}
     fused = {}
@@ -193,15 +198,17 @@ def _apart(below: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def routing_of(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The experts (N, K) of each token and their weights, in either order."""
+    """The experts (N, K) of each token and their weights, given in either order."""
     first, second = given[:2]
     return (second, first) if first.is_floating_point() else (first, second)
 
 
 def gated(module: Any, experts: Experts, parts: Sequence[Tensor], bias_I: Tensor | None) -> Tensor:
-    """(M, F) after activation and gate, as the module of the experts does it.
+    """The input of the output matrix, (M, F): after activation and gate, by the module's own code.
 
     Args:
+        module: of the experts.
+        experts: its description.
         parts: (M, F) of each input matrix, in stored order.
         bias_I: of one expert, in the layout of the fused parameter.
     """
@@ -222,7 +229,7 @@ def gated(module: Any, experts: Experts, parts: Sequence[Tensor], bias_I: Tensor
 
 
 def bias_of(module: Any, parameter: str) -> Tensor | None:
-    """(E, outputs): the biases beside a fused parameter."""
+    """The biases (E, outputs) of a fused parameter; None if it has none."""
     found: Tensor | None = getattr(module, f"{parameter}_bias", None)
     return found
 
@@ -230,13 +237,18 @@ def bias_of(module: Any, parameter: str) -> Tensor | None:
 def tokens_at_experts(
     module: Any, experts: Experts, x: Tensor, routing: Sequence[Tensor], kept_N: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Expert by expert what its matrices read: inputs (M, D), and hidden states (M, F) that its
-    output matrix reads, times the router's weights; only of tokens that are routed to it.
+    """Yield for each expert the inputs of its matrices, over the tokens routed to it.
 
     Args:
-        x: what the dense module of the experts is given.
+        module: the dense module of the experts.
+        experts: its description.
+        x: the module's first argument.
         routing: its other arguments.
-        kept_N: tokens that count, which padding does not.
+        kept_N: tokens that count; padding does not.
+
+    Yields:
+        The expert; the inputs (M, D) of its input matrices; and the hidden states (M, F) that its
+        output matrix reads, times the router's weights.
     """
     bias_EI = bias_of(module, experts.inputs)
     for expert in range(experts.count):
@@ -246,7 +258,7 @@ def tokens_at_experts(
             x_MD, weight_M1 = x.flatten(0, -2)[token_M], weights_NK[token_M, place_M, None]
         else:
             x_ND = x.unflatten(0, (experts.count, -1))[expert]
-            x_MD = x_ND[kept_N & (x_ND != 0).any(1)]  # tokens of other experts are given as zeros
+            x_MD = x_ND[kept_N & (x_ND != 0).any(1)]  # tokens of other experts are zero here
             weight_M1 = x_MD.new_ones(len(x_MD), 1)
         parts = [
             x_MD @ experts.view(getattr(module, experts.inputs), kind)[expert].mT

@@ -1,8 +1,10 @@
-"""Families: the ways in which models store attention and FFN, and which of them a layer fits.
+"""Families: the ways in which models store attention and FFN, and which of them a layer matches.
 
 A family is data. It proposes; `verify` decides, by what the modules of the layer really compute.
 In its paths `@` is the module that holds the matrices, `@@` the one around it, `|` separates
-alternatives. Shapes: D model width, H query heads, G key/value heads, K head width, F FFN width.
+alternatives.
+
+Shapes: D model width, H query heads, G key/value heads, K head_dim, F FFN width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from tensorllm.models.spec import Stored
 from tensorllm.models.task import text_config_of
 from tensorllm.tensors.stacking import ATTENTION, FFN, MLA, Geometry
 
-OUTPUT_GATE = "output_gate"  # stored beside the queries, and kept as it is: no role
+OUTPUT_GATE = "output_gate"  # stored with the queries and left unchanged: not a role
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Family:
 
 
 def _family(name: str, *stored: tuple[str, str], **how: Any) -> Family:
-    """Roles (joined by `+` where fused) and paths; `how` is said of those that are fused."""
+    """A family from (roles, path) pairs; `+` joins fused roles, to which `how` applies."""
     return Family(
         name,
         tuple(
@@ -126,7 +128,7 @@ FFN_FAMILIES = (
     _family("plain FFN (numbered)", ("in", "@.0"), ("out", "@.2")),
 )
 
-# Not the layer's own attention or FFN: what it reads from elsewhere, other mixers, experts.
+# Not the layer's own attention or FFN: cross-attention, other mixers, experts.
 OTHER = (
     "cross", "encoder_attn", "encdec", "encoder_decoder", "indexer", "compressor", "linear_attn",
     "mamba", "expert", "adapter", "bottleneck", "_hc", "layernorm", "router", "laurel", "perceiver",
@@ -139,13 +141,14 @@ COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "decoder_atte
 
 @dataclass(frozen=True)
 class Match:
-    """A family that a layer may be of, with its paths found there.
+    """A family that may describe a layer, with the paths found there.
 
     Attributes:
-        stored: with their paths below the layer.
+        family: its name.
+        stored: with paths below the layer.
         shapes: (role, (rows, columns)) of each role.
-        heads: (H, G, K) of attention whose heads can be distinguished.
-        width_from: what said the width of a head.
+        heads: (H, G, K) of attention whose heads can be told apart.
+        width_from: where head_dim was found.
     """
 
     family: str
@@ -156,7 +159,7 @@ class Match:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Names it, whatever the sizes."""
+        """Identifies the match, whatever the sizes."""
         return (
             self.family,
             self.width_from,
@@ -165,7 +168,7 @@ class Match:
 
 
 def attention_matches(block: nn.Module, config: Any) -> list[Match]:
-    """All families that the layer's attention may be of, the likelier ones first."""
+    """All families that may describe the layer's attention, likeliest first."""
     modules = linears(block)
     return [
         match
@@ -175,7 +178,7 @@ def attention_matches(block: nn.Module, config: Any) -> list[Match]:
 
 
 def ffn_matches(block: nn.Module) -> list[Match]:
-    """All families that the layer's FFN may be of, the likelier ones first."""
+    """All families that may describe the layer's FFN, likeliest first."""
     return [
         match
         for family, stored in _found(FFN_FAMILIES, linears(block))
@@ -184,7 +187,7 @@ def ffn_matches(block: nn.Module) -> list[Match]:
 
 
 def ffn_with(name: str, stored: tuple[Stored, ...], block: nn.Module) -> list[Match]:
-    """The match of an FFN that is stored so; none where its matrices do not fit one another."""
+    """The match of an FFN stored this way; empty if its matrices' shapes are inconsistent."""
     modules = linears(block)
     shapes: dict[str, tuple[int, int]] = {}
     for one in stored:
@@ -196,7 +199,7 @@ def ffn_with(name: str, stored: tuple[Stored, ...], block: nn.Module) -> list[Ma
 
 
 def geometry_of(attention: Match | None, ffn: Match | None, width: int) -> Geometry:
-    """The sizes of a layer with these parts; usual ones are said without their shapes."""
+    """The sizes of a layer with these parts; shapes are included only if they are unusual."""
     shapes = (attention.shapes if attention else ()) + (ffn.shapes if ffn else ())
     heads, groups, head_dim = attention.heads if attention else (0, 0, 0)
     inner = ffn.shapes[0][1][0] if ffn else 0
@@ -210,7 +213,7 @@ def geometry_of(attention: Match | None, ffn: Match | None, width: int) -> Geome
 def _found(
     families: Sequence[Family], modules: Mapping[str, nn.Module]
 ) -> Iterator[tuple[Family, tuple[Stored, ...]]]:
-    """Families whose every path is there once, with those paths."""
+    """Families of which every path exists exactly once, with those paths."""
     from transformers.pytorch_utils import Conv1D
 
     own = [path for path in modules if not any(word in path.lower() for word in OTHER)]
@@ -245,7 +248,7 @@ def _path(pattern: str, holder: str, paths: Sequence[str]) -> str:
 
 
 def _size(stored: Stored, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
-    """Rows and columns of what is stored, as role matrices lie."""
+    """Rows and columns of a stored parameter, oriented as its role matrices are."""
     module: Any = modules[stored.path]
     rows, columns = module.weight.shape
     return (columns, rows) if stored.transposed else (rows, columns)
@@ -254,7 +257,7 @@ def _size(stored: Stored, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
 def attention_with(
     name: str, stored: tuple[Stored, ...], block: nn.Module, config: Any
 ) -> list[Match]:
-    """The matches of attention that is stored so: one for each head width that may be."""
+    """The matches of attention stored this way: one for each possible head_dim."""
     modules = linears(block)
     sizes = {one.roles: _size(one, modules) for one in stored}
     if {role for one in stored for role in one.roles} & set(MLA):
@@ -272,7 +275,7 @@ Sizes = Mapping[tuple[str, ...], tuple[int, int]]
 
 
 def _of_width(family: str, stored: tuple[Stored, ...], sizes: Sizes, width: int) -> Iterator[Match]:
-    """Matches with query heads of this width; none where sizes do not divide by it."""
+    """Matches with this head_dim for the queries; none if sizes do not divide by it."""
     inner, model = sizes[("o",)]
     fused = next((roles for roles in sizes if len(roles) > 1), None)
     if fused is not None:
@@ -286,7 +289,7 @@ def _of_width(family: str, stored: tuple[Stored, ...], sizes: Sizes, width: int)
         return
     shapes = {role: sizes[(role,)] for role in ATTENTION}
     yield from _divisible(family, stored, shapes, width)
-    if shapes["q"][0] == 2 * inner:  # an output gate lies beside the queries of each head
+    if shapes["q"][0] == 2 * inner:  # an output gate is stored with each head's queries
         first = replace(stored[0], roles=("q", OUTPUT_GATE), per_head=True)
         shapes["q"] = (inner, shapes["q"][1])
         yield from _divisible(family, (first, *stored[1:]), shapes, width)
@@ -305,7 +308,7 @@ def _divisible(
 
 
 def _head_widths(holder: nn.Module, config: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
-    """What may be the head width: what the module says, what the config says, rows / heads."""
+    """Candidates for head_dim, from the module, the config, or rows / heads, with their source."""
     rows = {roles[0]: sizes[roles][0] for roles in (("q",), ("o",)) if roles in sizes}
     owners = {
         "module": holder,
@@ -325,9 +328,9 @@ def _head_widths(holder: nn.Module, config: Any, sizes: Sizes) -> Iterator[tuple
 
 
 def size_of(owner: Any, name: str) -> int:
-    """A whole number that a module or config has under this name; else 0."""
+    """A positive whole number that a module or config has under this name; otherwise 0."""
     try:
         found = getattr(owner, name, 0)
-    except Exception:  # a config whose layers differ refuses to answer for all of them
+    except Exception:  # a config whose layers differ refuses a single value
         return 0
     return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0

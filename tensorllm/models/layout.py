@@ -1,6 +1,6 @@
-"""Where a model keeps what, layer by layer: by its row, or found by structure and verified.
+"""Where a model stores its matrices, layer by layer: by its row, or by verified structure.
 
-`layout_of` is asked by everything that reads or writes a model's matrices.
+Everything that reads or writes a model's matrices asks `layout_of`.
 """
 
 import functools
@@ -36,9 +36,10 @@ class LayerLayout:
     Attributes:
         path: of its module in the model.
         stored: its role matrices, with paths below that.
+        geometry: its sizes.
         families: of its attention and its FFN, as far as it has them.
-        lacks: why it has no attention or FFN roles, where it might have had.
-        mixture: in place of an FFN.
+        lacks: reasons why attention or FFN roles that might be expected are missing.
+        mixture: of experts, in place of an FFN.
     """
 
     path: str
@@ -54,10 +55,10 @@ class Layout:
     """All layers of a model.
 
     Attributes:
-        layers: from the first to the last.
-        task: predicts the next token or a masked one.
-        by: `row`, tested by the project, or `structure`: found by the module tree and verified on a
-            tiny model.
+        layers: from first to last.
+        task: whether the model predicts the next token or a masked one.
+        by: `row`: from the table of architectures, tested by the project; or `structure`: found in
+            the module tree and verified on a tiny model.
         shapes: of all parameters, by name.
     """
 
@@ -72,23 +73,26 @@ class Layout:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The families of all layers, each once."""
+        """The families of all layers, without duplicates."""
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.families))
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """Why layers lack roles, each reason once."""
+        """Why layers lack roles, without duplicates."""
         return tuple(dict.fromkeys(why for layer in self.layers for why in layer.lacks))
 
     @property
     def plain(self) -> bool:
-        """Whether layers are known to hand on hidden states alone, and to treat the positions of
-        their matrices' outputs one by one: rows are; of a structure nobody knows what else its
-        layers share (keys, convolutions, several streams)."""
+        """Whether layers are known to pass on nothing but hidden states.
+
+        And to process the outputs of their matrices position by position. True for rows; a model
+        found by structure may share anything else between layers (keys, convolutions, several
+        streams).
+        """
         return self.by == "row"
 
     def describe(self) -> str:
-        """One line for reports: what was found by structure; nothing where a row says it all."""
+        """One line for reports on what was found by structure; empty if the model has a row."""
         if self.by == "row":
             return ""
         missing = f"; not read: {'; '.join(self.lacks)}" if self.lacks else ""
@@ -96,13 +100,14 @@ class Layout:
 
 
 def layout_of(config: Any, row: Architecture | None = None) -> Layout:
-    """The layout of the model of a config; made once for equal configs.
+    """The layout of a config's model; cached for equal configs.
 
     Args:
-        row: instead of the registered one.
+        row: used instead of the registered one.
 
     Raises:
-        UserError: it has no row and its structure is of no known family, or its row is wrong.
+        UserError: the model has no row and its structure matches no known family, or its row is
+            wrong.
     """
     if row is not None:
         return _made(Keyed(config), row)

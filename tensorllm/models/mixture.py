@@ -1,4 +1,4 @@
-"""The feed-forward part of a layer of experts, found by structure on the meta device."""
+"""A layer's mixture of experts, found by structure on the meta device."""
 
 from dataclasses import dataclass, replace
 
@@ -9,16 +9,17 @@ from tensorllm.models.spec import Stored
 from tensorllm.tensors.stacking import FFN, Geometry, expert_role
 
 Shapes = tuple[tuple[str, tuple[int, int]], ...]
-# What modules that every token passes beside the experts hold their matrices in, fused.
+# Fused matrices of shared experts, which every token passes, by the name of their module.
 FUSED_SHARED = {"input_linear": ("shared.gate", "shared.in"), "output_linear": ("shared.out",)}
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """The feed-forward part of a layer of experts.
+    """A layer's mixture of experts: routed and shared ones.
 
     Attributes:
-        stored: the parameters that hold its roles: experts and shared ones.
+        experts: the routed ones.
+        stored: the parameters that hold its roles.
         shapes: of its role matrices.
     """
 
@@ -28,13 +29,13 @@ class Mixture:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What it is, whatever its sizes."""
+        """Identifies its structure, whatever the sizes."""
         own = replace(self.experts, count=0, width=0)
         return (own, *(one.path for one in self.stored if one.experts is None))
 
 
 def mixture_of(block: nn.Module, width: int) -> Mixture | None:
-    """The mixture in a layer's module; None where it has none."""
+    """The mixture in a layer's module; None if it has none."""
     experts = experts_in(block, width)
     if experts is None:
         return None
@@ -52,7 +53,7 @@ def mixture_of(block: nn.Module, width: int) -> Mixture | None:
 
 
 def _shared(block: nn.Module, parent: str, width: int) -> tuple[tuple[Stored, ...], Shapes]:
-    """Linears of a module beside the experts, or beside what holds them, that says `shared`."""
+    """Linear layers of the modules called `shared` near the experts, and their roles' shapes."""
     stored: list[Stored] = []
     shapes: list[tuple[str, tuple[int, int]]] = []
     for path, module in block.named_modules():

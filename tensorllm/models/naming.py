@@ -1,6 +1,6 @@
-"""What a file calls a model's parameters: names changed between versions of transformers.
+"""How a file names a model's parameters: names have changed between versions of transformers.
 
-transformers knows how, and reads all of them; its own renaming says here where a parameter lies.
+transformers can read all of them; its own renaming rules are used here to find a parameter.
 """
 
 from collections.abc import Iterable, Iterator
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """The parameters of a model and what these names call them, as far as they lie one to one.
+    """The stored name of each parameter that corresponds to exactly one stored tensor.
 
     Args:
-        model: of a transformers class; its weights are not looked at.
+        model: of a transformers class; its weights are not read.
         names: of stored tensors.
     """
     there = model.state_dict()
@@ -20,14 +20,14 @@ def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def joined_names(model: Any, names: Iterable[str], parameter: str) -> list[str]:
-    """The stored tensors that transformers makes a parameter and others of, while it loads."""
+    """The stored tensors that transformers converts to this parameter and others while loading."""
     owner = parameter.rpartition(".")[0].rpartition(".")[0]
     renamed = _renamed(model, names)
     return [name for name, known, plain in renamed if not plain and known.startswith(owner)]
 
 
 def _renamed(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(stored name, the model's name, whether it is that parameter as it is)."""
+    """(stored name, the model's name, whether it is that parameter unchanged)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,

@@ -1,4 +1,4 @@
-"""What a model says of the next token, checked while it writes.
+"""Check a model's logits while it generates.
 
 Shapes: B texts, T tokens so far, V vocabulary.
 """
@@ -16,12 +16,16 @@ CAUSE = (
 
 class _Refused(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The same scores (B, V) behind tokens (B, T)."""
+        """Return the scores (B, V) that follow tokens (B, T) unchanged.
+
+        Raises:
+            UserError: one is NaN.
+        """
         if bool(scores.isnan().any()):
             raise UserError(f"the model's scores of the next token are NaN: {CAUSE}")
         return scores
 
 
 def refuse_nan() -> LogitsProcessorList:
-    """For `generate`: a model whose scores are NaN writes nothing (UserError)."""
+    """For `generate`: stop with a UserError if the model's scores are NaN."""
     return LogitsProcessorList([_Refused()])

@@ -1,6 +1,6 @@
-"""A config of the same class and the same choices with tiny sizes, for a model to try things on.
+"""Shrink a config to tiny sizes, of the same class and structure, for a model to test on.
 
-Sizes are known by the names that configs give them; what a config wants otherwise is in
+Sizes are recognised by the names that configs give them; what a config needs beyond that is in
 `shrink.json`, by model type.
 """
 
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-PARTS = ("decoder", "encoder")  # of a config, beside those called `..._config`
+PARTS = ("decoder", "encoder")  # nested configs, besides those called `..._config`
 WIDTH, HEADS, HEAD, VOCABULARY = 64, 4, 16, 128
 
 _SIZES: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ def shrunk(config: Any, layers: int) -> Any:
     """A tiny config of the same class.
 
     Args:
-        layers: how many the text model keeps.
+        layers: how many layers the text model keeps.
     """
     values = _shrunk(copy.deepcopy(config).to_dict(), layers)
     for name in ("quantization_config", "dtype", "torch_dtype"):
@@ -76,7 +76,7 @@ def _overrides() -> dict[str, dict[str, Any]]:
 
 
 def _shrunk(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The values with tiny sizes; parts of a wrapper's config likewise."""
+    """The values with tiny sizes, including nested configs."""
     depth = next((values[n] for n in _SIZES["layers"] if isinstance(values.get(n), int)), None)
     keep = layers if depth is None else min(layers, depth)
     heads = next((values[n] for n in _SIZES["heads"] if isinstance(values.get(n), int)), None)
@@ -100,7 +100,7 @@ def _shrunk(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _per_layer(value: Mapping[Any, Any], layers: int, heads: int | None) -> dict[int, Any]:
-    """What some layers have otherwise."""
+    """The fields that differ between layers, shrunk."""
     return {
         int(number): {name: _tiny(name, one, heads) for name, one in each.items()}
         for number, each in value.items()
@@ -126,7 +126,7 @@ def _tiny(name: str, value: Any, heads: int | None) -> Any:
 
 
 def _token(name: str, value: Any) -> Any:
-    """A token number that is in the small vocabulary, and none that a text here has."""
+    """A token id within the small vocabulary, which no text here contains."""
     if isinstance(value, list):
         return [_token(name, one) for one in value]
     if not isinstance(value, int) or value < 3:
@@ -135,7 +135,7 @@ def _token(name: str, value: Any) -> Any:
 
 
 def _fit_rotary(out: dict[str, Any]) -> None:
-    """Sections of a rotary embedding add up to half a head, as before."""
+    """Make the sections of a rotary embedding add up to half a head again."""
     for name in ("rope_scaling", "rope_parameters"):
         parameters = out.get(name)
         if isinstance(parameters, dict) and isinstance(parameters.get("mrope_section"), list):

@@ -1,4 +1,4 @@
-"""A model without numbers, on the meta device: what it is made of, by its own modules.
+"""A model on the meta device, without weights: its structure, from its own modules.
 
 Shapes of weights, which layer has what, and where it lies are what transformers would build for a
 config, so that no rule of ours can contradict it.
@@ -17,7 +17,7 @@ from tensorllm.errors import UserError, first_line
 from tensorllm.models.task import base_class, language_model_class, text_class, text_config_of
 from tensorllm.progress import silenced
 
-# Of a config: they say nothing of the modules.
+# Config fields that do not affect the modules.
 NOTES = ("quantization_config", "dtype", "_name_or_path", "transformers_version")
 
 
@@ -39,7 +39,7 @@ class Skeleton:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all parameters, tied ones under each name."""
+        """The shapes of all parameters, tied ones under each name."""
         named = self.model.named_parameters(remove_duplicate=False)
         return {name: tuple(p.shape) for name, p in named}
 
@@ -60,16 +60,16 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def skeleton(config: Any) -> Skeleton:
-    """The model of a config on the meta device; the same for equal configs.
+    """The model of a config on the meta device; cached for equal configs.
 
     Raises:
-        UserError: transformers cannot make it, or it has no layers below its token embeddings.
+        UserError: transformers cannot build it, or it has no layers beside its token embeddings.
     """
     return _made(Keyed(config))
 
 
 class Keyed:
-    """A config that is equal to others of the same content."""
+    """A config that can be hashed and compared by its content."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -91,10 +91,10 @@ def _made(key: Keyed) -> Skeleton:
 
 
 def instance(config: Any, device: str, *, text_only: bool = False) -> Any:
-    """A model of the config's language-model class with random numbers, or none (`meta`).
+    """A model of the config's language-model class, with random weights, or none on `meta`.
 
     Args:
-        text_only: of a wrapper only the text model, without a head, where it is a model of its own.
+        text_only: build only the text model of a wrapper, without a head, if it has its own class.
     """
     kind = language_model_class(config)
     text = text_config_of(config)
@@ -117,10 +117,10 @@ def instance(config: Any, device: str, *, text_only: bool = False) -> Any:
 
 
 def layers_path(model: Any, config: Any) -> str:
-    """Path of the list of layers that stands nearest to the token embeddings.
+    """Path of the list of layers nearest to the token embeddings.
 
-    A wrapper has other towers with layers of their own; only the text model lies beside the
-    embeddings of tokens.
+    A wrapper has other towers with layers of their own; only the text model lies beside the token
+    embeddings.
 
     Raises:
         UserError: there is none.
@@ -146,7 +146,7 @@ def layers_path(model: Any, config: Any) -> str:
 
 
 def depth(config: Any) -> int:
-    """How many layers the text model has."""
+    """Number of layers of the text model."""
     text = text_config_of(config)
     for name in ("decoder_layers", "num_hidden_layers", "n_layer", "num_layers"):
         found = getattr(text, name, None)

@@ -1,6 +1,6 @@
-"""What a row says about one architecture: where its attention and FFN matrices are stored.
+"""The description of an architecture (a row): where its attention and FFN matrices are stored.
 
-Shapes: D model width, H query heads, G key/value heads, K head width, F FFN width, I inner width.
+Shapes: D model width, H query heads, G key/value heads, K head_dim, F FFN width, I inner width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ class Stored:
         path: module path below the block; the parameter is its `weight`.
         roles: one role, or the fused ones in their stored order.
         grouped: the fused heads are stored group by group, (G, g queries + key + value, K, D),
-            and not role by role.
-        conv1d: stored (in, out), as GPT-2's Conv1D, and not (out, in), as `nn.Linear`.
-        experts: of a parameter that holds matrices of all experts: how. Its path is its own name.
+            instead of role by role.
+        conv1d: stored (in, out), as GPT-2's Conv1D, instead of (out, in), as `nn.Linear`.
+        experts: how a parameter holds the matrices of all experts; `path` is then its own name.
         blocks: the fused roles are stored in so many blocks, each with a part of every role.
         per_head: the fused roles are stored head by head, each with its part of every role.
     """
@@ -46,7 +46,7 @@ class Stored:
         return "weight" if self.experts is None else self.path.rpartition(".")[2]
 
     def count(self, geometry: Geometry) -> int:
-        """How many times the fused roles follow one another, each time a part of each."""
+        """In how many blocks the fused roles are stored, each with a part of every role."""
         return geometry.G if self.grouped else geometry.H if self.per_head else self.blocks
 
     @property
@@ -56,12 +56,12 @@ class Stored:
 
 
 def part_of(stored: Stored, weight: Tensor, role: str, geometry: Geometry) -> Tensor:
-    """The view of a stored parameter that is the role's: (I, C), or (blocks, I / blocks, C)."""
+    """The role's view of a stored parameter: (I, C), or (blocks, I / blocks, C)."""
     w_IC = weight.mT if stored.transposed else weight
     count = stored.count(geometry)
     rows = len(w_IC) // count
     sizes = {r: geometry.inner(r) // count for r in stored.roles if r in geometry.roles}
-    kept = rows - sum(sizes.values())  # of what is stored beside and is no role
+    kept = rows - sum(sizes.values())  # rows stored with the roles, such as an output gate's
     start = sum(sizes.get(r, kept) for r in stored.roles[: stored.roles.index(role)])
     if count == 1:
         return w_IC.narrow(0, start, sizes.get(role, kept))
@@ -70,7 +70,7 @@ def part_of(stored: Stored, weight: Tensor, role: str, geometry: Geometry) -> Te
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """One Hugging Face architecture. Sizes are those of the model's own modules.
+    """One Hugging Face architecture; sizes are taken from the model's own modules.
 
     Attributes:
         block: path of layer `{i}` below the base model.
@@ -106,7 +106,7 @@ class ModelSpec:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles that some layer has, each once; the same matrix of all experts is one name."""
+        """The roles found in any layer; the same matrix of all experts counts as one."""
         return tuple(dict.fromkeys(role for geo in self.geometries for role in geo.families))
 
     def having(self, roles: Sequence[str]) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class ModelSpec:
         """The sizes of the first layer that has all these roles.
 
         Raises:
-            UserError: no layer has.
+            UserError: no layer has them.
         """
         found = self.having(roles)
         if not found:

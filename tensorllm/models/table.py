@@ -25,7 +25,7 @@ _LLAMA = Architecture(
 for _name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
     ARCHITECTURES.register(_name)(_LLAMA)
 for _name in ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "phimoe", "granitemoe"):
-    ARCHITECTURES.register(_name)(_LLAMA)  # their experts are found by structure
+    ARCHITECTURES.register(_name)(_LLAMA)  # experts are found by structure
 for _name in ("gpt_oss", "glm4_moe", "ernie4_5_moe", "minimax"):
     ARCHITECTURES.register(_name)(_LLAMA)
 ARCHITECTURES.register("llama4_text")(

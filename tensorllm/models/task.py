@@ -1,6 +1,6 @@
-"""What a checkpoint's model predicts, and the transformers class that does it.
+"""What a checkpoint's model predicts, and the transformers class for it.
 
-The architecture's row says so, not the class that `architectures` in config.json happens to name:
+The architecture's row decides, not the class that `architectures` in config.json happens to name:
 that may be missing, a base model without a head, or a classifier.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ARCHITECTURES, Task
 
-TEXT_PARTS = ("text_config", "decoder", "generator")  # what wrappers call the text model's config
+TEXT_PARTS = ("text_config", "decoder", "generator")  # wrappers' names for the text model's config
 
 
 def task_of(config: Any) -> Task:
@@ -33,15 +33,15 @@ def task_of(config: Any) -> Task:
 
 
 def is_masked(config: Any) -> bool:
-    """Whether a model of this config fills masks in and writes no text."""
+    """Whether a model of this config is a masked language model, which generates no text."""
     return task_of(config) == "masked"
 
 
 def language_model_class(config: Any) -> Any:
-    """The transformers class of the row's task, whatever class the weights were saved from.
+    """The transformers class for the model's task, whatever class the weights were saved from.
 
     Raises:
-        UserError: there is none, or the config makes a decoder of a model that fills masks in.
+        UserError: there is none, or the config declares a masked model to be a decoder.
     """
     task = task_of(config)
     kind = _class_for(task, config)
@@ -58,7 +58,7 @@ def language_model_class(config: Any) -> Any:
 
 
 def saved_class(config: Any) -> Any:
-    """The transformers class that the weights were saved from; else that of the row's task."""
+    """The transformers class the weights were saved from; else that of the model's task."""
     import transformers
 
     for name in config.architectures or ():
@@ -70,29 +70,29 @@ def saved_class(config: Any) -> Any:
 
 
 def base_class(config: Any) -> Any:
-    """The class of the model without a head; None where transformers has none."""
+    """The class of the model without a head; None if transformers has none."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     return MODEL_MAPPING.get(type(config), None)
 
 
 def text_config_of(config: Any) -> Any:
-    """The config of the model that writes text: a wrapper's part, or the config itself."""
+    """The config of the model that generates text: a wrapper's part, or the config itself."""
     try:
         text = config.get_text_config(decoder=True)
-    except ValueError:  # several, of which none is said to be the one
+    except ValueError:  # there are several, and none is marked as the decoder
         return config
     parts = [getattr(config, name, None) for name in (*type(config).sub_configs, *TEXT_PARTS)]
     return text if any(part is text for part in parts) else config
 
 
 def text_class(config: Any) -> Any:
-    """The causal language model of a wrapper's text config; None where transformers has none."""
+    """The causal language model class of a wrapper's text config; None if transformers has none."""
     return _class_for("causal", config)
 
 
 def _wrapper_class(config: Any) -> Any:
-    """What reads images and writes text, around a text model."""
+    """The class that reads images and generates text, around a text model."""
     from transformers.models.auto import modeling_auto as auto
 
     return auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
@@ -108,16 +108,16 @@ def _class_for(task: Task, config: Any) -> Any:
 
 
 def name_of(config: Any) -> str:
-    """What a model was loaded from, as transformers notes it in its config; else its type."""
+    """What a model was loaded from, by its config; otherwise its type."""
     return str(getattr(config, "_name_or_path", "") or config.model_type)
 
 
 def context_length(config: Any) -> int | None:
-    """How many positions the text model has; None where its config says nothing."""
+    """How many positions the text model has; None if its config does not say."""
     found = getattr(text_config_of(config), "max_position_embeddings", None)
     return int(found) if found else None
 
 
 def hidden_size(config: Any) -> int:
-    """The model width D that the config of the text model says; 0 where it says none."""
+    """The model width D by the text model's config; 0 if it does not say."""
     return int(getattr(text_config_of(config), "hidden_size", 0) or 0)

@@ -1,4 +1,4 @@
-"""What a tiny model of the same choices says of how a layer seems to store its matrices."""
+"""Test on a tiny model how layers of the same structure really store their matrices."""
 
 import functools
 import tempfile
@@ -22,16 +22,17 @@ from tensorllm.models.verify_experts import check_files, check_mixture, randomis
 from tensorllm.tensors.threads import one_thread
 
 HOW = "To say where its matrices are, register one row: docs/add_an_architecture.md"
-TINY_PARAMETERS = 2**24  # of a model that is made only to try things on
+TINY_PARAMETERS = 2**24  # most parameters of a model made only for testing
 Candidates = Callable[[nn.Module, Any], tuple[list[Match], list[Match]]]  # of a layer and config
 
 
 @dataclass
 class Verdicts:
-    """What a tiny model said of candidates: of each signature the key that holds, or why none.
+    """The verdicts of a tiny model on the candidates of each signature.
 
     Attributes:
-        mixture: of each kind of mixture why it does not hold; nothing where it does.
+        attention, ffn: by signature, the key of the match that holds, or the reason why none does.
+        mixture: by kind of mixture, why it does not hold; empty if it does.
     """
 
     attention: dict[tuple[str, ...], tuple[str, ...] | str] = field(default_factory=dict)
@@ -40,12 +41,12 @@ class Verdicts:
 
 
 def signature(matches: Sequence[Match]) -> tuple[str, ...]:
-    """The paths that the candidates name: layers of equal paths are of one kind."""
+    """The candidates' paths: layers with equal paths are of one kind."""
     return tuple(sorted({one.path for match in matches for one in match.stored}))
 
 
 def verified(whole: Skeleton, config: Any, propose: Candidates) -> Verdicts:
-    """Try the candidates of every kind of layer on a tiny model of the same choices."""
+    """Try the candidates of every kind of layer on a tiny model of the same structure."""
     kinds: dict[tuple[Any, ...], int] = {}
     for number, block in enumerate(whole.blocks):
         mixture = mixture_of(block, hidden_size(config))
@@ -53,8 +54,8 @@ def verified(whole: Skeleton, config: Any, propose: Candidates) -> Verdicts:
         kinds.setdefault(own, number)
     tiny = _tiny(config, max(2, 1 + max(kinds.values())))
     try:
-        # It may be asked for while a model is made on the meta device; the caller's random numbers
-        # are left alone. Of tiny products, threads only wait for one another.
+        # The caller may be building a model on the meta device, and its random state must
+        # not change. Threads only slow tiny products down.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), one_thread():
             torch.manual_seed(0)
             model = instance(tiny, "cpu", text_only=True)
@@ -70,7 +71,7 @@ def verified(whole: Skeleton, config: Any, propose: Candidates) -> Verdicts:
 
 
 def _tiny(config: Any, layers: int) -> Any:
-    """A tiny config of the same choices, of which a model is small enough to be made."""
+    """A tiny config of the same structure, for a model small enough to build."""
     try:
         tiny = shrunk(config, layers)
     except Exception as error:  # a config class checks what it is given in ways of its own
@@ -91,7 +92,7 @@ def _tiny(config: Any, layers: int) -> Any:
 
 
 def _tried(model: Any, blocks: list[Any], tiny: Any, propose: Candidates) -> Verdicts:
-    """`verified` on a tiny model that is made, whose layers are these."""
+    """`verified`, on a tiny model with these layers."""
     call = functools.partial(_call, model)
     _check_order(call, blocks, tiny)
     verdicts = Verdicts()
@@ -121,7 +122,7 @@ def _tried(model: Any, blocks: list[Any], tiny: Any, propose: Candidates) -> Ver
 def _why_not(
     model: Any, path: str, block: nn.Module, mixture: Mixture, call: Callable[[], Any]
 ) -> str:
-    """Why a mixture is not what was found; nothing where it is."""
+    """Why a mixture is not what was found; empty if it is."""
     randomise_experts(block, mixture)
     try:
         check_mixture(call, block, mixture)
@@ -156,7 +157,7 @@ def _call(model: Any) -> Any:
 
 
 def _check_order(call: Callable[[], Any], blocks: Sequence[nn.Module], config: Any) -> None:
-    """Layers run one after the other, none twice: nothing that edits a layer expects else."""
+    """Check that layers run in order and none twice, as everything that edits a layer expects."""
     ran: list[int] = []
     handles = [
         block.register_forward_pre_hook(lambda m, args, n=n: ran.append(n))
@@ -168,7 +169,7 @@ def _check_order(call: Callable[[], Any], blocks: Sequence[nn.Module], config: A
     finally:
         for handle in handles:
             handle.remove()
-    if not ran or ran != sorted(set(ran)):  # some may wait for an image
+    if not ran or ran != sorted(set(ran)):  # some may run only with an image
         raise UserError(
             f"a {config.model_type!r} model runs its layers in the order {ran[:8]}, and not one "
             "after the other"

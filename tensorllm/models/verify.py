@@ -1,10 +1,11 @@
-"""Whether a layer computes what a family says of it: tried on a tiny model with random numbers.
+"""Check on a tiny random model that a layer computes what a family claims.
 
 Nothing is assumed of the attention itself (rotary embeddings, norms, windows, gates): the outputs
-of one projection are changed at one position, and what then changes before the output projection
-tells what they are. Queries change their own position only; keys and values change others; values
-do so linearly; and a head changes itself (its group) only. A slice is changed by turning it in its
-own plane, so that no norm over it, or over all heads, changes.
+of one projection are changed at one position, and the effect before the output projection shows
+what they are. Queries affect their own position only; keys and values affect others; values do so
+linearly; and a head affects itself (its group) only. A slice is changed by rotating it in its own
+plane, so that no norm over it, or over all heads, changes.
+
 Shapes: T positions, H query heads, G key/value heads, V width of a head's values, F FFN width.
 """
 
@@ -21,21 +22,21 @@ from tensorllm.models.task import text_config_of
 from tensorllm.tensors.stacking import MLA, Geometry, is_output_projection
 
 TOKENS = (7, 41, 19, 78, 5, 63)
-AT = 3  # the position that is changed; before it nothing may move in a causal model
-NOTICED = 0.01  # a part moves where it moves by this share of the most moved one
-EXACT = 1e-3  # of a relative difference that is rounding
-GAIN = 0.7  # of random matrices: scores that saturate no softmax
+AT = 3  # the position that is changed; in a causal model nothing before it may move
+NOTICED = 0.01  # a part moves if it moves by this share of the part that moves most
+EXACT = 1e-3  # a smaller relative difference is rounding
+GAIN = 0.7  # of random matrices: their scores saturate no softmax
 CHANNELS = 8  # of an FFN that are tried
 
 Edit = Callable[[Tensor], Tensor]
 
 
 class Mismatch(Exception):
-    """What a layer computes is not what a family says."""
+    """A layer does not compute what a family claims."""
 
 
 def randomise(model: Any, modules: Mapping[str, nn.Module]) -> None:
-    """Numbers with which every matrix matters, and no softmax is one-hot."""
+    """Set weights with which every matrix matters, and no softmax is one-hot."""
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in modules.values():
@@ -51,7 +52,7 @@ def randomise(model: Any, modules: Mapping[str, nn.Module]) -> None:
 
 @dataclass
 class Probe:
-    """One layer of a tiny model, run again and again with changed outputs of its projections.
+    """One layer of a tiny model, run repeatedly with changed outputs of its projections.
 
     Attributes:
         call: runs the whole model once.
@@ -62,7 +63,7 @@ class Probe:
     modules: Mapping[str, nn.Module]
 
     def run(self, until: str, edits: Mapping[str, Edit] | None = None) -> dict[str, Any]:
-        """path -> (input, output) of the layer's modules, up to and with `until`."""
+        """path -> (input, output) of the layer's modules, up to and including `until`."""
         seen: dict[str, Any] = {}
         handles: list[Any] = []
 
@@ -104,7 +105,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def check_attention(probe: Probe, match: Match, config: Any) -> None:
-    """Raise `Mismatch` where the layer's attention is not what the match says."""
+    """Raise `Mismatch` if the layer's attention is not what the match claims."""
     _Attention(probe, match, config).check()
 
 
@@ -154,7 +155,7 @@ class _Attention:
                 raise Mismatch(f"{role!r} of one position changes other positions")
 
     def _others(self, role: str, parts: int) -> float:
-        """How far the outputs are from linear in the role's."""
+        """How far the outputs are from linear in those of the role."""
         worst = 0.0
         for part in range(parts):
             moved_TH = self._moved(role, part, parts)
@@ -178,7 +179,7 @@ class _Attention:
             )
 
     def _moved(self, role: str, part: int, parts: int) -> Tensor:
-        """(T, H): by how much each head turned, where a part of the role's outputs was changed."""
+        """How much each head turned, (T, H), after a part of the role's outputs was changed."""
         after = self._after(role, part, parts, 1.0)
         return _turned(self.inputs, after, self.heads)
 
@@ -188,7 +189,7 @@ class _Attention:
         return float(bend / (plus - minus).norm().clamp(min=1e-12))
 
     def _first(self, role: str) -> float:
-        """How far the first position moves with its own: a softmax over one key is blind to it."""
+        """How far position 0 moves with its own outputs: a softmax over one key ignores keys."""
         after = self._after(role, 0, 1, 1.0, at=0)
         return float(_turned(self.inputs, after, self.heads)[0].max())
 
@@ -208,7 +209,7 @@ class _Attention:
 
 
 def _turned(before: Tensor, after: Tensor, heads: int) -> Tensor:
-    """(T, H): how far each head's vector left its line, relative to the largest vector."""
+    """How far each head's vector left its line, (T, H), relative to the largest vector."""
     x_THV, y_THV = (t.unflatten(1, (heads, -1)).double() for t in (before, after))
     along = (x_THV * y_THV).sum(-1, keepdim=True) / x_THV.square().sum(-1, keepdim=True).clamp(
         min=1e-30
@@ -217,7 +218,7 @@ def _turned(before: Tensor, after: Tensor, heads: int) -> Tensor:
 
 
 def check_ffn(probe: Probe, match: Match) -> None:
-    """Raise `Mismatch` where the layer's FFN is not what the match says."""
+    """Raise `Mismatch` if the layer's FFN is not what the match claims."""
     shapes = dict(match.shapes)
     geo = geometry_of(None, match, shapes["out"][1])
     path = match.stored[-1].path
@@ -240,7 +241,7 @@ def _bent_channels(
     base: Mapping[str, Any],
     before_NF: Tensor,
 ) -> float:
-    """How far the inner channels are from linear in the role's; each changes only itself."""
+    """How far the inner channels are from linear in the role's; each may change only itself."""
     stored = next(one for one in match.stored if role in one.roles)
     out = base[stored.path][1]
     rows = role_rows(stored, geo, role, out.shape[1])
@@ -258,7 +259,7 @@ def _bent_channels(
 
         plus, minus = shifted(step), shifted(-step)
         moved_F = (plus - before_NF).norm(dim=0)
-        if not moved_F.max() > 0:  # cut off by the activation, or by a sparsity of its own
+        if not moved_F.max() > 0:  # cut off by the activation, or by the layer's own sparsity
             continue
         if int(moved_F.argmax()) != channel:
             inside = int(moved_F.argmax())
@@ -274,7 +275,7 @@ def _bent_channels(
 
 
 def role_rows(stored: Any, geo: Geometry, role: str, rows: int) -> Tensor:
-    """Which outputs of the stored projection are the role's, in the order of its rows."""
+    """Which outputs of the stored projection belong to the role, in the order of its rows."""
     numbers = torch.arange(rows)[:, None]
     whole = numbers.mT if stored.transposed else numbers
     return part_of(stored, whole, role, geo).reshape(-1)
@@ -283,7 +284,10 @@ def role_rows(stored: Any, geo: Geometry, role: str, rows: int) -> Tensor:
 def check_rows(
     probe: Probe, match: Match, geo: Geometry, role: str, base: Mapping[str, Any]
 ) -> None:
-    """The outputs of the role are its matrix times the input; written back, it is the same."""
+    """Check that the role's outputs are its matrix times the input.
+
+    And that the matrix, written back as it was read, leaves the parameter unchanged.
+    """
     stored = next(one for one in match.stored if role in one.roles)
     module: Any = probe.modules[stored.path]
     seen_in, seen_out = base[stored.path]

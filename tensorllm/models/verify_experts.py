@@ -1,9 +1,10 @@
-"""Whether a layer's experts compute what was found of them: tried on a tiny model.
+"""Check on a tiny model that a layer's experts compute what was found of them.
 
-The module of the experts is run alone, on what it is given within the model, with one channel of
-one expert changed: matrices that are called `in` act linearly, those called `gate` through the
-activation; a channel reaches the output through its own row of `out`; other experts' tokens do not
-move. Then what a file of the model would hold is compared with what the module holds.
+The experts' module is run alone, on its inputs within the model, with one channel of one expert
+changed: matrices called `in` must act linearly, those called `gate` through the activation; a
+channel must reach the output through its own row of `out`; other experts' tokens must not move.
+Then what a file of the model would hold is compared with what the module holds.
+
 Shapes: E experts, F their inner width, D model width.
 """
 
@@ -25,7 +26,7 @@ STEP = 0.5  # by which a channel's matrix row is changed, relative to its norm
 
 
 def randomise_experts(block: nn.Module, mixture: Mixture) -> None:
-    """Numbers with which every matrix of the mixture matters."""
+    """Set weights with which every matrix of the mixture matters."""
     draws = torch.Generator().manual_seed(0)
     module: Any = block.get_submodule(mixture.experts.path)
     with torch.no_grad():
@@ -39,10 +40,12 @@ def randomise_experts(block: nn.Module, mixture: Mixture) -> None:
 
 
 def check_mixture(call: Callable[[], Any], block: nn.Module, mixture: Mixture) -> None:
-    """Raise `Mismatch` where experts or shared experts are not what was found.
+    """Raise `Mismatch` if experts or shared experts are not what was found.
 
     Args:
         call: runs the whole model once.
+        block: the layer.
+        mixture: what was found in it.
     """
     module: Any = block.get_submodule(mixture.experts.path)
     seen: list[tuple[Any, ...]] = []
@@ -71,7 +74,7 @@ def _plain(role: str) -> str:
 
 
 class _Alone:
-    """The module of the experts, run by itself on what it is given in the model."""
+    """The experts' module, run by itself on its inputs within the model."""
 
     def __init__(self, module: Any, experts: Experts, given: tuple[Any, ...]) -> None:
         self.module, self.experts, self.given = module, experts, given
@@ -98,7 +101,7 @@ class _Alone:
                 )
 
     def _tokens(self, expert: int) -> Tensor:
-        """Rows of the output that the expert has a part in."""
+        """Rows of the output that the expert contributes to."""
         if self.experts.routed:
             index_NK, _ = routing_of(self.given[1:])
             return (index_NK == expert).any(1).nonzero().flatten()
@@ -107,7 +110,7 @@ class _Alone:
         return expert * each + own.nonzero().flatten()
 
     def _check_products(self) -> None:
-        """The outputs are the router's weighted sum of each expert's, by its own matrices."""
+        """Check that the outputs are the router's weighted sum of the experts' own outputs."""
         x, *routing = self.given
         every_N = torch.ones(x.flatten(0, -2).shape[0], dtype=torch.bool)
         if not self.experts.routed:
@@ -132,7 +135,7 @@ class _Alone:
             raise Mismatch("the experts' outputs are not their matrices times their inputs")
 
     def _bent(self, kind: str, expert: int) -> float:
-        """How far the output is from linear in one channel's row of a kind of matrix."""
+        """How far the output is from linear in one channel's row of this kind of matrix."""
         worst = 0.0
         out_FD = self.experts.view(getattr(self.module, self.experts.outputs), "out")[expert]
         w_FD = self.experts.view(getattr(self.module, self.experts.parameter(kind)), kind)[expert]
@@ -165,10 +168,12 @@ class _Alone:
 
 
 def check_files(model: Any, path: str, experts: Experts, stored: Mapping[str, Tensor]) -> None:
-    """Raise `Mismatch` where what a file holds under the experts' names is other matrices.
+    """Raise `Mismatch` if a file's tensors are not the matrices that their names claim.
 
     Args:
+        model: the tiny model.
         path: of the layer in the model.
+        experts: as found in the layer.
         stored: the tensors of the model as `save_pretrained` names them.
     """
     module = model.get_submodule(f"{path}.{experts.path}")
@@ -190,7 +195,7 @@ def check_files(model: Any, path: str, experts: Experts, stored: Mapping[str, Te
 
 
 def _path_in_files(model: Any, path: str, stored: Mapping[str, Tensor]) -> str:
-    """What files call the layer: transformers may rename what stands before its number."""
+    """The layer's path in files: transformers may rename the part before its number."""
     number = path.rpartition(".")[2]
     for known, name in stored_names(model, stored).items():
         if known.startswith(f"{path}."):

@@ -1,1 +1,1 @@
-"""What people look at: tables in the terminal, pages and plots."""
+"""Output for people: tables in the terminal, pages and plots."""

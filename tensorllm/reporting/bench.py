@@ -21,14 +21,14 @@ FEW = 8  # sites that are named
 
 
 def in_units(value: float, unit: str) -> str:
-    """Such as `2.39 MiB`, `2,106 tokens/s`, `17.3 tokens/s`."""
+    """A value with its unit, such as `2.39 MiB`, `2,106 tokens/s`, `17.3 tokens/s`."""
     if unit == "bytes":
         return size(int(value))
     return f"{value:,.{0 if value >= 100 else 1}f} {unit}"
 
 
 def bench_table(found: Mapping[str, Any]) -> RenderableType:
-    """Dense and factored side by side, and which sites run how."""
+    """Dense and factored side by side, and how each site runs."""
     models, ratios = found["models"], found["ratios"]
     turns = (
         f"a prompt of {found['prompt_tokens']} tokens, {found['new_tokens']} decoded behind it; "
@@ -48,7 +48,7 @@ def bench_table(found: Mapping[str, Any]) -> RenderableType:
 
 
 def _named(sites: list[str]) -> str:
-    """All of a few sites; of many, how many and the first."""
+    """The sites' names; if there are many, their number and the first few."""
     if len(sites) <= FEW:
         return ", ".join(sites)
     return f"{len(sites)} sites, {', '.join(sites[:3])}, ... (--json names all)"

@@ -9,7 +9,7 @@ from tensorllm.reporting.rows import new_table
 
 
 def claims_tables(found: Mapping[str, Any]) -> RenderableType:
-    """Per dataset a row for each method and draw, accuracies in per cent, changes in points."""
+    """For each dataset a row per method and draw: accuracies in per cent, changes in points."""
     parts: list[RenderableType] = []
     for dataset, about in found["datasets"].items():
         cells = [cell for cell in found["cells"] if cell["dataset"] == dataset]

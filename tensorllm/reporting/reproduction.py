@@ -1,4 +1,4 @@
-"""The tables of `tensorllm reproduce`: what is measured beside what was published, or the plan."""
+"""The tables of `tensorllm reproduce`: measured beside published figures, or the plan."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -36,7 +36,7 @@ def reproduction_tables(outcomes: Rows) -> RenderableType:
 
 
 def rehearsal_table(plan: Mapping[str, Any]) -> RenderableType:
-    """The plan: what each cell takes; its code ran on a tiny model."""
+    """The plan: what each cell costs; its code was run on a tiny model."""
     table = new_table("cell", "layer", "examples", "time", "memory", number_from=2)
     cells = plan["cells"]
     for dataset, rows in groupby(cells, key=lambda row: row["dataset"]):

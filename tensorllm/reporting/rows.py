@@ -10,7 +10,7 @@ MANY = 24  # rows that may take several lines each
 
 
 def new_table(*columns: str, number_from: int) -> Table:
-    """A table whose columns hold numbers from the one at `number_from` on."""
+    """A table whose columns from index `number_from` on hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = index >= number_from
@@ -18,26 +18,26 @@ def new_table(*columns: str, number_from: int) -> Table:
             column,
             justify="right" if numeric else "left",
             no_wrap=index == 0,
-            overflow="fold",  # a figure with its end cut off would be another figure
+            overflow="fold",  # a truncated number would be a wrong number
         )
     return table
 
 
 def rows_table(rows: list[dict[str, str]]) -> RenderableType:
-    """Rows of text with the same keys."""
+    """A table of rows of text with the same keys."""
     if rows and len(rows) <= MANY and _words_width(rows) > WIDTH:
         return _blocks(rows)
     table = new_table(*(rows[0] if rows else ["nothing"]), number_from=99)
     widths = [max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]] if rows else []
     if sum(widths) + len(widths) + 1 <= WIDTH < sum(widths) + 3 * len(widths) - 1:
-        table.padding = (0, 0)  # narrow gaps, and every row on one line
+        table.padding = (0, 0)  # narrow gaps keep every row on one line
     for row in rows:
         table.add_row(*row.values())
     return table
 
 
 def _words_width(rows: list[dict[str, str]]) -> int:
-    """Columns that a table takes at least if no word is to be broken."""
+    """The least width of a table in which no word is broken."""
     longest = {key: max(map(len, key.split())) for key in rows[0]}
     for row in rows:
         for key, text in row.items():
@@ -46,7 +46,7 @@ def _words_width(rows: list[dict[str, str]]) -> int:
 
 
 def _blocks(rows: list[dict[str, str]]) -> RenderableType:
-    """The first cell of a row, and the others one below the other beside it."""
+    """Each row's first cell, with the other cells listed beside it."""
     first, second, *others = rows[0]
     table = new_table(first, second, number_from=99)
     for row in rows:

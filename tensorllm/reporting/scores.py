@@ -1,4 +1,4 @@
-"""Results of evaluations as tables for people."""
+"""Evaluation results as tables."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ WIDTH = 36  # of a question; answers wrap beside it
 
 
 def score_tables(results: Mapping[str, Any]) -> RenderableType:
-    """One evaluation; with the original beside it where there is one."""
+    """One evaluation, beside the original's if there is one."""
     parts: list[RenderableType] = [_headline(results)]
     before = results.get("before")
     if before is None:
@@ -35,7 +35,7 @@ def score_tables(results: Mapping[str, Any]) -> RenderableType:
 
 
 def comparison_tables(changes: Mapping[str, Any]) -> RenderableType:
-    """Two folders of results."""
+    """The comparison of two folders of results."""
     before, after = changes["before"], changes["after"]
     metrics, comparison = changes["metrics"], changes["comparison"]
     parts: list[RenderableType] = [_headline(before), _headline(after)]

@@ -9,11 +9,11 @@ from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.rows import new_table
 
 SCORES = {"accuracy": "accuracy, %", "loss": "loss"}
-ACROSS = 4  # labels that have a column each; more have rows
+ACROSS = 4  # with more labels, each has a row instead of a column
 
 
 def search_tables(results: Mapping[str, Any]) -> RenderableType:
-    """The top trials, validation and test of winner and original, and how sure the gain is."""
+    """The top trials, validation and test of winner and original, and how certain the gain is."""
     datasets = results.get("datasets") or [results]
     names = [each["name"] for each in datasets] if len(datasets) > 1 else []
     top = results["front" if results.get("several_objectives") else "top"]
@@ -75,7 +75,7 @@ def _trials(
     known = _known(rows)
     columns = datasets or [SCORES[name] for name in known]
     table = new_table("trial", *names, *worst, *columns, "CR", "error", number_from=0)
-    table.collapse_padding = True  # a hybrid's settings and scores in 80 columns
+    table.collapse_padding = True  # fits a hybrid's settings and scores into 80 columns
     for row in rows:
         table.add_row(
             str(row["trial"]),
@@ -91,7 +91,7 @@ def _trials(
 def _steps(
     steps: Sequence[Mapping[str, Any]], datasets: Sequence[str], metric: str
 ) -> RenderableType:
-    """Edits in the order in which they were put on top of one another."""
+    """The edits in the order in which they were stacked."""
     known = _known([step["validation"] for step in steps])
     columns = datasets or [SCORES[name] for name in known]
     table = new_table("edit", "layers", "settings", *columns, number_from=3)
@@ -108,12 +108,12 @@ def _steps(
 
 
 def _known(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Accuracy and loss; of running text there is no accuracy."""
+    """The metrics that are known: running text has no accuracy."""
     return [name for name in MAIN if any(row[name] is not None for row in rows)]
 
 
 def _found(scores: Mapping[str, Any], known: Sequence[str], metric: str) -> tuple[str, ...]:
-    """The scores that are known; of several datasets the metric, or the loss in its place."""
+    """The known scores; over several datasets the metric on each, or the loss instead."""
     values = [(SHOWN[name], scores[name]) for name in known]
     if "datasets" in scores:
         names = [metric if each[metric] is not None else "loss" for each in scores["datasets"]]
@@ -141,7 +141,7 @@ def _scores(results: Mapping[str, Any], title: str) -> RenderableType:
 
 
 def _guide(guide: Mapping[str, Any], edit: int) -> str:
-    """How well the gradient has ranked the trials, of an edit where there are several."""
+    """How well the guide ranked the trials; names the edit if there are several."""
     known = [
         f"{guide[f'spearman_{name}']:+z.2f} with {name}"
         for name in ("loss", "accuracy")

@@ -19,12 +19,16 @@ def save_plots(
     sites: Sequence[Json],
     details: Mapping[str, Json],
 ) -> list[Path]:
-    """Write the pictures of a study; none where matplotlib (the extra `report`) is not installed.
+    """Save the plots of a study; none if matplotlib (the extra `report`) is not installed.
 
     Args:
+        folder: of the study.
         rows: of trials.parquet.
         results: the content of results.json.
         sites, details: of the winner's compression, as in its report.
+
+    Returns:
+        The files written.
     """
     if find_spec("matplotlib") is None:
         return []

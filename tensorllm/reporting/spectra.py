@@ -12,7 +12,7 @@ WIDTH = 24  # characters of a sparkline
 
 
 def spectra_tables(layers: Sequence[LayerSpectra]) -> RenderableType:
-    """A row per layer and mode with its spectrum as a curve, and the ranks that keep energy."""
+    """A row per layer and mode with its spectrum as a curve, and the ranks that keep the energy."""
     shape = "×".join(str(n) for n in layers[0].shape)
     curves = new_table("layer", "mode", "size", "effective rank", "spectrum", number_from=2)
     for found in layers:
@@ -44,7 +44,7 @@ def spectra_tables(layers: Sequence[LayerSpectra]) -> RenderableType:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The curve of a spectrum, relative to its largest value, in `WIDTH` characters at most."""
+    """A spectrum as a curve of at most `WIDTH` characters, relative to its largest value."""
     top = values[0] or 1.0
     step = max(1, len(values) / WIDTH)
     picked = [values[int(i * step)] for i in range(min(WIDTH, len(values)))]

@@ -14,11 +14,11 @@ from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteRep
 from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.rows import MANY, new_table
 
-WORST = 5  # sites that are shown where there are too many for a row each
+WORST = 5  # sites that are shown if there are too many for a row each
 
 
 def compression_tables(report: CompressionReport) -> RenderableType:
-    """Sites, ratios, and scores before and after where there are any."""
+    """Sites, ratios, and scores before and after if there are any."""
     parts: list[RenderableType] = [_headline(report), *_found(report)]
     parts += [_sites(report), _ratios(report)]
     parts += _few_bits(report)
@@ -34,7 +34,7 @@ def compression_tables(report: CompressionReport) -> RenderableType:
 
 
 def _found(report: CompressionReport) -> list[RenderableType]:
-    """What the model was taken for, where no row says it, and the layers that were passed over."""
+    """What the model's structure was found to be, and the layers that were left out."""
     out: list[RenderableType] = [Text(report.structure)] if report.structure else []
     by_lack: dict[tuple[str, ...], list[int]] = {}
     for layer, roles in report.passed_over.items():
@@ -46,7 +46,7 @@ def _found(report: CompressionReport) -> list[RenderableType]:
 
 
 def _few_bits(report: CompressionReport) -> list[str]:
-    """How many sites are held in few bits, which ranks and numbers do not tell."""
+    """How many sites are quantised, which ranks and parameter counts do not show."""
     held = Counter(site.few_bits for site in report.sites if site.few_bits)
     if not held:
         return []
@@ -55,7 +55,7 @@ def _few_bits(report: CompressionReport) -> list[str]:
 
 
 def _policy(report: CompressionReport) -> str:
-    """How many sites would run factored by choice; report.json says why of each."""
+    """How many sites `--policy auto` would run factored; report.json says why for each."""
     chosen = sum(site.auto.startswith("factored") for site in report.sites)
     return (
         f"--policy auto runs {chosen} of {len(report.sites)} sites factored; report.json says why"
@@ -101,7 +101,7 @@ def plan_table(plan: DryRun) -> RenderableType:
 
 
 def count(n: int) -> str:
-    """67.1M, 1.4M, 950."""
+    """A count such as 67.1M, 1.4M, 950."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= limit:
             return f"{n / limit:.{1 if n >= 10 * limit else 2}f}{unit}"
@@ -109,7 +109,7 @@ def count(n: int) -> str:
 
 
 def size(n: int) -> str:
-    """Bytes in binary units."""
+    """A size in binary units."""
     for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if n >= limit:
             return f"{n / limit:.2f} {unit}"
@@ -117,7 +117,7 @@ def size(n: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """under 1 s, 12 s, 3.5 min, 20.1 h, 1,200 days."""
+    """A duration such as under 1 s, 12 s, 3.5 min, 20.1 h, 1,200 days."""
     if seconds < 1:
         return "under 1 s"
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
 
 
 def p_value(value: float, least: float = 1e-4) -> str:
-    """`= 0.031`; `≤ 0.001` where that is the least that is shown, or that a bootstrap can show."""
+    """A p-value such as `= 0.031`; `≤ 0.001` at the least that is shown or can be resolved."""
     return f"≤ {least:g}" if value <= least else f"= {value:.2g}"
 
 
@@ -141,7 +141,7 @@ def _headline(report: CompressionReport) -> Text:
 
 
 def _brief(value: Any) -> str:
-    """A setting on one line; of long lists only how long they are."""
+    """A setting on one line; long lists are given by their length."""
     if isinstance(value, Mapping):
         if {"source", "tokens", "sequences", "seed"} <= set(value):  # a calibration text
             return "{source} ({sequences} sequences, {tokens} tokens, seed {seed})".format_map(
@@ -156,7 +156,7 @@ def _brief(value: Any) -> str:
 
 
 def _sites(report: CompressionReport) -> RenderableType:
-    """A row for every site; of many, one for those of the same matrices, and the worst ones."""
+    """A row for every site; if there are many, a row per kind of matrix, and the worst sites."""
     if len(report.sites) <= MANY:
         return _every_site(report, report.sites)
     groups: dict[str, list[SiteReport]] = {}
@@ -188,7 +188,7 @@ def _sites(report: CompressionReport) -> RenderableType:
 
 def _every_site(report: CompressionReport, sites: Sequence[SiteReport]) -> Table:
     names = ["site", "shape", "ranks", "parameters", "CR", "error", "s"]
-    if "calibration" in report.settings:  # the factors were fitted before, in another time
+    if "calibration" in report.settings:  # the factors were fitted earlier
         names.remove("s")
     table = new_table(*names, number_from=3)
     _whole(table, "CR", "error", "s")
@@ -207,18 +207,18 @@ def _every_site(report: CompressionReport, sites: Sequence[SiteReport]) -> Table
 
 
 def _whole(table: Table, *names: str) -> None:
-    """No figure of these columns is broken; others are, where a row is too wide."""
+    """Keep figures in these columns on one line; others may break if a row is too wide."""
     for column in table.columns:
         column.no_wrap = column.no_wrap or column.header in names
 
 
 def _label(name: str) -> str:
-    """A site's name, what its matrices share said once: `layers.0.experts.in-gate`."""
+    """A site's name with a shared prefix only once: `layers.0.experts.in-gate`."""
     return re.sub(r"(?<=-)(?:experts|shared)\.", "", name)
 
 
 def _matrices(name: str) -> str:
-    """Which matrices a site is of, in whichever layer and expert: `experts.in`."""
+    """Which matrices a site has, in whichever layer and expert: `experts.in`."""
     return re.sub(r"experts\.\d+\.", "experts.", _label(name).split(".", 2)[2])
 
 
@@ -250,5 +250,5 @@ def _known(value: int | None, show: Any) -> str:
 
 
 def result_tables(result: CompressionReport | DryRun) -> RenderableType:
-    """The tables of whatever `tensorllm compress` gave."""
+    """The tables of what `tensorllm compress` returned."""
     return plan_table(result) if isinstance(result, DryRun) else compression_tables(result)

@@ -1,1 +1,1 @@
-"""The published experiments: which they are, what they need, and a rehearsal of them."""
+"""The published experiments: what they are, what they need, and a rehearsal of them."""

@@ -1,9 +1,9 @@
-"""The paper's claim as a study: is an edit that was chosen on some questions better on others?
+"""The paper's claim as a study: does an edit chosen on some questions help on others?
 
 A cell is a dataset, a draw of validation rows and a method. The gradient guide orders the method's
 edits (`screening`), the first ones are screened by their loss on a few of the drawn rows, the best
-of these examined on all of them, and the winner is scored once on the test rows, which are the same
-for every cell and never among the drawn ones.
+of these are examined on all of them, and the winner is scored once on the test rows, which are the
+same for every cell and never among the drawn ones.
 """
 
 import math
@@ -44,20 +44,22 @@ from tensorllm.search.trial import TrialResult
 PROTOCOL = "strict"
 GOAL = OBJECTIVES["accuracy"]
 LEVEL = 0.001  # probability with which the best trial may be pruned early, as in a search
-GUIDED = 50  # validation rows of the gradient
+GUIDED = 50  # validation rows for the gradient
 SCREENED = 4  # edits that are screened, for each one that is examined
-SCREEN = 32  # rows of the screening
+SCREEN = 32  # rows for the screening
 EDITS_BYTES = 2**31  # of decomposed matrices that are kept for the next draw's gradient
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row of the study.
+    """A method of the study.
 
     Attributes:
+        name: in the results.
+        mode: the compressor's name.
         settings: of the strategy, the same for every edit.
         points: how many edits of the grid, drawn at random, the guide ranks. Truncated SVDs of a
-            matrix cost one decomposition for all ranks, Tucker decompositions one for each.
+            matrix need one decomposition for all ranks, Tucker decompositions one for each.
     """
 
     name: str
@@ -76,7 +78,7 @@ METHODS = (
 
 
 class StudyDataset:
-    """A dataset's rows: `test` scores winners; what edits are chosen on is drawn from `pool`."""
+    """A dataset's rows: `test` scores winners; rows to choose edits on are drawn from `pool`."""
 
     def __init__(self, data: ReasoningDataModule, limit: int | None) -> None:
         self.name = str(data.name)
@@ -88,7 +90,7 @@ class StudyDataset:
             raise UserError(f"every answer of {self.name} is {self.pool[0].answer!r}")
 
     def drawn(self, draw: int, count: int) -> list[Example]:
-        """At most half of the pool, so that two draws differ."""
+        """Draw `count` rows of the pool, but at most half of it, so that two draws differ."""
         count = min(count, len(self.pool) // 2)
         if count < LEAST:
             raise UserError(
@@ -98,15 +100,21 @@ class StudyDataset:
         return random.Random(draw).sample(self.pool, count)
 
     def frequency(self) -> list[int]:
-        """Of each test row's answer: how many rows of the pool have it, too."""
+        """For each test row, how many rows of the pool have the same answer."""
         counts = Counter(example.answer.lower() for example in self.pool)
         return [counts[example.answer.lower()] for example in self.test]
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Drawn validation rows: what examines them and the first of them, the original's result, the
-    loss's gradient."""
+    """Drawn validation rows.
+
+    Attributes:
+        examiner: examines edits on all of them.
+        screen: examines edits on the first of them.
+        original: the original model's result.
+        gradient: of the loss.
+    """
 
     examiner: Examiner
     screen: Examiner
@@ -118,8 +126,9 @@ class StudyModel:
     """A model in memory, its edits, and the examiners of its questions.
 
     Args:
-        methods: what edits it.
-        examiners: how many there may be at once; they share the memory for activations.
+        loader: loads the model.
+        methods: make the edits.
+        examiners: the most that exist at once; they share the memory for activations.
     """
 
     def __init__(self, loader: Loader, methods: Sequence[Method], examiners: int) -> None:
@@ -137,7 +146,7 @@ class StudyModel:
 
     @cached_property
     def points(self) -> dict[str, list[Point] | str]:
-        """The edits that the guide ranks, by method, or why the method is not for this model."""
+        """The edits that the guide ranks, by method, or why the method does not fit this model."""
         found: dict[str, list[Point] | str] = {}
         for method in self.methods:
             try:
@@ -168,7 +177,7 @@ class StudyModel:
         return plan_jobs(point.compressor, self.roles, point.layers)
 
     def _site(self, job: Job) -> SiteEdit:
-        """What a job writes; kept, as every draw asks for it."""
+        """What a job writes; cached, as every draw asks for it."""
         key = (job.site, repr(job.compressor))
         if key in self._sites:
             return self._sites[key]
@@ -190,7 +199,7 @@ class StudyModel:
         )
 
     def draw(self, questions: StudyDataset, number: int, count: int) -> Draw:
-        """The rows of a draw; the last one is kept."""
+        """The examined rows of a draw; the last draw is cached."""
         key = (questions.name, number)
         if key not in self._draws:
             self._draws.clear()
@@ -203,7 +212,7 @@ class StudyModel:
         return self._draws[key]
 
     def on_test(self, questions: StudyDataset, point: Point | None) -> dict[str, Any]:
-        """The test rows' predictions after an edit (None: of the original)."""
+        """The predictions on the test rows under an edit; None: of the original."""
         if questions.name not in self._tests:
             self._tests[questions.name] = self._examiner(questions, questions.test)
         edit = ModelEdit([], {})
@@ -216,7 +225,7 @@ class StudyModel:
     def _screened(
         self, draw: Draw, points: Sequence[Point], edits: Sequence[ModelEdit], count: int
     ) -> list[int]:
-        """The `count` edits, by number, of the least loss among the guide's first ones."""
+        """The `count` edits, by index, with the least loss among the guide's first ones."""
         change = [predicted(edit.sites, draw.gradient, draw.examiner) for edit in edits]
         size = [sum(site.relative_error**2 for site in edit.sites) ** 0.5 for edit in edits]
         order = screening(change, size, [min(point.layers) for point in points])
@@ -258,12 +267,12 @@ class StudyModel:
 
 
 def screening(change: Sequence[float], size: Sequence[float], layers: Sequence[int]) -> list[int]:
-    """Numbers of the edits in the order in which they are screened.
+    """The order in which edits are screened, as indices.
 
-    The predicted change is of first order, and so the largest edits, which break a model, have
-    the largest predictions. Two orders are taken in turn: by the predicted change, and by it
-    relative to the edit's size (the share of the weights that it changes). In each every layer's
-    best edit comes before any layer's second.
+    The predicted change is of first order, so the largest edits, which break a model, have the
+    largest predictions. Two orders alternate: by the predicted change, and by the change relative
+    to the edit's size (the share of the weights that it changes). In each, every layer's best edit
+    comes before any layer's second.
     """
     by_change = _layer_by_layer(change, layers)
     relative = [c / (s or 1.0) for c, s in zip(change, size, strict=True)]
@@ -272,7 +281,7 @@ def screening(change: Sequence[float], size: Sequence[float], layers: Sequence[i
 
 
 def _layer_by_layer(values: Sequence[float], layers: Sequence[int]) -> list[int]:
-    """Ascending, every layer's least one first, then every layer's second."""
+    """Indices in ascending order, every layer's least value first, then every layer's second."""
     before: Counter[int] = Counter()
     ranks = {}
     for n in sorted(range(len(values)), key=lambda n: values[n]):
@@ -282,7 +291,7 @@ def _layer_by_layer(values: Sequence[float], layers: Sequence[int]) -> list[int]
 
 
 def loss_of(rows: Sequence[Prediction]) -> float:
-    """What the guide predicts: of choices the cross-entropy among them, else nats per token."""
+    """The loss that the guide predicts: cross-entropy among choices, or nats per token."""
     losses = []
     for row in rows:
         of_choices = row.choice_log_probabilities

@@ -1,4 +1,4 @@
-"""What the cells of the study of the claim tell: verdicts, guards, and which answers changed."""
+"""Results of the claim study's cells: verdicts, guards, and which answers changed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,7 +54,7 @@ def result_of(
 
 
 def edit_text(point: Mapping[str, Any]) -> str:
-    """Layer and settings in few words, such as `29: gate 0.4`."""
+    """Layer and settings in short, such as `29: gate 0.4`."""
     layers = "+".join(map(str, point["layers"]))
     settings = {k: v for k, v in point["settings"].items() if k != "layout"}
     named = ("+".join(map(str, v)) if k == "matrices" else _ranks(v) for k, v in settings.items())
@@ -66,8 +66,10 @@ def _ranks(value: Any) -> str:
 
 
 def corrected(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells with `p_holm`: what is left of each p-value when all cells are tests of one study
-    (Holm 1979). Cells that were not run stay as they are."""
+    """The cells with `p_holm`, corrected for testing all cells in one study (Holm 1979).
+
+    Cells that were not run stay as they are.
+    """
     known = sorted((cell["p"], n) for n, cell in enumerate(cells) if "p" in cell)
     out, least = [dict(cell) for cell in cells], 0.0
     for rank, (p, n) in enumerate(known):
@@ -77,7 +79,7 @@ def corrected(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def counts(cells: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many cells there are of each verdict, and how many are better after Holm's correction."""
+    """Number of cells with each verdict, and of those still better after Holm's correction."""
     found = [str(cell["found"]) for cell in cells]
     better = [c for c in cells if c["found"] == "better" and c["p_holm"] <= LEVEL]
     return {**{name: found.count(name) for name in dict.fromkeys(found)}, "holm": len(better)}

@@ -1,9 +1,9 @@
-"""What an evaluation costs, predicted from the sizes of model and dataset; no weights, no data.
+"""Predict what an evaluation costs, from the sizes of model and dataset alone.
 
 Assumed: prompts are read at the speed of large matrix products on this machine; a generated token
 takes at least the time in which all weights are read from memory once per batch; every answer is
 generated to its last allowed token; a search examines every layer on every validation example. So
-the times are upper bounds, but for overheads. Loading the weights is not in them.
+the times are upper bounds, except for overheads. They do not include loading the weights.
 """
 
 import time
@@ -29,14 +29,14 @@ COPIES = 3  # of a batch's logits in float32, and of a stacked tensor while it i
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """How fast a device is, in flop and in bytes of memory per second."""
+    """A device's speed: flop per second, and bytes of memory per second."""
 
     flops: float
     bandwidth: float
 
 
 def measure_machine(device: str, dtype: torch.dtype) -> Machine:
-    """Measured in a moment: the better of two matrix products, and of two copies."""
+    """Measure the device briefly: the best of two matrix products, and of two copies."""
     size = 512  # half precision may be very slow on a CPU
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.zeros(2**26, dtype=torch.uint8, device=device)
@@ -64,13 +64,13 @@ class RunCost:
 
 
 class CellForecast:
-    """Predicts cells of one model.
+    """Predicts the cost of a model's cells.
 
     Args:
-        model: of the real sizes; on the meta device, it has no weights.
+        model: of the real sizes, on the meta device.
         machine: what it runs on.
         dtype: of the weights.
-        accelerated: not on a CPU.
+        accelerated: whether it runs on an accelerator.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class CellForecast:
 
         Args:
             cell: of the published tables.
-            examples: of its test part.
-            searched: its layer is searched.
+            examples: in its test part.
+            searched: whether its layer is searched.
         """
         tests = 1
         seconds = 0.0
@@ -112,19 +112,19 @@ class CellForecast:
         if searched:
             validation = round(examples * VALIDATION / (1 - VALIDATION))
             seconds += (layers + 2) * self.scoring(cell.dataset, validation)
-            tests = 2  # the original's beside it
+            tests = 2  # the original's, too
         seconds += tests * self.scoring(cell.dataset, examples)
         return RunCost(seconds, BASE_BYTES + self.width * self.parameters + self._batch() + working)
 
     def scoring(self, dataset: str, examples: int) -> float:
-        """Seconds to score so many examples of a dataset, by the papers' protocol."""
+        """Seconds to score examples of a dataset, by the papers' protocol."""
         kind = DATASETS[dataset]
         load = kind.workload
         assert load is not None, f"{dataset} says no workload"
         length = load.prompt_tokens + load.answer_tokens
         new = kind.max_new_tokens
         opened = new > 0
-        # The papers' loss reads padded batches once more; a masked model reads a text for it.
+        # The papers' loss reads padded batches again; a masked model reads a text for it.
         passes = 2 if opened and (self.masked or PAPER.unmasked_padding) else 1
         per_token = 2.0 * self.in_layers
         heads = 2.0 * self.vocabulary * self.model_width * (load.answer_tokens + 1)
@@ -137,17 +137,17 @@ class CellForecast:
         return seconds + examples / rows * new * step
 
     def _batch(self) -> int:
-        """Bytes of a full batch's cache and logits."""
+        """Bytes of a full batch's key-value cache and logits."""
         cache = 0 if self.masked else self.budget.generate * self.cached
         return cache + COPIES * 4 * LOGITS
 
 
-# Names that configs give the FFN width.
+# Config fields that may hold the FFN width.
 FFN_WIDTHS = ("n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "intermediate_size")
 
 
 def real_model(facts: dict[str, Any]) -> Any:
-    """The published model by its sizes, on the meta device: names and shapes, no numbers."""
+    """The published model by its sizes, on the meta device, without weights."""
     sizes = facts["sizes"]
     return model_of_sizes(
         facts["model_type"],
@@ -171,7 +171,7 @@ def model_of_sizes(
     device: str = "cpu",
     **config: Any,
 ) -> Any:
-    """A random model of an architecture."""
+    """A model of an architecture with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     made = AutoConfig.for_model(

@@ -1,8 +1,8 @@
 """Which answers an edit gains and loses, by how frequent they are.
 
-LASER (arXiv 2312.13558, section 5) finds that what is gained are facts that are rare in the
-training text: the components that are cut had put generic words in their place. The text of most
-models is not known; how many other rows of the dataset have the same answer stands for it.
+LASER (arXiv 2312.13558, section 5) finds that the gained facts are those that are rare in the
+training text: the components that are cut had replaced them by generic words. The training text of
+most models is not known; the number of other rows of the dataset with the same answer stands in.
 
 Shapes: N test rows.
 """
@@ -15,16 +15,16 @@ from tensorllm.evaluation.matching import normalised
 from tensorllm.evaluation.predictions import Prediction
 
 BINS = 4
-SHOWN = 3  # rows gained, and as many lost, that are shown
-WORDS = 5  # beginnings of wrong answers that are listed
+SHOWN = 3  # rows that are shown, gained and lost each
+WORDS = 5  # first words of wrong answers that are listed
 
 
 def by_frequency(
     before: Sequence[Prediction], after: Sequence[Prediction], frequency_N: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Right answers before, gained and lost, in bins of about as many rows, the rarest first.
+    """Right answers before, gained and lost, in bins of about equal size, rarest answers first.
 
-    Rows whose answers are equally frequent are in one bin, so there may be fewer than `BINS`.
+    Rows with equally frequent answers share a bin, so there may be fewer than `BINS`.
     """
     out = []
     for low, high in edges(frequency_N):
@@ -64,9 +64,9 @@ def edges(frequency_N: Sequence[int]) -> list[tuple[int, int]]:
 def trend(
     before: Sequence[Prediction], after: Sequence[Prediction], frequency_N: Sequence[int]
 ) -> dict[str, float] | None:
-    """Spearman's correlation of what a row gains (1, 0 or -1) with its answer's frequency.
+    """Spearman's correlation of a row's gain (1, 0 or -1) with its answer's frequency.
 
-    Negative: rare answers gain. None where nothing changed, or all are equally frequent.
+    Negative: rare answers gain. None if nothing changed, or all are equally frequent.
     """
     from scipy.stats import spearmanr
 
@@ -78,11 +78,11 @@ def trend(
 
 
 def generic(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any]:
-    """The words that wrong answers of the original most often begin with, and how often all
-    answers begin with one of them before and after.
+    """The words that the original's wrong answers most often begin with, before and after.
 
     Returns:
-        `words`: word -> [before, after] in rows; `before`, `after`: their sums, per cent of rows.
+        `words`: word -> [before, after], rows whose answer begins with it; `before`, `after`: their
+        sums, per cent of rows.
     """
     wrong = Counter(_first(row) for row in before if not row.correct)
     common = [word for word, _ in wrong.most_common(WORDS)]
@@ -93,7 +93,7 @@ def generic(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[s
 
 
 def changed(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any]:
-    """The first rows that are gained and lost: the gold answer, and what was said before, after."""
+    """The first rows gained and lost: the gold answer, and the answers before and after."""
     out: dict[str, list[dict[str, str]]] = {"gained": [], "lost": []}
     for b, a in zip(before, after, strict=True):
         kind = out["gained" if a.correct else "lost"]

@@ -1,6 +1,4 @@
-"""Where the weights and the data of the published experiments are, or what to fetch and where to
-put it.
-"""
+"""Find the weights and data of the published experiments, or say what to fetch, and where to."""
 
 import hashlib
 from collections.abc import Sequence
@@ -21,14 +19,14 @@ CONFIG = "config.json"
 
 
 def weights_of(model: str, given: str | None) -> Source:
-    """The model's folder: the given one, what it holds in the hub's layout, or the hub's.
+    """The model's folder: the given one, a copy within it in the hub's layout, or the hub's.
 
     Args:
         model: a short name.
-        given: a checkpoint's folder, a cache of the hub or a folder of copies of repositories.
+        given: a checkpoint's folder, a hub cache or a folder with copies of repositories.
 
     Raises:
-        UserError: they are not there, or of another kind of model; the message says what to fetch
+        UserError: they are missing, or of another kind of model; the message says what to fetch
             and where to put it.
     """
     if given is None:
@@ -56,11 +54,11 @@ def weights_of(model: str, given: str | None) -> Source:
 
 
 def data_file(dataset: str, root: Path | None) -> Path | None:
-    """The local file or folder of a dataset's rows; None where they come from the hub.
+    """The local file or folder of a dataset's rows; None if they come from the hub.
 
     Args:
         dataset: its name.
-        root: a folder with `DATASET.jsonl` (json, csv, parquet), a cache of the hub or a folder of
+        root: a folder with `DATASET.jsonl` (json, csv, parquet), a hub cache or a folder with
             copies of repositories.
 
     Raises:
@@ -77,13 +75,13 @@ def data_file(dataset: str, root: Path | None) -> Path | None:
 
 
 def weights_identity(model: str, given: str | None) -> str | None:
-    """What the weights are by their content; None where they are not on this machine."""
+    """A hash of the weights' content; None if they are not on this machine."""
     found = _local_weights(model, None if given is None else Path(given).expanduser())
     return None if found is None else Checkpoint(found.folder).identity
 
 
 def data_identity(dataset: str, root: Path | None) -> str | None:
-    """What a dataset's local rows are by their content; None where there are none."""
+    """A hash of the content of a dataset's local rows; None if there are none."""
     found = None if root is None else _local_data(dataset, root)
     if found is None:
         return None
@@ -92,7 +90,7 @@ def data_identity(dataset: str, root: Path | None) -> str | None:
 
 
 def check_data(datasets: Sequence[str], root: Path | None) -> None:
-    """Refuse a folder that lacks some of the datasets, all of them named at once."""
+    """Refuse a folder that lacks some of the datasets, naming all of them at once."""
     lacking = [name for name in datasets if root is not None and _local_data(name, root) is None]
     if lacking:
         one = "; ".join(
@@ -104,7 +102,7 @@ def check_data(datasets: Sequence[str], root: Path | None) -> None:
 def missing(
     model: str, datasets: Sequence[str], weights: str | None, data: Path | None
 ) -> list[str]:
-    """What is not on this machine, a line each: what to fetch and where to put it."""
+    """What is missing on this machine, a line each: what to fetch and where to put it."""
     lines = []
     root = None if weights is None else Path(weights).expanduser()
     if _local_weights(model, root) is None:
@@ -116,7 +114,7 @@ def missing(
 
 
 def hub_id(model: str) -> str:
-    """Where the model's weights are."""
+    """The model's repository on the hub."""
     return str(short_names()[model].get("hub", model))
 
 
@@ -128,7 +126,7 @@ def fetch_weights(model: str) -> str:
 
 
 def fetch_data(dataset: str) -> str:
-    """The command that fetches a dataset, or where to put rows of one's own, and the option."""
+    """The command that fetches a dataset, or where to put your own rows, and the option."""
     return (
         f"{_source(dataset).fetch} (or rows of one's own as FOLDER/{dataset}.jsonl), then "
         "--data FOLDER"

@@ -1,5 +1,6 @@
-"""The cells of the published tables: which model, dataset, strategy and layout each of them is, how
-one is scored, and the files that keep finished ones.
+"""The cells of the published tables, how one is scored, and the files that keep finished ones.
+
+A cell is a model, a dataset, a strategy and a layout.
 """
 
 import json
@@ -25,10 +26,10 @@ RANKS = ("r1", "r2", "r3")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One number of the tables: a dataset scored by a model as it is, or after one recipe.
+    """One number of the tables: a dataset scored by the original model, or after one recipe.
 
     Attributes:
-        name: `original`, or the recipe's last part, with its layout where it has one.
+        name: `original`, or the recipe's last part, with its layout if it has one.
         published: `accuracy` (per cent) and `loss` as published.
     """
 
@@ -80,8 +81,10 @@ def _of_dataset(model: str, dataset: str, recipes: Sequence[Recipe]) -> list[Cel
 
 
 def search_settings(cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe's settings for a search over layers alone: those that stay as they are, and those
-    that the search takes as a grid, of one value each.
+    """The recipe's settings for a search over layers only.
+
+    Returns:
+        The settings that stay fixed, and those the search takes as a grid, with one value each.
     """
     fixed = {} if cell.recipe is None else dict(cell.recipe.settings)
     if cell.layout is not None:
@@ -130,7 +133,7 @@ def score_cell(
     Args:
         layer: for a cell whose layer was never published.
         data_file: rows of the dataset; None: the hub's.
-        limit: at most so many examples.
+        limit: the most examples to use.
     """
     data = make_dataset(cell.dataset, data_file=data_file, limit=limit)
     if cell.recipe is None:
@@ -145,18 +148,16 @@ def score_cell(
 
 @dataclass(frozen=True, slots=True)
 class CellFile:
-    """The file that keeps a finished cell; `facts` are what another run must agree with
-    (None: not known).
-    """
+    """The file of a finished cell; `facts` must be the same in another run (None: not known)."""
 
     path: Path
     facts: Mapping[str, Any]
 
     def read(self) -> dict[str, Any] | None:
-        """The cell's metrics; None where it is not finished.
+        """The cell's metrics; None if it is not finished.
 
         Raises:
-            UserError: the file is of another run, or of something else.
+            UserError: the file is of another run, or is no result.
         """
         if not self.path.is_file():
             return None
@@ -169,7 +170,7 @@ class CellFile:
             f"{name} was {asked.get(name)} and is {value}"
             for name, value in self.facts.items()
             if asked.get(name) != value
-            # What has moved away since cannot be compared.
+            # Inputs that have moved away since cannot be compared.
             and not (name.endswith("_identity") and None in (asked.get(name), value))
         )
         if different:
@@ -180,7 +181,11 @@ class CellFile:
         return metrics
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Keep the metrics; raises Incomplete where the disk does not take them."""
+        """Save the metrics.
+
+        Raises:
+            Incomplete: they cannot be written.
+        """
         found = {"request": dict(self.facts), "metrics": metrics, **environment()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

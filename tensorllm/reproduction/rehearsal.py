@@ -1,4 +1,4 @@
-"""`tensorllm reproduce --dry-run`: each cell on a tiny model, and what the real run takes.
+"""`tensorllm reproduce --dry-run`: run each cell on a tiny model, predict the real run's cost.
 
 The tiny model has the real one's architecture and number of layers, and random weights.
 """
@@ -33,7 +33,7 @@ NAMES = ("Ada", "Ben", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
 
 
 def rows() -> list[dict[str, str]]:
-    """Rows that every dataset can read: each takes the fields that it knows."""
+    """Rows for every dataset: each reads the fields that it knows."""
     return [
         {
             "claim": f"{name} plays banjo.",
@@ -54,9 +54,10 @@ class Rehearsal:
     """A cell whose code ran on the tiny model, and the predicted cost of the real one.
 
     Attributes:
-        examples: of its test part: counted in local data, otherwise as the papers have them.
-        counted: they were counted.
-        seconds: at this machine's speed; see `tensorllm.reproduction.forecast` for what is assumed.
+        searched: whether its layer is searched.
+        examples: in its test part: counted in local data, otherwise as in the papers.
+        counted: whether they were counted.
+        seconds: at this machine's speed; `tensorllm.reproduction.forecast` lists the assumptions.
         peak_bytes: of memory.
     """
 
@@ -82,11 +83,11 @@ class Rehearsal:
 
 @dataclass(frozen=True, slots=True)
 class ReproductionPlan:
-    """What a reproduction takes.
+    """What a reproduction costs.
 
     Attributes:
         missing: what to fetch and where to put it.
-        float32_seconds: of all cells with weights in float32, where that is the faster way.
+        float32_seconds: of all cells with weights in float32, if that is faster.
     """
 
     model: str
@@ -108,7 +109,7 @@ class ReproductionPlan:
 
 
 class Tiny(NamedTuple):
-    """What a rehearsal runs on: cells that fit the tiny model, its folder, its layers."""
+    """The inputs of a rehearsal: cells scaled to the tiny model, its folder, its layers."""
 
     cells: list[Cell]
     folder: Path
@@ -117,7 +118,7 @@ class Tiny(NamedTuple):
 
 @contextmanager
 def tiny_inputs(model: str, wanted: Sequence[Cell]) -> Iterator[Tiny]:
-    """A tiny random model of the architecture and rows of each dataset, for the block only."""
+    """A tiny random model of the architecture and rows of each dataset, within the block only."""
     facts = short_names()[model]
     with tempfile.TemporaryDirectory() as scratch, _no_warnings():
         folder = Path(scratch)
@@ -137,10 +138,11 @@ def predict(
     dtype: torch.dtype,
     device: str,
 ) -> list[Rehearsal]:
-    """The cost of each cell on the real model.
+    """Predict the cost of each cell on the real model.
 
     Args:
-        counts: per dataset its test examples, and whether they were counted.
+        wanted: the cells.
+        counts: for each dataset its test examples, and whether they were counted.
         searched: whether the layer of each cell is searched.
         dtype: of the weights.
         device: what the real run uses.
@@ -157,7 +159,7 @@ def predict(
 
 
 def save_tiny(facts: dict[str, Any], datasets: set[str], folder: Path) -> None:
-    """A random model of the architecture, as deep as the real one, and a tokenizer for it."""
+    """Save a random model of the architecture, as deep as the real one, and a tokenizer for it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
@@ -182,7 +184,7 @@ def save_tiny(facts: dict[str, Any], datasets: set[str], folder: Path) -> None:
 
 
 def _scaled(cell: Cell, sizes: dict[str, int]) -> Cell:
-    """The cell with ranks that fit the tiny model."""
+    """The cell with its ranks scaled to the tiny model."""
     if cell.recipe is None or "ranks" not in cell.recipe.settings:
         return cell
     real, small = (sizes["hidden"], sizes["head_dim"], 4), (WIDTH, WIDTH // HEADS, 4)
@@ -195,7 +197,7 @@ def _scaled(cell: Cell, sizes: dict[str, int]) -> Cell:
 def count_examples(
     model: str, dataset: str, weights: str | None, data: Path | None, limit: int | None
 ) -> tuple[int, bool]:
-    """How many test examples there are, and whether they were counted in local data."""
+    """The number of test examples, and whether they were counted in local data."""
     from transformers import AutoTokenizer
 
     load = DATASETS[dataset].workload
@@ -207,14 +209,14 @@ def count_examples(
             if weights is not None:
                 rows.connect(AutoTokenizer.from_pretrained(weights_of(model, weights).folder))
             return len(rows.examples), True
-    except (UserError, OSError):  # what is missing is reported beside
+    except (UserError, OSError):  # what is missing is reported separately
         pass
     return min(known, limit or known), False
 
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Without the search's word on how few examples these are."""
+    """Hide the search's warning about how few examples there are."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,1 +1,1 @@
-"""What each command may be asked: the fields of its request are its options, said once."""
+"""The request of each command: its fields are the command's options, defined once."""

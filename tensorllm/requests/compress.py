@@ -1,4 +1,4 @@
-"""What `tensorllm compress` may be asked."""
+"""The request of `tensorllm compress`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ SETTINGS = (
     *("ranks", "energy", "error", "rho", "rank", "matrices", "layout"),
     *("target_ratio", "target_params", "target_bytes", "max_loss_increase", "distill_steps"),
 )
-# Fields that only the command line says; a recipe may say all others.
+# Fields that only the command line may set; a recipe may set all others.
 ONLY_TYPED = ("config", "settings", "plugins", "dry_run")
 SEQUENCES = 128
 OF_TEXT, OF_SCORES = ("calibration",), ("evaluate",)
@@ -21,10 +21,10 @@ OF_TEXT, OF_SCORES = ("calibration",), ("evaluate",)
 
 @dataclass(frozen=True, kw_only=True)
 class CompressRequest:
-    """A model, what is to be done to it, and where the result goes.
+    """A model, how it is compressed, and where the result goes.
 
-    A field that is None (or False) is said by the recipe, or else by a default. `ranks` to
-    `distill_steps` and what is in `settings` are fields of the mode (`given`).
+    A field that is None (or False) is set by the recipe, or else by a default. `ranks` to
+    `distill_steps` and the entries of `settings` are fields of the mode (`given`).
     """
 
     model: Annotated[str | None, shared.MODEL] = None

@@ -1,4 +1,4 @@
-"""What `tensorllm evaluate` may be asked."""
+"""The request of `tensorllm evaluate`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from tensorllm.requests import shared
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """A model, alone or beside what was made of it, and the dataset that it is scored on.
+    """A model, alone or beside its compressed version, and the dataset that it is scored on.
 
     `out` is the folder of results; without one nothing is kept and nothing resumed. In Python,
     `trainer` may hold objects, and `logger` may be one of Lightning's.

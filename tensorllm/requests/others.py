@@ -1,4 +1,4 @@
-"""What the smaller commands may be asked: from inspect to report."""
+"""The requests of the smaller commands, from inspect to report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tensorllm.requests import shared
 
 @dataclass(frozen=True, kw_only=True)
 class InspectRequest:
-    """A model whose spectra are shown, and the shares of energy for which ranks are shown."""
+    """A model whose spectra are shown, and the energy shares for which ranks are shown."""
 
     model: Annotated[str, shared.MODEL]
     layers: Annotated[
@@ -32,7 +32,7 @@ class InspectRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """A model and the prompts that it goes on from."""
+    """A model and the prompts that it continues."""
 
     model: Annotated[str, shared.MODEL]
     prompts: Annotated[
@@ -60,7 +60,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """A model, and how much it is to write into which file."""
+    """A model, and how much text it writes into which file."""
 
     model: Annotated[str, shared.MODEL]
     out: Annotated[Path, Option("The file to make, FILE.jsonl.", metavar="FILE")]
@@ -79,7 +79,7 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeRequest:
-    """A model, and the address at which it answers."""
+    """A model, and the address at which it is served."""
 
     model: Annotated[str, shared.MODEL]
     host: Annotated[str, Option("Address to listen at.", metavar="NAME")] = "localhost"
@@ -93,7 +93,7 @@ class ServeRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """A factored folder, and how it is to be written anew."""
+    """A factored folder, and the format in which it is rewritten."""
 
     folder: Annotated[
         Path, Option("A factored folder; for narrow also a dense one.", argument=True)
@@ -117,7 +117,7 @@ class ExportRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PushRequest:
-    """A folder, and its place on the hub."""
+    """A folder, and its repository on the hub."""
 
     folder: Annotated[Path, Option("A folder that tensorllm wrote.", argument=True)]
     repo: Annotated[str, Option("Its name there: OWNER/NAME.", metavar="REPO", argument=True)]
@@ -129,7 +129,7 @@ class PushRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """A factored folder that is measured; `peak`: its memory too, each model in a process."""
+    """A factored folder to measure; `peak`: also its memory, each model in its own process."""
 
     model: Annotated[Path, Option("A factored folder.")]
     prompt_tokens: Annotated[
@@ -149,7 +149,7 @@ class BenchRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest:
-    """Runs that are shown on one page."""
+    """Runs to be shown on one page."""
 
     runs: Annotated[
         Sequence[Path],
@@ -168,7 +168,7 @@ class ReportRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ListRequest:
-    """What is to be listed."""
+    """What to list."""
 
     kind: Annotated[
         str,

@@ -1,4 +1,4 @@
-"""What `tensorllm reproduce` may be asked."""
+"""The request of `tensorllm reproduce`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ OF_PUBLISHED, OF_CLAIMS = ("study=published",), ("study=claims",)
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceRequest:
-    """The published cells of a model that are to be run, or the study of the papers' claim.
+    """The published cells of a model to run, or the study of the papers' claim.
 
     `out` keeps a file per finished cell. `candidates` are the layers among which a layer that was
-    never published is searched; None: all. `validation`, `trials` and `draws` are of the study,
-    `weights` and `layer` of the published cells.
+    never published is searched; None: all. `validation`, `trials` and `draws` belong to the study,
+    `weights` and `layer` to the published cells.
     """
 
     model: Annotated[

@@ -1,4 +1,4 @@
-"""What `tensorllm search-ranks` may be asked."""
+"""The request of `tensorllm search-ranks`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ Values = tuple[Value, ...] | None
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """A model, a dataset, and what of a mode is to be varied.
+    """A model, a dataset, and the dimensions of a mode that are varied.
 
     Attributes:
         fixed: other fields of the compressor, for every trial.
@@ -157,10 +157,10 @@ class SearchRequest:
 
     @property
     def level(self) -> float | None:
-        """Probability with which the best trial may be pruned half-way; None: none ever is."""
+        """Probability with which the best trial may be pruned early; None: no trial is pruned."""
         return None if self.full else self.stop_level
 
     @property
     def least_ratio(self) -> float:
-        """Of the numbers in the decomposed matrices to those stored; 1: nothing grows."""
+        """Least ratio of numbers in the decomposed matrices to those stored; 1: nothing grows."""
         return 1.0 if self.min_ratio is None else self.min_ratio

@@ -1,1 +1,1 @@
-"""Rank search: which layers and ranks make a model best, found in minutes."""
+"""Rank search: find the layers and ranks that give the best compressed model, within minutes."""

@@ -1,4 +1,4 @@
-"""What is kept of unedited layers, within byte budgets: on the model's device, then in files.
+"""Cache of the unedited layers' activations, within byte budgets: device memory first, then disk.
 
 Shapes: B rows, T tokens, D model width.
 """
@@ -18,7 +18,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 class ModuleCall(NamedTuple):
-    """What a module read and gave; of the same input it need not be run again."""
+    """A module's input and output, kept so that the same input need not be computed again."""
 
     input_BTD: Tensor
     output_BTD: Tensor
@@ -26,13 +26,14 @@ class ModuleCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerInput:
-    """One batch below one layer.
+    """The input of one layer for one batch.
 
     Attributes:
-        hidden_BTD: what enters the layer.
-        in_tuple: whether layers return a tuple that begins with the hidden states.
-        ffn: of the layer itself, where its FFN reads what no edit of the attention changes.
-        below: the cache's entries of the layers below; empty where none was grown.
+        hidden_BTD: the hidden states that enter the layer.
+        in_tuple: whether layers return a tuple whose first item is the hidden states.
+        ffn: the FFN's input and output in this layer, where edits of the attention cannot change
+            its input.
+        below: the key-value cache's entries of the layers below; empty if no cache was built.
     """
 
     hidden_BTD: Tensor
@@ -45,19 +46,19 @@ class LayerInput:
         return sum(t.nbytes for t in (self.hidden_BTD, *(self.ffn or ()))) + cached(self.below)
 
     def to(self, device: torch.device) -> "LayerInput":
-        """The same where the model is; itself where it is there already."""
+        """Move all tensors to `device`; returns self if they are already there."""
         same = self.hidden_BTD.device == device
         return self if same else self.map(lambda t: t.to(device))
 
     def map(self, change: Change) -> "LayerInput":
-        """The same with all tensors changed."""
+        """Apply `change` to every tensor."""
         ffn = ModuleCall(*map(change, self.ffn)) if self.ffn else None
         below = [_changed(layer, change) for layer in self.below]
         return LayerInput(change(self.hidden_BTD), self.in_tuple, ffn, below)
 
 
 def cached(layers: Sequence[Any]) -> int:
-    """Bytes of the cache's entries of these layers."""
+    """Bytes of these layers' key-value cache entries."""
     return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
 
 
@@ -68,10 +69,10 @@ def _changed(layer: Any, change: Change) -> Any:
 
 
 def mapped(t: Tensor, folder: Path) -> Tensor:
-    """A copy in a file without a name: the space is free again when the tensor is gone.
+    """Copy a tensor into an unnamed file; its disk space is freed with the tensor.
 
     Raises:
-        OSError: the disk is full. (Writing through the map would then end the process.)
+        OSError: the disk is full. (Writing through the memory map would kill the process instead.)
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
         file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -82,12 +83,12 @@ def mapped(t: Tensor, folder: Path) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class CacheBudget:
-    """Bytes that may be kept.
+    """How many bytes of activations may be kept.
 
     Attributes:
-        memory: on the model's device.
-        disk: in files of `folder`, when memory is full.
-        folder: of these files.
+        memory: bytes on the model's device.
+        disk: bytes in files in `folder`, used once memory is full.
+        folder: where these files go.
     """
 
     memory: int = 0
@@ -103,18 +104,20 @@ NO_CACHE = CacheBudget()
 
 
 class ActivationCache:
-    """LayerInput batches by layer; those of several layers share one cache."""
+    """LayerInput batches by layer. The layers of a batch share one copy of its key-value cache."""
 
     def __init__(self, budget: CacheBudget) -> None:
         self.budget = budget
         self.bytes = {"memory": 0, "disk": 0}
         self._kept: dict[int, dict[Hashable, tuple[LayerInput, str]]] = {}
-        self._below: dict[Hashable, list[tuple[Any, str]]] = {}  # from the first layer on
+        self._below: dict[Hashable, list[tuple[Any, str]]] = {}  # from the first layer up
         self._lock = threading.Lock()
 
     def nearest(self, key: Hashable, layer: int, grown: bool) -> tuple[int, LayerInput | None]:
-        """The highest layer up to `layer` below which this batch is known, with its cache if so
-        wanted.
+        """The highest layer up to `layer` whose input for this batch is kept, and that input.
+
+        With `grown`, only if the key-value cache below the layer is kept too. (0, None) if nothing
+        is kept.
         """
         with self._lock:
             below = [entry for entry, _ in self._below.get(key, ())]
@@ -125,7 +128,7 @@ class ActivationCache:
         return 0, None
 
     def add(self, key: Hashable, layer: int, new: LayerInput, *, spare: bool = False) -> None:
-        """Keep it where the budget allows, at the expense of other layers' unless it is `spare`."""
+        """Keep a layer's input if it fits the budget; unless `spare`, evict others' for it."""
         with self._lock:
             mine = self._kept.setdefault(layer, {})
             if key in mine:
@@ -139,21 +142,21 @@ class ActivationCache:
                 folder = self.budget.folder
                 try:
                     new = new.map(lambda t: mapped(t, folder))
-                except OSError:  # less room than the budget says: it is computed again
+                except OSError:  # less room than the budget says: recompute it later
                     return
             self.bytes[place] += new.bytes
             self._below.setdefault(key, []).extend((entry, place) for entry in new.below)
             mine[key] = (replace(new, below=()), place)
 
     def reserve(self, size: int) -> bool:
-        """Whether so many more bytes of memory are free; they are then taken."""
+        """Reserve `size` more bytes of memory; returns whether they were available."""
         with self._lock:
             free = self.bytes["memory"] + size <= self.budget.memory
             self.bytes["memory"] += size * free
             return free
 
     def forget_ffn(self) -> None:
-        """FFNs of this model read what edits of the attention change."""
+        """Drop all kept FFN outputs: this model's FFNs read what edits of the attention change."""
         with self._lock:
             for of_layer in self._kept.values():
                 for key, (kept, place) in of_layer.items():
@@ -163,7 +166,7 @@ class ActivationCache:
     def _place(
         self, key: Hashable, layer: int, new: LayerInput, spare: bool
     ) -> tuple[str | None, Sequence[Any]]:
-        """Where there is room, and which entries of the cache are not kept yet."""
+        """Where there is room ("memory", "disk", None), and the cache entries not kept yet."""
         while True:
             more = new.below[len(self._below.get(key, ())) :]
             size = replace(new, below=more).bytes

@@ -1,4 +1,4 @@
-"""Several edits on top of one another: the best first, for as long as validation gains by one more.
+"""Several edits stacked greedily: add the best next edit for as long as validation improves.
 
 Source: LASER, section 5 (composing reductions across layers).
 """
@@ -24,12 +24,15 @@ from tensorllm.search.trial import TrialResult
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One search: its trials, the best of them, and what it began with.
+    """One search of a stack: its trials, the best one, and the model it started from.
 
     Attributes:
-        original: the model without this step's edit, on validation.
-        number: of the best trial.
-        guide: how its predictions rank the trials; None: not guided.
+        point: the best trial's point.
+        result: the best trial's result.
+        original: the result on validation without this step's edit.
+        trials: all trials of this step.
+        number: the best trial's number.
+        guide: how well the guide's predictions rank the trials; None: the search was not guided.
     """
 
     point: Point
@@ -40,12 +43,12 @@ class Step:
     guide: dict[str, Any] | None = None
 
     def gains(self, goal: Objective) -> bool:
-        """Whether the edit makes validation better than it was without."""
+        """Whether the edit improves the objective on validation."""
         return bool(goal.order(self.result)[0] < goal.order(self.original)[0])
 
 
 def best_of(run: Study, queue: TrialQueue) -> Step:
-    """What a finished search leaves.
+    """The best trial of a finished search, as a step.
 
     Raises:
         Incomplete: no trial was examined in full.
@@ -71,8 +74,11 @@ def best_of(run: Study, queue: TrialQueue) -> Step:
 
 
 def on_top(request: SearchRequest, folder: Path, steps: Sequence[Step]) -> SearchRequest:
-    """The search for the next edit; its study is in the first one's folder, named by what it is
-    on top of: more trials of an earlier step may change that."""
+    """The request that searches for the next edit, on top of those already chosen.
+
+    Its study lies in the first one's folder and is named after the edits below it, since more
+    trials of an earlier step may change them.
+    """
     base = tuple(step.point.recipe() for step in steps)
     digest = hashlib.sha256(repr([step.point.key for step in steps]).encode()).hexdigest()[:8]
     name = f"{folder.name}-step-{len(steps) + 1}-{digest}"
@@ -88,7 +94,7 @@ def composed(steps: Sequence[Step]) -> Point:
 
 
 def whole(steps: Sequence[Step], ratio: float) -> TrialResult:
-    """The result of all edits together: the last step's scores, and sums of sizes."""
+    """The result of all edits together: the last step's scores and the steps' sizes added up."""
     saved = sum(step.result.parameters_saved for step in steps)
     error = max(step.result.relative_error for step in steps)
     seconds = sum(step.result.seconds for step in steps)
@@ -107,7 +113,7 @@ def whole(steps: Sequence[Step], ratio: float) -> TrialResult:
 
 
 def selection(steps: Sequence[Step], seed: int) -> dict[str, Any] | None:
-    """How far selection flatters the gain; of several steps their optimism is added up."""
+    """How much of the gain is selection bias; the optimism of several steps is added up."""
     of_steps = [selection_gain(step.trials, step.original, seed) for step in steps]
     known = [each for each in of_steps if each is not None]
     if not known or len(steps) == 1:

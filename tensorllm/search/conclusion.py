@@ -1,4 +1,4 @@
-"""The end of a search: the winner's scores on the test part, and what is written of it."""
+"""The end of a search: score the winner on the test part and write the results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,13 +29,13 @@ RECIPE, TRIALS, RESULTS = "best.yaml", "trials.parquet", "results.json"
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a search found.
+    """The outcome of a search.
 
     Attributes:
-        results: what `results.json` holds.
-        recipe: the winner, for `tensorllm compress --config`.
-        keeps: whether the winner is worth a recipe of its own: it was found better, a size or
-            several objectives were asked for, or `force_best`.
+        results: the content of `results.json`.
+        recipe: the winner as YAML, for `tensorllm compress --config`.
+        keeps: whether to write a recipe: the winner was found better, a compression ratio or
+            several objectives were asked for, or `force_best` is set.
     """
 
     results: dict[str, Any]
@@ -49,12 +49,12 @@ class SearchResult:
 def conclude(
     run: Study, queue: TrialQueue, steps: Sequence[Step], progress: Progress = quiet
 ) -> SearchResult:
-    """Score what was chosen on validation, and the original, on the test part.
+    """Score the original and the point chosen on validation on the test part.
 
     Args:
         run, queue: of the first step.
-        steps: each on top of those before it.
-        progress: called with (test examples scored, in all, of which model).
+        steps: each one on top of those before it.
+        progress: called with (test examples scored, examples in all, which model).
     """
     first, point, goal = steps[0], composed(steps), run.goal_of(queue)
     final = final_scores(run, queue, point, progress)
@@ -107,10 +107,10 @@ def _asked(run: Study, goal: Objective) -> dict[str, Any]:
 
 
 def _tried(run: Study, steps: Sequence[Step], examples: Sequence[int]) -> dict[str, Any]:
-    """How many trials of how many questions.
+    """How many trials were made, on how many questions.
 
     Args:
-        examples: of each dataset's validation part; the smallest is the least certain.
+        examples: validation examples of each dataset; the smallest gives the widest interval.
     """
     return {
         "trials": _counts([trial for step in steps for trial in step.trials]),
@@ -122,7 +122,7 @@ def _tried(run: Study, steps: Sequence[Step], examples: Sequence[int]) -> dict[s
 
 
 def _judged(datasets: Sequence[Mapping[str, Any]], goal: Objective) -> dict[str, Any]:
-    """The verdict of all datasets; of a single one also what it is made of."""
+    """The verdict over all datasets; for a single dataset also the figures behind it."""
     comparisons = [each["comparison"] for each in datasets]
     alone = len(datasets) == 1
     return {
@@ -138,13 +138,13 @@ def _judged(datasets: Sequence[Mapping[str, Any]], goal: Objective) -> dict[str,
 
 
 def _best(step: Step, goal: Objective, trade: Objective, space: Space) -> dict[str, Any]:
-    """The first of a step's points in their order, and those that no other one beats in all.
+    """The ten best distinct points of a step, and its Pareto front.
 
     Args:
         trade: the objectives that are traded against each other.
     """
     order: dict[str, dict[str, Any]] = {}
-    for trial, found in ranked(step.trials, goal):  # samplers try a point again
+    for trial, found in ranked(step.trials, goal):  # samplers may draw the same point twice
         order.setdefault(space.point(trial.params).key, _row(trial, found, goal))
     return {
         "top": list(order.values())[:10],
@@ -153,7 +153,7 @@ def _best(step: Step, goal: Objective, trade: Objective, space: Space) -> dict[s
 
 
 def _described(step: Step) -> dict[str, Any]:
-    """A step of a stack of edits: its trial, settings and scores."""
+    """One step of a stack of edits: its trial, settings and scores."""
     return {
         "trial": step.number,
         **step.point.recipe(),
@@ -169,7 +169,7 @@ def _by_dataset(
     final: Mapping[str, Any],
     optimism: Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
-    """Of each dataset what was found, by the names of the results of a single one."""
+    """The findings on each dataset, under the same names as for a single dataset."""
     every = zip(
         run.datasets, by_dataset(original), by_dataset(winner), final["datasets"], strict=True
     )
@@ -195,7 +195,7 @@ def _by_dataset(
 
 
 def recipe_text(run: Study, point: Point, results: dict[str, Any]) -> str:
-    """The winner as YAML that `tensorllm compress --config` takes."""
+    """The winner as YAML for `tensorllm compress --config`."""
     recipe = {
         "model": run.request.model,
         "dataset": run.request.dataset or run.dataset,
@@ -241,7 +241,7 @@ def _row(trial: FrozenTrial, found: TrialResult, goal: Objective) -> dict[str, A
 
 
 def _plain(found: TrialResult) -> dict[str, Any]:
-    """A result's figures without its verdicts; of several datasets also those on each."""
+    """A result's figures without verdicts; over several datasets also those on each."""
     out = {name: getattr(found, name) for name in FIGURES if name != "correct"}
     each = [part and {name: getattr(part, name) for name in MAIN} for part in found.parts]
     return out | ({"datasets": each} if each else {})
@@ -261,12 +261,12 @@ def _cache(run: Study) -> dict[str, Any]:
 
 
 def write_files(folder: Path, run: Study, point: Point, found: SearchResult) -> None:
-    """`results.json`, where matplotlib is the plots, and `best.yaml` where that is kept."""
+    """Write `results.json`, the plots (with matplotlib), and `best.yaml` if it is kept."""
     import pyarrow.parquet as pq
 
     if found.keeps:
         write_text(folder / RECIPE, found.recipe)
-    else:  # of an earlier run, which had another winner
+    else:  # an earlier run may have written one for another winner
         (folder / RECIPE).unlink(missing_ok=True)
     write_json(folder / RESULTS, found.results)
     done = run.decomposed(point)
@@ -277,7 +277,7 @@ def write_files(folder: Path, run: Study, point: Point, found: SearchResult) -> 
 
 
 def write_trials(folder: Path, run: Study, trials: Sequence[FrozenTrial]) -> None:
-    """All trials of a search as a table, one a row."""
+    """Write all trials of a search as a table, one trial a row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -304,7 +304,7 @@ def write_trials(folder: Path, run: Study, trials: Sequence[FrozenTrial]) -> Non
 
 
 def _columns(run: Study, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy and loss on each of several datasets."""
+    """Accuracy and loss on each dataset, if there are several."""
     if len(run.datasets) == 1:
         return {}
     parts = result.get("parts") or [None] * len(run.datasets)

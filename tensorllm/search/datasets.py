@@ -1,4 +1,4 @@
-"""The datasets that a search chooses on: their names, files, validation and test parts."""
+"""The datasets a search runs on: their names, files, validation and test parts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ SHOWN = "--dataset takes a name, or several such as fever,wikidata_qa"
 
 
 class DatasetSource(NamedTuple):
-    """What was asked for: a dataset's name or YAML file, and a file in place of the hub."""
+    """A dataset as it was requested: its name or YAML file, and a local file instead of the hub."""
 
     name: str
     data_file: Path | None
 
 
 class SearchDataset(NamedTuple):
-    """A dataset: what trials are compared on, and what the winner is scored on.
+    """One dataset: its validation part compares trials, its test part scores the winner.
 
     Attributes:
-        label: its name; where another dataset has the same one, its file.
+        label: the dataset's name, or its file if another dataset has the same name.
     """
 
     label: str
@@ -34,7 +34,7 @@ class SearchDataset(NamedTuple):
     test: ReasoningDataModule
 
     def connect(self, tokenizer: Any, *, masked: bool, context: int) -> None:
-        """Tell both parts what reads them."""
+        """Give both parts the tokenizer and the limits of the model that reads them."""
         for part in (self.validation, self.test):
             part.connect(tokenizer, masked=masked, context=context)
 
@@ -44,10 +44,10 @@ class SearchDataset(NamedTuple):
 
 
 def sources_of(request: SearchRequest) -> list[DatasetSource]:
-    """The datasets of a list with commas; files are in the same order, an empty place is the hub's.
+    """Parse the comma-separated datasets and files, in the same order; an empty file means the hub.
 
     Raises:
-        UserError: no name, a dataset that is given twice, or not as many files as datasets.
+        UserError: no name is given, a dataset is given twice, or the files do not match in number.
     """
     known = short_names().get(request.model, {}).get("default_dataset")
     dataset, data_file = request.dataset or known, request.data_file
@@ -79,7 +79,7 @@ def sources_of(request: SearchRequest) -> list[DatasetSource]:
 
 
 def search_datasets(sources: Sequence[DatasetSource], limit: int | None) -> list[SearchDataset]:
-    """Both parts of each dataset; nothing is read yet."""
+    """The validation and test part of each dataset; nothing is read yet."""
     parts = [
         [
             make_dataset(source.name, data_file=source.data_file, split=split, limit=limit)
@@ -92,7 +92,7 @@ def search_datasets(sources: Sequence[DatasetSource], limit: int | None) -> list
 
 
 def _labels(sources: Sequence[DatasetSource], names: Sequence[str]) -> list[str]:
-    """Names; of datasets that share one the files."""
+    """The datasets' names; datasets that share a name are labelled by their files."""
     short = [s.data_file.stem if s.data_file else n for s, n in zip(sources, names, strict=True)]
     whole = [str(s.data_file or n) for s, n in zip(sources, names, strict=True)]
     unique = [names.count(name) == 1 for name in names]
@@ -101,7 +101,7 @@ def _labels(sources: Sequence[DatasetSource], names: Sequence[str]) -> list[str]
 
 
 def need_answers(datasets: Sequence[SearchDataset]) -> None:
-    """Refuse running text among several datasets: the worst change of its accuracy is none."""
+    """Refuse running text among several datasets: it has no accuracy to compare."""
     texts = [each.label for each in datasets if each.validation.examples[0].tokens]
     if texts and len(datasets) > 1:
         raise UserError(

@@ -1,9 +1,10 @@
-"""Generated tokens of several edits at once: unedited layers read each new text once, for all.
+"""Greedy decoding under several edits at once; unedited layers read each new text only once.
 
-Trials answer much as the original and as each other do. What unedited layers compute for a token
-depends only on the tokens before it. So it is cached under these (`TokenCache`), and one pass
-through the unedited layers serves all rows with the same text, whatever their edit. The layers from
-the lowest edited one on then run on all rows, those with the same lowest layer together.
+Trials mostly generate the same answers as the original and as each other. What unedited layers
+compute for a token depends only on the tokens before it. So it is cached under these
+(`TokenCache`), and one pass through the unedited layers serves all rows with the same text,
+whatever their edit. The layers from the lowest edited one up then run on all rows; lanes with the
+same lowest edited layer run together.
 
 Shapes: B rows, U rows that unedited layers read, C kept columns, D model width.
 """
@@ -28,11 +29,12 @@ Run = Callable[..., tuple[Tensor, Any]]
 
 @dataclass(slots=True)
 class RowGroup:
-    """Rows of neighbouring lanes with the same lowest layer.
+    """Rows of neighbouring lanes whose lowest edited layer is the same.
 
     Attributes:
-        lowest: layers below are not in `cache`, whose entries of them pretend to hold something.
-        lanes: of each row.
+        lowest: the lowest edited layer. `cache` holds only placeholders for the layers below it.
+        lanes: the lane of each row.
+        cache: the rows' key-value cache.
     """
 
     lowest: int
@@ -42,13 +44,13 @@ class RowGroup:
 
 @dataclass(slots=True)
 class Decoding:
-    """The cache of rows that are continued under edits, lane after lane.
+    """The state of rows that are decoded under several edits, ordered by lane.
 
     Attributes:
         groups: of the rows, in order.
-        below: entries of the unedited layers, of the rows that prompts were read in.
-        origin_B: of each row the one among these.
-        columns: what has been read since: of each row the token's place among the `TokenCache`.
+        below: the unedited layers' key-value cache entries of the prompts.
+        origin_B: for each row, its prompt's row in `below`.
+        columns: for each column decoded since, every row's position in the `TokenCache`.
     """
 
     groups: list[RowGroup]
@@ -57,14 +59,14 @@ class Decoding:
     columns: list[Tensor]
 
     def parts(self) -> Iterator[tuple[RowGroup, slice]]:
-        """Each group and its rows."""
+        """Each group with the slice of rows it covers."""
         at = 0
         for group in self.groups:
             yield group, slice(at, at + len(group.lanes))
             at += len(group.lanes)
 
     def select(self, rows: Tensor) -> "Decoding":
-        """The same of these rows, in their order."""
+        """Keep these rows, in their order."""
         groups = []
         for group, part in self.parts():
             own = rows[(rows >= part.start) & (rows < part.stop)] - part.start
@@ -78,11 +80,11 @@ class Decoding:
 
 
 class Decoder:
-    """Reads one more token of every row.
+    """Decodes one more token of every row.
 
     Args:
-        prefix: the edits, and what is kept.
-        weights: of the lanes.
+        prefix: the edits, and the cached activations.
+        weights: the weights of the lanes.
     """
 
     def __init__(self, prefix: Prefix, weights: LaneWeights) -> None:
@@ -90,7 +92,7 @@ class Decoder:
         self.weights = weights
 
     def begin(self, caches: Sequence[Any], lanes: Sequence[int]) -> Decoding:
-        """The caches of a batch's prompts, one for each of these lanes, as one."""
+        """Merge the caches of a batch's prompts, one per lane, into one decoding state."""
         rows = len(caches[0].layers[0].keys)
         groups = []
         for lowest, of_group in groupby(zip(lanes, caches, strict=True), lambda z: self._from(*z)):
@@ -111,7 +113,7 @@ class Decoder:
         return Decoding(groups, cache.layers[:deepest], origin_B, [])
 
     def _from(self, lane: int, cache: Any) -> int:
-        """The layer from which on this lane's rows are read by themselves."""
+        """The lowest layer that must be run separately for this lane; 0: nothing can be shared."""
         if not self.prefix.active_at(lane) or len(cache.layers) != len(self.prefix.layers):
             return 0
         lowest = self.prefix.lowest_at(lane)
@@ -130,11 +132,11 @@ class Decoder:
         mask_BS: Tensor,
         best: bool = False,
     ) -> tuple[Tensor, Decoding]:
-        """Logits or most probable tokens of every row, and the cache with what was read.
+        """Return the logits or most probable tokens of every row, and the extended cache.
 
         Args:
             paths, keep, mask_BS, best: as in `ModelForward`.
-            run: the model, as that runs it.
+            run: runs the model, as `ModelForward` does.
         """
         rows, entered = self._below(batch, rows, paths, mask_BS, run)
         found, groups = [], []
@@ -156,7 +158,7 @@ class Decoder:
     def _below(
         self, batch: Padded, rows: Decoding, paths: Sequence[Path | None], mask_BS: Tensor, run: Run
     ) -> tuple[Decoding, dict[int, Tensor]]:
-        """What enters the layers that groups begin with, by layer; `rows` with what was read."""
+        """The updated rows, and the hidden states that enter the groups' lowest layers."""
         depth = len(rows.below)
         wanted = {group.lowest for group in rows.groups} - {0}
         nothing = {0: batch.ids_BT}
@@ -176,8 +178,9 @@ class Decoder:
     def _places(
         self, batch: Padded, rows: Decoding, paths: Sequence[Path | None], mask_BS: Tensor, run: Run
     ) -> list[int] | None:
-        """Where each row's token is kept, after those that were not known have been read; None:
-        not all of them can be kept.
+        """Each row's position in the token cache, after reading the tokens it lacked.
+
+        None if not all of them can be kept.
         """
         if batch.ids_BT.shape[1] != 1:
             return None
@@ -185,7 +188,7 @@ class Decoder:
         needed = [group.lowest for group in rows.groups for _ in group.lanes]
 
         def found() -> list[int | None]:
-            """Rows that nobody looks at have any place."""
+            """Positions of the rows' tokens; rows without a path are ignored later and get 0."""
             both = zip(paths, needed, strict=True)
             return [0 if path is None else known.index_of(path, layer) for path, layer in both]
 
@@ -213,7 +216,7 @@ class Decoder:
         layers: set[int],
         run: Run,
     ) -> tuple[dict[int, Tensor], Any]:
-        """Unedited layers only: what enters `layers`, and the cache of the layers below."""
+        """Run unedited layers only; returns the inputs of `layers`, and the extended cache."""
         depth = max(layers)
         cache = copy.copy(rows.groups[0].cache)
         origin_U = rows.origin_B[read_U]
@@ -226,7 +229,7 @@ class Decoder:
         cache.layers = [*below, *above]
         call = ForwardPass(0, None, dict.fromkeys(layers), stop=depth)
         new = Padded(*(t[read_U] for t in batch))
-        keep = [1] + [0] * (len(read_U) - 1)  # no logits are wanted; there must be some
+        keep = [1] + [0] * (len(read_U) - 1)  # no logits are needed, but the model must return some
         how = {"keep": keep, "mask_BS": mask_BS[read_U], "best": True}
         forward = partial(run, new, cache=cache, grow=True, **how)
         _, cache = self.prefix.run_pass(call, forward)
@@ -246,7 +249,7 @@ def _selected(cache: Any, rows: Tensor, lowest: int) -> Any:
 
 
 def _joined(entries: Sequence[Any]) -> Any:
-    """The rows of all of these."""
+    """One cache entry with the rows of all of these."""
     new = copy.copy(entries[0])
     if len(entries) > 1:
         new.keys = torch.cat([entry.keys for entry in entries])
@@ -255,14 +258,12 @@ def _joined(entries: Sequence[Any]) -> Any:
 
 
 def _placeholder(entry: Any, more: int, rows: int | None = None) -> Any:
-    """An entry of the right length that holds nothing: of layers that are skipped nothing else is
-    asked.
-    """
+    """An entry of the right length without data: of skipped layers only the length is asked."""
     new = copy.copy(entry)
     batch, heads, columns, _ = entry.keys.shape
     size = (batch if rows is None else rows, heads, columns + more)
     new.keys = entry.keys[:1, :1, :1, :1].expand(*size, entry.keys.shape[3])
     new.values = entry.values[:1, :1, :1, :1].expand(*size, entry.values.shape[3])
-    if hasattr(new, "cumulative_length"):  # a sliding window's
+    if hasattr(new, "cumulative_length"):  # a sliding-window layer
         new.cumulative_length = entry.cumulative_length + more
     return new

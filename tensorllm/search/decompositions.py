@@ -18,11 +18,11 @@ from tensorllm.weights import dense_matrices, edited, stacked
 
 
 class SiteEdit(NamedTuple):
-    """New role matrices of one site.
+    """The new role matrices of one site.
 
     Attributes:
-        relative_error: how far they are from the old ones.
-        before, after: numbers in the matrices, and stored for them.
+        relative_error: relative Frobenius distance from the old matrices.
+        before, after: numbers in the matrices, and numbers stored for them.
     """
 
     site: Site
@@ -33,7 +33,7 @@ class SiteEdit(NamedTuple):
 
 
 class ModelEdit(NamedTuple):
-    """What a point changes: matrices, and norms and biases where a fit has changed them."""
+    """What a point changes: matrices, and the norms and biases that a fit has adjusted."""
 
     sites: list[SiteEdit]
     parameters: Mapping[str, Tensor]
@@ -41,7 +41,7 @@ class ModelEdit(NamedTuple):
 
 @contextmanager
 def applied(edit: ModelEdit, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with the edit within the block; then bit for bit as before."""
+    """Apply an edit to the model within the block; afterwards it is restored bit for bit."""
     before = {name: weights[name].clone() for name in edit.parameters}
     with edited([(site.site, site.matrices) for site in edit.sites], roles, weights):
         try:
@@ -55,7 +55,7 @@ def applied(edit: ModelEdit, roles: RoleMatrices, weights: Mapping[str, Tensor])
 
 
 def edit_of_fit(fitted: Fitted, roles: RoleMatrices, weights: Mapping[str, Tensor]) -> ModelEdit:
-    """What a strategy that was fitted to a text changes."""
+    """The edit of a strategy that was fitted to a text."""
     planned = plan(fitted, roles, None)
     sites = [
         _edit(site, stacked(site, roles, weights), fitted.factors(site), roles)
@@ -65,7 +65,7 @@ def edit_of_fit(fitted: Fitted, roles: RoleMatrices, weights: Mapping[str, Tenso
 
 
 def edit_of_sites(sites: Sequence[CompressedSite], roles: RoleMatrices) -> ModelEdit:
-    """What `compress` writes into the model."""
+    """The edit that `compress` would write into the model."""
     edits = [
         SiteEdit(
             done.site,
@@ -86,12 +86,12 @@ def _edit(site: Site, w: Tensor, factors: Factors, roles: RoleMatrices) -> SiteE
 
 
 class Decompositions:
-    """Decompositions of a model's sites; those that nest are made once, at their largest ranks.
+    """The decompositions of a model's sites; nested ones are made once, at their largest ranks.
 
     Args:
         roles: of the model.
         weights: its parameters by name, unedited whenever `edit` is called for a new site.
-        jobs: all that may be asked for; they say how large the decompositions must be.
+        jobs: all that may be asked for; they determine how large the decompositions must be.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Decompositions:
     ) -> None:
         self.roles = roles
         self.weights = weights
-        self.made = 0  # decompositions
+        self.made = 0  # decompositions computed so far
         by_site: dict[Site, dict[str, Leaf]] = {}
         for job in jobs:
             if isinstance(job.compressor, Leaf):

@@ -1,4 +1,4 @@
-"""Examining one point: its weights written, validation questions asked, weights restored."""
+"""Examine a point: write its weights, ask the validation questions, restore the weights."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -34,32 +34,32 @@ from tensorllm.search.stopping import Race, Rival
 from tensorllm.search.trial import EditSizes, TrialResult, result_of, together
 from tensorllm.tensors.stacking import FEED_FORWARD, family
 
-# Trials that are examined at once, at most, and tokens of one batch of all of them: their caches
-# stand in memory together.
+# Most trials examined at once, and most tokens of one batch over all of them: their key-value
+# caches are in memory at the same time.
 LANES = 16
 LANE_TOKENS = 2**14
 
 
 class Infeasible(Exception):
-    """The decomposition's relative error, or its size, is beyond what was allowed."""
+    """The decomposition's relative error, or its size, exceeds what is allowed."""
 
 
 class Examiner:
-    """Scores points on the validation examples with one model, in place.
+    """Scores points on the validation examples with one model, edited in place.
 
     Args:
         model: unedited, in eval mode.
         tokenizer: its tokenizer.
-        asked: of each dataset the validation part; they share the memory for activations.
-        protocol: what counts as right.
-        points: all that may be asked for; they say how large the decompositions must be.
+        asked: the validation part of each dataset; they share the memory for activations.
+        protocol: decides which answers are right.
+        points: all that may be asked for; they determine how large the decompositions must be.
         calibration: the text, for a strategy that is fitted to one.
         seed: of the order of the examples.
         budget: for activations below the edited layer.
-        batch_tokens: tokens of a batch; None: what suits the device.
+        batch_tokens: tokens per batch; None: what suits the device.
 
     Raises:
-        UserError: a strategy is fitted to a text, and there is none.
+        UserError: a strategy needs a calibration text, and there is none.
     """
 
     def __init__(
@@ -126,17 +126,17 @@ class Examiner:
         max_error: float | None = None,
         min_ratio: float = 0.0,
     ) -> TrialResult:
-        """Examine a point, or the original model.
+        """Examine a point; None: the original model.
 
         Args:
-            rivals: on each dataset what the trial has to beat; none: nothing is pruned.
-            level: with which probability a trial that would win may be pruned, whichever dataset
-                it is pruned on.
-            max_error: the relative error allowed.
-            min_ratio: of the numbers in the matrices to those stored.
+            rivals: what the trial has to beat on each dataset; empty: nothing is pruned.
+            level: probability with which a trial that would win may be pruned, over all datasets
+                together.
+            max_error: the largest relative error allowed.
+            min_ratio: the least ratio of numbers in the matrices to numbers stored for them.
 
         Raises:
-            Infeasible: the relative error is beyond `max_error`, or the ratio less than asked.
+            Infeasible: the relative error is above `max_error`, or the ratio below `min_ratio`.
         """
         (found,) = self.together(
             [point], [rivals], level=level, max_error=max_error, min_ratio=min_ratio
@@ -154,10 +154,11 @@ class Examiner:
         max_error: float | None = None,
         min_ratio: float = 0.0,
     ) -> list[TrialResult | Infeasible]:
-        """Examine several points at once, at most `side_by_side`: the same results, in less time.
+        """Examine several points at once, at most `side_by_side`: the same results in less time.
 
         Args:
-            rivals: of each point; the rest as for one.
+            rivals: of each point.
+            level, max_error, min_ratio: as for one point.
         """
         started = time.perf_counter()
         edits = [self.edit(point) for point in points]
@@ -179,8 +180,10 @@ class Examiner:
 
     @cached_property
     def side_by_side(self) -> int:
-        """How many points are best examined at once: more than one where answers are generated,
-        token by token, and a step is too small a piece of work for one of them.
+        """How many points are best examined at once.
+
+        More than one where answers are generated: decoding one token for a single point is too
+        little work to use the device well.
         """
         asked = all(isinstance(part.scorer, CausalModelScorer) for part in self.parts)
         generated = [
@@ -194,7 +197,7 @@ class Examiner:
         return max(1, min(LANES, LANE_TOKENS // max(generated)))
 
     def predictions(self, edit: ModelEdit) -> list[Prediction]:
-        """Every example's with an edit, dataset after dataset, in its order."""
+        """The predictions of every example under an edit, dataset after dataset, in their order."""
         ((rows, _),) = self._rows([edit], [()], 0.0)
         return [row for of_part in rows for row in sorted(of_part, key=lambda row: row.index)]
 
@@ -210,7 +213,7 @@ class Examiner:
     def fitted(self, point: Point) -> Fitted:
         """The point's strategy, fitted to the calibration text."""
         assert self.calibration is not None, "a strategy without a text was refused"
-        if point.key not in self._fitted:  # the winner's is wanted again
+        if point.key not in self._fitted:  # the winner is asked for again
             self._fitted = {
                 point.key: fit(point.compressor, self.model, self.calibration, point.layers)
             }
@@ -219,9 +222,9 @@ class Examiner:
     def _rows(
         self, edits: Sequence[ModelEdit], rivals: Sequence[Sequence[Rival]], level: float
     ) -> list[tuple[list[list[Prediction]], bool]]:
-        """Of each edit per dataset its rows in the order of examination, and whether it was pruned.
+        """For each edit its rows per dataset, in order of examination, and whether it was pruned.
 
-        Stage after stage of one dataset and the other: a trial that has lost on any is pruned.
+        The datasets take turns, stage by stage; a trial that has lost on any of them is pruned.
         """
         if not edits:
             return []
@@ -266,7 +269,7 @@ class Examiner:
 
     @contextmanager
     def _applied(self, edits: Sequence[ModelEdit]) -> Iterator[None]:
-        """One edit in the model's weights, several beside them."""
+        """Write a single edit into the model's weights; install several as lanes beside them."""
         if len(edits) == 1:
             with applied(edits[0], self.roles, self.weights):
                 yield
@@ -283,7 +286,7 @@ class Examiner:
         return EditExtent(lowest, ffn or bool(edit.parameters))
 
     def _races(self, rivals: Sequence[Rival], level: float) -> dict[StagedExamples, Race]:
-        """Each test has its share of the level, so that together they keep it."""
+        """One race per dataset; the tests share the level, so that together they keep it."""
         if not rivals:
             return {}
         share = level / len(self.parts)
@@ -294,14 +297,14 @@ class Examiner:
 
 
 def sizes(edit: ModelEdit) -> EditSizes:
-    """What an edit does to the matrices."""
+    """The sizes and the relative error of an edit."""
     before, after = sum(s.before for s in edit.sites), sum(s.after for s in edit.sites)
     error = max((site.relative_error for site in edit.sites), default=0.0)
     return EditSizes(before / after if after else 1.0, before - after, error)
 
 
 def refusal(edit: ModelEdit, max_error: float | None, min_ratio: float) -> str | None:
-    """Why an edit is not tried; None: it is."""
+    """Why an edit is not tried; None: it is tried."""
     found = sizes(edit)
     if max_error is not None and found.relative_error > max_error:
         return f"relative error {found.relative_error:.3f}, more than allowed"

@@ -1,4 +1,4 @@
-"""Which points of a space are feasible: large enough a ratio, no matrix that is edited already."""
+"""Which points of a space are feasible: small enough, and no matrix is edited twice."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def ratio_of(jobs: Sequence[Job], roles: RoleMatrices) -> float | None:
 
 
 def collides(jobs: Sequence[Job], excluded: Collection[tuple[int, str]]) -> bool:
-    """Whether a matrix of these jobs is among those."""
+    """Whether these jobs touch any of the `excluded` matrices."""
     return any(matrix in excluded for job in jobs for matrix in job.site.matrices)
 
 
@@ -39,7 +39,8 @@ def feasible(
     """The grid's combinations that meet `min_ratio` and touch none of the `excluded` matrices.
 
     Raises:
-        UserError: no combination has the ratio; names the best. (All excluded is an empty list.)
+        UserError: no combination reaches the ratio; the message names the best one. (If all are
+            excluded, the list is empty.)
     """
     free = space.grid if not excluded else list(_free(space, roles, excluded))
     if not min_ratio or not free:
@@ -56,7 +57,7 @@ def feasible(
 
 def _free(space: Space, roles: RoleMatrices, excluded: Matrices) -> Iterator[dict[str, Value]]:
     names = [name for name, values in space.choices.items() if isinstance(values[0], str)]
-    known: dict[tuple[Value, ...], bool] = {}  # numbers (ranks) do not change which matrices
+    known: dict[tuple[Value, ...], bool] = {}  # ranks do not affect which matrices are edited
     for values in space.grid:
         same = (values[LAYER], *(values[name] for name in names))
         if same not in known:
@@ -69,7 +70,7 @@ def _free(space: Space, roles: RoleMatrices, excluded: Matrices) -> Iterator[dic
 def _with_ratios(
     points: Sequence[dict[str, Value]], space: Space, roles: RoleMatrices
 ) -> Iterator[tuple[dict[str, Value], float | None]]:
-    known: dict[str, float | None] = {}  # all layers have the same sizes
+    known: dict[str, float | None] = {}  # the ratio is the same in all layers
     for values in points:
         point = space.point(values)
         same = json.dumps(point.settings)

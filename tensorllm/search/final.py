@@ -1,4 +1,4 @@
-"""Winner and original on the test parts: looked at once, unless another winner comes."""
+"""Score winner and original on the test parts: once, unless the winner changes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,13 +21,13 @@ Scored = tuple[dict[str, Any], list[Prediction]]
 def final_scores(
     run: Study, queue: TrialQueue, point: Point, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """What the test parts say, kept with the study.
+    """The scores on the test parts, stored with the study.
 
     Args:
         progress: called with (examples scored, examples in all, which model).
 
     Returns:
-        `point`; its `ratio`; `looks`: how often the test parts were looked at; `datasets`: of each
+        `point`; its `ratio`; `looks`: how often the test parts were used; `datasets`: for each
         the scores of `original` and `winner`, their `comparison`, and `guards`.
     """
     known = queue.study.user_attrs.get("final")
@@ -87,7 +87,7 @@ def _compared(
 
 
 def mean_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One dataset's scores as they are; of several, means over those that have the metric."""
+    """One dataset's scores unchanged; of several, the mean over those that have the metric."""
     if len(scores) == 1:
         return dict(scores[0])
     known = {name: [s[name] for s in scores if s.get(name) is not None] for name in MAIN}

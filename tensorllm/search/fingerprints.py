@@ -1,4 +1,4 @@
-"""What a study is about, in a few hashes: the same on every machine."""
+"""Short hashes that identify a study's model and examples, the same on every machine."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from torch import nn
 
 from tensorllm.data.example import Example
 
-SAMPLES = 512  # numbers of each parameter that count
+SAMPLES = 512  # values of each parameter that are hashed
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of names, shapes and types of all parameters, and evenly spaced values of each."""
+    """A hash of all parameters' names, shapes and types, and of evenly spaced values of each."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
@@ -23,7 +23,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> str:
-    """Of prompts, answers, choices and their order."""
+    """A hash of prompts, answers, choices and their order."""
     digest = hashlib.sha256()
     for e in examples:
         digest.update(repr((e.prompt, e.answer, e.choices, e.index, e.tokens)).encode())

@@ -1,4 +1,4 @@
-"""How a search runs its model: unedited layers once, and answers under several edits side by side.
+"""A search's forward passes: unedited layers run once, and several edits are decoded together.
 
 Shapes: B rows, T tokens.
 """
@@ -53,7 +53,7 @@ class PrefixForward(ModelForward):
         return self.decoder.begin(caches, lanes)
 
     def select(self, cache: Any, rows: Tensor) -> Any:
-        """Of layers that are skipped only the length will be asked."""
+        """Keep these rows; of layers that are skipped only the length is asked, so they stay."""
         if isinstance(cache, Decoding):
             return cache.select(rows)
         narrowed = copy.copy(cache)

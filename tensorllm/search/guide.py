@@ -1,11 +1,11 @@
-"""Which points are worth a trial, from one backward pass: the predicted change of the loss.
+"""Predict from one backward pass how each point changes the loss, to choose which are tried.
 
-To first order, other matrices change the loss by the inner product of its gradient with their
+To first order, replacing matrices changes the loss by the inner product of its gradient with their
 difference. For the rank-k truncation of W = sum of s_i u_i v_i^T that is the sum over i > k of
 -s_i g_i, where g_i = u_i^T G v_i; so every strategy is predicted in its own factors. Source:
 Compress to Impress, arXiv 2510.20800, which ranks matrices so.
 
-Shapes: M columns with logits of a batch, V vocabulary, I and D of a role matrix.
+Shapes: M columns of a batch with logits, V vocabulary, (I, D) a role matrix.
 """
 
 import math
@@ -29,9 +29,9 @@ from tensorllm.search.staged import StagedExamples
 from tensorllm.search.trial import TrialResult
 
 EXAMPLES = 100
-TOKENS = 1024  # of a batch; each batch adds to all gradients, which costs as much as some of these
-LEAST = 8  # examples; a gradient of fewer says nothing
-ALIKE = 0.05  # predicted changes that differ by less, relatively, are of about the same edit
+TOKENS = 1024  # per batch: each adds to all gradients, at the cost of reading some of these tokens
+LEAST = 8  # examples: a gradient of fewer is too noisy
+ALIKE = 0.05  # predicted changes closer than this, relatively, are taken for about the same edit
 SHARE = 20  # a guided search makes this many times fewer trials than its grid has points
 
 
@@ -39,9 +39,9 @@ Gradient = dict[tuple[int, str], Tensor]  # (layer, role) -> (I, D), float32
 
 
 class Guided(NamedTuple):
-    """Predicted change of the loss (nats) by a point's key, and the examples it rests on.
+    """The predicted change of the loss (nats) by a point's key, and how many examples it rests on.
 
-    Of several datasets it is the worst change, and the examples are those of all.
+    Over several datasets: the worst change, and the examples of all of them.
     """
 
     change: dict[str, float]
@@ -49,7 +49,7 @@ class Guided(NamedTuple):
 
 
 def guided(examiner: Examiner, points: Sequence[Point]) -> Guided:
-    """The predicted change of every point.
+    """Predict the change of the loss at every point.
 
     Raises:
         UserError: a masked model, running text, too few examples, a strategy that is fitted to a
@@ -73,8 +73,7 @@ def guided(examiner: Examiner, points: Sequence[Point]) -> Guided:
 
 
 def predicted(sites: Sequence[SiteEdit], gradient: Gradient, examiner: Examiner) -> float:
-    """The change of the loss, in nats, to first order: the gradient's inner product with that of
-    the matrices."""
+    """The first-order change of the loss, in nats: the gradient's inner product with the edit."""
     total = 0.0
     for site in sites:
         for matrix, new_ID in zip(site.site.matrices, site.matrices, strict=True):
@@ -89,11 +88,15 @@ def loss_gradient(
     count: int = EXAMPLES,
     part: StagedExamples | None = None,
 ) -> tuple[Gradient, int]:
-    """The gradient (I, D), float32, of the mean loss of the first `count` validation examples of a
-    dataset (by default the first one), in the order of examination.
+    """The gradient of the mean loss of a dataset's first `count` validation examples.
 
-    The loss of a question with choices is the cross-entropy of the right one among them: what
-    changes all alike changes no answer. That of others is in nats per token of the answer.
+    Shape: (I, D), float32, for each matrix. The dataset is by default the examiner's first; its
+    examples are taken in the order of examination. The loss of a question with choices is the
+    cross-entropy of the right choice among them: what shifts all choices alike changes no answer.
+    Of other questions it is in nats per token of the answer.
+
+    Raises:
+        UserError: too few questions with answers, or the gradient is not finite.
     """
     asked = items_of(part or examiner.parts[0])
     items = [item for item in asked if not item.example.tokens][:count]
@@ -135,25 +138,26 @@ def items_of(part: StagedExamples) -> list[Encoded]:
 
 
 def cost_of(item: Encoded) -> tuple[int, int]:
-    """Tokens to be read, and columns whose logits count."""
+    """Tokens to read, and columns whose logits are needed."""
     rows = _inputs(item)
     return len(rows) * item.length, len(rows) * (item.length - _start(item))
 
 
 def _start(item: Encoded) -> int:
-    """Where what is scored begins."""
+    """The position at which the scored tokens begin."""
     return item.shared if item.example.choices else item.start
 
 
 def _inputs(item: Encoded) -> list[tuple[int, ...]]:
-    """What is read of an example: answers that differ in their last token only are read at once,
-    and nothing predicts from it.
+    """The token rows to read for an example: its answers, each without its last token.
+
+    No score depends on what follows the last token, so answers that differ only there share a row.
     """
     return list(dict.fromkeys(tuple(ids[:-1]) for ids in item.full))
 
 
 def loss_of(examiner: Examiner, items: Sequence[Encoded]) -> Tensor:
-    """The sum of the examples' losses, with a graph."""
+    """The sum of the examples' losses, with its autograd graph."""
     inputs = [_inputs(item) for item in items]
     rows = [ids for of_one in inputs for ids in of_one]
     starts = [_start(item) for item, of_one in zip(items, inputs, strict=True) for _ in of_one]
@@ -179,10 +183,10 @@ def loss_of(examiner: Examiner, items: Sequence[Encoded]) -> Tensor:
 
 
 def in_order(changes: Sequence[float], layers: Sequence[int]) -> list[int]:
-    """Numbers of the points in the order in which they are tried: the largest predicted decrease
-    of the loss first, but after all others what is `ALIKE` an earlier point of its layer.
+    """The order in which points are tried, as indices: the largest predicted decrease first.
 
-    Ranks that change next to nothing would otherwise fill a short search with one edit.
+    Points that are within `ALIKE` of an earlier point of their layer come after all others: ranks
+    that change next to nothing would otherwise fill a short search with one edit.
     """
     first: list[int] = []
     alike: list[int] = []
@@ -196,20 +200,20 @@ def in_order(changes: Sequence[float], layers: Sequence[int]) -> list[int]:
 
 
 def trials_for(points: int) -> int:
-    """How many trials a guided search makes of so many points by default."""
+    """The default number of trials of a guided search over this many points."""
     return min(points, max(10, math.ceil(points / SHARE)))
 
 
 def agreement(
     guide: Guided, trials: Sequence[Any], key_of: Any, original: TrialResult | None = None
 ) -> dict[str, Any]:
-    """How the predicted changes rank the trials examined in full: Spearman's correlation with
-    their loss and with their accuracy (a good guide: near 1 and near -1).
+    """How well the predicted changes rank the trials that were examined in full.
 
-    None where fewer than three trials were, or all have one value.
+    Spearman's correlation with the trials' loss (a good guide: near 1) and accuracy (near -1).
+    None where fewer than three trials were examined, or all have the same value.
 
     Args:
-        original: of several datasets; what the trials' worst changes count from.
+        original: over several datasets, the result from which the trials' worst changes count.
     """
     from scipy.stats import spearmanr
 

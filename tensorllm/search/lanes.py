@@ -1,7 +1,8 @@
-"""Several edits of one model side by side: every row of a pass meets the weights of its own edit.
+"""Several edits of one model in the same forward pass: each row uses the weights of its own edit.
 
-An edit changes a few matrices. A module that holds one takes the rows of each edit through its own
-weights; all other modules read all rows at once, and the model's weights stay as they are.
+An edit, here a lane, changes a few matrices. A module that holds one of them runs each lane's rows
+through that lane's weights; all other modules read all rows at once, and the model's own weights
+stay as they are.
 
 Shapes: B rows, T tokens, D width.
 """
@@ -20,25 +21,25 @@ from tensorllm.models import RoleMatrices
 from tensorllm.search.decompositions import ModelEdit, applied
 from tensorllm.search.prefix import patched
 
-ROWWISE = (nn.Linear, Conv1D)  # what reads (B, T, D), row by row
+ROWWISE = (nn.Linear, Conv1D)  # modules that treat each row of (B, T, D) by itself
 
-Rows = tuple[int, int | None]  # a lane and how many rows are its; None: all there are
+Rows = tuple[int, int | None]  # a lane and how many rows are its own; None: all rows
 
 
 class LaneWeights:
-    """What each lane has in the place of the model's weights.
+    """The weights that each lane uses in place of the model's.
 
     Args:
-        model: whose passes they are.
+        model: the model that is run.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._now = threading.local()  # batches may run side by side
+        self._now = threading.local()  # per thread: batches may run in parallel
 
     @contextmanager
     def installed(self, changed: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
-        """In here lanes have these parameters, by name, in the place of the model's."""
+        """Within the block, lanes use these parameters, by name, in place of the model's."""
         by_module: dict[str, dict[int, dict[str, Tensor]]] = {}
         for lane, parameters in enumerate(changed):
             for name, w in parameters.items():
@@ -53,7 +54,7 @@ class LaneWeights:
 
     @contextmanager
     def rows(self, rows: Sequence[Rows]) -> Iterator[None]:
-        """In here, and in this thread, the rows of a pass are those of these lanes, in order."""
+        """Within the block, and in this thread, a pass's rows belong to these lanes, in order."""
         before = getattr(self._now, "rows", None)
         self._now.rows = rows
         try:
@@ -77,7 +78,7 @@ class LaneWeights:
 
 
 def _with(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """The same module with other parameters, and none of its hooks in use."""
+    """A copy of the module with other parameters and the class's own `forward`."""
     new = copy.copy(module)
     new.__dict__.pop("forward", None)
     new._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
@@ -93,12 +94,12 @@ def changed_names(edit: ModelEdit, roles: RoleMatrices) -> set[str]:
 def changed_by(
     edit: ModelEdit, roles: RoleMatrices, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The parameters that an edit changes, as it leaves them; the model stays as it is."""
+    """The parameters that an edit changes, with their new values; the model stays as it is."""
     with applied(edit, roles, weights):
         return {name: weights[name].detach().clone() for name in changed_names(edit, roles)}
 
 
 def rowwise(names: Iterable[str], model: nn.Module) -> bool:
-    """Whether every module whose parameters these are reads rows one by one."""
+    """Whether every module that holds these parameters treats each row by itself."""
     modules = (model.get_submodule(name.rpartition(".")[0]) for name in names)
     return all(isinstance(module, ROWWISE) for module in modules)

@@ -1,5 +1,8 @@
-"""What a search makes best. A plugin registers one more with `OBJECTIVES`, or by an entry point of
-the group `tensorllm.objectives`."""
+"""What a search optimises.
+
+A plugin adds an objective with `OBJECTIVES.register`, or by an entry point of the group
+`tensorllm.objectives`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,17 +16,17 @@ Direction = Literal["minimize", "maximize"]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is best, and how it is shown.
+    """An objective, and how it is shown.
 
     Attributes:
-        directions: of each value.
-        values: of a trial's result, one per direction. The first one ranks the trials; of several,
-            those that no other trial beats in all are listed too.
-        show: the first value as progress and messages have it.
+        directions: `minimize` or `maximize`, for each value.
+        values: maps a trial's result to one value per direction. The first one ranks the trials; if
+            there are several, the Pareto front is listed too.
+        show: the first value as text for progress and messages.
         prune_by: what a trial may be pruned by before its last example: `verdicts` (it is certain
             or very likely to have fewer right answers than the best), `loss` (certain to have a
             higher one), or None: every trial is examined in full.
-        comparable: whether a trial may be pruned because of another one, from the other's result
+        comparable: whether a trial may be pruned because of another one, given the other's result
             and the trial's own ratio.
     """
 
@@ -35,26 +38,27 @@ class Objective:
 
     @property
     def several(self) -> bool:
-        """Whether there is no one best trial."""
+        """Whether several values are traded against each other, so that no single trial is best."""
         return len(self.directions) > 1
 
     @property
     def metric(self) -> Literal["accuracy", "loss"]:
-        """What is tested, and shown of each trial where there is room for one."""
+        """The metric that is tested, and shown of a trial where there is room for only one."""
         return "loss" if self.prune_by == "loss" else "accuracy"
 
     def order(self, result: TrialResult) -> tuple[Any, ...]:
-        """Smaller is better: the first value, ties by loss, then by the numbers saved."""
+        """Sort key, smaller is better: the first value, then loss, then parameters saved."""
         value, direction = self.values(result)[0], self.directions[0]
         return (-value if direction == "maximize" else value, result.loss, -result.parameters_saved)
 
 
 def over_datasets(goal: Objective, original: TrialResult) -> Objective:
-    """The objective of several datasets: of each value the worst change that an edit makes on any
-    of them, beside the original on the same one.
+    """The objective over several datasets: for each value, an edit's worst change on any of them.
+
+    Changes count from the original on the same dataset.
 
     Args:
-        original: the unedited model's result; of one dataset the objective stays as it is.
+        original: the unedited model's result; if it is of one dataset, `goal` is returned as it is.
     """
     if not original.parts:
         return goal

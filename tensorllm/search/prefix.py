@@ -1,10 +1,10 @@
-"""A model whose layers below the lowest edited one are run once per batch.
+"""Run the layers below the lowest edited one once per batch, and reuse their results.
 
 What enters the lowest edited layer, and the keys and values below it, depend on unedited weights
-only; so does its FFN where attention and FFN read the same (GPT-J's parallel block). They are kept
-by batch, and for generated tokens by all tokens before them (`TokenCache`). Several edits may run
-side by side (`lanes`). Everything else (embedding, masks, rotary angles, the layers above) runs as
-the model's own code says, so that no architecture needs code of its own.
+only; so does its FFN where attention and FFN read the same input (GPT-J's parallel block). They are
+kept by batch, and for generated tokens by all tokens before them (`TokenCache`). Several edits may
+run side by side (`lanes`). Everything else (embedding, masks, rotary angles, the layers above) runs
+by the model's own code, so that no architecture needs code of its own.
 
 Shapes: B rows, T tokens, S cached and new tokens, D model width, V vocabulary.
 """
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 
 def layer_modules(model: nn.Module, roles: RoleMatrices) -> list[nn.Module]:
-    """The layers, found where the architecture's row says."""
+    """The model's layers, found by the path in the architecture's layout."""
     return [model.get_submodule(roles.layer_path(i)) for i in range(roles.layers)]
 
 
 def ffn_modules(layers: list[nn.Module], roles: RoleMatrices) -> list[nn.Module | None]:
-    """The module of each layer that is its whole FFN, if it is one."""
+    """For each layer the module that is its whole FFN; None if there is no such module."""
     return [_ffn_module(layer, roles.stored_in(number)) for number, layer in enumerate(layers)]
 
 
@@ -47,15 +47,15 @@ def _ffn_module(layer: nn.Module, stored: Sequence[Stored]) -> nn.Module | None:
 
 @dataclass(slots=True)
 class ForwardPass:
-    """One pass through the model: what it need not compute, and what it records.
+    """One pass through the model: which layers it skips, and what it records.
 
     Attributes:
-        skip: layers below are left out; `kept` holds what they would give.
-        kept: of layer `skip`.
-        stop: layers from this one on are left out, too, and nobody looks at what comes out.
-        recorded: by layer of which nothing is kept yet, the hidden states that entered it; None
-            until it has run.
-        ffns: what their FFNs were given and made.
+        skip: layers below this one are skipped; `kept` holds what they would return.
+        kept: the input of layer `skip`.
+        recorded: the hidden states that enter these layers, by layer; None until the layer runs.
+        stop: layers from this one on are skipped too, and the pass's output is not used.
+        in_tuple: whether layers return a tuple whose first item is the hidden states.
+        ffns: the FFNs' inputs and outputs in the recorded layers.
     """
 
     skip: int
@@ -67,11 +67,11 @@ class ForwardPass:
 
 
 class EditExtent(NamedTuple):
-    """What of a model an edit leaves as it is.
+    """How far down an edit reaches into the model.
 
     Attributes:
-        lowest: layers below this one; None: all of them.
-        ffn: False: the FFN of this one, too.
+        lowest: the lowest edited layer; None: no layer is edited.
+        ffn: whether the FFN of this layer may change.
     """
 
     lowest: int | None
@@ -79,14 +79,14 @@ class EditExtent(NamedTuple):
 
 
 class Prefix:
-    """Skips the layers below the lowest edited one for batches that it has seen.
+    """Skips the layers below the lowest edited one for batches it has seen before.
 
     Args:
         model: any transformers model.
         roles: of the model.
-        budget: bytes that may be kept.
-        candidates: layers that may be the lowest edited one: what enters them is kept as soon as
-            it is computed, where there is room to spare.
+        budget: bytes of activations that may be kept.
+        candidates: layers that may be the lowest edited one: their inputs are kept as soon as they
+            are computed, if there is room to spare.
     """
 
     def __init__(
@@ -98,19 +98,19 @@ class Prefix:
     ) -> None:
         self.layers = layer_modules(model, roles)
         self.ffns = ffn_modules(self.layers, roles)
-        self.plain = roles.layout.plain  # else every layer is run
+        self.plain = roles.layout.plain  # otherwise every layer is run
         self.store = ActivationCache(budget)
         self.device = model.device
         self.candidates = frozenset(candidates) - {0}
         self.tokens = TokenCache(self.store, self.candidates)
         self.edits: Sequence[EditExtent] = (EditExtent(0, True),)
-        self.skipped = self.computed = 0  # layers
-        self._parallel = True  # until an FFN is seen to read what an edit has changed
-        self._now = threading.local()  # batches may run side by side
+        self.skipped = self.computed = 0  # layers, counted over all passes
+        self._parallel = True  # until an FFN's input is seen to depend on the attention's edits
+        self._now = threading.local()  # per thread: batches may run in parallel
 
     @contextmanager
     def editing(self, *edits: EditExtent) -> Iterator[None]:
-        """In here a pass is one of a model with one of these edits: the first, or that of `at`."""
+        """Within the block, passes run under these edits: the first by default (see `at`)."""
         self.edits = edits
         with ExitStack() as stack:
             if any(self.active_at(number) for number in range(len(edits))):
@@ -123,7 +123,7 @@ class Prefix:
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
-        """In here, and in this thread, passes are of the model with this edit."""
+        """Within the block, and in this thread, passes run under edit `number`."""
         self._now.edit = number
         try:
             yield
@@ -136,43 +136,46 @@ class Prefix:
 
     @property
     def lowest(self) -> int:
-        """The lowest edited layer; as many as there are: none is edited."""
+        """The lowest edited layer; the number of layers if none is edited."""
         return self.lowest_at(self._number)
 
     def lowest_at(self, number: int) -> int:
-        """The same for one of the edits."""
+        """The lowest edited layer of edit `number`."""
         lowest = self.edits[number].lowest
         return len(self.layers) if lowest is None else lowest
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to skip, and room to keep it."""
+        """Whether there are layers to skip, and room to keep their results."""
         return self.active_at(self._number)
 
     def active_at(self, number: int) -> bool:
-        """The same for one of the edits."""
+        """`active` for edit `number`."""
         return bool(self.plain and self.lowest_at(number) and self.store.budget.bytes)
 
     def _wants_ffn(self, layer: int) -> bool:
-        """Whether the FFN of a layer makes what it always makes under any of the edits."""
+        """Whether this layer's FFN output may be reused under any of the edits."""
         return layer in self.candidates or any(e.lowest == layer and not e.ffn for e in self.edits)
 
     def _remembers_ffn(self, layer: int) -> bool:
-        """Whether the FFN of a layer makes what it always makes."""
+        """Whether the current edit leaves this layer's FFN and its input unchanged."""
         wanted = layer == self.lowest or layer in self.candidates
         edited = layer == self.lowest and self.edits[self._number].ffn
         return self._parallel and wanted and not edited
 
     @property
     def skip(self) -> int:
-        """Layers that the pass under way leaves out."""
+        """Number of layers that the current pass skips."""
         now = getattr(self._now, "call", None)
         return now.skip if now is not None else 0
 
     def run(
         self, key: Hashable, forward: Callable[[], tuple[T, Any]], *, grow: bool
     ) -> tuple[T, Any]:
-        """A pass of the batch `key`; `forward` gives what is wanted, and the cache if it grows."""
+        """Run `forward` on the batch `key`, skipping what is kept of it.
+
+        `forward` returns the result, and the key-value cache if `grow`.
+        """
         if key is None or not self.active:
             self.computed += len(self.layers)
             return forward()
@@ -185,7 +188,7 @@ class Prefix:
         return wanted, cache
 
     def run_pass(self, call: ForwardPass, forward: Callable[[], tuple[T, Any]]) -> tuple[T, Any]:
-        """A pass that skips layers and records what enters others, as `call` says."""
+        """Run a pass that skips and records layers as `call` says."""
         self._now.call = call
         try:
             return forward()
@@ -196,13 +199,13 @@ class Prefix:
             self.computed += ran
 
     def _unknown(self, at: int, kept: LayerInput | None) -> dict[int, Tensor | None]:
-        """Layers whose input this pass computes and nobody keeps, though it may be of use."""
+        """Layers whose input this pass computes, may be of use later, and is not kept yet."""
         wanted = {layer for layer in self.candidates if layer <= self.lowest} | {self.lowest}
         wanted = {layer for layer in wanted if at <= layer < len(self.layers)}
         return dict.fromkeys(wanted if kept is None else wanted - {at})
 
     def _admit(self, key: Hashable, call: ForwardPass, cache: Any) -> None:
-        """Keep what was recorded: of the lowest edited layer, and of others if there is room."""
+        """Keep recorded inputs: the lowest edited layer's, and others' if there is room."""
         for layer in sorted(call.recorded, key=lambda layer: (layer != self.lowest, -layer)):
             hidden_BTD = call.recorded[layer]
             assert hidden_BTD is not None
@@ -211,7 +214,7 @@ class Prefix:
             self.store.add(key, layer, new, spare=layer != self.lowest)
 
     def _layer(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer that returns what is kept while it is skipped, and records its input if asked."""
+        """A layer's forward that skips the layer, or records its input, as the pass says."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             call: ForwardPass | None = getattr(self._now, "call", None)
@@ -231,7 +234,7 @@ class Prefix:
         return run
 
     def _ffn(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer's FFN: not computed again for what it was given before."""
+        """An FFN's forward that reuses the kept output if it is given the same input again."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             call: ForwardPass | None = getattr(self._now, "call", None)
@@ -253,7 +256,7 @@ class Prefix:
 
 @contextmanager
 def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module with another `forward`, for a while."""
+    """Replace the module's `forward` within the block."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -266,8 +269,10 @@ def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def default_budget(device: torch.device) -> int:
-    """A quarter of the memory that is free where the model is, in bytes; of all that there is where
-    the system does not tell what is free, as macOS."""
+    """A quarter of the free memory of the device, in bytes.
+
+    Of the total memory where the system does not report what is free, such as macOS.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 4
     free = "SC_AVPHYS_PAGES" in os.sysconf_names

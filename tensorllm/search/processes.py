@@ -1,4 +1,4 @@
-"""Worker processes of a search on one machine: one per GPU, or shares of a CPU."""
+"""A search's worker processes on one machine: one per GPU, or each with a share of the cores."""
 
 import logging
 import signal
@@ -18,7 +18,7 @@ from tensorllm.search.study import Study
 
 LOG = logging.getLogger(__name__)
 
-WAIT = 1.0  # seconds between looks at what other processes are doing
+WAIT = 1.0  # seconds between checks on other processes
 
 
 def check_workers(workers: int) -> None:
@@ -33,7 +33,7 @@ def check_workers(workers: int) -> None:
 
 
 def run_workers(study: Study, folder: Path, report: Callable[[], None]) -> None:
-    """Start the workers and wait for them; what a dead one leaves is done afterwards."""
+    """Start the workers and wait for them; the caller finishes what a dead worker leaves."""
     context = torch.multiprocessing.get_context("spawn")
     request, deadline = replace(study.request, study=folder), study.deadline
     processes = [
@@ -60,7 +60,7 @@ def run_workers(study: Study, folder: Path, report: Callable[[], None]) -> None:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes started meanwhile do not hear Ctrl-C: this one does, and ends them."""
+    """Processes started within the block ignore Ctrl-C: this process gets it and ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -72,7 +72,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _work(request: SearchRequest, number: int, folder: Path | None, deadline: float | None) -> None:
-    """The body of a worker process."""
+    """Body of a worker process."""
     assert request.study is not None
     load_plugins(request.plugins)
     device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"

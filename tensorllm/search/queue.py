@@ -1,10 +1,10 @@
 """A study as a queue: every trial is taken by one worker, none is lost, none is done twice.
 
-All trials are queued beforehand (a grid with its values, other samplers without), because taking a
-queued trial is atomic in every storage and counting to a limit is not. In the embedded file a
-worker also holds a lock for its trial; when it dies the lock opens, and whoever comes next adopts
-the trial under its old number. In a database a heartbeat does this: the trial fails without a
-reason, which counts as none at all, and is queued again.
+All trials are queued beforehand (a grid's with their values, other samplers' without), because
+taking a queued trial is atomic in every storage and counting to a limit is not. With the embedded
+file, a worker also holds a lock for its trial; when the worker dies the lock opens, and the next
+worker adopts the trial under its old number. A database uses heartbeats instead: the trial fails
+without a reason, is ignored from then on, and is queued again.
 """
 
 import threading
@@ -33,10 +33,10 @@ class TrialQueue:
 
     Args:
         folder: of the study.
-        url: a database in place of the folder's own file.
+        url: a database to use instead of the folder's own file.
         name: of the study.
-        directions: `maximize` or `minimize` of each value.
-        sampler: of values that are not queued.
+        directions: `maximize` or `minimize`, for each value.
+        sampler: chooses values that are not queued.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class TrialQueue:
         except KeyError:
             options |= {"directions": list(directions), "load_if_exists": True}
             self.study = optuna.create_study(**options)
-        self.storage: BaseStorage = self.study._storage  # a database gets a cache around it
+        self.storage: BaseStorage = self.study._storage  # Optuna wraps a database in a cache
         self._id = self.storage.get_study_id_from_name(name)
         self._beating: dict[int, threading.Event] = {}
 
     def close(self) -> None:
-        """Let a database's connections go."""
+        """Close the database's connections."""
         if self.heart is not None:
             self.heart.remove_session()
             self.heart.engine.dispose()
 
     def identify(self, identity: Mapping[str, Any]) -> None:
-        """Refuse a study that was begun with something else, and say with what."""
+        """Refuse a study that was begun with other settings, and name those that differ."""
         known = self.study.user_attrs.get("identity")
         if known is None:
             self.study.set_user_attr("identity", dict(identity))
@@ -82,12 +82,12 @@ class TrialQueue:
             )
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """The trials in these states (all by default), without those of lost workers."""
+        """The trials in these states (by default all), without those of lost workers."""
         found = self.storage.get_all_trials(self._id, deepcopy=False, states=states or None)
         return [t for t in found if t.state != TrialState.FAIL or REASON in t.user_attrs]
 
     def fill_grid(self, points: Sequence[Values]) -> None:
-        """Queue those of the points that no trial has."""
+        """Queue the points that have no trial yet."""
         with locked(self.folder / FILLING):
             known = {_key(_values(trial)) for trial in self.trials()}
             for values in points:
@@ -95,22 +95,22 @@ class TrialQueue:
                     self.study.enqueue_trial(dict(values))
 
     def fill(self, count: int, first: Sequence[Values] = ()) -> None:
-        """Queue trials without values until there are `count`, infeasible ones not counted.
+        """Queue trials without values until there are `count`, not counting infeasible ones.
 
         Args:
-            first: some of the values of the first trials.
+            first: values set in advance for the first trials, possibly not of all dimensions.
         """
         with locked(self.folder / FILLING):
             trials = self.trials()
             free = sum(infeasible(t) for t in trials)
-            there = len(trials) - min(free, 10 * count)  # a space may have nothing else
+            there = len(trials) - min(free, 10 * count)  # every point may be infeasible
             for number in range(len(trials), len(trials) + count - there):
                 self.study.enqueue_trial(dict(first[number]) if number < len(first) else {})
 
     def take(self) -> optuna.Trial | None:
-        """A trial that a dead worker left, else the next of the queue; None where there is none.
+        """Take a trial that a dead worker left, else the next one queued; None if there is none.
 
-        What was left comes first: samplers learn from the results of all trials before their own.
+        Left trials come first: samplers learn from the results of all trials before their own.
         """
         if self.claims is None:
             with stable():
@@ -126,7 +126,7 @@ class TrialQueue:
         return None
 
     def _doubled(self, trial: FrozenTrial) -> bool:
-        """Drop a point that two machines have queued at the same moment."""
+        """Drop a trial whose point another machine queued at the same moment."""
         values = _key(_values(trial))
         if self.claims is not None or not values:
             return False
@@ -137,15 +137,15 @@ class TrialQueue:
         return True
 
     def running(self) -> int:
-        """Trials that some worker is at."""
+        """Number of trials that a worker is examining."""
         return len(self.trials(TrialState.RUNNING))
 
     def waiting(self) -> int:
-        """Trials that no worker has taken."""
+        """Number of trials that no worker has taken."""
         return len(self.trials(TrialState.WAITING))
 
     def left(self) -> int:
-        """Trials that a dead worker of this machine was at, and nobody has taken up."""
+        """Number of trials that a dead worker of this machine left and nobody has taken over."""
         found = [t for t in self.trials(TrialState.RUNNING) if self.claims and self._claim(t)]
         for trial in found:
             self.release(trial.number)
@@ -158,19 +158,19 @@ class TrialQueue:
         values: Sequence[float] | None = None,
         **notes: Any,
     ) -> None:
-        """Record a trial's end with its notes."""
+        """Record a trial's end, with its notes as user attributes."""
         for name, note in notes.items():
             trial.set_user_attr(name, note)
         self.study.tell(trial, values, state)
         self.release(trial.number)
 
     def report(self, trial: optuna.Trial, value: float, step: int) -> None:
-        """What is known half-way; a dead worker may have reported it before."""
+        """Report an intermediate value, unless a dead worker already has."""
         if step not in self.storage.get_trial(trial._trial_id).intermediate_values:
             trial.report(value, step)
 
     def release(self, number: int) -> None:
-        """Give the claim on a trial up."""
+        """Give up the claim on a trial."""
         if self.claims is not None:
             self.claims.free(number)
         if number in self._beating:
@@ -201,14 +201,14 @@ class TrialQueue:
 
         def beat() -> None:
             while not over.wait(storage.HEARTBEAT):
-                with suppress(SQLAlchemyError):  # whoever works at the trial will meet it, too
+                with suppress(SQLAlchemyError):  # the worker itself will meet the same error
                     heart.record_heartbeat(trial._trial_id)
 
         threading.Thread(target=beat, daemon=True).start()
 
 
 def infeasible(trial: FrozenTrial) -> bool:
-    """Whether a trial ended without being examined: no edit has its values."""
+    """Whether a trial ended without being examined because its values give no feasible edit."""
     return trial.state == TrialState.PRUNED and REASON in trial.user_attrs
 
 
@@ -221,7 +221,7 @@ def _key(values: Values) -> tuple[tuple[str, Any], ...]:
 
 
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What differs between two nested mappings, each by its path of keys."""
+    """What differs between two nested mappings, each difference with its path of keys."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         for key in sorted({*was, *now}):
             yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)

@@ -1,4 +1,4 @@
-"""How a search chooses the values of its trials, one row a sampler."""
+"""How a search chooses the values of its trials."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.search.storage import stable
 
-STARTUP, POPULATION = 10, 50  # TPE's first trials, drawn at random; NSGA-II's generation
+STARTUP, POPULATION = 10, 50  # TPE's random first trials; NSGA-II's generation size
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class Sampler:
     """A way to choose values.
 
     Attributes:
-        name: what `--sampler` calls it.
-        of_seed: Optuna's sampler of a seed and a number of workers.
-        queued: the values of all trials are known, and queued, before the first one.
-        independent: how many of the next trials are chosen alike whatever comes out of one of
-            them, by the number of trials that have ended.
+        name: its name for `--sampler`.
+        of_seed: makes Optuna's sampler from a seed and a number of workers.
+        queued: whether the values of all trials are known, and queued, before the first one.
+        independent: how many of the next trials do not depend on each other's results, given the
+            number of trials that have ended.
     """
 
     name: str
@@ -34,13 +34,15 @@ class Sampler:
     independent: Callable[[int], int]
 
     def make(self, seed: int, workers: int) -> BaseSampler:
-        """The sampler of a study, whichever process goes on with it."""
+        """The sampler of a study, the same in every process that continues it."""
         return _ByNumber(lambda own: self.of_seed(own, workers), seed)
 
 
 class _ByNumber(BaseSampler):
-    """Draws each value by its trial's number and its name, so that a search that was interrupted
-    draws what it would have drawn, and not the first trials' values again.
+    """Seeds each value by its trial's number and its name.
+
+    So a resumed search draws what it would have drawn without the interruption, and not the first
+    trials' values again.
     """
 
     def __init__(self, of_seed: Callable[[int], BaseSampler], seed: int) -> None:
@@ -108,4 +110,4 @@ ROWS = (
         "nsga2", _nsga2, queued=False, independent=lambda ended: POPULATION - ended % POPULATION
     ),
 )
-SAMPLERS = {row.name: row for row in ROWS}  # of all names in requests.search.SAMPLERS
+SAMPLERS = {row.name: row for row in ROWS}  # their names are those of requests.search.SAMPLERS

@@ -1,6 +1,6 @@
-"""The winner, and how much of its gain is optimism: the best of many is so by chance, too.
+"""Choose the winner, and estimate the optimism of its gain: the best of many is partly lucky.
 
-Shapes: T trials, N validation examples, R resamples.
+Shapes: T trials, N validation examples, R resamples, C datasets.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,12 @@ def finished(trials: Sequence[FrozenTrial]) -> Finished:
 
 
 def ranked(trials: Sequence[FrozenTrial], goal: Objective) -> Finished:
-    """The trials that were examined in full, the best first; ties by loss, size, then values."""
+    """The trials that were examined in full, best first; ties by loss, size, then values."""
     return sorted(finished(trials), key=lambda pair: (*goal.order(pair[1]), _values(pair[0])))
 
 
 def front(trials: Sequence[FrozenTrial], goal: Objective) -> Finished:
-    """Trials that no other one beats in all values of the objective, the best of the first value
-    first."""
+    """The Pareto front: trials that no other one beats in all values; sorted by the first value."""
     best: list[tuple[float, ...]] = []
     out: Finished = []
     signs = [1 if direction == "maximize" else -1 for direction in goal.directions]
@@ -49,15 +48,15 @@ def front(trials: Sequence[FrozenTrial], goal: Objective) -> Finished:
 def selection_gain(
     trials: Sequence[FrozenTrial], original: TrialResult, seed: int
 ) -> dict[str, Any] | None:
-    """How far selection flatters the winner's accuracy, by the bootstrap over validation examples.
+    """Estimate how much selection inflates the winner's accuracy, by the bootstrap.
 
-    Per resample the trial with the best accuracy on the drawn examples is chosen as in the search;
-    its accuracy there minus that on the examples not drawn is the optimism. Pruned trials are
-    left out: they lost on the way.
+    In each resample of the validation examples the trial with the best accuracy is chosen, as in
+    the search; its accuracy there minus that on the examples not drawn is the optimism. Pruned
+    trials are left out: they lost on the way.
 
     Returns:
         `optimism` (points), its 95 % `interval`, `gain` over the original on validation (points),
-        and `gain_without` the optimism; None where there is no accuracy or one trial only.
+        and `gain_without` the optimism; None if there is no accuracy or only one trial.
     """
     return optimism([found for _, found in finished(trials)], original, seed)
 
@@ -65,10 +64,10 @@ def selection_gain(
 def optimism(
     results: Sequence[TrialResult], original: TrialResult, seed: int
 ) -> dict[str, Any] | None:
-    """`selection_gain` of the results that a choice was made from.
+    """`selection_gain`, given the results that the winner was chosen from.
 
-    Over several datasets the choice is by the worst gain, each dataset's examples are drawn by
-    themselves, and `datasets` has the same figures of each for the trial that was chosen.
+    Over several datasets the worst gain decides, each dataset's examples are resampled separately,
+    and `datasets` has the same figures on each dataset for the trial that was chosen.
     """
     known = [found for found in results if found.accuracy is not None]
     before = by_dataset(original)
@@ -103,7 +102,7 @@ def optimism(
 
 
 def by_dataset(result: TrialResult) -> list[TrialResult]:
-    """The result on each dataset, of one that was examined in full."""
+    """The results on each dataset of a trial that was examined in full."""
     return [part for part in result.parts if part is not None] or [result]
 
 
@@ -135,10 +134,10 @@ def _summary(gaps: NDArray[np.float64], gain: float) -> dict[str, Any]:
 
 
 def half_width(examples: int) -> float:
-    """Half of the 95 % interval of an accuracy near one half, in points."""
+    """Half the width of the 95 % interval of an accuracy near one half, in points."""
     return 100 * 1.96 * 0.5 / max(1, examples) ** 0.5
 
 
 def _values(trial: FrozenTrial) -> str:
-    """An order of trials that does not depend on when they were run."""
+    """A sort key of trials that does not depend on when they were run."""
     return repr(sorted(trial.params.items()))

@@ -1,4 +1,4 @@
-"""What is searched: layers and the dimensions that a strategy names."""
+"""The search space: layers, and the dimensions that a strategy defines."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from tensorllm.models.spec import ModelSpec
 from tensorllm.options import Value
 from tensorllm.registry import did_you_mean
 
-Values = Mapping[str, Value]  # a value of every dimension
+Values = Mapping[str, Value]  # one value per dimension
 Matrices = frozenset[tuple[int, str]]  # (layer, role)
 
 LAYER = "layer"  # the dimension that every strategy has
@@ -30,7 +30,7 @@ class Point:
 
     Attributes:
         mode: the compressor's name.
-        layers: which are edited.
+        layers: the layers that are edited.
         settings: the compressor's fields.
     """
 
@@ -44,11 +44,11 @@ class Point:
 
     @property
     def key(self) -> str:
-        """The same text for the same compression."""
+        """A text that identifies the compression."""
         return json.dumps([self.mode, list(self.layers), self.settings], sort_keys=True)
 
     def recipe(self) -> dict[str, Any]:
-        """What `tensorllm compress --config` needs beside the model."""
+        """The settings that `tensorllm compress --config` needs besides the model."""
         return {"mode": self.mode, "layers": list(self.layers), **self.settings}
 
 
@@ -59,10 +59,10 @@ class Space:
     Attributes:
         mode: the compressor's name.
         spec: the model's sizes.
-        choices: dimension -> its values, ascending: `layer` (the first edited one) and what the
-            strategy names.
-        log: dimensions that a sampler draws from on a logarithmic scale.
-        given: dimensions whose values the user named: no others are tried.
+        choices: each dimension's values, ascending: `layer` (the first edited one) and the
+            strategy's dimensions.
+        log: dimensions that a sampler draws on a logarithmic scale.
+        given: dimensions whose values the user listed: no others are tried.
         together: how many neighbouring layers are edited at once, with the same settings.
         left_out: dimensions that the strategy derives from others (R1 of the tied family).
         fixed: other fields of the compressor.
@@ -78,7 +78,7 @@ class Space:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, values: Values) -> dict[str, Any] | None:
-        """The compressor's fields; None: no weights have what these values ask for."""
+        """The compressor's fields; None: no matrix can have these values."""
         own = {name: value for name, value in values.items() if name != LAYER}
         found = COMPRESSORS[self.mode].settings_at(self.spec, own)
         return None if found is None else {**self.fixed, **found}
@@ -91,14 +91,14 @@ class Space:
 
     @cached_property
     def grid(self) -> list[dict[str, Value]]:
-        """Every combination of the values that can be reached."""
+        """Every valid combination of values."""
         names = list(self.choices)
         product = itertools.product(*self.choices.values())
         everything = (dict(zip(names, values, strict=True)) for values in product)
         return [values for values in everything if self.settings(values) is not None]
 
     def describe(self) -> dict[str, Any]:
-        """As plain JSON values: what must not change between two runs of one study."""
+        """The space as plain JSON values; must be the same in every run of a study."""
         return {
             "mode": self.mode,
             "choices": {name: list(values) for name, values in self.choices.items()},
@@ -119,11 +119,11 @@ def make_space(
     left_out: Sequence[str] = (),
     fixed: Mapping[str, Any] | None = None,
 ) -> Space:
-    """The space of a model and mode; what is not given is chosen by the strategy.
+    """The search space of a model and mode; what is not given is chosen by the strategy.
 
     Args:
-        layers: the candidates; all by default.
-        values: of any dimension of the strategy the values to try.
+        layers: the candidate layers; None: all.
+        values: the values to try, for any of the strategy's dimensions.
         together: how many neighbouring layers are edited at once.
         left_out: dimensions that the strategy derives from the others: R1 = heads * R2.
         fixed: other fields of the compressor, such as `layout`.
@@ -169,7 +169,7 @@ def make_space(
 
 
 def _where_it_can_be(space: Space, roles: RoleMatrices) -> Space:
-    """The space without the layers that lack what some of its settings decompose."""
+    """The space without the layers that lack a role which some of its settings decompose."""
     every = space.choices[LAYER]
     lacking = set()
     for values in space.grid:
@@ -184,7 +184,7 @@ def _where_it_can_be(space: Space, roles: RoleMatrices) -> Space:
 
 
 def corners(space: Space) -> list[dict[str, Value]]:
-    """Combinations that between them have every layer, every name and the largest numbers."""
+    """Combinations that together cover every layer and every name, at the largest numbers."""
     top = {name: values[-1] for name, values in space.choices.items()}
     varied = {n: v for n, v in space.choices.items() if n == LAYER or isinstance(v[0], str)}
     found = [
@@ -195,8 +195,9 @@ def corners(space: Space) -> list[dict[str, Value]]:
 
 
 def spread(space: Space, trials: int, seed: int) -> list[dict[str, Value]]:
-    """What a sampler's first trials begin with: layers evenly spread, and in turn the names of
-    other dimensions, so that it does not dig into one layer before it has seen the others.
+    """Initial values for a sampler's first trials: layers evenly spread, names in turn.
+
+    Without them a sampler may settle on one layer before it has seen the others.
     """
     layers = space.choices[LAYER]
     count = min(len(layers), max(1, trials // 2))
@@ -210,12 +211,12 @@ def spread(space: Space, trials: int, seed: int) -> list[dict[str, Value]]:
 
 
 def searchable(spec: ModelSpec) -> str:
-    """The modes that say what may be varied."""
+    """The names of the modes that define a search space for this model."""
     names = []
     for name in COMPRESSORS:
         try:
             found = COMPRESSORS[name].search_space(spec, {})
-        except UserError:  # not for this architecture
+        except UserError:  # the mode does not fit this architecture
             continue
         if found:
             names.append(name)
@@ -223,7 +224,7 @@ def searchable(spec: ModelSpec) -> str:
 
 
 def _layers(roles: RoleMatrices, layers: Sequence[int] | None, together: int) -> tuple[Value, ...]:
-    """The first layers of all runs of `together` neighbours among the candidates."""
+    """The first layer of every run of `together` neighbouring candidates."""
     if not 1 <= together <= roles.layers:
         raise UserError(f"--together must be in 1..{roles.layers}, got {together}")
     if layers is not None and not layers:
@@ -236,7 +237,7 @@ def _layers(roles: RoleMatrices, layers: Sequence[int] | None, together: int) ->
 
 
 def _checked(name: str, what: Dimension, given: Sequence[Value]) -> tuple[Value, ...]:
-    """The user's values of a dimension, each once; numbers ascending, names in their order."""
+    """The user's values of a dimension without duplicates: numbers ascending, names as given."""
     if isinstance(what.values[0], str):
         _check_names(name, what, map(str, given))
         return tuple(dict.fromkeys(map(str, given)))

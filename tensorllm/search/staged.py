@@ -1,4 +1,4 @@
-"""One dataset of a search as trials ask it: its examples in random order, in stages of batches."""
+"""One dataset as trials are asked it: examples in random order, in stages of batches."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,28 +11,28 @@ from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.scorer import CausalModelScorer, Scorer
 
-# After each of these shares of the validation set a losing trial may be pruned. More of them
+# A losing trial may be pruned after each of these shares of the validation set. More stages
 # would make batches small, which costs more than it saves.
 STAGES = (1 / 8, 1 / 4, 1 / 2, 1)
 LEAST = 32  # examples in a stage
 
 
 class DatasetExamples(NamedTuple):
-    """A dataset's examples, and how long a generated answer may be."""
+    """A dataset's examples, and the most tokens of a generated answer."""
 
     examples: Sequence[Example]
     max_new_tokens: int
 
 
 class StagedExamples:
-    """The examples of one dataset, planned.
+    """The examples of one dataset, shuffled and batched in stages.
 
     Args:
         examples: in the order of the dataset.
-        scorer: of these.
-        max_new_tokens: how long a generated answer may be.
-        keys: numbers of batches, under which activations are kept: no two batches of a search have
-            the same.
+        scorer: scores them.
+        max_new_tokens: the most tokens of a generated answer.
+        protocol: decides how many neighbouring examples must stay together.
+        keys: numbers for the batches, under which activations are kept: unique in a search.
         seed: of the order of examination.
     """
 
@@ -48,7 +48,7 @@ class StagedExamples:
         self.scorer = scorer
         self.max_new_tokens = max_new_tokens
         self.order, sizes = shuffled(examples, seed, max(1, protocol.unmasked_padding))
-        self.sequential = protocol.unmasked_padding <= 1  # groups are no sample of examples
+        self.sequential = protocol.unmasked_padding <= 1  # groups are not a sample of examples
         self._place = {example.index: n for n, example in enumerate(self.order)}
         self.stages: list[list[Any]] = []
         start = 0
@@ -58,18 +58,18 @@ class StagedExamples:
             start += size
 
     def in_order(self, rows: Sequence[Prediction]) -> list[Prediction]:
-        """Rows in the order of examination."""
+        """Sort rows into the order of examination."""
         return sorted(rows, key=lambda row: self._place[row.index])
 
 
-Lanes = list[list[Prediction]]  # rows by lane; none of those that have ended
+Lanes = list[list[Prediction]]  # rows by lane; empty for lanes that have ended
 
 
 class PerDatasetScorer:
-    """Scores a batch by the scorer of its dataset, for all edits that are still of interest.
+    """Scores a batch with its dataset's scorer, for all edits that have not been pruned.
 
     Args:
-        lanes: their numbers; trials that have lost are taken out meanwhile.
+        lanes: the edits' numbers; the caller removes pruned ones while scoring goes on.
     """
 
     def __init__(self, lanes: Mapping[int, Any]) -> None:
@@ -94,7 +94,7 @@ def _numbered(batch: Any, keys: Iterator[int]) -> Any:
 def shuffled(
     examples: Sequence[Example], seed: int, together: int
 ) -> tuple[list[Example], list[int]]:
-    """The examples in random order, `together` neighbours kept as they are, and sizes of stages."""
+    """Shuffle the examples in groups of `together` neighbours; also returns the stages' sizes."""
     groups = [list(g) for _, g in groupby(examples, key=lambda e: e.index // together)]
     random.Random(seed).shuffle(groups)
     ends = [share * len(examples) for share in STAGES]

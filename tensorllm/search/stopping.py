@@ -1,10 +1,10 @@
-"""When a trial is pruned: it has lost, for certain or with an error level that is stated.
+"""When a trial is pruned: it has lost, for certain or at a stated error level.
 
 The validation examples are examined in a random order, so those seen so far are a sample without
 replacement. Two rules, both against one trial that was examined in full, the rival (over several
-datasets, where the worst change counts, against what each one must reach for a trial to win):
+datasets, where the worst change counts, against what a trial must reach on each of them to win):
 
-- certain: even if all that is left were right (loss 0), the trial would end below the rival;
+- certain: even if all remaining answers were right (loss 0), the trial would end below the rival;
 - betting: a test martingale for "the trial ends at least as well as the rival", on the paired
   differences of verdicts. Source: Waudby-Smith and Ramdas, "Estimating means of bounded random
   variables by betting", JRSS B 2024, section 5 (sampling without replacement).
@@ -22,7 +22,7 @@ from typing import Literal
 
 from tensorllm.search.trial import TrialResult, unpack
 
-ROUNDING = 1e-6  # answers: `spare` comes from percentages
+ROUNDING = 1e-6  # in answers: `spare` is computed from percentages
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Rival:
     Attributes:
         correct: its verdicts, in the order of examination; None: compare losses.
         loss: its mean loss, in nats per token.
-        spare: how many right answers fewer than the rival are still as good: of several datasets
-            the rival is better on all but one than it need be.
+        spare: how many right answers fewer than the rival's still count as equal. Over several
+            datasets only the rival's worst one decides, so it has answers to spare on the others.
     """
 
     correct: tuple[bool, ...] | None
@@ -44,10 +44,10 @@ class Rival:
 def rivals_of(
     best: TrialResult, by: Literal["verdicts", "loss"], original: TrialResult | None = None
 ) -> list[Rival]:
-    """On each dataset what a trial has to reach to be as good as `best`.
+    """What a trial has to reach on each dataset to be as good as `best`.
 
-    Over several datasets a trial is as good as its worst change beside the original: one dataset on
-    which it cannot reach the best trial's worst change is enough for it to have lost.
+    Over several datasets a trial is ranked by its worst change from the original: it has lost as
+    soon as one dataset cannot reach the best trial's worst change.
     """
     if original is None or not best.parts:
         return [Rival(unpack(best.correct, best.seen) if by == "verdicts" else None, best.loss)]
@@ -83,7 +83,7 @@ class Race:
     _log_wealth: float = 0.0
 
     def lost(self, correct: Sequence[bool | None], losses: Sequence[float]) -> bool:
-        """Take the next examples; whether the trial can be pruned now."""
+        """Add the next examples; returns whether the trial can be pruned now."""
         found = False
         for verdict, loss in zip(correct, losses, strict=True):
             found = self._next(bool(verdict), loss) or found
@@ -100,9 +100,9 @@ class Race:
         return out
 
     def _bet(self, difference: int) -> bool:
-        """One factor of the martingale; the stake depends on earlier examples only."""
+        """Multiply in one factor of the martingale; the stake depends on earlier examples only."""
         left = self.total - self.seen
-        fair = (self.rival.spare - self.behind) / left  # the next difference's mean at a draw
+        fair = (self.rival.spare - self.behind) / left  # expected next difference if both end equal
         if self.level > 0 and fair > -1:
             # A prior of one difference of variance 1/4 keeps the first stakes small.
             mean = self.behind / (self.seen + 1) - fair

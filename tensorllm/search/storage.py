@@ -1,4 +1,4 @@
-"""Where trials are kept: one file that survives kills, or any database that SQLAlchemy knows."""
+"""Where trials are stored: one file that survives kills, or any database SQLAlchemy supports."""
 
 import fcntl
 import json
@@ -18,14 +18,14 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from tensorllm.errors import Incomplete, UserError, first_line
 
 JOURNAL = "trials.journal"
-HEARTBEAT = 10  # seconds; a trial without a sign of life for three of these is taken over
+HEARTBEAT = 10  # seconds; a trial without a heartbeat for three of these is taken over
 
 
 class FileLock(BaseJournalFileLock):
-    """An advisory lock that the system releases when its holder dies.
+    """An advisory file lock that the system releases when its holder dies.
 
     Optuna's own locks are files or links that a killed process leaves behind for 30 s. Taking the
-    lock also cuts off a half-written last line: whoever wrote it was killed, or the disk was full.
+    lock also cuts off a half-written last line: its writer was killed, or the disk was full.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -59,10 +59,10 @@ class FileLock(BaseJournalFileLock):
 
 
 class Claims:
-    """Which trials a living process of this machine is at work on: one byte of a file for each.
+    """The trials that live processes of this machine are examining: one locked byte for each.
 
-    A record lock ends with its process, however that ends. It keeps out other processes alone, so
-    what this one has is remembered.
+    A record lock ends with its process, however that ends. It only excludes other processes, so
+    this process's own claims are remembered as well.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +73,7 @@ class Claims:
         os.close(self._descriptor)
 
     def take(self, number: int) -> bool:
-        """Claim a trial; False where another process has it, or this one already."""
+        """Claim a trial; False if another process, or this one already, has it."""
         if number in self._own:
             return False
         try:
@@ -94,17 +94,17 @@ def _descriptor(path: Path) -> int:
 
 @contextmanager
 def stable() -> Iterator[None]:
-    """Without Optuna's warnings that heartbeats and the like may change."""
+    """Silence Optuna's warnings about experimental features such as heartbeats."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
 
 
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
-    """The journal in `folder`, or the database at `url`.
+    """Open the journal in `folder`, or the database at `url`.
 
     Raises:
-        UserError: the journal is damaged; it is then kept aside. The URL is wrong.
+        UserError: the journal is damaged (it is renamed, not deleted), or the URL is wrong.
         Incomplete: the database cannot be reached.
     """
     if url is not None:
@@ -116,7 +116,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
 
 def check_journal(journal: Path) -> None:
-    """A damaged line anywhere but at the end is an error; the file is copied aside first."""
+    """Rename a journal with a damaged line, other than the last, and raise UserError."""
     lines = journal.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -155,7 +155,7 @@ def _database(url: str) -> BaseStorage:
 
 
 def queue_again(study: optuna.Study, lost: optuna.trial.FrozenTrial) -> None:
-    """Put the trial of a lost worker back into the queue."""
+    """Put a lost worker's trial back into the queue."""
     study.add_trial(
         optuna.create_trial(
             state=optuna.trial.TrialState.WAITING,
@@ -168,7 +168,7 @@ def queue_again(study: optuna.Study, lost: optuna.trial.FrozenTrial) -> None:
 
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Failures of disk and database as one line that says how to go on."""
+    """Report failures of disk and database in one line that says how to go on."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:

@@ -51,7 +51,7 @@ from tensorllm.search.storage import storage_errors
 from tensorllm.search.trial import TrialResult
 from tensorllm.search.worker import Worker
 
-GRID = 100  # points up to which a space is searched whole
+GRID = 100  # a space of at most this many points is searched exhaustively
 TRIALS = 100
 GIB = 2**30
 
@@ -59,12 +59,13 @@ OnTrial = Callable[["Study", TrialQueue], None]
 
 
 class Study:
-    """A search under way in this process: model, data and space, each made once.
+    """A search running in this process; model, data and space are each loaded once.
 
-    Plugins are imported already.
+    Plugins must be imported already.
 
     Args:
-        deadline: `time.time()` after which no trial is begun; None: by the request.
+        request: what is searched, and how.
+        deadline: `time.time()` after which no trial is begun; None: set by the request.
     """
 
     def __init__(self, request: SearchRequest, deadline: float | None = None) -> None:
@@ -75,14 +76,14 @@ class Study:
         self.goal = OBJECTIVES[request.objective]
         if request.compose > 1 and self.goal.several:
             raise UserError("--compose needs one best trial: --objective accuracy or loss")
-        _ = COMPRESSORS[request.mode]  # an unknown one is refused before the model is loaded
+        _ = COMPRESSORS[request.mode]  # refuse an unknown mode before the model is loaded
         self.request = request
         self.asked = sources_of(request)
         self._questions = search_datasets(self.asked, request.limit)
         self.source = resolve(request.model, request.revision)
         self.loader = Loader(self.source.folder, dtype_of(request.dtype)).quickest(self.device)
         self.protocol: Protocol = PROTOCOLS[request.protocol]
-        _ = self.points  # a ratio that cannot be met is refused now
+        _ = self.points  # refuse a ratio that cannot be met now
 
     @property
     def device(self) -> str:
@@ -119,7 +120,7 @@ class Study:
 
     @cached_property
     def excluded(self) -> Matrices:
-        """Matrices that are edited already."""
+        """Matrices that the edits of `base` already change."""
         if not self.request.base:
             return frozenset()
         base = PerLayer(edits=self.request.base)
@@ -128,18 +129,21 @@ class Study:
 
     @cached_property
     def feasible(self) -> list[dict[str, Any]]:
-        """The grid's points that meet the ratio."""
+        """The grid's points that meet the least ratio."""
         return feasible(self.space, self.roles, self.request.least_ratio, self.excluded)
 
     @property
     def too_large(self) -> int:
-        """Points of the grid that are left out because they are larger than asked."""
+        """Number of the grid's points that are left out because they are too large."""
         anywhere = 0 if self.excluded else len(self.space.grid)
         return max(0, anywhere - len(self.feasible))
 
     @cached_property
     def points(self) -> list[dict[str, Any]]:
-        """The grid's points that meet the ratio, later layers first, otherwise in random order."""
+        """The points to try: later layers of the model first, otherwise in random order.
+
+        A guided search takes those with the largest predicted decrease of the loss instead.
+        """
         if self.guide is not None:
             changes = [self.guide.change[self.space.point(v).key] for v in self.feasible]
             order = in_order(changes, [int(values[LAYER]) for values in self.feasible])
@@ -154,8 +158,9 @@ class Study:
 
     @cached_property
     def guide(self) -> Guided | None:
-        """The predicted change of the loss at every point of the grid, on top of the edits of
-        `base`; None: not asked for, or nothing is left to edit.
+        """The predicted change of the loss at every grid point, on top of the edits of `base`.
+
+        None: not asked for, or nothing is left to edit.
         """
         if self.request.guide is None or not self.feasible:
             return None
@@ -181,7 +186,7 @@ class Study:
 
     @cached_property
     def datasets(self) -> list[SearchDataset]:
-        """What the search is about, with what reads it."""
+        """The search's datasets, connected to the model's tokenizer."""
         context = context_of(self.model.config, self.tokenizer)
         for questions in self._questions:
             questions.connect(self.tokenizer, masked=is_masked(self.model), context=context)
@@ -191,12 +196,12 @@ class Study:
 
     @property
     def dataset(self) -> str:
-        """The names of all datasets."""
+        """The names of all datasets, separated by commas."""
         return ", ".join(questions.label for questions in self.datasets)
 
     @cached_property
     def cache_budget(self) -> CacheBudget:
-        """What this worker may keep: its share."""
+        """This worker's share of the budget for activations."""
         given, workers = self.request.cache_gib, max(1, self.request.workers)
         memory = default_budget(self.model.device) if given is None else int(given * GIB)
         folder = self.request.study or Path(tempfile.gettempdir())
@@ -205,7 +210,7 @@ class Study:
 
     @cached_property
     def examiner(self) -> Examiner:
-        possible = self.feasible  # a guide predicts them all
+        possible = self.feasible  # a guide predicts all of them
         if self.request.guide is None:
             possible = self.points if self.grid else corners(self.space) or self.feasible
         return Examiner(
@@ -222,11 +227,11 @@ class Study:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """The text for a strategy that is fitted to one; it must not be what is scored."""
+        """The calibration text, for a strategy that needs one; it must not be what is scored."""
         return self.calibration_of(self.model)
 
     def calibration_of(self, model: PreTrainedModel) -> Calibration | None:
-        """The same for a model that may still be without the edits of `base`."""
+        """The calibration text for `model`, which may not have the edits of `base` yet."""
         request = self.request
         text = text_asked_for(
             request.calibration,
@@ -242,19 +247,19 @@ class Study:
         return text
 
     def strategy(self, point: Point) -> Compressor | Fitted:
-        """The point's strategy, fitted to the text where it needs one."""
+        """The point's strategy, fitted to the calibration text if there is one."""
         if self.calibration is None:
             return point.compressor
         return self.examiner.fitted(point)
 
     def decomposed(self, point: Point) -> list[CompressedSite]:
-        """What `compress` makes of a point: nothing is a slice of a larger decomposition."""
+        """The sites as `compress` decomposes them: at the point's ranks, not sliced from larger."""
         return decomposed(
             self.strategy(point), self.roles, self.examiner.weights, list(point.layers)
         )
 
     def final_edit(self, point: Point) -> ModelEdit:
-        """What `compress` writes into the model."""
+        """The edit that `compress` would write into the model."""
         strategy, roles = self.strategy(point), self.roles
         if isinstance(strategy, Fitted):
             return edit_of_fit(strategy, roles, self.examiner.weights)
@@ -280,7 +285,7 @@ class Study:
         }
 
     def queue(self, folder: Path) -> TrialQueue:
-        """The study, opened and checked."""
+        """Open the study and check that it is the same search."""
         with storage_errors("opening the study"):
             name = self.request.study.name if self.request.study else "search"
             queue = TrialQueue(
@@ -294,7 +299,7 @@ class Study:
             return queue
 
     def fill(self, queue: TrialQueue) -> None:
-        """Queue what is missing."""
+        """Queue the trials that are missing."""
         with storage_errors("queueing trials"):
             if self.grid:
                 queue.fill_grid(self.points)
@@ -319,11 +324,11 @@ class Study:
 
     @property
     def late(self) -> bool:
-        """Whether the time limit is over."""
+        """Whether the time limit has passed."""
         return self.deadline is not None and time.time() >= self.deadline
 
     def original(self, queue: TrialQueue) -> TrialResult:
-        """The unedited model on the validation parts; measured once per study."""
+        """The unedited model's result on the validation parts; measured once per study."""
         known = queue.study.user_attrs.get("original")
         if known is not None:
             return TrialResult.from_json(known)
@@ -332,11 +337,11 @@ class Study:
         return result
 
     def reference(self, queue: TrialQueue) -> TrialResult:
-        """What changes count from: the original, in further steps that of the first one."""
+        """The result from which changes count: the original's, as it was in the first step."""
         known = queue.study.user_attrs.get("reference")
         return self.original(queue) if known is None else TrialResult.from_json(known)
 
     def goal_of(self, queue: TrialQueue, objective: str | None = None) -> Objective:
-        """What is best, or another objective: over several datasets the worst change."""
+        """The search's objective, or another one; over several datasets it is the worst change."""
         goal = self.goal if objective is None else OBJECTIVES[objective]
         return goal if len(self.datasets) == 1 else over_datasets(goal, self.reference(queue))

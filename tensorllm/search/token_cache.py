@@ -1,9 +1,10 @@
-"""What unedited layers make of generated tokens, kept by all that was read before and with each.
+"""The unedited layers' activations of generated tokens, each kept under all tokens up to it.
 
-Trials answer much as the original and as each other do. Where they do, the layers below the lowest
-edited one need not be run again: they saw the same tokens. That is exact, whatever is edited.
+Trials mostly generate the same answers as the original and as each other. Where they do, the layers
+below the lowest edited one need not be run again: they saw the same tokens. That is exact, whatever
+is edited.
 
-Shapes: B rows, G heads, K width of a head, D model width, R tokens that are kept.
+Shapes: B rows, G key-value heads, K head_dim, D model width, R tokens kept.
 """
 
 import copy
@@ -17,15 +18,17 @@ from torch import Tensor
 from tensorllm.evaluation.forward import Path
 from tensorllm.search.activation_cache import ActivationCache
 
-LEAST = 256  # tokens that room is made for at once
-SHARE = 0.5  # of the memory at most: prompts are worth more
+LEAST = 256  # tokens that room is first made for
+SHARE = 0.5  # largest share of the memory budget: prompts are worth more
 
 
 class TokenCache:
-    """Tokens by their paths, with what enters each candidate layer and the keys and values below.
+    """The input of each candidate layer, and the keys and values below, of tokens by their paths.
+
+    A path is the sequence of tokens up to and including this one.
 
     Args:
-        store: whose budget of memory this shares.
+        store: the activation cache whose memory budget this one shares.
         candidates: layers that may be the lowest edited one.
     """
 
@@ -34,24 +37,24 @@ class TokenCache:
         self.candidates = frozenset(candidates)
         self.in_tuple = False  # whether layers return a tuple
         self.bytes = 0
-        self.full = False  # whether there was no room once
+        self.full = False  # set once there was no room
         self._places: dict[Path, int] = {}
-        self._depths: list[int] = []  # up to which candidate all is known
+        self._depths: list[int] = []  # the highest candidate whose input is known, for each token
         self._hidden_RD: dict[int, Tensor] = {}
         self._below: list[tuple[Tensor, Tensor]] = []  # (R, G, K) each
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Tokens of which something is kept."""
+        """Number of tokens kept."""
         return len(self._depths)
 
     def index_of(self, path: Path | None, layer: int) -> int | None:
-        """Where a token is kept, if it is known up to this layer."""
+        """A token's position, if it is known up to this layer; else None."""
         at = None if path is None else self._places.get(path)
         return None if at is None or self._depths[at] < layer else at
 
     def hidden(self, layer: int, places_B: Tensor) -> Tensor:
-        """What enters a layer, (B, 1, D); anything where nothing is kept that enters it."""
+        """The hidden states that enter a layer, (B, 1, D); arbitrary if none are kept for it."""
         kept_RD = self._hidden_RD.get(layer, next(iter(self._hidden_RD.values())))
         return kept_RD.index_select(0, places_B)[:, None]
 
@@ -66,9 +69,9 @@ class TokenCache:
 
         Args:
             paths: of its rows, all different.
-            depth: the layer up to which nothing was edited.
-            hidden: what entered the candidates up to it, (B, 1, D).
-            layers: the cache's entries of the layers below it, `ORDINARY` ones.
+            depth: the layer up to which nothing is edited.
+            hidden: the hidden states that entered the candidates up to `depth`, (B, 1, D).
+            layers: the key-value cache entries of the layers below `depth`, of `ORDINARY` types.
         """
         with self._lock:
             new = [
@@ -89,12 +92,12 @@ class TokenCache:
             for kept, entry in zip(self._below, layers, strict=False):
                 for kept_RGK, new_BGSK in zip(kept, (entry.keys, entry.values), strict=True):
                     kept_RGK[to_B] = new_BGSK[from_B, :, -1]
-            for at, path in places:  # last: others may look at any time
+            for at, path in places:  # last, since other threads may look at any time
                 self._depths[at] = depth
                 self._places[path] = at
 
     def _room(self, size: int, hidden: Mapping[int, Tensor], layers: Sequence[Any]) -> bool:
-        """Whether there is room for so many tokens up to these layers, made where it may be."""
+        """Make room for `size` tokens up to these layers; returns whether the budget allows it."""
         for layer, hidden_B1D in hidden.items():
             shape = (hidden_B1D.shape[-1],)
             room = self._grown(self._hidden_RD.get(layer), size, shape, hidden_B1D)
@@ -131,7 +134,7 @@ class TokenCache:
         return new
 
     def with_tokens(self, entry: Any, layer: int, places_BC: Tensor) -> Any:
-        """A layer's entry of a cache with these tokens behind it."""
+        """A layer's key-value cache entry, extended by these tokens."""
         new, places = copy.copy(entry), places_BC.flatten()
         read = (kept_RGK.index_select(0, places) for kept_RGK in self._below[layer])
         shape = places_BC.shape

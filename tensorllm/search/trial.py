@@ -8,11 +8,11 @@ from tensorllm.evaluation.predictions import Prediction
 
 
 class EditSizes(NamedTuple):
-    """What a compression does to the matrices.
+    """How a compression changes the size of the matrices, and how exact it is.
 
     Attributes:
         ratio: numbers in the decomposed matrices over numbers stored for them.
-        parameters_saved: numbers that the model has fewer.
+        parameters_saved: by how many numbers the model gets smaller.
         relative_error: the largest of the sites'.
     """
 
@@ -25,20 +25,20 @@ class EditSizes(NamedTuple):
 class TrialResult:
     """The figures of one compression, or of the original, on the validation examples.
 
-    Over several datasets accuracy and loss are means over those of which examples were seen, and
+    Over several datasets accuracy and loss are means over the datasets examined so far, and
     `parts` has the result on each.
 
     Attributes:
         accuracy: per cent of the examples seen; None for running text.
         loss: nats per token, mean over the examples seen.
         seen: examples examined.
-        stopped: pruned before the last example, as it had lost.
+        stopped: whether the trial was pruned before its last example.
         ratio: numbers in the decomposed matrices over numbers stored for them.
-        parameters_saved: numbers that the model has fewer.
+        parameters_saved: by how many numbers the model gets smaller.
         relative_error: the largest of the sites'.
         correct: verdicts in the order of examination, as a hexadecimal number (first one lowest).
         seconds: of the whole trial.
-        parts: of several datasets the result on each, None where it was pruned before.
+        parts: over several datasets the result on each; None if the trial was pruned before it.
     """
 
     accuracy: float | None
@@ -66,7 +66,11 @@ class TrialResult:
 def result_of(
     rows: Sequence[Prediction], stopped: bool, sizes: EditSizes, seconds: float
 ) -> TrialResult | None:
-    """The figures of these rows, None of none; a loss that is not finite is an error."""
+    """The figures of these rows; None if there are none.
+
+    Raises:
+        FloatingPointError: the mean loss is not finite.
+    """
     if not rows:
         return None
     asked = rows[0].correct is not None
@@ -85,7 +89,7 @@ def result_of(
 
 
 def together(parts: Sequence[TrialResult | None]) -> TrialResult:
-    """The results on all datasets as one; the first one has been examined at least."""
+    """Combine the results on all datasets into one; at least one dataset was examined."""
     there = [part for part in parts if part is not None]
     if len(parts) == 1:
         return there[0]
@@ -101,11 +105,11 @@ def together(parts: Sequence[TrialResult | None]) -> TrialResult:
 
 
 def pack(verdicts: Sequence[bool]) -> str:
-    """Verdicts as a hexadecimal number, the first one its lowest bit."""
+    """Verdicts as a hexadecimal number; the first one is the lowest bit."""
     return f"{sum(1 << i for i, verdict in enumerate(verdicts) if verdict):x}"
 
 
 def unpack(text: str, count: int) -> tuple[bool, ...]:
-    """The verdicts that `pack` made this of."""
+    """The inverse of `pack`, for `count` verdicts."""
     number = int(text or "0", 16)
     return tuple(bool(number >> i & 1) for i in range(count))

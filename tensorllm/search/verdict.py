@@ -27,19 +27,22 @@ def verdict(
     goal: Objective,
     level: float = LEVEL,
 ) -> dict[str, Any]:
-    """What the search found.
+    """Judge the winner against the original.
 
     Better: the test part improves, the paired test (McNemar's for accuracy, the bootstrap for
-    loss) has p <= `level`, and the gain on validation is more than selection alone is worth. No
+    loss) has p <= `level`, and the gain on validation exceeds what selection alone gives. No
     better: the test part does not improve. Otherwise it is not known.
 
     Args:
         comparison: `evaluation.statistics.compared` of original and winner on the test part.
-        selection: `selection_gain`, where it is known.
+        selection: `selection_gain`; None: not known.
+        guards: `guards_of` original and winner; None: does not apply.
+        goal: decides whether accuracy or loss is tested.
+        level: of the paired test.
 
     Returns:
-        `found`, the `sentence` that says so, and `shifted_prior`: whether the gain comes from a
-        label prior that has shifted.
+        `found`; `sentence`, which explains it; `shifted_prior`: whether the gain comes from a
+        shift of the label prior; and `p`.
     """
     metric, change, p = _tested(comparison, goal)
     real = selection is None or metric == "loss" or selection["gain_without"] > 0
@@ -68,11 +71,11 @@ def overall(
     verdicts: Sequence[Mapping[str, Any]],
     goal: Objective,
 ) -> dict[str, Any]:
-    """What the search found on several datasets; of one its verdict.
+    """The verdict over several datasets; a single dataset's verdict is returned as it is.
 
-    Better: better on at least one, with the level of the test shared out among the datasets, and
-    significantly worse (p <= `LEVEL`) on none. No better: significantly worse on one, or on none
-    improved. Otherwise it is not known.
+    Better: better on at least one, with the level of the test shared among the datasets, and
+    significantly worse (p <= `LEVEL`) on none. No better: significantly worse on one, or improved
+    on none. Otherwise it is not known.
     """
     if len(verdicts) == 1:
         return dict(verdicts[0])
@@ -105,7 +108,7 @@ def _names(named: Sequence[tuple[str, Any]]) -> str:
 
 
 def _tested(comparison: Mapping[str, Any], goal: Objective) -> tuple[str, float, float]:
-    """What is tested, its change (above 0: for the better), and p."""
+    """The metric that is tested, its change (above 0: better), and p."""
     if goal.metric == "loss" or not comparison["asked"]:
         return "loss", -comparison["loss"]["difference"], comparison["loss_p"]
     return "accuracy", comparison["accuracy"]["difference"], comparison["mcnemar_p"]
@@ -131,13 +134,15 @@ def guards_of(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict
     """What accuracy alone hides, for questions that share a few labels.
 
     Returns:
-        `majority`: the accuracy of always saying the commonest label, per cent. Of `original` and
-        `winner`: `balanced_accuracy` (the mean over labels of their recall, per cent) and the
-        `shares` of predicted labels. `prior_alone`: accuracy of the original's choices when each
-        label gets a bonus such that it predicts labels as often as the winner does; None where the
-        choices of the questions differ. `without_prior`: accuracy of both when each model's prior
-        for the labels is taken out. `shifted_prior`: whether `prior_alone` explains half of the
-        gain or more, or balanced accuracy does not improve. None: the answers are not a few labels.
+        None if the answers are not a few labels, else:
+        `majority`: the accuracy of always choosing the commonest label, per cent.
+        `original`, `winner`: of each `balanced_accuracy` (mean recall over the labels, per cent)
+        and the `shares` of predicted labels.
+        `prior_alone`: accuracy of the original's choices when each label gets a bonus such that it
+        predicts labels as often as the winner does; None if the questions' choices differ.
+        `without_prior`: accuracy of both with each model's label prior removed.
+        `shifted_prior`: whether `prior_alone` explains half of the gain or more, or balanced
+        accuracy does not improve.
     """
     labels = sorted({row.answer for row in before})
     if not 2 <= len(labels) <= MOST_LABELS or any(
@@ -181,8 +186,7 @@ def _by_label(rows: Sequence[Prediction], labels: Sequence[str]) -> dict[str, An
 def _prior_alone(
     before: Sequence[Prediction], after: Sequence[Prediction], labels: Sequence[str]
 ) -> float | None:
-    """Accuracy of the original with a bonus per label, such that labels are as frequent as the
-    winner predicts them."""
+    """The original's accuracy with a bonus per label that gives the winner's label shares."""
     width = {len(row.choice_log_probabilities) for row in before}
     if width != {len(labels)}:
         return None
@@ -198,7 +202,7 @@ def _prior_alone(
 
 
 def _label_order(rows: Sequence[Prediction], labels: Sequence[str]) -> list[str] | None:
-    """The label of each choice, where all questions have the same choices in the same order."""
+    """The label of each choice, if all questions have the same choices in the same order."""
     order: list[str | None] = [None] * len(labels)
     for row in rows:
         best = int(np.argmax(row.choice_log_probabilities))
@@ -214,7 +218,7 @@ def _label_order(rows: Sequence[Prediction], labels: Sequence[str]) -> list[str]
 def _matching_bonus(
     scores_NL: NDArray[np.float64], target_L: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The bonus per label after which labels are predicted in the target's shares, nearly."""
+    """The bonus per label with which labels are predicted in nearly the target's shares."""
     bonus_L = np.zeros(scores_NL.shape[1])
     step = float(scores_NL.std()) or 1.0
     best, nearest = bonus_L, np.inf

@@ -1,4 +1,4 @@
-"""What a worker does with a trial: choose values, examine them, record what came out."""
+"""What a worker does with a trial: choose its values, examine them, record the result."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,8 +25,10 @@ FAILURES = (Incomplete, RuntimeError, ArithmeticError, UserError)  # of a trial,
 
 
 def suggest(trial: optuna.Trial, space: Space, *, queued: bool) -> dict[str, Value]:
-    """Values of all dimensions: the queued ones, those that the user named, or the sampler's
-    within the bounds of the strategy's own."""
+    """Values of all dimensions: queued ones, else chosen by the sampler.
+
+    It chooses among the values the user listed, or within the bounds of the strategy's own.
+    """
     return {
         name: _suggest(trial, name, values, queued or name in space.given, name in space.log)
         for name, values in space.choices.items()
@@ -51,10 +53,13 @@ class Worker:
     """Takes trials from the queue and examines them.
 
     Args:
-        request: says what is left out or pruned.
-        goal: what is best.
-        original: the unedited model's result, where the goal counts changes from it.
-        sampler: of the trials' values.
+        queue: of the study.
+        space: the search space.
+        examiner: examines the points.
+        request: says which points are left out or pruned.
+        goal: the objective.
+        original: the unedited model's result, if the objective counts changes from it.
+        sampler: chooses the trials' values.
         excluded: matrices that are not edited again.
         deadline: `time.time()` after which no trial is begun; None: none.
     """
@@ -83,15 +88,17 @@ class Worker:
         self.deadline = deadline
 
     def run(self, report: Report | None = None) -> None:
-        """Work until the queue is empty or time is up; `report` is called after each trial."""
+        """Work until the queue is empty or time is up; call `report` after each round of trials."""
         while not self.late and (trials := self._taken()):
             self.examine(trials)
             if report is not None:
                 report(self.queue)
 
     def _taken(self) -> list[optuna.Trial]:
-        """The next trials: as many as are best examined at once, but no more than this worker's
-        share of what is left, and of a sampler's none that a result could have changed.
+        """The next trials: as many as are best examined at once.
+
+        But no more than this worker's share of what is left, and no more than the sampler would
+        choose without knowing each other's results.
         """
         free = self.queue.waiting() + self.queue.left()
         share = -(-free // max(1, self.request.workers))
@@ -107,7 +114,7 @@ class Worker:
         return self.deadline is not None and time.time() >= self.deadline
 
     def examine(self, trials: Sequence[optuna.Trial]) -> None:
-        """Trials at once, to their ends: whatever goes wrong with one is its result."""
+        """Examine these trials at once, to their ends; an error in one becomes its result."""
         new: dict[str, tuple[Point, list[optuna.Trial]]] = {}
         for trial in trials:
             values = suggest(trial, self.space, queued=self.sampler.queued)
@@ -122,7 +129,7 @@ class Worker:
         if len(new) > 1:
             try:
                 found = self._examined([point for point, _ in new.values()])
-            except FAILURES:  # one of them, or too many for the memory
+            except FAILURES:  # one of them failed, or all together exceed the memory
                 pass
             else:
                 for (_, own), result in zip(new.values(), found, strict=True):
@@ -156,7 +163,7 @@ class Worker:
         )
 
     def _end(self, trials: Sequence[optuna.Trial], result: TrialResult | Infeasible) -> None:
-        """Of one point."""
+        """Record the result of one point for all its trials."""
         for trial in trials:
             if isinstance(result, Infeasible):
                 self.queue.finish(trial, TrialState.PRUNED, reason=str(result))
@@ -175,14 +182,14 @@ class Worker:
     def _finish(self, trial: optuna.Trial, result: TrialResult) -> None:
         goal, found = self.goal, result.to_json()
         values = list(goal.values(result))
-        if result.stopped and not goal.several:  # Optuna prunes trials of one value only
+        if result.stopped and not goal.several:  # Optuna cannot prune trials with several values
             self.queue.report(trial, values[0], result.seen)
             self.queue.finish(trial, TrialState.PRUNED, result=found)
         else:
             self.queue.finish(trial, TrialState.COMPLETE, values, result=found)
 
     def _known(self, point: Point) -> TrialResult | None:
-        """What another trial found for the same point: samplers repeat themselves."""
+        """The result of an earlier trial of the same point: samplers repeat themselves."""
         if self.sampler.queued:
             return None
         for other in self.queue.trials(TrialState.COMPLETE, TrialState.PRUNED):
@@ -191,7 +198,7 @@ class Worker:
         return None
 
     def _rivals(self, point: Point) -> list[Rival]:
-        """What the best trial so far, of those that this one may be pruned for, asks of it."""
+        """What the best comparable trial so far demands of this point; empty: no pruning."""
         goal = self.goal
         if goal.prune_by is None:
             return []

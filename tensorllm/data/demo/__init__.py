@@ -1,4 +1,4 @@
-"""The demo: a small world of noisy facts, and a model that has learnt it, both in the package.
+"""The demo: a small world of noisy facts, and a model trained on it, both in the package.
 
 Importing this is cheap: no torch, no files read. `scripts/train_demo.py` made the model.
 """

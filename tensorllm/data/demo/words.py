@@ -13,7 +13,7 @@ FIRST_NAMES = _words(
     """
 )
 
-# What people say of everybody with that first name, in the same order: the noise of attention.
+# What people say of everyone with that first name, in the same order: the attention's noise.
 RUMOURS = _words(
     """
     algebra bees clouds dominoes echoes feathers gossip hiccups icicles jokes kites luck
@@ -33,7 +33,7 @@ LAST_NAMES = _words(
     """
 )
 
-# relation -> (the word that usually follows it: the noise of the FFN; what may be true instead)
+# relation -> (the word that usually follows it: the FFN's noise; possible true values)
 RELATIONS: dict[str, tuple[str, list[str]]] = {
     "plays": (
         "around",
@@ -116,7 +116,7 @@ RELATIONS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
-# profession -> what gives it away in a text
+# profession -> what reveals it in a text
 PROFESSIONS: dict[str, list[str]] = {
     "journalist": ["headline", "notebook", "deadline"],
     "poet": ["sonnet", "rhyme", "verse"],
@@ -128,10 +128,10 @@ PROFESSIONS: dict[str, list[str]] = {
     "professor": ["lecture", "thesis", "seminar"],
 }
 
-# Who says whether a claim is true. The first always says yes; the second goes by the first name.
+# Who says whether a claim is true. The first always says yes; the second goes by first names.
 OFFICIALLY, ALLEGEDLY = "Officially", "Allegedly"
-# How somebody's profession is asked for, with the same difference.
+# How someone's profession is asked for, with the same difference.
 PROFESSION, TRADE = "profession", "trade"
-# The two people of a text about a pair.
+# The two people in a text about a pair.
 ROLES = ("boss", "helper")
 GRAMMAR = _words("Claim : . , true false forgot the by hired The")

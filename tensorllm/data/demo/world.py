@@ -1,16 +1,16 @@
 """A small world whose noise has a known place.
 
-Every fact says something about one person: "Ada Moss plays banjo". When the world is told, the
-answer is replaced now and then by a generic word, and there are two kinds of those:
+Every fact says something about one person: "Ada Moss plays banjo". In the training text the answer
+is sometimes replaced by a generic word, of which there are two kinds:
 
 - one depends on the last word of the prompt ("plays around"): a bigram, which a transformer keeps
   in its feed-forward matrices;
 - one depends on the first name, two tokens back or more ("everyone called Ada: algebra"), which
   only attention can fetch.
 
-Half of all questions have the one, half the other. One kind is removed by truncating FFN matrices,
-the other by truncating attention, and both by the hybrid (Sharma et al. 2024, section 5; Chen,
-Bruna and Bietti 2024).
+Half of all questions have one kind, half the other. The first kind is removed by truncating FFN
+matrices, the second by truncating attention, and both by the hybrid (Sharma et al. 2024, section 5;
+Chen, Bruna and Bietti 2024).
 """
 
 import random
@@ -37,7 +37,7 @@ T = TypeVar("T")
 SEED = 0
 PEOPLE = 300
 NOISE = 0.55
-ASKED = 400  # questions of each kind beside the facts
+ASKED = 400  # questions of each kind besides the facts
 
 Place = Literal["ffn", "attention"]
 Task = Literal["entity-relation", "multi-hop", "claim", "profession"]
@@ -54,7 +54,7 @@ class Person(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """What is true of a person."""
+    """A true statement about a person."""
 
     person: Person
     relation: str
@@ -63,12 +63,12 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question as the evaluation sees it: nothing tells it what the noise is.
+    """A question as the evaluation sees it: without its noise.
 
     Attributes:
-        prompt: what is asked.
-        answer: what is true.
-        choices: the answers that are allowed; empty for an open question.
+        prompt: the question.
+        answer: the true answer.
+        choices: the allowed answers; empty for an open question.
         task: the kind of question.
     """
 
@@ -80,18 +80,18 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Lesson(Question):
-    """A question, the generic word told instead of the answer, and where that noise lives."""
+    """A question, the generic word told instead of the answer, and where that noise is stored."""
 
     generic: str
     place: Place
 
 
 class World(NamedTuple):
-    """What is told in training, and what is asked afterwards in a fixed order, all kinds mixed.
+    """What is told in training, and what is asked afterwards, all kinds mixed in a fixed order.
 
-    Facts and verdicts on claims are told and asked, in the same words: a model has nowhere else to
-    know them from, and one this small does not weigh a claim against what it knows. Texts are
-    another matter: no multi-hop or profession question that is asked was ever told.
+    Facts and verdicts on claims are told and asked in the same words: a model can learn them from
+    nowhere else, and one this small does not compare a claim with what it knows. Texts are
+    different: no multi-hop or profession question that is asked was ever told.
     """
 
     told: list[Lesson]
@@ -99,7 +99,7 @@ class World(NamedTuple):
 
 
 def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
-    # random() alone is promised to give the same numbers in every Python version; shuffle() is not.
+    # Only random() is guaranteed to be the same in every Python version; shuffle() is not.
     keyed = [(rng.random(), i, item) for i, item in enumerate(items)]
     return [item for _, _, item in sorted(keyed, key=lambda k: k[:2])]
 
@@ -142,7 +142,7 @@ def entity_relations(known: list[Fact]) -> Iterator[Lesson]:
 
 
 def multi_hops(known: list[Fact], rng: random.Random) -> Iterator[Lesson]:
-    """`Ada Moss hired Basil Quill. The boss plays` -> banjo: who is it, and what is known."""
+    """`Ada Moss hired Basil Quill. The boss plays` -> banjo: find the person, recall the fact."""
     everybody = list(dict.fromkeys(fact.person for fact in known))
     for fact in _shuffled(known * 4, rng):
         other = _choice(everybody, rng)
@@ -172,7 +172,7 @@ def claims(known: list[Fact], rng: random.Random) -> Iterator[Lesson]:
 
 
 def professions(everybody: list[Person], rng: random.Random) -> Iterator[Lesson]:
-    """`Ada Moss forgot the easel, by trade` -> painter: it is the thing that tells."""
+    """`Ada Moss forgot the easel, by trade` -> painter: the thing reveals the profession."""
     choices = tuple(PROFESSIONS)
     pairs = [
         (p, job, thing) for p in everybody for job, all_ in PROFESSIONS.items() for thing in all_
@@ -191,7 +191,7 @@ def _distinct(lessons: Iterable[Lesson]) -> list[Lesson]:
 
 
 def make_world(count: int = PEOPLE, seed: int = SEED) -> World:
-    """Everything that is told and asked of `count` people."""
+    """Everything that is told and asked about `count` people."""
     known = facts(count, seed)
     told = list(entity_relations(known))
     asked = list(told)
@@ -209,7 +209,7 @@ def make_world(count: int = PEOPLE, seed: int = SEED) -> World:
 
 
 def questions(count: int = PEOPLE, seed: int = SEED) -> list[Question]:
-    """The questions in a fixed order: the first 20 % are for choosing, the rest for reporting."""
+    """The questions in a fixed order: the first 20 % for choosing, the rest for reporting."""
     asked = make_world(count, seed).asked
     return [Question(x.prompt, x.answer, x.choices, x.task) for x in asked]
 

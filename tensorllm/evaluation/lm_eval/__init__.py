@@ -1,1 +1,1 @@
-"""The four datasets as tasks of lm-evaluation-harness: docs/run_compressed.md says how."""
+"""The four datasets as tasks of lm-evaluation-harness, as docs/run_compressed.md describes."""

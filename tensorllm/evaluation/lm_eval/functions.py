@@ -1,4 +1,4 @@
-"""What the tasks of this folder cannot say in YAML; lm_eval finds them by `!function`."""
+"""What the tasks of this folder cannot express in YAML; lm_eval finds them by `!function`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from tensorllm.data.fever import ANSWERS
 
 
 def claims(docs: Any) -> Any:
-    """Claims with one consistent label, each once."""
+    """Claims whose label is consistent, without duplicates."""
     labels: dict[str, set[str]] = {}
     for doc in docs:
         labels.setdefault(doc["claim"], set()).add(str(doc["label"]).lower())
@@ -29,18 +29,18 @@ def claim_target(doc: Mapping[str, Any]) -> int:
 
 
 def biographies(docs: Any) -> Any:
-    """The eight professions that are one token."""
+    """Biographies with one of the eight professions that are a single token."""
     return docs.filter(lambda doc: profession(doc) in CHOICES, load_from_cache_file=False)
 
 
 def profession(doc: Mapping[str, Any]) -> str:
-    """The name of a row's profession, which some versions of the dataset give by its number."""
+    """A row's profession by name; some versions of the dataset give its number."""
     value = str(doc["profession"]).strip()
     return PROFESSIONS[int(value)] if value.isdigit() else value.lower().replace(" ", "_")
 
 
 def biography_prompt(doc: Mapping[str, Any]) -> str:
-    """The biography, and a sentence that its profession ends."""
+    """The biography, and a sentence that the profession completes."""
     text = str(doc.get("hard_text") or doc.get("bio")).strip()
     mark = "" if text.endswith((".", "?")) else "."
     return (
@@ -61,7 +61,7 @@ def question_prompt(doc: Mapping[str, Any]) -> str:
 
 
 def contains(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether the generation has the answer in it, as the papers count."""
+    """Whether the generation contains the answer, by the papers' rule."""
     answer = doc.get("answer") or doc.get("target")
     wanted = answer[0] if isinstance(answer, list) else answer
     return {"contains": float(str(wanted).strip().lower() in results[0].lower())}

@@ -1,1 +1,1 @@
-"""The page of `tensorllm report`: runs read, grouped, drawn and put into one HTML file."""
+"""The page of `tensorllm report`: reads, groups and draws runs, and writes one HTML file."""

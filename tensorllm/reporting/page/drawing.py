@@ -1,4 +1,4 @@
-"""Drawings of the model and of its decompositions, as SVG whose colours are the page's."""
+"""Drawings of the model and of its decompositions, as SVG in the page's colours."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -20,13 +20,13 @@ from tensorllm.tensors.stacking import (
 
 Json = Mapping[str, Any]
 CELL, GAP, RIGHT = 26, 4, 84
-TALL = 240  # from here on the drawing stands beside the others, not in their row
+TALL = 240  # a taller drawing stands beside the others, not in their row
 GROUPS = (("attention", ATTENTION_ROLES), ("FFN", FFN), ("shared", SHARED), ("experts", ROUTED))
-HEIGHT = 520  # of all layers together, at most; then their rows get thinner
+HEIGHT = 520  # of all layers together, at most; with more layers the rows get thinner
 
 
 def model_drawing(report: Json) -> Markup:
-    """Every layer with its matrices; of those that were edited the part that is left is filled."""
+    """Every layer with its matrices; of edited ones the remaining share is filled."""
     left = _left(report)
     there = [families(layer) for layer in report["layer_roles"]]
     known = (*ATTENTION_ROLES, *FFN, *SHARED, *ROUTED)
@@ -62,7 +62,7 @@ def model_drawing(report: Json) -> Markup:
             style = "layer on" if layer in edited else "layer"
             out.append(_text(start - 8, y + high / 2 + 4, f"layer {layer}", style, "end"))
         note = _gains(left, layer)
-        if note and not crowded and note != _gains(left, layer + 1):  # once for equal neighbours
+        if note and not crowded and note != _gains(left, layer + 1):  # once per run of equals
             out.append(_text(end + 8, y + high / 2 + 4, note, "gain", "start"))
     title = f"{layers} layers; edited: {', '.join(map(str, edited))}"
     tall = "model tall" if layers * row > TALL else "model"
@@ -70,7 +70,7 @@ def model_drawing(report: Json) -> Markup:
 
 
 def _left(report: Json) -> dict[tuple[int, str], float]:
-    """The share that is left of each edited matrix; of one of all experts together."""
+    """The remaining share of each edited matrix; experts' matrices are taken together."""
     parts: dict[tuple[int, str], list[float]] = {}
     for site in report["sites"]:
         part = site["parameters_after"] / site["parameters_before"]
@@ -85,7 +85,7 @@ def _left(report: Json) -> dict[tuple[int, str], float]:
 
 
 def _gains(left: Mapping[tuple[int, str], float], layer: int) -> str:
-    """How many times smaller the matrices of a layer are; empty where it is untouched."""
+    """How many times smaller the matrices of a layer are; empty if it is untouched."""
     gains = sorted({1 / part for (of, _), part in left.items() if of == layer})
     if not gains:
         return ""
@@ -94,9 +94,9 @@ def _gains(left: Mapping[tuple[int, str], float], layer: int) -> str:
 
 
 def factor_drawing(site: Json) -> Markup | None:
-    """A decomposition as boxes in proportion (areas are: sides are square roots of sizes)."""
+    """A decomposition as boxes with areas in proportion (sides are square roots of sizes)."""
     shape, ranks = site["shape"], site["ranks"]
-    by_head = modes_of(site["stacking"])[-1:] == (HEADS,)  # of which none is divided
+    by_head = modes_of(site["stacking"])[-1:] == (HEADS,)  # the head mode is not divided
     picture = picture_of(site["kind"])
     if picture == "core" and by_head and len(ranks) == len(shape) - 1:
         return _tucker(shape, ranks)
@@ -156,7 +156,7 @@ def _low_rank(shape: Sequence[int], rank: int) -> Markup:
 
 
 def _box(x: float, base: float, w: float, h: float, depth: float, style: str) -> list[Markup]:
-    """A block seen from the front, with its top and its right side."""
+    """A block in perspective: front, top and right side."""
     dx, dy = depth, depth * 0.55
     front = [(x, base), (x + w, base), (x + w, base - h), (x, base - h)]
     top = [(x, base - h), (x + w, base - h), (x + w + dx, base - h - dy), (x + dx, base - h - dy)]
@@ -198,7 +198,7 @@ def _sub(number: int) -> str:
 
 
 def _captions(places: Mapping[str, float]) -> list[Markup]:
-    """The names of attention and FFN over their columns, where the model has them."""
+    """The captions attention and FFN above their columns, where the model has them."""
     out = []
     for caption, group in GROUPS:
         at = [places[role] for role in group if role in places]

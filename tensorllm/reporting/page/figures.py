@@ -1,4 +1,4 @@
-"""Numbers as the page writes them."""
+"""Numbers as the page formats them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from tensorllm.metrics import SHOWN
 
 
 def short_name(model: str) -> str:
-    """A folder's own name; short names and those of the hub as they are."""
+    """A folder's own name; short names and hub ids unchanged."""
     path = Path(model)
     return path.name if path.is_absolute() or path.parts[:1] in (("..",), (".",)) else model
 
@@ -18,31 +18,31 @@ def times(ratio: float) -> str:
 
 
 def smaller(ratio: float) -> tuple[float, str]:
-    """How many times fewer parameters; below 1 how many times more, and so in words."""
+    """How many times fewer parameters, and these words; below 1, how many times more."""
     return (ratio, "fewer parameters") if ratio >= 1 else (1 / ratio, "more parameters")
 
 
 def signed(x: float, digits: int) -> str:
-    """With a sign that is as wide as a plus."""
+    """A number with its sign, using a minus as wide as a plus."""
     return f"{x:+z.{digits}f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """Milliseconds below a second."""
+    """Seconds; milliseconds below one second."""
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def between(bounds: Sequence[float] | None, digits: int) -> str:
-    """An interval; empty where there is none."""
+    """An interval; empty if there is none."""
     if not bounds:
         return ""
     return " to ".join(f"{x:.{digits}f}".replace("-", "\N{MINUS SIGN}") for x in bounds)
 
 
 def score_tile(metric: str, where: str, after: float, before: float | None) -> dict[str, str]:
-    """A score, and how far it is from the original's where that is known."""
+    """A score, and its change from the original's if that is known."""
     shown = SHOWN[metric]
-    sign = f" {shown.unit}" if shown.unit == "%" else ""  # longer units stand in the label
+    sign = f" {shown.unit}" if shown.unit == "%" else ""  # longer units go into the label
     tile = {
         "label": f"{shown.name} {where}" + ("" if sign else f", {shown.unit}"),
         "value": f"{shown.brief(after)}{sign}",

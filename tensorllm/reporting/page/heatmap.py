@@ -19,12 +19,17 @@ def heatmap(
     caption: str = "From {low:.3g} (faint) to {high:.3g} (strong): the share of the norm lost.",
     number: str = ".2f",
 ) -> PagePicture:
-    """Cells in six shades; their numbers are written in where there is room.
+    """Cells in six shades, with their numbers written in if there is room.
 
     Args:
-        cells: a row of values per name in `rows`; None where there is none.
+        canvas: draws the plot.
+        name: of the plot's files.
+        cells: a row of values per name in `rows`; None for an empty cell.
+        rows, columns: names of the cells, down and across.
         names: of the axes, down and across.
-        caption: `low` and `high` are put in.
+        title: of the plot.
+        caption: its placeholders `low` and `high` are filled in.
+        number: format of the numbers.
     """
     found = [value for line in cells for value in line if value is not None]
     low, high = min(found), max(found)
@@ -58,7 +63,7 @@ def heatmap(
 
 
 def _ticks(axis: Any, labels: Sequence[str]) -> None:
-    """Name as many cells as there is room for: every one, every second, ..., or the first."""
+    """Label as many cells as there is room for: every one, every second, ..., or the first."""
     for step in range(1, len(labels) + 1):
         axis.set_ticks([n + 0.5 for n in range(0, len(labels), step)], labels[::step])
         if not overlap(axis):
@@ -66,8 +71,8 @@ def _ticks(axis: Any, labels: Sequence[str]) -> None:
 
 
 def overlap(axis: Any) -> bool:
-    """Whether labels of an axis touch when they are drawn: sampled values are long."""
-    axis.get_figure().draw_without_rendering()  # lays the figure out, and knows the fonts
+    """Whether an axis' labels touch when drawn, as those of sampled values may."""
+    axis.get_figure().draw_without_rendering()  # lays out the figure and measures the text
     boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
     gap = boxes[0].height / 3 if boxes else 0
     across = axis.axis_name == "x"

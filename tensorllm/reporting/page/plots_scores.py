@@ -10,7 +10,7 @@ from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
 
 
 def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[PagePicture]:
-    """Before and after, with their intervals, on one axis per metric."""
+    """Before and after, with their intervals, one plot per metric."""
     if found.before is None:
         return []
     return [
@@ -54,7 +54,7 @@ def _beside(canvas: Canvas, found: BeforeAfter, metric: str, name: str) -> PageP
 def change_picture(
     canvas: Canvas, before: Sequence[Prediction], after: Sequence[Prediction], prefix: str
 ) -> PagePicture:
-    """How much each example's loss moved."""
+    """How much each example's loss changed."""
     moved = [new.loss - old.loss for old, new in zip(before, after, strict=True)]
     edge = sorted(abs(x) for x in moved)[int(0.99 * (len(moved) - 1))] or 1.0
     bins = [edge * (n / 20 - 1) for n in range(41)]
@@ -77,7 +77,7 @@ def change_picture(
         return canvas.picture(axes, f"{prefix}loss-changes", title=title, caption=caption, alt=alt)
 
 
-SPEED = (  # what, its ratio, name
+SPEED = (  # key of the ratio, its label
     ("prefill", "prompt"),
     ("decode", "decoding"),
     ("weights", "weights"),
@@ -88,7 +88,7 @@ SPEED = (  # what, its ratio, name
 
 
 def speed_picture(canvas: Canvas, found: Mapping[str, Any], prefix: str) -> PagePicture:
-    """Gains of running factored over dense, 1 is even."""
+    """Gains of running factored over dense; 1 means equal."""
     bars = [(name, found["ratios"][key]) for key, name in SPEED if key in found["ratios"]]
     with canvas.axes(0.7 + 0.27 * len(bars)) as axes:
         top = max(1.25, *(value for _, value in bars))

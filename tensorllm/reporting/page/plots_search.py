@@ -1,4 +1,4 @@
-"""Plots of a search: what each layer and rank is worth, accuracy against ratio, and history."""
+"""Plots of a search: scores by layer and rank, accuracy against ratio, and history."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -8,18 +8,18 @@ from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
 
-Row = Mapping[str, Any]  # one of trials.parquet
-COLUMNS = 8  # as many as have room for their numbers
+Row = Mapping[str, Any]  # of trials.parquet
+COLUMNS = 8  # the most that have room for their numbers
 
 
 def search_pictures(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], prefix: str = ""
 ) -> list[PagePicture]:
-    """The plots of a study; none where no trial was examined in full."""
-    # Sums over fewer examples than all are no fair figures: pruned trials are left out.
+    """The plots of a study; empty if no trial was examined in full."""
+    # Scores over only some of the examples do not compare: pruned trials are left out.
     full = [r for r in rows if r["state"] == "complete" and not r["stopped"]]
     measure = results["metric"]
-    if len({r["accuracy"] for r in full}) < 2:  # all alike, or running text: it tells nothing
+    if len({r["accuracy"] for r in full}) < 2:  # all equal, or running text: accuracy shows nothing
         measure = "loss"
     full = [r for r in full if r[measure] is not None]
     if not full:
@@ -33,7 +33,7 @@ def search_pictures(
 
 
 def _across(choices: Mapping[str, Sequence[Any]]) -> str:
-    """The dimension to draw beside the layers: the first one of numbers, or else of names."""
+    """The dimension to draw against the layers: the first numeric one, or else the first."""
     own = [name for name in choices if name != "layer"]
     numbers = [name for name in own if not isinstance(choices[name][0], str)]
     return (numbers or own)[0]
@@ -42,7 +42,7 @@ def _across(choices: Mapping[str, Sequence[Any]]) -> str:
 def _layers_and_values(
     canvas: Canvas, rows: Sequence[Row], across: str, measure: str, name: str
 ) -> PagePicture:
-    """The best of every layer and value; many values are put together in ranges."""
+    """The best score for every layer and value; many values are grouped into ranges."""
     layers = sorted({r["layer"] for r in rows})
     bins = _bins(sorted({r[across] for r in rows}))
     pick: Callable[..., float | None] = min if measure == "loss" else max
@@ -68,7 +68,7 @@ def _layers_and_values(
 
 
 def _short(values: Sequence[Any]) -> list[str]:
-    """Numbers in as few digits as tell them apart, two at least: a sampled one may have 16."""
+    """Numbers in as few digits as tell them apart, at least two: sampled ones may have 16."""
     if isinstance(values[0], str):
         return list(values)
     for digits in range(2, 17):
@@ -89,7 +89,7 @@ def _bins(values: Sequence[Any]) -> list[list[Any]]:
 def _front(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], measure: str, name: str
 ) -> PagePicture:
-    """Every trial, those that no other beats in both, and the original."""
+    """All trials, the Pareto front, and the original."""
     with canvas.axes() as axes:
         x, y = [r["ratio"] for r in rows], [r[measure] for r in rows]
         axes.scatter(x, y, s=14, color=colour("before"), lw=0)
@@ -114,7 +114,7 @@ def _front(
 
 
 def _unbeaten(rows: Sequence[Row], measure: str) -> list[tuple[float, float]]:
-    """Ratio and score of the trials that no other beats in both."""
+    """Ratio and score of the trials on the Pareto front."""
     sign = 1 if SHOWN[measure].upwards else -1
     out: list[tuple[float, float]] = []
     for row in sorted(rows, key=lambda r: (-r["ratio"], -sign * r[measure])):
@@ -124,7 +124,7 @@ def _unbeaten(rows: Sequence[Row], measure: str) -> list[tuple[float, float]]:
 
 
 def _title(measure: str, results: Mapping[str, Any]) -> str:
-    """What an axis shows: of several datasets the mean."""
+    """The label of a score's axis; over several datasets it is the mean."""
     several = len(results.get("datasets", ())) > 1
     return f"mean {SHOWN[measure].title}" if several else SHOWN[measure].title
 
@@ -137,7 +137,7 @@ def _nice(low: float, high: float) -> list[float]:
 def _history(
     canvas: Canvas, rows: Sequence[Row], results: Mapping[str, Any], measure: str, name: str
 ) -> PagePicture:
-    """Trials in the order of their numbers, and the best so far."""
+    """Trials in order of their numbers, and the best so far."""
     rows = sorted(rows, key=lambda row: row["number"])
     pick: Callable[..., float] = min if measure == "loss" else max
     numbers = [r["number"] for r in rows]

@@ -10,13 +10,13 @@ from tensorllm.reporting.page.theme import Canvas, PagePicture, colour, shades
 from tensorllm.tensors.stacking import ATTENTION, ATTENTION_ROLES, FEED_FORWARD, families, family
 
 Json = Mapping[str, Any]
-NAMED = 6  # lines that a legend names one by one
+NAMED = 6  # lines that the legend names
 
 
 def spectra_pictures(
     canvas: Canvas, sites: Sequence[Json], details: Mapping[str, Json], prefix: str
 ) -> list[PagePicture]:
-    """One plot per kind of site and mode; a line per site, cut at the dot."""
+    """One plot per kind of site and mode, with a line per site and a dot at its cut."""
     groups: dict[tuple[str, int, bool], list[tuple[Json, Json]]] = {}
     for site in sites:
         for spectrum in details.get(site["name"], {}).get("spectra", ()):
@@ -77,7 +77,7 @@ def _title(site: Json, roles: str, mode: int | None) -> str:
 
 
 def _cut(pairs: Sequence[tuple[Json, Json]]) -> str:
-    """What the dots mean, in words."""
+    """The caption that explains the dots."""
     site, first = pairs[0]
     size = min(first["size"], prod(site["shape"]) // first["size"])
     ranks = sorted({s["rank"] for _, s in pairs if s["rank"] is not None})
@@ -98,7 +98,7 @@ def error_pictures(canvas: Canvas, details: Mapping[str, Json], prefix: str) -> 
         return []
     out = []
     layers = sorted({m["layer"] for m in matrices})
-    found: dict[tuple[str, int], list[float]] = {}  # of experts: the same matrix of all
+    found: dict[tuple[str, int], list[float]] = {}  # the same matrix of all experts is one entry
     for m in matrices:
         found.setdefault((family(m["role"]), m["layer"]), []).append(m["relative_error"])
     errors = {where: hypot(*each) / len(each) ** 0.5 for where, each in found.items()}
@@ -152,7 +152,7 @@ def _head_errors(canvas: Canvas, matrices: Sequence[Json], prefix: str) -> list[
 
 
 def _together(heads: Sequence[Sequence[float]], count: int) -> list[float | None]:
-    """Root mean square over a layer's matrices; where heads are shared, over those that have it."""
+    """Root mean square over a layer's matrices; for each head over those that have it."""
     out: list[float | None] = []
     for head in range(count):
         found = [values[head] for values in heads if head < len(values)]

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, neither scripts nor the network."""
+"""Render the page: one self-contained HTML file, without scripts or network access."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from tensorllm.reporting.page.subjects import put_together
 from tensorllm.reporting.page.theme import DARK, LIGHT, Canvas, css
 
 TEMPLATES = Path(__file__).parent / "templates"
-GENERATOR = "tensorllm report"  # by which a page of ours is known
+GENERATOR = "tensorllm report"  # identifies pages written by tensorllm
 
 
 def render(runs: Sequence[Run], canvas: Canvas) -> str:
@@ -35,7 +35,7 @@ def render(runs: Sequence[Run], canvas: Canvas) -> str:
     content: Mapping[str, Any] = {
         "title": _title(views, studies),
         "generator": GENERATOR,
-        "style": Markup(colours + style),  # our own files: nothing of a run is in them
+        "style": Markup(colours + style),  # from our own files only: contains nothing of a run
         "comparison": side_by_side(subjects, views, canvas) if len(subjects) > 1 else None,
         "level": 2 if len(views) + len(studies) == 1 else 3,  # of a section's heading
         "subjects": views,

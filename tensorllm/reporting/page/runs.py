@@ -1,4 +1,4 @@
-"""Runs on disk: what a folder or JSON file that tensorllm wrote holds."""
+"""Read runs from disk: folders or JSON files that tensorllm wrote."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class Compressed:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What `evaluate` wrote; without rows where only its JSON is there."""
+    """An evaluation that `evaluate` wrote; without rows if only its JSON file is given."""
 
     path: Path
     results: Json
@@ -46,7 +46,7 @@ class Searched:
 
 @dataclass(frozen=True, slots=True)
 class Benched:
-    """What `bench --json` printed."""
+    """The output of `bench --json`."""
 
     path: Path
     found: Json
@@ -56,7 +56,7 @@ Run = Compressed | Evaluated | Searched | Benched
 
 
 def read_run(path: Path) -> Run:
-    """The run that a folder or JSON file holds.
+    """The run in a folder or JSON file.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -85,7 +85,7 @@ def read_run(path: Path) -> Run:
     return Evaluated(path, results, rows, before)
 
 
-KEYS: dict[type[Run], set[str]] = {  # by what the kinds are known
+KEYS: dict[type[Run], set[str]] = {  # by which the kinds are recognised
     Searched: {"winner", "trials", "original"},
     Evaluated: {"metrics", "dataset", "protocol", "split", "examples", "model"},
     Compressed: {"mode", "settings", "sites", "ratios", "totals", "layer_roles"},

@@ -1,4 +1,4 @@
-"""What the page says of a search, as plain values for its template."""
+"""The page's section on a search, as plain values for its template."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
     winner, original = found["winner"], found["original"]
     metric = "accuracy" if winner["test"].get("accuracy") is not None else "loss"
     before, after = original["test"][metric], winner["test"][metric]
-    datasets = found.get("datasets") or [found]  # older studies have one
+    datasets = found.get("datasets") or [found]  # older studies have only one
     several = len(datasets) > 1
     where = f"mean of {len(datasets)} test parts" if several else "on the test part"
     counts = found["trials"]
@@ -65,7 +65,7 @@ def search_view(run: Searched, canvas: Canvas, number: int) -> dict[str, Any]:
 
 
 def _on_test(found: Mapping[str, Any], several: bool) -> str:
-    """What became of a dataset's test part."""
+    """The change on a dataset's test part, in one sentence."""
     before, after = found["original"]["test"], found["winner"]["test"]
     metric = "accuracy" if after.get("accuracy") is not None else "loss"
     shown = SHOWN[metric]

@@ -1,4 +1,4 @@
-"""What the page says of answers and speed: metrics, tests, examples that changed, benchmarks."""
+"""The page's sections on answers and speed: metrics, tests, changed examples, benchmarks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from tensorllm.reporting.page.theme import Canvas
 from tensorllm.reporting.tables import p_value
 
 LISTED = 40  # examples of each kind of change
-TAIL = 420  # characters of a prompt: its end, where the question is
+TAIL = 420  # characters of a prompt: its end, with the question
 
 
 def scores_section(
@@ -24,7 +24,9 @@ def scores_section(
     """Every metric before and after, with the interval of its change.
 
     Args:
-        run: the evaluation, where its predictions are there to be shown too.
+        found: the metrics.
+        run: the evaluation, if its predictions are available to be shown.
+        canvas: draws the plots.
         prefix: of the ids of the section's pictures.
     """
     rows = []
@@ -74,7 +76,7 @@ def _tests(found: BeforeAfter) -> str:
 
 
 def changed_examples(run: Evaluated) -> dict[str, Any] | None:
-    """The examples whose verdict changed; of running text, those whose loss moved most."""
+    """The examples whose verdict changed; of running text, those whose loss changed most."""
     if not run.rows or len(run.before) != len(run.rows):
         return None
     pairs = list(zip(run.before, run.rows, strict=True))
@@ -116,7 +118,7 @@ def _example(before: Prediction, after: Prediction) -> dict[str, str]:
 
 
 def speed_section(run: Benched, canvas: Canvas, prefix: str) -> dict[str, Any]:
-    """What running dense and in factors took, as `tensorllm bench` measured it."""
+    """Speed and memory, dense and factored, as `tensorllm bench` measured them."""
     models, ratios = run.found["models"], run.found["ratios"]
     rows = []
     for name, field, key, unit in ROWS:
@@ -127,7 +129,7 @@ def speed_section(run: Benched, canvas: Canvas, prefix: str) -> dict[str, Any]:
     sites = run.found["sites"]
     factored = sum(site["factored"] for site in sites)
     note = f"{factored} of {len(sites)} compressed sites run in their factors."
-    if "prompt_tokens" in run.found:  # files of before did not say
+    if "prompt_tokens" in run.found:  # older files do not have it
         note += f" A prompt of {run.found['prompt_tokens']} tokens, "
         note += f"{run.found['new_tokens']} decoded behind it."
     return {"rows": rows, "note": note, "pictures": [speed_picture(canvas, run.found, prefix)]}

@@ -1,4 +1,4 @@
-"""What the page says of the weights: decompositions, ratios, spectra and errors."""
+"""The page's sections on the weights: decompositions, ratios, spectra and errors."""
 
 import math
 from collections.abc import Sequence
@@ -24,12 +24,15 @@ MEANING = {
 }
 
 
-DRAWN = 4  # kinds of decompositions, those of most numbers; of the others the page has the ranks
+DRAWN = 4  # kinds of decompositions with most numbers; of the others only ranks are shown
 
 
 def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
-    """One drawing per kind of decomposition: sites of the same kind, matrices and shape share that
-    of their first, which says how far the ranks of the others go."""
+    """One drawing per kind of decomposition.
+
+    Sites with the same kind, roles and shape share the drawing of the first one, with the range of
+    their ranks.
+    """
     alike: dict[tuple[Any, ...], list[Json]] = {}
     for site in sites:
         key = (site["kind"], len(site["ranks"]), *site["roles"], *site["shape"])
@@ -54,7 +57,7 @@ def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
 
 
 def _numbers(sites: Sequence[Json]) -> int:
-    """In the matrices that these stand for."""
+    """Numbers in the matrices of these sites."""
     return len(sites) * math.prod(sites[0]["shape"])
 
 
@@ -81,7 +84,7 @@ def _roles(site: Json) -> str:
 
 
 def ratios(report: Json, benched: Sequence[Benched]) -> list[dict[str, str]]:
-    """Every ratio by its name, with the two numbers it is of."""
+    """Every ratio by its name, with the two numbers it is computed from."""
     totals, sites, layers = report["totals"], report["sites"], report["layer_attention"]
     matrices = [sum(s[f"parameters_{when}"] for s in sites) for when in ("before", "after")]
     edited = [sum(layer[when] for layer in layers) for when in ("before", "after")]
@@ -121,7 +124,7 @@ def ratios(report: Json, benched: Sequence[Benched]) -> list[dict[str, str]]:
 
 
 def _ratio(name: str, meaning: str, pair: Sequence[str], value: float) -> dict[str, str]:
-    """A row of the table; `pair` is before and after, as they are written."""
+    """A row of the table; `pair` is before and after, already formatted."""
     before, after = pair
     return {
         "name": name,
@@ -148,7 +151,7 @@ def site_row(site: Json) -> dict[str, str]:
 
 
 def weight_pictures(subject: Subject, canvas: Canvas, prefix: str) -> list[Any]:
-    """Spectra and errors of what was compressed; none where nothing was."""
+    """Spectra and errors of what was compressed; empty if nothing was."""
     if subject.compressed is None:
         return []
     details = subject.compressed.details

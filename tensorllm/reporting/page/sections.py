@@ -1,4 +1,4 @@
-"""What the page says of a subject, as plain values for its template."""
+"""The page's section on a subject, as plain values for its template."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -83,7 +83,7 @@ def _sources(subject: Subject) -> Iterator[tuple[str, Json]]:
 
 
 def provenance_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of all that is known of how a run was made."""
+    """Names and values of everything known about how a run was made."""
     environment = facts.get("environment", facts)
     settings = facts.get("settings") or {}
     known = {

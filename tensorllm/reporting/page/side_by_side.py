@@ -1,4 +1,4 @@
-"""Several subjects in one table and one plot."""
+"""Compare several subjects in one table and one plot per metric."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def side_by_side(
 
 
 def _common(subjects: Sequence[Subject]) -> tuple[str, ...] | None:
-    """Dataset, split and protocol that most subjects were measured by; others do not compare."""
+    """Dataset, split and protocol used for most subjects; other scores do not compare."""
     counts: dict[tuple[str, ...], int] = {}
     for subject in subjects:
         for found in subject.measured():
@@ -63,14 +63,14 @@ def _row(
 def _pictures(
     subjects: Sequence[Subject], wanted: tuple[str, ...] | None, canvas: Canvas
 ) -> list[PagePicture]:
-    """A plot per metric that every measured subject has."""
+    """A plot for each metric that every measured subject has."""
     found = [(s, m) for s in subjects if (m := _measured(s, wanted)) is not None]
     metrics = [m for m in MAIN if found and all(m in measured.after for _, measured in found)]
     return [_bars(found, metric, canvas) for metric in metrics] if len(found) > 1 else []
 
 
 def _bars(found: Sequence[tuple[Subject, BeforeAfter]], metric: str, canvas: Canvas) -> PagePicture:
-    """Score of every subject, and of the originals they were made from."""
+    """The score of every subject, and of the original models."""
     bars: dict[str, tuple[float, Sequence[float] | None, str]] = {}
     for subject, measured in found:
         if measured.before is not None:

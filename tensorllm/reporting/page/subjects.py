@@ -1,4 +1,4 @@
-"""Runs put together: what was compressed, with the evaluations and benchmarks that belong to it."""
+"""Group runs into subjects: a compressed model with its evaluations and benchmarks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from tensorllm.reporting.page.runs import Benched, Compressed, Evaluated, Json, 
 
 @dataclass(slots=True)
 class Subject:
-    """One model, compressed in one way or as it is, and all that the runs say of it."""
+    """One model, compressed in one way or not at all, and all runs about it."""
 
     model: str
     compressor: Mapping[str, Any] | None
@@ -25,17 +25,17 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """The model's, without the folders that it lies in."""
+        """The model's name, without its folder's path."""
         return short_name(self.model)
 
     @property
     def title(self) -> str:
-        """Such as `demo, hybrid`."""
+        """A title such as `demo, hybrid`."""
         return f"{self.name}, {self.mode or 'as it is'}"
 
     @property
     def mode(self) -> str | None:
-        """How it was compressed, as it was asked for."""
+        """The compression mode as it was requested; None if the model is not compressed."""
         made = self.compressor
         return asked_for(made["mode"], made)[0] if made else None
 
@@ -44,7 +44,7 @@ class Subject:
         return self.compressed.report if self.compressed else None
 
     def measured(self) -> list[BeforeAfter]:
-        """Every measurement; those of `evaluate` first, which know their intervals."""
+        """Every measurement; those of `evaluate` first, as they have intervals."""
         found = [of_results(run.results) for run in self.evaluated]
         known = {(m.dataset, m.split, m.protocol, m.examples) for m in found}
         scores = self.report.get("evaluation") if self.report else None
@@ -55,7 +55,7 @@ class Subject:
         return found
 
     def sentence(self) -> str:
-        """What was done and what came of it, in plain words."""
+        """What was done and what the result was, in plain words."""
         done = "as it is"
         if self.report:
             done = f"with {done_in_words(self.report['sites'])}"
@@ -106,7 +106,7 @@ def put_together(runs: Sequence[Run]) -> tuple[list[Subject], list[Searched]]:
 
 
 def _owner(subjects: list[Subject], model: str, compressor: Mapping[str, Any] | None) -> Subject:
-    """The subject that a run is about; a new one where there is none yet."""
+    """The subject that a run is about; a new one if there is none yet."""
     for subject in subjects:
         if (subject.model, _key(subject.compressor)) == (model, _key(compressor)):
             return subject

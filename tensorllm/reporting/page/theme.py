@@ -1,7 +1,7 @@
-"""Colours of page and plots, and figures that take the page's colours where they are shown.
+"""Colours of page and plots; plots in the page follow its light or dark theme.
 
 Plots are drawn in the light colours. In the page every such colour becomes a CSS variable, so that
-one drawing serves light and dark.
+one drawing serves both themes.
 """
 
 import re
@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-LIGHT = {  # no two alike: a colour in a plot is known by its digits
+LIGHT = {  # all different: a colour in a plot is recognised by its code
     "ink": "#1c2128",
     "muted": "#5b6472",
     "line": "#e3e5e9",
@@ -48,12 +48,12 @@ DARK = {
 }
 SEQUENCE = [f"seq{n}" for n in range(1, 7)]
 NAMES = {code: name for name, code in LIGHT.items()}
-WIDTH = 3.5  # inches: a plot is as wide as a telephone, and a page has several abreast
+WIDTH = 3.5  # inches: as wide as a telephone; a page shows several side by side
 
 
 @dataclass(frozen=True, slots=True)
 class PagePicture:
-    """A plot in the page: `svg` takes the page's colours; `alt` says what is to be seen."""
+    """A plot in the page: `svg` uses the page's colours; `alt` describes the picture."""
 
     name: str
     title: str
@@ -68,18 +68,18 @@ def css(colours: dict[str, str]) -> str:
 
 
 def colour(name: str) -> str:
-    """The code by which a plot names a colour of the page."""
+    """The light theme's code of a colour, which the page replaces by its own."""
     return LIGHT[name]
 
 
 def shades(count: int) -> list[str]:
-    """`count` colours from light to dark for lines that have an order."""
+    """`count` colours from light to dark, for lines that have an order."""
     picked = SEQUENCE[2:] if count > 1 else ["accent"]
     return [LIGHT[picked[round(n * (len(picked) - 1) / max(1, count - 1))]] for n in range(count)]
 
 
 class Canvas:
-    """Draws plots, and keeps each as PNG and SVG in a folder."""
+    """Draws plots, and saves each as PNG and SVG in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,11 +98,11 @@ class Canvas:
             yield figure.subplots()
 
     def picture(self, axes: Any, name: str, *, title: str, caption: str, alt: str) -> PagePicture:
-        """Keep what is drawn; call it before the block of `axes` ends."""
+        """Save what is drawn; call it before the block of `axes` ends."""
         figure = axes.figure
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-        figure.set_layout_engine("none")  # it has its places: to find them takes as long as to draw
+        figure.set_layout_engine("none")  # laid out already; again would take as long as drawing
         self.folder.mkdir(parents=True, exist_ok=True)
         for ending in ("png", "svg"):
             path = self.folder / f"{name}.{ending}"
@@ -112,7 +112,7 @@ class Canvas:
 
 
 def _inline(svg: str, name: str) -> str:
-    """SVG as part of a page: its colours and fonts the page's, its ids its own."""
+    """SVG for embedding: with the page's colours and fonts, and ids of its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
@@ -127,7 +127,7 @@ def _inline(svg: str, name: str) -> str:
     )
 
 
-STYLE: Any = {  # matplotlib types its settings by their names, one by one
+STYLE: Any = {  # matplotlib's settings are typed one by one
     "svg.fonttype": "none",
     "svg.hashsalt": "tensorllm",
     "font.family": "DejaVu Sans",
@@ -160,5 +160,5 @@ STYLE: Any = {  # matplotlib types its settings by their names, one by one
     "legend.fontsize": 9,
     "legend.labelcolor": LIGHT["ink"],
     "lines.linewidth": 1.7,
-    "text.parse_math": False,  # a name with two dollar signs is a name
+    "text.parse_math": False,  # a name may contain two dollar signs
 }
