@@ -9,12 +9,13 @@ this folder.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,8 +25,12 @@ from tensorllm.search.worker import Worker
 from tensorllm_cli.app import main
 
 
-def counted(run: Any, *, flops: bool) -> Any:
-    """`Worker.run`, after which the process ends: the test part is of no interest here."""
+def counted(run: Any, results: TextIO, *, flops: bool) -> Any:
+    """`Worker.run`, after which the process ends: the test part is of no interest here.
+
+    Args:
+        results: standard output, which the command itself turns to standard error meanwhile.
+    """
     operations = FlopCounterMode(display=False) if flops else nullcontext()
 
     def search(self: Any, report: Any = None) -> None:
@@ -47,7 +52,7 @@ def counted(run: Any, *, flops: bool) -> Any:
         }
         if isinstance(operations, FlopCounterMode):
             found["flops"] = operations.get_total_flops()
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found), file=results, flush=True)
         sys.exit(0)
 
     return search
@@ -66,5 +71,5 @@ if __name__ == "__main__":
     flops = "--flops" in sys.argv
     if flops:
         sys.argv.remove("--flops")
-    Worker.run = counted(Worker.run, flops=flops)  # type: ignore[method-assign]
+    Worker.run = counted(Worker.run, os.fdopen(os.dup(1), "w"), flops=flops)  # type: ignore[method-assign]
     main()
