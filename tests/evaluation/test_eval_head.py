@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from tensorllm.evaluation import head
 from tensorllm.evaluation.forward import ModelForward, left_padded
-from tensorllm.evaluation.head import BLOCK, Screen
+from tensorllm.evaluation.head import BLOCK, Screen, Strips
 
 CPU = torch.device("cpu")
 
@@ -21,13 +21,15 @@ def planted(vocabulary, width, seed, bias):
     return weight, (torch.randn(vocabulary) * 4 if bias else None), x
 
 
+@pytest.mark.parametrize("finder", [Screen, Strips])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("vocabulary", [4 * BLOCK, 5 * BLOCK + 3])
-def test_the_screen_finds_the_most_probable_token(vocabulary, bias):
+def test_the_most_probable_token_is_found(vocabulary, bias, finder, monkeypatch):
+    monkeypatch.setattr(head, "STRIP", BLOCK)
     for seed in range(5):
         weight, bias_V, x = planted(vocabulary, 48, seed, bias)
         for scale in (1e-3, 1.0, 1e3):
-            got = Screen(weight, bias_V)(scale * x)
+            got = finder(weight, bias_V)(scale * x)
             assert torch.equal(got, linear(scale * x, weight, bias_V).argmax(-1))
 
 
@@ -53,18 +55,21 @@ def test_bounds_hold_and_leave_few_tokens():
     assert int(Screen(ones, None)(ones[:1])) == 1
 
 
+@pytest.mark.parametrize("finder", [Screen, Strips])
 @pytest.mark.parametrize("infinite", [torch.inf, torch.nan])
-def test_what_is_not_finite_is_no_worse_than_without_the_screen(infinite):
+def test_what_is_not_finite_gives_what_all_logits_would(infinite, finder, monkeypatch):
+    monkeypatch.setattr(head, "STRIP", BLOCK)
     weight, _, x = planted(4 * BLOCK, 16, 0, bias=False)
     x[0, 0] = infinite
-    assert torch.equal(Screen(weight, None)(x), linear(x, weight).argmax(-1))
+    assert torch.equal(finder(weight, None)(x), linear(x, weight).argmax(-1))
 
 
+@pytest.mark.parametrize(("faster", "finder"), [(0.0, Screen), (torch.inf, Strips)])
 @pytest.mark.parametrize("name", ["gptj", "llama", "gemma2", "opt", "gpt2", "falcon"])
 @torch.no_grad()
-def test_wanted_columns_of_every_row(name, monkeypatch):
+def test_wanted_columns_of_every_row(name, faster, finder, monkeypatch):
     monkeypatch.setattr(head, "LARGE", 0)
-    monkeypatch.setattr(head, "FASTER", 0.0)
+    monkeypatch.setattr(head, "FASTER", faster)
     model = tiny_model(name)
     forward = ModelForward(model)
     batch = left_padded([[5, 9, 11, 4, 8], [7, 3], [6, 6, 2, 9]], CPU)
@@ -76,10 +81,10 @@ def test_wanted_columns_of_every_row(name, monkeypatch):
     wanted = torch.cat([plain[0, -3:], plain[1, -1:], plain[2, :0]])
     got, _ = forward(batch, keep=[3, 1, 0])
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    for _ in range(3):  # first seen, then screened where the model leaves its logits as they are
+    for _ in range(3):  # first seen, then found so where the model leaves its logits as they are
         best, _ = forward(batch, keep=[3, 1, 0], best=True)
         assert torch.equal(best, wanted.argmax(-1))
     capped = name == "gemma2"
-    assert (forward._head._screen is None) == capped
+    assert isinstance(forward._head._finder, type(None) if capped else finder)
     del forward
     assert not model.get_output_embeddings()._forward_pre_hooks
