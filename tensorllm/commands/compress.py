@@ -9,7 +9,7 @@ from tensorllm.calibration.overlap import refuse_evaluated
 from tensorllm.calibration.ranks import joined
 from tensorllm.calibration.sequences import Calibration, text_asked_for
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
-from tensorllm.checkpoint.source import Source, check_name, resolve
+from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
@@ -24,9 +24,9 @@ from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
-from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
+from tensorllm.model_names import check_name
 from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, budget_of, completed, recipe_of
@@ -59,6 +59,8 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
             return dry_run(task)
         score = None
         if (dataset := request.evaluate) is not None:
+            from tensorllm.evaluation.evaluate import dataset_scorer
+
             scorer = dataset_scorer(request.data_file, request.limit, progress)
             score = lambda model, tokenizer: scorer(model, tokenizer, dataset)  # noqa: E731
         if request.out is None:
@@ -125,6 +127,8 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
         make_compressor(recipe.mode, recipe.settings)
     source = resolve(recipe.model, request.revision)
     if request.evaluate is not None:
+        from tensorllm.evaluation.evaluate import make_dataset
+
         make_dataset(request.evaluate, data_file=request.data_file)
     compressor = compressor_of(recipe, budget, source)
     if request.distill_text is not None and not compressor.training_steps:

@@ -18,7 +18,7 @@ from tensorllm.data.base import ReasoningDataModule
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.evaluation.predictions import Prediction, metrics_of
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.prior import shared_choices, without_prior
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.results import (
@@ -30,6 +30,7 @@ from tensorllm.evaluation.results import (
     results_of,
 )
 from tensorllm.evaluation.scorer import context_of
+from tensorllm.evaluation.totals import metrics_of
 from tensorllm.lightning.loggers import make_logger
 from tensorllm.lightning.trainer import Devices, check_options, is_first, score_model
 from tensorllm.progress import Progress, quiet

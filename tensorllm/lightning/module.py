@@ -17,7 +17,7 @@ from tensorllm.compressors.settings import settings_of
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError
-from tensorllm.evaluation.predictions import Prediction, update
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
 from tensorllm.evaluation.scorer import (
     Scorer,
@@ -28,6 +28,7 @@ from tensorllm.evaluation.scorer import (
     score_all,
     workers_for,
 )
+from tensorllm.evaluation.totals import update
 from tensorllm.metrics import answer_metrics
 
 

@@ -20,8 +20,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import Incomplete, UserError, first_line
-from tensorllm.evaluation.predictions import metrics_of
 from tensorllm.evaluation.results import Scored
+from tensorllm.evaluation.totals import metrics_of
 from tensorllm.lightning.callbacks import PredictionJournal, ProgressReport
 from tensorllm.lightning.module import ReasoningModule
 from tensorllm.progress import Progress, silenced

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from tensorllm.compression.dry_run import DryRun
 from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport, asked_for
-from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.rows import MANY, new_table
+from tensorllm.shown import MAIN, SHOWN
 
 WORST = 5  # sites that are shown where there are too many for a row each
 
