@@ -179,13 +179,14 @@ def _made_with(
 ) -> dict[str, Any]:
     """What names the model and the machine in results.json."""
     manifest = loader.manifest()
+    stored = loader.config().dtype
     return {
         "model": source.name,
         "revision": source.revision,
         "compressed": None if request.compressed is None else str(request.compressed),
         "compressor": None if manifest is None else manifest.compressor,
-        "dtype": str(loader.dtype or loader.config().dtype).removeprefix("torch."),
-        "stored_dtype": str(loader.config().dtype).removeprefix("torch."),
+        "dtype": str(devices.dtype(loader.dtype or stored)).removeprefix("torch."),
+        "stored_dtype": str(stored).removeprefix("torch."),
         "devices": asdict(devices),
         "trainer": {name: str(value) for name, value in request.trainer.items()},
         **environment(),

@@ -144,7 +144,7 @@ class ReasoningModule(LightningModule):
             return {"predictions": []}
         assert self._scorer is not None, "the data module makes its batches by `_plan`"
         workers = min(self._workers, workers_for(self.model))  # one under autocast
-        new = [p for scored in score_all(self._scorer, batch, workers) for p in scored]
+        new = [p for scored in score_all(self._scorer, list(batch), workers) for p in scored]
         self._predictions += new
         return {"predictions": new}
 

@@ -33,6 +33,13 @@ TAKEN = {
     **{name: f"--{name.replace('_', '-')}" for name in ("accelerator", "devices", "num_nodes")},
     **{name: f"--{name}" for name in ("strategy", "precision", "logger")},
 }
+COMPUTED = {  # by the Trainer's precision; with the others weights are computed with as they are
+    "16-true": torch.float16,
+    "16-mixed": torch.float16,
+    "bf16-true": torch.bfloat16,
+    "bf16-mixed": torch.bfloat16,
+    "64-true": torch.float64,
+}
 FIXED = ("use_distributed_sampler",)  # the data module shares examples out, each once
 
 
@@ -72,6 +79,12 @@ class Devices:
     def spawned(self) -> bool:
         """Whether the other processes are children of this one: when one dies, it can say so."""
         return self.several and self.strategy == "auto" and self.num_nodes == 1
+
+    def dtype(self, weights: torch.dtype) -> torch.dtype:
+        """What products are computed in: as the Trainer reads `precision`, or else the weights'."""
+        return (
+            weights if self.precision is None else COMPUTED.get(self.trainer().precision, weights)
+        )
 
     def trainer(
         self,
