@@ -68,6 +68,7 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
         else:
             report = _to_folder(task, progress, score)
         log.compression(report.to_json())
+        report.logged_to = log.folder
     return report
 
 
@@ -100,10 +101,14 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
         first.strategy, model, first.calibration, targets, first.layers, progress=progress
     )
     del model
-    return [
-        compress_folder(replace(task, compressor=fitted, budget=None, calibration=None), progress)
-        for task, fitted in zip(made, fits, strict=True)
-    ]
+    reports = []
+    for task, fitted in zip(made, fits, strict=True):
+        final = replace(task, compressor=fitted, budget=None, calibration=None)
+        with metric_log(request.logger, request.log_dir, "compress") as log:
+            reports.append(compress_folder(final, progress))
+            log.compression(reports[-1].to_json())
+            reports[-1].logged_to = log.folder
+    return reports
 
 
 def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]:

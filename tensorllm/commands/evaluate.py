@@ -31,7 +31,7 @@ from tensorllm.evaluation.results import (
 )
 from tensorllm.evaluation.scorer import context_of
 from tensorllm.evaluation.totals import metrics_of
-from tensorllm.lightning.loggers import make_logger
+from tensorllm.lightning.loggers import folder_of, make_logger
 from tensorllm.lightning.trainer import Devices, check_options, is_first, score_model
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
@@ -43,11 +43,14 @@ PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metri
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The content of results.json, and predictions: of the model, of the original beside it."""
+    """The content of results.json, and predictions: of the model, of the original beside it; and
+    the folder that a logger wrote to.
+    """
 
     results: dict[str, Any]
     predictions: list[Prediction]
     before: list[Prediction] | None = None
+    logged_to: Path | None = None
 
     def files(self) -> dict[str, list[Prediction]]:
         """The predictions by the names of their files."""
@@ -108,7 +111,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         results |= _made_with(request, devices, source, loader)
         results["seconds"] = time.perf_counter() - started
         rows = None if before is None else before.predictions
-        done = Evaluation(results, model.predictions, rows)
+        done = Evaluation(results, model.predictions, rows, folder_of(logger))
         if request.out is not None:
             folder.finish(results, done.files())
     return done

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tensorllm.models.spec import ModelSpec
@@ -86,6 +87,7 @@ class CompressionReport:
     structure: str = ""  # families of the layers and how they were found, where no row said so
     passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)  # layer -> what it lacks
     ffn_width: tuple[int, int] | None = None  # before and after, where FFNs were made narrower
+    logged_to: Path | None = None  # the folder that a logger wrote to; not stored
 
     def layer_attention(self) -> dict[int, tuple[int, int]]:
         """Attention parameters before and after of each layer with an edited attention matrix."""
@@ -131,7 +133,7 @@ class CompressionReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         out = asdict(self)
-        del out["spec"], out["ffn_width"]
+        del out["spec"], out["ffn_width"], out["logged_to"]
         if self.ffn_width is not None:
             out["ffn_width"] = dict(zip(("before", "after"), self.ffn_width, strict=True))
         out["geometry"] = asdict(self.spec.geometry(self.sites[0].layers[0] if self.sites else 0))

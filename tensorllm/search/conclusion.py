@@ -36,11 +36,13 @@ class SearchResult:
         recipe: the winner, for `tensorllm compress --config`.
         keeps: whether the winner is worth a recipe of its own: it was found better, a size or
             several objectives were asked for, or `force_best`.
+        logged_to: the folder that a logger wrote to.
     """
 
     results: dict[str, Any]
     recipe: str
     keeps: bool
+    logged_to: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**self.results, "recipe": self.recipe}
