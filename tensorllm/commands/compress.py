@@ -14,7 +14,7 @@ from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
 from tensorllm.compression.engine import compress, compress_folder
-from tensorllm.compression.formats import COMPRESSED, Format
+from tensorllm.compression.formats import COMPRESSED, Format, chosen_format
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compression.prepare import help_to_fit
 from tensorllm.compression.report import CompressionReport
@@ -30,7 +30,7 @@ from tensorllm.model_names import check_name
 from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, budget_of, completed, recipe_of
-from tensorllm.registry import load_plugins, one_of
+from tensorllm.registry import load_plugins
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
 
@@ -119,7 +119,7 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
     check_name(recipe.model)
     budget = budget_of(recipe.mode, recipe.settings)
     usual = "factored" if "target_bytes" in recipe.settings else "dense"
-    format = cast(Format, one_of("--format", request.format or usual, COMPRESSED))
+    format = cast(Format, chosen_format(request.format or usual, COMPRESSED))
     dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)

@@ -121,6 +121,8 @@ def test_every_command_can_print_json() -> None:
         ("generate --model demoo --prompt x", "'demo'"),
         ("generate --model demo --prompt x --policy alwys", "'always'"),
         ("export nothing out --format dens", "'dense'"),
+        ("export nothing out --format gguf", "convert_hf_to_gguf.py"),
+        ("compress --model demo --mode laser --rho 1 --format GGUF", "convert_hf_to_gguf.py"),
         ("bench --model nothing --policy atuo", "'auto'"),
         ("generate --model demo --prompt x --cache latnt", "'latent'"),
         ("bench --model nothing --cache dens", "'dense'"),
