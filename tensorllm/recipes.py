@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tensorllm.compressors import COMPRESSORS, Compressor
-from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.budget import SIZES, TARGETS, Budget
 from tensorllm.compressors.settings import (
     checked,
     fields_of,
@@ -33,7 +33,6 @@ RUN = {
 }
 
 # Settings of which one excludes the others: giving one drops the recipe's.
-SIZES = (("ranks", "energy", "error"), ("rho", "rank", "kept"))
 _TARGET_TYPES = get_type_hints(Budget)
 EXCLUSIVE = tuple((*names, *TARGETS) for names in SIZES)
 
