@@ -27,7 +27,7 @@ class Option:
         parse: makes the field's value of (flag, the text); None: the field's type does.
         repeated: may be given several times; `parse` gets all the texts.
         argument: has no flag: its place says what it is.
-        least: of a whole number.
+        minimum: of a whole number.
         needs: fields of the request of which one must be given, or have the value behind a `=`
             (`study=claims`), or this one does nothing.
     """
@@ -38,7 +38,7 @@ class Option:
     parse: Callable[[str, Any], Any] | None = None
     repeated: bool = False
     argument: bool = False
-    least: int | None = None
+    minimum: int | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -71,11 +71,11 @@ def option_fields(request: type) -> list[OptionField]:
     return out
 
 
-def at_least(request: Any, name: str, least: float) -> None:
-    """Refuse a field below its least value; None is not given."""
+def at_least(request: Any, name: str, minimum: float) -> None:
+    """Refuse a field below its minimum; None is not given."""
     value = getattr(request, name)
-    if value is not None and value < least:
-        raise UserError(f"{flag_of(name)} must be at least {least}, got {value}")
+    if value is not None and value < minimum:
+        raise UserError(f"{flag_of(name)} must be at least {minimum}, got {value}")
 
 
 def above(request: Any, name: str, bound: float) -> None:

@@ -42,7 +42,7 @@ class Fitted:
         budget: the target that sizes were chosen for.
         calibration: what the text was; for reports.
         store: where factors are; they are read when their turn comes.
-        passed_over: layer -> the roles that it lacks.
+        missing_roles: layer -> the roles that it lacks.
     """
 
     compressor: Compressor
@@ -51,7 +51,7 @@ class Fitted:
     budget: Budget | None
     calibration: dict[str, Any]
     store: Store
-    passed_over: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    missing_roles: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def factors(self, site: Site) -> Factors:
         """The site's factors."""
@@ -232,7 +232,7 @@ def _facts(work: Sweeps, calibration: Calibration) -> dict[str, Any]:
 def _fitted(
     work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
 ) -> Fitted:
-    layers, passed = tuple(work.planned.layers), work.planned.passed_over
+    layers, passed = tuple(work.planned.layers), work.planned.missing_roles
     return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store, passed)
 
 
@@ -262,7 +262,7 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
     def attempt(numbers: int) -> tuple[tuple[list[Site], Store], float]:
         nonlocal tried
         tried, work.progress, work.store = tried + 1, report, Store()
-        sites = work.factors(work.planned.sized(curves, numbers))
+        sites = work.factors(work.planned.allocate(curves, numbers))
         found = _fitted(work, sites, target, {})
         smaller = with_factors(
             model, work.source.roles, {site: found.factors(site) for site in sites}
@@ -270,7 +270,7 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
         return (sites, work.store), next_token_loss(smaller, work.batches) - before
 
     (sites, work.store), lost = smallest(
-        work.planned.least(curves), work.planned.numbers, limit, attempt
+        work.planned.min_parameters(curves), work.planned.numbers, limit, attempt
     )
     facts = _facts(work, calibration) | {"loss": before, "loss_increase": lost}
     given = None if work.compressor.budget is not None else target

@@ -37,7 +37,7 @@ def _found(report: CompressionReport) -> list[RenderableType]:
     """What the model was taken for, where no row says it, and the layers that were passed over."""
     out: list[RenderableType] = [Text(report.structure)] if report.structure else []
     by_lack: dict[tuple[str, ...], list[int]] = {}
-    for layer, roles in report.passed_over.items():
+    for layer, roles in report.missing_roles.items():
         by_lack.setdefault(roles, []).append(layer)
     for roles, layers in by_lack.items():
         where = ", ".join(map(str, layers)) if len(layers) <= MANY else f"{len(layers)} layers"

@@ -21,7 +21,7 @@ MODEL = Option(
 MODE = Option("Strategy: `tensorllm list compressors`.", metavar="NAME")
 LAYOUT = Option("How heads are cut: paper or official (authors' code).", metavar="NAME")
 DATA_FILE = Option("Local jsonl, json, csv or parquet in place of the hub.", metavar="FILE")
-LIMIT = Option("Examples to score at most.", metavar="N", least=1)
+LIMIT = Option("Examples to score at most.", metavar="N", minimum=1)
 DEVICE = Option("auto, cpu, cuda, cuda:1, mps.", metavar="NAME")
 
 Policy = Annotated[

@@ -24,7 +24,7 @@ from tensorllm.compressors.calibrated.channels import (
     curve,
     fit_channels,
     is_narrowed,
-    least_stored,
+    min_stored,
     narrowed_site,
 )
 from tensorllm.compressors.calibrated.error_model import ErrorModel, shrunk_gradient_covariance
@@ -178,14 +178,16 @@ class ActivationTucker(LayerFit):
         """What may lose channels."""
         return narrowed_site(layer, roles) if self.narrowing else None
 
-    def least_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int:
+    def min_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int:
         """Rank 1 everywhere, for all roles that read one input together if allowed."""
         total = 0
         for layer in layers:
             geometry = spec.geometry(layer)
             sites = [job.site for job in self.jobs(spec, [layer])]
             for groupings in self.groupings(geometry, layer, sites):
-                total += min(sum(_least(geometry, job.site) for job in one) for one in groupings)
+                total += min(
+                    sum(_min_parameters(geometry, job.site) for job in one) for one in groupings
+                )
         return total
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
@@ -287,10 +289,10 @@ class ActivationHybrid(ActivationTucker):
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES + FFN
 
 
-def _least(geometry: Geometry, site: Site) -> int:
+def _min_parameters(geometry: Geometry, site: Site) -> int:
     """Numbers that a site stores at its smallest size."""
     if is_narrowed(site):
-        return least_stored(geometry, site)
+        return min_stored(geometry, site)
     return pivoted_parameters(map_shape(geometry, site.roles), 1)
 
 
