@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tensorllm.compressors.allocation import with_whole
 from tensorllm.compressors.base import (
     COMPRESSORS,
     ErrorCurve,
@@ -75,8 +76,9 @@ class ActivationTucker(LayerFit):
             together towards the original's output of the layer; only this layer runs.
         distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
-        rank_multiple: ranks are multiples of it, or 1, or full; None: `usual_multiple`.
-            Kernels are up to half as fast again at even sizes, and fewer of them are to be made.
+        rank_multiple: ranks are multiples of it, or 1, where a matrix is not left whole; None:
+            `usual_multiple`. Kernels are up to half as fast again at even sizes, and fewer of them
+            are to be made.
         seed: of the random vectors or labels that the gradients are sampled with.
     """
 
@@ -192,7 +194,7 @@ class ActivationTucker(LayerFit):
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         narrowed = [site for site in sites if is_narrowed(site)]
-        out = {
+        found = {
             s: curve(s, context, shrunk_gradient_covariance(context, ("out",), self.plain))
             for s in narrowed
         }
@@ -206,8 +208,8 @@ class ActivationTucker(LayerFit):
                 ranks = self._ranks(len(error_S))
                 cost = [pivoted_parameters(shape, rank) for rank in ranks]
                 ranks_S = torch.tensor(ranks)
-                out[site] = ErrorCurve(torch.tensor(cost), error_S[ranks_S - 1], ranks_S[:, None])
-        return out
+                found[site] = ErrorCurve(torch.tensor(cost), error_S[ranks_S - 1], ranks_S[:, None])
+        return {s: with_whole(one, s.numel(context.geometry)) for s, one in found.items()}
 
     def outline(self, site: Site, geometry: Geometry, size: Size) -> Factors:
         rows, width = site.shape(geometry)
@@ -244,7 +246,7 @@ class ActivationTucker(LayerFit):
     def _ranks(self, full: int) -> list[int]:
         """The ranks that a site may have, ascending."""
         step = self.rank_multiple or usual_multiple(full)
-        return list(dict.fromkeys([1, *range(step, full, step), full]))
+        return list(dict.fromkeys([1, *range(step, full, step)]))  # the full one saves nothing
 
     def passes(self, sites: Sequence[Site]) -> float:
         refits = self.correction and self.refit_epochs > 0
