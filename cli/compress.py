@@ -2,7 +2,7 @@
 
 from tensorllm.requests.compress import CompressRequest
 from tensorllm_cli.interrupt import INTERRUPT
-from tensorllm_cli.show import print_json, print_lines, print_result, progress_bar
+from tensorllm_cli.show import print_json, print_lines, print_logged, print_result, progress_bar
 from tensorllm_cli.signature import takes
 
 
@@ -39,6 +39,7 @@ def compress(request: CompressRequest, *, json: bool) -> None:
     print_result(result_tables(result))
     if request.out is not None and not request.dry_run:
         print_lines(f"written to {request.out}")
+    print_logged(result.logged_to)
 
 
 def _several(request: CompressRequest, *, as_json: bool) -> None:
@@ -53,3 +54,5 @@ def _several(request: CompressRequest, *, as_json: bool) -> None:
 
     print_result(sizes_table(reports))
     print_lines(f"written to folders in {request.out}")
+    for report in reports:
+        print_logged(report.logged_to)

@@ -8,7 +8,7 @@ import typer
 from tensorllm.errors import UserError
 from tensorllm.requests.evaluate import EvaluateRequest
 from tensorllm_cli.interrupt import INTERRUPT
-from tensorllm_cli.show import print_json, print_lines, print_result, progress_bar
+from tensorllm_cli.show import print_json, print_lines, print_logged, print_result, progress_bar
 from tensorllm_cli.signature import takes
 
 
@@ -51,6 +51,7 @@ def evaluate(
     print_result(score_tables(done.results))
     if request.out is not None:
         print_lines(f"written to {request.out}")
+    print_logged(done.logged_to)
 
 
 def _compare(folders: tuple[Path, Path], seed: int, *, as_json: bool) -> None:

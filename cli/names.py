@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 def models() -> list[str]:
     """The short names."""
-    from tensorllm.recipes import short_names
+    from tensorllm.model_names import short_names
 
     return list(short_names())
 

@@ -2,7 +2,7 @@
 
 from tensorllm.requests.search import SearchRequest
 from tensorllm_cli.interrupt import INTERRUPT
-from tensorllm_cli.show import print_json, print_lines, print_result, progress_bar
+from tensorllm_cli.show import print_json, print_lines, print_logged, print_result, progress_bar
 from tensorllm_cli.signature import takes
 
 
@@ -38,3 +38,4 @@ def search_ranks(request: SearchRequest, *, json: bool) -> None:
     elif request.study is not None:
         best = request.study / "best.yaml"
         print_lines(f"written to {request.study}: tensorllm compress --config {best}")
+    print_logged(result.logged_to)

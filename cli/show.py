@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
@@ -71,6 +72,12 @@ def print_lines(text: str) -> None:
     out = _results or sys.stdout
     out.write(f"{text}\n")
     out.flush()
+
+
+def print_logged(folder: Path | None) -> None:
+    """Where a logger wrote, if one did."""
+    if folder is not None:
+        print_lines(f"logged to {folder}")
 
 
 def print_json(value: Any) -> None:

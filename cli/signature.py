@@ -50,9 +50,9 @@ def _parameter(field: OptionField) -> inspect.Parameter:
     else:
         shown = typer.Option(
             field.flag,
-            metavar=option.metavar or (None if option.least is None else "N"),
+            metavar=option.metavar or (None if option.minimum is None else "N"),
             help=option.help,
-            min=option.least,
+            min=option.minimum,
             autocompletion=names.COMPLETE.get(field.name),
         )
     default = None if option.parse or option.repeated else field.default

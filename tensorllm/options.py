@@ -27,7 +27,7 @@ class Option:
         parse: makes the field's value from (flag, text); None: the field's type does.
         repeated: may be given several times; `parse` gets all the texts.
         argument: positional, without a flag.
-        least: the least value of a whole number.
+        minimum: of a whole number.
         needs: this option does nothing unless one of these fields of the request is given, or has
             the value after a `=` (`study=claims`).
     """
@@ -38,7 +38,7 @@ class Option:
     parse: Callable[[str, Any], Any] | None = None
     repeated: bool = False
     argument: bool = False
-    least: int | None = None
+    minimum: int | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -71,11 +71,11 @@ def option_fields(request: type) -> list[OptionField]:
     return out
 
 
-def at_least(request: Any, name: str, least: float) -> None:
-    """Refuse a field below its least value; None means not given."""
+def at_least(request: Any, name: str, minimum: float) -> None:
+    """Refuse a field below its minimum; None means not given."""
     value = getattr(request, name)
-    if value is not None and value < least:
-        raise UserError(f"{flag_of(name)} must be at least {least}, got {value}")
+    if value is not None and value < minimum:
+        raise UserError(f"{flag_of(name)} must be at least {minimum}, got {value}")
 
 
 def above(request: Any, name: str, bound: float) -> None:

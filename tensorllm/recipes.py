@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tensorllm.compressors import COMPRESSORS, Compressor
-from tensorllm.compressors.budget import TARGETS, Budget
+from tensorllm.compressors.budget import SIZES, TARGETS, Budget
 from tensorllm.compressors.settings import (
     checked,
     fields_of,
@@ -17,6 +17,7 @@ from tensorllm.compressors.settings import (
     setting_problems,
 )
 from tensorllm.errors import UserError
+from tensorllm.model_names import short_names
 from tensorllm.options import option_fields
 from tensorllm.registry import did_you_mean
 from tensorllm.requests.compress import ONLY_TYPED, SETTINGS, CompressRequest
@@ -32,7 +33,6 @@ RUN = {
 }
 
 # Settings that exclude each other: giving one drops the recipe's.
-SIZES = (("ranks", "energy", "error"), ("rho", "rank", "kept"))
 _TARGET_TYPES = get_type_hints(Budget)
 EXCLUSIVE = tuple((*names, *TARGETS) for names in SIZES)
 
@@ -180,14 +180,6 @@ def shipped() -> dict[str, Recipe]:
         name = path.relative_to(str(root)).with_suffix("").as_posix()
         out[name] = parse_recipe(path.read_text(), name)
     return out
-
-
-@cache
-def short_names() -> dict[str, dict[str, Any]]:
-    """Facts about the models that have a short name."""
-    import yaml
-
-    return dict(yaml.safe_load((files("tensorllm.configs") / "models.yaml").read_text()))
 
 
 def default_recipe(model: str, mode: str, dataset: str | None = None) -> Recipe | None:

@@ -22,9 +22,9 @@ from tensorllm.calibration.store import Store
 from tensorllm.calibration.sweeps import Sweeps
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.compressors.base import Compressor
-from tensorllm.compressors.budget import Budget
+from tensorllm.compressors.budget import Budget, without_sizes
 from tensorllm.compressors.layer import Site
-from tensorllm.compressors.settings import fields_of, settings_of
+from tensorllm.compressors.settings import settings_of
 from tensorllm.environment import versions
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
@@ -42,8 +42,7 @@ class Fitted:
         budget: the target that sizes were chosen for.
         calibration: what the text was; for reports.
         store: where factors are; they are read when their turn comes.
-        passed_over: layer -> the roles that it lacks.
-        chosen: settings of the strategy in whose place the target stands.
+        missing_roles: layer -> the roles that it lacks.
     """
 
     compressor: Compressor
@@ -52,8 +51,7 @@ class Fitted:
     budget: Budget | None
     calibration: dict[str, Any]
     store: Store
-    passed_over: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    chosen: frozenset[str] = frozenset()
+    missing_roles: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def factors(self, site: Site) -> Factors:
         """The site's factors."""
@@ -65,11 +63,13 @@ class Fitted:
 
     @property
     def settings(self) -> tuple[str, dict[str, Any]]:
-        """The mode's name, and its settings with target and text."""
-        mode, given = settings_of(self.compressor)
-        settings = {name: value for name, value in given.items() if name not in self.chosen}
-        target = self.budget.settings if self.budget else {}
-        return mode, settings | target | {"calibration": self.calibration}
+        """The mode's name, and its settings with text and target, which takes the place of sizes
+        and of another target.
+        """
+        mode, settings = settings_of(self.compressor)
+        if self.budget is not None:
+            settings = without_sizes(settings) | self.budget.settings
+        return mode, settings | {"calibration": self.calibration}
 
 
 def fit(
@@ -103,6 +103,7 @@ def fit(
             compressor, InMemory(model), calibration, layers,
             store=store, progress=progress, ranks=all_ranks(),
         )  # fmt: skip
+        _check_budget(work, budget)
         work.known = covariances
         if covariances is None and work.planned.gradient_of == "loss":
             work.known = work.measured(model, spill)
@@ -141,6 +142,7 @@ def fit_sizes(
     own = [compressor.with_budget(target) for target in targets]
     with frozen(model):
         work = Sweeps(own[0], InMemory(model), calibration, layers, progress=progress)
+        _check_budget(work, targets[0])
         work.several = True
         if work.planned.gradient_of == "loss":
             work.known = work.measured(model)
@@ -208,6 +210,7 @@ def fit_folder(
     found = Sweeps(
         compressor, source, calibration, layers, store=store, progress=progress, ranks=ranks
     )
+    _check_budget(found, budget)
     if found.planned.gradient_of == "loss":
         raise UserError(
             "gradients of the loss (weighting=loss) run the whole model backwards and cannot be "
@@ -229,14 +232,16 @@ def _facts(work: Sweeps, calibration: Calibration) -> dict[str, Any]:
 def _fitted(
     work: Sweeps, sites: Sequence[Site], budget: Budget | None, facts: dict[str, Any]
 ) -> Fitted:
-    layers, passed = tuple(work.planned.layers), work.planned.passed_over
-    chosen: frozenset[str] = frozenset()
-    mode, given = settings_of(work.compressor)
-    if budget is not None and not set(budget.settings) <= set(fields_of(mode)):
+    layers, passed = tuple(work.planned.layers), work.planned.missing_roles
+    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store, passed)
+
+
+def _check_budget(work: Sweeps, budget: Budget | None) -> None:
+    """Refuse a target that no recipe of the strategy could name, before anything is measured."""
+    if budget is not None and work.compressor.budget is None:
         strategy = work.compressor.named
-        smallest_sizes = strategy.budget_settings(work.source.roles.spec, {})
-        chosen = frozenset(n for n, size in smallest_sizes.items() if given.get(n) == size)
-    return Fitted(work.compressor, layers, tuple(sites), budget, facts, work.store, passed, chosen)
+        rest = without_sizes(settings_of(strategy)[1])
+        strategy.budget_settings(work.source.roles.spec, rest)
 
 
 def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: Budget) -> Fitted:
@@ -257,7 +262,7 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
     def attempt(numbers: int) -> tuple[tuple[list[Site], Store], float]:
         nonlocal tried
         tried, work.progress, work.store = tried + 1, report, Store()
-        sites = work.factors(work.planned.sized(curves, numbers))
+        sites = work.factors(work.planned.allocate(curves, numbers))
         found = _fitted(work, sites, target, {})
         smaller = with_factors(
             model, work.source.roles, {site: found.factors(site) for site in sites}
@@ -265,7 +270,7 @@ def _smallest(work: Sweeps, model: nn.Module, calibration: Calibration, target: 
         return (sites, work.store), next_token_loss(smaller, work.batches) - before
 
     (sites, work.store), lost = smallest(
-        work.planned.least(curves), work.planned.numbers, limit, attempt
+        work.planned.min_parameters(curves), work.planned.numbers, limit, attempt
     )
     facts = _facts(work, calibration) | {"loss": before, "loss_increase": lost}
     given = None if work.compressor.budget is not None else target

@@ -30,7 +30,7 @@ class Planned:
         layers: those that have jobs.
         keys: sets of roles of each layer that read the same input.
         numbers: in the matrices that are compressed.
-        passed_over: layer -> the roles that a job wanted and the layer lacks.
+        missing_roles: layer -> the roles that a job wanted and the layer lacks.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Planned:
     ) -> None:
         self.spec = roles.spec
         found = placed(compressor, roles, layers)
-        self.jobs, self.passed_over = found.jobs, found.passed_over
+        self.jobs, self.missing_roles = found.jobs, found.missing_roles
         _check_jobs(self.jobs)
         self.layers = sorted({job.site.layers[0] for job in self.jobs})
         self.keys: list[Key] = [
@@ -100,24 +100,24 @@ class Planned:
         return any(isinstance(one, LayerFit) and one.holds_out for one in strategies)
 
     @property
-    def least_known(self) -> int | None:
+    def known_min_parameters(self) -> int | None:
         """Numbers stored at the smallest sizes, where that is known without curves."""
         strategies = {id(job.compressor): job.compressor for job in self.jobs}.values()
         found = [
-            one.least_parameters(self.spec, self.layers)
+            one.min_parameters(self.spec, self.layers)
             for one in strategies
             if isinstance(one, LayerFit)
         ]
         return found[0] if len(found) == 1 and len(strategies) == 1 else None
 
-    def least(self, curves: Mapping[Site, ErrorCurve]) -> int:
+    def min_parameters(self, curves: Mapping[Site, ErrorCurve]) -> int:
         """Numbers stored at the smallest sizes."""
         least = 0
         for groupings in self.groupings():
             least += min(sum(int(curves[job.site].cost_N[0]) for job in one) for one in groupings)
         return least
 
-    def sized(self, curves: Mapping[Site, ErrorCurve], numbers: int) -> dict[Site, Size | None]:
+    def allocate(self, curves: Mapping[Site, ErrorCurve], numbers: int) -> dict[Site, Size | None]:
         """The sites, each with its size, that a budget chooses."""
         clusters = self.groupings()
         tied = [

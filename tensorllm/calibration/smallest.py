@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 
 def smallest(
-    least: int, before: int, limit: float, attempt: Callable[[int], tuple[Found, float]]
+    minimum: int, before: int, limit: float, attempt: Callable[[int], tuple[Found, float]]
 ) -> tuple[Found, float]:
     """What `attempt` made of the smallest budget that it finds within the limit.
 
@@ -31,7 +31,7 @@ def smallest(
     less.
 
     Args:
-        least: of all budgets; rank 1 everywhere.
+        minimum: of all budgets; rank 1 everywhere.
         before: numbers that the matrices have now.
         attempt: budget -> what was made of it, and the loss's increase.
 
@@ -45,7 +45,7 @@ def smallest(
             f"max_loss_increase {limit:g} nats per token cannot be reached: matrices only "
             f"{MILDEST} times smaller already lose {lost:.4f}"
         )
-    low = least
+    low = minimum
     for _ in range(STEPS):
         middle = round((low * high) ** 0.5)
         made, now = attempt(middle)

@@ -98,13 +98,13 @@ class Sweeps:
 
     def sizes(self, budgets: Sequence[Budget]) -> list[dict[Site, Size | None]]:
         """The sites and sizes that each budget chooses, from one measurement."""
-        total, least = self.source.parameters, self.planned.least_known
+        total, least = self.source.parameters, self.planned.known_min_parameters
         for budget in budgets:
             budget.numbers(self.planned.numbers, total, least)
         curves = self.curves()
-        least = self.planned.least(curves)
+        least = self.planned.min_parameters(curves)
         return [
-            self.planned.sized(curves, b.numbers(self.planned.numbers, total, least))
+            self.planned.allocate(curves, b.numbers(self.planned.numbers, total, least))
             for b in budgets
         ]
 

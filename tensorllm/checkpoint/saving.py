@@ -14,7 +14,7 @@ from tensorllm.checkpoint.reader import index_name
 from tensorllm.errors import UserError
 from tensorllm.io import sha256, write_json
 from tensorllm.runtime import Placement
-from tensorllm.runtime.linears import any_as_linears, as_parameters
+from tensorllm.runtime.linears import as_parameters, has_linear_factors
 
 
 def record(model: Any, manifest: Manifest, placements: list[Placement] | None) -> None:
@@ -62,7 +62,7 @@ def save_factored(model: Any, save_directory: str | Path, **kwargs: Any) -> None
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved alone
         type(model).save_pretrained(model, save_directory, **kwargs)
         return
-    if any_as_linears(model):
+    if has_linear_factors(model):
         kwargs["state_dict"] = as_parameters(model, kwargs.get("state_dict") or model.state_dict())
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,16 +9,12 @@ from pathlib import Path
 from tensorllm.checkpoint.small_files import UNWANTED
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
-from tensorllm.recipes import short_names
-from tensorllm.registry import did_you_mean
+from tensorllm.model_names import check_name, short_names
 
 OFFLINE = (
     "Offline, give a local folder (--model FOLDER, in the hub's layout) or the embedded model "
     "(--model demo)"
 )
-
-
-GGUF = ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,35 +49,6 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
     if path.is_dir():
         return Source(model, None, path)
     return Source(model, revision, _download(model, revision, hint))
-
-
-def _convert(path: Path) -> str:
-    """How to turn a GGUF file into a folder."""
-    folder, file = path.parent, path.name
-    return (
-        f"{path} is a GGUF file, whose weights are mostly quantised. Make a folder of it once, in "
-        "Python (pip install gguf): model = AutoModelForCausalLM.from_pretrained("
-        f"{str(folder)!r}, gguf_file={file!r}); model.save_pretrained(NEW_FOLDER), and the same "
-        "with AutoTokenizer"
-    )
-
-
-def check_name(model: str) -> None:
-    """Refuse a name that cannot be a model, without asking the hub."""
-    path = Path(model).expanduser()
-    if model in short_names() or path.is_dir():
-        return
-    if path.suffix.lower() == GGUF:
-        raise UserError(_convert(path))
-    if path.exists():
-        raise UserError(f"the model {model} is a file; give the folder that holds it")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        close = did_you_mean(model, list(short_names()))
-        names = ", ".join(short_names())
-        raise UserError(
-            f"no model {model!r}: not a local folder, not a hub id (owner/name), and not one of "
-            f"{names}.{close}"
-        )
 
 
 def _download(hub_id: str, revision: str | None, hint: str) -> Path:

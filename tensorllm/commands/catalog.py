@@ -56,7 +56,7 @@ def _architectures() -> list[Row]:
 
 
 def _models() -> list[Row]:
-    from tensorllm.recipes import short_names
+    from tensorllm.model_names import short_names
 
     return [
         {

@@ -18,8 +18,8 @@ from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.predictions import Prediction, prediction_of
 from tensorllm.evaluation.scorer import context_of
 from tensorllm.io import check_writable, locked, write_json
+from tensorllm.model_names import short_names
 from tensorllm.progress import Progress, quiet
-from tensorllm.recipes import short_names
 from tensorllm.reproduction.claims import METHODS, PROTOCOL, Method, StudyDataset, StudyModel
 from tensorllm.reproduction.claims_summary import (
     NOT_RUN,

@@ -9,12 +9,12 @@ from tensorllm.calibration.overlap import refuse_evaluated
 from tensorllm.calibration.ranks import joined
 from tensorllm.calibration.sequences import Calibration, text_asked_for
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
-from tensorllm.checkpoint.source import Source, check_name, resolve
+from tensorllm.checkpoint.source import Source, resolve
 from tensorllm.checkpoint.writer import check_target
 from tensorllm.compression.card import REPORT, rewrite_card
 from tensorllm.compression.dry_run import DryRun, dry_run
 from tensorllm.compression.engine import compress, compress_folder
-from tensorllm.compression.formats import COMPRESSED, Format
+from tensorllm.compression.formats import COMPRESSED, Format, chosen_format
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compression.prepare import help_to_fit
 from tensorllm.compression.report import CompressionReport
@@ -24,13 +24,13 @@ from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.budget import TARGETS, Budget
 from tensorllm.compressors.settings import make_compressor
 from tensorllm.errors import UserError
-from tensorllm.evaluation.evaluate import dataset_scorer, make_dataset
 from tensorllm.io import write_json
 from tensorllm.lightning.loggers import metric_log
+from tensorllm.model_names import check_name
 from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import Recipe, budget_of, completed, recipe_of
-from tensorllm.registry import load_plugins, one_of
+from tensorllm.registry import load_plugins
 from tensorllm.requests.compress import SEQUENCES, CompressRequest
 
 
@@ -60,6 +60,8 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
             return dry_run(task)
         score = None
         if (dataset := request.evaluate) is not None:
+            from tensorllm.evaluation.evaluate import dataset_scorer
+
             scorer = dataset_scorer(request.data_file, request.limit, progress)
             score = lambda model, tokenizer: scorer(model, tokenizer, dataset)  # noqa: E731
         if request.out is None:
@@ -67,6 +69,7 @@ def run(request: CompressRequest, progress: Progress = quiet) -> CompressionRepo
         else:
             report = _to_folder(task, progress, score)
         log.compression(report.to_json())
+        report.logged_to = log.folder
     return report
 
 
@@ -99,10 +102,14 @@ def run_sizes(request: CompressRequest, progress: Progress = quiet) -> list[Comp
         first.strategy, model, first.calibration, targets, first.layers, progress=progress
     )
     del model
-    return [
-        compress_folder(replace(task, compressor=fitted, budget=None, calibration=None), progress)
-        for task, fitted in zip(made, fits, strict=True)
-    ]
+    reports = []
+    for task, fitted in zip(made, fits, strict=True):
+        final = replace(task, compressor=fitted, budget=None, calibration=None)
+        with metric_log(request.logger, request.log_dir, "compress") as log:
+            reports.append(compress_folder(final, progress))
+            log.compression(reports[-1].to_json())
+            reports[-1].logged_to = log.folder
+    return reports
 
 
 def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]:
@@ -113,7 +120,7 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
     check_name(recipe.model)
     budget = budget_of(recipe.mode, recipe.settings)
     usual = "factored" if "target_bytes" in recipe.settings else "dense"
-    format = cast(Format, one_of("--format", request.format or usual, COMPRESSED))
+    format = cast(Format, chosen_format(request.format or usual, COMPRESSED))
     dtype = dtype_of(request.dtype)
     if request.out is not None:
         check_target(request.out, overwrite=request.overwrite)
@@ -126,6 +133,8 @@ def _task(request: CompressRequest, recipe: Recipe) -> tuple[FolderTask, Source]
         make_compressor(recipe.mode, recipe.settings)
     source = resolve(recipe.model, request.revision)
     if request.evaluate is not None:
+        from tensorllm.evaluation.evaluate import make_dataset
+
         make_dataset(request.evaluate, data_file=request.data_file)
     compressor = compressor_of(recipe, budget, source)
     if request.distill_text is not None and not compressor.training_steps:

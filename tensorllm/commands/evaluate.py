@@ -19,7 +19,7 @@ from tensorllm.data.base import ReasoningDataModule
 from tensorllm.environment import environment
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.evaluation.predictions import Prediction, metrics_of
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.prior import shared_choices, without_prior
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.results import (
@@ -31,7 +31,8 @@ from tensorllm.evaluation.results import (
     results_of,
 )
 from tensorllm.evaluation.scorer import context_of
-from tensorllm.lightning.loggers import make_logger
+from tensorllm.evaluation.totals import metrics_of
+from tensorllm.lightning.loggers import folder_of, make_logger
 from tensorllm.lightning.trainer import Devices, check_options, is_first, score_model
 from tensorllm.progress import Progress, quiet
 from tensorllm.registry import load_plugins, one_of
@@ -43,11 +44,16 @@ PREFIX = {"model": "evaluate/", "before": "evaluate/before/"}  # of logged metri
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The content of results.json, the model's predictions, and the original's if there is one."""
+    """The content of results.json, the model's predictions, and the original's if there is one.
+
+    Attributes:
+        logged_to: the folder that a logger wrote to.
+    """
 
     results: dict[str, Any]
     predictions: list[Prediction]
     before: list[Prediction] | None = None
+    logged_to: Path | None = None
 
     def files(self) -> dict[str, list[Prediction]]:
         """The predictions by the names of their files."""
@@ -109,7 +115,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
         results |= _made_with(request, devices, source, loader)
         results["seconds"] = time.perf_counter() - started
         rows = None if before is None else before.predictions
-        done = Evaluation(results, model.predictions, rows)
+        done = Evaluation(results, model.predictions, rows, folder_of(logger))
         if request.out is not None:
             folder.finish(results, done.files())
     return done
@@ -180,13 +186,14 @@ def _made_with(
 ) -> dict[str, Any]:
     """What identifies the model and the machine in results.json."""
     manifest = loader.manifest()
+    stored = loader.config().dtype
     return {
         "model": source.name,
         "revision": source.revision,
         "compressed": None if request.compressed is None else str(request.compressed),
         "compressor": None if manifest is None else manifest.compressor,
-        "dtype": str(loader.dtype or loader.config().dtype).removeprefix("torch."),
-        "stored_dtype": str(loader.config().dtype).removeprefix("torch."),
+        "dtype": str(devices.dtype(loader.dtype or stored)).removeprefix("torch."),
+        "stored_dtype": str(stored).removeprefix("torch."),
         "devices": asdict(devices),
         "trainer": {name: str(value) for name, value in request.trainer.items()},
         **environment(),

@@ -6,12 +6,12 @@ from typing import Any
 
 from tensorllm.checkpoint.loader import dtype_of
 from tensorllm.compression.export import QuantisedSite, export, quantise_folder
-from tensorllm.compression.formats import EXPORTED
+from tensorllm.compression.formats import EXPORTED, chosen_format
 from tensorllm.compression.graph import GRAPHS, export_graph
 from tensorllm.compression.narrow import narrow
 from tensorllm.errors import UserError
 from tensorllm.progress import Progress, quiet
-from tensorllm.registry import load_plugins, one_of
+from tensorllm.registry import load_plugins
 from tensorllm.requests.others import ExportRequest
 
 
@@ -86,7 +86,7 @@ def run(
             raise UserError("--quantize stays factored: give it without --format and --dtype")
         sites = quantise_folder(source, out, request.quantize, **how)
         return QuantisedExport(out, request.quantize, sites)
-    format = one_of("--format", request.format or "dense", EXPORTED)
+    format = chosen_format(request.format or "dense", EXPORTED)
     how["dtype"] = dtype_of(request.dtype)
     if format == "narrow":
         made = narrow(source, out, **how)

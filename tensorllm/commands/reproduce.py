@@ -11,8 +11,8 @@ from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.commands import search
 from tensorllm.errors import UserError
 from tensorllm.io import check_writable
+from tensorllm.model_names import short_names
 from tensorllm.progress import Progress, quiet
-from tensorllm.recipes import short_names
 from tensorllm.reproduction.inputs import (
     check_data,
     data_file,

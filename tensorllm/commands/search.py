@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
@@ -72,7 +73,7 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
             if request.study is not None:
                 write_trials(folder, study, steps[0].trials)
                 write_files(folder, study, composed(steps), result)
-        return result
+        return replace(result, logged_to=log.folder)
 
 
 def _folder(request: SearchRequest, stack: ExitStack) -> Path:

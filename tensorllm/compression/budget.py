@@ -21,7 +21,7 @@ from tensorllm.weights import stacked
 ReadWeights = Callable[[Iterable[str]], Mapping[str, Tensor]]  # parameters by name
 
 
-def sized(
+def meet_budget(
     compressor: Compressor,
     roles: RoleMatrices,
     read: ReadWeights,

@@ -14,11 +14,10 @@ import yaml
 from tensorllm.compression.card_text import body
 from tensorllm.compression.formats import FORMATS
 from tensorllm.compression.report import asked_for
-from tensorllm.data import DATASETS
-from tensorllm.evaluation.results import BeforeAfter, of_scores
+from tensorllm.evaluation.before_after import BeforeAfter, of_scores
 from tensorllm.io import write_text
-from tensorllm.metrics import SHOWN
-from tensorllm.recipes import short_names
+from tensorllm.model_names import short_names
+from tensorllm.shown import SHOWN
 
 CARD = "README.md"
 REPORT = "report.json"
@@ -141,6 +140,8 @@ def _metadata(
 
 def _dataset(name: str) -> dict[str, Any]:
     """The dataset for the hub's metadata: its repository and configuration if it has one."""
+    from tensorllm.data import DATASETS
+
     source = DATASETS[name].source if name in DATASETS else None
     if source is None:
         return {"dataset_type": name, "dataset_name": name}

@@ -8,9 +8,9 @@ from tensorllm.compression.descriptions import done_in_words
 from tensorllm.compression.formats import FORMATS
 from tensorllm.compression.report import RATIO_NAMES, asked_for
 from tensorllm.compressors import COMPRESSORS
-from tensorllm.evaluation.results import BeforeAfter
-from tensorllm.metrics import MAIN, SHOWN
+from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.recipes import as_yaml
+from tensorllm.shown import MAIN, SHOWN
 
 AUTO = {"fill-mask": "AutoModelForMaskedLM"}
 

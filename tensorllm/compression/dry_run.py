@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from tensorllm.compression.cost import decomposition_seconds, gemm_speed
 from tensorllm.compression.narrow import foreseen
@@ -40,6 +41,8 @@ class DryRun:
             writing at `DISK` bytes per second; None if a strategy is first fitted to a text.
         peak_bytes: predicted peak of resident memory.
     """
+
+    logged_to: ClassVar[Path | None] = None  # nothing is done yet
 
     sites: list[PlannedSite]
     parameters_before: int

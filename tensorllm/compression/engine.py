@@ -17,7 +17,7 @@ from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.factored import STEM
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.writer import ShardWriter, check_target, exclusive
-from tensorllm.compression.budget import sized
+from tensorllm.compression.budget import meet_budget
 from tensorllm.compression.jobs import CompressedSite, run_job
 from tensorllm.compression.narrow import Narrowing, chosen, foreseen
 from tensorllm.compression.plan import Plan, plan
@@ -88,7 +88,7 @@ def compress(
         strategy = fit(strategy, model, calibration, layers, budget=budget, progress=progress)
     parameters = sum(p.numel() for p in model.parameters())
     if budget is not None and not isinstance(strategy, Fitted):
-        strategy = sized(
+        strategy = meet_budget(
             strategy, roles, lambda _: weights, parameters, budget, layers, progress=progress
         )
     planned = plan(strategy, roles, layers)
@@ -132,7 +132,7 @@ def _report(
         seconds=seconds,
         environment=environment(),
         structure=roles.layout.describe(),
-        passed_over=dict(planned.passed_over),
+        missing_roles=dict(planned.missing_roles),
     )
 
 

@@ -4,8 +4,12 @@
 finished folder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from tensorllm.errors import UserError
+from tensorllm.registry import one_of
 
 Format = Literal["dense", "factored", "narrow"]  # what `compress` writes
 TRANSFORMERS = (
@@ -85,3 +89,19 @@ FORMATS = {
 }
 COMPRESSED = tuple(name for name, one in FORMATS.items() if one.by_compress)
 EXPORTED = tuple(name for name, one in FORMATS.items() if one.by_export)
+# What another tool makes of an ordinary checkpoint, and how.
+ELSEWHERE = {
+    "gguf": "is written by llama.cpp, of a dense or narrow folder: python "
+    "llama.cpp/convert_hf_to_gguf.py FOLDER (docs/serve.md, llama.cpp)",
+}
+
+
+def chosen_format(name: str, known: Sequence[str]) -> str:
+    """`name`, which must be a format that the command writes.
+
+    Raises:
+        UserError: it is not; how it is made, where another tool makes it.
+    """
+    if name.lower() in ELSEWHERE:
+        raise UserError(f"--format {name} {ELSEWHERE[name.lower()]}")
+    return one_of("--format", name, known)

@@ -26,14 +26,14 @@ class Plan(ABC):
         layers: requested layers that have something to compress.
         sites: those that get factors.
         settings: the mode's name and its settings, for reports and manifests.
-        passed_over: layer -> the roles that it lacks.
+        missing_roles: layer -> the roles that it lacks.
     """
 
     strategy: Compressor | Fitted
     layers: tuple[int, ...]
     sites: tuple[Site, ...]
     settings: tuple[str, dict[str, Any]]
-    passed_over: Mapping[int, tuple[str, ...]]
+    missing_roles: Mapping[int, tuple[str, ...]]
 
     @abstractmethod
     def factors(self, site: Site, w: Tensor) -> Factors:
@@ -134,7 +134,7 @@ def decompositions(
         found.layers,
         tuple(job.site for job in found.jobs),
         settings_of(compressor),
-        found.passed_over,
+        found.missing_roles,
         found.jobs,
     )
 
@@ -145,7 +145,7 @@ def _of_fit(fitted: Fitted, roles: RoleMatrices, layers: Sequence[int] | None) -
         raise UserError(
             f"this strategy was fitted to layers {sorted(fitted.layers)}, not {sorted(wanted)}"
         )
-    return FittedPlan(fitted, wanted, fitted.sites, fitted.settings, fitted.passed_over)
+    return FittedPlan(fitted, wanted, fitted.sites, fitted.settings, fitted.missing_roles)
 
 
 def _refuse_overlap(sites: Sequence[Site]) -> None:

@@ -18,7 +18,7 @@ from tensorllm.calibration.sequences import Calibration
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.checkpoint.whole import load_whole
-from tensorllm.compression.budget import sized
+from tensorllm.compression.budget import meet_budget
 from tensorllm.compression.room import stored_in, with_room
 from tensorllm.compression.task import FolderTask
 from tensorllm.compression.units import open_checkpoint
@@ -52,7 +52,7 @@ def prepared(
     def read(names: Any) -> Any:
         return {name: w.to(device, task.dtype) for name, w in checkpoint.read(names).items()}
 
-    return sized(
+    return meet_budget(
         task.strategy,
         roles,
         read,
@@ -193,5 +193,5 @@ def check_fit(
     layers = sorted({layer for layer, _ in matrices})
     least = None
     if isinstance(strategy, LayerFit):
-        least = strategy.least_parameters(roles.spec, layers)
+        least = strategy.min_parameters(roles.spec, layers)
     return target.numbers(before, checkpoint.parameters, least)

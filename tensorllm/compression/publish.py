@@ -60,7 +60,7 @@ def publish(
         peak_resident_bytes=peak_resident_bytes(),
         environment=environment(),
         structure=roles.layout.describe(),
-        passed_over=dict(plan.passed_over),
+        missing_roles=dict(plan.missing_roles),
     )
     config = dense_config(task.source, task.dtype)
     if narrowing is not None:

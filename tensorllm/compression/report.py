@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tensorllm.models.spec import ModelSpec
@@ -84,8 +85,9 @@ class CompressionReport:
     evaluation: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     structure: str = ""  # families of the layers and how they were found; empty with a row
-    passed_over: dict[int, tuple[str, ...]] = field(default_factory=dict)  # layer -> roles it lacks
+    missing_roles: dict[int, tuple[str, ...]] = field(default_factory=dict)  # by layer
     ffn_width: tuple[int, int] | None = None  # before and after, if FFNs were made narrower
+    logged_to: Path | None = None  # the folder that a logger wrote to; not stored
 
     def layer_attention(self) -> dict[int, tuple[int, int]]:
         """For each layer with an edited attention matrix, attention parameters before and after."""
@@ -131,7 +133,7 @@ class CompressionReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         out = asdict(self)
-        del out["spec"], out["ffn_width"]
+        del out["spec"], out["ffn_width"], out["logged_to"], out["missing_roles"]
         if self.ffn_width is not None:
             out["ffn_width"] = dict(zip(("before", "after"), self.ffn_width, strict=True))
         out["geometry"] = asdict(self.spec.geometry(self.sites[0].layers[0] if self.sites else 0))
@@ -139,7 +141,7 @@ class CompressionReport:
         out["untouched_attention"] = self._untouched_attention()
         out["layer_roles"] = [list(geometry.roles) for geometry in self.spec.geometries]
         out["passed_over"] = [
-            {"layer": layer, "lacks": list(roles)} for layer, roles in self.passed_over.items()
+            {"layer": layer, "lacks": list(roles)} for layer, roles in self.missing_roles.items()
         ]
         for site, record in zip(self.sites, out["sites"], strict=True):
             record["compression_ratio"] = site.ratio

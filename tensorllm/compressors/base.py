@@ -314,7 +314,7 @@ class LayerFit(Compressor):
         del sites
         return 1
 
-    def least_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int | None:
+    def min_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int | None:
         """Numbers stored at the smallest sizes; None: only the curves can tell."""
         del spec, layers
         return None

@@ -1,7 +1,9 @@
 """A target size."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tensorllm.errors import UserError
 
@@ -49,13 +51,13 @@ class Budget:
         """The one that was given."""
         return {name: x for name in TARGETS if (x := getattr(self, name)) is not None}
 
-    def numbers(self, before: int, total: int, least: int | None = None) -> int:
+    def numbers(self, before: int, total: int, minimum: int | None = None) -> int:
         """How many numbers the factors may store in all; with `target_bytes`, how many bytes.
 
         Args:
             before: numbers in the strategy's matrices.
             total: parameters of the whole model.
-            least: numbers, or bytes, stored at the smallest sizes, where that is known.
+            minimum: numbers, or bytes, stored at the smallest sizes, where that is known.
 
         Raises:
             UserError: the target is out of reach; says the range.
@@ -66,9 +68,11 @@ class Budget:
                     "a target in bytes is for compress, which knows what else the files hold "
                     "(tl.compress, tensorllm compress)"
                 )
-            if self.target_bytes < self.other_bytes + (least or 0):
+            if self.target_bytes < self.other_bytes + (minimum or 0):
                 known = (
-                    "" if least is None else f"the least is {self.other_bytes + least}, of which "
+                    ""
+                    if minimum is None
+                    else f"the least is {self.other_bytes + minimum}, of which "
                 )
                 raise UserError(
                     f"target_bytes {self.target_bytes} cannot be met: {known}{self.other_bytes} "
@@ -78,19 +82,28 @@ class Budget:
         rest = total - before
         if self.target_ratio is not None:
             numbers = math.floor(before / self.target_ratio)
-            if least is not None and numbers < least:
+            if minimum is not None and numbers < minimum:
                 raise UserError(
                     f"target_ratio {self.target_ratio:g} cannot be met: the best reachable is "
-                    f"{before / least:.4g} (the smallest ranks everywhere)"
+                    f"{before / minimum:.4g} (the smallest ranks everywhere)"
                 )
             return numbers
         assert self.target_params is not None, "a limit of the loss is met by trying sizes"
-        if not rest + (least or 0) <= self.target_params < total:
-            reach = f"in {rest + (least or 0)}..{total - 1}"
-            if least is None:
+        if not rest + (minimum or 0) <= self.target_params < total:
+            reach = f"in {rest + (minimum or 0)}..{total - 1}"
+            if minimum is None:
                 reach = f"above {rest} and below {total}"
             raise UserError(f"target_params must be {reach}, got {self.target_params}")
         return self.target_params - rest
 
 
+# Settings of strategies of which one of a row is given, and none beside a target, which stands in
+# their place.
+SIZES = (("ranks", "energy", "error"), ("rho", "rank", "kept"))
 TARGETS = ("target_ratio", "target_params", "target_bytes", "max_loss_increase")
+
+
+def without_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a recipe may name beside a target."""
+    chosen = {*TARGETS, *(name for row in SIZES for name in row)}
+    return {name: value for name, value in settings.items() if name not in chosen}

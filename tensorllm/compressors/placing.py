@@ -19,12 +19,12 @@ class Placed:
 
     Attributes:
         layers: those that were asked for, without layers from which nothing is left.
-        passed_over: layer -> the roles that a job wanted and the layer lacks.
+        missing_roles: layer -> the roles that a job wanted and the layer lacks.
     """
 
     jobs: list[Job]
     layers: tuple[int, ...]
-    passed_over: dict[int, tuple[str, ...]]
+    missing_roles: dict[int, tuple[str, ...]]
 
 
 def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | None) -> Placed:
@@ -56,11 +56,11 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
             f" (it has {', '.join(spec.geometry(layer).families) or 'none'}); {where} all of them"
             f"{_latent(spec.geometry(layer))}"
         )
-    passed_over = {layer: families(missing) for layer, missing in lacking.items()}
+    missing_roles = {layer: families(missing) for layer, missing in lacking.items()}
     gone = set(lacking) - {layer for job in jobs for layer in job.site.layers}
     for job in jobs:
         _check_alike(job, spec)
-    return Placed(jobs, tuple(n for n in wanted if n not in gone), passed_over)
+    return Placed(jobs, tuple(n for n in wanted if n not in gone), missing_roles)
 
 
 def _latent(geometry: Geometry) -> str:

@@ -227,11 +227,12 @@ class ReasoningDataModule(LightningDataModule, ABC):
         share: list[Any] = list(batches[rank::world])
         steps = max(1, -(-len(batches) // world))  # Lightning skips an empty loader
         share += [None] * (steps - len(share))
-        return DataLoader(share, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        return DataLoader(share, batch_size=None, collate_fn=_untouched)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         return batch  # lists of tokens; the scorer pads them on the model's device
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _untouched(batch: Sequence[Any] | None) -> Iterator[Any] | None:
+    """An iterator, which Lightning hands on as it is: in lists it looks for tensors to convert."""
+    return None if batch is None else iter(batch)

@@ -1,19 +1,13 @@
-"""An example's scoring result; the metrics of many, and their parquet table."""
+"""An example's scoring result, and the parquet table of many."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torchmetrics import MetricCollection
-
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError, first_line
 from tensorllm.evaluation.matching import token_f1
-from tensorllm.metrics import add_answers, answer_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,44 +74,6 @@ def chosen_prediction(
         choice_log_probabilities=tuple(sums),
         truncated=truncated,
     )
-
-
-def columns(predictions: Sequence[Prediction]) -> dict[str, Tensor]:
-    """The values that the metrics read, as float64 columns; NaN where there is no question."""
-
-    def column(values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.float64)
-
-    def asked(values: Iterable[float]) -> Tensor:
-        pairs = zip(predictions, values, strict=True)
-        return column(math.nan if p.correct is None else value for p, value in pairs)
-
-    return {
-        "correct": asked(float(bool(p.correct)) for p in predictions),
-        "log_probability": column(p.log_probability for p in predictions),
-        "answer_tokens": column(p.answer_tokens for p in predictions),
-        "rank": asked(p.rank for p in predictions),
-        "token_f1": asked(p.token_f1 for p in predictions),
-    }
-
-
-def update(metrics: MetricCollection, predictions: Sequence[Prediction]) -> None:
-    """Add predictions to the metrics, in the order of the dataset.
-
-    Floating-point sums depend on their order: this way the same predictions give the same figures
-    bit for bit, however they were batched.
-    """
-    ordered = sorted(predictions, key=lambda p: p.index)
-    device = next(iter(metrics.values())).device
-    add_answers(metrics, {name: values.to(device) for name, values in columns(ordered).items()})
-
-
-def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """All metrics of these predictions; those that do not apply are left out."""
-    metrics = answer_metrics(sync_on_compute=False)  # this process only
-    update(metrics, predictions)
-    found = {name: float(value) for name, value in metrics.compute().items()}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def prediction_of(values: dict[str, Any]) -> Prediction:

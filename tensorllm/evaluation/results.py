@@ -9,20 +9,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import Incomplete, UserError, first_line
-from tensorllm.evaluation.predictions import (
-    Prediction,
-    metrics_of,
-    read_predictions,
-    write_predictions,
-)
+from tensorllm.evaluation.predictions import Prediction, read_predictions, write_predictions
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.statistics import compared, intervals
 from tensorllm.io import locked, no_space, replace_folder, sync, write_json, write_text
-from tensorllm.metrics import SHOWN
+from tensorllm.shown import SHOWN
+
+if TYPE_CHECKING:  # it imports Lightning, which takes seconds
+    from tensorllm.data.base import ReasoningDataModule
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.parquet"
@@ -139,6 +136,8 @@ def compare(before: Path, after: Path, seed: int = 0) -> dict[str, Any]:
     Raises:
         UserError: the datasets or protocols differ, or no example is in both.
     """
+    from tensorllm.evaluation.totals import metrics_of
+
     (first, old), (second, new) = read_results(before), read_results(after)
     if first["dataset"] != second["dataset"] or first["protocol"] != second["protocol"]:
         raise UserError(
@@ -170,7 +169,7 @@ class Scored:
 
 
 def results_of(
-    data: ReasoningDataModule,
+    data: "ReasoningDataModule",
     protocol: Protocol,
     model: Scored,
     before: Scored | None,
@@ -206,74 +205,3 @@ def results_of(
         results["before"] = figures(before)
         results["comparison"] = compared(before.predictions, model.predictions, seed)
     return results
-
-
-def count_of_examples(number: int) -> str:
-    """`1 example`, `2,000 examples`."""
-    return f"{number:,} example{'' if number == 1 else 's'}"
-
-
-@dataclass(frozen=True, slots=True)
-class BeforeAfter:
-    """One measurement, and the same of the original if there is one.
-
-    `evaluate` writes it as results.json, `compress --evaluate` into report.json.
-
-    Attributes:
-        before, after: metrics by name (`evaluation.predictions.metrics_of`); `before` may be None.
-        intervals_before, intervals_after: 95 % intervals by the metric's name, where known.
-        comparison: what `evaluation.statistics.compared` found, where known.
-    """
-
-    dataset: str
-    split: str
-    protocol: str
-    examples: int
-    seed: int | None
-    before: Mapping[str, float] | None
-    after: Mapping[str, float]
-    intervals_before: Mapping[str, list[float]]
-    intervals_after: Mapping[str, list[float]]
-    comparison: Mapping[str, Any] | None
-
-    @property
-    def where(self) -> str:
-        """A description such as `fever, test part, protocol strict, 2,000 examples`."""
-        return (
-            f"{self.dataset}, {self.split} part, protocol {self.protocol}, "
-            f"{count_of_examples(self.examples)}"
-        )
-
-
-def of_results(results: Mapping[str, Any]) -> BeforeAfter:
-    """Read the content of results.json."""
-    before = results.get("before") or {}
-    return BeforeAfter(
-        dataset=results["dataset"],
-        split=results["split"],
-        protocol=results["protocol"],
-        examples=results["examples"],
-        seed=results.get("seed"),
-        before=before.get("metrics"),
-        after=results["metrics"],
-        intervals_before=before.get("intervals", {}),
-        intervals_after=results.get("intervals", {}),
-        comparison=results.get("comparison"),
-    )
-
-
-def of_scores(evaluation: Mapping[str, Any]) -> BeforeAfter:
-    """Read `evaluation` of report.json, which has scores without intervals."""
-    before, after = evaluation["before"], evaluation["after"]
-    return BeforeAfter(
-        dataset=after["dataset"],
-        split=after["split"],
-        protocol=after["protocol"],
-        examples=after["examples"],
-        seed=None,
-        before=before,
-        after=after,
-        intervals_before={},
-        intervals_after={},
-        comparison=None,
-    )

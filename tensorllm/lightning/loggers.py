@@ -28,6 +28,11 @@ class MetricLog:
         self._trials: set[int] = set()
         self._best: float | None = None
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder with what was logged, as of `folder_of`."""
+        return folder_of(self.logger)
+
     def metrics(self, prefix: str, values: Mapping[str, Any], step: int = 0) -> None:
         """Log the finite numbers among the values, as `prefix/name`."""
         numbers = {
@@ -90,6 +95,12 @@ def metric_log(name: str | None, folder: Path | None, command: str) -> Iterator[
         logger.finalize("failed")
         raise
     logger.finalize("success")
+
+
+def folder_of(logger: Any) -> Path | None:
+    """Where a logger has written files; None where it sends what it gets elsewhere, or is none."""
+    named = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+    return Path(named) if named is not None and Path(named).is_dir() else None
 
 
 def make_logger(name: str | None, folder: Path | None, command: str) -> Any:

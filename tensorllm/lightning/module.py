@@ -18,7 +18,7 @@ from tensorllm.compressors.settings import settings_of
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.data.example import Example
 from tensorllm.errors import UserError
-from tensorllm.evaluation.predictions import Prediction, update
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
 from tensorllm.evaluation.scorer import (
     Scorer,
@@ -29,6 +29,7 @@ from tensorllm.evaluation.scorer import (
     score_all,
     workers_for,
 )
+from tensorllm.evaluation.totals import update
 from tensorllm.metrics import answer_metrics
 
 
@@ -144,7 +145,7 @@ class ReasoningModule(LightningModule):
             return {"predictions": []}
         assert self._scorer is not None, "the data module makes its batches by `_plan`"
         workers = min(self._workers, workers_for(self.model))  # one under autocast
-        new = [p for scored in score_all(self._scorer, batch, workers) for p in scored]
+        new = [p for scored in score_all(self._scorer, list(batch), workers) for p in scored]
         self._predictions += new
         return {"predictions": new}
 

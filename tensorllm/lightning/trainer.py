@@ -20,8 +20,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from tensorllm.checkpoint.loader import Loader
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import Incomplete, UserError, first_line
-from tensorllm.evaluation.predictions import metrics_of
 from tensorllm.evaluation.results import Scored
+from tensorllm.evaluation.totals import metrics_of
 from tensorllm.lightning.callbacks import PredictionJournal, ProgressReport
 from tensorllm.lightning.module import ReasoningModule
 from tensorllm.progress import Progress, silenced
@@ -32,6 +32,13 @@ AGAIN = "run the same command again: it goes on from the last finished batch"
 TAKEN = {
     **{name: f"--{name.replace('_', '-')}" for name in ("accelerator", "devices", "num_nodes")},
     **{name: f"--{name}" for name in ("strategy", "precision", "logger")},
+}
+COMPUTED = {  # by the Trainer's precision; with the others weights are computed with as they are
+    "16-true": torch.float16,
+    "16-mixed": torch.float16,
+    "bf16-true": torch.bfloat16,
+    "bf16-mixed": torch.bfloat16,
+    "64-true": torch.float64,
 }
 FIXED = ("use_distributed_sampler",)  # the data module distributes examples, each once
 
@@ -72,6 +79,12 @@ class Devices:
     def spawned(self) -> bool:
         """Whether the other processes are children of this one, so that it notices their death."""
         return self.several and self.strategy == "auto" and self.num_nodes == 1
+
+    def dtype(self, weights: torch.dtype) -> torch.dtype:
+        """What products are computed in: as the Trainer reads `precision`, or else the weights'."""
+        return (
+            weights if self.precision is None else COMPUTED.get(self.trainer().precision, weights)
+        )
 
     def trainer(
         self,

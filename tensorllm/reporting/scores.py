@@ -7,11 +7,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tensorllm.compression.report import asked_for
-from tensorllm.evaluation.results import count_of_examples
+from tensorllm.evaluation.before_after import count_of_examples
 from tensorllm.evaluation.statistics import LEAST_P
-from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.rows import new_table
 from tensorllm.reporting.tables import p_value
+from tensorllm.shown import MAIN, SHOWN
 
 LISTED = 8  # examples of each kind of change
 WIDTH = 36  # of a question; answers wrap beside it

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.rows import new_table
+from tensorllm.shown import MAIN, SHOWN
 
 SCORES = {"accuracy": "accuracy, %", "loss": "loss"}
 ACROSS = 4  # with more labels, each has a row instead of a column

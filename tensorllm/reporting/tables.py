@@ -11,8 +11,8 @@ from rich.text import Text
 
 from tensorllm.compression.dry_run import DryRun
 from tensorllm.compression.report import RATIO_NAMES, CompressionReport, SiteReport, asked_for
-from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.rows import MANY, new_table
+from tensorllm.shown import MAIN, SHOWN
 
 WORST = 5  # sites that are shown if there are too many for a row each
 
@@ -37,7 +37,7 @@ def _found(report: CompressionReport) -> list[RenderableType]:
     """What the model's structure was found to be, and the layers that were left out."""
     out: list[RenderableType] = [Text(report.structure)] if report.structure else []
     by_lack: dict[tuple[str, ...], list[int]] = {}
-    for layer, roles in report.passed_over.items():
+    for layer, roles in report.missing_roles.items():
         by_lack.setdefault(roles, []).append(layer)
     for roles, layers in by_lack.items():
         where = ", ".join(map(str, layers)) if len(layers) <= MANY else f"{len(layers)} layers"

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorllm.evaluation.predictions import Prediction, metrics_of
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.statistics import compared, intervals
+from tensorllm.evaluation.totals import metrics_of
 from tensorllm.reproduction.claims import GOAL
 from tensorllm.reproduction.frequency import by_frequency, changed, generic, trend
 from tensorllm.search.verdict import LEVEL, guards_of, verdict

@@ -12,7 +12,7 @@ from tensorllm.data.repository import HubSource, files_of_split
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
 from tensorllm.io import sha256s
-from tensorllm.recipes import short_names
+from tensorllm.model_names import short_names
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 CONFIG = "config.json"

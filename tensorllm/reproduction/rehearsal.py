@@ -18,7 +18,7 @@ from tensorllm.data.base import DATASETS, VALIDATION
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.recipes import short_names
+from tensorllm.model_names import short_names
 from tensorllm.reproduction.forecast import (
     CellForecast,
     measure_machine,

@@ -103,17 +103,19 @@ class CompressRequest:
     ] = False
     sequences: Annotated[
         int | None,
-        Option(f"Calibration sequences to draw (default: {SEQUENCES}).", least=1, needs=OF_TEXT),
+        Option(f"Calibration sequences to draw (default: {SEQUENCES}).", minimum=1, needs=OF_TEXT),
     ] = None
     length: Annotated[
         int | None,
         Option(
             "Tokens of each (default: 512, or the model's context).",
-            least=2,
+            minimum=2,
             needs=OF_TEXT,
         ),
     ] = None
-    seed: Annotated[int | None, Option("Of that draw (default: 0).", least=0, needs=OF_TEXT)] = None
+    seed: Annotated[int | None, Option("Of that draw (default: 0).", minimum=0, needs=OF_TEXT)] = (
+        None
+    )
     settings: Annotated[
         Mapping[str, Any],
         Option(

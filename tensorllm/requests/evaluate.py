@@ -41,7 +41,7 @@ class EvaluateRequest:
     revision: shared.Revision = None
     dtype: shared.DType = None
     cache: shared.Cache = "auto"
-    seed: Annotated[int, Option("Of the bootstrap.", least=0)] = 0
+    seed: Annotated[int, Option("Of the bootstrap.", minimum=0)] = 0
     batch_tokens: Annotated[
         int | None, Option("Tokens per batch; halved where memory runs out.")
     ] = None

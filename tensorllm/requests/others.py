@@ -48,7 +48,7 @@ class GenerateRequest:
         float, Option("Share of probability to sample from.", needs=("temperature",))
     ] = 1.0
     beams: Annotated[int, Option("Of the beam search.")] = 1
-    seed: Annotated[int, Option("Of the sampling.", least=0, needs=("temperature",))] = 0
+    seed: Annotated[int, Option("Of the sampling.", minimum=0, needs=("temperature",))] = 0
     policy: shared.Policy = "always"
     cache: shared.Cache = "auto"
     dtype: shared.DType = None
@@ -64,11 +64,11 @@ class SampleRequest:
 
     model: Annotated[str, shared.MODEL]
     out: Annotated[Path, Option("The file to make, FILE.jsonl.", metavar="FILE")]
-    sequences: Annotated[int, Option("Sequences to write.", least=1)] = 96
+    sequences: Annotated[int, Option("Sequences to write.", minimum=1)] = 96
     length: Annotated[
-        int | None, Option("Tokens of each (default: 512, or the model's context).", least=2)
+        int | None, Option("Tokens of each (default: 512, or the model's context).", minimum=2)
     ] = None
-    seed: Annotated[int, Option("Of the sampling.", least=0)] = 0
+    seed: Annotated[int, Option("Of the sampling.", minimum=0)] = 0
     overwrite: shared.Overwrite = False
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "cpu"

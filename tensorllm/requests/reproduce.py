@@ -61,15 +61,15 @@ class ReproduceRequest:
         int,
         Option(
             "Claims: rows an edit is chosen on, at most half of those left.",
-            least=1,
+            minimum=1,
             needs=OF_CLAIMS,
         ),
     ] = 200
     trials: Annotated[
-        int, Option("Claims: edits examined, best predicted first.", least=1, needs=OF_CLAIMS)
+        int, Option("Claims: edits examined, best predicted first.", minimum=1, needs=OF_CLAIMS)
     ] = 4
     draws: Annotated[
-        int, Option("Claims: draws of the rows an edit is chosen on.", least=1, needs=OF_CLAIMS)
+        int, Option("Claims: draws of the rows an edit is chosen on.", minimum=1, needs=OF_CLAIMS)
     ] = 3
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "auto"

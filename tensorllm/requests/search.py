@@ -88,7 +88,7 @@ class SearchRequest:
         str | None,
         Option("gradient: try what one backward pass predicts to be best (per edit)."),
     ] = None
-    seed: Annotated[int, Option("Of the order, the sampler and the bootstrap.", least=0)] = 0
+    seed: Annotated[int, Option("Of the order, the sampler and the bootstrap.", minimum=0)] = 0
     stop_level: Annotated[
         float, Option("Chance of pruning the best trial early; 0: only when it has lost.")
     ] = 0.001
@@ -107,7 +107,7 @@ class SearchRequest:
         Option("Local file in place of the hub; of several datasets: a.csv,b.csv.", metavar="FILE"),
     ] = None
     limit: Annotated[
-        int | None, Option("Examples at most, of each validation and test part.", least=1)
+        int | None, Option("Examples at most, of each validation and test part.", minimum=1)
     ] = None
     cache_gib: Annotated[
         float | None, Option("Memory for activations (default: 1/4 of what is free).")

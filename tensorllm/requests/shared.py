@@ -4,13 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from tensorllm.model_names import check_name
 from tensorllm.options import Option
 
-MODEL = Option("Short name (`tensorllm list models`), local folder, or hub id.", metavar="MODEL")
+
+def _model(flag: str, name: str) -> str:
+    """The name that was typed, refused before anything slow is imported if it can be no model."""
+    del flag
+    check_name(name)
+    return name
+
+
+MODEL = Option(
+    "Short name (`tensorllm list models`), local folder, or hub id.", metavar="MODEL", parse=_model
+)
 MODE = Option("Strategy: `tensorllm list compressors`.", metavar="NAME")
 LAYOUT = Option("How heads are cut: paper or official (authors' code).", metavar="NAME")
 DATA_FILE = Option("Local jsonl, json, csv or parquet in place of the hub.", metavar="FILE")
-LIMIT = Option("Examples to score at most.", metavar="N", least=1)
+LIMIT = Option("Examples to score at most.", metavar="N", minimum=1)
 DEVICE = Option("auto, cpu, cuda, cuda:1, mps.", metavar="NAME")
 
 Policy = Annotated[

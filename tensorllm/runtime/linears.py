@@ -87,7 +87,7 @@ def _open(site: SiteModule) -> None:
             register_parametrization(site, name, LinearParametrization(held), unsafe=True)
 
 
-def any_as_linears(model: nn.Module) -> bool:
+def has_linear_factors(model: nn.Module) -> bool:
     """Whether some of a model's factors are held as linears for adapters."""
     return any(isinstance(module, LinearParametrization) for module in model.modules())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.ordering import columns_of, is_watched, rows_of
+from tensorllm.runtime.ordering import can_write_in_place, columns_of, rows_of
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     MOVE,
@@ -293,7 +293,7 @@ class PivotedOutput(PivotedSite):
             return self.basis(z_NR).view(*x.shape[:-1], -1)
         basis_RD, mix_XR = self.basis.weight, self.mix.weight
         x_IN = rows_of(x.flatten(0, -2).mT.contiguous(), self.order_I)
-        if is_watched():
+        if not can_write_in_place():
             z_NR = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:]).mT
         else:
             z_NR = x_IN[:rank].addmm_(mix_XR.mT, x_IN[rank:]).mT
@@ -332,7 +332,7 @@ def is_few(x: Tensor) -> bool:
 def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
     """(I, N): the chosen outputs, below them the mixed ones; no copy where none is needed."""
     rank, mixed = mix_RX.shape
-    if is_watched():
+    if not can_write_in_place():
         z_RN = (x_ND @ basis_DR).mT
         return torch.cat([z_RN, mix_RX.mT @ z_RN])
     y_IN = x_ND.new_empty(rank + mixed, len(x_ND))

@@ -9,7 +9,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tensorllm.environment import environment
 from tensorllm.io import replacing, write_json, write_text
-from tensorllm.metrics import MAIN
 from tensorllm.progress import Progress, quiet
 from tensorllm.recipes import as_yaml
 from tensorllm.reporting.search_plots import save_plots
@@ -22,6 +21,7 @@ from tensorllm.search.space import Point, Space
 from tensorllm.search.study import Study
 from tensorllm.search.trial import TrialResult
 from tensorllm.search.verdict import LEVEL, overall, verdict
+from tensorllm.shown import MAIN
 
 FIGURES = tuple(name for name in TrialResult.__dataclass_fields__ if name != "parts")
 RECIPE, TRIALS, RESULTS = "best.yaml", "trials.parquet", "results.json"
@@ -36,11 +36,13 @@ class SearchResult:
         recipe: the winner as YAML, for `tensorllm compress --config`.
         keeps: whether to write a recipe: the winner was found better, a compression ratio or
             several objectives were asked for, or `force_best` is set.
+        logged_to: the folder that a logger wrote to.
     """
 
     results: dict[str, Any]
     recipe: str
     keeps: bool
+    logged_to: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**self.results, "recipe": self.recipe}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tensorllm.data.base import ReasoningDataModule
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
-from tensorllm.recipes import short_names
+from tensorllm.model_names import short_names
 from tensorllm.requests.search import SearchRequest
 from tensorllm.search.staged import DatasetExamples
 

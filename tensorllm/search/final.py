@@ -7,13 +7,13 @@ from tensorllm.data.base import ReasoningDataModule
 from tensorllm.evaluation.evaluate import evaluate_model
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.statistics import compared
-from tensorllm.metrics import MAIN
 from tensorllm.progress import Progress, quiet
 from tensorllm.search.decompositions import applied
 from tensorllm.search.queue import TrialQueue
 from tensorllm.search.space import Point
 from tensorllm.search.study import Study
 from tensorllm.search.verdict import guards_of
+from tensorllm.shown import MAIN
 
 Scored = tuple[dict[str, Any], list[Prediction]]
 

@@ -226,7 +226,10 @@ def test_several_sizes_from_one_measurement(text, tmp_path):
     asked = replace(
         request(text, refit_epochs=0), target_ratio=(1.5, 2.5), out=tmp_path / "out", seed=1
     )
-    reports = run_sizes(asked)
+    reports = run_sizes(replace(asked, logger="csv", log_dir=tmp_path / "logs"))
+    logged = tmp_path / "logs" / "compress"
+    assert [r.logged_to for r in reports] == [logged / "version_0", logged / "version_1"]
+    assert all((logged / name / "metrics.csv").is_file() for name in ("version_0", "version_1"))
     for ratio, report in zip((1.5, 2.5), reports, strict=True):
         folder = tmp_path / "out" / f"{ratio:g}"
         assert report.settings["target_ratio"] == ratio

@@ -7,6 +7,8 @@ import eval_world as world
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tensorllm.checkpoint import loader
 from tensorllm.checkpoint.loader import computing_dtype
@@ -64,6 +66,34 @@ def test_results_say_in_which(
     assert (results["dtype"], results["stored_dtype"]) == (computed, "bfloat16")
     results = evaluate(replace(asked, dtype="fp32")).results
     assert results["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("precision", ["16", "bf16-mixed", "16-true", "bf16-true", "64", "32"])
+def test_results_say_in_which_by_precision(precision: str, tmp_path: Path):
+    """The one in which the model's products were computed, whatever the Trainer is asked for."""
+    world.model("gptj").save_pretrained(tmp_path / "model")
+    world.tokenizer().save_pretrained(tmp_path / "model")
+    asked = EvaluateRequest(
+        model=str(tmp_path / "model"),
+        dataset="questions",
+        data_file=world.save_questions(tmp_path / "rows.jsonl", 6),
+        split="all",
+        accelerator="cpu",
+        precision=precision,
+    )
+    seen = set()
+
+    def note(module: nn.Module, given: object, made: object) -> None:
+        if isinstance(module, nn.Linear) and isinstance(made, torch.Tensor):
+            seen.add(str(made.dtype).removeprefix("torch."))
+
+    hook = register_module_forward_hook(note)
+    try:
+        results = evaluate(asked).results
+    finally:
+        hook.remove()
+    assert {results["dtype"]} == seen
+    assert results["stored_dtype"] == "float32"
 
 
 @pytest.fixture

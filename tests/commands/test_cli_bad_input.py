@@ -171,7 +171,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "target of no bytes": ((*LASER, "--target-bytes", "0"), ("1 byte or more", "TiB", "got '0'")),
     "target above the model, in TB": ((*LASER, "--target-bytes", "900TB"), ("target_bytes", "9")),
-    "format unknown": ((*LASER, "--rho", "1", "--format", "gguf"), ("dense, factored", "gguf")),
+    "format unknown": ((*LASER, "--rho", "1", "--format", "npz"), ("dense, factored", "npz")),
     "dtype unknown": ((*LASER, "--rho", "1", "--dtype", "int8"), ("bf16", "int8")),
     "dataset unknown": ((*LASER, "--rho", "1", "--evaluate", "fevr"), ("fevr",)),
     "plugin missing": ((*LASER, "--rho", "1", "--plugin", PLUGIN), (PLUGIN, "PYTHONPATH")),

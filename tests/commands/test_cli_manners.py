@@ -121,6 +121,8 @@ def test_every_command_can_print_json() -> None:
         ("generate --model demoo --prompt x", "'demo'"),
         ("generate --model demo --prompt x --policy alwys", "'always'"),
         ("export nothing out --format dens", "'dense'"),
+        ("export nothing out --format gguf", "convert_hf_to_gguf.py"),
+        ("compress --model demo --mode laser --rho 1 --format GGUF", "convert_hf_to_gguf.py"),
         ("bench --model nothing --policy atuo", "'auto'"),
         ("generate --model demo --prompt x --cache latnt", "'latent'"),
         ("bench --model nothing --cache dens", "'dense'"),
@@ -260,10 +262,15 @@ Metrics = Callable[[Path], set[str]]
 
 def test_metrics_go_to_a_logger(tmp_path: Path, capsys: Capture) -> None:
     where = ("--logger", "csv", "--log-dir", tmp_path)
-    assert run(capsys, "compress", "--mode", "laser", *SMALL, *where)[0] == 0
-    assert run(capsys, "evaluate", "--dataset", "demo", *SMALL, *where)[0] == 0
     space = ("--layers", "3", "--r1", "32", "--r2", "8,16", "--r3", "2")
-    assert run(capsys, "search-ranks", *SMALL, *space, *where)[0] == 0
+    said = {
+        "compress": run(capsys, "compress", "--mode", "laser", *SMALL, *where),
+        "evaluate": run(capsys, "evaluate", "--dataset", "demo", *SMALL, *where),
+        "search": run(capsys, "search-ranks", *SMALL, *space, *where),
+    }
+    for name, (code, out, _) in said.items():
+        assert code == 0
+        assert out.splitlines()[-1] == f"logged to {tmp_path / name / 'version_0'}"
     found = {
         name: (tmp_path / name / "version_0" / "metrics.csv").read_text()
         for name in ("compress", "evaluate", "search")

@@ -18,7 +18,7 @@ from tensorllm.compression.card import card, rewrite_card
 from tensorllm.compression.narrow import narrow
 from tensorllm.compression.origin import licence_files, origin
 from tensorllm.compressors import MoDeGPT
-from tensorllm.evaluation.results import BeforeAfter
+from tensorllm.evaluation.before_after import BeforeAfter
 
 APACHE = "\n                  Apache License\n            Version 2.0, January 2004\n   TERMS ...\n"
 MEASURED = BeforeAfter(

@@ -14,8 +14,8 @@ from tiny_models import tiny_model
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.data.base import DATASETS
 from tensorllm.data.catalog import Questions  # noqa: F401  registers all datasets
+from tensorllm.model_names import short_names
 from tensorllm.models import RoleMatrices, parameters_of
-from tensorllm.recipes import short_names
 from tensorllm.search.space import searchable
 from tensorllm_cli.app import WRONG_USE, app
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from docs_blocks import ROOT, blocks, commands
 
-from tensorllm.metrics import SHOWN
+from tensorllm.shown import SHOWN
 from tensorllm_cli.app import main
 
 PAGE = ROOT / "docs" / "tutorial.md"

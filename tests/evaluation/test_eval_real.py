@@ -9,8 +9,8 @@ from support.naive import naive
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset, score
-from tensorllm.evaluation.predictions import metrics_of
 from tensorllm.evaluation.scorer import context_of
+from tensorllm.evaluation.totals import metrics_of
 
 FILES = {
     "hotpotqa": "hotpot_dev.jsonl",

@@ -22,9 +22,10 @@ from tensorllm.checkpoint.loader import Loader
 from tensorllm.commands.compress import run
 from tensorllm.commands.evaluate import evaluate
 from tensorllm.errors import Incomplete, UserError
-from tensorllm.evaluation.predictions import Prediction, metrics_of
+from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.results import ResultsFolder, compare, read_results
 from tensorllm.evaluation.statistics import compared, intervals, mcnemar, resampled_means
+from tensorllm.evaluation.totals import metrics_of
 from tensorllm.io import Journal
 from tensorllm.lightning import PredictionJournal
 from tensorllm.requests.compress import CompressRequest

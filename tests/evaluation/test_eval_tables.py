@@ -8,12 +8,12 @@ from tiny_models import tiny_model
 
 import tensorllm as tl
 from tensorllm.compressors import COMPRESSORS, PlainSVD
-from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.figures import smaller
 from tensorllm.reporting.reproduction import rehearsal_table, reproduction_tables
 from tensorllm.reporting.scores import comparison_tables, score_tables
 from tensorllm.reporting.search import _trials, search_tables
 from tensorllm.reporting.tables import duration, result_tables
+from tensorllm.shown import SHOWN
 
 WIDEST = {"accuracy": 100.0, "loss": 12.3456, "perplexity": 98765.43} | dict.fromkeys(
     ("top_1", "top_5", "top_10", "token_f1"), 100.0

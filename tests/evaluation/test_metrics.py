@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_predictions import rows
 
-from tensorllm.evaluation.predictions import Prediction, columns, metrics_of
-from tensorllm.metrics import METRICS, SHOWN, Shown, add_answers, answer_metrics
+from tensorllm.evaluation.predictions import Prediction
+from tensorllm.evaluation.totals import columns, metrics_of
+from tensorllm.metrics import METRICS, add_answers, answer_metrics
+from tensorllm.shown import SHOWN, Shown
 
 
 def test_against_numpy():

@@ -294,7 +294,7 @@ def test_a_layer_without_experts_is_passed_over_or_refused() -> None:
     model, strategy = tiny_model("qwen3_moe"), ExpertTucker(kept=0.5)
     report = compress(copy.deepcopy(model), strategy)
     assert {site.layers for site in report.sites} == {(1,)}
-    assert report.passed_over == {0: ("experts.in", "experts.gate", "experts.out")}
+    assert report.missing_roles == {0: ("experts.in", "experts.gate", "experts.out")}
     with pytest.raises(UserError, match=r"layer 0 has no matrix experts\.in"):
         compress(model, strategy, [0, 1])
 

@@ -43,7 +43,7 @@ def test_a_layer_without_attention_is_passed_over_and_reported(roles: RoleMatric
     found = jobs("shared-tucker", roles, None, ranks=(4, 4, 2))
     assert [job.site.layers for job in found.jobs] == [(0,), (2,)]
     assert found.layers == (0, 2)
-    assert found.passed_over == {1: ("q", "k", "v", "o")}
+    assert found.missing_roles == {1: ("q", "k", "v", "o")}
 
 
 def test_the_half_of_a_hybrid_that_is_there_is_compressed(roles: RoleMatrices) -> None:
@@ -103,7 +103,7 @@ def test_a_search_leaves_those_layers_out(roles: RoleMatrices) -> None:
 def test_a_plan_says_what_it_passed_over(roles: RoleMatrices, layers: list[int] | None) -> None:
     found = plan(make_compressor("shared-tucker", {"ranks": (4, 4, 2)}), roles, layers)
     assert found.layers == (0, 2)
-    assert (found.passed_over == {}) == (layers is not None)
+    assert (found.missing_roles == {}) == (layers is not None)
 
 
 def test_heads_of_unequal_width_are_not_stacked() -> None:

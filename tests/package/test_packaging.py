@@ -61,13 +61,33 @@ def test_the_import_is_light(script: str) -> None:
     assert float(seconds) < SECONDS
 
 
-def test_a_list_needs_neither_lightning_nor_torchmetrics() -> None:
+def imported_by(arguments: list[str]) -> tuple[int, set[str]]:
+    """The exit code of a command in a fresh process, and which slow packages it has imported."""
+    slow = {"torch", "torchmetrics", "lightning", "transformers.modeling_utils"}
     done = python(
-        "import sys\nfrom tensorllm_cli.app import main\n"
-        "try: main(['list', 'models'])\n"
-        "finally: print({'lightning', 'torchmetrics'} & {*sys.modules})"
+        f"import sys\nfrom tensorllm_cli.app import main\ntry: main({arguments})\n"
+        f"finally: print(*{slow} & {{*sys.modules}})"
     )
-    assert done.stdout.endswith("set()\n"), done.stdout
+    return done.returncode, set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "allowed"),
+    [
+        (["list", "models"], 0, set()),
+        (["compress", "--model", "nosuch", "--mode", "laser"], 2, set()),
+        (["evaluate", "--model", "nosuch", "--dataset", "demo"], 2, set()),
+        (["compress", "--model", "demo", "--mode", "nosuch"], 2, {"torch"}),
+        (["report", "nosuch"], 2, {"torch"}),
+    ],
+)
+def test_nothing_slow_is_imported_before_it_is_needed(
+    arguments: list[str], code: int, allowed: set[str]
+) -> None:
+    """What can be refused is refused first; torch alone knows the modes."""
+    ended, found = imported_by(arguments)
+    assert ended == code
+    assert found <= allowed
 
 
 def test_help_takes_less_than_two_seconds() -> None:

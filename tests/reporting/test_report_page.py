@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from tensorllm.commands.report import report
+from tensorllm.compression.descriptions import picture_of
 from tensorllm.compression.details import details_of, norms_of_heads
 from tensorllm.compressors import LaserSVD, SharedTucker4D, Site
 from tensorllm.errors import UserError
 from tensorllm.evaluation.results import PREDICTIONS, RESULTS, read_predictions, write_predictions
 from tensorllm.reporting.page.runs import read_run
 from tensorllm.reporting.page.section_weights import decompositions
+from tensorllm.tensors.factors import FACTORS
 from tensorllm.tensors.stacking import ATTENTION, Geometry
 from tensorllm_cli.app import main
 
@@ -350,6 +352,35 @@ def test_kinds_beyond_the_largest_are_named_with_their_ranks() -> None:
         f"Matrix “{r}” of layer 0" for r in ["out", "in", "o", "v"]
     ]
     assert others["rows"] == [
-        ("Matrix “k”", "2 to 3 in 2 layers"),
-        ("Matrix “q”", "1 to 2 in 2 layers"),
+        ("Matrix “k”, low-rank", "2 to 3 in 2 layers"),
+        ("Matrix “q”, low-rank", "1 to 2 in 2 layers"),
+    ]
+
+
+@pytest.mark.parametrize("drawn", [[], ["v"]])
+def test_kinds_without_a_drawing_are_named_with_their_ranks(drawn: list[str]) -> None:
+    """Of every kind that there is, alone or beside what is drawn."""
+    kinds = [kind for kind in FACTORS if picture_of(kind) is None]
+    assert "pivoted-low-rank" in kinds
+    sites = [
+        {"kind": kind, "stacking": "matrix", "roles": ["out"], "shape": [24, 16],
+         "ranks": [layer + 3], "layers": [layer]}
+        for kind in kinds for layer in (0, 1)
+    ]  # fmt: skip
+    experts = ("experts.0.in", "experts.0.gate", "experts.1.in", "experts.1.gate")
+    sites.append(
+        {"kind": "tucker", "stacking": "experts", "roles": experts, "shape": [2, 24, 16, 2],
+         "ranks": [1, 2, 3, 2], "layers": [0]}
+    )  # fmt: skip
+    beside = [
+        {"kind": "low-rank", "stacking": "matrix", "roles": [role], "shape": [24, 16],
+         "ranks": [3], "layers": [0]}
+        for role in drawn
+    ]  # fmt: skip
+    *shown, others = decompositions([*sites, *beside])
+    assert [one["name"] for one in shown] == [f"Matrix “{role}”" for role in drawn]
+    assert others["name"] == ("Ranks of the others" if drawn else "Ranks")
+    assert sorted(others["rows"]) == [
+        ("Matrix “experts.in+experts.gate”, tucker", "1, 2, 3, 2 in 1 layer"),
+        *((f"Matrix “out”, {kind}", "3 to 4 in 2 layers") for kind in sorted(kinds)),
     ]

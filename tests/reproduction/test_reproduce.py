@@ -18,7 +18,8 @@ from tensorllm.compressors import Hybrid
 from tensorllm.data.demo import MODEL_DIR
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import evaluate_model, make_dataset
-from tensorllm.recipes import parse_recipe, short_names
+from tensorllm.model_names import short_names
+from tensorllm.recipes import parse_recipe
 from tensorllm.reproduction import inputs as inputs_module
 from tensorllm.reproduction import published as published_module
 from tensorllm.reproduction.inputs import missing

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tensorllm.compressors.allocation import with_whole
 from tensorllm.compressors.base import (
     COMPRESSORS,
     ErrorCurve,
@@ -24,7 +25,7 @@ from tensorllm.compressors.calibrated.channels import (
     curve,
     fit_channels,
     is_narrowed,
-    least_stored,
+    min_stored,
     narrowed_site,
 )
 from tensorllm.compressors.calibrated.error_model import ErrorModel, shrunk_gradient_covariance
@@ -75,8 +76,9 @@ class ActivationTucker(LayerFit):
             together towards the original's output of the layer; only this layer runs.
         distill_steps: afterwards, of a training of the factors towards the original's predictions.
         ridge: weight of the original matrix in the correction, of the mean squared input.
-        rank_multiple: ranks are multiples of it, or 1, or full; None: `usual_multiple`.
-            Kernels are up to half as fast again at even sizes, and fewer of them are to be made.
+        rank_multiple: ranks are multiples of it, or 1, where a matrix is not left whole; None:
+            `usual_multiple`. Kernels are up to half as fast again at even sizes, and fewer of them
+            are to be made.
         seed: of the random vectors or labels that the gradients are sampled with.
     """
 
@@ -178,19 +180,21 @@ class ActivationTucker(LayerFit):
         """What may lose channels."""
         return narrowed_site(layer, roles) if self.narrowing else None
 
-    def least_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int:
+    def min_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int:
         """Rank 1 everywhere, for all roles that read one input together if allowed."""
         total = 0
         for layer in layers:
             geometry = spec.geometry(layer)
             sites = [job.site for job in self.jobs(spec, [layer])]
             for groupings in self.groupings(geometry, layer, sites):
-                total += min(sum(_least(geometry, job.site) for job in one) for one in groupings)
+                total += min(
+                    sum(_min_parameters(geometry, job.site) for job in one) for one in groupings
+                )
         return total
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         narrowed = [site for site in sites if is_narrowed(site)]
-        out = {
+        found = {
             s: curve(s, context, shrunk_gradient_covariance(context, ("out",), self.plain))
             for s in narrowed
         }
@@ -204,8 +208,8 @@ class ActivationTucker(LayerFit):
                 ranks = self._ranks(len(error_S))
                 cost = [pivoted_parameters(shape, rank) for rank in ranks]
                 ranks_S = torch.tensor(ranks)
-                out[site] = ErrorCurve(torch.tensor(cost), error_S[ranks_S - 1], ranks_S[:, None])
-        return out
+                found[site] = ErrorCurve(torch.tensor(cost), error_S[ranks_S - 1], ranks_S[:, None])
+        return {s: with_whole(one, s.numel(context.geometry)) for s, one in found.items()}
 
     def outline(self, site: Site, geometry: Geometry, size: Size) -> Factors:
         rows, width = site.shape(geometry)
@@ -242,7 +246,7 @@ class ActivationTucker(LayerFit):
     def _ranks(self, full: int) -> list[int]:
         """The ranks that a site may have, ascending."""
         step = self.rank_multiple or usual_multiple(full)
-        return list(dict.fromkeys([1, *range(step, full, step), full]))
+        return list(dict.fromkeys([1, *range(step, full, step)]))  # the full one saves nothing
 
     def passes(self, sites: Sequence[Site]) -> float:
         refits = self.correction and self.refit_epochs > 0
@@ -287,10 +291,10 @@ class ActivationHybrid(ActivationTucker):
     roles: ClassVar[tuple[str, ...]] = ATTENTION_ROLES + FFN
 
 
-def _least(geometry: Geometry, site: Site) -> int:
+def _min_parameters(geometry: Geometry, site: Site) -> int:
     """Numbers that a site stores at its smallest size."""
     if is_narrowed(site):
-        return least_stored(geometry, site)
+        return min_stored(geometry, site)
     return pivoted_parameters(map_shape(geometry, site.roles), 1)
 
 

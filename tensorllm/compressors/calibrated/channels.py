@@ -45,7 +45,7 @@ def is_narrowed(site: Site) -> bool:
     return site.roles in NARROWED
 
 
-def least_stored(geometry: Geometry, site: Site) -> int:
+def min_stored(geometry: Geometry, site: Site) -> int:
     """Numbers that the fewest channels store."""
     return len(site.roles) * (_step(geometry.F) * geometry.D + geometry.F)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorllm.metrics import SHOWN
+from tensorllm.shown import SHOWN
 
 
 def short_name(model: str) -> str:

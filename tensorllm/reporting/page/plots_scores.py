@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.evaluation.predictions import Prediction
-from tensorllm.evaluation.results import BeforeAfter
-from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
+from tensorllm.shown import MAIN, SHOWN
 
 
 def score_pictures(canvas: Canvas, found: BeforeAfter, prefix: str) -> list[PagePicture]:

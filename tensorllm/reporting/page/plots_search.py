@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tensorllm.metrics import SHOWN
 from tensorllm.reporting.page.heatmap import heatmap
 from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
+from tensorllm.shown import SHOWN
 
 Row = Mapping[str, Any]  # of trials.parquet
 COLUMNS = 8  # the most that have room for their numbers

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensorllm.compression.descriptions import numbers
-from tensorllm.metrics import MAIN, SHOWN
 from tensorllm.reporting.page.figures import between, score_tile, short_name, smaller, times
 from tensorllm.reporting.page.plots_search import search_pictures
 from tensorllm.reporting.page.runs import Searched
 from tensorllm.reporting.page.sections import provenance_rows
 from tensorllm.reporting.page.theme import Canvas
+from tensorllm.shown import MAIN, SHOWN
 
 TOP = 8  # trials
 

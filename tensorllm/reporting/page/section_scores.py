@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.evaluation.predictions import Prediction
-from tensorllm.evaluation.results import BeforeAfter
 from tensorllm.evaluation.statistics import LEAST_P
-from tensorllm.metrics import SHOWN
 from tensorllm.reporting.bench import ROWS, in_units
 from tensorllm.reporting.page.figures import between, signed
 from tensorllm.reporting.page.plots_scores import change_picture, score_pictures, speed_picture
 from tensorllm.reporting.page.runs import Benched, Evaluated
 from tensorllm.reporting.page.theme import Canvas
 from tensorllm.reporting.tables import p_value
+from tensorllm.shown import SHOWN
 
 LISTED = 40  # examples of each kind of change
 TAIL = 420  # characters of a prompt: its end, with the question

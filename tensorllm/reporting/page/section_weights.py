@@ -24,11 +24,11 @@ MEANING = {
 }
 
 
-DRAWN = 4  # kinds of decompositions with most numbers; of the others only ranks are shown
+DRAWN = 4  # kinds of decompositions, of those that can be drawn; of the others the ranks are listed
 
 
 def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
-    """One drawing per kind of decomposition.
+    """One drawing per kind of decomposition; last the ranks of what is not drawn.
 
     Sites with the same kind, roles and shape share the drawing of the first one, with the range of
     their ranks.
@@ -40,20 +40,21 @@ def decompositions(sites: Sequence[Json]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     rest: list[tuple[str, str]] = []
     for first, *others in sorted(alike.values(), key=_numbers, reverse=True):
-        if (drawing := factor_drawing(first)) is None:
-            continue
-        name, rows = _roles(first), _factor_rows(first)
+        drawing = factor_drawing(first)
+        name = _roles(first)
         per_mode = [set(each) for each in zip(*(s["ranks"] for s in (first, *others)), strict=True)]
         spans = [f"{min(r)} to {max(r)}" if len(r) > 1 else f"{min(r)}" for r in per_mode]
-        ranks = f"{', '.join(spans)} in {len(others) + 1} layers"
-        if len(out) == DRAWN:
-            rest.append((name, ranks))
+        ranks = f"{', '.join(spans)} in {len(others) + 1} layer{'s' if others else ''}"
+        if drawing is None or len(out) == DRAWN:
+            rest.append((f"{name}, {first['kind']}", ranks))
             continue
+        rows = _factor_rows(first)
         if any(len(each) > 1 for each in per_mode):
             name += f" of layer {first['layers'][0]}"
             rows.append(("ranks", ranks))
         out.append({"drawing": drawing, "name": name, "rows": rows})
-    return [*out, *([{"drawing": "", "name": "Ranks of the others", "rows": rest}] if rest else [])]
+    title = "Ranks of the others" if out else "Ranks"
+    return [*out, *([{"drawing": "", "name": title, "rows": rest}] if rest else [])]
 
 
 def _numbers(sites: Sequence[Json]) -> int:

@@ -5,8 +5,7 @@ from itertools import zip_longest
 from typing import Any
 
 from tensorllm.compression.report import RATIO_NAMES
-from tensorllm.evaluation.results import BeforeAfter
-from tensorllm.metrics import MAIN
+from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.reporting.page.drawing import model_drawing
 from tensorllm.reporting.page.figures import score_tile, smaller, times
 from tensorllm.reporting.page.runs import Json
@@ -20,6 +19,7 @@ from tensorllm.reporting.page.section_weights import (
 from tensorllm.reporting.page.subjects import Subject
 from tensorllm.reporting.page.theme import Canvas
 from tensorllm.reporting.tables import count, size
+from tensorllm.shown import MAIN
 
 
 def subject_view(subject: Subject, canvas: Canvas, number: int) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorllm.evaluation.results import BeforeAfter
-from tensorllm.metrics import MAIN, SHOWN
+from tensorllm.evaluation.before_after import BeforeAfter
 from tensorllm.reporting.page.figures import between, times
 from tensorllm.reporting.page.subjects import Subject
 from tensorllm.reporting.page.theme import Canvas, PagePicture, colour
+from tensorllm.shown import MAIN, SHOWN
 
 LONGEST = 38  # characters of a name in a plot
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from tensorllm.compression.descriptions import done_in_words
 from tensorllm.compression.report import asked_for
-from tensorllm.evaluation.results import BeforeAfter, of_results, of_scores
-from tensorllm.metrics import SHOWN
+from tensorllm.evaluation.before_after import BeforeAfter, of_results, of_scores
 from tensorllm.reporting.page.figures import short_name, smaller
 from tensorllm.reporting.page.runs import Benched, Compressed, Evaluated, Json, Run, Searched
+from tensorllm.shown import SHOWN
 
 
 @dataclass(slots=True)
