@@ -14,6 +14,7 @@ from typing import Any
 
 import forked
 
+PROGRESS = re.compile(r"^(?:\d+ of \d+|\d+ %), .*\n", re.MULTILINE)
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COMMAND = ["-m", "tensorllm"]  # behind the name of a Python
 
@@ -22,6 +23,11 @@ def environment(**more: str) -> dict[str, str]:
     """A plain terminal of 80 columns; no colours forced upon it."""
     kept = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "GITHUB_ACTIONS")}
     return {**kept, "COLUMNS": "80", "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", **more}
+
+
+def without_progress(stderr: str) -> str:
+    """Standard error without the lines that a run of more than half a minute prints."""
+    return PROGRESS.sub("", stderr)
 
 
 def piped(
