@@ -10,9 +10,12 @@ class Incomplete(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another package's error says, at most 400 characters of it; its kind
-    where it says nothing."""
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what another package's error says, at most 400 characters of it; the next
+    one too where it only announces that, and its kind where it says nothing, or only a key."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    said = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    if isinstance(error, KeyError):
+        said = f"{type(error).__name__}: {said}"
     return shortened(said, 400)
 
 
