@@ -93,6 +93,14 @@ def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
     return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # braces, but a comma
 
 
+def at_home(path: Path) -> Path:
+    """The path with the home folder in place of a `~`; of no user there is, it is a name."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder nobody else writes."""
     for pattern in (f".*{TEMPORARY}", f"{TEMPORARY}*"):  # ours, and those of safetensors

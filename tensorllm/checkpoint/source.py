@@ -9,6 +9,7 @@ from pathlib import Path
 from tensorllm.checkpoint.small_files import UNWANTED
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
+from tensorllm.io import at_home
 from tensorllm.recipes import short_names
 from tensorllm.registry import did_you_mean
 
@@ -46,7 +47,7 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
         revision = revision or known.get("safetensors_revision") or known["revision"]
         return Source(model, revision, _download(known["hub"], revision, hint))
     check_name(model)
-    path = Path(model).expanduser()
+    path = at_home(Path(model))
     if path.is_dir():
         return Source(model, None, path)
     return Source(model, revision, _download(model, revision, hint))
@@ -65,7 +66,7 @@ def _convert(path: Path) -> str:
 
 def check_name(model: str) -> None:
     """Refuse what can be no model, without asking the hub."""
-    path = Path(model).expanduser()
+    path = at_home(Path(model))
     if model in short_names() or path.is_dir():
         return
     if path.suffix.lower() == GGUF:

@@ -113,7 +113,10 @@ class CompressRequest:
             needs=OF_TEXT,
         ),
     ] = None
-    seed: Annotated[int | None, Option("Of that draw (default: 0).", least=0, needs=OF_TEXT)] = None
+    seed: Annotated[
+        int | None,
+        Option("Of that draw (default: 0).", least=0, most=options.MOST_SEED, needs=OF_TEXT),
+    ] = None
     settings: Annotated[
         Mapping[str, Any],
         Option(
