@@ -18,6 +18,7 @@ from tensorllm.data import DATASETS
 from tensorllm.evaluation.results import BeforeAfter, of_scores
 from tensorllm.io import write_text
 from tensorllm.metrics import SHOWN
+from tensorllm.progress import silenced
 from tensorllm.recipes import short_names
 
 CARD = "README.md"
@@ -165,7 +166,8 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     if not card.strip():
         return {}, ""
     try:
-        read = ModelCard(card, ignore_metadata_errors=True)
+        with silenced("huggingface_hub.repocard"):  # of a card without metadata
+            read = ModelCard(card, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError):
         return {}, card
     values = read.data.to_dict()
