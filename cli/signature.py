@@ -3,10 +3,12 @@
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from tensorllm.io import at_home
 from tensorllm.options import OptionField, option_fields
 from tensorllm_cli import names
 from tensorllm_cli.show import results_alone
@@ -53,6 +55,7 @@ def _parameter(field: OptionField) -> inspect.Parameter:
             metavar=option.metavar or (None if option.minimum is None else "N"),
             help=option.help,
             min=option.minimum,
+            max=option.maximum,
             autocompletion=names.COMPLETE.get(field.name),
         )
     default = None if option.parse or option.repeated else field.default
@@ -81,4 +84,9 @@ def _read(field: OptionField, given: Any) -> Any:
         return None
     if field.option.parse is not None:
         return field.option.parse(field.flag, given)
-    return tuple(given) if field.option.repeated else given
+    return tuple(map(_at_home, given)) if field.option.repeated else _at_home(given)
+
+
+def _at_home(given: Any) -> Any:
+    """A path with the home folder in place of `~`, which a shell leaves in `--out=~/folder`."""
+    return at_home(given) if isinstance(given, Path) else given

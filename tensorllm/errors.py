@@ -12,9 +12,13 @@ class Incomplete(RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of another package's error message, at most 400 characters.
 
-    The error's class name if the message is empty.
+    With the next line if the first only announces it. The error's class name if the message is
+    empty or only a key.
     """
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    said = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    if isinstance(error, KeyError):
+        said = f"{type(error).__name__}: {said}"
     return shortened(said, 400)
 
 

@@ -95,6 +95,14 @@ def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
     return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # no braces, but a comma
 
 
+def at_home(path: Path) -> Path:
+    """The path with the home folder in place of a `~`; of no user there is, it is a name."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove the temporary files of killed processes from a folder that nobody else writes."""
     for pattern in (f".*{TEMPORARY}", f"{TEMPORARY}*"):  # ours, and those of safetensors

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.errors import UserError
+from tensorllm.io import at_home
 from tensorllm.registry import did_you_mean
 
 GGUF = ".gguf"
@@ -21,7 +22,7 @@ def short_names() -> dict[str, dict[str, Any]]:
 
 def check_name(model: str) -> None:
     """Refuse a name that cannot be a model, without asking the hub."""
-    path = Path(model).expanduser()
+    path = at_home(Path(model))
     if model in short_names() or path.is_dir():
         return
     if path.suffix.lower() == GGUF:

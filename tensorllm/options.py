@@ -7,10 +7,12 @@ A field `rank: Annotated[int | None, Option("The rank itself.")] = None` of a re
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from fractions import Fraction
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tensorllm.errors import UserError
 
+MAX_SEED = 2**32 - 1  # accepted by every random generator
 MOST_LAYERS = 100_000  # far more than any model has: a typing error must not exhaust the memory
 
 Value = int | float | str
@@ -27,7 +29,7 @@ class Option:
         parse: makes the field's value from (flag, text); None: the field's type does.
         repeated: may be given several times; `parse` gets all the texts.
         argument: positional, without a flag.
-        minimum: of a whole number.
+        minimum, maximum: of a whole number.
         needs: this option does nothing unless one of these fields of the request is given, or has
             the value after a `=` (`study=claims`).
     """
@@ -39,6 +41,7 @@ class Option:
     repeated: bool = False
     argument: bool = False
     minimum: int | None = None
+    maximum: int | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -216,7 +219,7 @@ def size(flag: str, text: str) -> int:
     if match is not None:
         unit = match[2].lower()
         base = 1024 if "i" in unit else 1000
-        found = int(float(match[1]) * base ** " kmgt".index(unit[0] if len(unit) > 1 else " "))
+        found = int(Fraction(match[1]) * base ** " kmgt".index(unit[0] if len(unit) > 1 else " "))
     if found < 1:
         raise UserError(
             f"{flag} takes 1 byte or more, in B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as "

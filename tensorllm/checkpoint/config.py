@@ -59,6 +59,12 @@ def read_config(folder: Path) -> Any:
     for part in (values, *(v for k, v in values.items() if k.endswith("_config"))):
         if isinstance(part, dict):
             check_sizes(path, part)
+            check_dtype(path, part)
+    names = values.get("architectures") or []
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: architectures must be names of classes, got {names!r}")
+    if not values.get("return_dict", True):
+        raise UserError(f"{path}: return_dict must be true: models of transformers rely on it")
     kind = values.get("model_type")
     if values.get("auto_map") and kind not in CONFIG_MAPPING:
         raise UserError(
@@ -80,3 +86,19 @@ def check_sizes(path: Path, values: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {name} must be a whole number of 1 or more, got {value!r}")
+
+
+def check_dtype(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a dtype that no model can be computed in; null is a default."""
+    import torch
+
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if value is None or isinstance(value, dict):  # of parts, each its own
+            continue
+        found = getattr(torch, value, None) if isinstance(value, str) else None
+        if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+            raise UserError(
+                f"{path}: {name} must be the name of a floating point type of 16 bits or more, "
+                f"such as float32 or bfloat16, got {value!r}"
+            )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -67,19 +66,10 @@ class Loader:
         config = self.config()
         if not factored and getattr(config, "quantization_config", None) is None:
             Checkpoint(self.folder).check_readable()  # its message is more precise
-        try:
-            if factored:
-                made: nn.Module = load(
-                    self.folder, policy="always", cache=self.cache, dtype=self.dtype
-                )
-            else:
-                made = load_whole(self.folder, config, self.dtype, language=self.language)
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"cannot load the model in {self.folder}: {first_line(error)}"
-            ) from None
+        if factored:
+            made: nn.Module = load(self.folder, policy="always", cache=self.cache, dtype=self.dtype)
+        else:
+            made = load_whole(self.folder, config, self.dtype, language=self.language)
         return made.to(self.device).eval()
 
     def config(self) -> Any:
@@ -98,17 +88,32 @@ class Loader:
         return replace(self, dtype=computing_dtype(stored, device, overflows=overflows))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the folder; its own code is never run.
+
+        Raises:
+            UserError: there is none, or none that transformers can read.
+        """
+        none = UserError(
+            f"{self.folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json "
+            "there, of the model that it was made from"
+        )
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
+            found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # a wrong file fails in many ways inside transformers
             if not any(self.folder.glob("*token*")) and not any(self.folder.glob("*vocab*")):
-                raise UserError(
-                    f"{self.folder} holds no tokenizer: copy tokenizer.json and "
-                    "tokenizer_config.json there, of the model that it was made from"
-                ) from None
+                raise none from None
             raise UserError(
                 f"cannot load a tokenizer from {self.folder}: {first_line(error)}"
             ) from None
+        if set(found.get_vocab()) <= set(found.all_special_tokens):
+            raise none  # transformers makes one without words where only its config is there
+        longest = found.model_max_length
+        if not isinstance(longest, int | float):
+            raise UserError(
+                f"{self.folder}: model_max_length of tokenizer_config.json must be a number, got "
+                f"{longest!r}"
+            )
+        return found
 
     @property
     def masked(self) -> bool:

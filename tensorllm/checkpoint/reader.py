@@ -16,6 +16,7 @@ from torch import Tensor
 from tensorllm.checkpoint.config import read_config
 from tensorllm.checkpoint.fitting import BUFFERS
 from tensorllm.checkpoint.identity import identity_of
+from tensorllm.checkpoint.small_files import is_weights
 from tensorllm.checkpoint.whole import refuse_adapter
 from tensorllm.errors import UserError
 
@@ -172,11 +173,15 @@ class Checkpoint:
             return [single]
         if index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                if any(Path(file).name != file for file in files):
+                held = json.loads(index.read_text(encoding="utf-8"))
+                files = sorted(set(held["weight_map"].values()))
+                if any(Path(file).name != file for file in files) or held["metadata"] is None:
                     raise ValueError  # weights must lie in the folder itself
             except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{index} is not a safetensors index") from None
+                raise UserError(
+                    f"{index} is not a safetensors index: transformers wants `metadata`, be it "
+                    "empty, and `weight_map`, from names of tensors to files in this folder"
+                ) from None
             missing = [file for file in files if not (self.folder / file).is_file()]
             if missing:
                 raise UserError(f"{self.folder} lacks {missing[0]}, which {index.name} names")
@@ -187,7 +192,9 @@ class Checkpoint:
                 f"{self.folder} holds only pickled weights ({pickles[0]}), which are not loaded. "
                 "Convert them once: python -m tensorllm.checkpoint.convert FOLDER NEW_FOLDER"
             )
-        raise UserError(f"{self.folder} has no {self.stem}.safetensors and no {index.name}")
+        held = sorted(path.name for path in folder.iterdir() if is_weights(path))
+        found = f"; of weights it has {', '.join(held[:3])}" if held else ""
+        raise UserError(f"{folder} has no {self.stem}.safetensors and no {index.name}{found}")
 
     def _read_headers(self, files: Iterable[str]) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
@@ -247,7 +254,11 @@ def read_header(path: Path) -> dict[str, Any]:
                 raise ValueError  # a gap, an overlap, or a shape that contradicts the bytes
             end = last
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file, or is corrupt") from None
+        with path.open("rb") as file:
+            begins = file.read(24)  # says most of what came instead: a pointer of git-lfs, a page
+        raise UserError(
+            f"{path} is not a safetensors file, or is corrupt: it begins with {begins!r}"
+        ) from None
     if size != 8 + length + end:
         raise UserError(
             f"{path} is truncated or corrupt: {8 + length + end} bytes expected, {size} found"

@@ -47,6 +47,11 @@ def small_files(folder: Path) -> list[Path]:
     return [*_wanted(folder.iterdir()), *_below(folder)]
 
 
+def is_weights(path: Path) -> bool:
+    """Whether a file, by its name, holds weights in any format but a pickle."""
+    return _is(path, WEIGHTS)
+
+
 def _below(folder: Path) -> Iterator[Path]:
     named = _modules(folder)
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):

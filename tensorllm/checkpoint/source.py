@@ -9,6 +9,7 @@ from pathlib import Path
 from tensorllm.checkpoint.small_files import UNWANTED
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
+from tensorllm.io import at_home
 from tensorllm.model_names import check_name, short_names
 
 OFFLINE = (
@@ -45,7 +46,7 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
         revision = revision or known.get("safetensors_revision") or known["revision"]
         return Source(model, revision, _download(known["hub"], revision, hint))
     check_name(model)
-    path = Path(model).expanduser()
+    path = at_home(Path(model))
     if path.is_dir():
         return Source(model, None, path)
     return Source(model, revision, _download(model, revision, hint))

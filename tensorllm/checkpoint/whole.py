@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tensorllm.checkpoint.fitting import findings_of, judge
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 from tensorllm.models.task import language_model_class, saved_class
 from tensorllm.progress import silenced
 
@@ -37,7 +37,8 @@ def load_whole(
         changed: use `config` even though it differs from the folder's own.
 
     Raises:
-        UserError: a parameter is missing, unexpected, or of another shape.
+        UserError: transformers cannot make it, or a parameter is missing, unexpected, or of another
+            shape.
     """
     refuse_adapter(folder)
     kind = language_model_class(config) if language else saved_class(config)
@@ -78,13 +79,18 @@ def without_bar() -> Iterator[None]:
 
 
 def _made(kind: Any, source: Path | None, folder: Path, **given: Any) -> Any:
-    with silenced(*NOISY):
-        model, info = kind.from_pretrained(
-            source,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by `judge`, with both shapes
-            use_safetensors=True,
-            **given,
-        )
+    try:
+        with silenced(*NOISY):
+            model, info = kind.from_pretrained(
+                source,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported by `judge`, with both shapes
+                use_safetensors=True,
+                **given,
+            )
+    except (UserError, ModuleNotFoundError):  # said already, or what to install
+        raise
+    except Exception as error:  # a config or file that is wrong fails in many ways in there
+        raise UserError(f"cannot load the model in {folder}: {first_line(error)}") from None
     judge(model, findings_of(info), folder)
     return model.eval()

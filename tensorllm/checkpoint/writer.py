@@ -50,9 +50,20 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise UserError(f"the output {target} exists and is not a folder")
     if target.exists() and not overwrite:
         raise UserError(f"the output folder {target} exists; give --overwrite to replace it")
-    if target.exists() and any(target.iterdir()) and not (target / CONFIG).is_file():
-        raise UserError(f"--overwrite replaces a model's folder only, but {target} has no {CONFIG}")
+    if target.exists() and any(target.iterdir()) and not _is_model(target):
+        raise UserError(
+            f"--overwrite replaces a model's folder only, but {target} has no {CONFIG} with a "
+            "model_type"
+        )
     check_writable(target.absolute().parent)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a model's: other programs, too, call their settings config.json."""
+    try:
+        return "model_type" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from tensorllm.checkpoint.loading import load
 from tensorllm.checkpoint.manifest import factored_manifest
 from tensorllm.checkpoint.source import resolve
 from tensorllm.data.tokens import as_messages, check_ids, open_ended
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 from tensorllm.evaluation.forward import PAD, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
 from tensorllm.models.scores import refuse_nan
@@ -23,6 +23,7 @@ from tensorllm.requests.others import GenerateRequest, SampleRequest
 from tensorllm.runtime.cost import Cache, Policy
 
 LOG = logging.getLogger(__name__)
+COLDEST = 1e-6  # logits are divided by it, and must not overflow
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
@@ -68,17 +69,25 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # never stop
 
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
-    out = model.generate(
-        input_ids=batch.ids_BT,
-        attention_mask=batch.mask_BT.long(),
-        max_new_tokens=most,
-        num_beams=request.beams,
-        do_sample=request.temperature > 0,
-        pad_token_id=PAD,  # masked out before a prompt, and cut off after a text's end
-        logits_processor=refuse_nan(),
-        stopping_criteria=StoppingCriteriaList([count]),
-        **(sampling if request.temperature > 0 else {}),
-    )
+    try:
+        out = model.generate(
+            input_ids=batch.ids_BT,
+            attention_mask=batch.mask_BT.long(),
+            max_new_tokens=most,
+            num_beams=request.beams,
+            do_sample=request.temperature > 0,
+            pad_token_id=PAD,  # masked out before a prompt, and cut off after a text's end
+            return_dict_in_generate=False,
+            logits_processor=refuse_nan(),
+            stopping_criteria=StoppingCriteriaList([count]),
+            **(sampling if request.temperature > 0 else {}),
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # from the model's own generation settings
+        raise UserError(
+            f"{request.model} cannot write with its generation_config.json: {first_line(error)}"
+        ) from None
     eos = eos_of(model)
     texts = [
         [*([] if request.chat else prompt), *_until_end(row[read:].tolist(), eos)]
@@ -118,8 +127,10 @@ def _check(request: GenerateRequest) -> None:
     for name in ("max_new_tokens", "beams"):
         if getattr(request, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(request, name)}")
-    if request.temperature < 0:
-        raise UserError(f"temperature must be 0 or more, got {request.temperature}")
+    if request.temperature != 0 and not COLDEST <= request.temperature < float("inf"):
+        raise UserError(
+            f"temperature must be 0, or finite and {COLDEST} or more, got {request.temperature}"
+        )
     if not 0 < request.top_p <= 1:
         raise UserError(f"top_p must be in (0, 1], got {request.top_p}")
     refuse_idle(request)

@@ -17,6 +17,7 @@ from tensorllm.compression.report import asked_for
 from tensorllm.evaluation.before_after import BeforeAfter, of_scores
 from tensorllm.io import write_text
 from tensorllm.model_names import short_names
+from tensorllm.progress import silenced
 from tensorllm.shown import SHOWN
 
 CARD = "README.md"
@@ -166,7 +167,8 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     if not card.strip():
         return {}, ""
     try:
-        read = ModelCard(card, ignore_metadata_errors=True)
+        with silenced("huggingface_hub.repocard"):  # of a card without metadata
+            read = ModelCard(card, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError):
         return {}, card
     values = read.data.to_dict()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tensorllm.data.example import Example, Workload
 from tensorllm.data.reading import Row, field_of, rows_of_file
 from tensorllm.data.repository import HubSource, rows_of_hub
+from tensorllm.data.tokens import check_characters
 from tensorllm.errors import UserError
 from tensorllm.registry import Registry, did_you_mean, one_of
 
@@ -150,12 +151,19 @@ class ReasoningDataModule(LightningDataModule, ABC):
             raise UserError(f"{where}: {role} must be text that is not empty, got {value!r:.60}")
         return value.strip()
 
+    def _read(self, row: Row, where: str) -> Example | None:
+        found = self.example(row, where)
+        if found is not None:
+            for text in (found.prompt, found.answer, *found.choices):
+                check_characters(text, where)
+        return found
+
     def load(self) -> list[Example]:
         """All examples of the source, numbered, before any split."""
         source = self.data_file if self.data_file is not None else self.name
         found: list[Example] = []
         for part in self.rows():
-            read = (self.example(row, f"{source}, row {n}") for n, row in enumerate(part, 1))
+            read = (self._read(row, f"{source}, row {n}") for n, row in enumerate(part, 1))
             found += self.select(e for e in read if e is not None)
         if not found:
             raise UserError(f"{source} has no row that {self.name} can use")

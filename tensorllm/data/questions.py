@@ -62,12 +62,13 @@ class Questions(ReasoningDataModule):
     def _prompt(self, row: Row, where: str) -> str:
         if self.template is None:
             return self.text(row, "prompt", where)
+        held = {name: value for name, value in row.items() if value is not None}  # else "None"
         try:
-            return self.template.format_map(dict(row))
+            return self.template.format_map(held)
         except KeyError as error:
-            known = ", ".join(map(repr, row))
             raise UserError(
-                f"{where}: the template's field {error} is not in the row: {known}"
+                f"{where}: the template's field {error} is not in the row, or empty: it has "
+                f"{', '.join(map(repr, held))}"
             ) from None
         except (ValueError, LookupError, AttributeError) as error:  # the errors of str.format
             raise UserError(
@@ -83,9 +84,10 @@ def _choices(values: Any, what: str) -> tuple[str, ...]:
         values = [str(v) if n else v for v, n in zip(values, numbers, strict=True)]
     if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
         raise UserError(f'{what} must be a list of texts such as ["yes", "no"], got {values!r:.60}')
-    if values and not 1 < len(set(values)) == len(values):
-        raise UserError(f"{what} must be two or more, each once, got {values!r:.60}")
-    return tuple(values)
+    texts = tuple(value.strip() for value in values)  # as an answer is
+    if texts and not (all(texts) and 1 < len(set(texts)) == len(texts)):
+        raise UserError(f"{what} must be two or more, each once and not empty, got {values!r:.60}")
+    return texts
 
 
 def questions_from_yaml(path: Path, **options: Any) -> Questions:

@@ -3,7 +3,8 @@
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +15,7 @@ from tensorllm.errors import UserError
 
 Row = Mapping[str, Any]
 PARQUET_ROWS = 32  # in memory at once: rows may hold whole articles
+LONGEST = 2**31 - 1  # characters of a CSV field; Python's default limit is shorter than an article
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -71,11 +73,11 @@ def json_items(path: Path) -> list[Any]:
     An object may hold its list under any name (`data`, `examples`, ...). Many programs write JSON
     Lines into files named .json.
     """
-    text = "".join(lines_of(path))
-    if (rows := _as_lines(text, path)) is not None:
+    lines = list(lines_of(path))
+    if (rows := _as_lines(lines, path)) is not None:
         return rows
     try:
-        loaded = json.loads(text)
+        loaded = json.loads("".join(lines))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON on line {error.lineno}: {_why(error)}") from None
     if isinstance(loaded, dict):
@@ -86,18 +88,18 @@ def json_items(path: Path) -> list[Any]:
     return loaded
 
 
-def _as_lines(text: str, path: Path) -> list[Any] | None:
+def _as_lines(lines: Sequence[str], path: Path) -> list[Any] | None:
     """The rows of JSON Lines; None if the text is one JSON value over several lines.
 
     It is JSON Lines if the first line is a whole row, and not an object whose one field is a list.
     """
-    lines = text.lstrip().splitlines()
+    filled = [line for line in lines if line.strip()]
     try:
-        first = json.loads(lines[0]) if lines else None
+        first = json.loads(filled[0]) if filled else None
     except json.JSONDecodeError:
         return None
     held = list(first.values()) if isinstance(first, dict) else []
-    alone = not any(line.strip() for line in lines[1:])
+    alone = len(filled) == 1
     wraps = any(isinstance(v, list) and all(isinstance(row, dict) for row in v) for v in held)
     if not isinstance(first, dict) or (alone and (wraps or len(held) < 2)):
         return None
@@ -111,9 +113,13 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _csv(path: Path) -> Iterator[Row]:
     delimiter = "\t" if ending(path) == ".tsv" else ","
+    csv.field_size_limit(LONGEST)
     with closing(lines_of(path)) as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
+            for name, count in Counter(reader.fieldnames or ()).items():
+                if name and count > 1:  # a row would have the last one only
+                    raise UserError(f"{path}: {count} columns are named {name!r}")
             for row in reader:
                 if None in row or None in row.values():
                     wanted = len(reader.fieldnames or ())

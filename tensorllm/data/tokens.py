@@ -7,7 +7,7 @@ removed here: otherwise answers and generations would follow the end of the text
 from collections.abc import Sequence
 from typing import Any
 
-from tensorllm.errors import UserError
+from tensorllm.errors import UserError, first_line
 
 PROBE = "a"
 
@@ -16,6 +16,8 @@ def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Tokens of each text with leading special tokens, but without trailing ones."""
     if not texts:
         return []
+    for text in texts:
+        check_characters(text, "the text")
     ids: list[list[int]] = tokenizer(list(texts), verbose=False).input_ids
     closing = closing_tokens(tokenizer)
     if not closing:
@@ -30,18 +32,33 @@ def as_messages(tokenizer: Any, texts: Sequence[str], whose: str) -> list[list[i
         whose: the model's name in an error.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or one that fails.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{whose} has no chat template: generate without --chat")
-    return [
-        list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-            )
-        )
-        for text in texts
-    ]
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    try:
+        return [
+            list(tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False))
+            for m in messages
+        ]
+    except Exception as error:  # a template is a program, and may raise anything
+        raise UserError(f"the chat template of {whose} fails: {first_line(error)}") from None
+
+
+def check_characters(text: str, whose: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and no tokenizer reads.
+
+    Args:
+        whose: what the message calls the text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20]
+        raise UserError(
+            f"{whose} holds half of a character (a lone surrogate): {around!r}"
+        ) from None
 
 
 def closing_tokens(tokenizer: Any) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
@@ -196,6 +197,8 @@ def run(
         except ProcessExitedException as error:
             how = error.signal_name or f"exit code {error.exit_code}"
             raise Incomplete(f"worker {error.error_index} died ({how}); {AGAIN}") from None
+        except MisconfigurationException as error:  # options that do not fit this dataset
+            raise UserError(f"the Trainer cannot run so: {first_line(error)}") from None
         except RuntimeError as error:  # a collective operation whose peer is gone
             if isinstance(error, Incomplete) or not several:
                 raise

@@ -113,9 +113,10 @@ class CompressRequest:
             needs=OF_TEXT,
         ),
     ] = None
-    seed: Annotated[int | None, Option("Of that draw (default: 0).", minimum=0, needs=OF_TEXT)] = (
-        None
-    )
+    seed: Annotated[
+        int | None,
+        Option("Of that draw (default: 0).", minimum=0, maximum=options.MAX_SEED, needs=OF_TEXT),
+    ] = None
     settings: Annotated[
         Mapping[str, Any],
         Option(

@@ -48,7 +48,10 @@ class GenerateRequest:
         float, Option("Share of probability to sample from.", needs=("temperature",))
     ] = 1.0
     beams: Annotated[int, Option("Of the beam search.")] = 1
-    seed: Annotated[int, Option("Of the sampling.", minimum=0, needs=("temperature",))] = 0
+    seed: Annotated[
+        int,
+        Option("Of the sampling.", minimum=0, maximum=options.MAX_SEED, needs=("temperature",)),
+    ] = 0
     policy: shared.Policy = "always"
     cache: shared.Cache = "auto"
     dtype: shared.DType = None
@@ -68,7 +71,7 @@ class SampleRequest:
     length: Annotated[
         int | None, Option("Tokens of each (default: 512, or the model's context).", minimum=2)
     ] = None
-    seed: Annotated[int, Option("Of the sampling.", minimum=0)] = 0
+    seed: Annotated[int, Option("Of the sampling.", minimum=0, maximum=options.MAX_SEED)] = 0
     overwrite: shared.Overwrite = False
     dtype: shared.DType = None
     device: Annotated[str, shared.DEVICE] = "cpu"

@@ -88,7 +88,12 @@ class SearchRequest:
         str | None,
         Option("gradient: try what one backward pass predicts to be best (per edit)."),
     ] = None
-    seed: Annotated[int, Option("Of the order, the sampler and the bootstrap.", minimum=0)] = 0
+    seed: Annotated[
+        int,
+        Option(
+            "Of the order, the sampler and the bootstrap.", minimum=0, maximum=options.MAX_SEED
+        ),
+    ] = 0
     stop_level: Annotated[
         float, Option("Chance of pruning the best trial early; 0: only when it has lost.")
     ] = 0.001

@@ -241,7 +241,7 @@ def test_weights_trained_after_compression_are_not_lost(format: Any, tmp_path: P
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
-    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "gptj"}')
     model = tiny_model("gptj")
     tl.compress(model, HYBRID)
     with pytest.raises(tl.UserError, match="exists; give --overwrite"):

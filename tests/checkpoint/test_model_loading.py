@@ -1,10 +1,14 @@
 """A folder that is no model, or a broken one, is one line that names it."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tensorllm.checkpoint.loader import Loader, device_of
 from tensorllm.errors import UserError
@@ -72,3 +76,63 @@ def test_decompositions_need_a_device_with_float64(monkeypatch: pytest.MonkeyPat
     assert device_of("mps") == "mps"
     with pytest.raises(UserError, match=r"--device mps is not available here: .* float64$"):
         device_of("mps", decomposes=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "foo"}, "KeyError: 'foo'"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "KeyError: 'foo'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2", "rope_theta": 1e4}}, "'str'"),
+        ({"pad_token_id": 999}, "Padding_idx"),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2"),
+    ],
+)
+def test_a_config_that_transformers_stumbles_over_is_one_line(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=rf"llama: [^\n]*{said}[^\n]*$"):
+        Loader(folder)()
+
+
+def words(folder: Path, **config: Any) -> None:
+    """A tokenizer of one word."""
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("tokenizer.json", "{}"), ("tokenizer.json", "["), ("tokenizer_config.json", "[]")],
+)
+def test_a_broken_tokenizer_is_one_line(folder: Path, name: str, text: str) -> None:
+    words(folder, tokenizer_class="PreTrainedTokenizerFast")
+    assert Loader(folder).tokenizer()("a").input_ids == [0]
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=r"cannot load a tokenizer from .*llama: [^\n]+$"):
+        Loader(folder).tokenizer()
+
+
+def test_a_config_without_a_vocabulary_is_no_tokenizer(folder: Path) -> None:
+    """transformers makes one of special tokens alone, by which every text is empty."""
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"holds no tokenizer: copy tokenizer.json"):
+        Loader(folder).tokenizer()
+
+
+def test_a_length_that_is_no_number_is_told(folder: Path) -> None:
+    words(folder, tokenizer_class="PreTrainedTokenizerFast", model_max_length="512")
+    with pytest.raises(UserError, match=r"model_max_length .* must be a number, got '512'"):
+        Loader(folder).tokenizer()
+
+
+def test_a_tokenizer_s_own_code_is_never_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words(folder, tokenizer_class="My", auto_map={"AutoTokenizer": ["my.My", None]})
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked whether to run code"))
+    with pytest.raises(UserError, match=r"cannot load a tokenizer .*custom code"):
+        Loader(folder).tokenizer()

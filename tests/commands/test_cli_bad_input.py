@@ -165,6 +165,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no number": ((*LASER, "--target-params", "1e6"), ("--target-params", "integer", "got '1e6'")),
     "too few sequences": ((*LASER, "--sequences", "0"), ("--sequences", "got '0'")),
     "seed of the draw": ((*LASER, "--seed=-1"), ("--seed", "got '-1'")),
+    "seed of more than 32 bits": ((*LASER, "--seed", "9" * 20), ("--seed", "4294967295", "'999")),
     "target above the model": (
         (*LASER, "--target-params", "9" * 20),
         ("target_params must be", "9" * 20),
@@ -247,6 +248,7 @@ def test_official_layout_of_grouped_attention(
     [
         ("gptjj", ("no model 'gptjj'", "Did you mean 'gptj'")),
         ("./nowhere", ("no model './nowhere'",)),
+        ("~nobody-here/x", ("no model '~nobody-here/x'",)),
         ("a/b/c", ("no model 'a/b/c'",)),
         ("", ()),
         ("no one/no thing", ("no one/no thing",)),
@@ -313,10 +315,18 @@ def index_to(*files: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
         weight_map = {f"w{i}": file for i, file in enumerate(files)}
-        text = json.dumps({"weight_map": weight_map})
+        text = json.dumps({"metadata": {}, "weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(text)
 
     return apply
+
+
+def index_alone(folder: Path) -> None:
+    """What transformers refuses with a KeyError."""
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "all.safetensors")
+    text = json.dumps({"weight_map": dict.fromkeys(names, "all.safetensors")})
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def set_value(name: str, value: float) -> Callable[[Path], None]:
@@ -345,10 +355,23 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "FFN contradicts": (edit_config(n_inner=60), ("(56, 32)", "config says (60, 32)")),
     "more layers than weights": (edit_config(n_layer=3), ("no transformer.h.2.",)),
     "no layers": (edit_config(n_layer=0), ("n_layer", "1 or more", "0")),
+    "dtype unknown": (edit_config(dtype="auto"), ("dtype", "such as float32", "'auto'")),
+    "dtype of integers": (edit_config(dtype="int8"), ("dtype", "floating point", "'int8'")),
+    "dtype too narrow": (edit_config(dtype="float8_e4m3fn"), ("16 bits", "'float8_e4m3fn'")),
+    "architectures are no names": (edit_config(architectures=[None]), ("architectures", "[None]")),
+    "return_dict": (edit_config(return_dict=False), ("config.json", "return_dict must be true")),
+    "vocabulary is tied by a word": (
+        edit_config(tie_word_embeddings="no"),
+        ("tie_word_embeddings", "expected bool, got str"),
+    ),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), ("quantised",)),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
         ("no model.safetensors and no model.safetensors.index.json",),
+    ),
+    "weights under another name": (
+        lambda f: (f / "model.safetensors").rename(f / "model.fp16.safetensors") and None,
+        ("no model.safetensors.index.json; of weights it has model.fp16.safetensors",),
     ),
     "only pickles": (pickled, ("pytorch_model.bin", "python -m tensorllm.checkpoint.convert")),
     "truncated": (edit_bytes(lambda data: data[:-100]), ("truncated",)),
@@ -356,7 +379,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "empty file": (edit_bytes(lambda data: b""), ("corrupt",)),
     "text": (
         edit_bytes(lambda data: b"version https://git-lfs"),
-        ("corrupt",),
+        ("corrupt", "begins with b'version https://git-lfs'"),
     ),
     "header without shapes": (edit_header(lambda h: h[Q].pop("shape")), ("corrupt",)),
     "header with a wrong shape": (edit_header(lambda h: h[Q].update(shape=[32, 31])), ("corrupt",)),
@@ -384,6 +407,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "index names a missing file": (index_to("model-00001-of-00001.safetensors"), ("lacks model-",)),
     "index leads outside": (index_to("../other.safetensors"), ("not a safetensors index",)),
+    "index without metadata": (index_alone, ("not a safetensors index", "`metadata`")),
     "index holds numbers": (index_to(3), ("not a safetensors index",)),  # type: ignore[arg-type]
 }
 
@@ -415,10 +439,16 @@ def test_a_factored_folder_is_not_compressed_again(
     refused((*command, tmp_path / "two", "--model", tmp_path / "one"), "factored already")
 
 
+def settings_of_a_program(folder: Path) -> Path:
+    (folder / "full" / "config.json").write_text('{"learning_rate": 0.1}')
+    return folder / "full"
+
+
 OUTPUTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "exists": (lambda f: f / "full", ("full exists", "--overwrite")),
     "exists and is empty": (lambda f: f / "empty", ("empty exists", "--overwrite")),
     "holds no model": (lambda f: f / "full", ("full", "--overwrite")),
+    "holds another program's config.json": (settings_of_a_program, ("full", "--overwrite")),
     "is a file": (lambda f: f / "full" / "notes.txt", ("not a folder",)),
     "is below a file": (
         lambda f: f / "full" / "notes.txt" / "out",

@@ -65,4 +65,6 @@ def test_what_others_say_is_cut_between_words():
     assert len(said) <= 204
     assert set(said.removesuffix(" ...").split()) == {"seventeen", "letters"}
     assert first_line(RuntimeError("x" * 500)) == "x" * 400 + " ..."
+    assert first_line(ValueError("wrong:\n    field x\nmore")) == "wrong: field x"
+    assert first_line(KeyError("x")) == "KeyError: 'x'"
     assert first_line(RuntimeError("short")) == "short"

@@ -209,3 +209,23 @@ def test_what_an_option_needs_is_another_one(name: str) -> None:
 )
 def test_sizes(text: str, bytes_: int) -> None:
     assert options.size("--target-bytes", text) == bytes_
+
+
+def test_a_size_may_have_any_number_of_digits() -> None:
+    assert options.size("--target-bytes", "9" * 400 + "kB") == int("9" * 400) * 1000
+
+
+def test_the_home_folder_stands_for_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it in `--out=~/folder`; a folder named ~ is a danger."""
+    monkeypatch.setenv("HOME", "/home/me")
+    seen: list[Any] = []
+
+    @takes(ReportRequest)
+    def command(request: Any, *, json: bool) -> None:
+        seen.append(request)
+
+    one = typer.Typer()
+    one.command()(command)
+    CliRunner().invoke(one, ["~/a", "~nobody-here/b", "--out=~/c.html"], catch_exceptions=False)
+    assert seen[0].runs == (Path("/home/me/a"), Path("~nobody-here/b"))
+    assert seen[0].out == Path("/home/me/c.html")

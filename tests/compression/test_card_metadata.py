@@ -118,6 +118,20 @@ def test_the_cards_own_words_go_first(original: Path, tmp_path: Path) -> None:
     assert data["library_name"] == "tensorllm"
 
 
+def test_a_card_without_metadata_is_text_and_nothing_is_said_of_it(
+    original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (original / "README.md").write_text("# Mine\n")
+    model = AutoModelForCausalLM.from_pretrained(original)
+    tl.compress(model, tl.LaserSVD(rho=0.5, matrices=("in",)), layers=[0])
+    tl.save(model, tmp_path / "out")
+    caplog.clear()
+    rewrite_card(tmp_path / "out", [])
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    rewrite_card(tmp_path / "out", [])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("words", "want"),
     [

@@ -143,7 +143,7 @@ def test_the_folder_is_whole_and_runs_without_our_package(tmp_path: Path):
     (source / "tokenizer.json").write_text("{}")
     out.mkdir()
     (out / "old").write_text("")
-    (out / "config.json").write_text("{}")  # another folder than of a model is not replaced
+    (out / "config.json").write_text('{"model_type": "x"}')  # else it is no model's
     done = run(ExportRequest(folder=source, out=out, format="exported-program", overwrite=True))
     assert done.to_json()["format"] == "exported-program"
     assert done.to_json()["bytes"] == (out / "model.pt2").stat().st_size

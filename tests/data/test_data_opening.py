@@ -54,6 +54,53 @@ def test_one_line_of_json_is_one_row(tmp_path: Path) -> None:
     assert (only.answer, only.choices) == ("a", ("a", "b"))
 
 
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_lines_end_at_line_breaks_alone(tmp_path: Path, name: str, mark: str) -> None:
+    """Other characters that Unicode calls a line's end stand in texts as they are."""
+    path = tmp_path / name
+    row = {"prompt": f"on{mark}e", "answer": "a"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n" + json.dumps(ROWS[1]) + "\n")
+    assert asked(path) == [(f"on{mark}e", "a"), ("two", "b")]
+
+
+def test_a_field_of_csv_may_be_an_article(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text(f"prompt,answer\n{'x' * 200_000},a\n")
+    assert asked(path) == [("x" * 200_000, "a")]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text("prompt,answer,prompt\na,b,c\n")
+    with pytest.raises(UserError, match="2 columns are named 'prompt'"):
+        asked(path)
+    path.write_text("prompt,answer,,\na,b,,\n")  # a spreadsheet's empty columns
+    assert asked(path) == [("a", "b")]
+
+
+@pytest.mark.parametrize("field", ["prompt", "answer"])
+def test_half_a_character_is_told_with_its_row(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(LINES + json.dumps({**ROWS[0], field: "a \ud83d b"}) + "\n")
+    with pytest.raises(UserError, match=r"row 3 holds half of a character .*'a \\ud83d b'"):
+        asked(path)
+
+
+def test_choices_are_read_as_answers_are(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "answer": " b", "choices": [" a", " b"]}))
+    (only,) = Questions(path, split="all").examples
+    assert (only.answer, only.choices) == ("b", ("a", "b"))
+
+
+def test_a_template_does_not_write_none(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question": "x", "context": None, "answer": "a"}))
+    with pytest.raises(UserError, match="field 'context' is not in the row, or empty: it has"):
+        _ = Questions(path, split="all", template="{context} {question}").examples
+
+
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
     path.write_text(LINES + '{"prompt": \n')

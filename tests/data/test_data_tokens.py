@@ -1,5 +1,6 @@
 """Special tokens behind a text, ids beyond the embeddings, tokenizers without pad and eos."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tensorllm.commands.generate import generate
 from tensorllm.data.example import Example
-from tensorllm.data.tokens import check_ids, closing_tokens, open_ended
+from tensorllm.data.tokens import as_messages, check_ids, closing_tokens, open_ended
 from tensorllm.errors import UserError
 from tensorllm.evaluation.scorer import make_scorer
 from tensorllm.requests.others import GenerateRequest
@@ -88,3 +89,41 @@ def test_several_prompts_need_no_pad_and_no_eos(tmp_path: Path) -> None:
 def test_a_model_without_a_head_scores_nothing() -> None:
     with pytest.raises(UserError, match="LlamaModel has no head"):
         make_scorer(tiny_model("llama", headless=True), tokenizer(None))
+
+
+def test_half_a_character_is_no_text() -> None:
+    with pytest.raises(UserError, match="half of a character"):
+        open_ended(tokenizer(None), ["a", "b \ud83d"])
+
+
+@pytest.mark.parametrize("template", ["{% for x in %}", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_fails_is_told(template: str) -> None:
+    made = tokenizer(None, chat_template=template)
+    with pytest.raises(UserError, match=r"^the chat template of it fails: [^\n]+$"):
+        as_messages(made, ["a"], "it")
+
+
+def writing(folder: Path, **settings: Any) -> list[str]:
+    """What a model writes whose generation_config.json says this."""
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer(None).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return generate(GenerateRequest(model=str(folder), prompts=("a b",), max_new_tokens=4))
+
+
+def test_what_generate_returns_does_not_hang_on_the_model_s_settings(tmp_path: Path) -> None:
+    want = writing(tmp_path)
+    assert writing(tmp_path, return_dict_in_generate=True, output_scores=True) == want
+
+
+@pytest.mark.parametrize("settings", [{"bad_words_ids": []}, {"repetition_penalty": -1.0}])
+def test_settings_that_generate_refuses_are_told(settings: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write with its generation_config.json: [^\n]+$"):
+        writing(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0, 1e-40])
+def test_temperatures(temperature: float, tmp_path: Path) -> None:
+    asked = GenerateRequest(model=str(tmp_path), prompts=("a",), temperature=temperature)
+    with pytest.raises(UserError, match="temperature must be 0, or finite and 1e-06 or more, got"):
+        generate(asked)

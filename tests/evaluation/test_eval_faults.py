@@ -15,7 +15,7 @@ import eval_world as world
 import pytest
 
 from tensorllm.commands.evaluate import evaluate
-from tensorllm.errors import Incomplete
+from tensorllm.errors import Incomplete, UserError
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.evaluation.results import read_results
 from tensorllm.reporting.scores import score_tables
@@ -106,6 +106,11 @@ def test_prompts_beyond_the_context_are_counted_and_told(asked: EvaluateRequest)
     assert done.predictions[0].truncated > 100
     texts = [getattr(part, "plain", "") for part in score_tables(done.results).renderables]
     assert "1 prompts lost their beginning to fit the context" in texts
+
+
+def test_options_that_the_trainer_cannot_run_with_are_told(asked: EvaluateRequest):
+    with pytest.raises(UserError, match=r"the Trainer cannot run so: [^\n]*limit_test_batches"):
+        evaluate(replace(asked, trainer={"limit_test_batches": 0.001}))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
