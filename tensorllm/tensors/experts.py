@@ -143,7 +143,6 @@ def size_curve(w: Tensor, roots: Roots, modes: Sequence[int]) -> SizedCurve:
 
 
 def ranks_within(found: SizedCurve, numbers: float) -> tuple[int, ...] | None:
-    """The ranks of least error that store at most `numbers`; None if even the smallest exceed it.
-    """
+    """The ranks of least error that store at most `numbers`; None if even the smallest do not."""
     affordable = int((found.curve.cost_S[:-1] <= numbers).sum())
     return tuple(found.ranks_NC[affordable - 1].tolist()) if affordable else None

@@ -26,9 +26,9 @@ from tensorllm.tensors.unfold import (
 )
 
 TuckerMethod = Callable[[Tensor, Mapping[int, int], int | None, float | None], Tucker]
-# One sweep is enough for most tensors (it gains less than TOL of the relative error, and later ones
-# gain less still); if only the spectrum of the width decays, up to a dozen are needed to come within
-# 2e-4 of the limit.
+# One sweep is enough for most tensors (it gains less than TOL in relative error, and later ones
+# gain less still); if only the spectrum of the width decays, up to a dozen are needed to come
+# within 2e-4 of the limit.
 SWEEPS, TOL = 12, 2e-5
 TENSORLY_SWEEPS, TENSORLY_TOL = 100, 1e-5  # its own default, and the authors' tolerance
 
