@@ -1,1 +1,1 @@
-"""The command line: a few lines per command; the work is done in `tensorllm.commands`."""
+"""The command line: a few lines per command; `tensorllm.commands` does the work."""

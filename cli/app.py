@@ -1,4 +1,4 @@
-"""The `tensorllm` command: the list of commands, and how errors end it."""
+"""The `tensorllm` command: its subcommands, and how errors are reported."""
 
 import gc
 import os
@@ -87,16 +87,16 @@ for name, command in COMMANDS.items():
     app.command(name, cls=Command, epilog=EXIT_CODES)(volume.with_volume(command))
 
 
-# Typer carries its own copy of click since 0.26 and names none of its errors but this one, whose
-# last ancestors before Exception are those of every wrong use.
+# Typer bundles its own click since 0.26 and exports only this one of its errors, whose last
+# ancestor before Exception is that of all usage errors.
 WRONG_USE: type[Exception] = typer.BadParameter.__mro__[
     typer.BadParameter.__mro__.index(Exception) - 1
 ]
 INTERRUPTED = 130
-# New ones after which Python looks for cycles, 700 by itself: imports make nearly a million, which
-# all stay, and looking among them again and again takes a tenth of a command's start.
+# Allocations between runs of the garbage collector (700 by default): imports create nearly a
+# million lasting objects, and collecting among them takes a tenth of a command's start-up time.
 OBJECTS = 20_000
-# Packages that the base installation leaves out, and the extras that bring them.
+# Optional packages, and the extras that install them.
 EXTRAS = {
     "optuna": "search",
     "psycopg": "postgres",
@@ -108,20 +108,20 @@ EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line, never a traceback."""
+    """Run the command line; a user's mistake is reported in one line, never as a traceback."""
     INTERRUPT.listen()
     volume.normal()
     if arguments is None:  # this process is ours
         gc.set_threshold(OBJECTS)
         volume.silence_libraries()
         arguments = sys.argv[1:]
-    for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end the program
+    for stream in (sys.stdout, sys.stderr):  # undecodable file names must not end the program
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = app(list(arguments) or ["--help"], standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone, such as `head`
+    except BrokenPipeError:  # the reader of our output has gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except BaseException as error:
@@ -136,12 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def line_of(error: BaseException) -> tuple[str, int]:
-    """What is said of an error, and the exit code; what is not an error goes on as it is."""
+    """The message for an error, and the exit code; SystemExit and the like are raised again."""
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, WRONG_USE):
         return _wrong_use(error), 2
-    if isinstance(error, (Incomplete, OSError)):  # an OSError's text names the file
+    if isinstance(error, (Incomplete, OSError)):  # the message of an OSError names the file
         return str(error), 1
     if isinstance(error, typer.Abort):
         return "aborted", 1
@@ -158,13 +158,13 @@ def line_of(error: BaseException) -> tuple[str, int]:
 
 
 def _wrong_use(error: Any) -> str:
-    """Typer's words, and what was typed; of what is missing also what it would have been."""
+    """Typer's message, with what was typed; for a missing value also what it means."""
     from pydantic import ValidationError
 
     said: str = error.format_message().removeprefix("Invalid value: ")
     if said.startswith("Got unexpected extra argument"):
         return f"{said}: a value stands behind its option, and a list is one word, such as 0,1,2"
-    if isinstance(error.__cause__, ValidationError):  # its words name no value
+    if isinstance(error.__cause__, ValidationError):  # its message does not name the value
         said = f"{said}, got {error.__cause__.errors()[0]['input']!r}"
     takes = (
         getattr(getattr(error, "param", None), "help", None)
@@ -175,16 +175,16 @@ def _wrong_use(error: Any) -> str:
 
 
 def stop() -> NoReturn:
-    """The end after Ctrl-C; pressing it again changes nothing."""
+    """Exit after Ctrl-C; pressing it again has no effect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Where Ctrl-C came inside code that was a string (each dataclass runs some), Python remembers
-    # that until the next such code, and `python -m` would end by the signal, not by our exit code.
+    # If Ctrl-C came during `exec` (every dataclass uses it), Python remembers that until the next
+    # `exec`, and `python -m` would end by the signal instead of our exit code.
     exec("")
     fail(f"interrupted; {INTERRUPT.leaves()}", INTERRUPTED)
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """One line on standard error, broken between words where that is a terminal; the exit code."""
+    """Exit with a code and one line on standard error, wrapped at words on a terminal."""
     line = f"error: {' '.join(message.split())}"
     if sys.stderr.isatty():
         width = get_terminal_size().columns

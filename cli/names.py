@@ -1,10 +1,10 @@
-"""What a shell completes: names of models, modes, datasets and the like."""
+"""Shell completion: names of models, modes, datasets and so on."""
 
 from collections.abc import Callable
 
 
 def models() -> list[str]:
-    """The short names."""
+    """The short names of models."""
     from tensorllm.model_names import short_names
 
     return list(short_names())
@@ -25,48 +25,48 @@ def datasets() -> list[str]:
 
 
 def protocols() -> list[str]:
-    """The ways of scoring."""
+    """The scoring protocols."""
     return ["strict", "paper"]
 
 
 def kinds() -> list[str]:
-    """What can be listed."""
+    """The kinds of things that can be listed."""
     from tensorllm.commands.catalog import KINDS
 
     return list(KINDS)
 
 
 def dtypes() -> list[str]:
-    """Of weights."""
+    """The dtypes of weights."""
     return ["fp32", "bf16", "fp16"]
 
 
 def devices() -> list[str]:
-    """Where it may run."""
+    """The devices to run on."""
     return ["auto", "cpu", "cuda"]
 
 
 def policies() -> list[str]:
-    """Which factored layers run in their factors."""
+    """The policies of which layers run in their factors."""
     return ["auto", "always"]
 
 
 def caches() -> list[str]:
-    """What attention keeps of the tokens so far."""
+    """What attention may keep of past tokens."""
     return ["auto", "latent", "dense"]
 
 
 def layouts() -> list[str]:
-    """How heads are cut."""
+    """The layouts of heads."""
     return ["paper", "official"]
 
 
 def loggers() -> list[str]:
-    """Those that need nothing or one small package."""
+    """The loggers that need no package, or only a small one."""
     return ["tensorboard", "csv"]
 
 
-# By the name of the field.
+# By field name.
 COMPLETE: dict[str, Callable[[], list[str]]] = {
     "model": models,
     "mode": modes,

@@ -1,4 +1,4 @@
-"""What stands for an option's value: in the help a word for its kind, and never another option."""
+"""Placeholders for option values in the help, and a check that no value is another option."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ VALUES = {"<str>": "TEXT", "<list[str]>": "TEXT", "<int>": "N", "<float>": "X", 
 
 
 class Command(TyperCommand):
-    """A command whose options stand in the help as they are typed."""
+    """A command whose help shows option values by `VALUES`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _named(super().get_params(ctx), ctx)
@@ -31,7 +31,7 @@ class Group(TyperGroup):
 def _named(params: list[Any], ctx: Any) -> list[Any]:
     for param in params:
         if isinstance(param, TyperOption) and param.metavar is None:
-            if not hasattr(param, "display_type"):  # before Typer 0.29, which has words of its own
+            if not hasattr(param, "display_type"):  # before Typer 0.29: it has its own
                 return params
             shown = param.display_type(ctx)
             param.metavar = "" if param.is_flag else VALUES.get(shown, shown)
@@ -39,10 +39,11 @@ def _named(params: list[Any], ctx: Any) -> list[Any]:
 
 
 def _refuse_options_as_values(params: Sequence[Any], args: Sequence[str]) -> None:
-    """An option whose value was left out would take the next option for it.
+    """Refuse an option in the place of another option's missing value.
 
     Raises:
-        typer.BadParameter: names both; a value that looks like an option is typed --option=value.
+        typer.BadParameter: names both; a value that looks like an option is given as
+            --option=value.
     """
     options = {
         word: param

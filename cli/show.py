@@ -1,4 +1,4 @@
-"""Printing: tables for people, JSON for machines, progress with time left."""
+"""Output: tables for people, JSON for programs, and progress with the time left."""
 
 import json
 import os
@@ -16,17 +16,17 @@ from rich.text import Text
 from tensorllm_cli.volume import is_quiet
 
 Update = Callable[[int, int, str], None]
-SECONDS = 30  # between two lines of progress in a log
-COUNTABLE = 10_000  # steps; of more (numbers read, say) a share tells more
+SECONDS = 30  # between lines of progress in a log
+COUNTABLE = 10_000  # steps; above (such as numbers read) the share is shown instead
 
 _results: TextIO | None = None  # standard output, while `results_alone`
 
 
 @contextmanager
 def results_alone() -> Iterator[None]:
-    """Only what is printed here is on standard output meanwhile.
+    """Within the block, only what this module prints goes to standard output.
 
-    What plugins and libraries print, and processes that they start, goes to standard error.
+    Output of plugins, libraries and child processes goes to standard error.
     """
     global _results
     own = sys.stdout
@@ -34,7 +34,7 @@ def results_alone() -> Iterator[None]:
     with ExitStack() as stack:
         try:
             number, error = own.fileno(), sys.stderr.fileno()
-        except (AttributeError, OSError):  # a stream of Python's alone, or closed
+        except (AttributeError, OSError):  # a stream without a file descriptor, or closed
             _results = own
         else:
             _results = stack.enter_context(
@@ -50,9 +50,9 @@ def results_alone() -> Iterator[None]:
 
 
 def print_result(value: RenderableType) -> None:
-    """A table or text on standard output; brackets in a text mean nothing.
+    """Print a table or text to standard output, without markup in texts.
 
-    In a pipe or file no line ends in spaces, and those of a text are not broken.
+    In a pipe or file, lines have no trailing spaces and texts are not wrapped.
     """
     out = _results or sys.stdout
     console = Console(file=out, highlight=False)
@@ -64,11 +64,11 @@ def print_result(value: RenderableType) -> None:
         with console.capture() as printed:
             console.print(value)
         out.writelines(f"{line.rstrip()}\n" for line in printed.get().splitlines())
-    out.flush()  # whoever started the command may wait for this
+    out.flush()  # a parent process may wait for this
 
 
 def print_lines(text: str) -> None:
-    """A text on standard output whose lines stay as they are, however long."""
+    """Print a text to standard output without wrapping its lines."""
     out = _results or sys.stdout
     out.write(f"{text}\n")
     out.flush()
@@ -81,16 +81,16 @@ def print_logged(folder: Path | None) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document to standard output."""
     print_lines(json.dumps(value, indent=2))
 
 
 @contextmanager
 def progress_bar(begin: str = "reading") -> Iterator[Update]:
-    """A bar with the time left on standard error; a line now and then where that is no terminal.
+    """A bar with the time left on standard error; occasional lines if that is not a terminal.
 
     Args:
-        begin: what is being done until the first update says more.
+        begin: what is being done until the first update.
     """
     console = Console(stderr=True)
     if is_quiet():
@@ -106,10 +106,10 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
         TextColumn("{task.description:<24.24}", markup=False),
         BarColumn(bar_width=20),
         TaskProgressColumn(),
-        TextColumn("{task.fields[timer]}", markup=False),  # asked anew whenever the bar is drawn
+        TextColumn("{task.fields[timer]}", markup=False),  # evaluated whenever the bar is drawn
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        # It pulses until something can be counted.
+        # Without a total it pulses.
         task = bar.add_task(begin, total=None, timer=timer)
 
         def update(done: int, total: int, what: str) -> None:
@@ -121,7 +121,7 @@ def progress_bar(begin: str = "reading") -> Iterator[Update]:
 
 
 def lines(every: float, clock: Callable[[], float] = time.monotonic) -> Update:
-    """Progress as lines on standard error, for logs: one now and then, none of what is short."""
+    """Progress as occasional lines on standard error, for logs; none for short work."""
     timer, last = Timer(clock), clock()
 
     def update(done: int, total: int, what: str) -> None:
@@ -137,11 +137,11 @@ def lines(every: float, clock: Callable[[], float] = time.monotonic) -> Update:
 
 
 class Timer:
-    """What a bar says of time: how long this stage takes, and how long it still will.
+    """The time passed and the time left of a stage, as text.
 
-    The time left is that of what is undone at the mean speed of what was done here, which needs one
-    step where rich wants two within half a minute: a step may take hours. What an earlier run had
-    done before this one began is no part of the speed.
+    The time left is extrapolated from the mean speed so far. That needs one step, where rich needs
+    two within half a minute, although a step may take hours. Work that an earlier run finished does
+    not count towards the speed.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -151,7 +151,7 @@ class Timer:
         self.start = self.last = clock()
 
     def update(self, done: int, total: int | None) -> bool:
-        """Take note of progress; whether it is that of another stage, whose time is its own."""
+        """Record progress; returns whether it is that of a new stage, which is timed separately."""
         another = done < self.done or total != self.total
         if another:
             self.first, self.done, self.total = done, done, total
@@ -171,5 +171,5 @@ class Timer:
 
 
 def _clock_time(seconds: float) -> str:
-    """0:01:05."""
+    """A time such as 0:01:05."""
     return str(timedelta(seconds=max(0, round(seconds))))

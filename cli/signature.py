@@ -1,4 +1,4 @@
-"""A command's signature, made from the fields of its request."""
+"""The signature of a command, generated from the fields of its request."""
 
 import inspect
 from collections.abc import Callable
@@ -17,10 +17,10 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def takes(request: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: the command gets a request that is made of its options, and `json`.
+    """Decorator: the command gets a request built from its options, and `json`.
 
-    What the command declares beside these two is an option as Typer knows it. A value that was not
-    given is left out, so that the request's own default stands.
+    Further parameters of the command are Typer options as declared. Options that were not given are
+    left out, so that the request's defaults apply.
     """
     declared = option_fields(request)
 
@@ -69,7 +69,7 @@ def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
 
 
 def _typed(field: OptionField) -> Any:
-    """What Typer reads: text where the field's own parser or another check comes after."""
+    """The type that Typer reads: text if the field's own parser or a later check follows."""
     option, kind = field.option, field.kind
     if option.repeated:
         inner = str if option.parse else next(iter(get_args(kind)))

@@ -1,7 +1,6 @@
-"""How much is said: `--verbose`, `--quiet`, and what the libraries may say.
+"""Verbosity: `--verbose`, `--quiet`, and the messages of libraries.
 
-The level of the logger `tensorllm` is what everything else asks: DEBUG says all, ERROR nothing but
-errors.
+It is held as the level of the logger `tensorllm`: DEBUG is verbose, ERROR quiet.
 """
 
 import inspect
@@ -20,7 +19,7 @@ LIBRARIES = ("transformers", "datasets", "huggingface_hub", "lightning", "optuna
 
 
 class _StandardError(logging.StreamHandler[Any]):
-    """Writes to the standard error of the moment: while a bar is there, above the bar."""
+    """Writes to the current standard error, which while a bar is shown prints above it."""
 
     @property
     def stream(self) -> Any:
@@ -32,27 +31,30 @@ class _StandardError(logging.StreamHandler[Any]):
 
 
 def is_verbose() -> bool:
-    """Whether tracebacks and the libraries' notices are wanted."""
+    """Whether to print tracebacks and messages of libraries."""
     return OURS.level == logging.DEBUG
 
 
 def is_quiet() -> bool:
-    """Whether only results and errors are."""
+    """Whether to print only results and errors."""
     return OURS.level == logging.ERROR
 
 
 def normal() -> None:
-    """Results, progress, warnings and errors: what is said without either option."""
+    """Print results, progress, warnings and errors: the default."""
     OURS.setLevel(logging.WARNING)
 
 
 def silence_libraries() -> None:
-    """Their notices would spoil the output; called before anything imports them."""
+    """Suppress messages of libraries, which would spoil the output.
+
+    Call this before anything imports them.
+    """
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TORCH_LOGS", "-all")  # its way of writing "errors only"
+    os.environ.setdefault("TORCH_LOGS", "-all")  # means "errors only"
     logging.basicConfig(
         format="%(levelname)s: %(message)s", level=logging.ERROR, handlers=[_StandardError()]
     )
@@ -88,11 +90,11 @@ Quiet = Annotated[
 
 
 def with_volume(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with `--verbose` and `--quiet` behind its own options."""
+    """The command with `--verbose` and `--quiet` after its own options."""
 
     @wraps(command)
     def run(*, verbose: bool = False, quiet: bool = False, **options: Any) -> Any:
-        del verbose, quiet  # their callbacks have done it
+        del verbose, quiet  # handled by their callbacks
         return command(**options)
 
     known = inspect.signature(command, eval_str=True).parameters

@@ -1,4 +1,4 @@
-"""Fitting a compression to text: token sequences, second moments, and the fit itself."""
+"""Fitting a compression to text: token sequences, covariances, and the fit itself."""
 
 from tensorllm.calibration.fit import fit, fit_folder
 from tensorllm.calibration.sequences import Calibration, read_calibration

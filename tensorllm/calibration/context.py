@@ -1,7 +1,7 @@
-"""One layer of the original beside the compressed one: what a `LayerFit` may ask for.
+"""One layer of the original and of the compressed model: the interface that a `LayerFit` uses.
 
-Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of an input, Y of
-joint outputs, I rows of a role matrix.
+Shapes: B sequences, T positions, D model width, N tokens of a batch, X input width, Y concatenated
+outputs, I rows of a role matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,22 +27,23 @@ from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_proj
 from tensorllm.tensors.unfold import add_gram, mirror
 from tensorllm.weights import dense_matrices
 
-SMALLEST = 1e-20  # of a token's output: its size is divided by
+SMALLEST = 1e-20  # lower bound of the norm of a token's output, which is divided by
 
 
 class Context:
-    """See `compressors.layer.LayerContext`, which this implements.
+    """Implements `compressors.layer.LayerContext`; see there.
 
     Args:
-        original, compressed: the layer twice; factors take the place of the compressed one's
-            matrices.
-        measure: gives covariances of the original, of this layer's `keys` at least.
+        layers: how the layers are run.
+        original: the original layer.
+        compressed: a copy whose matrices are replaced by factors.
+        measure: gives covariances of the original, at least for this layer's `keys`.
         keys: sets of roles of this layer that read the same input.
         before: hidden states before the layer, per batch, of the original and of the compressed
-            model; read again and again.
+            model; read repeatedly.
         original_run: of the original layer on its own inputs.
         sites: the strategy's sites of this layer, with their sizes.
-        ranks: the processes that this one fits with.
+        ranks: the processes of the fit.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class Context:
         self._attention = ModuleCache(compressed.block, compressed.attention)
         self._ffn = ModuleCache(compressed.block, compressed.ffn)
         self._trials = Trials(layers, compressed, self._attention)
-        self._noted: set[str] = set()  # output projections whose outputs are kept
+        self._noted: set[str] = set()  # output projections with stored outputs
         self._shifted: dict[tuple[Key, str], tuple[Tensor, Tensor]] = {}
         self._held_out = range(self.batches - layers.held_out, self.batches)
         self._tokens = self._count(range(self._held_out.start))
         self._held_outputs: dict[int, Tensor] = {}  # of the original
 
     def _count(self, numbers: Iterable[int]) -> int:
-        """Tokens of these batches, in all processes."""
+        """Tokens of these batches, over all processes."""
         tokens = torch.tensor(sum(int(self.layers.batches[n].mask_BT.sum()) for n in numbers))
         tokens = tokens.to(self.layers.start[0].device)
         self.ranks.sum(tokens)
@@ -203,15 +204,15 @@ class Context:
 
     def replace(self, site: Site, factors: Factors, output_map: OutputMap | None = None) -> None:
         self.compressed.replace(site, factors)
-        self.original_run.drop(self._key(site.roles[0])[1][0])  # memory: its signals have been used
+        self.original_run.drop(self._key(site.roles[0])[1][0])  # its signals are no longer needed
         if set(site.roles) & set(ATTENTION_ROLES):
             self._attention.clear()
-        self._ffn.clear()  # every matrix is run before it or in it
+        self._ffn.clear()  # every matrix runs before the FFN or in it
         if output_map is not None and site.roles[0] in self._noted:
             self._rebuild(site.roles[0], output_map)
         for key in list(self._shifted):
             if not set(site.roles) <= set(key[0][1]):
-                del self._shifted[key]  # an input below which a matrix has changed
+                del self._shifted[key]  # a matrix before this input has changed
         self._drop_noted()
         trim_heap()
 
@@ -226,18 +227,20 @@ class Context:
 
     @property
     def _enclosing(self) -> dict[str, ModuleCache]:
-        """By output projection, the module that encloses it."""
+        """Output projection -> the module that encloses it."""
         found = {"o": self._attention, "out": self._ffn}
         return {name: module for name, module in found.items() if name in self.original_run.inside}
 
     def _note(self, name: str, number: int, y_BTD: Tensor) -> None:
-        """Keep what the original's output projection gives on the compressed model's inputs."""
+        """Store the output of the original's projection on the compressed model's inputs."""
         self.original_run.store.save(f"compressed-{name}-{number}", {"given": y_BTD})
         self._noted.add(name)
 
     def _rebuild(self, name: str, output_map: OutputMap) -> None:
-        """Let the module that encloses an output projection give what it does with its factors,
-        without another run of what comes before the projection."""
+        """Set the cached output of the module that encloses an output projection.
+
+        With the factors' outputs, without running again what comes before the projection.
+        """
         rebuild = self.original_run.rebuilds.get(name)
         if rebuild is None:
             return
@@ -258,13 +261,16 @@ class Context:
         self._noted.clear()
 
     def outputs(self) -> Iterator[Tensor]:
-        """Hidden states after the compressed layer, as it is now."""
+        """Hidden states (B, T, D) after the compressed layer in its current state, per batch."""
         caches = [self._attention, *([self._ffn] if self._ffn.filled else [])]
         block = self.compressed.block
         return self.layers.run_cached(self.layer, block, self.before[1], caches)
 
     def _distance(self, batch: int, out_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-        """Squared, of all tokens relative to their size, over the tokens of all batches."""
+        """The squared relative distance of each token's output: its sum over `batch`, per token.
+
+        Divided by the tokens of all batches, so that the sum over batches is the mean.
+        """
         size_BT1 = target_BTD.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
         mask_BT1 = self.layers.batches[batch].mask_BT.to(size_BT1.device)[..., None]
         return ((out_BTD - target_BTD) * (mask_BT1 / size_BT1)).square().sum() / self._tokens

@@ -1,4 +1,4 @@
-"""Covariances of a layer's inputs and gradients, and how they are kept."""
+"""Covariances of a layer's inputs and gradients, and their storage format."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ class Wanted:
     """Which covariances a fit needs.
 
     Attributes:
-        matrices: those of each matrix's own inputs (and outputs' gradients), however wide.
-        width: those at the model's width, which say the same of all roles that read one input.
+        matrices: those of each matrix's own inputs (and output gradients), however wide.
+        width: those at the model's width, common to all roles that read the same input.
         gradients: those of gradients too.
-        whole: roles whose inputs are wanted in full, even where those of all matrices are not.
+        whole: roles whose full input covariance is needed, even if `matrices` is false.
     """
 
     matrices: bool
@@ -32,17 +32,17 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Covariances:
-    """Per layer and set of roles that read the same input. What was not wanted is not there.
+    """Covariances per layer and set of roles that read the same input; only those wanted.
 
     Attributes:
         inputs: E[x xᵀ] of that input.
-        sizes: E|x|, per number of that input.
-        tokens: that an expert was given, by its keys: (1,).
-        gradient_tokens: tokens that gradients were taken of: (1,).
-        gradients: E[g gᵀ] over the joint outputs of its roles.
-        propagated: through the matrices to the model's width: of input projections E[h hᵀ] of all
-            roles' h = Wᵀ g, one role after the other (roles D, roles D); of output projections
-            E[y yᵀ] = W E[x xᵀ] Wᵀ of y = W x (D, D).
+        sizes: E|x|, per component of that input.
+        gradients: E[g gᵀ] over the concatenated outputs of its roles.
+        propagated: covariances propagated through the matrices to the model's width. For input
+            projections E[h hᵀ] of all roles' h = Wᵀ g, concatenated (roles D, roles D); for output
+            projections E[y yᵀ] = W E[x xᵀ] Wᵀ of y = W x (D, D).
+        tokens: number of tokens routed to an expert, by its keys: (1,).
+        gradient_tokens: number of tokens whose gradients were taken: (1,).
     """
 
     inputs: dict[Key, Tensor] = field(default_factory=dict)
@@ -67,10 +67,10 @@ class Covariances:
         )
 
     def tensors(self, *, inputs: bool = True) -> dict[str, Tensor]:
-        """By names for a store: in float32, of symmetric matrices one half.
+        """The tensors by names for a store: float32, only one half of symmetric matrices.
 
         Args:
-            inputs: whether those of the original's own inputs are among them.
+            inputs: whether to include those of the original model's own inputs.
         """
         return {
             f"{STORED.get(what, what)}/{key[0]}/{'-'.join(key[1])}": _packed(t)
@@ -93,7 +93,7 @@ class Covariances:
 
 
 def _packed(t: Tensor) -> Tensor:
-    """The upper half of a symmetric matrix, row after row; a vector as it is."""
+    """The upper triangle of a symmetric matrix, row by row; a vector as it is."""
     if t.ndim == 1:
         return t.float()
     return torch.cat([row[number:] for number, row in enumerate(t.float())])
@@ -108,11 +108,11 @@ def _unpacked(packed: Tensor) -> Tensor:
 
 
 PARTS = ("inputs", "sizes", "gradients", "propagated", "tokens", "gradient_tokens")
-STORED = {"propagated": "carried"}  # another name in a store, as folders of earlier fits have it
+STORED = {"propagated": "carried"}  # its name in stores, kept for folders of earlier versions
 FIELDS = {stored: field for field, stored in STORED.items()}
-VECTORS = ("sizes", "tokens", "gradient_tokens")  # of these; the others are symmetric matrices
+VECTORS = ("sizes", "tokens", "gradient_tokens")  # the others are symmetric matrices
 
 
 def writes(roles: Sequence[str]) -> bool:
-    """Whether roles that read one input are output projections."""
+    """Whether roles that read the same input are output projections."""
     return is_output_projection(roles[0])

@@ -1,6 +1,6 @@
-"""A short training of the factors alone, towards the original's predictions on a text.
+"""A short training of the factors only, towards the original's predictions on a text.
 
-Shapes: B sequences, T positions, N tokens of a batch, V words, I and D of a role matrix.
+Shapes: B sequences, T positions, N tokens of a batch, V vocabulary, I and D of a role matrix.
 """
 
 import copy
@@ -26,16 +26,16 @@ from tensorllm.runtime import Placement, install, module_for
 from tensorllm.tensors.factors import Factors
 from tensorllm.weights import dense_matrices
 
-# Of a parameter's mean size, over the root of the model's width: the wider, the more of Adam's
-# equally long steps add up in an output (Yang et al. 2022, arXiv 2203.03466).
+# Relative to a parameter's mean size, divided by the root of the model's width: the wider the
+# model, the more of Adam's equal steps add up in an output (Yang et al. 2022, arXiv 2203.03466).
 LEARNING_RATE = 3e-3
-TOKENS = 1024  # padded positions of a step
+TOKENS = 1024  # padded positions per step
 
 
 class Distiller(LightningModule):
-    """The factors as parameters; the model itself stays as it is and is no part of this module.
+    """The factors as parameters; the model itself is frozen and not part of this module.
 
-    The loss of a step is the Kullback-Leibler divergence per token of the compressed model's
+    The loss of a step is the Kullback-Leibler divergence, per token, of the compressed model's
     predictions from the original's.
     """
 
@@ -55,7 +55,7 @@ class Distiller(LightningModule):
         )
 
     def factors(self) -> dict[Site, Factors]:
-        """As they are now."""
+        """The factors in their current state."""
         numbers, out = iter(self.numbers), {}
         for site, each in self.start.items():
             now = {
@@ -66,12 +66,12 @@ class Distiller(LightningModule):
         return out
 
     def weights(self) -> dict[str, Tensor]:
-        """The student's parameters that come from the factors, with their gradients."""
+        """The student's parameters that come from the factors, with gradients."""
         factors = self.factors()
         return self._placed(factors) if self.placed else self._dense(factors)
 
     def _placed(self, factors: Mapping[Site, Factors]) -> dict[str, Tensor]:
-        """The factors' own numbers, as its modules hold them."""
+        """The tensors of the factors, as the student's modules hold them."""
         held = parameters_of(self._held[1])
         stored = {site.name: each.tensors() for site, each in factors.items()}
         out: dict[str, Tensor] = {}
@@ -83,20 +83,20 @@ class Distiller(LightningModule):
         return out
 
     def _dense(self, factors: Mapping[Site, Factors]) -> dict[str, Tensor]:
-        """The matrices that the factors stand for."""
+        """The dense matrices that the factors stand for."""
         held = parameters_of(self._held[1])
         out: dict[str, Tensor] = {}
         for site, each in factors.items():
             parts = dense_matrices(site, each, self.roles)
             for (layer, role), w_ID in zip(site.matrices, parts, strict=True):
                 name = self.roles.name(layer, role)
-                if name not in out:  # fused ones are written part by part
+                if name not in out:  # a fused parameter is written part by part
                     out[name] = held[name].clone()
                 self.roles.write(out, layer, role, w_ID)
         return out
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, index: int) -> Batch:
-        """As it is: a step moves what it needs."""
+        """The batch unchanged; a step moves what it needs."""
         return batch
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -123,13 +123,13 @@ class Distiller(LightningModule):
 def student_of(
     model: nn.Module, roles: RoleMatrices, factors: Mapping[Site, Factors]
 ) -> tuple[nn.Module, Sequence[Placement]]:
-    """What is trained: the model running in the factors; all other numbers are the model's own.
+    """The model to train: it runs on the factors, and shares all other parameters with `model`.
 
-    Else every matrix, and its gradient, would be made at each step.
+    Otherwise every dense matrix and its gradient would be formed at each step.
 
     Returns:
-        The student, and where the factors' tensors went; the model itself, and nothing, if some
-        of the factors cannot run as they are.
+        The student, and where the factors' tensors are placed in it; `model` and nothing if some
+        factors cannot run as they are.
     """
     if not all(module_for(*each) for each in factors.items()):
         return model, ()
@@ -162,7 +162,7 @@ class _Steps(Callback):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's notes on devices and its advice about loggers and loaders."""
+    """Silence Lightning's notes on devices and its advice about loggers and loaders."""
     name = "lightning.pytorch.utilities.rank_zero"
     with silenced(name), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
@@ -177,10 +177,15 @@ def distill(
     steps: int,
     progress: Progress = quiet,
 ) -> dict[Site, Factors]:
-    """The factors trained for some steps, in the sizes that they had.
+    """The factors after some steps of training, with unchanged shapes.
 
     Args:
-        model: the original, frozen; it teaches.
+        model: the original, frozen; it is the teacher.
+        roles: of the model.
+        factors: to start from.
+        text: to train on.
+        steps: of the optimiser.
+        progress: called with (steps done, steps, what is done).
     """
     device = next(model.parameters()).device
     trained = Distiller(model, roles, factors, steps)

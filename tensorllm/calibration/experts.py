@@ -1,6 +1,6 @@
-"""What the experts of a mixture read of a calibration text: only tokens that are routed to them.
+"""The inputs of the experts of a mixture on a calibration set: only tokens routed to them.
 
-Shapes: B sequences, T positions, M tokens of one expert, X width of an input.
+Shapes: B sequences, T positions, M tokens of one expert, X input width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.experts import tokens_at_experts
 from tensorllm.tensors.stacking import is_output_projection
 
-OnInputs = Callable[[Key, Tensor], None]  # called with what (M, X) a key read
+OnInputs = Callable[[Key, Tensor], None]  # called with the inputs (M, X) of a key
 
 
 def is_of_experts(roles: RoleMatrices, key: Key) -> bool:
-    """Whether the key's roles are those of an expert that tokens are routed to."""
+    """Whether the key's roles belong to a routed expert."""
     return roles.stored(key[0], key[1][0]).experts is not None
 
 
@@ -29,11 +29,14 @@ def expert_hooks(
     kept: Callable[[], Tensor],
     on_inputs: OnInputs,
 ) -> Iterator[Any]:
-    """Hooks on the mixtures of these keys; one for each layer.
+    """Hooks on the mixtures of these keys, one per layer.
 
     Args:
-        kept: mask (B, T) of the running batch: true where there is a token.
-        on_inputs: called for every expert that has a token in the batch.
+        model: the model.
+        roles: of the model.
+        keys: of routed experts.
+        kept: gives the mask (B, T) of the current batch, True for tokens.
+        on_inputs: called for every expert that gets a token in the batch.
     """
     for layer in dict.fromkeys(key[0] for key in keys):
         experts = roles.mixtures[layer].experts

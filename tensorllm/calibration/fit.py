@@ -1,7 +1,7 @@
-"""Fitting a strategy to text: measure, share out the budget, make factors layer after layer.
+"""Fitting a strategy to text: measure, allocate the budget, compute factors layer by layer.
 
-`fit` takes a model that is in memory, `fit_folder` a checkpoint on disk whose layers are read one
-at a time; both are the same work on a `LayerSource` and a `Store`.
+`fit` takes a model in memory, `fit_folder` a checkpoint on disk whose layers are read one at a
+time; both use the same code on a `LayerSource` and a `Store`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,15 +33,15 @@ from tensorllm.tensors.factors import Factors
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A strategy with the factors that it made for a model and a text.
+    """A strategy with the factors it computed for a model and a text.
 
     Attributes:
         compressor: the strategy.
-        layers: those that it was fitted to.
-        sites: what has factors.
-        budget: the target that sizes were chosen for.
-        calibration: what the text was; for reports.
-        store: where factors are; they are read when their turn comes.
+        layers: those it was fitted to.
+        sites: those that have factors.
+        budget: the target for which sizes were chosen.
+        calibration: facts about the text, for reports.
+        store: where the factors are; they are read one site at a time.
         missing_roles: layer -> the roles that it lacks.
     """
 
@@ -58,13 +58,14 @@ class Fitted:
         return self.store.factors(site)
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
-        """Norms and biases that were fitted with a layer, by their names below it."""
+        """Norms and biases that were fitted with a layer, by their names within it."""
         return self.store.part(f"factors-{layer}", "parameters/")
 
     @property
     def settings(self) -> tuple[str, dict[str, Any]]:
-        """The mode's name, and its settings with text and target, which takes the place of sizes
-        and of another target.
+        """The mode's name, and its settings with the text and the target.
+
+        The target takes the place of sizes and of any other target.
         """
         mode, settings = settings_of(self.compressor)
         if self.budget is not None:
@@ -84,19 +85,23 @@ def fit(
     store: Store | None = None,
     progress: Progress = quiet,
 ) -> Fitted:
-    """The strategy fitted to a model and a text; `compress` and `compress_folder` then take it.
+    """Fit a strategy to a model and a text; `compress` and `compress_folder` then apply the result.
 
     Args:
-        model: stays as it is.
+        compressor: the strategy.
+        model: is not changed.
+        calibration: the text.
         layers: counted from 0; all layers by default.
-        budget: of a strategy that has no target among its own settings.
-        covariances: those of this model and text, where they were measured before (`measure_for`).
-        spill: a folder for the covariances of the loss's gradients, where memory is short.
-        store: where finished layers are kept (`store_for`); an interrupted fit goes on from there.
+        budget: for a strategy that has no target among its own settings.
+        covariances: those of this model and text, if they were measured before (`measure_for`).
+        spill: a folder for the covariances of the loss's gradients, if memory is short.
+        store: where finished layers are kept (`store_for`); an interrupted fit is resumed from
+            there.
+        progress: called with (parts done, parts, what is done).
 
     Raises:
-        UserError: text too short or not the model's, an unreachable target, activations that are
-            not finite, or a strategy that needs no text.
+        UserError: a text that is too short or not for this model, an unreachable target,
+            activations that are not finite, or a strategy that needs no text.
     """
     with frozen(model):
         work = Sweeps(
@@ -124,18 +129,22 @@ def fit_sizes(
     *,
     progress: Progress = quiet,
 ) -> list[Fitted]:
-    """The strategy fitted at several sizes from one measurement.
+    """Fit a strategy at several sizes from one measurement.
 
     Args:
-        compressor: with a target of its own, which is replaced, or with none.
-        targets: ratios or parameters.
+        compressor: with a target of its own, which is replaced, or without.
+        model: is not changed.
+        calibration: the text.
+        targets: ratios or parameter counts.
+        layers: counted from 0; all layers by default.
+        progress: called with (parts done, parts, what is done).
 
     Returns:
-        The fitted strategy of each target, in their order.
+        The fitted strategy of each target, in order.
 
     Raises:
-        UserError: as `fit`, for any of the targets before the first is fitted; a limit of the loss,
-            which tries sizes itself.
+        UserError: as `fit`, for any target before the first one is fitted; also for a limit of the
+            loss, which tries sizes itself.
     """
     if any(target.max_loss_increase is not None for target in targets):
         raise UserError("max_loss_increase searches for one size; give ratios or parameters")
@@ -159,7 +168,7 @@ def fit_sizes(
 
 
 def _train(work: Sweeps, sites: list[Site], budget: Budget | None, text: Calibration) -> None:
-    """The factors trained as long as the strategy asks for; they take the place of the fitted."""
+    """Train the factors for as many steps as the strategy asks for, and replace the stored ones."""
     steps = work.compressor.training_steps
     if not steps:
         return
@@ -172,7 +181,7 @@ def _train(work: Sweeps, sites: list[Site], budget: Budget | None, text: Calibra
 
 
 def measure_for(compressor: Compressor, model: nn.Module, calibration: Calibration) -> Covariances:
-    """The covariances of all layers that `fit` wants, for several targets."""
+    """The covariances of all layers that `fit` needs, to be used for several targets."""
     with frozen(model):
         return Sweeps(compressor, InMemory(model), calibration, None).measured(model)
 
@@ -192,12 +201,20 @@ def fit_folder(
     """`fit` for a checkpoint that does not fit in memory: one layer is read at a time.
 
     Args:
-        work: a folder for hidden states and finished factors. An interrupted fit goes on from what
-            it holds; the result reads its factors from there, so it is deleted only after use.
-        dtype: in which layers run; as they are stored by default.
+        compressor: the strategy.
+        folder: of the checkpoint.
+        calibration: the text.
+        layers: counted from 0; all layers by default.
+        work: a folder for hidden states and finished factors, from which an interrupted fit is
+            resumed. The result reads its factors from there, so delete it only after use.
+        budget: for a strategy that has no target among its own settings.
+        dtype: in which layers run; by default that of the config or the files.
+        device: on which layers run.
+        progress: called with (parts done, parts, what is done).
 
     Raises:
-        UserError: as `fit`; also for what needs the whole model: gradients of the loss.
+        UserError: as `fit`; also for what needs the whole model: gradients of the loss,
+            distillation, a limit of the loss.
     """
     target = budget or compressor.budget
     if compressor.training_steps:
@@ -221,8 +238,7 @@ def fit_folder(
 
 
 def _facts(work: Sweeps, calibration: Calibration) -> dict[str, Any]:
-    """What reports say of the text, of the dtype that it was run in, and of the experts that it did
-    not reach."""
+    """Facts for reports: the text, the dtype it was run in, and experts that it did not reach."""
     dtype = str(work.source.dtype).removeprefix("torch.")
     missed = {str(layer): sorted(experts) for layer, experts in sorted(work.unreached.items())}
     unreached = {"experts_not_reached": missed} if missed else {}
@@ -286,10 +302,10 @@ def store_for(
     dtype: torch.dtype | None,
     budget: Budget | None = None,
 ) -> Store:
-    """A store in the folder `work` that an interrupted fit of the checkpoint goes on from.
+    """A store in the folder `work`, from which an interrupted fit of the checkpoint is resumed.
 
-    Each of several processes has a folder of its own in it. What is there of another checkpoint,
-    strategy, text, version or dtype is thrown away.
+    With several processes, each has a folder of its own in it. Anything left by another checkpoint,
+    strategy, text, version or dtype is deleted.
     """
     ranks = all_ranks()
     if ranks.size > 1:

@@ -1,4 +1,4 @@
-"""How far a walk through layers is, as a share of the time that it will take."""
+"""Progress of a pass through the layers, as a share of the time it will take."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,23 +12,23 @@ from tensorllm.progress import Progress
 StageName = Literal["measuring layers", "fitting layers"]
 MEASURING: Final = "measuring layers"
 FITTING: Final = "fitting layers"
-TELLING = 0.5  # share of a stage's first layer from which on it says how long the others take
-PARTS = 100_000  # of the whole; reported as a share, as no part is anything one could count
-# What measuring costs in passes forward, and what decompositions of the model's width cost in
-# multiply-adds over its cube, of curves and of factors (benchmarks/scaling_fit.py).
+TELLING = 0.5  # share of a stage's first layer after which its time is extrapolated
+PARTS = 100_000  # of the whole; progress is a share of time, not a count
+# Cost of measuring in forward passes, and of decompositions at the model's width in multiply-adds
+# over its cube, for curves and for factors (benchmarks/scaling_fit.py).
 PASSES, CURVES, FACTORS = 3, 110, 90
-TRIALS = 7  # runs of a layer on the batch that is held out, those of its FFN alone counted in part
+TRIALS = 7  # runs of a layer on the held-out batch; runs of the FFN alone count in part
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Layers of which one takes about as long as another.
+    """A number of layers that each take about the same time.
 
     Attributes:
         name: what is being done.
         layers: how many.
-        work: of one layer, in a unit that all stages share; what a stage that has not begun is
-            judged by.
+        work: of one layer, in a unit common to all stages; used to estimate stages that have not
+            begun.
     """
 
     name: StageName
@@ -44,12 +44,13 @@ def stages_ahead(
     *,
     alone: bool,
 ) -> list[Stage]:
-    """Measuring and fitting, or what of both is still to do.
+    """The stages still to do of measuring and fitting.
 
     Args:
-        current: that begins now.
-        measured, fitted: their text.
-        alone: whether the current one is all.
+        planned: what is to be done.
+        current: the stage that begins now.
+        measured, fitted: their batches.
+        alone: whether measuring is not followed by fitting.
     """
     trials = TRIALS * _tokens(measured[-1:]) * planned.holds_out
     measuring = _stage(planned, MEASURING, PASSES * _tokens(measured) + trials, CURVES)
@@ -70,16 +71,16 @@ def _stage(planned: Planned, name: StageName, tokens: float, cubes: int) -> Stag
 
 @dataclass(slots=True)
 class Forecast:
-    """Tells progress so that the time left at the mean speed so far is what is expected here.
+    """Reports progress such that extrapolating at the mean speed gives the expected time left.
 
-    A layer takes as long as those of its stage took that are finished. In a stage of which none is,
-    it takes as its work says at the speed of all that was done; the first layer of all goes by its
-    own share. What an earlier run had done counts by its work.
+    A layer is expected to take as long as the finished layers of its stage. If there are none, its
+    time is its work at the speed so far; for the very first layer, the share of it that is done.
+    What an earlier run finished counts by its work.
 
     Args:
         stages: in their order.
         tell: gets parts of `PARTS`.
-        clock: seconds.
+        clock: in seconds.
     """
 
     stages: Sequence[Stage]
@@ -98,7 +99,7 @@ class Forecast:
         return name in stages and (self._at is None or self._at < (stages.index(name), layer))
 
     def at(self, name: StageName, layer: int, share: float) -> None:
-        """Say that a layer is being worked on, of whose passes this share is done."""
+        """Report progress: this share of the passes of this layer is done."""
         stage = next(n for n, one in enumerate(self.stages) if one.name == name)
         now = self.clock()
         if self._at is None:
@@ -115,14 +116,14 @@ class Forecast:
         self.tell(self._reported, PARTS, name)
 
     def _done(self, stage: int | None = None, layer: int = 0) -> float:
-        """Work before a layer, or in all."""
+        """Work before a layer; by default the total."""
         before = self.stages[:stage]
         return sum(one.work * one.layers for one in before) + (
             0.0 if stage is None else self.stages[stage].work * layer
         )
 
     def _left(self, stage: int, layer: int, share: float, now: float) -> float | None:
-        """Seconds; None where nothing tells yet."""
+        """Seconds left; None if there is no basis for an estimate yet."""
         inside = now - self._begun
         work = sum(self.stages[n].work * len(took) for n, took in self._took.items())
         seconds = sum(map(sum, self._took.values()))
@@ -143,6 +144,6 @@ class Forecast:
         )
 
     def _layer(self, stage: int, speed: float) -> float:
-        """Seconds that a layer of a stage takes."""
+        """Seconds per layer of a stage."""
         took = self._took.get(stage)
         return sum(took) / len(took) if took else self.stages[stage].work * speed

@@ -1,8 +1,8 @@
-"""Memory that was freed, given back to the system.
+"""Return freed memory to the operating system.
 
 glibc returns freed memory only from the end of its heap. A fit leaves small tensors of each layer
-(factors, covariances) between large ones that come and go, so that what lies below them stays with
-the process: about a third of a whole model's peak, before it was given back layer by layer.
+(factors, covariances) between large temporary ones, so the memory below them would stay with the
+process: about a third of the peak for a whole model, if it were not trimmed after each layer.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from functools import cache
 
 
 def trim_heap() -> None:
-    """Return the free pages of the heap to the system; nothing where the C library cannot."""
+    """Return the free pages of the heap to the system; a no-op if the C library cannot."""
     _trim()(0)
 
 

@@ -1,6 +1,6 @@
-"""Hooks that sum covariances up while a model runs: of inputs, and of gradients where it runs back.
+"""Hooks that accumulate covariances of inputs and gradients while a model runs.
 
-Shapes: N tokens of a batch, X width of an input, Y of an output, D model width.
+Shapes: N tokens of a batch, X input width, Y output width, D model width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices
 from tensorllm.tensors.unfold import add_gram, mirror
 
-# What the sums are of, at a module.
+# The measured tensors of a module, for error messages.
 MEASURED = {"inputs": "input", "gradients": "output's gradient", "propagated": "input's gradient"}
 
 
@@ -29,7 +29,7 @@ def module_of(model: nn.Module, roles: RoleMatrices, layer: int, role: str) -> n
 
 
 def output_features(roles: RoleMatrices, layer: int, role: str) -> Tensor | slice:
-    """Which outputs of that module are the role's: all, or its part of a fused one."""
+    """The outputs of that module that belong to the role: all, or a part of a fused module's."""
     stored = roles.stored(layer, role)
     if len(stored.roles) == 1:
         return slice(None)
@@ -41,11 +41,17 @@ def output_features(roles: RoleMatrices, layer: int, role: str) -> Tensor | slic
 
 
 class CovarianceHooks:
-    """Within its context, covariances of all batches that run: float32 products, float64 sums.
+    """A context in which covariances of all batches are accumulated.
+
+    Products are in float32, sums in float64.
 
     Args:
+        model: the model to hook.
+        roles: of the model.
         keys: layers, and roles of each that read the same input.
-        spill: a folder in which the sums live as files instead of in memory.
+        wanted: which covariances.
+        spill: a folder for the sums, as memory-mapped files; None: in memory.
+        ranks: the processes of the fit.
     """
 
     def __init__(
@@ -81,7 +87,7 @@ class CovarianceHooks:
             handle.remove()
 
     def begin(self, number: int, batch: Batch, *, gradients: bool = True) -> None:
-        """Say which batch runs next, and whether it will run backwards too."""
+        """Announce the batch that runs next, and whether it will run backwards too."""
         self._number, self._batch = number, batch
         self._with_gradients = gradients and self.wanted.gradients
         tokens = int(batch.mask_BT.sum())
@@ -89,7 +95,7 @@ class CovarianceHooks:
         self._gradient_tokens += tokens * self._with_gradients
 
     def add_gradients(self) -> None:
-        """Count the gradients that the backward pass of this batch left."""
+        """Add the gradients of the finished backward pass to the sums."""
         for layer, together in self._plain:
             parts = {role: self._gradients.pop((layer, role), None) for role in together}
             if self.wanted.matrices or writes(together):
@@ -100,7 +106,7 @@ class CovarianceHooks:
                 self._add("propagated", (layer, together), torch.cat(propagated, dim=1))
 
     def _across(self, layer: int, role: str, gradient: Tensor | None) -> Tensor:
-        """h = Wᵀ g (N, D): as the backward pass left it, or from the gradient at the output."""
+        """h = Wᵀ g (N, D): from the backward pass, or computed from the gradient at the output."""
         found = self._propagated.pop((layer, role), None)
         if found is not None:
             return found
@@ -108,7 +114,7 @@ class CovarianceHooks:
         return gradient @ self._matrix(layer, role)
 
     def covariances(self) -> Covariances:
-        """The means over all tokens, of all processes."""
+        """The means over all tokens of all processes."""
         self._fill()
         device = next(iter(self._sums.sums.values())).device
         counts = torch.tensor(
@@ -136,7 +142,7 @@ class CovarianceHooks:
         return out
 
     def _fill(self) -> None:
-        """Zeros for experts that no token was routed to, where the others' sums are."""
+        """Add zero sums for experts without tokens, on the device of the others."""
         device = next(self.model.parameters()).device
         for key in self._routed:
             width = self.roles.spec.geometry(key[0]).inputs(key[1][0])
@@ -148,7 +154,7 @@ class CovarianceHooks:
         return self._batch.mask_BT
 
     def _see(self, key: Key, x_NX: Tensor) -> None:
-        """Count what the roles of an expert read."""
+        """Add the inputs of an expert's roles to the sums."""
         x_NX = x_NX.float()
         self._given[key] += len(x_NX)
         self._sums.add(("sizes", *key), x_NX.abs().sum(0))
@@ -197,7 +203,10 @@ class CovarianceHooks:
                 yield module.register_forward_hook(self._output_hook(layer, role))
 
     def _input_hook(self, layer: int, role: str) -> Any:
-        """The backward pass makes Wᵀ g of each matrix; what reads an alias gets it alone."""
+        """A hook that keeps the gradient Wᵀ g at the module's input.
+
+        The module gets an alias of its input, whose gradient is its own share only.
+        """
 
         def keep(gradient: Tensor) -> None:
             assert self._batch is not None
@@ -227,7 +236,7 @@ class CovarianceHooks:
 
 
 class _Sums:
-    """Sums in float64 where their products are made, or in files; of symmetric ones one half."""
+    """Sums in float64 on the device of their products, or in files; symmetric ones as one half."""
 
     def __init__(self, spill: Path | None) -> None:
         self.spill = spill

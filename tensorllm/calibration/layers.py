@@ -1,7 +1,8 @@
-"""The layers of a model: where they come from, and how each is run on the calibration text.
+"""The layers of a model: where they come from, and how each runs on the calibration set.
 
 Layers come from memory or, one at a time, from a checkpoint on disk.
-Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of an input.
+
+Shapes: B sequences, T positions, D model width, N tokens of a batch, X input width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +25,13 @@ from tensorllm.models.task import saved_class, text_config_of
 
 
 class LayerSource(Protocol):
-    """A model whose embeddings can run, and its layers for as long as each is needed.
+    """A model whose embeddings can run, and whose layers have weights while they are needed.
 
     Attributes:
-        parameters: numbers of the whole model.
+        model: the model.
         dtype: in which layers run.
+        roles: of the model.
+        parameters: of the whole model.
     """
 
     model: nn.Module
@@ -37,12 +40,12 @@ class LayerSource(Protocol):
     parameters: int
 
     def block(self, layer: int) -> Any:
-        """A context in which layer `layer` of the model has its weights; gives its module."""
+        """A context in which layer `layer` has its weights; gives its module."""
         ...
 
 
 class InMemory:
-    """A model that is whole in memory."""
+    """A model that is entirely in memory."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -56,10 +59,12 @@ class InMemory:
 
 
 class OnDisk:
-    """A checkpoint's base model: embeddings in memory, the weights of layers while they are needed.
+    """The base model of a checkpoint, with a layer's weights in memory only while needed.
 
     Args:
-        dtype: of the weights in memory; as they are stored by default.
+        folder: of the checkpoint.
+        dtype: of the weights in memory; by default that of the config or the files.
+        device: of the weights in memory.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
@@ -67,7 +72,7 @@ class OnDisk:
 
         self.checkpoint = Checkpoint(folder)
         self.device = device
-        # transformers, too, loads a model in the dtype that its config names
+        # like transformers, which loads a model in the dtype of its config
         named = getattr(self.checkpoint.config, "dtype", None)
         self.dtype = dtype or named or getattr(torch, self.checkpoint.dtype)
         with _NoWeights():
@@ -97,7 +102,7 @@ class OnDisk:
             block.load_state_dict(empty, strict=False, assign=True)
 
     def _load(self, module: nn.Module, path: str, names: Any) -> None:
-        """Give the parameters `names` of a module their weights, where the checkpoint has them."""
+        """Load those of the parameters `names` of a module that the checkpoint has."""
         stored = {name: self._stored(f"{path}{name}") for name in names}
         known = {name: key for name, key in stored.items() if key in self.checkpoint.entries}
         read = self.checkpoint.read(known.values())
@@ -106,7 +111,7 @@ class OnDisk:
         module.requires_grad_(False)
 
     def _load_experts(self, layer: int, block: nn.Module) -> None:
-        """Fused parameters, from files that hold each expert's matrices apart."""
+        """Load fused parameters from files in which each expert's matrices are separate."""
         if layer not in self.roles.mixtures:
             return
         experts = self.roles.mixtures[layer].experts
@@ -115,7 +120,7 @@ class OnDisk:
             roles = experts.roles_of(parameter)
             names = {self.stored.name(layer, role) for role in roles}
             if len(names) == 1:
-                continue  # fused in the files, too
+                continue  # fused in the files too
             read = self.checkpoint.read(sorted(names))
             empty: Tensor = getattr(module, parameter)
             made = torch.empty(empty.shape, dtype=self.dtype, device=self.device)
@@ -125,7 +130,7 @@ class OnDisk:
             setattr(module, parameter, nn.Parameter(made, requires_grad=False))
 
     def _stored(self, name: str) -> str:
-        """What the checkpoint calls a weight: of tied ones it may hold either."""
+        """The name of a weight in the checkpoint; of tied weights it may hold either."""
         if name not in self._names:
             tied = getattr(saved_class(self.checkpoint.config), "_tied_weights_keys", None)
             for other, own in (tied or {}).items():
@@ -135,7 +140,7 @@ class OnDisk:
 
 
 class _NoWeights(TorchFunctionMode):
-    """Tensors that are allocated without values go to the meta device, as large weights do."""
+    """Puts tensors that are allocated without values, as weights are, on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -147,13 +152,13 @@ class _NoWeights(TorchFunctionMode):
 
 @dataclass(slots=True)
 class Call:
-    """How one layer was called on one batch, without its hidden states."""
+    """The arguments with which a layer was called on a batch, without its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def run(self, block: Callable[..., Any], hidden_BTD: Tensor) -> Tensor:
-        """The hidden states after the layer."""
+        """The hidden states (B, T, D) after the layer."""
         out = block(hidden_BTD, *self.args, **self.kwargs)
         found_BTD: Tensor = out[0] if isinstance(out, tuple) else out
         return found_BTD
@@ -161,11 +166,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """Where something of a layer is read: the input of a module, or its output without the bias.
+    """A place in a layer to read: the input of a module, or its output without the bias.
 
     Attributes:
-        path: of the module, below the layer.
-        others: modules that read the same input: whichever runs first gives it.
+        path: of the module within the layer.
+        of_output: whether to read the output.
+        others: modules that read the same input; whichever runs first provides it.
     """
 
     path: str
@@ -174,7 +180,7 @@ class Tap:
 
     @contextmanager
     def attached(self, block: nn.Module, give: Callable[[Tensor], None]) -> Iterator[None]:
-        """Within it, `give` gets the signal whenever the module runs, and of `others`, too."""
+        """Within the block, call `give` with the signal whenever one of the modules runs."""
         with ExitStack() as attached:
             for path in (self.path, *self.others):
                 module = block.get_submodule(path)
@@ -189,19 +195,20 @@ class Tap:
 
 
 def without_bias(module: nn.Module, output: Tensor) -> Tensor:
-    """What a linear module's matrix alone makes of its input."""
+    """A linear module's output without its bias."""
     bias = getattr(module, "bias", None)
     return output.detach() if bias is None else output.detach() - bias.detach()
 
 
 @dataclass
 class Layers:
-    """What a model passes its layers on each batch besides hidden states.
+    """The calls of a model's layers on each batch.
 
     Attributes:
-        source: whose embeddings are run once, and none of its layers.
-        layers: how many from the first on.
-        held_out: of the last batches, which run, but which no covariance is taken of.
+        source: of the model; its embeddings run once, its layers do not.
+        batches: the text.
+        layers: how many layers, from the first.
+        held_out: how many of the last batches run but are left out of the covariances.
         start: hidden states (B, T, D) before the first layer, one per batch.
         calls: layer -> one call per batch; masks and rotary tables are shared between layers.
     """
@@ -216,14 +223,14 @@ class Layers:
     def __post_init__(self) -> None:
         self._device = next(p.device for p in self.source.model.parameters() if not p.is_meta)
         for batch in self.batches:
-            # Some models' layers return their hidden states in a tuple, which the model unpacks.
+            # Layers of some models return their hidden states in a tuple.
             if not self._record(batch, in_tuple=False) and not self._record(batch, in_tuple=True):
                 raise AssertionError("a layer's hidden states changed their shape on the way")
 
     def run(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """The hidden states after the layer, batch by batch."""
         for call, hidden_BTD in zip(self.calls[layer], hidden, strict=True):
-            with torch.no_grad():  # left before a value is given: it would hold for who takes it
+            with torch.no_grad():  # closed before `yield`: it would apply to the caller
                 out_BTD = call.run(block, hidden_BTD)
             yield out_BTD
 
@@ -236,10 +243,15 @@ class Layers:
         cache: ModuleCache,
         note: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
-        """What a tap of the layer gives (N, X), batch by batch; the layer runs only so far.
+        """The signal of a tap of the layer, (N, X) per batch; the layer runs only up to the tap.
 
         Args:
-            note: gets each batch's number and what the tap gave, before padding is taken off.
+            layer: number of the layer.
+            block: its module.
+            hidden: states before it, per batch.
+            tap: where to read.
+            cache: of a module whose cached outputs are used, unless the tap lies within it.
+            note: called with each batch's number and signal, before padding is removed.
         """
         usable = not tap.path.startswith(f"{cache.path}.")
         every = zip(self.batches, self.calls[layer], hidden, strict=True)
@@ -258,7 +270,7 @@ class Layers:
     def run_tapped(
         self, layer: int, block: nn.Module, hidden: Iterable[Tensor], taps: Mapping[str, Tap]
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The hidden states after the layer, and what each tap gave on the way."""
+        """The hidden states after the layer, and the signals of the taps, batch by batch."""
         every = zip(self.batches, self.calls[layer], hidden, strict=True)
         for batch, call, hidden_BTD in every:
             seen: dict[str, Tensor] = {}
@@ -271,7 +283,7 @@ class Layers:
     def run_cached(
         self, layer: int, block: nn.Module, hidden: Iterable[Tensor], caches: Sequence[ModuleCache]
     ) -> Iterator[Tensor]:
-        """As `run`, without running again the modules whose outputs are cached."""
+        """As `run`, without running modules whose outputs are cached."""
         for number, (call, hidden_BTD) in enumerate(zip(self.calls[layer], hidden, strict=True)):
             with torch.no_grad(), ExitStack() as active:
                 for each in caches:
@@ -280,7 +292,11 @@ class Layers:
             yield out_BTD
 
     def _record(self, batch: Batch, *, in_tuple: bool) -> bool:
-        """Run the model with layers that do nothing but note their calls; False: misunderstood."""
+        """Run the model with layers that only record their calls.
+
+        Returns:
+            False if `in_tuple` is wrong for this model.
+        """
         model: Any = self.source.model
         base = getattr(model, "base_model", model)
         blocks = [model.get_submodule(self.source.roles.layer_path(n)) for n in range(self.layers)]
@@ -306,7 +322,7 @@ class Layers:
 
 
 class _Reached(Exception):
-    """A module was reached whose signal was asked for, or the last layer."""
+    """Raised to end a run, at the tapped module or at the last layer."""
 
     def __init__(self, signal: Tensor) -> None:
         super().__init__()

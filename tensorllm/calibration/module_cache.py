@@ -1,4 +1,4 @@
-"""Cached outputs of a layer's modules, which then need not run again."""
+"""Cached outputs of a layer's modules, so that these need not run again."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 
 class ModuleCache:
-    """The outputs of one module of a layer, by batch; whoever changes what they depend on clears
-    it.
+    """The outputs of one module of a layer, by batch.
+
+    It must be cleared by whoever changes what they depend on.
 
     Args:
-        path: below the layer; "" for none.
+        block: the layer.
+        path: of the module within the layer; "" for none.
     """
 
     def __init__(self, block: nn.Module, path: str) -> None:
@@ -25,18 +27,20 @@ class ModuleCache:
         self._outputs.clear()
 
     def set(self, number: int, output: Any) -> None:
-        """Let this be what the module gives on batch `number`."""
+        """Set the module's output on batch `number`."""
         self._outputs[number] = output
 
     @property
     def filled(self) -> bool:
-        """Whether it has the output of any batch."""
+        """Whether the output of any batch is cached."""
         return bool(self._outputs)
 
     @contextmanager
     def active(self, number: int, usable: bool = True) -> Iterator[None]:
-        """Within it, where batch `number` runs, the module gives its cached output, or what it
-        gives is cached; neither where it is not `usable`."""
+        """Within the block, use the module's cached output of batch `number`, or cache it.
+
+        Does nothing if not `usable`.
+        """
         module: Any = self._module
         if module is None or not usable:
             yield
@@ -56,12 +60,14 @@ class ModuleCache:
                 handle.remove()
 
 
-Rebuild = Callable[[Tensor], Any]  # what a module returns, from what one inside it gave
+Rebuild = Callable[[Tensor], Any]  # a module's return value, from the output of one inside it
 
 
 def rebuild_of(returned: Any, given: Tensor | None) -> Rebuild | None:
-    """How a module's return value is made of a tensor that a module inside it gave: where it is
-    that tensor, or begins with it and holds no other; else None."""
+    """How a module's return value follows from the output of a module inside it.
+
+    Known if it is that tensor, or a tuple that begins with it and holds no other tensor; else None.
+    """
     if returned is given:
         return lambda tensor: tensor
     if isinstance(returned, tuple) and returned and returned[0] is given:
@@ -75,7 +81,7 @@ def rebuild_of(returned: Any, given: Tensor | None) -> Rebuild | None:
 def watched(
     block: nn.Module, path: str, inner: str, found: Callable[[Rebuild | None], None]
 ) -> Iterator[None]:
-    """Within it, `found` gets `rebuild_of` of the modules at both paths whenever the outer ran."""
+    """Within the block, pass `rebuild_of` of the two modules to `found` whenever the outer runs."""
     given: list[Tensor] = []
     handles = [
         block.get_submodule(inner).register_forward_hook(
@@ -93,7 +99,7 @@ def watched(
 
 
 def _copied(output: Any) -> Any:
-    """A layer may write into what its modules gave it."""
+    """A copy, as a layer may write into the outputs of its modules."""
     if isinstance(output, tuple):
         return tuple(_copied(each) for each in output)
     return output.clone() if isinstance(output, Tensor) else output

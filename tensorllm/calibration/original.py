@@ -1,6 +1,6 @@
-"""A layer's module with its role matrices, and the original's run on the calibration text.
+"""A layer's module with its role matrices, and the original layer's run on the calibration set.
 
-Shapes: B sequences, T positions, D model width, N tokens of a batch, X width of an input.
+Shapes: B sequences, T positions, D model width, N tokens of a batch, X input width.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ class LayerModule:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By their names in the model."""
+        """The layer's parameters, by their names in the model."""
         return {f"{self.path}.{name}": p for name, p in self.block.named_parameters()}
 
     @property
@@ -36,7 +36,7 @@ class LayerModule:
         return {name: p.data for name, p in self.parameters.items()}
 
     def replace(self, site: Site, factors: Factors) -> None:
-        """Let the factors, in the dtype they are stored in, take the place of the weights."""
+        """Replace the weights by those the factors, cast to the weights' dtype, stand for."""
         weights = self.weights
         dtype = weights[self.roles.name(self.number, site.roles[0])].dtype
         parts = dense_matrices(site, cast(factors, dtype), self.roles)
@@ -44,11 +44,11 @@ class LayerModule:
             self.roles.write(weights, self.number, role, w_ID)
 
     def below(self, role: str) -> str:
-        """The path below the layer of the module that multiplies by a role's matrix."""
+        """The path within the layer of the module that multiplies by a role's matrix."""
         return self.roles.stored(self.number, role).path
 
     def tap(self, roles: Sequence[str]) -> Tap:
-        """Where roles that read one input meet the model's width."""
+        """A tap at the model's width for roles that read the same input."""
         if is_output_projection(roles[0]):
             return Tap(self.below(roles[0]), of_output=True)
         path, *others = dict.fromkeys(map(self.below, roles))
@@ -56,7 +56,7 @@ class LayerModule:
 
     @property
     def attention(self) -> str:
-        """The path below the layer of the module that holds its attention's matrices; "": none."""
+        """The path within the layer of the module that holds the attention's matrices; "": none."""
         there = self.roles.spec.geometry(self.number).roles
         paths = [self.below(role).split(".") for role in ATTENTION_ROLES if role in there]
         if not paths:
@@ -66,22 +66,27 @@ class LayerModule:
 
     @property
     def ffn(self) -> str:
-        """The path of the module that holds the FFN's output matrix; "": none of its own."""
+        """The path of the module that encloses the FFN's output matrix; "": none."""
         there = "out" in self.roles.spec.geometry(self.number).roles
         return self.below("out").rpartition(".")[0] if there else ""
 
 
 class Original:
-    """The original's layer on its own inputs, run once: its outputs, and what its matrices read or
-    give at the model's width. Kept while the layer is fitted, if a fit asks for any of it.
+    """The original layer on its own inputs: its outputs, and signals at the model's width.
+
+    It runs once, on the first request; the results are kept while the layer is fitted.
 
     Args:
-        taps: by name, what is kept beside the outputs where a fit asks for it.
+        layers: how the layer is run.
+        module: the layer.
+        hidden: states before it, per batch.
+        store: for the results.
+        taps: by name, the signals to keep besides the outputs, if a fit asks for any.
 
     Attributes:
-        inside: by name of a tap at an output projection, the path of the module round it.
-        rebuilds: by name of such a tap, how what the module round it returns is made of what it
-            gave; known once the layer has run.
+        inside: tap at an output projection -> path of the module that encloses it.
+        rebuilds: such a tap -> how the return value of the enclosing module follows from the tap's
+            signal; known once the layer has run.
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class Original:
         paths = {"o": module.attention, "out": module.ffn}
         self.inside = {name: path for name, path in paths.items() if path and name in taps}
         self.rebuilds: dict[str, Rebuild | None] = {}
-        self._first = next(iter(taps), "")  # little runs before it: it is run when it is asked for
+        self._first = next(iter(taps), "")  # not kept: cheap to run again, as little precedes it
         self._kept: set[str] = set()
 
     def outputs(self) -> Iterator[Tensor]:
@@ -113,7 +118,7 @@ class Original:
         return self._load("output", number)
 
     def signals(self, name: str) -> Iterator[Tensor]:
-        """What a tap gave (N, X), batch by batch."""
+        """The signal (N, X) of a tap, batch by batch."""
         if name == self._first:
             block, nothing = self.module.block, ModuleCache(self.module.block, "")
             tap, layer = self.taps[name], self.module.number
@@ -124,8 +129,7 @@ class Original:
             yield self._load(name, number)
 
     def drop(self, *names: str) -> None:
-        """Forget what these taps gave, or everything; where it is asked for again, the layer is run
-        again."""
+        """Drop the signals of these taps, or everything; a later request runs the layer again."""
         for name in self._kept & set(names) if names else set(self._kept):
             for number in range(len(self.layers.batches)):
                 self.store.drop(f"original-{name}-{number}")

@@ -1,4 +1,4 @@
-"""The guard against calibrating on what is scored."""
+"""The check against calibrating on the evaluated data."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from tensorllm.calibration.sequences import Calibration
 def refuse_evaluated(
     text: Calibration, tokenizer: Any, dataset: str, data_file: Path | None
 ) -> None:
-    """Refuse a text that holds rows of the dataset that the result is scored on.
+    """Refuse a text that contains examples of the dataset on which the result is evaluated.
 
     Raises:
-        UserError: how many of the rows stand in it.
+        UserError: some do; the message says how many.
     """
     from tensorllm.data.tokens import open_ended
     from tensorllm.evaluation.evaluate import make_dataset

@@ -1,4 +1,4 @@
-"""What a strategy wants done with a model's layers, before any of them runs."""
+"""What a strategy needs to do with a model's layers, before any of them runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,13 +24,15 @@ class Planned:
     """The jobs of a strategy, and what follows from them.
 
     Args:
+        compressor: the strategy.
+        roles: of the model.
         layers: those to compress; all by default.
 
     Attributes:
         layers: those that have jobs.
         keys: sets of roles of each layer that read the same input.
-        numbers: in the matrices that are compressed.
-        missing_roles: layer -> the roles that a job wanted and the layer lacks.
+        numbers: in the matrices to compress.
+        missing_roles: layer -> the roles that a job needs and the layer lacks.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Planned:
 
     @property
     def width(self) -> int:
-        """Of the widest covariance that is measured."""
+        """The width of the widest measured covariance."""
         geometry = self.spec.geometry
         return max(
             geometry(n).inputs(r) if self.wanted.matrices else geometry(n).D
@@ -63,7 +65,7 @@ class Planned:
 
     @property
     def passes(self) -> float:
-        """What fitting a layer costs in passes of it forward."""
+        """The cost of fitting a layer, in forward passes of it."""
         first = self.of(self.layers[0])
         return 1 + sum(
             one.passes(mine) if isinstance(one, LayerFit) else 0
@@ -72,7 +74,7 @@ class Planned:
 
     @property
     def gradient_of(self) -> GradientOf | None:
-        """Whose gradients the strategy needs; None: inputs alone."""
+        """Whose gradients the strategies need; None: only inputs."""
         wanted = {
             job.compressor.gradient_of for job in self.jobs if job.compressor.needs == "gradients"
         }
@@ -95,13 +97,13 @@ class Planned:
 
     @property
     def holds_out(self) -> bool:
-        """Whether a strategy tries sizes on text that covariances have not seen."""
+        """Whether a strategy needs text that is left out of the covariances."""
         strategies = (job.compressor for job in self.jobs)
         return any(isinstance(one, LayerFit) and one.holds_out for one in strategies)
 
     @property
     def known_min_parameters(self) -> int | None:
-        """Numbers stored at the smallest sizes, where that is known without curves."""
+        """Numbers stored at the smallest sizes, if known without curves."""
         strategies = {id(job.compressor): job.compressor for job in self.jobs}.values()
         found = [
             one.min_parameters(self.spec, self.layers)
@@ -118,7 +120,7 @@ class Planned:
         return least
 
     def allocate(self, curves: Mapping[Site, ErrorCurve], numbers: int) -> dict[Site, Size | None]:
-        """The sites, each with its size, that a budget chooses."""
+        """The sites that a budget chooses, with their sizes."""
         clusters = self.groupings()
         tied = [
             job.site
@@ -130,7 +132,7 @@ class Planned:
         return {site: size for site, size in found.items() if any(size)}
 
     def groupings(self) -> list[Groupings]:
-        """How matrices may be grouped into sites, for each set that may be."""
+        """Alternative groupings into sites, for each set of matrices."""
         out: list[Groupings] = []
         for layer in self.layers:
             for strategy, sites in self.strategies(layer, [j.site for j in self.of(layer)]):
@@ -153,8 +155,7 @@ class Planned:
     def strategies(
         self, layer: int, sites: Sequence[Site]
     ) -> Iterator[tuple[Leaf | LayerFit, list[Site]]]:
-        """Each strategy of a layer with its sites, if any: those that contain matrices that it
-        planned."""
+        """Each strategy of a layer with those of `sites` whose matrices it planned, if any."""
         planned: dict[int, tuple[Leaf | LayerFit, set[tuple[int, str]]]] = {}
         for job in self.of(layer):
             _, matrices = planned.setdefault(id(job.compressor), (job.compressor, set()))

@@ -1,4 +1,4 @@
-"""A fit in several processes, by torch.distributed: each has some of the sequences."""
+"""A fit in several processes with torch.distributed; each gets some of the sequences."""
 
 import os
 from collections.abc import Iterator
@@ -13,9 +13,10 @@ from tensorllm.errors import Incomplete
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that fit together.
+    """This process among those of a fit.
 
-    Sums over tokens are added up over all of them; what follows from sums is then the same in each.
+    Sums over tokens are added up over all processes, so everything computed from them is the same
+    in each.
     """
 
     rank: int = 0
@@ -26,10 +27,10 @@ class Ranks:
         return x[self.rank :: self.size]
 
     def sum(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over the processes.
+        """Replace each tensor by its sum over the processes, in place.
 
         Raises:
-            Incomplete: another process has ended; what is finished is kept.
+            Incomplete: another process has ended; finished layers are kept.
         """
         if self.size == 1:
             return
@@ -47,7 +48,7 @@ ALONE = Ranks()
 
 
 def all_ranks() -> Ranks:
-    """The processes that torch.distributed has been initialised with; this one where it was not."""
+    """The processes of torch.distributed; only this one if it is not initialised."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ALONE
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -55,11 +56,11 @@ def all_ranks() -> Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that `torchrun` started, for as long as the context lasts; else this one."""
+    """Within the block, the processes that `torchrun` started; otherwise only this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    torch.distributed.init_process_group()  # gloo for a processor, NCCL for a GPU
+    torch.distributed.init_process_group()  # gloo on a CPU, NCCL on a GPU
     try:
         yield all_ranks()
     finally:

@@ -1,6 +1,6 @@
-"""A calibration set that the model writes itself.
+"""A calibration set written by the model itself.
 
-Shapes: B sequences of a batch, T their length, at most so far.
+Shapes: B sequences of a batch, T their length so far, at most.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from tensorllm.models.scores import refuse_nan
 from tensorllm.models.task import context_length, is_masked, text_config_of
 from tensorllm.progress import Progress, quiet, silenced
 
-BATCH = 32  # sequences written at once
+BATCH = 32  # sequences generated at once
 
 
 def sampled_text(
@@ -26,22 +26,23 @@ def sampled_text(
     seed: int = 0,
     progress: Progress = quiet,
 ) -> Calibration:
-    """Sequences of `length` tokens, each begun with a token drawn from the whole vocabulary and
-    continued by what the model predicts (temperature 1).
+    """Sequences sampled from the model at temperature 1, each from a uniformly drawn first token.
 
-    A short text shows few of the inputs that a matrix will meet; the model's own samples show
-    more. The token that ends a text is one like the others: documents follow each other.
+    A short text shows few of the inputs that a matrix will meet; the model's own samples show more.
+    The end-of-text token is treated like any other, so documents follow one another.
 
     Source: LLM-QAT (arXiv 2305.17888), section 3.1; for pruning, Williams et al. (arXiv
     2410.17170).
 
     Args:
-        length: at most the model's context.
+        model: a causal language model.
+        sequences: how many.
+        length: tokens of each, at most the model's context.
+        seed: of the sampling.
         progress: called with (tokens written, tokens in all, what is done).
 
     Raises:
-        UserError: numbers out of range, or a model that fills masks and writes no text, or whose
-            scores are NaN.
+        UserError: numbers out of range, a masked language model, or NaN scores.
     """
     if sequences < 1 or length < 2:
         raise UserError(
@@ -57,7 +58,7 @@ def sampled_text(
 
     def report(ids_BT: Tensor, scores: Any) -> Tensor:
         progress(len(written) * length + ids_BT.numel(), sequences * length, "writing")
-        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)  # no reason to stop
+        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)  # never stop
 
     with torch.random.fork_rng(), silenced("transformers.generation"):
         torch.manual_seed(seed)
@@ -73,8 +74,8 @@ def sampled_text(
                 top_p=1.0,
                 num_beams=1,
                 repetition_penalty=1.0,
-                eos_token_id=-1,  # none: a text's end is gone on from
-                pad_token_id=0,  # of no use: all are of one length
+                eos_token_id=-1,  # no end token: continue after a document's end
+                pad_token_id=0,  # unused: all have the same length
                 logits_processor=refuse_nan(),
                 stopping_criteria=StoppingCriteriaList([report]),
             )

@@ -1,4 +1,4 @@
-"""The text that a compression is fitted to, as token sequences.
+"""The calibration set: the text that a compression is fitted to, as token sequences.
 
 Shapes: B sequences of a batch, T their padded length.
 """
@@ -16,16 +16,16 @@ from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.errors import UserError
 from tensorllm.models.task import context_length
 
-WINDOW = 64  # tokens: stories begin alike, but not for so long
-LENGTH = 512  # tokens of a sequence, where the model's context is no shorter
+WINDOW = 64  # tokens: many stories begin alike, but not for so long
+LENGTH = 512  # tokens of a sequence, unless the model's context is shorter
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences padded on the right; `mask_BT` is True where there is a token.
+    """Sequences padded on the right; `mask_BT` is True for tokens.
 
     Attributes:
-        rows, count: of the whole batch, of which this process may have a part: sequences, tokens.
+        rows, count: sequences and tokens of the whole batch, of which this process may have a part.
     """
 
     ids_BT: Tensor
@@ -34,28 +34,31 @@ class Batch:
     count: int
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The rows (N, X) of what a module saw, without padding; some modules flatten B and T."""
+        """A module's tensor as rows (N, X) without padding; some modules flatten B and T."""
         mask_BT = self.mask_BT.to(x.device)
         return x.reshape(*mask_BT.shape, -1)[mask_BT]
 
     def first(self, tokens: int, ranks: Ranks = ALONE) -> "Batch":
-        """Its first sequences: at most `tokens` padded positions, but one for each process."""
+        """Its first sequences: at most `tokens` padded positions, but at least one per process."""
         length = self.ids_BT.shape[1]
         rows = min(self.rows, max(ranks.size, tokens // length))
         here = len(range(ranks.rank, rows, ranks.size))
-        count = self.count * rows // self.rows  # about: lengths in other processes are not known
+        count = self.count * rows // self.rows  # about: lengths in other processes are unknown
         return Batch(self.ids_BT[:here], self.mask_BT[:here], rows, count)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token sequences and where they come from.
+    """Token sequences and their source.
 
     Attributes:
-        source: what they were drawn from, by `seed`.
-        added: how many of them, at the end, are all of another text, and `added_from` which.
-        length: tokens of a sequence, where that was asked for; None: the default.
-        to_distill: what the factors are distilled on afterwards; None: this text.
+        sequences: the sequences of the text.
+        source: name of the file they were drawn from.
+        seed: of the draw.
+        added: how many sequences at the end are all of another text.
+        added_from: the source of those.
+        length: requested tokens per sequence; None: the default.
+        to_distill: text on which the factors are distilled afterwards; None: this one.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -71,12 +74,12 @@ class Calibration:
         return sum(map(len, self.sequences))
 
     def with_all_of(self, other: "Calibration") -> "Calibration":
-        """This text, with another one added."""
+        """This text with all of another one added."""
         both = self.sequences + other.sequences
         return replace(self, sequences=both, added=len(other.sequences), added_from=other.source)
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of the text; hash and tokens are of all sequences."""
+        """Facts for the manifest; hash and tokens are of all sequences."""
         facts = {
             "source": self.source,
             "sha256": self.sha256,
@@ -95,10 +98,13 @@ class Calibration:
         return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
     def refuse_overlap(self, evaluated: Sequence[Sequence[int]]) -> None:
-        """UserError where what is evaluated stands in this text, wherever it begins there.
+        """Refuse a text that contains evaluated sequences, at whatever position.
 
-        Compared are the hashes of each `WINDOW` tokens that follow each other, or of a whole
-        sequence where it is shorter.
+        Compares the hashes of all runs of `WINDOW` consecutive tokens, or of whole sequences if
+        they are shorter.
+
+        Raises:
+            UserError: some are contained; the message says how many.
         """
         if self.to_distill is not None:
             self.to_distill.refuse_overlap(evaluated)
@@ -115,11 +121,16 @@ class Calibration:
             )
 
     def check(self, vocabulary: int, width: int, context: int | None) -> None:
-        """Refuse tokens and lengths that the model does not have, and text too short to fit it.
+        """Refuse a text that is not for this model or too short to fit it.
 
         Args:
-            width: of the widest input of a matrix that is fitted.
-            context: positions that the model has; None where it says nothing.
+            vocabulary: size of the model's vocabulary.
+            width: of the widest input of a fitted matrix.
+            context: maximum positions of the model; None if it names none.
+
+        Raises:
+            UserError: tokens outside the vocabulary, a sequence longer than the context, or fewer
+                tokens than `width`.
         """
         if self.to_distill is not None:
             self.to_distill.check(vocabulary, 1, context)
@@ -143,10 +154,10 @@ class Calibration:
             )
 
     def batches(self, tokens: int = 1024, ranks: Ranks = ALONE) -> list[Batch]:
-        """Sequences of similar length together, at most about `tokens` padded positions each.
+        """Batches of sequences of similar length, of at most about `tokens` padded positions.
 
-        Of several processes each takes some rows of every batch; a batch has one for each of them,
-        for which it may have to be larger.
+        With several processes, each takes some rows of every batch. A batch has at least one row
+        per process, and may be larger for that.
 
         Raises:
             UserError: there are fewer sequences than processes.
@@ -170,7 +181,7 @@ class Calibration:
 
 
 def usual_length(config: Any) -> int:
-    """Tokens of a calibration sequence of a model."""
+    """The default number of tokens per calibration sequence for a model."""
     return min(LENGTH, context_length(config) or LENGTH)
 
 
@@ -187,12 +198,18 @@ def text_asked_for(
     """The calibration text of a request: sequences drawn from `file`, and all of `sampled`.
 
     Args:
+        file: to draw from; None: no calibration text.
+        sampled: a file of sampled text; None: none.
+        tokenizer: of the model.
+        config: of the model.
+        sequences: how many to draw.
+        seed: of the draw.
         length: tokens of a drawn sequence; None: `usual_length`.
-        to_distill: a file, of which all is for distillation.
+        to_distill: a file, used completely for distillation.
 
     Raises:
-        UserError: `sampled` without `file`, files that cannot be read, or a length that the
-            model's context has no room for.
+        UserError: `sampled` without `file`, files that cannot be read, or a length beyond the
+            model's context.
     """
     if file is None:
         if sampled is not None:
@@ -227,9 +244,13 @@ def read_calibration(
 
     Args:
         file: see the dataset `text`.
-        sequences: None for all.
-        length: at most the model's context.
+        tokenizer: of the model.
+        sequences: how many; None for all.
+        length: tokens of a block, at most the model's context.
         seed: of the draw.
+
+    Raises:
+        UserError: numbers out of range, or a file that cannot be read.
     """
     from tensorllm.data.text import Text
 
@@ -256,7 +277,7 @@ def _pad(group: Sequence[tuple[int, ...]], ranks: Ranks) -> Batch:
 
 
 def _windows(sequence: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """All pieces of `size` tokens that follow each other."""
+    """All runs of `size` consecutive tokens."""
     pieces = range(len(sequence) - size + 1) if size else ()
     return [tuple(sequence[i : i + size]) for i in pieces]
 

@@ -1,6 +1,6 @@
-"""The smallest model whose loss on the calibration text rises by no more than is allowed.
+"""The smallest model whose loss on the calibration set increases by no more than allowed.
 
-Shapes: B sequences, T positions, V words.
+Shapes: B sequences, T positions, V vocabulary.
 """
 
 import copy
@@ -18,22 +18,23 @@ from tensorllm.models import RoleMatrices
 from tensorllm.tensors.factors import Factors
 
 STEPS = 9
-MILDEST = 1.01  # the smallest ratio that counts as smaller
+MILDEST = 1.01  # the ratio of the largest size tried
 Found = TypeVar("Found")
 
 
 def smallest(
     minimum: int, before: int, limit: float, attempt: Callable[[int], tuple[Found, float]]
 ) -> tuple[Found, float]:
-    """What `attempt` made of the smallest budget that it finds within the limit.
+    """The result of `attempt` for the smallest budget found within the limit, and its increase.
 
-    Budgets are bisected by their ratio: to about one per cent of it, if less budget never loses
-    less.
+    Budgets are bisected on a logarithmic scale, to about one per cent if the loss never decreases
+    with a smaller budget.
 
     Args:
-        minimum: of all budgets; rank 1 everywhere.
-        before: numbers that the matrices have now.
-        attempt: budget -> what was made of it, and the loss's increase.
+        minimum: the smallest budget; rank 1 everywhere.
+        before: numbers in the original matrices.
+        limit: allowed increase of the loss.
+        attempt: budget -> result, and increase of the loss.
 
     Raises:
         UserError: none is within the limit.
@@ -58,7 +59,7 @@ def smallest(
 
 @torch.no_grad()
 def next_token_loss(model: Any, batches: Sequence[Batch]) -> float:
-    """Nats per predicted token."""
+    """The mean loss in nats per predicted token."""
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
     for batch in batches:
@@ -77,7 +78,7 @@ def next_token_loss(model: Any, batches: Sequence[Batch]) -> float:
 def with_factors(
     model: nn.Module, roles: RoleMatrices, factors: Mapping[Site, Factors]
 ) -> nn.Module:
-    """A copy of the model with what the factors stand for in place of its weights."""
+    """A copy of the model whose weights are replaced by the factors' dense matrices."""
     smaller = copy.deepcopy(model)
     for site, found in factors.items():
         (layer,) = site.layers

@@ -1,6 +1,6 @@
-"""Covariances of what matrices read, and of the gradients at their outputs.
+"""Covariances of the inputs of matrices, and of the gradients at their outputs.
 
-Shapes: B sequences, T positions, D model width, V words.
+Shapes: B sequences, T positions, D model width, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +22,8 @@ from tensorllm.models import RoleMatrices
 from tensorllm.models.evaluating import evaluating
 from tensorllm.progress import Progress, quiet
 
-# For each number of the model's width, how many tokens sizes are chosen by, and gradients taken on;
-# at least half of the text, and of that half. Fits are on all of it.
+# Tokens per unit of the model's width on which sizes are chosen, and on which gradients are taken;
+# but at least half of the text, and half of that half. Fits use all of the text.
 MEASURED_TOKENS, GRADIENT_TOKENS = 2, 2
 
 
@@ -39,16 +39,24 @@ def measure_loss(
     progress: Progress = quiet,
     ranks: Ranks = ALONE,
 ) -> Covariances:
-    """Gradients of the loss: one pass forward and backward through the whole model.
+    """Covariances with gradients of the loss: one pass forward and backward of the whole model.
 
-    Labels are drawn from the model's own predictions (seeded), so that the gradients' covariance is
-    the Fisher information and no labels are needed (Martens and Grosse, arXiv 1503.05671).
+    Labels are sampled from the model's own predictions (seeded), so that the gradients' covariance
+    is the Fisher information and no labels are needed (Martens and Grosse, arXiv 1503.05671).
 
     Args:
-        spill: a folder in which the covariances live as files instead of in memory.
+        model: with its language-model head.
+        roles: of the model.
+        keys: layers, and roles of each that read the same input.
+        batches: the text.
+        wanted: which covariances.
+        seed: of the labels.
+        spill: a folder for the covariances, as memory-mapped files; None: in memory.
+        progress: called with (batches done, batches, what is done).
+        ranks: the processes of the fit.
 
     Raises:
-        UserError: activations that are not finite; names the module and the batch.
+        UserError: activations that are not finite; the message names the module and the batch.
     """
     runner: Any = model
     draws = torch.Generator().manual_seed(seed + 104729 * ranks.rank)
@@ -66,17 +74,24 @@ def measure_loss(
 
 
 class Measurement:
-    """One layer run on the calibration text, its hidden states given on while it is measured.
+    """One layer run on the calibration set; iterating gives its outputs while it is measured.
 
-    Gradients are those of the layer's own output, forward and backward through this one layer: of
-    the product of the output with random vectors (seeded), one per token with a size of one over
-    the output's. So the weight of an error is the squared change of the layer's output relative to
-    its size, as the norm before the next layer sees it: how Q and K meet in the scores, V and O in
-    the sum and the FFN's matrices in each other is all in it. They are taken on a sample of
-    the batches.
+    Gradients are those of the layer's own output, from a backward pass through this layer only: of
+    the product of the output with a random vector per token (seeded), scaled by the inverse of the
+    output's norm. So an error is weighted by the squared change of the layer's output relative to
+    its norm, as seen by the norm before the next layer. This includes all interactions: Q with K in
+    the scores, V with O in the sum, and the FFN's matrices with each other. Gradients are taken on
+    a sample of the batches.
 
     Args:
+        layers: how layers are run.
+        layer: number of the layer.
+        block: its module.
+        keys: the layer, and its roles that read the same input.
         hidden: states (B, T, D) before the layer, one per batch.
+        wanted: which covariances.
+        seed: of the random vectors.
+        ranks: the processes of the fit.
     """
 
     def __init__(
@@ -100,7 +115,7 @@ class Measurement:
 
     @property
     def covariances(self) -> Covariances:
-        """Of all batches, which are run now where nobody has asked for their hidden states."""
+        """The covariances over all batches; runs the layer now if it was not iterated over."""
         if self._found is None:
             for _ in self:
                 pass
@@ -111,7 +126,7 @@ class Measurement:
         """The hidden states (B, T, D) after the layer, batch by batch.
 
         Raises:
-            UserError: activations that are not finite; names the module and the batch.
+            UserError: activations that are not finite; the message names the module and the batch.
         """
         draws = torch.Generator().manual_seed(self.seed)
         calls = self.layers.calls[self.layer]
@@ -145,8 +160,11 @@ class Measurement:
 
 
 def sampled(batches: Sequence[Batch], width: int, each: int) -> Tensor:
-    """Which batches are a sample of the text, as booleans: every other one, or more of them where
-    the half has fewer than `each` tokens for each number of a width."""
+    """A mask of the batches that form a sample of the text.
+
+    Every other batch, or more of them if that half has fewer than `each` tokens per unit of
+    `width`.
+    """
     tokens = sum(batch.count for batch in batches)
     share = min(1.0, max(0.5, each * width / max(tokens, 1)))
     steps = (torch.arange(len(batches) + 1) * share).ceil()
@@ -155,7 +173,7 @@ def sampled(batches: Sequence[Batch], width: int, each: int) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for parameters, no dropout; afterwards as it was."""
+    """Within the block, no gradients of parameters and no dropout."""
     wanted = {p: p.requires_grad for p in model.parameters()}
     with evaluating(model):
         try:
@@ -168,7 +186,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _embeddings_need_gradients(model: Any) -> Iterator[None]:
-    """Gradients flow from the embeddings' output on."""
+    """Within the block, gradients flow from the embeddings' output on."""
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
     try:
@@ -179,7 +197,7 @@ def _embeddings_need_gradients(model: Any) -> Iterator[None]:
 
 
 def _sampled_loss(out: Any, batch: Batch, draws: torch.Generator) -> Tensor:
-    """Summed cross entropy of labels that are drawn from the predictions themselves."""
+    """Summed cross entropy of labels sampled from the predictions themselves."""
     if getattr(out, "logits", None) is None:
         raise UserError(
             "weighting=loss needs a model with its language-model head, got a base model"

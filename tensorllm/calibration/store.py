@@ -1,6 +1,6 @@
-"""Where a fit keeps what is too much to hold twice: in memory, or in a folder it can go on from.
+"""Where a fit keeps what is too large to hold twice: in memory, or in a folder to resume from.
 
-A file of the folder is whole or not there, so what an interrupted run finished is what there is.
+Files are written completely or not at all, so whatever exists is finished.
 """
 
 import json
@@ -20,19 +20,19 @@ from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.quantised import kind_named
 
 FINGERPRINT = "fit.json"
-BACKWARDS = 3  # passes forward that a step of training costs, for which single states are read
+BACKWARDS = 3  # forward passes that a training step costs; it reads single states
 
 
 class Store:
     """Tensors by name.
 
     Args:
-        folder: None for memory; else made where it does not exist.
-        fingerprint: names the work; what a folder holds of other work is thrown away, but for
-            stores in it: one of each of several processes, one of a narrow export.
+        folder: None for memory; otherwise created if it does not exist.
+        fingerprint: identifies the work. A folder's contents from other work are deleted, except
+            for stores within it: those of several processes, or of a narrow export.
 
     Raises:
-        UserError: the folder holds something that no fit has left there.
+        UserError: the folder contains something that no fit has written.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Store:
         """Keep tensors under a name.
 
         Raises:
-            Incomplete: the disk is full; layers that are finished are kept for the next run.
+            Incomplete: the disk is full; finished layers are kept for the next run.
         """
         if self.folder is None:
             self._held[name] = dict(tensors)
@@ -74,7 +74,7 @@ class Store:
             raise no_space(self.folder, error, "layer") from error
 
     def load(self, name: str, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors saved under `name` whose own names begin with `prefix`."""
+        """The tensors saved under `name` whose own names start with `prefix`."""
         if self.folder is None:
             return {key: t for key, t in self._held[name].items() if key.startswith(prefix)}
         from safetensors import safe_open
@@ -83,21 +83,21 @@ class Store:
             return {key: held.get_tensor(key) for key in held.keys() if key.startswith(prefix)}  # noqa: SIM118
 
     def part(self, name: str, prefix: str) -> dict[str, Tensor]:
-        """What `load` gives, by the names without the prefix."""
+        """As `load`, with the prefix removed from the names."""
         return {key.removeprefix(prefix): t for key, t in self.load(name, prefix).items()}
 
     def has_factors(self, site: Site) -> bool:
-        """Whether a site has some among those of its layer."""
+        """Whether there are factors of the site among those of its layer."""
         return bool(self.load(f"factors-{site.layers[0]}", f"{site.name}/"))
 
     def factors(self, site: Site) -> Factors:
-        """Those of a site, of its layer's, which are kept as `as_stored` names them."""
+        """The factors of a site, saved with those of its layer under the names of `as_stored`."""
         named = self.part(f"factors-{site.layers[0]}", f"{site.name}/")
         kind = next(iter(named)).partition("/")[0]
         return kind_named(kind).from_tensors({n.partition("/")[2]: t for n, t in named.items()})
 
     def drop(self, name: str) -> None:
-        """Forget what was saved under `name`, whether it is there or not."""
+        """Delete what was saved under `name`, if anything."""
         self._held.pop(name, None)
         if self.folder is not None:
             self.path(name).unlink(missing_ok=True)
@@ -108,22 +108,25 @@ class Store:
 
 
 def _is_apart(path: Path) -> bool:
-    """Half a file that is being written, or the folder of another store."""
+    """Whether this is a half-written file, or the folder of another store."""
     return path.suffix == TEMPORARY or (path / FINGERPRINT).is_file()
 
 
 def as_stored(site: Site, factors: Factors) -> dict[str, Tensor]:
-    """The tensors of a site's factors by the names that they have among those of its layer."""
+    """The tensors of a site's factors, by their names among those of its layer."""
     kind = factors.kind
     return {f"{site.name}/{kind}/{name}": t for name, t in factors.tensors().items()}
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Hidden states before one layer, a tensor per batch; each is read when its turn comes.
+    """Hidden states before one layer, a tensor per batch, each read from the store when needed.
 
     Attributes:
-        device: that they are read to; a folder does not know where they were.
+        store: where they are.
+        name: under which they are saved, with the batch's number.
+        count: of batches.
+        device: to which they are read, as a folder does not record it.
     """
 
     store: Store
@@ -140,7 +143,7 @@ class States:
             yield self[number]
 
     def at(self, number: int) -> Tensor:
-        """The states of one batch, for a pass forward."""
+        """The states of one batch, for a forward pass."""
         return self[number]
 
     def __getitem__(self, number: int) -> Tensor:
@@ -152,7 +155,7 @@ class States:
 
 
 class Counted:
-    """States that report, before each batch that is read of them, how many were read so far."""
+    """States that report how many were read so far."""
 
     def __init__(self, states: "States", report: Callable[[int], None]) -> None:
         self.states, self.report, self.read = states, report, 0
@@ -176,14 +179,14 @@ class Counted:
         self.report(self.read)
 
 
-Hidden = States | Counted  # hidden states before a layer, to be read in order or one by one
+Hidden = States | Counted  # hidden states before a layer, read in order or one by one
 
 
 class Sweep:
-    """A walk through the layers that goes on where an earlier one was interrupted.
+    """A pass through the layers that resumes where an earlier one was interrupted.
 
-    Each step gives the layer, the states before it by name, and a function to keep those after it;
-    `done` then keeps what was found, which is what makes the step finished.
+    Each step gives the layer, the states before it by name, and a function that keeps those after
+    it; `done` then saves the result, which marks the step as finished.
     """
 
     def __init__(
@@ -210,8 +213,10 @@ class Sweep:
         self.store.save(f"{self.what}-{self.layer}", found)
 
     def forget_start(self) -> None:
-        """Give back the memory of what the first layer began with, wherever that list is held; how
-        many there are and their device stay known."""
+        """Free the memory of the first layer's states, wherever that list is held.
+
+        Their number and device stay known.
+        """
         self.start[:] = [hidden.new_empty(0) for hidden in self.start]
 
     def _keep(self, *batches: Iterable[Tensor]) -> None:

@@ -1,6 +1,6 @@
-"""Walks through a model's layers: one measures error curves, one makes factors.
+"""Passes through a model's layers: one measures error curves, one computes factors.
 
-A strategy is asked layer by layer, by the contract of `compressors.base` only.
+Strategies are used, layer by layer, through the interface of `compressors.base` only.
 """
 
 import copy
@@ -31,8 +31,8 @@ from tensorllm.models.task import context_length, text_config_of
 from tensorllm.progress import Progress, quiet
 from tensorllm.tensors.factors import Factors
 
-HELD_OUT = 1024  # tokens of the held-out batch at most, unless one sequence is longer
-BATCH = 1024  # tokens at least, and one for each number of the model's width
+HELD_OUT = 1024  # most tokens of the held-out batch, unless one sequence is longer
+BATCH = 1024  # tokens of a batch, at least one per unit of the model's width
 Curves = dict[Site, ErrorCurve]
 
 
@@ -40,14 +40,15 @@ class Sweeps:
     """One fit of one strategy.
 
     Args:
+        compressor, source, calibration: the strategy, the model and the text.
         layers: those to compress; all by default.
 
     Attributes:
         known: covariances that need not be measured.
-        unreached: layer -> experts that the text, as far as it was measured, never reached.
+        unreached: layer -> experts that no token of the measured text was routed to.
         planned: what is to be done.
-        store: of factors and hidden states; may be replaced between fits of several sizes.
-        measures: of covariances.
+        store: for factors and hidden states; may be replaced between fits of several sizes.
+        measures: store for covariances.
     """
 
     def __init__(
@@ -80,17 +81,17 @@ class Sweeps:
 
     @property
     def seed(self) -> int:
-        """Of the random vectors or labels that gradients are sampled with."""
+        """The seed of the random vectors or labels for which gradients are sampled."""
         return self.compressor.seed_of_fit
 
     def run(self, budget: Budget | None) -> list[Site]:
-        """Measured, shared out and fitted: the sites that have factors in the store now.
+        """Measure, allocate and fit; returns the sites that now have factors in the store.
 
         Args:
-            budget: None where the strategy gives its sizes itself.
+            budget: None if the strategy sets its sizes itself.
 
         Raises:
-            UserError: an unreachable target; where that can be known, before anything is measured.
+            UserError: an unreachable target; if possible before anything is measured.
         """
         if budget is None:
             return self.factors({job.site: None for job in self.planned.jobs})
@@ -110,15 +111,14 @@ class Sweeps:
 
     @property
     def all_layers(self) -> Layers:
-        """The layers up to the last one that is fitted, and how they are called."""
+        """The layers up to the last fitted one, and how they are called."""
         if self._layers is None:
             self._layers = Layers(self.source, self.batches, self.planned.layers[-1] + 1)
         return self._layers
 
     @property
     def measured_layers(self) -> Layers:
-        """The same on the part of the text that sizes are chosen by, a batch to try them on last
-        where a strategy does."""
+        """The same on the text for choosing sizes, with a held-out batch last if one is needed."""
         if self._measured is None:
             self._measured = self._some_layers()
         return self._measured
@@ -137,7 +137,7 @@ class Sweeps:
         return Layers(self.source, some, self.planned.layers[-1] + 1, held_out)
 
     def measured(self, model: nn.Module, spill: Path | None = None) -> Covariances:
-        """The covariances of all layers at once, of a model that is in memory."""
+        """The covariances of all layers of a model in memory."""
         if self.planned.gradient_of == "loss":
             return measure_loss(
                 model,
@@ -158,7 +158,7 @@ class Sweeps:
         return out
 
     def curves(self) -> Curves:
-        """What every candidate's sizes cost, from one sweep over the original's layers."""
+        """The error curves of all candidate sites, from one sweep over the original's layers."""
         layers = self.measured_layers
         candidates = self.planned.candidates
         sweep = Sweep(self.store, "errors", ("measured",), layers.start, layers.layers)
@@ -182,7 +182,7 @@ class Sweeps:
                     for site, curve in self._curves_of(own, covariances, kept, here).items():
                         found |= {f"{site.name}/{n}": t for n, t in curve._asdict().items()}
             sweep.done(found)
-        self._measured = None  # what a fit does not need
+        self._measured = None  # free memory
         return {
             site: ErrorCurve(**self.store.part(f"errors-{site.layers[0]}", f"{site.name}/"))
             for site in candidates
@@ -204,8 +204,7 @@ class Sweeps:
         return {site: ErrorCurve(*(t.cpu() for t in curve)) for site, curve in out.items()}
 
     def counted(self, states: States, layer: int, stage: StageName) -> Counted:
-        """The states before one layer; what is read of them is progress: one forecast of measuring
-        and fitting."""
+        """The states before one layer; reading them reports progress, forecast for all stages."""
         measures = stage == MEASURING
         batches = self.measured_layers.batches if measures else self.batches
         if self._forecast is None or not self._forecast.goes_on(stage, layer):
@@ -231,7 +230,7 @@ class Sweeps:
         )
 
     def _keep(self, layer: int, covariances: Covariances) -> None:
-        """For the second sweep, what its fits ask for."""
+        """Keep the covariances that the fits of the second sweep need."""
         inputs = self.keep_input_covariances or any(
             not isinstance(job.compressor, LayerFit) or job.compressor.needs_input_covariances
             for job in self.planned.of(layer)
@@ -243,7 +242,7 @@ class Sweeps:
         return Covariances.from_tensors(self.measures.load(f"covariances-{layer}"), device)
 
     def covariances(self, layer: int, block: nn.Module, hidden: Iterable[Tensor]) -> Covariances:
-        """Those of the layer's own keys at least, on the original's hidden states before it."""
+        """Covariances for at least the layer's keys, on the original's hidden states before it."""
         if self.known is not None:
             return self.known
         if self.measures.has(f"covariances-{layer}"):
@@ -253,15 +252,15 @@ class Sweeps:
         return found
 
     def _note_unreached(self, found: Covariances) -> None:
-        """Remember the experts that no token of the text was routed to."""
+        """Record the experts that no token of the text was routed to."""
         for (layer, roles), tokens in found.tokens.items():
             if not int(tokens):
                 self.unreached.setdefault(layer, set()).add(int(roles[0].split(".")[1]))
 
     def factors(self, sizes: Mapping[Site, Size | None]) -> list[Site]:
-        """Layer after layer the factors of these sites, into the store.
+        """Compute the factors of these sizes layer by layer, and store them.
 
-        A `LayerFit` sees the inputs that the compressed layers below give.
+        A `LayerFit` gets the inputs that the compressed layers below produce.
         """
         layers = self.all_layers
         fits = any(isinstance(job.compressor, LayerFit) for job in self.planned.jobs)
@@ -294,13 +293,13 @@ class Sweeps:
             if not self.several:
                 sweep.forget_start()
                 self.measures.drop(f"covariances-{layer}")
-        self.ranks.sum(torch.zeros(1, device=layers.start[0].device))  # none ends before the others
+        self.ranks.sum(torch.zeros(1, device=layers.start[0].device))  # wait for the others
         if not self.several:
-            self._layers = None  # made again for another fit: their start is forgotten
+            self._layers = None  # their start states have been freed
         return [site for site in sizes if self.store.has_factors(site)]
 
     def keep(self, factors: Mapping[Site, Factors]) -> None:
-        """Let these factors take the place of those in the store."""
+        """Replace factors in the store by these."""
         for layer in self.planned.layers:
             held = self.store.load(f"factors-{layer}")
             for site, now in factors.items():

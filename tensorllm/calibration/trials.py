@@ -1,4 +1,4 @@
-"""The compressed layer with other matrices in the place of its own, for as long as a run takes.
+"""Runs of the compressed layer with other matrices in place of its own.
 
 Shapes: B sequences, T positions, D model width.
 """
@@ -20,10 +20,12 @@ NOTHING: Mapping[str, Any] = {}
 
 
 class Trials:
-    """Runs of a layer with matrices and parameters that are tried; nothing is written.
+    """Runs of a layer with trial matrices and parameters, without changing it.
 
     Args:
-        attention: the outputs of its attention, for runs that leave it as it is.
+        layers: how the layer is run.
+        module: the layer.
+        attention: cached outputs of its attention, for runs that do not change it.
     """
 
     def __init__(self, layers: Layers, module: LayerModule, attention: ModuleCache) -> None:
@@ -36,11 +38,13 @@ class Trials:
         weights: Mapping[str, Tensor | LinearOperator] = NOTHING,
         parameters: Mapping[str, Tensor] = NOTHING,
     ) -> Tensor:
-        """Hidden states (B, T, D) behind the layer, float32.
+        """Hidden states (B, T, D) after the layer, float32.
 
         Args:
+            batch: number of the batch.
+            hidden_BTD: states before the layer.
             weights: role matrices (I, D), or operators.
-            parameters: by name below the layer.
+            parameters: by their names within the layer.
         """
         module, number = self.module, self.module.number
         run: dict[str, Tensor] = {}
@@ -67,6 +71,6 @@ class Trials:
             return self.layers.calls[number][batch].run(block, hidden_BTD).float()
 
     def _alone(self, role: str) -> bool:
-        """Whether the role's matrix is all that a module multiplies by."""
+        """Whether the role has a linear module of its own."""
         stored = self.module.roles.stored(self.module.number, role)
         return len(stored.roles) == 1 and stored.experts is None

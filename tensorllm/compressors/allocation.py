@@ -1,4 +1,4 @@
-"""One budget of numbers, shared out over all sites of a model by their error curves."""
+"""One budget of numbers, allocated to all sites of a model by their error curves."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,21 @@ from tensorllm.tensors.allocation import Curve, allocate, error_of
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The size of every site, and the summed error that the curves say is left."""
+    """The size of every site, and the summed error that remains according to the curves."""
 
     sizes: dict[Site, Size]
     error: float
 
 
 def with_whole(curve: ErrorCurve, numbers: int) -> ErrorCurve:
-    """The curve of a tensor without sizes that store no less than the tensor itself, which is the
-    last size (all 0, no error); a curve that has the tensor itself already stays what it is.
+    """A curve that ends with the tensor itself (size all 0, no error).
+
+    Sizes that store as much as the tensor or more are dropped; a curve that already has the tensor
+    itself is returned unchanged.
 
     Args:
-        numbers: of the tensor.
+        curve: of the tensor.
+        numbers: of the tensor itself.
     """
     cost_N, error_N, sizes_NC = curve
     if not sizes_NC.any(1).all():
@@ -42,13 +45,16 @@ def share_out(
     numbers: int,
     tied: Collection[Site] = (),
 ) -> Allocation:
-    """Sizes that store at most `numbers` with about the least summed error.
+    """Sizes that store at most `numbers` and about minimise the summed error.
 
-    Each size is worth the error that it takes away per number that it costs; layers and matrices
-    compete for one budget. Of the groupings of a cluster of matrices one is chosen.
+    Layers and matrices compete for one budget, by the error that each stored number removes. For
+    each cluster of matrices one grouping is chosen.
 
     Args:
-        tied: sites that all get the same size; no other grouping has any of their matrices.
+        clusters: the alternative groupings of each cluster of matrices.
+        curves: of every site.
+        numbers: that may be stored.
+        tied: sites that all get the same size; no other grouping contains their matrices.
 
     Raises:
         UserError: even the smallest sizes store more.
@@ -80,7 +86,7 @@ def share_out(
 
 
 def _together(curves: Sequence[ErrorCurve]) -> ErrorCurve:
-    """What sites of one size cost and leave in all, at the sizes that each of them may have."""
+    """Total cost and error of sites of equal size, at the sizes that all of them may have."""
     common = set.intersection(*({tuple(size) for size in c.sizes_NC.tolist()} for c in curves))
     kept = [torch.tensor([tuple(s) in common for s in c.sizes_NC.tolist()]) for c in curves]
     costs = [c.cost_N[here] for c, here in zip(curves, kept, strict=True)]

@@ -1,9 +1,9 @@
-"""The contract of a compression strategy.
+"""The interface of a compression strategy.
 
-A strategy plans jobs: which matrices are decomposed together, and by which leaf. A leaf
-decomposes one tensor, perhaps with statistics of the calibration text. A composite plans jobs for
-leaves. A `LayerFit` fits the matrices of one layer itself, layer after layer. Whatever reads,
-writes, counts, searches, budgets, saves or runs works on this contract, never on one strategy.
+A strategy plans jobs: which matrices are decomposed together, and by which leaf. A leaf decomposes
+one tensor, possibly with statistics of the calibration set. A composite plans jobs for leaves. A
+`LayerFit` fits the matrices of one layer at a time, from the first to the last. Code that reads,
+writes, counts, searches, budgets, saves or runs uses this interface only.
 """
 
 from abc import ABC, abstractmethod
@@ -28,12 +28,12 @@ Needs = Literal["weights", "activations", "gradients"]
 GradientOf = Literal["outputs", "loss"]
 
 
-Groupings = list[list["Job"]]  # of the same matrices; a budget chooses one
+Groupings = list[list["Job"]]  # alternatives for the same matrices; a budget chooses one
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One decomposition: a site, and the strategy that makes its factors."""
+    """One decomposition: a site, and the strategy that computes its factors."""
 
     site: Site
     compressor: "Leaf | LayerFit"
@@ -46,9 +46,9 @@ class Compressor(ABC):
     (fits the matrices of a layer to its inputs and output).
 
     Attributes:
-        source: URL of the paper or code that the method comes from.
-        needs: `weights`; `activations` (a calibration text: covariances of inputs, and the inputs
-            themselves in a `LayerFit`); `gradients` (covariances of output gradients too).
+        source: URL of the paper or code of the method.
+        needs: `weights`; `activations` (a calibration set: covariances of inputs, and for a
+            `LayerFit` the inputs themselves); `gradients` (covariances of output gradients too).
     """
 
     source: ClassVar[str]
@@ -56,31 +56,31 @@ class Compressor(ABC):
 
     @abstractmethod
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":
-        """What is decomposed together, and by whom."""
+        """What is decomposed together, and by which strategy."""
 
     @property
     def named(self) -> "Compressor":
-        """The strategy that reports and recipes name: itself, but of a wrapper what it wraps."""
+        """The strategy that reports and recipes name; a wrapper gives the one that it wraps."""
         return self
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse (UserError) settings that do not fit a stacked tensor of this shape."""
+        """Raise a UserError if the settings do not fit a stacked tensor of this shape."""
         del shape  # nothing to refuse by default
 
     def stored_parameters(self, shape: tuple[int, ...]) -> int | None:
-        """Numbers that the factors will hold, or None where only the decomposition can tell."""
+        """Numbers that the factors will hold; None if only the decomposition can tell."""
         del shape
         return None
 
     def ffn_channels(self, geometry: Geometry) -> int | None:
-        """FFN channels of a layer that stay: all of F, unless a strategy drops some; None: it may
-        drop some, and only the fit can tell."""
+        """FFN channels of a layer that are kept, by default all; None: only the fit can tell."""
         return geometry.F
 
     def stored_bytes(self, shape: tuple[int, ...], itemsize: int) -> int | None:
-        """About how many bytes the factors will take; None where only the decomposition can tell.
+        """About how many bytes the factors will take; None if only the decomposition can tell.
 
         Args:
+            shape: of the stacked tensor.
             itemsize: bytes of a number that is not rounded.
         """
         stored = self.stored_parameters(shape)
@@ -88,27 +88,26 @@ class Compressor(ABC):
 
     @property
     def gradient_of(self) -> GradientOf:
-        """Whose gradients `needs = "gradients"` means: of the layer's output (one layer in memory
-        at a time), or of the model's loss (the whole model, backwards)."""
+        """Which gradients are needed: of the layer's `outputs`, or of the whole model's `loss`."""
         return "outputs"
 
     @property
     def training_steps(self) -> int:
-        """Steps in which all factors of the model are trained together after a fit."""
+        """Steps of joint training of all factors of the model after the fit."""
         return 0
 
     @property
     def seed_of_fit(self) -> int:
-        """The seed of the random vectors or labels that a fit samples gradients with."""
+        """The seed of the random vectors or labels for which a fit samples gradients."""
         return 0
 
     @property
     def budget(self) -> Budget | None:
-        """The target size among the strategy's own settings; None: its sizes are given."""
+        """The target size among the strategy's own settings; None: its sizes are given directly."""
         return None
 
     def with_budget(self, budget: Budget) -> "Compressor":
-        """The strategy with another target in place of its own; itself where it has none.
+        """The strategy with its target replaced by another; itself if it has none.
 
         Raises:
             UserError: it has no setting for this target.
@@ -123,33 +122,35 @@ class Compressor(ABC):
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        """What `search-ranks` may vary, by name; nothing: the strategy cannot be searched.
+        """The dimensions that `search-ranks` may vary, by name; empty: cannot be searched.
 
-        `layer` is no name for a dimension: the search varies the layers of every strategy.
+        No dimension may be called `layer`: the search varies the layers of every strategy.
 
         Args:
-            settings: other fields, which stay as they are: no dimension may set one of them.
+            spec: of the model.
+            settings: fixed fields; no dimension may set one of them.
         """
         del spec, settings
         return {}
 
     @classmethod
     def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
-        """The settings that a point of the search space stands for; None: no weights have them.
+        """The settings of a point of the search space; None: the point is invalid.
 
         By default each dimension is the setting of its name.
 
         Args:
-            point: a value of each dimension; of those that the search leaves out (`--tied`) none.
+            spec: of the model.
+            point: a value for each dimension except those that the search leaves out (`--tied`).
         """
         del spec
         return dict(point)
 
     @classmethod
     def budget_settings(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of the strategy whose sizes a budget will choose.
+        """Settings of the strategy for a run in which a budget chooses the sizes.
 
-        Sizes are at their smallest, and all matrices that the strategy can take are in, unless
+        Sizes are the smallest, and all matrices that the strategy can take are included, unless
         `settings` say otherwise.
 
         Raises:
@@ -162,7 +163,7 @@ class Compressor(ABC):
 class Leaf(Compressor):
     """A strategy that decomposes one tensor.
 
-    The smallest one implements `decompose` alone and then sees the paper's tensor of each layer.
+    A minimal one implements only `decompose`, and gets the paper's tensor of each layer.
     """
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":
@@ -174,9 +175,9 @@ class Leaf(Compressor):
         """Factorise one stacked tensor.
 
         Args:
-            w: the site's tensor, in the dtype of the weights, on their device.
-            statistics: one per matrix of the site, in stacking order; None where the strategy
-                needs weights only.
+            w: the site's tensor, in the dtype and on the device of the weights.
+            statistics: one per matrix of the site, in stacking order; None if the strategy needs
+                weights only.
         """
 
     def curve(
@@ -185,44 +186,46 @@ class Leaf(Compressor):
         """The error left at every size, for a budget.
 
         Raises:
-            UserError: the strategy has none.
+            UserError: the strategy has no error curve.
         """
         del site, w, statistics
         raise _no_curve(type(self))
 
     def outline(self, shape: tuple[int, ...], size: Size) -> Factors:
-        """The factors of a stacked tensor at one size of the curve without their numbers, on the
-        meta device: what a budget in bytes counts.
+        """Factors at one size of the curve without values (meta device), to count their bytes.
 
         Raises:
-            UserError: the strategy does not say.
+            UserError: the strategy does not implement this.
         """
         raise _no_outline(self)
 
     def error_of(
         self, w: Tensor, near: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> float:
-        """What another tensor costs in the place of `w`, in the unit of the curve: the squared
-        error of a tensor whose mean square is one, unless a strategy weights it."""
+        """The error of replacing `w` by `near`, in the unit of the curve.
+
+        By default the squared error of a tensor scaled to a mean square of one.
+        """
         del statistics
         whole = float(w.double().square().sum())
         lost = float((w.double() - near.double()).square().sum())
         return lost * w.numel() / whole if whole else 0.0
 
     def at_size(self, site: Site, size: Size) -> "Leaf":
-        """The leaf of one size of the curve, which plans a job for this site alone."""
+        """The leaf for one size of the curve, which plans a job for this site only."""
         raise AssertionError(f"{type(self).__name__} has no curve, so no size {size} of {site}")
 
     def covering(self, others: "Sequence[Leaf]", shape: tuple[int, ...]) -> Self | None:
-        """A leaf whose factors of a tensor of this shape hold those of `self` and of all `others`.
+        """A leaf whose factors contain those of `self` and all `others`, for tensors of this shape.
 
-        A search then decomposes each site once. None: its decompositions do not nest.
+        A search then decomposes each site only once. None: the strategy's decompositions do not
+        nest.
         """
         del others, shape
         return None
 
     def sliced(self, covering: Factors, shape: tuple[int, ...]) -> Factors:
-        """This leaf's factors, out of those of a leaf that `covering` gave."""
+        """This leaf's factors, extracted from those of the leaf that `covering` returned."""
         del shape
         raise AssertionError(f"{type(self).__name__} says that nothing covers it: {covering}")
 
@@ -232,13 +235,12 @@ class Composite(Compressor):
 
 
 class LayerFit(Compressor):
-    """A strategy that fits the matrices of a layer to what goes through it, layer after layer.
+    """A strategy that fits the matrices of a layer to its activations, layer by layer.
 
     Attributes:
-        width_only: whether covariances at the model's width are all that it asks the context for
-            (`width_covariance`, `propagated_covariance`) beside `full_covariances`: nothing else is
-            then measured whose size is the square of an FFN's width.
-        holds_out: whether `curves` asks for `held_out_error`: a batch is then kept out of its
+        width_only: whether it needs no covariances wider than the model's width
+            (`width_covariance`, `propagated_covariance`) except `full_covariances`.
+        holds_out: whether `curves` uses `held_out_error`; one batch is then kept out of its
             covariances.
         one_size: whether a budget gives all sites of `groupings` the same size.
     """
@@ -250,26 +252,25 @@ class LayerFit(Compressor):
 
     @property
     def full_covariances(self) -> tuple[str, ...]:
-        """Roles whose inputs' covariances `curves` asks for in full, however wide they are."""
+        """Roles for which `curves` needs the full input covariance, however wide."""
         return ()
 
     @property
     def needs_input_covariances(self) -> bool:
-        """Whether `fit_layer` asks for covariances of the original's own inputs."""
+        """Whether `fit_layer` needs covariances of the original model's inputs."""
         return True
 
     @abstractmethod
     def fit_layer(self, context: LayerContext) -> LayerResult:
-        """The factors of one layer's sites, which also replace the compressed layer's matrices.
+        """The factors of one layer's sites; they also replace the compressed layer's matrices.
 
         Args:
-            context: the layer, the original's and the compressed model's inputs of it, the
-                original's output, covariances, and, where a budget was shared out, the sizes.
+            context: the layer, its inputs in the original and in the compressed model, the
+                original's output, covariances, and the sizes if a budget was allocated.
         """
 
     def groupings(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Groupings]:
-        """How a budget may group the layer's matrices into sites, for each set of matrices that may
-        be grouped: by default only as they were planned."""
+        """Alternative groupings into sites, per set of matrices; by default the planned sites."""
         del geometry, layer
         return [[[Job(site, self)]] for site in sites]
 
@@ -283,20 +284,23 @@ class LayerFit(Compressor):
         raise _no_curve(type(self))
 
     def outline(self, site: Site, geometry: Geometry, size: Size) -> Factors:
-        """As `Leaf.outline`, of a site of one layer."""
+        """As `Leaf.outline`, for a site of one layer."""
         del site, geometry, size
         raise _no_outline(self)
 
     def example(self, site: Site, context: LayerContext) -> Factors | None:
-        """Factors of a site at a middling size, by the covariances that `curves` sees, which a
-        budget in bytes tries in few bits on `context.held_out_error`; None: what rounding costs
-        is taken from that of the whole matrices."""
+        """Factors of a site at a medium size, from the covariances that `curves` uses.
+
+        A budget in bytes measures the cost of rounding them on `context.held_out_error`. None: that
+        cost is estimated from the whole matrices.
+        """
         del site, context
         return None
 
     def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
-        """Weights (D, D) of errors along the model's width, by which a whole matrix is rounded
-        where a budget in bytes leaves it one, float64.
+        """Weights (D, D) of errors along the model's width, float64.
+
+        A whole matrix is rounded by them if a budget in bytes does not decompose it.
 
         Raises:
             UserError: the strategy cannot meet a budget in bytes.
@@ -305,12 +309,12 @@ class LayerFit(Compressor):
         raise _no_outline(self)
 
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
-        """What adding an error (I, D) to a whole role matrix costs, in the unit of the curves."""
+        """The cost of adding an error (I, D) to a whole role matrix, in the unit of the curves."""
         del context, role, lost_ID
         raise _no_outline(self)
 
     def passes(self, sites: Sequence[Site]) -> float:
-        """What a fit costs in passes of the layer forward on the text; for the time left."""
+        """The cost of a fit in forward passes of the layer over the text, for estimates of time."""
         del sites
         return 1
 
@@ -332,7 +336,7 @@ def _no_outline(strategy: Compressor) -> UserError:
 
 
 def name_of(strategy: type[Compressor]) -> str:
-    """The mode that users give, of a class that is not registered its own name."""
+    """The name of a strategy's mode; the class name if it is not registered."""
     modes = (mode for mode in COMPRESSORS if COMPRESSORS[mode] is strategy)
     return next(modes, strategy.__name__)
 

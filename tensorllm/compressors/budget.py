@@ -10,17 +10,17 @@ from tensorllm.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """One of four targets.
+    """A target size: exactly one of four targets.
 
     Attributes:
         target_ratio: numbers in the strategy's matrices before over after, above 1.
         target_params: parameters of the whole model afterwards.
-        target_bytes: bytes of the weight files afterwards, factored; factors and matrices may be
-            rounded to 8 and 4 bits.
-        max_loss_increase: nats per token that the loss on the calibration text may rise; the
-            smallest model within it is searched for.
-        other_bytes: with target_bytes, of all that is not compressed (embeddings, norms, headers);
-            filled in by whoever knows the model.
+        target_bytes: bytes of the weight files afterwards, with factors; factors and matrices may
+            be rounded to 8 or 4 bits.
+        max_loss_increase: allowed increase of the loss on the calibration set in nats per token;
+            the smallest model within it is searched for.
+        other_bytes: with target_bytes, the bytes of everything that is not compressed (embeddings,
+            norms, headers); filled in by the code that knows the model.
     """
 
     target_ratio: float | None = None
@@ -48,19 +48,19 @@ class Budget:
 
     @property
     def settings(self) -> dict[str, float]:
-        """The one that was given."""
+        """The target that was given, by name."""
         return {name: x for name in TARGETS if (x := getattr(self, name)) is not None}
 
     def numbers(self, before: int, total: int, minimum: int | None = None) -> int:
-        """How many numbers the factors may store in all; with `target_bytes`, how many bytes.
+        """How many numbers all factors may store; with `target_bytes`, how many bytes.
 
         Args:
             before: numbers in the strategy's matrices.
             total: parameters of the whole model.
-            minimum: numbers, or bytes, stored at the smallest sizes, where that is known.
+            minimum: numbers, or bytes, stored at the smallest sizes, if known.
 
         Raises:
-            UserError: the target is out of reach; says the range.
+            UserError: the target is out of reach; the message gives the range.
         """
         if self.target_bytes is not None:
             if self.other_bytes is None:

@@ -1,4 +1,4 @@
-"""Checks that several strategies make of their settings."""
+"""Checks of settings that several strategies share."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,11 @@ from tensorllm.tensors.stacking import family
 
 
 def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The roles as a tuple; unknown, repeated or missing ones are refused."""
+    """The roles as a tuple.
+
+    Raises:
+        UserError: a role is unknown or repeated, or there are none.
+    """
     wrong = [role for role in roles if family(role) not in known]
     if wrong or not roles or len(set(roles)) != len(roles):
         raise UserError(
@@ -20,7 +24,7 @@ def check_roles(roles: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_exist(roles: Sequence[str], spec: ModelSpec) -> None:
-    """Refuse a matrix that no layer of the model has."""
+    """Raise a UserError for a matrix that no layer of the model has."""
     missing = [role for role in roles if family(role) not in spec.roles]
     if missing:
         raise UserError(
@@ -30,6 +34,6 @@ def check_exist(roles: Sequence[str], spec: ModelSpec) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that a random generator of numpy's does not take."""
+    """Raise a UserError for a seed that numpy's random generators reject."""
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be in 0..2^32-1, got {seed}")

@@ -1,4 +1,4 @@
-"""What a search may vary of a strategy."""
+"""A dimension of a strategy's search space."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,17 @@ from tensorllm.options import Value
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """One thing that `search-ranks` may vary.
+    """A setting that `search-ranks` may vary.
 
     Attributes:
-        values: what is tried where the user names no values, ascending: all whole numbers, all
-            floats, or all names.
-        allowed: smallest and largest number that a user may name (on a logarithmic scale 0 itself
-            is not one); None: only those of `values`.
-        names: what a user's sets of names, joined by `+`, may hold; empty: only `values`.
+        values: those tried if the user gives none, ascending: all whole numbers, all floats, or all
+            names.
+        allowed: smallest and largest number that a user may give (0 itself is excluded on a
+            logarithmic scale); None: only those of `values`.
+        names: allowed members of a user's sets of names, which are joined by `+`; empty: only
+            `values`.
         log: whether a sampler draws numbers between the bounds on a logarithmic scale.
-        optional: it is varied only where the user names values.
+        optional: whether it is varied only if the user gives values.
     """
 
     values: tuple[Value, ...]

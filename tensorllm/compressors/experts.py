@@ -1,6 +1,7 @@
 """All experts of a layer as one tensor: a Tucker decomposition that they share.
 
-Shapes: E experts, F their inner width, D model width, S matrices of each, N sizes of a curve.
+Shapes: E experts, F their inner width, D model width, S matrices of each expert, N sizes of a
+curve.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +37,11 @@ from tensorllm.tensors.tucker import tucker_outline
 
 MODES = ("experts", "inner", "width", "matrices")
 STACKED = ("inputs", "all", "none")
-# Of the mean variance, what every direction of the inputs weighs more: a factor that all experts
-# share should not spend all on the few directions in which the text varies most.
+# Added to the variance of every input direction, relative to the mean: a factor shared by all
+# experts should not be spent on the few directions in which the text varies most.
 RIDGE = 1.0
-UNREACHED = 0.01  # of the mean expert, what one without a token weighs
-PRIOR = 1.0  # tokens, per number of the width, of the layer that an expert's own are mixed with
+UNREACHED = 0.01  # weight of an expert without tokens, relative to the mean expert
+PRIOR = 1.0  # tokens of the layer's average added to an expert's own, per unit of width
 
 
 @COMPRESSORS.register("expert-tucker")
@@ -51,12 +52,13 @@ class ExpertTucker(Leaf):
     Source: TD-MoE (ICLR 2026), without its whitening; `activation-expert-tucker` has that.
 
     Attributes:
-        kept: share of the numbers kept, in (0, 1); the ranks are those of least error of that size.
-        ranks: the four ranks themselves, instead; 0 leaves a mode alone, so that, in the first,
-            every expert keeps its own core and all share the factors.
-        modes: which may be compressed, where the ranks follow from `kept`.
-        stacked: what lies in the last mode: `inputs`: gate and in together and out alone; `all`:
-            the three together; `none`: each alone.
+        kept: share of the numbers kept, in (0, 1); the ranks of least error at that size are
+            chosen.
+        ranks: the four ranks themselves, instead; 0 leaves a mode uncompressed. In the first mode,
+            that gives every expert its own core, while all share the factors.
+        modes: which may be compressed if the ranks follow from `kept`.
+        stacked: what the last mode holds: `inputs`: gate and in together, and out alone; `all`: the
+            three together; `none`: each alone.
         matrices: which of experts.in, experts.gate and experts.out; by default all.
         sweeps: HOOI sweeps after the HOSVD, at most.
     """
@@ -92,7 +94,7 @@ class ExpertTucker(Leaf):
         object.__setattr__(self, "matrices", check_roles(self.matrices, ROUTED))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        """Of each layer; one without experts is passed over, or refused where it was named."""
+        """The jobs of each layer; one without experts is skipped, or refused if it was named."""
         if "experts.out" not in spec.roles:
             raise UserError("this mode decomposes the experts of a mixture; this model has none")
         return [
@@ -128,12 +130,12 @@ class ExpertTucker(Leaf):
         return weighted_tucker(w, self._chosen(w, {}), {}, sweeps=self.sweeps)
 
     def _roots(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None) -> Roots:
-        """Of the weights of errors, by mode."""
+        """Roots of the error weights, by mode."""
         del w, statistics
         return {}
 
     def _chosen(self, w: Tensor, roots: Roots) -> tuple[int, ...]:
-        """The ranks: as given, or the best that keep the share."""
+        """The ranks: as given, or the best that store at most the share `kept`."""
         if self.kept is None:
             return self._ranks(w.shape)
         found = size_curve(w, roots, [MODES.index(mode) for mode in self.modes])
@@ -178,11 +180,12 @@ class ExpertTucker(Leaf):
 class ActivationExpertTucker(ExpertTucker):
     """`expert-tucker` where errors count by what they do to the outputs on a text.
 
-    Of what an expert reads only tokens count that are routed to it. The width of gate and in is
-    whitened by the covariance of all experts' inputs; where every expert keeps its own core, cores
-    are refitted to each expert's own tokens, and the width of out is chosen by the covariance of
-    the outputs. An expert that the text never reaches is treated as the layer's average one.
-    Source: TD-MoE (ICLR 2026), its whitening of inputs; refit and outputs are ours.
+    Each expert's statistics come from the tokens routed to it. The width of gate and in is whitened
+    by the covariance of all experts' inputs; if every expert keeps its own core, cores are refitted
+    to each expert's own tokens, and the factor of the width of out is chosen by the covariance of
+    the outputs. An expert that gets no tokens is treated as the layer's average one.
+
+    Source: TD-MoE (ICLR 2026), its whitening of inputs; refit and output weighting are ours.
     """
 
     needs: ClassVar[Needs] = "activations"
@@ -208,7 +211,7 @@ class ActivationExpertTucker(ExpertTucker):
 
 
 def summed_inputs(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:
-    """(D, D): the sum of x xᵀ over all tokens that experts were given, float64 on W's device."""
+    """(D, D): the sum of x xᵀ over all tokens routed to the experts, float64, on W's device."""
     width = w.shape[WIDTH]
     total_DD = torch.zeros(width, width, dtype=torch.float64, device=w.device)
     for one in statistics:
@@ -217,7 +220,7 @@ def summed_inputs(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:
 
 
 def _own_roots(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:
-    """(E, F, F): of what each expert's output matrix reads, by how many tokens."""
+    """(E, F, F): roots of each expert's input covariance of its output matrix, times its tokens."""
     means_E = torch.stack([o.tokens * o.input_covariance_XX.diagonal().mean() for o in statistics])
     mean = float(means_E.mean()) or 1.0
     nothing = UNREACHED**0.5 * torch.eye(w.shape[INNER], dtype=torch.float64, device=w.device)
@@ -229,7 +232,7 @@ def _own_roots(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Tensor:
 
 
 def _own_weights(w: Tensor, statistics: Sequence[MatrixStatistics]) -> Callable[[int], Tensor]:
-    """Of the inputs of each expert: its own tokens' and, as a prior, the layer's covariance."""
+    """Each expert's input covariance: its own tokens' plus, as a prior, the layer's mean."""
     first = statistics[: len(w)]
     mean_DD = summed_inputs(w, first) / max(1, sum(one.tokens for one in first))
     mean_DD.diagonal().add_(FLOOR * float(mean_DD.diagonal().mean()) or 1.0)

@@ -23,7 +23,7 @@ class Hybrid(Composite):
     Attributes:
         ranks, layout: of the SharedTucker4D, unless `attention` is given.
         rho, rank, matrices, blocks: of the LaserSVD, unless `ffn` is given.
-        ffn_layers: the FFN strategy's layers, where they are not those of the attention.
+        ffn_layers: the FFN strategy's layers, if they differ from those of the attention.
         attention: any other strategy for the attention (in YAML: `mode` and its fields).
         ffn: any other strategy for the FFN.
     """
@@ -43,7 +43,7 @@ class Hybrid(Composite):
     def __post_init__(self) -> None:
         if self.ffn_layers is not None:
             object.__setattr__(self, "ffn_layers", tuple(self.ffn_layers))
-        self.parts()  # refuses wrong fields now rather than at work
+        self.parts()  # refuses wrong fields now rather than later
 
     def parts(self) -> tuple[Compressor, Compressor]:
         """The attention strategy and the FFN strategy."""
@@ -55,7 +55,7 @@ class Hybrid(Composite):
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        """That of SharedTucker4D and, over FFN matrices, of LaserSVD, unless others are given."""
+        """Those of SharedTucker4D and, over FFN matrices, of LaserSVD, unless others are given."""
         out = {} if "attention" in settings else SharedTucker4D.search_space(spec, settings)
         if "ffn" not in settings:
             out |= LaserSVD.search_space(spec, settings)

@@ -31,15 +31,16 @@ class LaserSVD(Leaf):
     """Rank-r truncation of each chosen matrix, or of each of several blocks of its rows.
 
     Source: LASER, section 3; blocks: Compress to Impress, arXiv 2510.20800, which clusters rows
-    around several subspaces. Here a block is neighbouring rows of the role matrix: heads, channels.
+    around several subspaces. Here a block is a set of consecutive rows of the role matrix: heads,
+    channels.
 
     Attributes:
-        rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1; of
+        rho: share of the full rank kept, in (0, 1]: r = floor(rho * min(shape)), at least 1; with
             several blocks, of each block's shape.
         rank: r itself, instead of rho.
         matrices: which of in, gate, out, q, k, v, o; in mixtures also shared.in, experts.in, ...
         method: `exact`, `randomized` (oversampled), or `official` as in LASER's code.
-        seed: of the randomised method.
+        seed: of the randomised methods.
         blocks: how many equal blocks the rows are cut into; each has rank r and its own SVD.
     """
 
@@ -76,8 +77,7 @@ class LaserSVD(Leaf):
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        """`rho`, and `matrices`: each FFN matrix alone, or each one where there is no FFN; where it
-        is asked for `blocks`."""
+        """`rho`; `matrices`: each FFN matrix, or any if there is no FFN; `blocks` on request."""
         out = {}
         if not {"rho", "rank"} & settings.keys():
             out["rho"] = Dimension(RHOS, (0, 1))
@@ -127,7 +127,7 @@ class LaserSVD(Leaf):
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> ErrorCurve:
         rows, columns = w.shape
-        each = rows + self.blocks * columns  # numbers for a rank more
+        each = rows + self.blocks * columns  # numbers per unit of rank
         energies = [matrix_energy(block).energy for block in row_blocks(w, self.blocks)]
         energy = Energy(tuple(w.shape), torch.stack(energies).sum(0))
         curve, sizes_NC = energy.curve(lambda ranks_NC: ranks_NC[:, 0] * each)
@@ -141,7 +141,7 @@ class LaserSVD(Leaf):
         return replace(self, rho=None, rank=size[0], matrices=site.roles)
 
     def covering(self, others: Sequence[Leaf], shape: tuple[int, ...]) -> "LaserSVD | None":
-        """The largest rank: the leading columns of an exact SVD are those of every smaller one."""
+        """The leaf of the largest rank: an exact SVD contains those of all smaller ranks."""
         same = [self, *(leaf for leaf in others if isinstance(leaf, LaserSVD))]
         if len(same) <= len(others) or any(leaf.method != "exact" for leaf in same):
             return None
@@ -150,7 +150,7 @@ class LaserSVD(Leaf):
         return replace(self, rho=None, rank=max(leaf._rank(shape) for leaf in same))
 
     def sliced(self, covering: Factors, shape: tuple[int, ...]) -> Factors:
-        """The leading columns."""
+        """The leading columns and rows."""
         rank, largest = self._rank(shape), covering.tensors()
         u, v = largest["u"][..., :rank], largest["v"][..., :rank, :]
         return type(covering).from_tensors({"u": u, "v": v})

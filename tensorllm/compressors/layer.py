@@ -1,4 +1,4 @@
-"""What a strategy works on: sites, statistics of their matrices, a layer on a calibration text."""
+"""The objects that strategies work on: sites, statistics, and a layer on a calibration set."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ class Site:
 
     Attributes:
         layers: the layers they come from.
-        roles: the roles of each layer, in the order in which they are stacked.
-        stacking: a name of `STACKINGS`.
+        roles: the roles of each layer, in stacking order.
+        stacking: a name in `STACKINGS`.
     """
 
     layers: tuple[int, ...]
@@ -41,7 +41,7 @@ class Site:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The roles, the same matrix of all experts once."""
+        """The roles without repetition, with one name for the same matrix of all experts."""
         return families(self.roles)
 
     def stack(self, w_ID: Sequence[Tensor], geometry: Geometry) -> Tensor:
@@ -49,15 +49,19 @@ class Site:
         return STACKINGS[self.stacking].stack(w_ID, geometry)
 
     def unstack(self, w: Tensor, geometry: Geometry) -> list[Tensor]:
-        """The role matrices that the tensor stands for."""
+        """The role matrices that the tensor stands for, in the order of `matrices`."""
         return STACKINGS[self.stacking].unstack(w, geometry, len(self.matrices))
 
     def numel(self, geometry: Geometry) -> int:
-        """Numbers in its matrices, of layers with this geometry."""
+        """Numbers in its matrices, for layers of this geometry."""
         return sum(geometry.numel(role) for _, role in self.matrices)
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
-        """The stacked tensor's shape; refuses what cannot be stacked."""
+        """The shape of the stacked tensor.
+
+        Raises:
+            UserError: the matrices cannot be stacked.
+        """
         STACKINGS[self.stacking].check(self.roles, geometry)
         empty = [torch.empty(geometry.shape(role), device="meta") for _, role in self.matrices]
         return tuple(self.stack(empty, geometry).shape)
@@ -65,15 +69,15 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class MatrixStatistics:
-    """What a calibration text says of one role matrix (I, D).
+    """Statistics of one role matrix (I, D) on a calibration set.
 
     Attributes:
-        input_covariance_XX: E[x xᵀ] of what the matrix reads, X its input width.
+        input_covariance_XX: E[x xᵀ] of the matrix's inputs, X the input width.
         input_mean_abs_X: E|x|, per input.
-        gradient_covariance_YY: E[g gᵀ] of the gradient at its output; None unless it was asked for.
-        reads_rows: whether the inputs run along the rows I (output projections, `o` and `out`) and
-            not along the columns D.
-        tokens: that the matrix read; none, where an expert was never chosen: all is 0 then.
+        gradient_covariance_YY: E[g gᵀ] of the gradient at its output; None unless it was requested.
+        reads_rows: whether the inputs run along the rows I (output projections, `o` and `out`)
+            rather than the columns D.
+        tokens: that the matrix read; 0 for an expert that was never chosen, with all statistics 0.
     """
 
     input_covariance_XX: Tensor
@@ -84,29 +88,29 @@ class MatrixStatistics:
 
     @property
     def row_covariance(self) -> Tensor | None:
-        """The covariance along the rows of the role matrix; None where it was not measured."""
+        """The covariance along the rows of the role matrix; None if it was not measured."""
         return self.input_covariance_XX if self.reads_rows else self.gradient_covariance_YY
 
     @property
     def column_covariance(self) -> Tensor | None:
-        """The covariance along its columns; None where it was not measured."""
+        """The covariance along its columns; None if it was not measured."""
         return self.gradient_covariance_YY if self.reads_rows else self.input_covariance_XX
 
 
-OutputMap = Callable[[Tensor], Tensor]  # outputs (..., D) of the factors, from the original's
-Size = tuple[int, ...]  # integers that say one size on an error curve: ranks, as a rule
+OutputMap = Callable[[Tensor], Tensor]  # outputs (..., D) of the factors from those of the original
+Size = tuple[int, ...]  # integers that specify a size on an error curve, usually ranks
 
 
 class ErrorCurve(NamedTuple):
-    """What every size of a site stores and what error it leaves.
+    """The cost and error of every size of a site.
 
-    Shapes: N sizes, C integers that say one size (ranks, as a rule).
+    Shapes: N sizes, C integers that specify a size (usually ranks).
 
     Attributes:
         cost_N: numbers stored, ascending.
-        error_N: error left, descending, in a unit that all sites of one run share.
-        sizes_NC: the sizes, for `Leaf.at_size` or `LayerContext.sizes`; all 0 leaves the site as
-            it is.
+        error_N: error left, descending, in a unit common to all sites of a run.
+        sizes_NC: the sizes, for `Leaf.at_size` or `LayerContext.sizes`; all 0 leaves the site as it
+            is.
     """
 
     cost_N: Tensor
@@ -115,9 +119,9 @@ class ErrorCurve(NamedTuple):
 
 
 class LayerContext(Protocol):
-    """One layer of the original and of the compressed model, on the calibration text.
+    """One layer of the original and of the compressed model, on the calibration set.
 
-    Shapes: N tokens of a batch, X width of an input, B sequences, T positions, D model width.
+    Shapes: N tokens of a batch, X input width, B sequences, T positions, D model width.
     """
 
     @property
@@ -128,8 +132,11 @@ class LayerContext(Protocol):
 
     @property
     def sites(self) -> Mapping[Site, Size | None]:
-        """The strategy's sites of this layer, as they were planned or as a budget chose them, each
-        with its size on the curve (None without a budget), in the order in which they run."""
+        """The strategy's sites of this layer, in the order in which they run, with their sizes.
+
+        As planned, or as a budget grouped them; sizes are those on the curve, None without a
+        budget.
+        """
         ...
 
     @property
@@ -140,39 +147,47 @@ class LayerContext(Protocol):
         ...
 
     def has_bias(self, role: str) -> bool:
-        """Whether a bias is added to what the role's matrix gives."""
+        """Whether the role's linear layer has a bias."""
         ...
 
     def statistics(self, site: Site) -> list[MatrixStatistics]:
-        """Of the original's inputs, one per matrix of the site."""
+        """Statistics of the original model, one per matrix of the site."""
         ...
 
     def input_covariance(self, role: str) -> Tensor:
-        """E[x xᵀ] (X, X) of the original's inputs, float64."""
+        """E[x xᵀ] (X, X) of the original model's inputs, float64."""
         ...
 
     def gradient_covariance(self, roles: Sequence[str]) -> Tensor:
-        """E[g gᵀ] over the joint outputs of roles that read one input, float64."""
+        """E[g gᵀ] over the concatenated outputs of roles that read the same input, float64."""
         ...
 
     def width_covariance(self, roles: Sequence[str]) -> Tensor:
-        """Of roles that read one input, at the model's width (D, D), float64: E[x xᵀ] of what input
-        projections read, E[g gᵀ] of the gradient where output projections write."""
+        """The covariance (D, D) at the model's width, float64, for roles that read the same input.
+
+        E[x xᵀ] of what input projections read, or E[g gᵀ] of the gradient at the outputs of output
+        projections.
+        """
         ...
 
     def gradient_tokens(self, roles: Sequence[str]) -> int:
-        """Of how many tokens the gradients at the outputs of these roles were taken."""
+        """Number of tokens over which the gradients at the outputs of these roles were taken."""
         ...
 
     def propagated_covariance(self, roles: Sequence[str]) -> Tensor:
-        """The covariance of the other side, propagated through the matrices to the model's width
-        (D, D), float64: of input projections E[h hᵀ] = Wᵀ E[g gᵀ] W of h = Wᵀ g, summed over these
-        roles; of an output projection E[y yᵀ] = W E[x xᵀ] Wᵀ of y = W x."""
+        """The other side's covariance, propagated through the matrices to the model's width.
+
+        (D, D), float64. Input projections: E[h hᵀ] = Wᵀ E[g gᵀ] W of h = Wᵀ g, summed over these
+        roles; an output projection: E[y yᵀ] = W E[x xᵀ] Wᵀ of y = W x.
+        """
         ...
 
     def shifted_width_covariances(self, roles: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """As `shifted_covariances` at the model's width (D, D): of what input projections read, or
-        of W x and W y of output projections, W the original's matrix."""
+        """As `shifted_covariances`, at the model's width (D, D).
+
+        Of what input projections read, or of W x and W y for output projections, with the
+        original's W.
+        """
         ...
 
     def shifted_covariances(self, role: str) -> tuple[Tensor, Tensor]:
@@ -180,57 +195,67 @@ class LayerContext(Protocol):
         ...
 
     def original_inputs(self, role: str) -> Iterator[Tensor]:
-        """(N, X) per batch: what the original gives the role's matrix."""
+        """The role's inputs in the original model, (N, X) per batch."""
         ...
 
     def original_width_activations(self, role: str) -> Iterator[Tensor]:
-        """Activations of the original at the model's width, (N, D) per batch, without another run
-        of the layer: the inputs of an input projection, or the outputs W x of an output
-        projection."""
+        """Activations of the original model at the model's width, (N, D) per batch.
+
+        The inputs of an input projection, or the outputs W x of an output projection; does not run
+        the layer again.
+        """
         ...
 
     def compressed_inputs(self, role: str) -> Iterator[Tensor]:
-        """(N, X) per batch: what the compressed model gives it, with what was replaced so far."""
+        """The role's inputs in the compressed model so far, (N, X) per batch."""
         ...
 
     def replace(self, site: Site, factors: Factors, output_map: OutputMap | None = None) -> None:
-        """Replace matrices of the compressed layer by factors, rounded as they are stored.
+        """Replace matrices of the compressed layer by factors, rounded as they will be stored.
 
         Args:
-            output_map: of an output projection, how its outputs with the factors follow from those
-                with the original's matrix on the same input; saves another run of the layer.
+            site: of the matrices.
+            factors: their factors.
+            output_map: for an output projection, maps the outputs of the original matrix to those
+                of the factors on the same input; saves another run of the layer.
         """
         ...
 
     def replace_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Replace norms and biases of the compressed layer, by their names below it."""
+        """Replace norms and biases of the compressed layer, by their names within the layer."""
         ...
 
     def outputs(self) -> Iterator[Tensor]:
-        """Hidden states (B, T, D) after the compressed layer as it is now, per batch."""
+        """Hidden states (B, T, D) after the compressed layer in its current state, per batch."""
         ...
 
     def output_error(self) -> float:
-        """How far these are from the original's: the mean over tokens of the squared distance
-        relative to the output's squared size."""
+        """The relative error of the compressed layer's output.
+
+        The mean over tokens of the squared distance to the original's output over the latter's
+        squared norm.
+        """
         ...
 
     @property
     def holds_out(self) -> bool:
-        """Whether there is text that the covariances have not seen, for `held_out_error`."""
+        """Whether there is held-out text, unseen by the covariances, for `held_out_error`."""
         ...
 
     def matrices(self, site: Site, factors: Factors) -> dict[str, Tensor]:
-        """The role matrices (I, D) that factors of a site stand for."""
+        """The role matrices (I, D) that the factors of a site stand for."""
         ...
 
     def held_out_error(self, weights: Mapping[str, Tensor | LinearOperator]) -> float:
-        """How far the layer's output on that text moves with these role matrices (I, D), or
-        operators, in the place of its own, in the unit of `output_error`."""
+        """The change of the layer's output on held-out text, in the unit of `output_error`.
+
+        Args:
+            weights: role matrices (I, D), or operators, to use in place of the layer's own.
+        """
         ...
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors, gradients as a rule, by their sums over the processes of the fit."""
+        """Replace tensors (usually gradients) by their sums over the processes of the fit."""
         ...
 
     def output_loss(
@@ -239,12 +264,12 @@ class LayerContext(Protocol):
         weights: Mapping[str, Tensor | LinearOperator],
         parameters: Mapping[str, Tensor],
     ) -> Tensor:
-        """`output_error` on one batch, as a scalar that gradients flow from.
+        """`output_error` on one batch, as a differentiable scalar.
 
         Args:
             batch: 0 to `batches` - 1.
-            weights: role matrices (I, D) to run with, or operators.
-            parameters: other parameters of the layer to run with, by their names below it.
+            weights: role matrices (I, D), or operators, to run with.
+            parameters: other parameters of the layer to run with, by their names within the layer.
         """
         ...
 
@@ -253,22 +278,22 @@ class LayerContext(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Of the text that the statistics were measured on."""
+        """Number of tokens of the text on which the statistics were measured."""
         ...
 
     def other_parameters(self) -> dict[str, Tensor]:
-        """Norms and biases of the layer, by their names below it."""
+        """Norms and biases of the layer, by their names within the layer."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class LayerResult:
-    """What a `LayerFit` made of one layer.
+    """The result of a `LayerFit` for one layer.
 
     Attributes:
-        factors: of the layer's sites; what has none stays as it is.
-        parameters: other parameters of the layer that were changed (norms, biases), by their names
-            below the layer.
+        factors: of the layer's sites; a site without factors stays as it is.
+        parameters: other parameters that were changed (norms, biases), by their names within the
+            layer.
     """
 
     factors: Mapping[Site, Factors]

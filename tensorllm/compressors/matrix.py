@@ -1,8 +1,9 @@
-"""Single matrices by truncated SVDs, perhaps with weighted inputs: what such strategies share.
+"""What strategies share that truncate single matrices, possibly with weighted inputs.
 
 A matrix is treated as its map W (Y outputs, X inputs): role matrices of output projections are
-stored transposed. With a root S of the weights of its inputs, W S is truncated and S taken out
-again, so that errors along inputs that matter are the smallest.
+stored transposed. With a root S of the weights of its inputs, W S is truncated and S divided out
+again, so that errors along important inputs are the smallest.
+
 Shapes: Y outputs, X inputs, R rank, N sizes of a curve, I and D of a role matrix.
 """
 
@@ -33,14 +34,15 @@ from tensorllm.tensors.factors import Factors, LowRank, low_rank_outline
 from tensorllm.tensors.stacking import MATRICES, ROUTED, Geometry, is_output_projection
 from tensorllm.tensors.triangular import lower_inverse, raised_cholesky
 
-KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by a search
+KEPT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # default values of a search
 
 
 class Root(NamedTuple):
     """A root S of the weights of a map's inputs, and its inverse.
 
     Attributes:
-        root_XX, inverse_XX: matrices, or vectors (X) where S is diagonal.
+        root_XX: a matrix, or a vector (X) if S is diagonal.
+        inverse_XX: its inverse, in the same form.
     """
 
     root_XX: Tensor
@@ -57,7 +59,7 @@ class Root(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class KeptSettings:
-    """How much of each matrix is kept, the same share of all.
+    """Settings of how much of each matrix is kept, the same share of all.
 
     Attributes:
         kept: numbers that the factors store over those of the matrix, in (0, 1).
@@ -103,7 +105,7 @@ class KeptSettings:
         return max(1, int(self.kept * shape[0] * shape[1] / sum(shape)))
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse a rank that no matrix of this shape has."""
+        """Raise a UserError for a rank that a matrix of this shape cannot have."""
         if self.rank is not None and self.rank > min(shape):
             raise UserError(f"rank must be in 1..{min(shape)}, got {self.rank}")
 
@@ -111,17 +113,17 @@ class KeptSettings:
         return self.rank_of(shape) * sum(shape)
 
     def sites(self, spec: ModelSpec, layers: Sequence[int]) -> list[Site]:
-        """Every matrix alone, of layers that have it."""
+        """Every matrix alone, in layers that have it."""
         return matrix_sites(spec, layers, self.matrices)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixSVD(KeptSettings, Leaf):
-    """A truncated SVD of each matrix, its inputs weighted by a root that a subclass says."""
+    """A truncated SVD of each matrix, its inputs weighted by a root that subclasses provide."""
 
     @abstractmethod
     def root(self, w_YX: Tensor, statistics: MatrixStatistics | None) -> Root:
-        """The root of the inputs' weights, float64."""
+        """The root of the input weights, float64."""
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         return [Job(site, self) for site in self.sites(spec, layers)]
@@ -135,7 +137,7 @@ class MatrixSVD(KeptSettings, Leaf):
     def curve(
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> ErrorCurve:
-        """Squared error of the weighted map at every rank, relative to its size."""
+        """Squared error of the weighted map at every rank, relative to its mean square."""
         w_YX, _ = as_map(w, statistics)
         return weighted_curve(w_YX, self.root(w_YX, statistics[0] if statistics else None))
 
@@ -156,10 +158,16 @@ class MatrixSVD(KeptSettings, Leaf):
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixFit(KeptSettings, LayerFit):
-    """What strategies share that fit each matrix of a layer alone, one after the other."""
+    """Base of strategies that fit each matrix of a layer alone, one after the other."""
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        """Of the matrices that every token passes: experts see others once layers are fitted."""
+        """The jobs of the matrices that every token passes through.
+
+        Routed experts are left out: once lower layers are compressed, other tokens reach them.
+
+        Raises:
+            UserError: `matrices` names a routed expert's matrix.
+        """
         sites = self.sites(spec, sorted(layers))
         routed = [site for site in sites if site.families[0] in ROUTED]
         if routed and self.matrices is not None:
@@ -171,13 +179,15 @@ class MatrixFit(KeptSettings, LayerFit):
         return [Job(site, self) for site in sites if site not in routed]
 
     def rank_at(self, context: LayerContext, site: Site) -> int:
-        """The rank that a budget chose for a site, or that of the settings."""
+        """The rank that a budget chose for a site, otherwise that of the settings."""
         size = context.sites[site]
         return size[0] if size else self.rank_of(site.shape(context.geometry))
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
-        """Squared error at every rank where the original's inputs are white, whatever the fit then
-        does on the compressed model's."""
+        """Squared error at every rank after whitening the original model's inputs.
+
+        The fit itself may use the compressed model's inputs.
+        """
         return {
             site: weighted_curve(
                 map_of(context.weight(site.roles[0]), site.roles[0]),
@@ -192,7 +202,7 @@ class MatrixFit(KeptSettings, LayerFit):
 
     def rounding_metric(self, context: LayerContext, role: str) -> Tensor:
         width = context.weight(role).shape[1]
-        if is_output_projection(role):  # what it writes is not measured
+        if is_output_projection(role):  # there is no covariance at its outputs
             return torch.eye(width, dtype=torch.float64, device=context.device)
         return context.input_covariance(role)
 
@@ -206,8 +216,10 @@ def _whitening_of(context: LayerContext, role: str) -> Root:
 
 
 def weighted_curve(w_YX: Tensor, root: Root) -> ErrorCurve:
-    """Squared error of a map at every rank that saves numbers, relative to its mean square, inputs
-    weighted; and at size 0 the matrix as it is."""
+    """Squared error of the weighted map at every rank that saves numbers; size 0 is the matrix.
+
+    Relative to the map's mean square.
+    """
     scaled_YX = root.scale(w_YX)
     wide = len(scaled_YX) <= scaled_YX.shape[1]
     gram = scaled_YX @ scaled_YX.mT if wide else scaled_YX.mT @ scaled_YX
@@ -220,17 +232,20 @@ def weighted_curve(w_YX: Tensor, root: Root) -> ErrorCurve:
 
 
 def weighted_error(w_YX: Tensor, lost_YX: Tensor, root: Root) -> float:
-    """What an error of a map costs, in the unit of `weighted_curve`."""
+    """The cost of an error of a map, in the unit of `weighted_curve`."""
     whole = float(root.scale(w_YX).square().sum())
     return float(root.scale(lost_YX).square().sum()) * w_YX.numel() / whole if whole else 0.0
 
 
 def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
-    """The Cholesky factor of a covariance; where that is not positive definite, its diagonal is
-    raised until it is, as in the authors' code.
+    """The Cholesky factor of a covariance, and its inverse.
+
+    If the covariance is not positive definite, its diagonal is raised until it is, as in the
+    authors' code.
 
     Args:
-        ridge: of the mean variance, what is added to the diagonal in any case.
+        covariance_XX: of the inputs.
+        ridge: always added to the diagonal, relative to the mean variance.
 
     Raises:
         UserError: the covariance has NaN or Inf.
@@ -245,7 +260,7 @@ def whitening(covariance_XX: Tensor, ridge: float = 0.0) -> Root:
 def matrix_sites(
     spec: ModelSpec, layers: Sequence[int], matrices: Sequence[str] | None
 ) -> list[Site]:
-    """Every matrix alone, of layers that have it; None: all that a layer has."""
+    """Every matrix alone, in layers that have it; None: all that a layer has."""
     check_exist(matrices or (), spec)
     return [
         Site((layer,), (role,), "matrix")
@@ -256,7 +271,7 @@ def matrix_sites(
 
 
 def kept_settings(point: Mapping[str, Value]) -> dict[str, Any]:
-    """The settings of a point of `KeptSettings`; several matrices are joined by `+`."""
+    """The `KeptSettings` of a point of the search space; several matrices are joined by `+`."""
     out: dict[str, Any] = {"kept": float(f"{point['kept']:.6g}")}
     if "matrices" in point:
         out["matrices"] = tuple(str(point["matrices"]).split("+"))
@@ -266,7 +281,7 @@ def kept_settings(point: Mapping[str, Value]) -> dict[str, Any]:
 def as_map(
     w_ID: Tensor, statistics: Sequence[MatrixStatistics] | None = None
 ) -> tuple[Tensor, bool]:
-    """The map (Y, X) of a role matrix, float64, and whether it is the matrix's transpose."""
+    """The map (Y, X) of a role matrix, float64, and whether it is transposed."""
     transposed = bool(statistics and statistics[0].reads_rows)
     w_ID = w_ID.double()
     return (w_ID.mT if transposed else w_ID), transposed
@@ -278,9 +293,9 @@ def map_of(w_ID: Tensor, role: str) -> Tensor:
 
 
 def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (Y, R) and (R, X) of the best map of this rank between weighted inputs."""
+    """Factors (Y, R) and (R, X) of the best map of this rank under weighted inputs."""
     scaled_YX = root.scale(w_YX)
-    if len(scaled_YX) <= scaled_YX.shape[1]:  # on the smaller side, where the root drops out
+    if len(scaled_YX) <= scaled_YX.shape[1]:  # on the smaller side, the root cancels
         u_YR = leading_eigenvectors(scaled_YX @ scaled_YX.mT, rank)
         return u_YR, u_YR.mT @ w_YX
     v_XR = leading_eigenvectors(scaled_YX.mT @ scaled_YX, rank)
@@ -288,9 +303,10 @@ def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(u_YR: Tensor, v_RX: Tensor, *, transposed: bool, like: Tensor) -> LowRank:
-    """The factors of the role matrix, in float32 or wider, with its singular values in both.
+    """The factors of the role matrix, in float32 or wider, with balanced singular values.
 
-    What a root leaves is badly scaled where inputs hardly vary: rounding and training would suffer.
+    Dividing by the root leaves factors badly scaled along inputs that hardly vary, which would harm
+    rounding and training.
     """
     q_YR, left_RR = torch.linalg.qr(u_YR)
     q_XR, right_RR = torch.linalg.qr(v_RX.mT)

@@ -1,7 +1,7 @@
-"""Linear operators that stand for role matrices without multiplying their factors out.
+"""Linear operators that stand for role matrices without multiplying out their factors.
 
-Shapes: X inputs of the matrix, Y its outputs, R rank or rows that are kept, I and D of a role
-matrix; it is (Y, X) where it reads the model's width and (X, Y) where it writes to it.
+Shapes: X inputs of the matrix, Y its outputs, R rank or kept rows, I and D of a role matrix, which
+is (Y, X) for input projections and (X, Y) for output projections.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 
 class LinearOperator(ABC):
-    """A role matrix by its action on inputs."""
+    """A role matrix, given by its action on inputs."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., Y) of an input (..., X), both in the input's dtype."""
+        """The output (..., Y) for an input (..., X), in the input's dtype."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -26,11 +26,11 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def is_cheaper(self, tokens: int) -> bool:
-        """Whether this costs less than making the matrix and multiplying so many tokens by it."""
+        """Whether applying it to so many tokens costs less than forming and applying the matrix."""
 
 
 class SharedInput:
-    """The factor (X, R) that maps of one input share; each input is multiplied by it once."""
+    """A factor (X, R) shared by maps that read the same input; the product is computed once."""
 
     def __init__(self, into_XR: Tensor) -> None:
         self.into_XR = into_XR
@@ -47,7 +47,8 @@ class ProductOperator(LinearOperator):
     """The product of two factors: y = x `into` `back`.
 
     Attributes:
-        back_RY: the other factor.
+        shared: the first factor.
+        back_RY: the second factor.
         writes: whether the role is an output projection.
     """
 
@@ -69,11 +70,11 @@ class ProductOperator(LinearOperator):
 
 @dataclass(frozen=True, eq=False)
 class RowsOperator(LinearOperator):
-    """RowsOperator of the role matrix; the others are zero.
+    """Some rows of the role matrix; the others are zero.
 
     Attributes:
-        rows_R: their numbers.
-        values_RD: what is in them.
+        rows_R: their indices.
+        values_RD: their values.
         size: rows of the whole matrix.
         writes: whether the role is an output projection, whose rows are inputs.
     """
@@ -100,7 +101,7 @@ class RowsOperator(LinearOperator):
 
 @contextmanager
 def replaced_by(module: nn.Module, operator: LinearOperator) -> Iterator[None]:
-    """Within it the operator takes the place of a linear module's matrix; the bias stays."""
+    """Within the block, use the operator in place of a linear module's matrix; the bias stays."""
     own: Any = module
 
     def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Settings per layer: several strategies, each on layers and matrices of its own."""
+"""Settings per layer: several strategies, each with its own layers and matrices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Edit = Mapping[str, Any]  # `layers`, `mode` and that mode's settings
 
 @dataclass(frozen=True, slots=True)
 class LayerEdit:
-    """One edit: which layers, and by whom."""
+    """One edit: its layers and its strategy."""
 
     layers: tuple[int, ...]
     compressor: Compressor
@@ -29,7 +29,7 @@ class PerLayer(Composite):
 
     Attributes:
         edits: each with `layers`, `mode` and the settings of that mode.
-        chosen_by: what the edits were chosen by; filled in by whoever chose them.
+        chosen_by: how the edits were chosen; filled in by the code that chose them.
     """
 
     edits: tuple[Edit, ...]
@@ -41,14 +41,18 @@ class PerLayer(Composite):
         if not self.edits:
             raise UserError("per-layer settings need one edit or more, got none")
         object.__setattr__(self, "edits", tuple(self.edits))
-        self.parts()  # refuses wrong settings now rather than at work
+        self.parts()  # refuses wrong settings now rather than later
 
     def parts(self) -> list[LayerEdit]:
-        """The edits with their strategies made."""
+        """The edits with their strategies."""
         return [_part(number, edit) for number, edit in enumerate(self.edits, 1)]
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        """The edits of these layers."""
+        """The jobs of the edits of these layers.
+
+        Raises:
+            UserError: none of these layers is edited.
+        """
         jobs = []
         for part in self.parts():
             there = [layer for layer in part.layers if layer in layers]

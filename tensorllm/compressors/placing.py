@@ -1,6 +1,6 @@
-"""Which jobs of a strategy a model has the matrices for: layers may lack some.
+"""The jobs of a strategy for which a model has the matrices; some layers may lack some.
 
-A layer that was not named and lacks what a job decomposes is passed over; a named one is refused.
+A layer that lacks what a job decomposes is skipped, or refused if it was named.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ class Placed:
     """The jobs of a strategy on one model.
 
     Attributes:
-        layers: those that were asked for, without layers from which nothing is left.
-        missing_roles: layer -> the roles that a job wanted and the layer lacks.
+        jobs: those whose matrices exist.
+        layers: the requested layers, without those that have no job left.
+        missing_roles: layer -> the roles that a job needs and the layer lacks.
     """
 
     jobs: list[Job]
@@ -31,10 +32,12 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
     """The jobs of a strategy for layers of a model.
 
     Args:
-        layers: counted from 0; None: all, and those that lack what a job wants are passed over.
+        compressor: the strategy.
+        roles: the model's role matrices.
+        layers: counted from 0; None: all, skipping those that lack what a job needs.
 
     Raises:
-        UserError: a named layer lacks what a job wants, or no layer has it.
+        UserError: a named layer lacks what a job needs, or no layer has it.
     """
     spec = roles.spec
     wanted = roles.check_layers(range(roles.layers) if layers is None else layers)
@@ -64,7 +67,7 @@ def placed(compressor: Compressor, roles: RoleMatrices, layers: Sequence[int] | 
 
 
 def _latent(geometry: Geometry) -> str:
-    """Why heads cannot be stacked where keys and values are made from a latent."""
+    """For error messages: why heads cannot be stacked in multi-head latent attention."""
     if not set(MLA) & set(geometry.roles):
         return ""
     return (
@@ -89,7 +92,7 @@ def _lacking(
 def _empty(
     jobs: Sequence[Job], spec: ModelSpec, layers: Sequence[int]
 ) -> dict[int, tuple[str, ...]]:
-    """Layers of which a strategy that takes what is there takes nothing, because they lack it."""
+    """Layers that get no job because they have none of the strategy's matrices."""
     edited = {layer for job in jobs for layer in job.site.layers}
     roles = {f for job in jobs for f in job.site.families} or set(spec.roles)
     return {
@@ -100,7 +103,7 @@ def _empty(
 
 
 def _whole(jobs: Sequence[Job], lacking: dict[int, tuple[str, ...]]) -> list[Job]:
-    """The jobs of whose matrices none is missing."""
+    """The jobs none of whose matrices is missing."""
     return [
         job
         for job in jobs
@@ -109,7 +112,7 @@ def _whole(jobs: Sequence[Job], lacking: dict[int, tuple[str, ...]]) -> list[Job
 
 
 def _check_alike(job: Job, spec: ModelSpec) -> None:
-    """Layers that are decomposed as one tensor must have matrices of the same shapes."""
+    """Refuse a job over layers whose matrices differ in shape."""
     first, *others = job.site.layers
     for layer in others:
         for role in job.site.roles:

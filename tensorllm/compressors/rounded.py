@@ -1,8 +1,9 @@
-"""Matrices and factors held in 8 or 4 bits: a mode of its own, and candidates beside ranks.
+"""Matrices and factors in 8 or 4 bits: a mode of its own, and candidates for a budget.
 
-For a budget in bytes a size is ranks and bits: `(*size, 4)` are the factors of a size in int4,
-`(0, ..., 4)` is the whole matrix in int4, `(0, ..., 0)` leaves it as it is. What it costs are bytes
-in the file; its error is that of truncation plus that of rounding what is kept.
+For a budget in bytes, a size consists of ranks and bits: `(*size, 4)` stands for the factors of a
+size in int4, `(0, ..., 4)` for the whole matrix in int4, `(0, ..., 0)` for the matrix as it is. Its
+cost is bytes in the file; its error is that of truncation plus that of rounding what is kept.
+
 Shapes: N sizes of a curve, I and D of a role matrix.
 """
 
@@ -44,7 +45,7 @@ HOW = {8: "int8", 4: "int4"}
 class Rounded(Leaf):
     """Each matrix rounded to 8 or 4 bits, in groups of 64 with a scale; or another mode's factors.
 
-    Source: plain rounding to the nearest, as GPTQ (arXiv 2210.17323) and others compare with.
+    Source: plain rounding to the nearest, the baseline of GPTQ (arXiv 2210.17323) and others.
 
     Attributes:
         bits: 8 or 4.
@@ -93,12 +94,12 @@ class Rounded(Leaf):
 
 @dataclass(frozen=True)
 class RoundedLeaf(Leaf):
-    """The sizes of another leaf with bits: what a budget in bytes chooses from.
+    """Another leaf whose sizes include bits, for a budget in bytes.
 
     Attributes:
         inner: the leaf.
         max_bytes: of the file.
-        written: dtype of the file's matrices; None: that of the weights that are decomposed.
+        written: dtype of the matrices in the file; None: that of the decomposed weights.
     """
 
     inner: Leaf
@@ -115,7 +116,7 @@ class RoundedLeaf(Leaf):
     def curve(
         self, site: Site, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None
     ) -> ErrorCurve:
-        """Each size in full and in few bits, and the tensor itself."""
+        """Each size unrounded and in few bits, and the tensor itself."""
         inner, shape, dtype = self.inner, tuple(w.shape), self.written or w.dtype
         rounding_errors = {
             bits: inner.error_of(w, quantise(Whole(w), how).dense(), statistics)
@@ -138,12 +139,13 @@ class RoundedLeaf(Leaf):
 
 @dataclass(frozen=True)
 class RoundedSizes:
-    """What the sizes of a site take in a file.
+    """The bytes that each size of a site takes in a file.
 
     Attributes:
-        shape, dtype: of the site's tensor, as it is stored where it is not rounded.
+        site: the site.
+        shape, dtype: of the site's tensor as it is stored without rounding.
         max_bytes: of the file.
-        outline: gives the factors of a size that has no bits.
+        outline: gives the factors of a size without bits.
     """
 
     site: Site
@@ -164,12 +166,12 @@ class RoundedSizes:
         """A curve whose sizes are ranks and bits, and whose costs are bytes.
 
         Args:
-            plain: without rounding, in numbers.
-            rounding_errors: bits -> what rounding the whole tensor costs, in the unit of the curve.
-            total: what the tensor would cost if it were zero.
+            plain: the curve without rounding, its costs in numbers.
+            rounding_errors: bits -> error of rounding the whole tensor, in the unit of the curve.
+            total: error of replacing the tensor by zero.
             whole: whether the tensor itself is a candidate.
-            trial_errors: bits -> what rounding factors cost in a trial; else it is estimated from
-                `rounding_errors`.
+            trial_errors: bits -> error of rounding factors, measured in a trial; None: it is
+                estimated from `rounding_errors`.
         """
         nothing = (0,) * plain.sizes_NC.shape[1]
         found: list[tuple[int, float, Size]] = []
@@ -187,13 +189,13 @@ class RoundedSizes:
         for bits, error in {0: 0.0, **rounding_errors}.items() if whole else ():
             tensor = Whole(torch.empty(self.shape, dtype=self.dtype, device="meta"))
             names = self.bytes(tensor, bits or None) - _numbers(tensor, bits or None)
-            # The matrices of the site may be held one by one: each has a name then.
+            # The matrices of the site may be stored separately, each with a name.
             cost = self.bytes(tensor, bits or None) + (len(self.site.matrices) - 1) * names
             found.append((cost, error, (*nothing, bits)))
         return _pareto(found)
 
     def bytes(self, factors: Factors, bits: int | None) -> int:
-        """At most so many bytes factors take in the file, with their names in its header."""
+        """An upper bound of the bytes of factors in the file, with their names in its header."""
         held = shapes_held(factors, bits)
         names = (
             entry_bytes(f"factors.{self.site.name}.{name}", shape, width, self.max_bytes)
@@ -203,7 +205,7 @@ class RoundedSizes:
 
 
 def _pareto(found: list[tuple[int, float, Size]]) -> ErrorCurve:
-    """Those that no cheaper one is as good as, by ascending cost."""
+    """The candidates with less error than every cheaper one, by ascending cost."""
     kept: list[tuple[int, float, Size]] = []
     for cost, error, size in sorted(found):
         if not kept or error < kept[-1][1]:
@@ -222,8 +224,8 @@ def _numbers(factors: Factors, bits: int | None) -> int:
 class RoundedFit(WrappedFit):
     """A `LayerFit` whose sizes are ranks and bits.
 
-    Whole matrices are rounded first, so that what is fitted makes up for some of it; factors are
-    rounded once they are fitted, and the layers above see what that did.
+    Whole matrices are rounded first, so that the fit of the others makes up for some of the error;
+    factors are rounded once they are fitted, and the layers above are fitted to the result.
     """
 
     def __init__(self, inner: LayerFit, max_bytes: int, written: torch.dtype | None = None) -> None:
@@ -232,7 +234,7 @@ class RoundedFit(WrappedFit):
 
     @property
     def needs_input_covariances(self) -> bool:
-        return True  # their covariances are what whole matrices are rounded by
+        return True  # as metrics for rounding whole matrices
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
         unrounded = self.inner.curves(sites, context)
@@ -250,7 +252,7 @@ class RoundedFit(WrappedFit):
                 ErrorCurve(*(t.cpu() for t in plain)),
                 {bits: sum(each[bits] for each in mine) for bits in HOW},
                 sum(each[0] for each in mine),
-                whole=len(site.roles) == 1,  # several are, each alone, in another grouping
+                whole=len(site.roles) == 1,  # otherwise in a grouping with single matrices
                 trial_errors=self._trial_errors(context, site),
             )
         return out
@@ -277,8 +279,11 @@ class RoundedFit(WrappedFit):
         return LayerResult(found, result.parameters)
 
     def _trial_errors(self, context: LayerContext, site: Site) -> dict[int, float] | None:
-        """Bits -> what rounding a site's factors costs, where a trial is possible: matrices of
-        different sizes that share a factor may lose all that the small ones are."""
+        """Bits -> measured error of rounding a site's factors; None if no trial is possible.
+
+        An estimate is poor for matrices of different scales that share a factor: the small ones may
+        be lost altogether.
+        """
         factors = self.inner.example(site, context) if context.holds_out else None
         if factors is None:
             return None
@@ -290,7 +295,7 @@ class RoundedFit(WrappedFit):
         return {bits: max(0.0, cost - unrounded) for bits, cost in costs.items()}
 
     def _rounding_errors(self, context: LayerContext, role: str) -> dict[int, float]:
-        """What rounding a matrix costs by bits, and at 0 what leaving it out does."""
+        """Bits -> error of rounding a matrix; 0 -> error of replacing it by zero."""
         w_ID = context.weight(role).float()
         metric_DD = self.inner.rounding_metric(context, role).to(w_ID.device)
         out = {0: self.inner.error_of(context, role, -w_ID)}
@@ -301,7 +306,7 @@ class RoundedFit(WrappedFit):
         return out
 
     def _whole(self, context: LayerContext, site: Site, bits: int) -> Factors:
-        """A site's matrix in few bits, rounded by what its errors do."""
+        """A site's matrix in few bits, rounded by the metric of its errors."""
         w_ID = context.weight(site.roles[0])
         metric_DD = self.inner.rounding_metric(context, site.roles[0]).to(w_ID.device)
         return quantised_whole(w_ID, HOW[bits], compensation(metric_DD))
@@ -319,11 +324,12 @@ class _WithSites:
 
 
 def in_bytes(compressor: Compressor, max_bytes: int, written: torch.dtype | None = None) -> Wrapped:
-    """The strategy with sizes that are ranks and bits, and costs that are bytes.
+    """The strategy with sizes in ranks and bits, and costs in bytes.
 
     Args:
+        compressor: the strategy.
         max_bytes: of the file.
-        written: dtype of the file's matrices, where the model runs in another; None: in that.
+        written: dtype of the matrices in the file; None: that in which the model runs.
     """
 
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:

@@ -20,7 +20,7 @@ from tensorllm.compressors.base import COMPRESSORS, Compressor
 from tensorllm.errors import UserError
 from tensorllm.registry import did_you_mean
 
-WANTED = {  # pydantic's errors
+WANTED = {  # by pydantic's error types
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
@@ -46,7 +46,11 @@ def settings_of(compressor: Compressor) -> tuple[str, dict[str, Any]]:
 
 
 def make_compressor(mode: str, settings: Mapping[str, Any]) -> Compressor:
-    """The strategy registered as `mode`, with these fields; all errors at once."""
+    """The strategy registered as `mode`, with these settings.
+
+    Raises:
+        UserError: unknown, missing or wrong settings; the message lists all problems.
+    """
     kind = COMPRESSORS[mode]
     problems = setting_problems(mode, settings)
     if problems:
@@ -59,7 +63,7 @@ def make_compressor(mode: str, settings: Mapping[str, Any]) -> Compressor:
 
 
 def setting_problems(mode: str, settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the names and the types of settings, a line each."""
+    """What is wrong with the names and types of settings, one line each."""
     known, hints, out = fields_of(mode), _hints(COMPRESSORS[mode]), []
     for name, value in settings.items():
         if name not in known:
@@ -85,7 +89,7 @@ def _required(kind: type[Compressor]) -> list[str]:
 
 
 def problem(name: str, value: Any, hint: Any) -> str | None:
-    """What is wrong with a value of an annotated type; None where it is right."""
+    """What is wrong with a value for an annotated type; None if nothing is."""
     try:
         checked(hint, value)
     except ValidationError as error:
@@ -101,7 +105,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _words(error: ErrorDetails) -> str:
-    """What pydantic says that was wanted."""
+    """What was expected, in words, from pydantic's error."""
     if error["type"] == "tuple_type" and isinstance(error["input"], str):
         return f"a list such as [{error['input']}]"
     if error["type"] == "literal_error":
@@ -112,10 +116,10 @@ def _words(error: ErrorDetails) -> str:
 
 
 def checked(hint: Any, value: Any) -> Any:
-    """A plain value (of YAML, JSON or the command line) as one of an annotated type.
+    """A plain value (from YAML, JSON or the command line) converted to an annotated type.
 
-    Lists become tuples, text becomes a path or a number (YAML reads 1e-5 as text) where one is
-    wanted, a mapping with a mode becomes that compressor; nothing else is converted.
+    Lists become tuples, text becomes a path or a number (YAML reads 1e-5 as text) if the type is
+    one, and a mapping with a mode becomes that compressor; nothing else is converted.
 
     Raises:
         ValidationError: it is of another type.
@@ -138,11 +142,11 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
-        return TypeAdapter(Any)  # a plugin's own annotation, which nothing can check
+        return TypeAdapter(Any)  # a plugin's own type, which pydantic cannot check
 
 
 def _hints(kind: type[Compressor]) -> dict[str, Any]:
-    """Field -> annotated type; none where a plugin's annotations cannot be resolved."""
+    """Field -> annotated type; empty if a plugin's annotations cannot be resolved."""
     try:
         return get_type_hints(kind)
     except NameError:

@@ -1,12 +1,12 @@
-"""The length of the steps by which factors are trained: shares of each parameter's size."""
+"""Step sizes for training factors, relative to the size of each parameter."""
 
 import math
 
 import torch
 from torch import Tensor
 
-NO_GRADIENT = 1e-20  # Adam's divisor there, at least
-ROUNDING = 1e-3  # of a parameter's mean gradient: much below it a step would be as long, and random
+NO_GRADIENT = 1e-20  # smallest divisor in Adam
+ROUNDING = 1e-3  # times the mean gradient: smallest divisor, or Adam follows rounding noise
 
 
 def mean_size(x: Tensor) -> float:
@@ -15,7 +15,7 @@ def mean_size(x: Tensor) -> float:
 
 
 def warmed_up(step: int, steps: int) -> float:
-    """The share of the learning rate: warm-up over a tenth of the steps, then a cosine."""
+    """Learning rate factor: linear warm-up over a tenth of the steps, then cosine decay."""
     warm = max(1, steps // 10)
     if step < warm:
         return (step + 1) / warm
@@ -25,9 +25,9 @@ def warmed_up(step: int, steps: int) -> float:
 
 
 def damp_rounding(optimizer: torch.optim.Adam) -> None:
-    """Shorter steps where a gradient is rounding: Adam divides it by its own size.
+    """Shorten steps along gradients that are rounding noise, which Adam would normalise.
 
-    Called at the first step, with the gradients there.
+    Call at the first step, once gradients exist.
     """
     for group in optimizer.param_groups:
         grads = [p.grad for p in group["params"] if p.grad is not None]

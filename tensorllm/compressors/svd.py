@@ -1,4 +1,4 @@
-"""Plain truncation of every matrix: the baseline that sees no data."""
+"""Plain truncation of every matrix: the baseline without data."""
 
 from dataclasses import dataclass
 from typing import ClassVar

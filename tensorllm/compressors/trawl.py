@@ -1,4 +1,4 @@
-"""TRAWL: CP or Tucker of whole matrices stacked into a third mode.
+"""TRAWL: CP or Tucker decomposition of whole matrices stacked along a third mode.
 
 Shapes: I inner width, D model width, M stacked matrices.
 """
@@ -22,7 +22,7 @@ from tensorllm.tensors.ranks import check_ranks, tucker_parameters
 from tensorllm.tensors.stacking import MATRICES
 from tensorllm.tensors.tucker import tucker
 
-# tensorly's defaults for `tucker`, which TRAWL's code leaves as they are
+# tensorly's defaults for `tucker`, which TRAWL's code uses
 SWEEPS = 100
 TOLERANCE = 1e-4
 
@@ -71,7 +71,7 @@ class Trawl(Leaf):
     def check(self, shape: tuple[int, ...]) -> None:
         if self.ranks is not None:
             check_ranks(self.ranks, shape)
-        # no tensor (I, D, M) has a larger CP rank than the product of its two smaller sizes
+        # the CP rank of a tensor (I, D, M) is at most the product of its two smaller sizes
         most = prod(sorted(shape)[:2])
         if self.rank is not None and self.rank > most:
             raise UserError(f"rank must be in 1..{most}, got {self.rank}")

@@ -1,6 +1,6 @@
-"""Tucker strategies: all four attention matrices of a layer at once, or each alone.
+"""Tucker strategies: all four attention matrices of a layer together, or each alone.
 
-Shapes: D model width, K head width, M = 2g+2 matrices per group, G groups (= heads where g = 1).
+Shapes: D model width, K head_dim, M = 2g+2 matrices per group, G groups (= heads if g = 1).
 """
 
 import math
@@ -34,17 +34,17 @@ Solver = Literal["sthosvd", "tensorly"]
 LAYOUTS = ("paper", "official")
 SOLVERS = ("sthosvd", "tensorly")
 
-SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the width and of the head width: ranks to try
-# A search decomposes a tensor of at most so many numbers (64 MiB in float32) at full ranks: the
-# core that a trial then decomposes is as good as the weights. Of larger ones it keeps MARGIN times
-# the largest ranks, as the best subspaces of smaller ranks are not quite nested.
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the model width and of head_dim: ranks to try
+# A search first decomposes a tensor of at most so many numbers (64 MiB in float32) at full ranks,
+# so that its trials can decompose the core without loss. For larger ones it keeps MARGIN times the
+# largest ranks, as the best subspaces of different ranks are not quite nested.
 EXACT_BELOW = 2**24
 MARGIN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuckerSettings(Leaf):
-    """What both Tucker strategies share: ranks given or asked for, layout and solver.
+    """Base of both Tucker strategies: ranks given or derived, layout and solver.
 
     Attributes:
         ranks: one rank per decomposed mode, in the order of the modes.
@@ -52,7 +52,7 @@ class TuckerSettings(Leaf):
         error: instead of ranks, an upper bound of the relative reconstruction error, in [0, 1).
         layout: which axis is cut into heads: `paper`, or `official` as the authors' code does.
         sweeps: HOOI sweeps after the HOSVD, at most; None: 12 (`tensorly`: 100).
-        tol: the sweeps end when the relative error moves by less; None: 2e-5 (`tensorly`: 1e-5).
+        tol: the sweeps end when the relative error changes by less; None: 2e-5 (`tensorly`: 1e-5).
         solver: our `sthosvd`, or `tensorly` (slow; the reference).
     """
 
@@ -88,7 +88,7 @@ class TuckerSettings(Leaf):
 
     @classmethod
     def search_space(cls, spec: ModelSpec, settings: Mapping[str, Any]) -> dict[str, Dimension]:
-        """R1 (of D) and R2 (of K): shares of their mode; R3 (of the matrices): all of them."""
+        """R1 (of D) and R2 (of K) as shares of their mode's size; R3 (of the matrices): all."""
         if {"ranks", "energy", "error"} & settings.keys():
             return {}
         geo = spec.sample(ATTENTION)
@@ -102,10 +102,10 @@ class TuckerSettings(Leaf):
 
     @classmethod
     def settings_at(cls, spec: ModelSpec, point: Mapping[str, Value]) -> dict[str, Any] | None:
-        """The ranks; R1 = G * R2 where the point says none, as in the authors' published ranks.
+        """The ranks of a point; without R1, R1 = G * R2 as in the authors' published ranks.
 
-        None: R1 is larger than D, or a rank than the product of the others and the groups G: a
-        mode's unfolding has no higher rank, and it would be stored for nothing.
+        None: R1 is larger than D, or a rank exceeds the product of the others and the groups G,
+        which bounds the rank of a mode's unfolding, so that the excess would be stored in vain.
         """
         if "R2" not in point:
             return {}
@@ -131,7 +131,11 @@ class TuckerSettings(Leaf):
         return tucker_parameters(shape, dict(zip(self.modes, self.ranks, strict=True)))
 
     def decompose(self, w: Tensor, statistics: Sequence[MatrixStatistics] | None = None) -> Tucker:
-        """Factors of a stacked tensor; ranks out of range raise a `UserError`."""
+        """The Tucker factors of a stacked tensor.
+
+        Raises:
+            UserError: ranks out of range.
+        """
         self.check(tuple(w.shape))
         ranks = self.ranks if self.ranks is not None else self._wanted_ranks(w)
         by_mode = dict(zip(self.modes, ranks, strict=True))
@@ -151,9 +155,11 @@ class TuckerSettings(Leaf):
         return replace(self, ranks=size, energy=None, error=None)
 
     def covering(self, others: Sequence[Leaf], shape: tuple[int, ...]) -> Self | None:
-        """All principal axes of a tensor of at most `EXACT_BELOW` numbers, so that the core that is
-        decomposed for smaller ranks is as good as the weights; `MARGIN` times the largest ranks of
-        a larger one."""
+        """A leaf at full ranks, or for large tensors at `MARGIN` times the largest ranks.
+
+        Up to `EXACT_BELOW` numbers full ranks are kept, so that decomposing the core at smaller
+        ranks is as good as decomposing the weights.
+        """
         ranks = [leaf.ranks for leaf in (self, *others) if isinstance(leaf, TuckerSettings)]
         if len(ranks) <= len(others) or None in ranks:
             return None
@@ -165,14 +171,14 @@ class TuckerSettings(Leaf):
         )
 
     def sliced(self, covering: Factors, shape: tuple[int, ...]) -> Tucker:
-        """The small core decomposed anew."""
+        """The factors from decomposing the small core again."""
         largest = cast(Tucker, covering)
         ranks = dict(zip(self.modes, self.ranks or (), strict=True))
         same = all(largest.factors[mode].shape[1] == rank for mode, rank in ranks.items())
         return largest if same else truncate(largest, ranks, refine=True)
 
     def _wanted_ranks(self, w: Tensor) -> tuple[int, ...]:
-        """The smallest ranks that keep the wanted energy, mode by mode."""
+        """The smallest ranks that keep the wanted energy or meet the error bound, mode by mode."""
         by_mode = spectra(w, self.modes)
         if self.energy is not None:
             chosen = ranks_for_energy(by_mode, self.energy)

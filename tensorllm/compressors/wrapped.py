@@ -1,7 +1,7 @@
-"""A strategy that does what another one does, with a step of its own before or behind it.
+"""A strategy that does the same as another one, with changes.
 
-`Wrapped` stands for a whole strategy and puts a wrapper round each of its jobs' strategies;
-`WrappedFit` is the wrapper of a `LayerFit` that changes nothing yet.
+`Wrapped` stands for a whole strategy and wraps the strategy of each of its jobs; `WrappedFit` wraps
+a `LayerFit` without changing anything yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ Wrap = Callable[[Leaf | LayerFit], Leaf | LayerFit]
 
 
 class _Delegated:
-    """A member of the wrapped strategy, `inner`, under its own name."""
+    """The member of the same name of the wrapped strategy, `inner`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -40,13 +40,13 @@ class _Delegated:
 
 
 def delegated() -> Any:
-    """An attribute or method that a wrapper delegates to what it wraps, `inner`."""
-    return _Delegated()  # as Any: each stands for a member of another type
+    """An attribute or method that a wrapper delegates to the strategy it wraps, `inner`."""
+    return _Delegated()  # Any: each has the type of its member
 
 
 @dataclass(frozen=True)
 class Wrapped(Composite):
-    """Another strategy, each of whose jobs is done by a wrapper.
+    """Another strategy with the strategy of each job wrapped.
 
     Attributes:
         inner: the strategy.
@@ -66,7 +66,7 @@ class Wrapped(Composite):
         return replace(self, inner=self.inner.with_budget(budget))
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
-        made: dict[int, Leaf | LayerFit] = {}  # one wrapper of each strategy: they go by identity
+        made: dict[int, Leaf | LayerFit] = {}  # one per strategy: compared by identity
         out = []
         for job in self.inner.jobs(spec, layers):
             if id(job.compressor) not in made:
@@ -76,9 +76,9 @@ class Wrapped(Composite):
 
 
 class WrappedFit(LayerFit):
-    """A `LayerFit` that does as another one; wrappers override what they change.
+    """A `LayerFit` that behaves like another one; subclasses override what they change.
 
-    What bounds or holds its sizes is not the other one's: wrappers change which sizes there are.
+    Members about sizes are not delegated, as wrappers change which sizes there are.
     """
 
     def __init__(self, inner: LayerFit) -> None:
@@ -106,22 +106,22 @@ class WrappedFit(LayerFit):
 
 
 class ChannelsOnly(WrappedFit):
-    """Nothing but FFNs that lose channels, the same number in all layers.
+    """Only FFNs that lose channels, the same number in all layers.
 
-    For a checkpoint that is narrower: low rank saves nothing there, and the FFN that keeps most
-    channels keeps all others as wide.
+    For a checkpoint in which the FFN is simply narrower. There low rank would save nothing, and the
+    config has one FFN width for all layers, the widest.
     """
 
     one_size = True
 
     def groupings(self, geometry: Geometry, layer: int, sites: Sequence[Site]) -> list[Groupings]:
-        """The one grouping of an FFN in which it is a single site; others stay as they are."""
+        """The grouping of each FFN into a single site; all other matrices stay as they are."""
         found = self.inner.groupings(geometry, layer, sites)
         channels = [one for groupings in found for one in groupings if _loses_channels(one)]
         return [[[Job(job.site, self) for job in grouping]] for grouping in channels]
 
     def curves(self, sites: Sequence[Site], context: LayerContext) -> dict[Site, ErrorCurve]:
-        """At widths that other tools run well."""
+        """The inner curves at the widths that other tools run well."""
         best = multiples(context.geometry.F)[0]
         out = {}
         for site, curve in self.inner.curves(sites, context).items():
@@ -139,7 +139,7 @@ def _loses_channels(grouping: Sequence[Job]) -> bool:
 
 
 class _FFNsOnly(Wrapped):
-    """Without what is fitted to attention."""
+    """A wrapped strategy without jobs fitted to attention."""
 
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> list[Job]:
         jobs = super().jobs(spec, layers)
@@ -151,7 +151,7 @@ class _FFNsOnly(Wrapped):
 
 
 def channels_only(compressor: Compressor) -> Wrapped:
-    """The strategy with `ChannelsOnly` wherever it fits layers; attention is left as it is."""
+    """The strategy with `ChannelsOnly` for each of its layer fits; attention is left as it is."""
 
     def wrap(inner: Leaf | LayerFit) -> Leaf | LayerFit:
         return ChannelsOnly(inner) if isinstance(inner, LayerFit) else inner

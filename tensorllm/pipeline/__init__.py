@@ -1,1 +1,1 @@
-"""Import paths of 0.1 that scripts use. Each warns, and goes with 0.3."""
+"""Deprecated import paths of 0.1. Each warns, and will be removed in 0.3."""

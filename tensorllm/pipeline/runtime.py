@@ -1,4 +1,4 @@
-"""Where `factorize` was in 0.1."""
+"""The import path of `factorize` in 0.1."""
 
 import warnings
 

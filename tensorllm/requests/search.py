@@ -90,9 +90,7 @@ class SearchRequest:
     ] = None
     seed: Annotated[
         int,
-        Option(
-            "Of the order, the sampler and the bootstrap.", minimum=0, maximum=options.MAX_SEED
-        ),
+        Option("Of the order, the sampler and the bootstrap.", minimum=0, maximum=options.MAX_SEED),
     ] = 0
     stop_level: Annotated[
         float, Option("Chance of pruning the best trial early; 0: only when it has lost.")

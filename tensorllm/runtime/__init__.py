@@ -1,4 +1,4 @@
-"""Running factored: modules that hold factors instead of the matrices that they stand for."""
+"""Factored execution: modules that hold factors instead of dense matrices."""
 
 from tensorllm.runtime import (  # noqa: F401  they register
     blocks,

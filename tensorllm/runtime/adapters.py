@@ -1,7 +1,8 @@
-"""What the factored attention has to know of each architecture that its weights do not say.
+"""What the factored attention needs to know of each architecture besides its weights.
 
 Paths and names are those of the transformers 5 modelling files (`models/<model_type>`).
-Shapes: B batch, H heads, T tokens, K head width, J rotated width.
+
+Shapes: B batch, H heads, T tokens, K head_dim, J rotated width.
 """
 
 import sys
@@ -19,7 +20,7 @@ Rotate = Callable[[Any, Tensor, Tensor, Any, Any], tuple[Tensor, Tensor]]
 def rotate_halves(
     module: Any, q_BHTJ: Tensor, k_BGTJ: Tensor, position_embeddings: Any, position_ids: Any
 ) -> tuple[Tensor, Tensor]:
-    """Rotary embedding by the model's own function; the model passes cosines and sines down."""
+    """Rotary embedding by the model's own function, with cosines and sines from the model."""
     cos, sin = position_embeddings
     return module.rotary_function(q_BHTJ, k_BGTJ, cos, sin)
 
@@ -27,8 +28,10 @@ def rotate_halves(
 def rotate_pairs(
     module: Any, q_BHTJ: Tensor, k_BGTJ: Tensor, position_embeddings: Any, position_ids: Any
 ) -> tuple[Tensor, Tensor]:
-    """By the model's function, too, where each layer keeps a table of sines and cosines, and heads
-    come after tokens."""
+    """Rotary embedding by the model's own function, with a table of sines and cosines per layer.
+
+    Heads come after tokens in that function (GPT-J).
+    """
     sin, cos = (
         module.embed_positions.to(position_ids.device)[position_ids]
         .to(k_BGTJ.dtype)
@@ -44,16 +47,17 @@ def _rope_width(config: Any, head_dim: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionAdapter:
-    """One architecture's attention beside its matrices.
+    """One architecture's attention, apart from its matrices.
 
     Attributes:
-        rotate: how queries and keys are rotated; None where positions are not rotary.
-        width: how many of a head's numbers are rotated, the first ones.
-        norms: modules that normalise queries and keys, head by head, where they are there.
-        scale: what scores are multiplied by.
-        softcap: attribute of the soft-capping of scores.
-        dropout, output_dropout: attributes of the dropout of probabilities and of the output.
-        latent: whether the module with this config can keep latents.
+        rotate: how queries and keys are rotated; None if positions are not rotary.
+        width: how many leading dimensions of a head are rotated, from the config and head_dim.
+        norms: names of the modules that normalise queries and keys per head, if the model has them.
+        scale: the factor that multiplies scores.
+        softcap: attribute with the soft cap of scores.
+        dropout: attribute with the dropout of probabilities.
+        output_dropout: attribute with the dropout of the output.
+        latent: whether a module with this config can run in latents.
     """
 
     rotate: Rotate | None = rotate_halves

@@ -1,13 +1,13 @@
 """Attention that runs in the latents of the shared tensor, for every architecture.
 
-Shapes: B batch, T queries, N keys, D model width, H query heads, G key/value heads, g = H/G, K head
-width, J rotated width, R = R2 latent width, E and V widths of cached keys and values, m some of the
-2g+2 matrices.
+Shapes: B batch, T queries, N keys, D model width, H query heads, G key/value heads, g = H/G, K
+head_dim, J rotated width, R = R2 latent width, E and V widths of cached keys and values, m some of
+the 2g+2 matrices.
 
-With W[m] = U1 A[m] U2^T the values need no more than R numbers per head, since U2^T U2 goes between
-them and the output's factors. Keys are expanded where they are rotated; the rest of them stays
-latent, its bias adding the same to all scores of a query. Nothing is expanded for the cache. Or
-both are expanded before they are cached, K wide as in the dense model.
+With W[m] = U1 A[m] U2^T, values need only R numbers per head, as U2^T U2 can be applied between
+them and the output's factors. Keys are expanded in the dimensions that are rotated; the rest stays
+latent, since its bias adds the same to all scores of a query. So the cache holds latents.
+Alternatively both are expanded to K before they are cached, as in the dense model.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ from tensorllm.tensors.stacking import Geometry
 
 
 class Bias(nn.Module):
-    """What is left of a linear whose weight is in factors: its bias, under its old name."""
+    """The remainder of a linear layer whose weight is in factors: its bias, under its old name."""
 
     def __init__(self, bias: Tensor | None) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class Bias(nn.Module):
 
 
 class LatentOutput(Bias):
-    """W_O on latent heads (B, T, H R), in the place of the dense output projection."""
+    """W_O applied to latent heads (B, T, H R), in place of the dense output projection."""
 
     def __init__(self, bias: Tensor | None, site: HeadsSite, groups: int) -> None:
         super().__init__(bias)
         self.groups = groups
-        self._site = (site,)  # registered by the attention; some keep their output elsewhere
+        self._site = (site,)  # in a tuple: the attention registers it
 
     def forward(self, y: Tensor) -> Tensor:
         site = self._site[0]
@@ -61,10 +61,14 @@ class FactoredAttention:
         site: HeadsSite,
         latent: bool,
     ) -> None:
-        """Set what `forward` reads, beside what the dense module has already.
+        """Set the attributes that `forward` uses, besides those of the dense module.
 
         Args:
-            latent: cache latents, not keys and values as wide as a head.
+            config: of the model.
+            adapter: of the architecture.
+            geometry: of the layer.
+            site: its factors.
+            latent: whether to cache latents instead of keys and values of width K.
         """
         self.factors = site
         self.adapter, self.geometry = adapter, geometry
@@ -112,7 +116,7 @@ class FactoredAttention:
     def _project(
         self, x_BTD: Tensor, position_embeddings: Any, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values by heads, expanded as far as they must be."""
+        """Queries, keys and values per head, expanded only as far as necessary."""
         site, geo, u_KR = self.factors, self.geometry, self.factors.u_KR
         y_BTmGR = site.into(x_BTD, slice(0, geo.groups + 2))
         q_BHTR = y_BTmGR[:, :, : geo.groups].permute(0, 3, 2, 1, 4).flatten(1, 2)
@@ -157,7 +161,7 @@ class FactoredAttention:
         return torch.cat([q_BHTJ, q[..., J:]], dim=-1), torch.cat([k_BGTJ, k[..., J:]], dim=-1)
 
     def _role_biases(self) -> dict[str, Tensor]:
-        """(heads, 1, K) biases of q, k and v; nothing where the model has none."""
+        """Biases (heads, 1, K) of q, k and v; empty if the model has none."""
         out: dict[str, Tensor] = {}
         geo = self.geometry
         for layout, module in self.biases:
@@ -182,21 +186,21 @@ class FactoredAttention:
         want_weights: bool,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """Latent outputs (B, T, H, R), by the attention implementation that the model is set to."""
+        """Outputs (B, T, H, R) by the attention implementation that the model is set to."""
         name = self.config._attn_implementation
         drop = getattr(self, self.adapter.dropout) if self.training else 0.0
         dropout = drop.p if isinstance(drop, nn.Dropout) else drop
         scale = self.adapter.scale(self)
         wide, narrow = k_BGNE.shape[-1], v_BGNR.shape[-1]
         one_by_one = q_BHTE.shape[2] == 1 and wide != narrow
-        plain = name == "sdpa" and (want_weights or one_by_one)  # other kernels' masks are not ours
+        plain = name == "sdpa" and (want_weights or one_by_one)  # masks of other kernels differ
         if name == "eager" or plain:
             if plain and mask is None and self.is_causal:
                 mask = causal_mask(q_BHTE, k_BGNE)
             return attend(q_BHTE, k_BGNE, v_BGNR, mask, scale, self.softcap, dropout)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        # Kernels want values as wide as keys, and fall back to slow code; zeros are soon cut off.
+        # Kernels are slow unless values are as wide as keys; the zeros are cut off again below.
         v_BGNE = F.pad(v_BGNR, (0, wide - narrow)) if narrow < wide else v_BGNR
         extra = {"softcap": self.softcap} if self.softcap is not None else {}
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
@@ -215,9 +219,12 @@ class FactoredAttention:
         return y_BTHE[..., :narrow], weights
 
 
-@cache  # one class per class, so that types can be compared
+@cache  # one class per dense class, so that types compare equal
 def _factored_class(dense: type[nn.Module]) -> type[nn.Module]:
-    """A model's attention class with our `forward`; still what the model looks for."""
+    """A subclass of a model's attention class with our `forward`.
+
+    Being a subclass, it is still found by the model's `isinstance` checks.
+    """
     return type(f"Factored{dense.__name__}", (FactoredAttention, dense), {"dense_class": dense})
 
 
@@ -232,7 +239,8 @@ def become_factored(
 ) -> None:
     """Turn a dense attention module into a factored one, in place.
 
-    All that is not a weight stays: norms, dropouts, tables, its number, and its place in the model.
+    Everything except the weights stays: norms, dropouts, tables, layer index, and its place in the
+    model.
     """
     module.__class__ = _factored_class(cast(Any, type(module)))
     module.prepare(config, adapter, geometry, site, latent)
@@ -249,15 +257,19 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Plain attention: outputs (B, T, H, R) and probabilities (B, H, T, N).
 
-    Keys and values are not repeated for the heads of a group: those are rows of one product.
+    Keys and values are not repeated for the queries of a group: these become rows of one product.
 
     Args:
-        mask: added to the scores, or true where attended; broadcasts to (B, H, T, N).
+        q_BHTE, k_BGNE, v_BGNR: queries, keys and values.
+        mask: added to the scores, or True where attended; broadcasts to (B, H, T, N).
+        scale: multiplies the scores.
+        softcap: of the scores.
+        dropout: of the probabilities.
     """
     batch, heads, tokens, _ = q_BHTE.shape
     groups = k_BGNE.shape[1]
     q_BGgTE = (q_BHTE * scale).reshape(batch, groups, -1, q_BHTE.shape[-1])
-    single = q_BGgTE.shape[2] == 1  # a CPU is up to four times faster at it the other way round
+    single = q_BGgTE.shape[2] == 1  # transposed, up to four times faster on a CPU
     scores = (k_BGNE @ q_BGgTE.mT).mT if single else q_BGgTE @ k_BGNE.mT
     scores = scores.reshape(batch, heads, tokens, -1)
     if softcap is not None:
@@ -276,7 +288,10 @@ def attend(
 
 
 def causal_mask(q_BHTE: Tensor, k_BGNE: Tensor) -> Tensor | None:
-    """True (T, N) where attended: what sdpa itself makes of a mask that the model left out."""
+    """The causal mask (T, N), True where attended, as sdpa applies it if no mask is given.
+
+    None for a single query.
+    """
     queries, keys = q_BHTE.shape[2], k_BGNE.shape[2]
     if queries == 1:
         return None

@@ -1,4 +1,7 @@
-"""Matrices in blocks of rows as modules. Shapes: D model width, B blocks of J rows, R rank."""
+"""Modules for matrices in blocks of rows.
+
+Shapes: D model width, B blocks of J rows, R rank.
+"""
 
 from torch import Tensor, nn
 

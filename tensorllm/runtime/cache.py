@@ -1,6 +1,7 @@
-"""A cache that grows in place: a step writes its own keys and values, and copies no others.
+"""A key-value cache that grows in place, so that a step copies only its own keys and values.
 
-transformers' own layer copies all that is cached at every token, into memory that is new each time.
+transformers' own layer copies the whole cache into newly allocated memory at every token.
+
 Shapes: B batch, G key/value heads, N cached tokens, T new tokens, E and R key and value widths.
 """
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens that a layer has room for at most, at first and whenever it is full
+ROOM = 64  # most tokens for which memory is allocated in advance
 
 
 @dataclass(slots=True, eq=False)
@@ -19,9 +20,9 @@ class Room:
     """Memory for more tokens than are cached.
 
     Attributes:
-        keys, values: (B, G, N, E) and (B, G, N, R), N what there is room for.
-        used: tokens written so far. Memory behind them is free; those before may belong to
-            another cache too: a copy of one that was cut back shares them.
+        keys, values: (B, G, N, E) and (B, G, N, R), N the capacity.
+        used: tokens written so far. Memory after them is free; memory before may be shared with
+            another cache, such as a copy that was cropped.
     """
 
     keys: Tensor
@@ -29,9 +30,9 @@ class Room:
     used: int
 
     def takes(self, layer: Any, after: int) -> bool:
-        """Whether a layer's tokens lie here, at the beginning, and are the last ones that do.
+        """Whether a layer's tokens fill this memory so far, and `after` tokens fit into it.
 
-        They do not once beams were reordered, or rows chosen.
+        They do not fill it after beams were reordered or rows selected.
         """
         return (
             self.keys.data_ptr() == layer.keys.data_ptr()
@@ -43,7 +44,7 @@ class Room:
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' growing layer, with free memory behind what is cached."""
+    """transformers' growing layer, with free memory after the cached tokens."""
 
     keys: Any
     values: Any
@@ -56,7 +57,7 @@ class GrowingLayer(DynamicLayer):
         return made
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """All keys (B, G, N, E) and values (B, G, N, R) with the new ones."""
+        """All keys (B, G, N, E) and values (B, G, N, R), including the new ones."""
         if not self._in_place(key_states):
             return super().update(key_states, value_states, *args, **kwargs)
         before = self.keys.shape[-2]
@@ -73,7 +74,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _in_place(self, new: Tensor) -> bool:
-        """Only where nothing needs the copies: no gradients, no compiler."""
+        """Whether writing in place is safe: no gradients, no compiler."""
         if not self.is_initialized or torch.compiler.is_compiling():
             return False
         if new.requires_grad or self.keys.requires_grad or not self.keys.numel():
@@ -82,7 +83,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def grow_in_place(model: nn.Module) -> None:
-    """Let every plain cache that the model is given grow in place, from its second use on."""
+    """Let every plain cache passed to the model grow in place, from its second use on."""
     model.register_forward_pre_hook(_growing, with_kwargs=True)
 
 
@@ -91,7 +92,7 @@ def _growing(module: nn.Module, rest: tuple[Any, ...], given: dict[str, Any]) ->
     past = given.get("past_key_values")
     past = getattr(past, "self_attention_cache", past)
     if past is None or torch.compiler.is_compiling() or getattr(past, "offloading", False):
-        return  # or layers are moved between devices
+        return  # offloading moves layers between devices
     layers: Any = getattr(past, "layers", ())
     for number, held in enumerate(layers):
         if type(held) is DynamicLayer and held.is_initialized:
@@ -99,7 +100,7 @@ def _growing(module: nn.Module, rest: tuple[Any, ...], given: dict[str, Any]) ->
 
 
 def is_plain(held: Any) -> bool:
-    """Whether it is what transformers caches a layer with by default, and holds something."""
+    """Whether this is transformers' default cache of a layer, and not empty."""
     return type(held) in (DynamicLayer, GrowingLayer) and held.is_initialized
 
 

@@ -1,10 +1,11 @@
-"""What running a site costs, dense and factored, predicted per token.
+"""The predicted cost of running a site, dense and factored, per token.
 
-One new token reads every weight once; a long prompt is bound by products; and starting an operation
-takes as long as reading many weights. The constants were set from times of SmolLM2-135M, whole and
-by its layers, on one core of an AMD EPYC; `benchmarks/runtime.py --part cost` and `--part real`
-hold predictions against times.
-Shapes: D model width, H heads, G key/value heads, K head width.
+Decoding a token reads every weight once; a long prompt is bound by products; and starting an
+operation takes as long as reading many weights. The constants were fitted to times of SmolLM2-135M,
+whole and by layer, on one core of an AMD EPYC; `benchmarks/runtime.py --part cost` and `--part
+real` compare predictions with times.
+
+Shapes: D model width, H heads, G key/value heads, K head_dim.
 """
 
 from collections.abc import Sequence
@@ -22,39 +23,49 @@ from tensorllm.tensors.stacking import Geometry
 
 Policy = Literal["auto", "always"]
 Cache = Literal["auto", "latent", "dense"]
-# Of a layer beside its matrices, with transformers' own modules: operations that a token that is
-# decoded starts, products that take as long as a score, and how much longer all that takes in a
-# prompt, beside products, where those are of 16 bits.
+# For the rest of a layer, with transformers' own modules: operations per decoded token, products
+# that take as long as a score, and the slowdown of all that relative to products in a prompt, if
+# those are in 16 bits.
 LAYER_OPERATIONS, FUSED_SCORE, BESIDE_HALF_PRECISION = 80, 22, 2.2
-# Weights of 16 bits are read 1.2 times as fast as those of 32: an operation is worth more of them.
-# And the attention that `runtime.one_query` replaces takes as long as so many operations.
+# 16-bit weights are read 1.2 times as fast as 32-bit ones, so an operation is worth more of them.
+# The attention that `runtime.one_query` replaces takes as long as so many operations.
 FASTER_HALF_PRECISION, REPEATING_ATTENTION = 1.2, 65
-# A prompt's products with factors take so much longer, each, than those with thicker matrices. The
-# choice of a site leaves that out: it would be kept dense for a gain that decoding loses again.
+# Slowdown of a prompt's products with factors, which are thinner matrices. It is left out when a
+# site's execution is chosen: sites kept dense for it would lose more in decoding.
 THIN = 1.08
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How a site runs, and why."""
+    """How a site runs, and why.
+
+    Attributes:
+        site: its name.
+        factored: whether it runs in its factors.
+        why: the reason, in words.
+        dense, factors: the costs of both.
+        half_precision_reads: that of the site's module.
+    """
 
     site: str
     factored: bool
     why: str
     dense: Cost
     factors: Cost
-    half_precision_reads: float = 1.0  # of the module that runs it
+    half_precision_reads: float = 1.0
 
     @property
     def speedups(self) -> tuple[float, float]:
-        """Predicted, of a prompt and of decoding: above 1 the factors are faster."""
+        """Predicted speed-ups of a prompt and of decoding; above 1 the factors are faster."""
         dense, small = self.dense, self.factors
         return dense.prefill / small.prefill, dense.decode / small.decode
 
 
 def costs_of(site: Site, factors: Factors, geometry: Geometry) -> tuple[Cost, Cost]:
-    """Of the site's matrices without a compression, and of the module that runs it; where there is
-    none, a guess by what is stored."""
+    """The costs of a site's dense matrices, and of the module that runs its factors.
+
+    If there is no such module, the latter is estimated from the stored numbers.
+    """
     module = module_for(site, factors) or SiteModule
     return module.dense_cost(site, geometry), module.cost(site, factors, geometry)
 
@@ -87,11 +98,12 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
 
 
 def keeps_dense_cache(site: Site, factors: Factors, geometry: Geometry, cache: Cache) -> bool:
-    """Whether a site that runs factored caches keys and values as wide as the dense model does.
+    """Whether a factored site caches keys and values of full width, as the dense model does.
 
     Args:
-        cache: `latent`: latents wherever the module can; `dense`: never; `auto`: where decoding is
-            predicted not to be slower with them.
+        site, factors, geometry: the site.
+        cache: `latent`: latents wherever the module can; `dense`: never; `auto`: latents if
+            decoding is predicted not to be slower with them.
 
     Raises:
         UserError: an unknown cache.
@@ -99,12 +111,12 @@ def keeps_dense_cache(site: Site, factors: Factors, geometry: Geometry, cache: C
     one_of("cache", cache, get_args(Cache))
     module = module_for(site, factors)
     if module is None or not module.latent_attention:
-        return False  # has none of its own
+        return False  # it has no attention of its own
     return cache == "dense" or (cache == "auto" and not module.latents_pay(factors, geometry))
 
 
 def other_than_matrices(geometry: Geometry, *, half_precision: bool) -> Cost:
-    """Of a layer, dense or factored: attention itself, norms, activations."""
+    """The cost of the rest of a layer, dense or factored: attention itself, norms, activations."""
     scores = geometry.H * PROMPT * (2 * geometry.K + FUSED_SCORE)
     moved = MOVE * (8 * geometry.D + 3 * geometry.F)
     return Cost(
@@ -117,11 +129,13 @@ def other_than_matrices(geometry: Geometry, *, half_precision: bool) -> Cost:
 def whole_speedups(
     spec: ModelSpec, choices: Sequence[Choice], head: int, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Predicted of a whole model, of a prompt of 512 tokens and of decoding.
+    """Predicted speed-ups of a whole model: of a prompt of 512 tokens, and of decoding.
 
     Args:
-        choices: how every site runs; matrices without one are dense.
-        head: weights of the output head, which a token that is decoded reads.
+        spec: of the model.
+        choices: how each site runs; matrices without one are dense.
+        head: weights of the output head, which every decoded token reads.
+        dtype: of the weights.
     """
     half_precision = dtype.itemsize == 2
     matrices = Cost(0, 0, 0)

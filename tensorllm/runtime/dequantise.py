@@ -1,4 +1,4 @@
-"""Parameters held in few bits and dequantised for each use, by torch's parametrizations."""
+"""Quantised parameters that are dequantised for each use, by torch's parametrizations."""
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,9 @@ from tensorllm.tensors.quantised import dequantise
 
 
 class Dequantised(Tensor):
-    """A dequantised parameter: made anew for each use, so that what is written to it is lost."""
+    """A dequantised parameter. It is made anew for each use, so writing to it has no effect."""
 
-    # What comes out of it is plain.
+    # Results of operations are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
@@ -27,7 +27,7 @@ class Dequantised(Tensor):
 
 
 class Dequantise(nn.Module):
-    """From what is stored in few bits to the parameter, its modes in the order it is held in."""
+    """A parametrization from the stored low-bit tensors to the parameter, in its order of modes."""
 
     def __init__(self, stored: tuple[Tensor, ...], order: Order) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Dequantise(nn.Module):
         return held if torch.compiler.is_compiling() else held.as_subclass(Dequantised)
 
     def right_inverse(self, dense: Tensor) -> tuple[Tensor, ...]:
-        """What is held from now on; asked for once, on registration."""
+        """The stored tensors; called once, on registration."""
         assert self._stored is not None, "a quantised parameter is not written to"
         stored, self._stored = self._stored, None
         return stored

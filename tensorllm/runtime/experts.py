@@ -1,9 +1,11 @@
-"""A mixture of experts that runs in its factors and never rebuilds an expert.
+"""A mixture of experts that runs in its factors, without ever forming an expert's matrices.
 
-What experts share is multiplied once per token: the input factor before tokens go to their experts,
-the output factor after what comes back is summed. Each expert multiplies by its own part of the
-core. Shapes: N tokens, K experts of a token, M = N K rows of tokens at experts, E experts, F their
-inner width, D model width, A, B, R, Z the core's sizes along experts, inner width, model width and
+What experts share is multiplied once per token: the input factor before tokens are dispatched to
+experts, the output factor after their outputs are summed. Each expert multiplies by its own part of
+the core.
+
+Shapes: N tokens, K experts of a token, M = N K rows of tokens at experts, E experts, F their inner
+width, D model width, A, B, R, Z the core's sizes along experts, inner width, model width and
 matrices.
 """
 
@@ -21,12 +23,12 @@ from tensorllm.runtime.sites import Cost, SiteModule, runs
 from tensorllm.tensors.factors import Factors, Tucker, parameters
 from tensorllm.tensors.stacking import Geometry
 
-USED = 2  # experts of a token, in predictions of time
+USED = 2  # experts per token, in predictions of time
 
 
 @runs(Tucker, "experts")
 class ExpertsSite(SiteModule):
-    """Factors of an (E, F, D, S) tensor; a mode without one is whole."""
+    """Factors of an (E, F, D, S) tensor; a mode without a factor keeps its size."""
 
     core_AZBR: nn.Parameter
     u_EA: nn.Parameter | None
@@ -49,14 +51,14 @@ class ExpertsSite(SiteModule):
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
-        """Of a token that `USED` experts see: what all share, and as many parts of the core."""
+        """The cost of a token at `USED` experts: shared factors, and as many parts of the core."""
         core = factors.tensors()["core"].numel()
         used = parameters(factors) - core + USED * core // geometry.experts
         return Cost(used, USED * len(site.families) + 2, used)
 
     @classmethod
     def dense_cost(cls, site: Site, geometry: Geometry) -> Cost:
-        """Of as many experts: a token sees no others."""
+        """The cost of `USED` dense experts."""
         used = site.numel(geometry) * USED // geometry.experts
         return Cost(used, USED * len(site.families), used)
 
@@ -69,17 +71,17 @@ class ExpertsSite(SiteModule):
         return z_NR if self.u_DR is None else F.linear(z_NR, self.u_DR)
 
     def input_of(self, z_MR: Tensor, expert: int, matrix: int) -> Tensor:
-        """(M, R) -> (M, F) by one expert."""
+        """(M, R) -> (M, F) for one expert."""
         y_MB = F.linear(z_MR, self._core(expert, matrix))
         return y_MB if self.u_FB is None else F.linear(y_MB, self.u_FB)
 
     def output_of(self, h_MF: Tensor, expert: int, matrix: int) -> Tensor:
-        """(M, F) -> (M, R) by one expert."""
+        """(M, F) -> (M, R) for one expert."""
         h_MB = h_MF if self.u_FB is None else h_MF @ self.u_FB
         return h_MB @ self._core(expert, matrix)
 
     def _core(self, expert: int, matrix: int) -> Tensor:
-        """(B, R): the expert's own part; a combination of parts where its mode has a factor."""
+        """The expert's part (B, R) of the core, combined from several if its mode has a factor."""
         core: Tensor = self.core_AZBR
         core_ZBR = (
             core[expert] if self.u_EA is None else torch.tensordot(self.u_EA[expert], core, 1)
@@ -100,8 +102,10 @@ class ExpertMatrices(Protocol):
 
 
 class JointExperts(nn.Module):
-    """A kind of matrix whose factors all experts share in one site; the first kind of a site owns
-    it."""
+    """One kind of matrix of all experts, which share factors in one site.
+
+    The first kind of a site owns the site's module.
+    """
 
     def __init__(self, site: ExpertsSite, matrix: int, *, output: bool, owner: bool) -> None:
         super().__init__()
@@ -126,7 +130,7 @@ class JointExperts(nn.Module):
 
 
 class SeparateExperts(nn.Module):
-    """A kind of matrix of which every expert has a module of its own."""
+    """One kind of matrix with a separate module for every expert."""
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -144,7 +148,7 @@ class SeparateExperts(nn.Module):
 
 
 class DenseExperts:
-    """A kind of matrix that stays dense, in the parameter of the experts' module."""
+    """One kind of matrix that stays dense, in the parameter of the experts' module."""
 
     def __init__(self, view_EFD: Callable[[], Tensor], *, output: bool) -> None:
         self.view_EFD, self.output = view_EFD, output
@@ -161,20 +165,20 @@ class DenseExperts:
 
 
 class FactoredExperts(nn.Module):
-    """Mixed into the class of a model's experts, whose gating, biases and settings it uses."""
+    """Mixed into the class of a model's experts; uses its gating, biases and settings."""
 
     where: Experts
     num_experts: int
     parts: nn.ModuleDict
 
     def prepare(self, where: Experts, parts: Mapping[str, nn.Module]) -> None:
-        """Take the parts that are not dense; the parameters that they replace are gone already."""
+        """Set the parts that are not dense, after the parameters they replace were removed."""
         self.where = where
         self.parts = nn.ModuleDict({f"role_{kind}": part for kind, part in parts.items()})
-        self._is_hf_initialized = True  # transformers has nothing to fill here
+        self._is_hf_initialized = True  # nothing for transformers to initialise
 
     def part(self, kind: str) -> ExpertMatrices:
-        """What runs this kind of matrix."""
+        """The part that runs this kind of matrix."""
         modules: Any = self.parts._modules
         found: ExpertMatrices | None = modules.get(f"role_{kind}")
         if found is not None:
@@ -189,7 +193,7 @@ class FactoredExperts(nn.Module):
         return self._routed(hidden_states, *routing_of((*routing, *named.values())))
 
     def _routed(self, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Each token through its experts, summed with the router's weights."""
+        """Run each token through its experts; outputs are summed with the router's weights."""
         lead, x_ND = x_ND.shape, x_ND.flatten(0, -2)
         order_M = index_NK.flatten().argsort(stable=True)
         token_M = order_M // index_NK.shape[-1]
@@ -214,7 +218,7 @@ class FactoredExperts(nn.Module):
         return y_ND.view(lead)
 
     def _every_expert(self, x: Tensor) -> Tensor:
-        """Tokens that lie expert by expert, as many for each, weighted by the router already."""
+        """Run tokens that are sorted by expert, equally many for each, and already weighted."""
         outputs = self.part("out")
         inputs = {
             kind: z.unflatten(0, (self.num_experts, -1)) for kind, z in self._begun(x).items()
@@ -226,7 +230,7 @@ class FactoredExperts(nn.Module):
         return outputs.end(torch.cat(made))
 
     def _begun(self, x_ND: Tensor) -> dict[str, Tensor]:
-        """What the experts' input matrices read; made once for kinds that share a site."""
+        """The input of each input matrix, computed once for kinds that share a site."""
         out: dict[str, Tensor] = {}
         seen: dict[int, Tensor] = {}
         for kind in self.where.inputs_in_order:
@@ -238,15 +242,15 @@ class FactoredExperts(nn.Module):
         return out
 
     def _hidden(self, inputs: Mapping[str, Tensor], expert: int) -> Tensor:
-        """(M, F): after the activation and the gate."""
+        """(M, F): hidden activations after activation function and gate."""
         parts = [self.part(kind).one(z, expert) for kind, z in inputs.items()]
         bias_EI = bias_of(self, self.where.inputs)
         return gated(self, self.where, parts, None if bias_EI is None else bias_EI[expert])
 
 
-@cache  # one class per class, so that types can be compared
+@cache  # one class per dense class, so that types compare equal
 def _factored_class(dense: type[nn.Module]) -> type[nn.Module]:
-    """A model's class of experts with our `forward`; still what the model looks for."""
+    """A subclass of a model's class of experts with our `forward`."""
     return type(f"Factored{dense.__name__}", (FactoredExperts, dense), {})
 
 
@@ -256,8 +260,10 @@ def become_factored_experts(
     """Turn a dense module of experts into a factored one, in place.
 
     Args:
-        parts: of the kinds gate, in and out, what takes the place of dense matrices.
-        replaced: names of the parameters that are gone.
+        module: the experts of a layer.
+        where: its layout.
+        parts: kind (gate, in, out) -> the module that replaces its dense matrices.
+        replaced: names of the parameters that are removed.
     """
     for name in replaced:
         del module._parameters[name]

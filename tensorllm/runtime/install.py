@@ -1,4 +1,4 @@
-"""Putting factored modules in the place of dense ones, in memory or on the meta device."""
+"""Replacing dense modules by factored ones, in memory or on the meta device."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -38,13 +38,13 @@ from tensorllm.tensors.stacking import ATTENTION, expert_role, family
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a stored tensor went.
+    """Where a stored tensor is in the model.
 
     Attributes:
         site: the site's name; empty for a matrix that stays dense in a replaced parameter.
         tensor: the tensor's short name in the factors; `layer.role` for a matrix that stays dense.
-        parameter: the model's parameter that holds it now.
-        order: the stored dimensions in the order in which they are held; None: as stored.
+        parameter: the model's parameter that holds it.
+        order: the stored modes in the order in which they are held; None: as stored.
     """
 
     site: str
@@ -58,14 +58,17 @@ def install(
 ) -> list[Placement]:
     """Replace the modules of the sites' matrices by factored ones, in place.
 
-    The one way in which factors become modules.
+    All code that turns factors into modules goes through here.
 
     Args:
         model: dense, of a known architecture; with its weights, or on the meta device.
-        sites: what is replaced, each with its factors, in the dtype and on the device to run in;
-            factors in few bits stay so, and are dequantised for each use.
-        dense_cache: names of sites whose attention caches keys and values as wide as a head; that
-            of others caches latents, where the architecture can.
+        sites: the sites to replace, with their factors in the dtype and on the device to run in;
+            quantised factors stay so, and are dequantised for each use.
+        dense_cache: names of sites whose attention caches keys and values of full width; the others
+            cache latents, if the architecture can.
+
+    Returns:
+        Where each stored tensor is.
 
     Raises:
         UserError: a site's factors cannot run as they are, such as the authors' layout.
@@ -88,7 +91,7 @@ def install(
 
 
 def factors_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold factors; some of them hold others."""
+    """The modules that hold factors; some contain others."""
     return [
         module if isinstance(module, SiteModule) else module.parts
         for module in model.modules()
@@ -97,13 +100,13 @@ def factors_of(model: nn.Module) -> list[nn.Module]:
 
 
 def train_only_factors(model: nn.Module) -> int:
-    """Let an optimizer change the factors of a factored model, and nothing else.
+    """Make the factors of a factored model trainable, and freeze everything else.
 
     Returns:
-        How many numbers that are.
+        The number of trainable numbers.
 
     Raises:
-        UserError: nothing of the model runs in factors that can be trained.
+        UserError: the model has no factors that can be trained.
     """
     held = {
         parameter
@@ -119,7 +122,7 @@ def train_only_factors(model: nn.Module) -> int:
 
 
 class _Installation:
-    """One installation: the model's matrices, and what has been placed."""
+    """The state of one installation: the model's matrices, and the placements so far."""
 
     def __init__(self, model: nn.Module, dense_cache: Collection[str]) -> None:
         self.model: Any = model
@@ -135,7 +138,7 @@ class _Installation:
         self.experts: dict[int, dict[str, tuple[Site, Held]]] = defaultdict(dict)
 
     def add(self, site: Site, factors: Factors, module: type[SiteModule]) -> None:
-        """Take a site in: its attention now, linears once all their roles are known."""
+        """Add a site: install its attention now, or collect its linear layers for `finish`."""
         if self.whole and module.latent_attention:
             self._attention(site, factors, module)
             return
@@ -205,7 +208,7 @@ class _Installation:
                 output = LatentOutput(bias, latents, geometry.G)
                 self._replace(path, output)
                 if path.startswith(f"{block}."):
-                    module.__dict__["output"] = output  # registered under its own name already
+                    module.__dict__["output"] = output  # already registered under its own name
             else:
                 left = Bias(bias)
                 self._replace(path, left)
@@ -216,7 +219,7 @@ class _Installation:
             self.placed.append(Placement(site.name, short, f"{block}.factors.{inner}", order))
 
     def _experts(self, layer: int, by_role: dict[str, tuple[Site, Held]]) -> None:
-        """The mixture of a layer: parts for whatever a replaced parameter held."""
+        """Replace the mixture of a layer, with parts for everything a removed parameter held."""
         where = self.roles.mixtures[layer].experts
         path = f"{self.roles.layer_path(layer)}.{where.path}"
         module: Any = self.model.get_submodule(path)
@@ -249,7 +252,7 @@ class _Installation:
         become_factored_experts(module, where, parts, replaced)
 
     def _together(self, kind: str, first: tuple[Site, Held], below: str) -> nn.Module:
-        """One kind of matrix of a site of all experts; its first kind owns the tensors."""
+        """One kind of matrix of a site of all experts; the first kind owns the tensors."""
         site, held = first
         linear: Any = held.module
         (shared,) = linear._site
@@ -264,17 +267,17 @@ class _Installation:
 
 
 def part_name(role: str) -> str:
-    """What the module of a role is called; torch allows no dots."""
+    """The name of a role's module; torch allows no dots."""
     return f"role_{role.replace('.', '_')}"
 
 
 class FactoredLinear(nn.Module):
-    """Stands for one `nn.Linear` (or `Conv1D`): the parts side by side, and the bias.
+    """Replaces one `nn.Linear` (or `Conv1D`): concatenated outputs of its parts, plus the bias.
 
     Args:
         parts: role -> module from the layer's input to that role's output, in the stored order.
         bias: of all the roles, in the stored order.
-        blocks: into how many blocks, each with a part of every role, the outputs are put.
+        blocks: number of blocks of the outputs, each with a part of every role.
     """
 
     def __init__(
@@ -291,13 +294,13 @@ class FactoredLinear(nn.Module):
         self.alone = len(parts) == 1 and bias is None and blocks == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        parts: Any = self._modules["parts"]  # other ways cost microseconds per token and matrix
+        parts: Any = self._modules["parts"]  # attribute access would cost microseconds
         if self.alone:
             (part,) = parts._modules.values()
             y: Tensor = part.forward(x) if type(part) is RoleLinear else part(x)
             return y
         outs = [part(x) for part in parts._modules.values()]
-        if self.blocks > 1:  # such as each group's queries, its key, its value
+        if self.blocks > 1:  # such as each group's queries, key and value
             split = [out.view(*x.shape[:-1], self.blocks, -1) for out in outs]
             y = torch.cat(split, dim=-1).flatten(-2)
         else:
@@ -308,10 +311,9 @@ class FactoredLinear(nn.Module):
 def _hold_quantised(
     model: Any, placements: Sequence[Placement], factors: Mapping[str, Factors]
 ) -> list[Placement]:
-    """Put what is stored in few bits in the place of the parameters that it stands for.
+    """Replace parameters by their quantised form.
 
-    By torch's parametrizations: what reads the parameter reads the dequantised one. That saves
-    memory, not time.
+    By torch's parametrizations: reading the parameter dequantises it. This saves memory, not time.
     """
     out = []
     for place in placements:

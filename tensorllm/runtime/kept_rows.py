@@ -1,4 +1,7 @@
-"""Matrices of which some rows are kept, as modules. Shapes: D model width, I rows, R kept ones."""
+"""Modules for matrices of which only some rows are kept.
+
+Shapes: D model width, I rows, R kept rows.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +17,10 @@ from tensorllm.tensors.stacking import Geometry
 
 @runs(KeptRows, "matrix", *CHANNEL_STACKINGS)
 class KeptRowsSite(SiteModule):
-    """One product with the kept rows of a matrix; its other outputs are zero, the other inputs
-    unread. Of several matrices, one below the other, the same rows are kept."""
+    """A product with the kept rows of a matrix: other outputs are zero, other inputs unread.
+
+    If several matrices are stacked, the same rows of each are kept.
+    """
 
     kept: Tensor
     rows_R: Tensor
@@ -35,7 +40,7 @@ class KeptRowsSite(SiteModule):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Find the rows, once it is there which they are."""
+        """Find the row indices, once the mask is loaded."""
         if not self.kept.is_meta:
             self.rows_R = KeptRows(self.rows, self.kept).rows()[: len(self.rows_R)]
 
@@ -47,6 +52,6 @@ class KeptRowsSite(SiteModule):
         return x.index_select(-1, self.rows_R) @ self._own(index)
 
     def _own(self, index: int) -> Tensor:
-        """(R, D): the kept rows of one matrix."""
+        """The kept rows (R, D) of one matrix."""
         count = len(self.rows_R)
         return self.rows[index * count : (index + 1) * count]

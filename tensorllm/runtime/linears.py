@@ -1,9 +1,9 @@
-"""Factors as linears for a while, which adapters such as LoRA (peft) find and know.
+"""Factors held temporarily as linear layers, which adapters such as LoRA (peft) recognise.
 
-A kind of factors whose tensors are parameters is multiplied as it likes: by slices, transposed, in
-batches. Adapters know linears alone, and take their place. So a parameter's numbers go into one,
-and the parameter is what this linear makes of the unit vectors, with whatever stands beside it by
-then: every kind of factors takes every adapter that is linear in its input.
+A site module may multiply its parameters in any way: by slices, transposed, in batches. Adapters
+only know linear layers, and replace them. So the values of a parameter move into a linear layer,
+and the parameter becomes this layer's output for the unit vectors, including any adapter added to
+it. Every kind of factors thus supports every adapter that is linear in its input.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from tensorllm.runtime.sites import SiteModule, TransposedLinear, linear
 
 
 class LinearParametrization(nn.Module):
-    """A parametrization: a parameter whose numbers a linear without a bias holds.
+    """A parametrization that holds a parameter's values in a linear layer without a bias.
 
-    As a matrix (all modes but the last, the last), transposed where that leaves fewer unit vectors.
+    As a matrix (all modes but the last, the last), transposed if that needs fewer unit vectors.
     """
 
     def __init__(self, held: Tensor) -> None:
@@ -42,23 +42,23 @@ class LinearParametrization(nn.Module):
         return (weight.mT if self.transposed else weight).reshape(self.shape)
 
     def right_inverse(self, held: Tensor) -> Tensor:
-        """What is stored in the parameter's own place: nothing."""
+        """The tensor stored in the parameter's own place: an empty one."""
         return held.new_empty(0)
 
 
 def factors_as_linears(model: nn.Module) -> list[str]:
-    """Let adapters find every factor of a model that runs in its factors, in place.
+    """Let adapters find every factor of a factored model, in place.
 
-    Call it before the adapters are made or loaded, each time: `peft.LoraConfig(target_modules=
-    tl.factors_as_linears(model))`. Nothing else changes: the logits are the same, and the model
-    saves itself as before once adapters are merged. Vectors, such as CP's weights of terms, and
-    what requires no gradients stay as they are.
+    Call it each time before adapters are created or loaded, and give peft the names:
+    `peft.LoraConfig(target_modules=tl.factors_as_linears(model))`. Nothing else changes: the logits
+    are the same, and the model is saved as before once adapters are merged. Vectors, such as the
+    weights of a CP decomposition, and parameters that require no gradients stay as they are.
 
     Returns:
-        The names of the linears that hold factors.
+        The names of the linear layers that hold factors.
 
     Raises:
-        UserError: the model runs in no factors, or in quantised ones of a kind that has no linears.
+        UserError: the model has no factors, or quantised ones of a kind without linear layers.
     """
     owners = factors_of(model)
     if not owners:
@@ -73,7 +73,7 @@ def factors_as_linears(model: nn.Module) -> list[str]:
 
 
 def _open(site: SiteModule) -> None:
-    steps: Any = getattr(site, "parametrizations", {})  # of torch, where there are any
+    steps: Any = getattr(site, "parametrizations", {})  # set by torch, if any
     quantised = any(
         not isinstance(step, LinearParametrization) for each in steps.values() for step in each
     )
@@ -88,15 +88,15 @@ def _open(site: SiteModule) -> None:
 
 
 def has_linear_factors(model: nn.Module) -> bool:
-    """Whether some of a model's factors are held as linears for adapters."""
+    """Whether some of a model's factors are held as linear layers for adapters."""
     return any(isinstance(module, LinearParametrization) for module in model.modules())
 
 
 def as_parameters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state by the names that its parameters had before `factors_as_linears`.
+    """A model's state by the names its parameters had before `factors_as_linears`.
 
     Raises:
-        UserError: an adapter stands beside a linear still.
+        UserError: an adapter has not been merged.
     """
     out = dict(state)
     for below, name, parametrization in _parametrizations(model):
@@ -117,7 +117,7 @@ def as_parameters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _parametrizations(model: nn.Module) -> Iterator[tuple[str, str, LinearParametrization]]:
-    """Path of the site with its dot, name of the parameter, and its parametrization."""
+    """Path of the site with a trailing dot, parameter name and parametrization of each."""
     for path, module in model.named_modules():
         if isinstance(module, LinearParametrization):
             site, _, rest = path.rpartition("parametrizations.")

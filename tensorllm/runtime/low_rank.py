@@ -1,6 +1,6 @@
-"""Low-rank factors of matrices as modules: plain, and pivoted.
+"""Modules for low-rank factors of matrices, plain and pivoted.
 
-Shapes: I rows of all roles, D model width, R rank, X = I - R rows that are mixed.
+Shapes: I rows of all roles, D model width, R rank, X = I - R mixed rows.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 
-FEW = 32  # tokens up to which a product with the weights transposed is slower than one as they lie
+FEW = 32  # up to so many tokens, a product with transposed weights is slower
 
 
 @runs(LowRank, "matrix")
 class LowRankSite(SiteModule):
-    """Two ordinary linears, so that LoRA and quantisation find what they know."""
+    """Two ordinary linear layers, which LoRA and quantisation recognise."""
 
     half_precision_reads = 1.4
 
@@ -51,7 +51,7 @@ class LowRankSite(SiteModule):
         u_IR, v_RD = low_rank.u_IR, low_rank.v_RO
         output = is_output_projection(role)
         pair = (u_IR.mT, v_RD.mT) if output else (v_RD, u_IR)
-        # Of folders from before those of output projections were stored transposed: turned.
+        # Older folders do not store those of output projections transposed.
         order: Order = None if low_rank.transposed == output else (1, 0)
         names = ("0.weight", "1.weight") if output else ("1.weight", "0.weight")
         held = {stored: (n, order) for stored, n in zip(factors.tensors(), names, strict=True)}
@@ -60,17 +60,16 @@ class LowRankSite(SiteModule):
 
 @runs(PivotedLowRank, "matrix", *ROWS_STACKINGS)
 class PivotedSite(SiteModule):
-    """R rows of the stacked matrix as they are, the others as combinations of them.
+    """R rows of the stacked matrix, and the others as linear combinations of them.
 
-    Its matrices are held as (inputs, outputs): a token that is decoded then reads rows, one after
-    another.
+    Matrices are held as (inputs, outputs), so that decoding a token reads consecutive rows.
     """
 
     basis: TransposedLinear
     mix: TransposedLinear
     rows_R: Tensor
     order_I: Tensor
-    margin = 1.0  # what is not predicted to be slower saves memory
+    margin = 1.0  # if not predicted to be slower, it saves memory
     half_precision_reads = 0.65
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
@@ -86,7 +85,7 @@ class PivotedSite(SiteModule):
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
-        """Two products, and what puts the rows where they belong."""
+        """Two products, and putting the rows in order."""
         stored, (rank,) = parameters(factors), factors.ranks
         reads = int(STREAMED * stored)
         rows = sum(geometry.inner(role) for _, role in site.matrices)
@@ -97,38 +96,37 @@ class PivotedSite(SiteModule):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Find where each row belongs, once the numbers of the chosen ones are there."""
+        """Find the place of each row, once the indices of the chosen rows are loaded."""
         self._step = None
         if self.rows_R.is_meta:
             return
-        self.rows_R = self.rows_R.clone()  # else it keeps the file that it was read from in memory
+        self.rows_R = self.rows_R.clone()  # else it keeps the mapped file in memory
         mixed_I = torch.ones(sum(self.sizes), dtype=torch.uint8, device=self.rows_R.device)
         mixed_I[self.rows_R.long()] = 0
-        made_I = torch.argsort(mixed_I, stable=True)  # the chosen rows, then the mixed ones
+        made_I = torch.argsort(mixed_I, stable=True)  # chosen rows first, then mixed ones
         self.order_I = self._order(made_I).int()
 
     def _order(self, made_I: Tensor) -> Tensor:
-        """What is selected by, of the numbers of the rows in the order in which they are made."""
+        """The index to select with, from row indices in the order in which rows are computed."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to these very weights: a copy has its own."""
+        """The state without `_step`, which refers to these very weights."""
         return {**self.__dict__, "_step": None}
 
     def step(self, x: Tensor) -> Product | None:
-        """What gives the outputs (..., O) of x (..., I), a token that is decoded, or one of each of
-        a few texts.
+        """A function from x (..., I) to outputs (..., O), if x has one or a few tokens to decode.
 
-        None: x is more tokens, or in a graph, gradients are wanted, a linear is
-        adapted, or its weight made anew for each use (`runtime.dequantise`). With weights to be
-        read in between, look-ups take a token as long as its products do: so there are few here, of
-        dictionaries and of what is written in C.
+        None: x has more tokens, a compiler traces, gradients are recorded, a linear layer has an
+        adapter, or weights are dequantised for each use. Look-ups of attributes take as long as the
+        products here, as reading weights evicts everything else from the cache. So there are few of
+        them, of dictionaries and of members implemented in C.
         """
         size, width = x.numel(), x.shape[-1]
         if (
             size > FEW * width
             or torch.is_grad_enabled()
-            or type(x) is not Tensor  # what `torch.export` sends through, for one
+            or type(x) is not Tensor  # such as in `torch.export`
             or torch.compiler.is_dynamo_compiling()
         ):
             return None
@@ -151,8 +149,7 @@ class PivotedSite(SiteModule):
         return None if held is None else held.run
 
     def uncached(self, x: Tensor) -> Product | None:
-        """The same where gradients are recorded, weights made anew, or, of one token, a compiler
-        traces; never cached."""
+        """As `step`, but not cached, for recorded gradients, changing weights or a compiler."""
         made = self._made(None) if decodes(x) or is_few(x) else None
         return None if made is None else made.run
 
@@ -161,29 +158,32 @@ class PivotedSite(SiteModule):
         held = kinds[0] is TransposedLinear and kinds[1] in (TransposedLinear, nn.ParameterDict)
         if not held and (where is not None or self.is_adapted()):
             return None
-        basis, mix = self.basis.weight, self.mix.weight  # asked for once: it may be made anew
+        basis, mix = self.basis.weight, self.mix.weight  # read once: it may be dequantised
         mixed = times(mix, where) if mix.numel() else None
         run = self._through(times(basis, where), mixed)
         places = (0, 0) if where is None else (basis.data_ptr(), mix.data_ptr())
         return TokenStep(basis, mix, places, where, run)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
-        """What `step` and `uncached` give, by the products with both matrices, tokens as rows;
-        mixed None: all rows are chosen ones."""
+        """The function for `step` and `uncached`, from the products with both matrices.
+
+        `mixed` None: all rows are chosen ones.
+        """
         raise NotImplementedError
 
     def is_adapted(self) -> bool:
-        """Whether one of the linears is another module by now, such as one with LoRA beside it."""
+        """Whether a linear layer has been replaced, such as by one with LoRA."""
         return not all(isinstance(module, TransposedLinear) for module in (self.basis, self.mix))
 
 
 class TokenStep(NamedTuple):
-    """How one token, or a few, run through both matrices of a site, in one setting.
+    """How one or a few tokens run through both matrices of a site, in one setting.
 
     Attributes:
         basis, mix: the parameters.
-        places: where their numbers are in memory.
-        where: None: made for one use.
+        places: their addresses in memory.
+        where: the setting; None: for a single use.
+        run: the function.
     """
 
     basis: Tensor
@@ -194,14 +194,13 @@ class TokenStep(NamedTuple):
 
 
 class PivotedInputs(PivotedSite):
-    """Of input projections: the chosen rows' outputs are the latent that the others are mixed from.
+    """Input projections: outputs of the chosen rows are the latents from which others are mixed.
 
-    All roles read the same input, so the outputs of all are made at once, for the first role that
-    asks.
+    All roles read the same input, so the first role that runs computes the outputs of all.
     """
 
     names = {  # noqa: RUF012
-        "basis": ("basis.weight", (1, 0)),  # of folders from before tensors were stored transposed
+        "basis": ("basis.weight", (1, 0)),  # in older folders, not transposed
         "mix": ("mix.weight", (1, 0)),
         "basis_t": ("basis.weight", None),
         "mix_t": ("mix.weight", None),
@@ -233,7 +232,7 @@ class PivotedInputs(PivotedSite):
         return held[1][index]
 
     def _outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """(..., I) of each role."""
+        """The outputs (..., I) of each role."""
         if (run := self.uncached(x)) is not None:
             return run(x).split_with_sizes(self.sizes, -1)
         if not self.mix.weight.numel():
@@ -257,11 +256,11 @@ class PivotedInputs(PivotedSite):
         return run
 
     def _in_order(self, made_IN: Tensor, lead: torch.Size) -> Sequence[Tensor]:
-        """(..., I) of each role, of the outputs in the order in which they are made.
+        """The outputs (..., I) of each role, from those in the order in which they are computed.
 
-        Transposed, a row for each output: on a CPU rows are put in order up to a hundred times
-        faster than columns. What goes into elementwise functions are views of it; attention kernels
-        want each token's numbers side by side.
+        They are held transposed, a row per output: on a CPU rows are reordered up to a hundred
+        times faster than columns. Elementwise functions get views; attention kernels need each
+        token's numbers contiguous.
         """
         y_IN = rows_of(made_IN, self.order_I)
         if self.in_attention:
@@ -270,7 +269,7 @@ class PivotedInputs(PivotedSite):
 
 
 class PivotedOutput(PivotedSite):
-    """Of an output projection, stacked transposed: mixed inputs are added to the chosen ones."""
+    """An output projection, stacked transposed: mixed inputs are added to the chosen ones."""
 
     names = {  # noqa: RUF012
         "basis": ("basis.weight", None),
@@ -312,25 +311,25 @@ class PivotedOutput(PivotedSite):
 
 
 def _merges_equal_products() -> bool:
-    """Whether what runs is a graph whose compiler computes once what is asked for twice."""
+    """Whether a compiler will merge equal products."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(N, I): a token in each row."""
+    """(N, I): one token per row."""
     return x.reshape(-1, x.shape[-1])
 
 
 def is_few(x: Tensor) -> bool:
-    """Whether x (..., I) is so few tokens that weights are better multiplied as they lie.
+    """Whether x (..., I) has so few tokens that weights are better multiplied untransposed.
 
-    Never in a graph, which is for any number of tokens.
+    Never in a graph, which must work for any number of tokens.
     """
     return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
 
 
 def latent_and_mixed(x_ND: Tensor, basis_DR: Tensor, mix_RX: Tensor) -> Tensor:
-    """(I, N): the chosen outputs, below them the mixed ones; no copy where none is needed."""
+    """(I, N): the chosen outputs above the mixed ones; without a copy if possible."""
     rank, mixed = mix_RX.shape
     if not can_write_in_place():
         z_RN = (x_ND @ basis_DR).mT

@@ -1,7 +1,7 @@
-"""Measuring how models run: time of a prompt and of one more token, bytes of weights and caches.
+"""Measuring how models run: time of a prompt and of further tokens, bytes of weights and caches.
 
-On a shared machine one thread that waits for a core holds up the others at every barrier. So each
-turn is kept with the time that this process waited, and medians are over the turns that did not.
+On a shared machine, one thread that waits for a core delays the others at every barrier. So the
+waiting time of this process is recorded for each turn, and medians are over the turns without.
 """
 
 import copy
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from tensorllm.progress import Progress, quiet
 
-QUIET = 0.02  # of a turn's time, summed over threads, that may be spent waiting for a core
+QUIET = 0.02  # share of a turn's time that its threads may wait for a core, in all
 
 
 class Turn(NamedTuple):
-    """Seconds of one call, and seconds that this process's threads waited for a core meanwhile."""
+    """Seconds of one call, and the seconds that this process's threads waited for a core."""
 
     seconds: float
     waited: float = 0.0
@@ -40,11 +40,11 @@ class Measured:
 
     Attributes:
         prefill_tokens_per_second: of a whole prompt at once.
-        decode_tokens_per_second: one token after another behind that prompt; None for encoders.
+        decode_tokens_per_second: one token at a time after that prompt; None for encoders.
         weight_bytes: parameters and buffers, tied ones once.
-        key_bytes, value_bytes: of the cache behind the prompt, all layers.
-        peak_bytes: the most memory resident, of a process that did only this; None: not measured.
-        prefill_noise, decode_noise: half the distance of the quartiles over the median.
+        key_bytes, value_bytes: of the cache after the prompt, all layers.
+        peak_bytes: peak resident memory of a process that did only this; None: not measured.
+        prefill_noise, decode_noise: half the interquartile range over the median.
     """
 
     prefill_tokens_per_second: float
@@ -66,11 +66,13 @@ def interleaved(
     before: Mapping[str, Callable[[], Any]] | None = None,
     on_turn: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Turn]]:
-    """Each call in turns with the others, so that what else the machine does hits all alike.
+    """Time the calls in turns, so that other load on the machine affects all alike.
 
     Args:
-        before: by the same names, what makes the argument of each call, outside its time.
-        on_turn: called behind each call that counts, outside its time.
+        calls: by name.
+        repeats: timed turns of each call; one more comes first as a warm-up.
+        before: by the same names, functions that make each call's argument, untimed.
+        on_turn: called after each timed call, untimed.
     """
     given = {name: () if before is None else (before[name],) for name in calls}
     for name, call in calls.items():
@@ -94,7 +96,8 @@ def interleaved(
 def counted(turns: list[Turn]) -> list[float]:
     """Seconds of the quiet turns.
 
-    Where none was: of a process with one thread, those that it ran; of one with more, all of each.
+    If there are none: without the waiting time for a process with one thread, otherwise of all
+    turns.
     """
     quiet = [turn.seconds for turn in turns if turn.quiet]
     if quiet:
@@ -104,12 +107,12 @@ def counted(turns: list[Turn]) -> list[float]:
 
 
 def medians(turns: Mapping[str, list[Turn]]) -> dict[str, float]:
-    """Seconds of the median turn of those that are `counted`."""
+    """Median seconds of the turns that `counted` returns."""
     return {name: statistics.median(counted(every)) for name, every in turns.items()}
 
 
 def noises(turns: Mapping[str, list[Turn]]) -> dict[str, float]:
-    """Half the distance of the quartiles over the median, of the turns that are `counted`."""
+    """Half the interquartile range over the median, of the turns that `counted` returns."""
     out = {}
     for name, every in turns.items():
         seconds = counted(every)
@@ -119,9 +122,9 @@ def noises(turns: Mapping[str, list[Turn]]) -> dict[str, float]:
 
 
 def waited_for_cores() -> float:
-    """Seconds that this process's threads have been ready to run and were not, as Linux counts.
+    """Seconds that this process's threads have been runnable but not running, from Linux.
 
-    Source: Documentation/scheduler/sched-stats.rst; 0 on systems that do not count it.
+    Source: Documentation/scheduler/sched-stats.rst; 0 on systems that do not report it.
     """
     total = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
@@ -143,9 +146,12 @@ def measure(
     """Run models side by side on the same random tokens.
 
     Args:
+        models: by name.
         prompt: tokens of the prompt.
-        new: tokens that are decoded behind it, one by one.
-        batch: texts that are read and written at once; tokens per second are of all of them.
+        new: tokens that are decoded after it, one at a time.
+        repeats: turns of each model.
+        seed: of the tokens.
+        batch: number of texts at once; tokens per second are of all of them.
         progress: called with (turns done, turns in all, what is timed).
     """
     some = next(iter(models.values()))
@@ -189,7 +195,7 @@ def measure(
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers; storage that is shared counts once."""
+    """Bytes of parameters and buffers; shared storage counts once."""
     storages: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()
@@ -198,7 +204,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def cache_bytes(cache: Any) -> tuple[int, int]:
-    """Bytes of the keys and of the values that a cache holds, counted on its tensors' storage."""
+    """Bytes of the keys and of the values in a cache, by the storage of its tensors."""
     if cache is None:
         return 0, 0
     keys = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
@@ -211,7 +217,7 @@ def _prefill(model: Any, ids: Tensor) -> Callable[[], Any]:
 
 
 def _read(model: Any, ids: Tensor) -> Any:
-    """The cache behind a prompt, which decoding begins with."""
+    """The cache after a prompt, from which decoding starts."""
     return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
@@ -224,6 +230,6 @@ def _decode(model: Any, ids: Tensor, prompt: int) -> Callable[[Any], None]:
 
 
 def _wait() -> None:
-    """Until a GPU has done what it was given: calls return before."""
+    """Wait until a GPU has finished, as calls return earlier."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

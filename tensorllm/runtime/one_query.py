@@ -1,7 +1,7 @@
-"""Attention of one new token in 16 bits on a CPU, by one product for each group of queries.
+"""Grouped-query attention for one new token in 16 bits on a CPU, with one product per group.
 
-Without a mask transformers lets torch's kernel repeat the keys and values of a group; with one, a
-group's queries are rows of one product. So attention is given the mask that hides nothing.
+Without a mask, transformers lets torch's kernel repeat the keys and values of a group; with one,
+the queries of a group are rows of one product. So attention is given a mask that hides nothing.
 """
 
 from functools import lru_cache
@@ -15,9 +15,9 @@ from tensorllm.runtime.cache import is_plain
 
 
 def pack_groups(module: Any) -> None:
-    """Let an attention module of a transformers model do so, where queries share keys."""
+    """Enable this for an attention module of transformers whose queries share keys."""
     if isinstance(module, FactoredAttention):
-        return  # has its own way
+        return  # it has its own attention
     if getattr(module, "num_key_value_groups", 1) > 1 and hasattr(module, "layer_idx"):
         module.register_forward_pre_hook(_with_mask, with_kwargs=True)
 

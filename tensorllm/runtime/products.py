@@ -1,10 +1,11 @@
-"""A vector times a matrix on a CPU: what decoding one token of one text consists of.
+"""A vector times a matrix on a CPU: the products of decoding one token of one text.
 
-Such a product takes as long as its matrix takes to be read, and BLAS reads it at half the speed of
-memory or less, but for wide rows in float32. A weighted sum of
-an embedding table's rows is the same product, and torch's kernel for it keeps the sum in registers.
-It also needs no program of its own for every shape, which is what oneDNN makes for bfloat16: more
-than half a MiB and a millisecond each, for each of the many ranks that a compressed model has.
+Such a product takes as long as reading its matrix, and except for wide rows in float32, BLAS reads
+it at half the memory bandwidth or less. A weighted sum of the rows of an embedding table is the
+same product, and torch's kernel for it keeps the sum in registers. It also needs no compiled kernel
+for every shape, which oneDNN makes for bfloat16: over half a MiB and a millisecond each, for each
+of a compressed model's many ranks.
+
 Shapes: I inputs, O outputs.
 """
 
@@ -15,17 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]  # of rows (N, I) and a matrix: (N, O)
+Product = Callable[[Tensor], Tensor]  # (N, I) -> (N, O), with a given matrix
 
-# Outputs up to which a sum of rows is faster than BLAS: in float32 what fits the registers, beyond
-# which BLAS reads as fast; in 16 bits always.
+# Number of outputs up to which a sum of rows is faster than BLAS: in float32 what fits into the
+# registers, in 16 bits always.
 WIDEST = {torch.float32: 600, torch.bfloat16: 2**31, torch.float16: 2**31}
 
 
 def decodes(x: Tensor) -> bool:
-    """Whether x (..., I) is one token that nothing is to be learned from.
+    """Whether x (..., I) is a single token that needs no gradient.
 
-    Never in a graph that is exported: that holds for any number of tokens.
+    Never in an exported graph, which must work for any number of tokens.
     """
     if torch.compiler.is_exporting():
         return False
@@ -38,7 +39,7 @@ def vector_times(x_I: Tensor, w_IO: Tensor) -> Tensor:
 
 
 class Setting(NamedTuple):
-    """What, beside the matrix, the kernel of a few tokens depends on."""
+    """What the choice of kernel for a few tokens depends on, besides the matrix."""
 
     dtype: torch.dtype
     on_cpu: bool
@@ -47,23 +48,22 @@ class Setting(NamedTuple):
 
 
 def setting(x: Tensor) -> Setting | None:
-    """In which tokens x (..., I) are multiplied now; None: their kernel is the compiler's choice or
-    must know its own gradient."""
+    """The setting for tokens x (..., I); None if a compiler traces or gradients are recorded."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     return Setting(x.dtype, x.is_cpu, torch.get_num_threads(), x.numel() == x.shape[-1])
 
 
 def times(w_IO: Tensor, where: Setting | None) -> Product:
-    """x_NI -> `x_NI @ w_IO` (N, O), by the fastest kernel there is in this setting.
+    """A function x_NI -> `x_NI @ w_IO` (N, O), by the fastest kernel in this setting.
 
-    What can be asked before the vector is there is asked here: between two products a processor has
-    forgotten what it knew, and each question then takes as long as reading kilobytes of weights.
-    In a setting it is a product with the numbers that the matrix has where it lies now.
+    Everything that does not depend on the vector is checked here: between two products the weights
+    have evicted the cache, so each check then takes as long as reading kilobytes of weights. In a
+    setting, the function uses the matrix's current memory.
     """
     if where is None:
         return lambda x_NI: x_NI @ w_IO
-    w_IO = w_IO.detach()  # else the kernel prepares for a gradient, in four more operations
+    w_IO = w_IO.detach()  # else the kernel prepares for a gradient: four more operations
     if not _summed(w_IO, where):
         return lambda x_NI: torch.mm(x_NI, w_IO)
     rows_I, starts = _bags(w_IO.size(0), where.threads)
@@ -76,7 +76,7 @@ def times(w_IO: Tensor, where: Setting | None) -> Product:
 
 
 def _summed(w_IO: Tensor, where: Setting) -> bool:
-    """Whether it is taken as a weighted sum of rows."""
+    """Whether the product is computed as a weighted sum of rows."""
     return (
         where.alone
         and where.on_cpu
@@ -90,7 +90,7 @@ def _summed(w_IO: Tensor, where: Setting) -> bool:
 
 @cache
 def _bags(rows: int, threads: int) -> tuple[Tensor, Tensor]:
-    """The numbers of all rows, and where the part of each thread begins."""
+    """The indices of all rows, and the start of each thread's part."""
     parts = max(1, min(threads, rows))
     with torch.inference_mode(False):
         starts = [rows * part // parts for part in range(parts)]

@@ -1,7 +1,9 @@
-"""Modules that run a site in its factors, one class per kind of factors and of stacking.
+"""Modules that run a site in its factors, one class per kind of factors and stacking.
 
-A kind of factors brings its module by `runs`; one that brings none runs as the dense matrices that
-it stands for. Shapes: D model width, I inner width of a role matrix.
+Each kind of factors registers its module with `runs`; one without a module runs as the dense
+matrices it stands for.
+
+Shapes: D model width, I inner width of a role matrix.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +16,11 @@ from tensorllm.compressors.layer import Site
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 
-OPERATION = 23_000  # weights that could be read while one operation is started, 8 microseconds
-STREAMED = 0.75  # time of a weight that `runtime.products` reads, beside one that BLAS does
-SHORT = 1.15  # that of one of a thin factor, which BLAS reads
-MOVE = 25  # products that take as long as copying one number of a token of the prompt
-PROMPT = 512  # tokens of the prompt that a prediction is made for
+OPERATION = 23_000  # weights read in the time of starting one operation, 8 microseconds
+STREAMED = 0.75  # time to read a weight in `runtime.products`, relative to BLAS
+SHORT = 1.15  # the same for a weight of a thin factor in BLAS
+MOVE = 25  # products that take as long as copying one number, in a prompt
+PROMPT = 512  # prompt tokens in predictions
 Order = tuple[int, ...] | None
 Module = TypeVar("Module", bound="type[SiteModule]")
 
@@ -26,7 +28,7 @@ Module = TypeVar("Module", bound="type[SiteModule]")
 class Cost(NamedTuple):
     """Per token: weights read, operations started, and multiply-adds in a prompt of 512 tokens.
 
-    A weight that is read faster counts as less of one, a number that is copied as several products.
+    A weight that is read faster counts as less than one, a copied number as several products.
     """
 
     reads: int
@@ -35,12 +37,12 @@ class Cost(NamedTuple):
 
     @property
     def decode(self) -> int:
-        """Time of a token that is decoded, in weights read."""
+        """Time of a decoded token, in weights read."""
         return self.reads + OPERATION * self.operations
 
     @property
     def prefill(self) -> int:
-        """Time of a token of the prompt, in products."""
+        """Time of a prompt token, in products."""
         return self.products + OPERATION * self.operations // PROMPT
 
     def __add__(self, other: object) -> "Cost":
@@ -49,10 +51,11 @@ class Cost(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The module of one role and where the factors' tensors are in it.
+    """The module of one role, and where it holds the factors' tensors.
 
     Attributes:
-        tensors: stored name -> name of the parameter below the module, and the order in which the
+        module: the module.
+        tensors: stored name -> name of the parameter within the module, and the order in which the
             stored modes are held (None: as stored).
     """
 
@@ -61,9 +64,9 @@ class Held(NamedTuple):
 
 
 class TransposedLinear(Conv1D):
-    """`x @ weight`: a linear without a bias, held as (inputs, outputs).
+    """`x @ weight`: a linear layer without a bias, held as (inputs, outputs).
 
-    By its class adapters such as LoRA (peft) know how its weight lies.
+    As a `Conv1D`, adapters such as LoRA (peft) know the orientation of its weight.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -79,27 +82,26 @@ class TransposedLinear(Conv1D):
 class SiteModule(nn.Module):
     """The matrices of one site in their factors.
 
-    The constructor holds every stored tensor under its stored name, floating point numbers as
-    parameters and whole numbers as buffers; it may be called with tensors on the meta device, and
-    `finish` is called once the weights are there. A subclass implements the projections that its
-    roles need.
+    The constructor holds every stored tensor under its stored name, floating-point tensors as
+    parameters and integer ones as buffers; tensors may be on the meta device, and `finish` is
+    called once the weights are loaded. Subclasses implement the projections that their roles need.
 
     Attributes:
-        names: stored name -> attribute that holds it, and the order of its modes there, of tensors
-            that are not held as they are stored. `NAME.weight`: a `TransposedLinear` holds it,
-            which adapters may take the place of.
-        latent_attention: whether `runtime.attention` can run the whole attention in the latents of
-            this module; it then asks for the members of `runtime.tucker.HeadsSite`.
-        margin: predicted speed-up that a site has to reach for `--policy auto` to run it factored.
-        half_precision_reads: how much longer reading its numbers takes, beside those of a matrix,
-            where both have 16 bits than `cost` says of 32.
+        names: stored name -> attribute that holds the tensor, and the order of its modes there;
+            only for tensors not held as stored. `NAME.weight`: a `TransposedLinear` holds it, which
+            adapters may replace.
+        latent_attention: whether `runtime.attention` can run the whole attention in this module's
+            latents; it then uses the members of `runtime.tucker.HeadsSite`.
+        margin: predicted speed-up at which `--policy auto` runs a site factored.
+        half_precision_reads: slowdown of reading its numbers in 16 bits, relative to a dense matrix
+            in 16 bits, beyond what `cost` predicts for 32 bits.
         sizes: inner width I of each matrix, in the order of `site.matrices`.
     """
 
     names: ClassVar[Mapping[str, tuple[str, Order]]] = {}
     latent_attention: ClassVar[bool] = False
-    # Predictions near 1 are up to a third too high, and every site of `benchmarks/runtime.py --part
-    # cost` that reached this in prompt and decoding was measured to gain.
+    # Predictions near 1 are up to a third too high, but every site of `benchmarks/runtime.py --part
+    # cost` that reached this in prompt and decoding was measured to be faster.
     margin: ClassVar[float] = 1.2
     half_precision_reads: ClassVar[float] = 1.0
 
@@ -110,7 +112,7 @@ class SiteModule(nn.Module):
             attribute, order = self.names.get(name, (name, None))
             held = t if order is None else t.permute(order).contiguous()
             module = attribute.removesuffix(".weight")
-            if module != attribute:  # nothing can be put beside a linear without outputs
+            if module != attribute:  # an empty linear layer takes no adapter
                 some = (
                     TransposedLinear(held) if held.numel() else nn.ParameterDict({"weight": held})
                 )
@@ -121,19 +123,19 @@ class SiteModule(nn.Module):
                 self.register_buffer(attribute, held)
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        """(..., D) -> (..., I) by the matrix `index` (I, D): of roles q, k, v, in and gate."""
+        """(..., D) -> (..., I) by matrix number `index` (I, D), for roles q, k, v, in and gate."""
         raise NotImplementedError(f"{type(self).__name__} runs no input projections")
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        """(..., I) -> (..., D) by the matrix `index` (I, D): of roles o and out."""
+        """(..., I) -> (..., D) by matrix number `index` (I, D), for roles o and out."""
         raise NotImplementedError(f"{type(self).__name__} runs no output projections")
 
     def finish(self) -> None:
-        """Compute what depends on weights; called again whenever they were loaded."""
+        """Compute what depends on the weights; called whenever they were loaded."""
 
     @classmethod
     def latents_pay(cls, factors: Factors, geometry: Geometry) -> bool:
-        """Whether decoding is predicted not to be slower where latents are cached."""
+        """Whether decoding is predicted not to be slower with cached latents."""
         del factors, geometry
         return True
 
@@ -145,27 +147,27 @@ class SiteModule(nn.Module):
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
-        """What a token costs; by default each number is read and multiplied once."""
+        """The cost per token; by default each number is read and multiplied once."""
         del geometry
         stored = parameters(factors)
         return Cost(stored, 3 * len(site.matrices), stored)
 
     @classmethod
     def dense_cost(cls, site: Site, geometry: Geometry) -> Cost:
-        """What it costs in the matrices themselves; by default each is one product."""
+        """The cost per token of the dense matrices; by default one product each."""
         size = site.numel(geometry)
         return Cost(size, len(site.matrices), size)
 
     @classmethod
     def roles(cls, site: Site, factors: Factors, geometry: Geometry) -> dict[tuple[int, str], Held]:
-        """(layer, role) -> the module that stands for that matrix; they share one `SiteModule`."""
+        """(layer, role) -> the module that replaces that matrix; they share one `SiteModule`."""
         return held_by(cls, site, factors, geometry)
 
 
 def held_by(
     kind: type[SiteModule], site: Site, factors: Factors, geometry: Geometry
 ) -> dict[tuple[int, str], Held]:
-    """What `SiteModule.roles` gives, with a module of this class."""
+    """The result of `SiteModule.roles` with a module of this class."""
     shared = kind(factors, site, geometry)
     shared.finish()
     stored = {name: kind.names.get(name, (name, None)) for name in factors.tensors()}
@@ -177,9 +179,9 @@ def held_by(
 
 
 class RoleLinear(nn.Module):
-    """One matrix of a site; the site's module belongs to the first of them.
+    """One matrix of a site; the first one owns the site's module.
 
-    Hooks belong on the linear that it stands in: that may ask for `forward` alone.
+    Put hooks on the linear layer that contains it, which may call `forward` directly.
     """
 
     def __init__(self, site: SiteModule, index: int, role: str) -> None:
@@ -200,7 +202,7 @@ _MODULES: dict[tuple[type[Factors], str], type[SiteModule]] = {}
 
 
 def runs(kind: type[Factors], *stackings: str) -> Callable[[Module], Module]:
-    """Decorator of a `SiteModule`: it runs sites of this kind of factors that are stacked so."""
+    """Decorator of a `SiteModule`: registers it for this kind of factors in these stackings."""
 
     def add(module: Module) -> Module:
         for stacking in stackings:
@@ -212,9 +214,10 @@ def runs(kind: type[Factors], *stackings: str) -> Callable[[Module], Module]:
 
 
 def module_for(site: Site, factors: Factors) -> type[SiteModule] | None:
-    """What runs a site in its factors; None: nothing does.
+    """The module class that runs a site in its factors; None if there is none.
 
     Args:
+        site: the site.
         factors: in floating point (`Factors.plain`).
     """
     found = _MODULES.get((type(factors), site.stacking))
@@ -222,9 +225,10 @@ def module_for(site: Site, factors: Factors) -> type[SiteModule] | None:
 
 
 def linear(weight: Tensor) -> nn.Linear:
-    """An ordinary linear (out, in) without a bias, which LoRA and quantisation know.
+    """An ordinary linear layer (out, in) without a bias, which LoRA and quantisation recognise.
 
-    Put together by hand: drawing a weight that is about to be replaced took most of the time.
+    Built without `__init__`, as initialising a weight that is replaced at once took most of the
+    time.
     """
     made = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(made)
@@ -235,5 +239,5 @@ def linear(weight: Tensor) -> nn.Linear:
 
 
 def dense_linear(w_ID: Tensor, role: str) -> nn.Linear:
-    """A role that stays as it is."""
+    """A linear layer for a role that stays dense."""
     return linear(w_ID.mT if is_output_projection(role) else w_ID)

@@ -1,7 +1,7 @@
-"""Tucker and CP factors as modules.
+"""Modules for Tucker and CP factors.
 
-Shapes: B batch, T tokens, D model width, P = R1, K head width, R = R2, M = 2g+2 matrices of a
-group, S = R3, G key/value heads, m the matrices asked for, h heads, I inner width.
+Shapes: B batch, T tokens, D model width, P = R1, K head_dim, R = R2, M = 2g+2 matrices of a group,
+S = R3, G key/value heads, m the selected matrices, h heads, I inner width.
 """
 
 import torch
@@ -14,15 +14,16 @@ from tensorllm.runtime.sites import OPERATION, PROMPT, Cost, SiteModule, runs
 from tensorllm.tensors.factors import CP, Factors, Tucker, parameters, wide
 from tensorllm.tensors.stacking import Geometry
 
-CORE_ORDER = (2, 3, 1, 0)  # stored (P, R, S, G), held (S, G, R, P): rows that lie together are used
-ATTENTION_OPERATIONS = 40  # of an attention block that decodes one token, dense or factored
-SCORE = 100  # products that take as long as masking one score and taking its softmax
+CORE_ORDER = (2, 3, 1, 0)  # stored (P, R, S, G), held (S, G, R, P): contiguous rows are used
+ATTENTION_OPERATIONS = 40  # of an attention block per decoded token, dense or factored
+SCORE = 100  # products that take as long as mask and softmax of one score
 
 
 def attention_cost(geometry: Geometry, weights: int, values: int, expand: int = 0) -> Cost:
-    """Of a whole attention block, whose scores and values cost products too.
+    """The cost of a whole attention block, including scores and values.
 
     Args:
+        geometry: of the layer.
         weights: numbers read, each multiplied once.
         values: width of a cached value.
         expand: further products of a token.
@@ -35,8 +36,8 @@ def attention_cost(geometry: Geometry, weights: int, values: int, expand: int = 
 class HeadsSite(SiteModule):
     """Factors of the (D, K, M, G) tensor; query rows come first, then key, value and outputs.
 
-    Where S = M nothing is saved by the stack factor, so it is multiplied into the core: each
-    projection then reads its own part of the core only.
+    If S = M, the stack factor saves nothing and is multiplied into the core, so that each
+    projection reads only its own part of the core.
     """
 
     core_SGRP: nn.Parameter
@@ -58,8 +59,11 @@ class HeadsSite(SiteModule):
 
     @classmethod
     def latents_pay(cls, factors: Factors, geometry: Geometry) -> bool:
-        """Where the numbers that values are narrower by, of 512 cached tokens, take as long to be
-        read as attention takes longer in parts than in one kernel: about one operation."""
+        """Whether narrower cached values save more time than attention in parts costs.
+
+        That is, whether the numbers saved in 512 cached tokens take as long to read as about one
+        operation, by which attention in parts is slower than one kernel.
+        """
         return geometry.G * (geometry.K - factors.ranks[1]) * PROMPT >= OPERATION
 
     @classmethod
@@ -81,12 +85,12 @@ class HeadsSite(SiteModule):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Multiply the stack factor into the core where both have the same size."""
+        """Multiply the stack factor into the core if it is square."""
         matrices, rank = self.u_MS.shape
         if self.absorbed or matrices != rank or self.u_MS.is_meta or is_parametrized(self):
-            return  # quantised factors are not written to
+            return  # quantised factors cannot be changed
         core_MGRP = torch.einsum("sgrp,ms->mgrp", wide(self.core_SGRP), wide(self.u_MS))
-        # New tensors: the old ones may be the factors that the compression's record holds.
+        # New tensors, as the compression's record may hold the old ones.
         self.core_SGRP.data = core_MGRP.to(self.core_SGRP.dtype)
         self.u_MS.data = torch.eye(matrices).to(self.u_MS)
         self.u_MS.requires_grad_(False)
@@ -103,7 +107,7 @@ class HeadsSite(SiteModule):
         return torch.einsum("...sgr,ms->...mgr", y_BTSGR, self.u_MS[rows])
 
     def out_of(self, y_BTmGR: Tensor, rows: slice) -> Tensor:
-        """The model width again: the transpose of `into`."""
+        """From latents back to the model width: the transpose of `into`."""
         core_SGRP: Tensor = self.core_SGRP
         if self.absorbed:
             core_SGRP = core_SGRP[rows]  # a view
@@ -112,7 +116,7 @@ class HeadsSite(SiteModule):
         z_BTP = y_BTmGR.flatten(-3) @ core_SGRP.flatten(0, 2)
         return F.linear(z_BTP, self.u_DP)
 
-    # One role as a linear, where the latents cannot be used.
+    # Single roles as linear layers, if attention cannot run in the latents.
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         y_mGK = self.into(x, self._rows(index)) @ self.u_KR.mT
@@ -123,7 +127,7 @@ class HeadsSite(SiteModule):
         return self.out_of((y_GmK @ self.u_KR).transpose(-3, -2), self._rows(index))
 
     def _rows(self, index: int) -> slice:
-        """Which of the M stacked matrices of a group belong to q, k, v or o."""
+        """The rows of q, k, v or o among the M stacked matrices of a group."""
         g = self.queries
         return (slice(0, g), slice(g, g + 1), slice(g + 1, g + 2), slice(g + 2, None))[index]
 
@@ -157,7 +161,7 @@ class HeadSite(SiteModule):
 
 
 class StackSite(SiteModule):
-    """Whole matrices (I, D, M): a left and a right factor, and between them a part of each."""
+    """Stacked whole matrices (I, D, M): a left and a right factor, and a middle part for each."""
 
     u_IP: nn.Parameter
     u_DR: nn.Parameter
@@ -192,7 +196,7 @@ class StackSite(SiteModule):
 
 @runs(Tucker, "matrices")
 class TuckerStackSite(StackSite):
-    """Between the factors a slice of the core, (P, R)."""
+    """The middle part of each matrix is a combination of core slices, (P, R)."""
 
     def _between(self, y: Tensor, index: int, *, transposed: bool) -> Tensor:
         core_PR = self.middle @ self.u_MS[index]
@@ -201,7 +205,7 @@ class TuckerStackSite(StackSite):
 
 @runs(CP, "matrices")
 class CPStackSite(StackSite):
-    """Between the factors a weight for each of the R terms."""
+    """The middle part of each matrix is a weight for each of the R terms."""
 
     def _between(self, y: Tensor, index: int, *, transposed: bool) -> Tensor:
         return y * (self.middle * self.u_MS[index])

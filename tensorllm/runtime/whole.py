@@ -1,4 +1,4 @@
-"""A matrix that is only rounded, as a module: an ordinary linear, dequantised for each use."""
+"""Module for a matrix that is only rounded: a linear layer, dequantised for each use."""
 
 from tensorllm.compressors.layer import Site
 from tensorllm.runtime.sites import Cost, Held, Order, SiteModule, linear, runs
@@ -9,7 +9,7 @@ from tensorllm.tensors.whole import Whole
 
 @runs(Whole, "matrix")
 class WholeSite(SiteModule):
-    """One ordinary linear (out, in)."""
+    """One ordinary linear layer (out, in)."""
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:

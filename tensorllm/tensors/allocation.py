@@ -1,10 +1,11 @@
-"""Ranks for many matrices out of one budget, by what each number more is worth.
+"""Ranks for many matrices from one budget, chosen by the error that each stored number saves.
 
-A curve says what each rank costs (numbers stored) and what error it leaves. A cluster is a set of
-matrices with alternative groupings, each a list of curves. For a Lagrange
-multiplier λ of the numbers stored the best of everything is found curve by curve; the multiplier
-is bisected until the budget is met, and what is left over buys the best steps that still fit.
-Merged frontiers, exact for small problems, give another choice; the better of the two is taken.
+A curve gives the cost of each rank (numbers stored) and the error it leaves. A cluster is a set of
+matrices with alternative groupings, each a list of curves. For a given Lagrange multiplier λ on the
+numbers stored, the optimum is found curve by curve; λ is bisected until the budget is met, and what
+is left over buys the best steps that still fit. Merging frontiers (exact for small problems) gives
+a second choice; the better of the two is taken.
+
 Shapes: S ranks of a curve, 1 to S.
 """
 
@@ -28,21 +29,25 @@ class Curve(NamedTuple):
     error_S: Tensor
 
 
-Cluster = Sequence[Sequence[Curve]]  # groupings of its matrices; each is a list of curves
+Cluster = Sequence[Sequence[Curve]]  # alternative groupings of its matrices, a list of curves each
 
 
 class ClusterChoice(NamedTuple):
-    """For one cluster: which grouping, and the rank of each of its curves."""
+    """The chosen grouping of a cluster, and the rank of each of its curves."""
 
     grouping: int
     ranks: tuple[int, ...]
 
 
 def allocate(clusters: Sequence[Cluster], budget: int) -> list[ClusterChoice]:
-    """The choice of each cluster with about the least summed error within the budget.
+    """The choice for each cluster that about minimises the summed error within the budget.
+
+    Args:
+        clusters: the matrices, in clusters.
+        budget: numbers that may be stored.
 
     Raises:
-        UserError: even rank 1 everywhere costs more; says how much.
+        UserError: even rank 1 everywhere costs more; the message says how much.
     """
     least = [_cheapest(cluster, math.inf) for cluster in clusters]
     if _cost(clusters, least) > budget:
@@ -64,7 +69,7 @@ def allocate(clusters: Sequence[Cluster], budget: int) -> list[ClusterChoice]:
                 affordable.append(chosen)
         else:
             low = middle
-    # What is left over at the lowest multiplier may buy nothing, and more at another.
+    # What the lowest affordable multiplier leaves over may buy nothing, so others are tried too.
     affordable.append(_by_frontier(clusters, budget))
     spent = [_spend_rest(clusters, choices, budget) for choices in affordable]
     return min(spent, key=lambda choices: error_of(clusters, choices))
@@ -76,7 +81,7 @@ def error_of(clusters: Sequence[Cluster], choices: Sequence[ClusterChoice]) -> f
 
 
 def _cheapest(cluster: Cluster, multiplier: float) -> ClusterChoice:
-    """The grouping and ranks of least error + multiplier · cost; at infinity, of least cost."""
+    """The grouping and ranks with the least error + multiplier · cost (at infinity: least cost)."""
     options = []
     for grouping, curves in enumerate(cluster):
         totals = [
@@ -86,11 +91,11 @@ def _cheapest(cluster: Cluster, multiplier: float) -> ClusterChoice:
         options.append(
             (sum(float(total_S.min()) for total_S in totals), ClusterChoice(grouping, ranks))
         )
-    return min(options)[1]  # the first grouping, where several are as good
+    return min(options)[1]  # ties: the first grouping
 
 
 def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[ClusterChoice]:
-    """The best choice along merged frontiers, exact while they are small."""
+    """The best choice from merged frontiers, exact while they are small."""
     merged = partial(merge, budget=budget)
     fronts = [
         union(
@@ -108,7 +113,7 @@ def _by_frontier(clusters: Sequence[Cluster], budget: int) -> list[ClusterChoice
 
 
 def _prices(clusters: Sequence[Cluster]) -> tuple[float, float]:
-    """Prices between which every choice changes."""
+    """Lower and upper bounds of the multiplier for the bisection."""
     curves = [curve for cluster in clusters for grouping in cluster for curve in grouping]
     top = max(float(curve.error_S[0]) for curve in curves)
     return top * 1e-18, top * 1e3
@@ -117,7 +122,7 @@ def _prices(clusters: Sequence[Cluster]) -> tuple[float, float]:
 def _spend_rest(
     clusters: Sequence[Cluster], choices: Sequence[ClusterChoice], budget: int
 ) -> list[ClusterChoice]:
-    """Buy, again and again, the affordable higher rank with the most gain per number."""
+    """Repeatedly buy the affordable higher rank with the largest error reduction per number."""
     chosen = _chosen_curves(clusters, choices)
     curves, ranks = [curve for curve, _ in chosen], [rank for _, rank in chosen]
     left = budget - _cost(clusters, choices)
@@ -128,7 +133,7 @@ def _spend_rest(
         _, i, rank, cost = heappop(heap)
         if cost <= left:
             left, ranks[i] = left - cost, rank
-        # Else it was affordable when it was found, and there may be a smaller one.
+        # If it no longer fits, a smaller step may.
         if step := _best_step(curves[i], i, ranks[i], left):
             heappush(heap, step)
     each = iter(ranks)
@@ -136,7 +141,7 @@ def _spend_rest(
 
 
 def _best_step(curve: Curve, i: int, rank: int, left: int) -> tuple[float, int, int, int] | None:
-    """Minus the gain per number, the curve's number, the higher rank and its cost; or none."""
+    """(-gain per number, curve's index, the higher rank, its extra cost); None if no step helps."""
     cost_S, error_S = curve
     price_S = cost_S[rank:] - cost_S[rank - 1]
     price_S = price_S[price_S <= left]

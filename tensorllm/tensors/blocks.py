@@ -1,7 +1,8 @@
-"""A matrix cut into blocks of neighbouring rows, each with a low-rank approximation of its own.
+"""A matrix cut into blocks of consecutive rows, each with its own low-rank approximation.
 
-Rows near several subspaces are served by one of small rank in each block, where one for all rows
-would need the sum of the ranks (Compress to Impress, arXiv 2510.20800, which clusters rows so).
+If the rows lie near several subspaces, a small rank suffices in each block, where a single
+factorisation would need the sum of the ranks (Compress to Impress, arXiv 2510.20800, which clusters
+rows this way).
 
 Shapes: I = B J rows in B blocks of J, O columns, R rank of every block.
 """
@@ -21,7 +22,7 @@ from tensorllm.tensors.unfold import exact_float32
 @FACTORS.register("block-low-rank")
 @dataclass(frozen=True, eq=False)
 class BlockLowRank(Factors):
-    """B products `u_JR @ v_RO`, one below the other."""
+    """B products `u_JR @ v_RO`, stacked along the rows."""
 
     nouns = ("a product for each block of rows", "products for each block of rows")
 
@@ -30,7 +31,7 @@ class BlockLowRank(Factors):
 
     @classmethod
     def of(cls, blocks: Sequence[LowRank]) -> Self:
-        """From the factors of each block, of one rank."""
+        """From the factors of each block, all of the same rank."""
         return cls(torch.stack([b.u_IR for b in blocks]), torch.stack([b.v_RO for b in blocks]))
 
     @exact_float32()
@@ -54,18 +55,18 @@ class BlockLowRank(Factors):
         return (self.u_BJR.shape[2],)
 
     def cuts(self, shape: Sequence[int]) -> dict[int, int | None]:
-        """The whole matrix is not cut at the rank of its blocks."""
+        """The spectrum of the whole matrix, which the ranks of the blocks do not cut."""
         del shape
         return {0: None}
 
 
 def row_blocks(w_IO: Tensor, blocks: int) -> Sequence[Tensor]:
-    """The blocks of neighbouring rows, (J, O) each."""
+    """The blocks of consecutive rows, (J, O) each."""
     return w_IO.tensor_split(blocks)
 
 
 def block_shape(shape: Sequence[int], blocks: int) -> tuple[int, int]:
-    """(J, O).
+    """The shape (J, O) of a block.
 
     Raises:
         UserError: the rows cannot be cut into so many equal blocks.

@@ -1,4 +1,4 @@
-"""CP decomposition, by tensorly."""
+"""CP decomposition, computed by tensorly."""
 
 import math
 
@@ -13,21 +13,21 @@ from tensorllm.tensors.unfold import all_finite, exact_float32
 
 @exact_float32()
 def cp(w: Tensor, rank: int, *, seed: int = 0, sweeps: int = 100, tol: float = 1e-6) -> CP:
-    """The sum of R rank-one tensors nearest to `w` that alternating least squares finds.
+    """A CP decomposition of `w` of rank R, by alternating least squares.
 
     Source: Kolda and Bader, "Tensor decompositions and applications", SIAM Review 2009, chapter 3.
 
     Args:
-        w: any tensor of two modes or more; computed in float32 or wider.
+        w: any tensor of two or more modes; computed in float32 or wider.
         rank: R, 1 or more.
         seed: of the random start.
         sweeps: over the modes, at most.
-        tol: the sweeps end when the relative error moves by less.
+        tol: stop when the relative error changes by less.
 
     Raises:
         UserError: rank below 1, or so high that the least squares are singular; NaN or Inf in `w`.
     """
-    import tensorly  # half a second that only this needs
+    import tensorly  # takes half a second to import
     from tensorly.decomposition import parafac
 
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -36,7 +36,7 @@ def cp(w: Tensor, rank: int, *, seed: int = 0, sweeps: int = 100, tol: float = 1
     w = wide(w)
     if not w.any():
         return CP(w.new_ones(rank), tuple(w.new_zeros(size, rank) for size in w.shape))
-    # By a power of two, exactly: squares of squares of very large or small numbers are not finite.
+    # ALS takes fourth powers, which over- or underflow; scaling by a power of two is exact.
     scale = 2.0 ** math.frexp(float(w.abs().max()))[1]
     try:
         with tensorly.backend_context("pytorch", local_threadsafe=True):

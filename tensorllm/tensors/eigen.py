@@ -1,10 +1,11 @@
-"""Leading singular vectors of an unfolding, by the cheapest way that is exact enough.
+"""Leading singular vectors of an unfolding, by the cheapest method that is accurate enough.
 
-Gram matrices square the condition number: their rounding, entries of about e = unit·max(diagonal),
-mixes a kept component i with a discarded j by the angle e/(λi - λj), which loses the energy
-e²/(λi - λj). Where the sum of these is far below the energy that is discarded anyway, the Gram
-matrix is as good as an SVD; else the next exact way is taken: float32 products, float64 products,
-SVD in float64. On flat, decaying, stepped and planted spectra the sum was 7 to 1e9 times the loss.
+A Gram matrix squares the condition number: rounding errors of about e = unit·max(diagonal) in its
+entries rotate a kept component i towards a discarded j by the angle e/(λi - λj), which loses the
+energy e²/(λi - λj). If the sum of these losses is far below the energy that is discarded anyway,
+the Gram matrix is as good as an SVD; otherwise the next more accurate method is tried: float32
+products, float64 products, SVD in float64. On flat, decaying, stepped and planted spectra the sum
+was 7 to 1e9 times the true loss.
 
 Shapes: N size of the mode, C columns of its unfolding, R rank, S the smaller of N and C.
 """
@@ -19,19 +20,19 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.threads import one_thread
 from tensorllm.tensors.unfold import all_finite, gram, unfolding
 
-LOSS = 5e-6  # energy that rounding may lose by that sum, as a share of the energy discarded
-VALUES = 1e4  # singular values are read off a Gram matrix while their squares exceed so many e
+LOSS = 5e-6  # estimated energy that rounding may lose, as a share of the energy discarded
+VALUES = 1e4  # singular values come from a Gram matrix if their squares exceed so many e
 LARGE = 1024  # from this size on eigendecompositions cost more than all the products
 
 
 def leading_vectors(w: Tensor, mode: int, rank: int) -> Tensor:
     """The `rank` leading left singular vectors (N, R) of the unfolding of `mode`, leading first.
 
-    Float64 products are the last way for what came in float32 or narrower: what they lose, about
-    1e-16 of the energy, is less than what rounding the factors to float32 loses.
+    For float32 or narrower input, float64 products are the last resort: they lose about 1e-16 of
+    the energy, less than rounding the factors to float32.
 
     Raises:
-        UserError: `w` holds NaN or Inf.
+        UserError: `w` has NaN or Inf.
     """
     for dtype in _dtypes(w):
         found = _by_gram(w, mode, rank, dtype, last=_is_last(w, dtype))
@@ -44,7 +45,11 @@ def leading_vectors(w: Tensor, mode: int, rank: int) -> Tensor:
 def all_singular_values(w: Tensor, mode: int) -> Tensor:
     """The S singular values of the unfolding of `mode`, float64, largest first.
 
-    Each is exact to 1e-4 of itself, or to 1e-7 of the largest where `w` is float32 or narrower.
+    Each has a relative error of at most 1e-4 or, for float32 or narrower `w`, an absolute one of
+    1e-7 of the largest.
+
+    Raises:
+        UserError: `w` has NaN or Inf.
     """
     for dtype in _dtypes(w):
         g_SS = _smaller_gram(w, mode, dtype)
@@ -58,18 +63,18 @@ def all_singular_values(w: Tensor, mode: int) -> Tensor:
 
 
 def require_finite(w: Tensor) -> None:
-    """UserError where there is a NaN or an Inf."""
+    """Raise a UserError if there is a NaN or an Inf."""
     if not all_finite(w):
         raise UserError("the weights must be finite numbers, but there are NaN or Inf among them")
 
 
 def _dtypes(w: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes in which products are tried."""
+    """The dtypes in which Gram matrices are tried, in turn."""
     return (torch.float64,) if w.dtype == torch.float64 else (torch.float32, torch.float64)
 
 
 def _is_last(w: Tensor, dtype: torch.dtype) -> bool:
-    """Float64 products are exact enough whatever comes out, for what came in narrower."""
+    """Whether products in `dtype` are always accurate enough: float64 for narrower input."""
     return dtype == torch.float64 and w.dtype != torch.float64
 
 
@@ -82,7 +87,10 @@ def _smaller_gram(w: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
 
 
 def _by_gram(w: Tensor, mode: int, rank: int, dtype: torch.dtype, last: bool) -> Tensor | None:
-    """None where rounding may cost too much, unless this is the `last` way and `w` is finite."""
+    """Leading vectors from a Gram matrix; None if rounding may cost too much.
+
+    With `last` None only if `w` is not finite.
+    """
     g_SS = _smaller_gram(w, mode, dtype)
     largest = float(g_SS.diagonal().max())
     underflows = largest * torch.finfo(dtype).eps < torch.finfo(dtype).tiny
@@ -103,7 +111,7 @@ def _by_gram(w: Tensor, mode: int, rank: int, dtype: torch.dtype, last: bool) ->
 
 
 def _is_exact_enough(values_S: Tensor, rank: int, entry: float) -> bool:
-    """Whether errors of size `entry` in the Gram matrix lose little against what is discarded."""
+    """Whether errors of size `entry` in the Gram matrix lose little next to what is discarded."""
     kept_R, dropped_T = values_S[:rank], values_S[rank:]
     if dropped_T.numel() == 0:
         return True
@@ -128,8 +136,8 @@ def eigh(g_SS: Tensor) -> tuple[Tensor, Tensor]:
 def eigenvalues(g_NN: Tensor) -> Tensor:
     """The eigenvalues of a float64 covariance, largest first.
 
-    From order `LARGE` on in float32: what is small against the largest is then rounding, about a
-    millionth of it, and no curve of errors needs it.
+    In float32 from order `LARGE` on: eigenvalues below about a millionth of the largest are then
+    rounding errors, which no error curve is sensitive to.
     """
     with _few_threads(len(g_NN)):
         narrow = len(g_NN) >= LARGE
@@ -140,18 +148,18 @@ def eigenvalues(g_NN: Tensor) -> Tensor:
 def leading_eigenvectors(g_NN: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors (N, R) of a float64 covariance, float64, leading first.
 
-    From order `LARGE` on in float32, as its eigenvalues: what that mixes across the cut is little
-    beside what the sampling of tokens leaves uncertain.
+    In float32 from order `LARGE` on, like `eigenvalues`: the error is small next to the sampling
+    error of the covariance.
     """
     narrow = len(g_NN) >= LARGE
     return eigh(g_NN.float() if narrow else g_NN)[1].flip(1)[:, :rank].double()
 
 
 def leading_subspace(g_NN: Tensor, rank: int) -> Tensor:
-    """An orthonormal basis (N, R) of approximately the leading eigenspace, float64.
+    """An orthonormal basis (N, R), float64, of approximately the leading eigenspace.
 
-    Below order `LARGE` these are the `rank` leading eigenvectors; from there on it is the range of
-    the matrix times `rank` random vectors (Halko, Martinsson and Tropp 2011, algorithm 4.1).
+    Below order `LARGE` the `rank` leading eigenvectors; from there on the range of the matrix times
+    `rank` random vectors (Halko, Martinsson and Tropp 2011, algorithm 4.1).
     """
     if len(g_NN) < LARGE:
         return leading_eigenvectors(g_NN, rank)
@@ -161,10 +169,10 @@ def leading_subspace(g_NN: Tensor, rank: int) -> Tensor:
 
 
 def _few_threads(size: int) -> AbstractContextManager[None]:
-    """One thread for the many short steps of a small factorisation, for as long as it lasts.
+    """One thread for a small factorisation, which consists of many short steps.
 
-    With two threads it is a third faster on an idle machine, but on one whose cores others use too,
-    where the threads wait for each other at every step, it was seen to take 20 times longer.
+    Two threads are a third faster on an idle machine, but if other processes use the cores, the
+    threads wait for each other at every step, and 20 times slower was seen.
     """
     if size >= 2 * LARGE or torch.get_num_threads() == 1:
         return nullcontext()

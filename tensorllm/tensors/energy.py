@@ -1,9 +1,9 @@
-"""What every rank of a tensor stores and what error it leaves, from the tensor alone.
+"""Storage and error of every choice of ranks of a tensor, from the tensor alone.
 
-A tensor turned onto its principal axes (its full higher-order SVD) tells the error of truncating
-it to any ranks: the energy of the core outside the leading block (De Lathauwer, De Moor and
-Vandewalle, "A multilinear singular value decomposition", SIAM J. Matrix Anal. Appl. 2000, property
-9). A matrix is the case of one rank, and its core the singular values.
+In the basis of its full higher-order SVD, the error of truncating a tensor to any ranks is the
+energy of the core outside the leading block (De Lathauwer, De Moor and Vandewalle, "A multilinear
+singular value decomposition", SIAM J. Matrix Anal. Appl. 2000, property 9). A matrix is the case of
+one rank; its core is the singular values.
 
 Shapes: N combinations of ranks, C ranks of one combination.
 """
@@ -22,25 +22,27 @@ from tensorllm.tensors.eigen import all_singular_values
 from tensorllm.tensors.frontier import front_of
 from tensorllm.tensors.tucker import tucker
 
-DENSE = 32  # of several modes, ranks that are all tried; above, each is 5 % more than the last
+DENSE = 32  # with several modes: every rank up to this is tried, above it steps of 5 %
 STEP = 1.05
 
 
 class SizedCurve(NamedTuple):
-    """A curve, and the ranks behind each of its points; all 0: the tensor stays as it is."""
+    """A curve and the ranks of each of its points; all 0 leaves the tensor as it is."""
 
     curve: Curve
     ranks_NC: Tensor
 
 
 def sized_curve(ranks_NC: Tensor, cost_N: Tensor, error_N: Tensor, numbers: int) -> SizedCurve:
-    """The combinations of ranks that none beats in both cost and error, by ascending cost; the last
-    point leaves the tensor as it is, without an error.
+    """The Pareto frontier of combinations of ranks in cost and error, by ascending cost.
+
+    The last point leaves the tensor as it is, without an error.
 
     Args:
-        cost_N: numbers stored at each combination.
-        error_N: what is lost there, float64.
-        numbers: in the tensor itself; combinations that store as many or more are left out.
+        ranks_NC: the combinations.
+        cost_N: numbers stored by each combination.
+        error_N: its error, float64.
+        numbers: of the tensor itself; combinations that store as many or more are left out.
     """
     front = front_of(cost_N, error_N, numbers - 1)
     chosen_NC = ranks_NC[front.picks_NC[:, 0] - 1]
@@ -51,11 +53,12 @@ def sized_curve(ranks_NC: Tensor, cost_N: Tensor, error_N: Tensor, numbers: int)
 
 @dataclass(frozen=True, eq=False)
 class Energy:
-    """The energy of one tensor on its principal axes.
+    """The energy of a tensor's core, in the basis of its full higher-order SVD.
 
     Attributes:
         shape: of the tensor.
-        energy: squares, float64, an axis per rank; summed over the modes that are not decomposed.
+        energy: squared entries of the core, float64, an axis per rank; summed over the modes that
+            are not decomposed.
     """
 
     shape: tuple[int, ...]
@@ -63,7 +66,7 @@ class Energy:
 
     @property
     def numbers(self) -> int:
-        """In the tensor itself."""
+        """How many numbers the tensor itself has."""
         return math.prod(self.shape)
 
     @cached_property
@@ -84,21 +87,21 @@ class Energy:
         return max(0.0, self.total - float(kept))
 
     def errors(self, ranks_NC: Tensor) -> Tensor:
-        """The same for many combinations."""
+        """Squared errors (N,) of many combinations of ranks."""
         kept = self.energy
         for axis in range(kept.ndim):
             kept = kept.cumsum(axis)
         return (self.total - kept[tuple((ranks_NC - 1).T)]).clamp(min=0.0)
 
     def curve(self, stored: Callable[[Tensor], Tensor]) -> SizedCurve:
-        """The useful combinations by ascending cost; the last one leaves the tensor as it is.
+        """The Pareto-optimal combinations by ascending cost; the last leaves the tensor as it is.
 
-        Errors are those of the tensor brought to a mean square of one: norms after and before the
-        matrices undo their size; on tinystories-656K absolute errors served worse in nine of twelve
-        cases (four modes, three ratios).
+        Errors are relative: those of the tensor scaled to a mean square of one, as the norms around
+        a matrix make up for its scale. On tinystories-656K absolute errors did worse in nine of
+        twelve cases (four modes, three ratios).
 
         Args:
-            stored: numbers stored at each combination of ranks (N, C).
+            stored: gives the numbers stored by each combination of ranks (N, C).
         """
         sizes = self.energy.shape
         axes = [candidates(n) for n in sizes] if len(sizes) > 1 else [_all(sizes[0])]
@@ -110,19 +113,19 @@ class Energy:
 
 
 def matrix_energy(w_IO: Tensor) -> Energy:
-    """Of a matrix: squares of its singular values."""
+    """The energy of a matrix: its squared singular values."""
     return Energy(tuple(w_IO.shape), all_singular_values(w_IO, 0).cpu().square())
 
 
 def tucker_energy(w: Tensor, modes: Sequence[int]) -> Energy:
-    """Of a tensor that is decomposed over its first modes."""
+    """The energy of a tensor that is decomposed over its first modes, `modes`."""
     core = tucker(w, {mode: w.shape[mode] for mode in modes}).core
     whole = tuple(range(len(modes), core.ndim))
     return Energy(tuple(w.shape), core.square().sum(whole, dtype=torch.float64).cpu())
 
 
 def tucker_stored(shape: Sequence[int], ranks_NC: Tensor) -> Tensor:
-    """Numbers of core and factors at each combination of ranks of the first modes."""
+    """Numbers in core and factors for each combination of ranks of the first modes."""
     sizes_C = torch.tensor(shape[: ranks_NC.shape[1]])
     whole = math.prod(shape[ranks_NC.shape[1] :])
     return ranks_NC.prod(1) * whole + (ranks_NC * sizes_C).sum(1)
@@ -133,7 +136,7 @@ def _all(size: int) -> Tensor:
 
 
 def candidates(size: int) -> Tensor:
-    """Every small rank, then ever larger steps; always the whole size."""
+    """Ranks to try: every small one, then in growing steps up to the full size."""
     ranks, rank = list(range(1, min(DENSE, size) + 1)), min(DENSE, size)
     while rank < size:
         rank = min(size, math.ceil(rank * STEP))

@@ -1,10 +1,11 @@
-"""All experts of a layer as one tensor, decomposed where its errors are weighted mode by mode.
+"""All experts of a layer as one tensor, decomposed under weights of its errors in each mode.
 
 W (E, F, D, S) holds the S matrices of each of E experts; F is the experts' inner width and D the
-model width, so output projections lie transposed. A mode whose rank is its size is not
-compressed: it has no factor and costs nothing. With a root S_n of the weights of each mode's
-errors, W ×_n S_n is decomposed and the roots are taken out of factors and core again, so that
-||(W - dense) ×_n S_n|| is small (multilinear whitening; TD-MoE, ICLR 2026).
+model width, so output projections are transposed. A mode of full rank is not compressed: it has no
+factor and costs nothing. With a root S_n of the error weights of each mode, W ×_n S_n is decomposed
+and the roots are divided out of the factors and core again, so that ||(W - dense) ×_n S_n|| is
+small (multilinear whitening; TD-MoE, ICLR 2026).
+
 Shapes: N size of a mode, R rank, B rank of the inner mode.
 """
 
@@ -20,26 +21,26 @@ from tensorllm.tensors.tucker import tucker
 from tensorllm.tensors.unfold import project
 
 EXPERTS, INNER, WIDTH, MATRICES = range(4)  # the modes
-FLOOR = 1e-6  # of the mean eigenvalue: what a direction that was never seen counts
-EVERY = 2**21  # so many combinations of ranks are all tried; of more, in steps of 5 %
-# Mode -> symmetric root (N, N) of the weights of its errors; (E, F, F) on the inner mode: each
-# expert's own, where neither experts nor inner mode are compressed.
+FLOOR = 1e-6  # weight of a direction without data, relative to the mean eigenvalue
+EVERY = 2**21  # up to so many combinations of ranks all are tried, beyond in steps of 5 %
+# Mode -> symmetric root (N, N) of the weights of its errors. (E, F, F) on the inner mode: one for
+# each expert, if neither the expert mode nor the inner mode is compressed.
 Roots = Mapping[int, Tensor]
 
 
 def stored_numbers(shape: Sequence[int], ranks: Sequence[int]) -> int:
-    """Numbers in core and factors; a mode at its full size has no factor."""
+    """Numbers in core and factors; a mode of full rank has no factor."""
     cut = [(n, r) for n, r in zip(shape, ranks, strict=True) if r < n]
     return math.prod(ranks) + sum(n * r for n, r in cut)
 
 
 def root_of(weights_NN: Tensor, mean: float | None = None, ridge: float = FLOOR) -> Tensor:
-    """The symmetric root (N, N) of weights over their mean eigenvalue, float64.
+    """The symmetric root (N, N), float64, of weights divided by their mean eigenvalue.
 
     Args:
-        weights_NN: zero: nothing is known of the mode, and the root is the identity.
+        weights_NN: if zero, nothing is known of the mode, and the root is the identity.
         mean: divide by this instead.
-        ridge: of the mean eigenvalue, what is added to all.
+        ridge: added to all eigenvalues, relative to their mean.
     """
     weights_NN = weights_NN.double()
     own = float(weights_NN.diagonal().mean())
@@ -50,7 +51,7 @@ def root_of(weights_NN: Tensor, mean: float | None = None, ridge: float = FLOOR)
 
 
 def weighted(w: Tensor, roots: Roots) -> Tensor:
-    """W ×_n S_n over the modes that have a root, in float64 where there is one."""
+    """W ×_n S_n over the modes that have a root, in float64 if there is one."""
     for mode, root in roots.items():
         w = _times(w.double(), root, mode)
     return w
@@ -63,11 +64,13 @@ def _times(w: Tensor, root: Tensor, mode: int) -> Tensor:
 
 
 def weighted_tucker(w: Tensor, ranks: Sequence[int], roots: Roots, *, sweeps: int = 1) -> Tucker:
-    """Factors with orthonormal columns that leave a small weighted error.
+    """A Tucker decomposition with orthonormal factors and a small weighted error.
 
     Args:
         w: (E, F, D, S).
         ranks: of all four modes.
+        roots: of the weights of errors.
+        sweeps: HOOI sweeps, at most.
     """
     cut = {mode: r for mode, r in enumerate(ranks) if r < w.shape[mode]}
     found = tucker(weighted(w, roots), cut, sweeps=sweeps)
@@ -77,19 +80,22 @@ def weighted_tucker(w: Tensor, ranks: Sequence[int], roots: Roots, *, sweeps: in
             factors[mode] = torch.linalg.solve(root, factors[mode])
         else:
             core = _times(core, torch.linalg.inv(root), mode)
-    for mode in roots.keys() & cut.keys():  # dividing by a root has bent the columns
+    for mode in roots.keys() & cut.keys():  # no longer orthonormal after the solve
         factors[mode], left_RR = torch.linalg.qr(factors[mode])
         core = project(core, left_RR.mT, mode)
     return Tucker(core, factors)
 
 
 def refitted(w: Tensor, found: Tucker, weights_of: Callable[[int], Tensor]) -> Tucker:
-    """The same factors with the best core for each expert's own weights of its inputs.
+    """The same factors with the core that is best for each expert's own input weights.
 
-    Every expert and matrix must have its own part of the core: only inner and width have a factor.
+    Only the inner mode and the width may have a factor, so that every expert and matrix has its own
+    part of the core.
 
     Args:
-        weights_of: (D, D) of an expert, positive definite; asked for one expert after the other.
+        w: (E, F, D, S).
+        found: the decomposition.
+        weights_of: (D, D) of an expert, positive definite; called for one expert at a time.
     """
     u_DR = found.factors[WIDTH].double()
     u_FB = found.factors.get(INNER)
@@ -105,14 +111,16 @@ def refitted(w: Tensor, found: Tucker, weights_of: Callable[[int], Tensor]) -> T
 
 
 def size_curve(w: Tensor, roots: Roots, modes: Sequence[int]) -> SizedCurve:
-    """The useful ranks by ascending cost, with the weighted error that truncating to them leaves.
+    """The Pareto-optimal ranks by ascending cost, with the weighted error of truncating to them.
 
-    From one full higher-order SVD: the error is the energy of the core outside the leading block.
-    The last size, all 0, leaves the tensor as it is. Errors are those of a tensor brought to a mean
-    square of one.
+    Computed from one full higher-order SVD: the error is the energy of the core outside the leading
+    block. The last size, all 0, leaves the tensor as it is. Errors are those of the weighted tensor
+    scaled to a mean square of one.
 
     Args:
-        modes: which may have a rank below their size.
+        w: (E, F, D, S).
+        roots: of the weights of errors.
+        modes: those whose rank may be below their size.
     """
     w = weighted(w, roots)
     kept = tucker(w, {mode: w.shape[mode] for mode in modes}).core.square().double()
@@ -135,6 +143,6 @@ def size_curve(w: Tensor, roots: Roots, modes: Sequence[int]) -> SizedCurve:
 
 
 def ranks_within(found: SizedCurve, numbers: float) -> tuple[int, ...] | None:
-    """The ranks of least error that store at most `numbers`; None: even the smallest store more."""
+    """The ranks of least error that store at most `numbers`; None if even the smallest do not."""
     affordable = int((found.curve.cost_S[:-1] <= numbers).sum())
     return tuple(found.ranks_NC[affordable - 1].tolist()) if affordable else None

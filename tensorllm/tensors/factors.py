@@ -1,7 +1,7 @@
-"""What a decomposition leaves: small objects that stand for a large tensor.
+"""Factors: the small tensors of a decomposition, which stand for a large one.
 
-A kind of factors derives from `Factors` and is registered with `FACTORS`; whatever counts, saves,
-rebuilds, runs or reports weights works on these members and never asks which kind it holds.
+Each kind of factors derives from `Factors` and is registered with `FACTORS`; code that counts,
+saves, rebuilds, runs or reports weights uses these members only and never asks for the kind.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from tensorllm.tensors.eigen import all_singular_values
 from tensorllm.tensors.unfold import exact_float32, growth, project, project_all
 
 Picture = Literal["core", "product"]
-CANCELS = 0.01  # a smaller share of the energy is computed from the difference itself
+CANCELS = 0.01  # below this share of the energy the difference itself is computed
 
 
 class Factors(ABC):
@@ -29,8 +29,8 @@ class Factors(ABC):
             `products`; None: the kind's name and "factors".
         picture: how reports draw the factors: a `core` with a factor for each mode, a `product` of
             two matrices; None: not at all.
-        rounding: how many times the squared relative error of rounding its tensors shows in that of
-            what they stand for, roughly.
+        rounding: roughly the squared relative error of `dense()`, over that of each stored tensor,
+            if the stored tensors are rounded.
     """
 
     nouns: ClassVar[tuple[str, str] | None] = None
@@ -43,24 +43,24 @@ class Factors(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored and counted, by name; `from_tensors` takes it back."""
+        """The stored (and counted) tensors by name; the input of `from_tensors`."""
 
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The factors of what `tensors` gave."""
+        """The factors whose `tensors()` these are."""
 
     @property
     @abstractmethod
     def ranks(self) -> tuple[int, ...]:
-        """The ranks, in the order of the modes that are decomposed."""
+        """The ranks, in the order of the decomposed modes."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of `dense()`; a kind that can tell it without that tensor overrides this.
+        """The shape of `dense()`; kinds that know it without computing that tensor override this.
 
         Raises:
-            UserError: the ranks of the stored tensors differ (of the kinds here that override it).
+            UserError: the ranks of the stored tensors differ (in the kinds here that override it).
         """
         return tuple(self.dense().shape)
 
@@ -69,16 +69,16 @@ class Factors(ABC):
         """The name under which the kind is registered."""
         return FACTORS.name_of(type(self))
 
-    # What reports show. The defaults hold for any kind.
+    # For reports; the defaults work for any kind.
 
     @classmethod
     def describe(cls, kind: str, ranks: Sequence[tuple[int, ...]], several: bool) -> str:
-        """In words, such as `products of rank 8 to 32`.
+        """The factors in words, such as `products of rank 8 to 32`.
 
         Args:
             kind: the kind's name.
             ranks: those that occur, ascending.
-            several: whether the factors of more than one site are meant.
+            several: whether the text is about the factors of more than one site.
         """
         one, more = cls.nouns or (f"{kind.replace('-', ' ')} factors",) * 2
         unit = "ranks" if len(ranks[0]) > 1 else "rank"
@@ -87,17 +87,17 @@ class Factors(ABC):
         return f"{more if several else one} of {unit} {values}"
 
     def cuts(self, shape: Sequence[int]) -> dict[int, int | None]:
-        """Modes of the tensor whose singular values are of interest, each with its rank.
+        """Modes of the tensor whose singular values are worth showing, each with its rank.
 
         Rank None: the mode is not cut by one. By default the singular values of a matrix, cut at
-        the rank where there is one only, and those of every mode of a larger tensor.
+        the rank if there is only one, and those of every mode of a larger tensor.
         """
         if len(shape) == 2:
             return {0: self.ranks[0] if len(self.ranks) == 1 else None}
         return dict.fromkeys(range(len(shape)))
 
     def spectrum(self, mode: int) -> Tensor | None:
-        """Singular values of the mode's unfolding of `dense()`, without it; None: not available."""
+        """Singular values of the mode's unfolding, computed from the factors; None: unavailable."""
         del mode
         return None
 
@@ -105,10 +105,11 @@ class Factors(ABC):
         """||w - dense||² / ||w||², without the dense tensor.
 
         Args:
+            w: the original tensor.
             total: ||w||², above 0.
 
         Returns:
-            None where there is no such way, or where the difference is lost to cancellation.
+            None if there is no such way, or if the difference would be lost to cancellation.
         """
         del w, total
         return None
@@ -117,35 +118,33 @@ class Factors(ABC):
         """Norms of w - dense, and of w, for every index of the modes that are not in `modes`.
 
         Returns:
-            None where `residual_share` would be None.
+            None in the cases of `residual_share`.
         """
         del w, modes
         return None
 
     def as_run(self, *, output: bool) -> "Factors":
-        """The same factors, stored as the module that runs them holds them.
+        """The same factors in the memory layout of the module that runs them.
 
-        Else loading copies them, beside the pages of the file that they are read from.
+        Otherwise loading would copy them out of the memory-mapped file.
 
         Args:
-            output: whether they stand for an output projection.
+            output: whether they belong to an output projection.
         """
         del output
         return self
 
-    # Factors that are held in few bits override these.
-
     def plain(self) -> "Factors":
-        """The same factors in floating point; `self` where they are that already."""
+        """The factors in floating point; `self` if they are not quantised."""
         return self
 
     def quantised_parts(self, name: str) -> dict[str, Tensor]:
-        """What is stored in place of the tensor `name` of `plain()`; empty: that tensor itself."""
+        """What is stored for the tensor `name` of `plain()`; empty: that tensor itself."""
         del name
         return {}
 
 
-# Of the group of compressors: one file may hold a strategy and its kind of factors.
+# In the group of the compressors: one plugin may hold a strategy and its kind of factors.
 FACTORS: Registry[type[Factors]] = Registry("factor kind", group="tensorllm.compressors")
 
 
@@ -157,25 +156,25 @@ def parameters(factors: Factors) -> int:
 def cast(factors: Factors, dtype: torch.dtype) -> Factors:
     """The same factors with their numbers rounded to `dtype`."""
     rounded = {
-        name: t.to(dtype) if t.is_floating_point() else t  # row numbers stay what they are
+        name: t.to(dtype) if t.is_floating_point() else t  # row indices stay integers
         for name, t in factors.tensors().items()
     }
     return type(factors).from_tensors(rounded)
 
 
 def same_rank(*ranks: int) -> None:
-    """Refuse factors that cannot be multiplied, such as those of a damaged folder."""
+    """Raise a UserError if ranks differ, as in factors from a damaged folder."""
     if len(set(ranks)) > 1:
         raise UserError(f"factors of ranks {' and '.join(map(str, ranks))} do not fit together")
 
 
 def wide(t: Tensor) -> Tensor:
-    """`t` in float32, or float64 where it already is."""
+    """`t` in float32, or in float64 if it already is."""
     return t.to(wide_dtype(t))
 
 
 def wide_dtype(t: Tensor) -> torch.dtype:
-    """Float32, or float64 where `t` has it."""
+    """Float64 if `t` has it, otherwise float32."""
     return torch.promote_types(t.dtype, torch.float32)
 
 
@@ -187,7 +186,7 @@ class Tucker(Factors):
     Source: Kolda and Bader, "Tensor decompositions and applications", SIAM Review 2009, section 4.
 
     Attributes:
-        core: the core; mode n has size rank n where there is a factor, else the tensor's size.
+        core: its mode n has the size of the rank if there is a factor, otherwise of the tensor.
         factors: mode -> matrix (size of the mode, rank) with orthonormal columns.
     """
 
@@ -199,10 +198,10 @@ class Tucker(Factors):
     factors: dict[int, Tensor]
 
     def dense(self) -> Tensor:
-        # In memory the model width comes last, as in the matrices that are taken out of it.
+        # The model width comes last in memory, as in the role matrices that are views of it.
         reverse = range(self.core.ndim - 1, -1, -1)
         w = wide(self.core).permute(*reverse).contiguous().permute(*reverse)
-        # By the pairwise exchange argument this order has the fewest multiply-adds.
+        # This order has the fewest multiply-adds (exchanging two neighbours only adds some).
         for mode in sorted(self.factors, key=lambda n: growth(self.factors[n].shape)):
             w = project(w, wide(self.factors[mode]).mT, mode)
         return w
@@ -236,7 +235,7 @@ class Tucker(Factors):
     def residual_share(self, w: Tensor, total: float) -> float | None:
         """(||w||² - 2 <w, dense> + ||dense||²) / ||w||².
 
-        It holds for any factors, rounded ones too; only a difference near 0 is lost.
+        Exact for any factors, rounded ones too, unless the difference is near 0.
         """
         factors = {mode: wide(u) for mode, u in self.factors.items()}
         core = wide(self.core).double()
@@ -262,11 +261,11 @@ class Tucker(Factors):
 @FACTORS.register("low-rank")
 @dataclass(frozen=True, eq=False)
 class LowRank(Factors):
-    """A matrix as `u_IR @ v_RO`; the singular values are shared evenly between the two.
+    """A matrix as `u_IR @ v_RO`; the singular values are split evenly between the two.
 
     Attributes:
-        transposed: both are stored transposed, as `u_t` and `v_t`: the weights of an output
-            projection's two linears.
+        transposed: both are stored transposed, as `u_t` and `v_t`: the weights of the two linear
+            layers of an output projection.
     """
 
     nouns = ("a product", "products")
@@ -310,7 +309,7 @@ class LowRank(Factors):
 
 
 def low_rank_outline(shape: Sequence[int], rank: int) -> LowRank:
-    """The factors of a matrix without their numbers, on the meta device."""
+    """The factors of a matrix without values, on the meta device."""
     rows, columns = shape
     with torch.device("meta"):
         return LowRank(torch.empty(rows, rank), torch.empty(rank, columns))

@@ -1,9 +1,10 @@
-"""The exact side of rank allocation: frontiers of cost and error, merged curve by curve.
+"""Exact rank allocation: Pareto frontiers of cost and error, merged curve by curve.
 
-A frontier has every (cost, error) that no other point beats at both; frontiers of two sets of
-matrices merge by adding all pairs. It is exact until it has more than `POINTS` points, of which the
-best in each of as many equal ranges of cost are kept (multiple-choice knapsack; Kellerer, Pferschy
-and Pisinger, "Knapsack problems", 2004, chapter 11).
+A frontier holds every (cost, error) that no other point beats in both; the frontiers of two sets of
+matrices are merged by adding all pairs. This is exact until there are more than `POINTS` points;
+then only the best in each of that many equal ranges of cost is kept (multiple-choice knapsack;
+Kellerer, Pferschy and Pisinger, "Knapsack problems", 2004, chapter 11).
+
 Shapes: N points, C picks that led to a point.
 """
 
@@ -17,7 +18,7 @@ POINTS = 512
 
 
 class Front(NamedTuple):
-    """Points by ascending cost and descending error, and the picks behind each."""
+    """Points by ascending cost and descending error, and the picks that led to each."""
 
     cost_N: Tensor
     error_N: Tensor
@@ -31,7 +32,7 @@ def front_of(cost_N: Tensor, error_N: Tensor, budget: int) -> Front:
 
 
 def merge(a: Front, b: Front, budget: int) -> Front:
-    """All affordable pairs of a point of each, and of these the frontier."""
+    """The frontier of all affordable pairs of a point of each."""
     cost = (a.cost_N[:, None] + b.cost_N).flatten()
     error = (a.error_N[:, None] + b.error_N).flatten()
     kept = _kept(cost, error, budget)
@@ -41,7 +42,10 @@ def merge(a: Front, b: Front, budget: int) -> Front:
 
 
 def union(fronts: Sequence[Front], budget: int) -> Front:
-    """The frontier of alternatives; the first pick tells which one, shorter ones end in 0."""
+    """The frontier of several alternatives.
+
+    The first pick is the number of the alternative; shorter picks are padded with 0 at the end.
+    """
     width = max(f.picks_NC.shape[1] for f in fronts)
     picks = []
     for number, front in enumerate(fronts):
@@ -58,7 +62,7 @@ def _pareto(front: Front, budget: int) -> Front:
 
 
 def _kept(cost: Tensor, error: Tensor, budget: int) -> Tensor:
-    """Indices of the frontier, thinned before any picks are gathered: these have C columns."""
+    """Indices of the thinned frontier, found before the picks (C columns) are gathered."""
     index = _undominated(cost, error, budget)
     return index[_thinned(cost[index], budget)]
 
@@ -75,10 +79,10 @@ def _undominated(cost: Tensor, error: Tensor, budget: int) -> Tensor:
 
 
 def _thinned(cost: Tensor, budget: int) -> Tensor:
-    """Which points of a frontier are kept, so that about `POINTS` are left."""
+    """A mask of the points of a frontier to keep, about `POINTS` of them."""
     kept = torch.ones(len(cost), dtype=torch.bool)
     if len(cost) > POINTS:
-        bucket = cost * POINTS // budget  # which is 1 or more, else there is one point
-        kept[:-1] = bucket[1:] != bucket[:-1]  # the best of a range of costs is its dearest
-        kept[0] = True  # the cheapest, without which nothing may fit
+        bucket = cost * POINTS // budget  # the budget is 1 or more: with 0 there is one point
+        kept[:-1] = bucket[1:] != bucket[:-1]  # the last of a range of costs has its smallest error
+        kept[0] = True  # without the cheapest, later merges may exceed the budget
     return kept

@@ -1,7 +1,7 @@
-"""Some rows of a matrix; all others are zero.
+"""A matrix of which only some rows are kept; the others are zero.
 
-Where rows are dimensions that two matrices share (FFN channels, dimensions of a head), both become
-narrower and no product is added.
+If the rows are dimensions that two matrices share (FFN channels, dimensions of a head), both become
+narrower, without another matrix product.
 
 Shapes: I rows, O columns, R rows that are kept.
 """
@@ -19,11 +19,11 @@ from tensorllm.tensors.factors import FACTORS, Factors, wide
 @FACTORS.register("kept-rows")
 @dataclass(frozen=True, eq=False)
 class KeptRows(Factors):
-    """R rows of a matrix, perhaps refitted to make up for the others.
+    """R rows of a matrix, possibly refitted to make up for the dropped ones.
 
     Attributes:
-        values_RO: what they hold, in ascending order of the rows.
-        kept_I: which rows they are: 1 or 0, uint8; they count as parameters.
+        values_RO: the kept rows, in ascending order of their indices.
+        kept_I: 1 for kept rows, 0 for others, uint8; counts as parameters.
     """
 
     nouns = ("rows that are kept", "rows that are kept")
@@ -34,13 +34,13 @@ class KeptRows(Factors):
 
     @classmethod
     def of(cls, rows_R: Tensor, values_RO: Tensor, size: int) -> Self:
-        """From the numbers of the rows, in any order, and that of all rows."""
+        """From the indices of the kept rows, in any order, and the number of all rows."""
         kept_I = torch.zeros(size, dtype=torch.uint8, device=rows_R.device)
         kept_I[rows_R] = 1
         return cls(values_RO[rows_R.argsort()].contiguous(), kept_I)
 
     def rows(self) -> Tensor:
-        """The numbers of the rows, ascending."""
+        """The indices of the kept rows, ascending."""
         return torch.argsort(self.kept_I, descending=True, stable=True)[: len(self.values_RO)]
 
     def dense(self) -> Tensor:
@@ -65,6 +65,6 @@ class KeptRows(Factors):
 
 
 def kept_rows_outline(rows: int, columns: int, kept: int) -> KeptRows:
-    """So many rows of a matrix without their numbers, on the meta device."""
+    """`kept` rows of a matrix without values, on the meta device."""
     of_rows = torch.empty(rows, dtype=torch.uint8, device="meta")
     return KeptRows(torch.empty(kept, columns, device="meta"), of_rows)

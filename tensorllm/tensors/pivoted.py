@@ -1,8 +1,9 @@
-"""A low-rank matrix without the r² numbers that two full factors store twice.
+"""A low-rank matrix without the r² redundant numbers of two full factors.
 
 The factors of a rank-r matrix are defined up to an invertible r x r matrix. Choosing it so that r
-rows of the first factor are the identity leaves r(I + O - r) numbers in place of r(I + O): as many
-as the rank-r matrices have degrees of freedom. At full rank that is the matrix itself.
+rows of the first factor form the identity leaves r(I + O - r) numbers instead of r(I + O), the
+number of degrees of freedom of a rank-r matrix. At full rank that is the matrix itself.
+
 Shapes: I rows, O columns, R rank.
 """
 
@@ -20,17 +21,17 @@ from tensorllm.tensors.unfold import exact_float32
 @FACTORS.register("pivoted-low-rank")
 @dataclass(frozen=True, eq=False)
 class PivotedLowRank(Factors):
-    """R rows of a matrix, and every other row as a combination of them.
+    """R rows of a matrix, and every other row as a linear combination of them.
 
     Attributes:
         basis_RO: the chosen rows.
         mix_XR: the other I - R rows are `mix_XR @ basis_RO`, in ascending order.
-        rows_R: the numbers of the chosen rows, int32; they count as parameters.
-        transposed: both are stored transposed, as `basis_t` and `mix_t`: input projections then
-            read, input by input, what lies together.
+        rows_R: the indices of the chosen rows, int32; they count as parameters.
+        transposed: both are stored transposed, as `basis_t` and `mix_t`, so that input projections
+            read contiguous memory for each input.
     """
 
-    rounding = 8.0  # of a basis: it shows in all rows that are mixed from it; 3 to 16 were measured
+    rounding = 8.0  # errors of the basis enter all rows mixed from it; 3 to 16 were measured
 
     basis_RO: Tensor
     mix_XR: Tensor
@@ -72,15 +73,15 @@ def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
     """`u_IR @ v_RO` with R of its rows as the basis.
 
     The rows are the pivots of Gaussian elimination with partial pivoting, P U = L T. They and the
-    mixing weights L₂ L₁⁻¹ are the same for U times any upper triangular matrix: an orthonormal
-    basis of its columns, say. So the weights stay small (at most 2^(R-1) in theory, single digits
-    in practice), and narrow floats can hold them.
+    mixing weights L₂ L₁⁻¹ do not change if U is multiplied by an upper triangular matrix, such as
+    the one that makes its columns orthonormal. So the weights stay small (at most 2^(R-1) in
+    theory, single digits in practice), and low-precision floats can hold them.
     """
     lower_IR, pivots_R, _ = torch.linalg.lu_factor_ex(u_IR.double())
     rank = u_IR.shape[1]
     order_I = _order(pivots_R.tolist(), len(u_IR)).to(u_IR.device)
     chosen_R = order_I[:rank].sort().values
-    # L has ones on its diagonal, so solving with it cannot fail.
+    # L has a unit diagonal, so solving with it cannot fail.
     mix = torch.linalg.solve_triangular(
         lower_IR[:rank], lower_IR[rank:], upper=False, left=False, unitriangular=True
     )
@@ -91,21 +92,21 @@ def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
 
 
 def _order(pivots: list[int], rows: int) -> Tensor:
-    """The rows in the order into which the swaps of an elimination bring them."""
+    """The row order after the swaps of an elimination."""
     order = list(range(rows))
     for here, pivot_ in enumerate(pivots):
-        other = pivot_ - 1  # counted from one
+        other = pivot_ - 1  # LAPACK counts from one
         order[here], order[other] = order[other], order[here]
     return torch.tensor(order)
 
 
 def pivoted_parameters(shape: tuple[int, int], rank: int) -> int:
-    """Numbers that a pivoted matrix stores: R(I + O - R), and the R row numbers."""
+    """Numbers that a pivoted matrix stores: R(I + O - R), and the R row indices."""
     return rank * (sum(shape) - rank + 1)
 
 
 def pivoted_outline(rows: int, columns: int, rank: int, transposed: bool) -> PivotedLowRank:
-    """The factors of a matrix without their numbers, on the meta device."""
+    """The factors of a matrix without values, on the meta device."""
     basis, mix = (
         torch.empty(n, m, device="meta") for n, m in ((rank, columns), (rows - rank, rank))
     )
@@ -114,7 +115,7 @@ def pivoted_outline(rows: int, columns: int, rank: int, transposed: bool) -> Piv
 
 
 def _others(chosen_R: Tensor, rows: int) -> Tensor:
-    """The row numbers that are not chosen, ascending."""
+    """The row indices that are not chosen, ascending."""
     numbers_I = torch.arange(rows, device=chosen_R.device)
-    numbers_I[chosen_R] = rows  # sorts behind all that are left; unlike a mask it has a known size
+    numbers_I[chosen_R] = rows  # sorted to the end; unlike a mask, the result's size is known
     return numbers_I.sort().values[: rows - len(chosen_R)]

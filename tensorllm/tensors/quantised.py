@@ -1,7 +1,8 @@
-"""Factors whose numbers are held in 8 or 4 bits, with a scale for every 64 of them.
+"""Factors in 8 or 4 bits, with a scale for every 64 numbers.
 
-Groups run down the first mode, the one that products sum over or that is largest. Rounding is
-torchao's; dequantising is one product, so that a folder of such factors opens without torchao.
+Groups run along the first mode, the one that products sum over or the largest. Rounding is
+torchao's; dequantisation is a single product, so a folder of such factors opens without torchao.
+
 Shapes: N the size of the first mode, Y its groups, ... the other modes.
 """
 
@@ -22,19 +23,19 @@ from tensorllm.tensors.weighted import Metric
 from tensorllm.tensors.whole import Whole
 
 GROUP = 64
-SMALLEST = 1024  # tensors with fewer numbers stay as they are: there is nothing to gain
+SMALLEST = 1024  # smaller tensors are not quantised: there is nothing to gain
 BITS = {"int8": 8, "int4": 4}
 PARTS = ("values", "scales", "rest")
-DAMPING = 1e-2  # of the mean of a metric's diagonal, as GPTQ has it
-LAZY = 64  # columns after which those behind are changed
-TINY = torch.finfo(torch.float32).smallest_normal  # the least scale, torchao's
+DAMPING = 1e-2  # of the mean of a metric's diagonal, as in GPTQ
+LAZY = 64  # columns per lazy batch
+TINY = torch.finfo(torch.float32).smallest_normal  # the smallest scale, as in torchao
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised(Factors):
-    """Factors of another kind, `inner`: a tensor `t` is stored as `t_values` and `t_scales`.
+    """Quantised factors of the kind `inner`: `t` is stored as `t_values` and `t_scales`.
 
-    Four bits are held two rows to a byte; the last of an odd number of rows is `t_rest`.
+    Two 4-bit rows are packed into a byte; the last of an odd number of rows is `t_rest`.
     """
 
     stored: dict[str, Tensor]
@@ -78,7 +79,7 @@ class Quantised(Factors):
         return self.plain().ranks
 
 
-@cache  # one class per kind, so that types can be compared
+@cache  # one class per kind, so that types compare equal
 def quantised_kind(inner: type[Factors], how: str) -> type[Quantised]:
     """The class of factors of the kind `inner` in `int8` or `int4`."""
     name = f"{how.capitalize()}{inner.__name__}"
@@ -86,10 +87,10 @@ def quantised_kind(inner: type[Factors], how: str) -> type[Quantised]:
 
 
 def kind_named(name: str) -> type[Factors]:
-    """The class of a kind that is stored as `name`: a registered one, or its quantised form.
+    """The class of the kind stored as `name`: a registered one, or its quantised form.
 
     Raises:
-        UserError: no such kind; it may be a plugin's that was not imported.
+        UserError: no such kind; it may belong to a plugin that was not imported.
     """
     how, _, inner = name.partition("-")
     if how in BITS and name not in FACTORS:
@@ -98,11 +99,11 @@ def kind_named(name: str) -> type[Factors]:
 
 
 def quantise(factors: Factors, how: str) -> Factors:
-    """The same factors in `int8` or `int4`, of any kind.
+    """The factors, of any kind, in `int8` or `int4`.
 
     Raises:
-        UserError: another `how`, factors that are quantised already, or a kind whose tensors have
-            names that the quantised form needs.
+        UserError: another `how`, factors that are already quantised, or a kind with tensor names
+            that clash with those of the quantised form.
     """
     if how not in BITS:
         raise UserError(f"--quantize must be one of {', '.join(BITS)}, got {how!r}")
@@ -122,11 +123,11 @@ def quantise(factors: Factors, how: str) -> Factors:
 
 
 def shapes_held(factors: Factors, bits: int | None) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Name -> shape and bytes of a number, of what factors are stored as; their numbers are not
-    looked at.
+    """Name -> shape and bytes per number of the stored form of factors; needs no values.
 
     Args:
-        bits: None: not rounded.
+        factors: in floating point; may be on the meta device.
+        bits: 8 or 4; None: not quantised.
     """
     out: dict[str, tuple[tuple[int, ...], int]] = {}
     for short, t in factors.tensors().items():
@@ -150,12 +151,12 @@ def _is_rounded(t: Tensor) -> bool:
 
 
 class Compensation(NamedTuple):
-    """How what rounding one column of a matrix loses is made up for by the others.
+    """How the rounding error of one column of a matrix is compensated by the others (GPTQ).
 
-    Shapes: D columns, those first whose errors count most.
+    Shapes: D columns, in order of decreasing cost of their errors.
 
     Attributes:
-        order_D: the columns' numbers.
+        order_D: the indices of the columns.
         root_DD: upper triangular; Rᵀ R is the inverse of the metric of their errors.
     """
 
@@ -164,7 +165,7 @@ class Compensation(NamedTuple):
 
 
 def compensation(metric_DD: Tensor) -> Compensation:
-    """From the metric M of errors E, which cost tr(E M Eᵀ): symmetric, positive semidefinite."""
+    """From the metric M (symmetric, positive semidefinite) by which errors E cost tr(E M Eᵀ)."""
     order_D = metric_DD.diagonal().argsort(descending=True)
     ordered_DD = metric_DD[order_D][:, order_D]
     inverse_DD = torch.cholesky_inverse(Metric(ordered_DD, DAMPING).root)
@@ -172,20 +173,20 @@ def compensation(metric_DD: Tensor) -> Compensation:
 
 
 def quantised_whole(w: Tensor, how: str, by: Compensation) -> Factors:
-    """A matrix (I, D) in `int8` or `int4`, rounded so that tr(E M Eᵀ) of its error E stays small.
+    """A matrix (I, D) in `int8` or `int4`, rounded so that its error E has a small tr(E M Eᵀ).
 
-    Columns are rounded one after the other, those that count most first, and what rounding one has
-    lost is made up for, as far as the metric M allows, by those that are still to come: GPTQ
-    (Frantar et al., arXiv 2210.17323, Algorithm 1; OBS, Hassibi and Stork 1993), with its lazy
-    batches: columns far behind are changed once for `LAZY` others, by a product. With the
-    covariance of the inputs as the metric that is its error; with that of the gradients at the
-    outputs, of a matrix that writes to D, the same on the other side.
+    Columns are rounded one at a time, the most costly first, and the error of each is compensated,
+    as far as the metric M allows, by those still to come: GPTQ (Frantar et al., arXiv 2210.17323,
+    Algorithm 1; OBS, Hassibi and Stork 1993), with its lazy batches, which update the later columns
+    with one product for every `LAZY` columns. With the covariance of the inputs as the metric, this
+    is the error of the outputs; for a matrix that writes to D, the covariance of the output
+    gradients does the same on the other side.
     """
     whole = Whole(w)
     if not _is_rounded(w):
         return quantise(whole, how)
     root_DD = by.root_DD
-    left_DI = w.float().mT[by.order_D].contiguous()  # what is still to be rounded, a row each
+    left_DI = w.float().mT[by.order_D].contiguous()  # the columns yet to be rounded, as rows
     for start in range(0, len(left_DI), LAZY):
         here_BI, later_XI = left_DI[start : start + LAZY], left_DI[start + LAZY :]
         root_BB = root_DD[start : start + LAZY, start : start + LAZY]
@@ -196,28 +197,30 @@ def quantised_whole(w: Tensor, how: str, by: Compensation) -> Factors:
         later_XI.addmm_(root_DD[start : start + LAZY, start + LAZY :].mT, lost_BI, alpha=-1)
     changed_DI = torch.empty_like(left_DI)
     changed_DI[by.order_D] = left_DI
-    # No column has changed since it was rounded, so it is rounded as it was then.
+    # Each column is unchanged since it was rounded, so rounding it again gives the same.
     return quantise(Whole(changed_DI.mT), how)
 
 
 def rounded_column(w_I: Tensor, bits: int) -> Tensor:
-    """What `quantise_tensor` makes of one column (I,), dequantised: in few operations, as it is
-    asked for every column of a matrix, one after the other."""
+    """A column (I,) after `quantise_tensor` and dequantisation, in few operations.
+
+    It is called for every column of a matrix, one after the other.
+    """
     most = 2 ** (bits - 1)
     groups = pad(w_I, (0, -len(w_I) % GROUP)).view(-1, GROUP)
     scales = groups.abs().amax(1, keepdim=True).div_(most - 0.5).clamp_(min=TINY)
-    # A group's largest number lies half-way between two values: as in torchao, a product decides.
+    # The largest number of a group is a tie: multiplying by 1 / scale breaks it as torchao does.
     rounded = (groups * (1.0 / scales)).round_().clamp_(-most, most - 1).mul_(scales)
     return rounded.view(-1)[: len(w_I)]
 
 
 def quantise_tensor(t: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """Values and scales of a tensor (N, ...): symmetric, rounded to the nearest by torchao."""
+    """Values and scales of a tensor (N, ...): symmetric, rounded to nearest by torchao."""
     rounding = _torchao()
     size = len(t)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     padded = -(-size // GROUP) * GROUP
-    flat = torch.zeros(padded, t[0].numel(), device=t.device)  # zeros change no scale
+    flat = torch.zeros(padded, t[0].numel(), device=t.device)  # padding with zeros changes no scale
     flat[:size] = t.float().flatten(1)
     rows = flat.mT.contiguous()
     limits = {"quant_min": low, "quant_max": high}
@@ -237,7 +240,7 @@ def quantise_tensor(t: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 def _torchao() -> Any:
     try:
-        with silenced("torchao"):  # it tells of GPU libraries that it does not find
+        with silenced("torchao"):  # it reports missing GPU libraries
             return import_module("torchao.quantization.quant_primitives")
     except ImportError:
         raise UserError("quantising needs torchao; pip install 'tensorllm[quant]'") from None

@@ -1,4 +1,4 @@
-"""Ranks: which are allowed, which meet a target, and what they cost.
+"""Ranks: checks, choices for a target, and parameter counts.
 
 Source of the counts: Gu et al., "TensorLLM", IJCNN 2025, section III (arXiv 2501.15674).
 """
@@ -17,7 +17,8 @@ def check_ranks(ranks: Sequence[object], sizes: Sequence[int]) -> tuple[int, ...
     """The ranks (R1, R2, ...) as ints, each within 1..size of its mode.
 
     Raises:
-        UserError: wrong count, not integers, or out of range; names the rank and its range.
+        UserError: wrong count, not integers, or out of range; the message names the rank and its
+            range.
     """
     allowed = ", ".join(f"R{i} in 1..{size}" for i, size in enumerate(sizes, 1))
     if isinstance(ranks, str | bytes) or not isinstance(ranks, Sequence):
@@ -28,7 +29,11 @@ def check_ranks(ranks: Sequence[object], sizes: Sequence[int]) -> tuple[int, ...
 
 
 def check_rank(name: str, rank: object, size: int) -> int:
-    """One rank as an int within 1..size."""
+    """One rank as an int within 1..size.
+
+    Raises:
+        UserError: not an integer, or out of range.
+    """
     if isinstance(rank, bool) or not isinstance(rank, SupportsIndex):
         raise UserError(f"rank {name} must be an integer in 1..{size}, got {rank!r}")
     if not 1 <= operator.index(rank) <= size:
@@ -39,8 +44,10 @@ def check_rank(name: str, rank: object, size: int) -> int:
 def laser_rank(rho: float, shape: Sequence[int]) -> int:
     """LASER's r = floor(rho * min(shape)), at least 1; rho is the share of the rank that is kept.
 
-    The floor forgives the rounding of decimal fractions: 0.29 of 100 is 29 although 0.29 * 100 is
-    28.999999999999996 in binary.
+    Tolerates binary rounding: 0.29 of 100 is 29, although 0.29 * 100 is 28.999999999999996.
+
+    Raises:
+        UserError: rho is not in (0, 1].
     """
     if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 < rho <= 1:
         raise UserError(f"rho (share of the rank kept) must be in (0, 1], got {rho!r}")
@@ -48,7 +55,7 @@ def laser_rank(rho: float, shape: Sequence[int]) -> int:
 
 
 def ranks_for_energy(spectra: Mapping[int, Tensor], share: float) -> dict[int, int]:
-    """Per mode the smallest rank whose leading components hold `share` of the mode's energy.
+    """For each mode the smallest rank that keeps `share` of the energy of its unfolding.
 
     Args:
         spectra: mode -> singular values of the mode's unfolding, largest first.
@@ -60,10 +67,10 @@ def ranks_for_energy(spectra: Mapping[int, Tensor], share: float) -> dict[int, i
 
 
 def ranks_for_error(spectra: Mapping[int, Tensor], error: float) -> dict[int, int]:
-    """Ranks whose decomposition has at most the relative error `error`.
+    """Ranks at which the decomposition has a relative error of at most `error`.
 
-    The squared error of a sequentially truncated HOSVD is at most the sum of the energies that the
-    modes discard (Vannieuwenhoven et al. 2012, theorem 5.1), so each mode gets an equal part of it.
+    The squared error of a sequentially truncated HOSVD is at most the sum of the energies discarded
+    in the modes (Vannieuwenhoven et al. 2012, theorem 5.1), so each mode gets an equal part of it.
     """
     if not 0 <= error < 1:
         raise UserError(f"the relative error must be in [0, 1), got {error!r}")
@@ -74,18 +81,18 @@ def ranks_for_error(spectra: Mapping[int, Tensor], error: float) -> dict[int, in
 def _rank_with_tail(singular: Tensor, tail: float) -> int:
     """The smallest rank >= 1 that discards at most `tail` of the energy."""
     squares = singular.double().square()
-    left = squares.flip(0).cumsum(0).flip(0)  # energy from component i on; no cancellation
+    left = squares.flip(0).cumsum(0).flip(0)  # energy from component i on, without cancellation
     return max(1, int((left > tail * left[0]).sum()))
 
 
 def tucker_parameters(sizes: Sequence[int], ranks: Mapping[int, int]) -> int:
     """Numbers in a core and its factors.
 
-    For modes 0, 1, 2 of (D, K, 4, H) that is R1·R2·R3·H + D·R1 + K·R2 + 4·R3.
+    For modes 0, 1, 2 of (D, K, 4, H): R1·R2·R3·H + D·R1 + K·R2 + 4·R3.
 
     Args:
         sizes: of the decomposed tensor.
-        ranks: mode -> rank; modes that are absent keep their size and have no factor.
+        ranks: mode -> rank; absent modes keep their size and have no factor.
     """
     core = math.prod(ranks.get(mode, size) for mode, size in enumerate(sizes))
     return core + sum(sizes[mode] * rank for mode, rank in ranks.items())
@@ -97,7 +104,7 @@ def low_rank_parameters(shape: Sequence[int], rank: int) -> int:
 
 
 def marchenko_pastur_edge(shape: Sequence[int], sigma: float) -> float:
-    """The largest singular value that a matrix of independent noise of deviation `sigma` has.
+    """The largest singular value of a matrix of independent noise with standard deviation `sigma`.
 
     Source: Marchenko and Pastur 1967; the edge is sigma * (sqrt(rows) + sqrt(columns)).
     """

@@ -1,7 +1,8 @@
-"""Stackings of matrices that read the same input: their rows one below the other.
+"""Stackings of matrices that read the same input, concatenated along their rows.
 
-`rows-q-k` is (rows of q + rows of k, D); a low-rank approximation of it has one input factor for
-both. Shapes: I rows of one matrix, D model width.
+`rows-q-k` is (rows of q + rows of k, D); its low-rank approximation has one input factor for both.
+
+Shapes: I rows of one matrix, D model width.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ NARROWED = (("in", "gate", "out"), ("in", "out"))  # roles whose rows are the sa
 
 
 def reading_together(roles: Sequence[str]) -> list[tuple[str, ...]]:
-    """The roles in sets that read the same input, in the order in which a layer runs."""
+    """The roles grouped by the input they read, in the order in which a layer runs."""
     attention, ffn = (tuple(r for r in readers if r in roles) for readers in READERS)
     order = (attention, ("q_b",), ("kv_b",), ("o",), ffn, ("out",))
     found = [keys for keys in order if set(keys) & set(roles)]
-    by_owner: dict[str, list[str]] = {}  # of shared and of routed experts
+    by_owner: dict[str, list[str]] = {}  # shared experts, each routed expert
     for role in roles:
         owner, _, kind = role.rpartition(".")
         if owner:
@@ -34,7 +35,7 @@ def reading_together(roles: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def rows_stacking(roles: Sequence[str]) -> str:
-    """The name of the stacking for these roles; one role alone is the plain matrix."""
+    """The name of the stacking of these roles; `matrix` for a single role."""
     return "matrix" if len(roles) == 1 else "-".join(("rows", *roles))
 
 

@@ -1,8 +1,9 @@
-"""How role matrices are stacked into the tensor that is decomposed, and taken apart again.
+"""How role matrices are stacked into the tensor that is decomposed, and unstacked again.
 
-Shapes: D model width, K head width, H query heads, G key/value heads, g = H/G queries per group,
-M matrices, I inner width of a role matrix (heads x K, or the FFN width).
-A role matrix is always (I, D); those of the output projections are transposed `nn.Linear` weights.
+Shapes: D model width, K head_dim, H query heads, G key/value heads, g = H/G queries per group, M
+matrices, I inner width of a role matrix (heads x K, or the FFN width).
+
+A role matrix is always (I, D); those of output projections are transposed `nn.Linear` weights.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,14 +16,14 @@ from tensorllm.errors import UserError
 from tensorllm.registry import Registry
 
 ATTENTION = ("q", "k", "v", "o")
-MLA = ("q_a", "q_b", "kv_a", "kv_b")  # multi-head latent attention, beside q or without, and o
+MLA = ("q_a", "q_b", "kv_a", "kv_b")  # multi-head latent attention, with or without q, and with o
 ATTENTION_ROLES = ATTENTION + MLA
 FFN = ("in", "gate", "out")
-SHARED = tuple(f"shared.{kind}" for kind in FFN)  # of an expert that every token passes
-ROUTED = tuple(f"experts.{kind}" for kind in FFN)  # of all experts that tokens are routed to
+SHARED = tuple(f"shared.{kind}" for kind in FFN)  # of the expert that every token passes through
+ROUTED = tuple(f"experts.{kind}" for kind in FFN)  # of all routed experts
 FEED_FORWARD = FFN + SHARED + ROUTED
-MATRICES = FEED_FORWARD + ATTENTION_ROLES  # what a user may name
-OUTPUT_PROJECTIONS = ("o", "out")  # lead back to the model width; the others are input projections
+MATRICES = FEED_FORWARD + ATTENTION_ROLES  # roles that a user may name
+OUTPUT_PROJECTIONS = ("o", "out")  # write to the model width; the others are input projections
 
 
 def expert_role(kind: str, expert: int) -> str:
@@ -31,29 +32,34 @@ def expert_role(kind: str, expert: int) -> str:
 
 
 def family(role: str) -> str:
-    """`experts.in` of `experts.3.in`, the same matrix of all experts; another role itself."""
+    """`experts.in` for `experts.3.in`, the same matrix of all experts; other roles unchanged."""
     owner, _, kind = role.rpartition(".")
     return f"experts.{kind}" if owner.startswith("experts.") else role
 
 
 def families(roles: Iterable[str]) -> tuple[str, ...]:
-    """The roles, the same matrix of all experts once."""
+    """The roles without repetition, with one name for the same matrix of all experts."""
     return tuple(dict.fromkeys(map(family, roles)))
 
 
 def is_output_projection(role: str) -> bool:
-    """Whether the role leads back to the model width."""
+    """Whether the role writes to the model width."""
     return role.rpartition(".")[2] in OUTPUT_PROJECTIONS
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes of one layer, and which roles it has.
+    """The sizes and roles of one layer.
 
     Attributes:
-        shapes: (role, (rows, columns)) of every role matrix of the layer; None: attention and FFN
-            as most models have them, whose shapes follow from the sizes. A role that is not among
-            them is not there; H, G and K are 0 in a layer without attention, F without an FFN.
+        D: model width.
+        H: query heads; 0 in a layer without attention, as G and K.
+        G: key/value heads.
+        K: head_dim.
+        F: FFN width; 0 in a layer without an FFN.
+        gated: whether the FFN has a gate.
+        shapes: (role, (rows, columns)) of every role matrix of the layer, which has no other roles;
+            None: standard attention and FFN, whose shapes follow from the sizes.
     """
 
     D: int
@@ -71,18 +77,18 @@ class Geometry:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles that the layer has."""
+        """The roles of the layer."""
         if self.shapes is not None:
             return tuple(role for role, _ in self.shapes)
         return ATTENTION + (FFN if self.gated else ("in", "out"))
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The roles, the same matrix of all experts once."""
+        """The families of the roles."""
         return families(self.roles)
 
     def members(self, name: str) -> tuple[str, ...]:
-        """The roles of a family, expert by expert; of another role itself; none: it is not here."""
+        """The roles of a family, expert by expert, or the role itself; empty if it is not here."""
         return tuple(role for role in self.roles if name in (role, family(role)))
 
     @property
@@ -103,7 +109,7 @@ class Geometry:
         return self.shape(role)[0]
 
     def heads(self, role: str) -> int:
-        """How many heads lie below one another in the rows of the role matrix; 1 where none do."""
+        """How many heads are stacked in the rows of the role matrix; 1 if it has none."""
         return {"q": self.H, "k": self.G, "v": self.G, "o": self.H}.get(role) or 1
 
     def numel(self, role: str) -> int:
@@ -112,11 +118,11 @@ class Geometry:
         return rows * columns
 
     def inputs(self, role: str) -> int:
-        """Width of what the role's matrix reads."""
+        """Input width of the role's map."""
         return self.shape(role)[not is_output_projection(role)]
 
     def outputs(self, role: str) -> int:
-        """Width of what it gives."""
+        """Output width of the role's map."""
         return self.shape(role)[is_output_projection(role)]
 
 
@@ -125,9 +131,12 @@ class Stacking:
     """A bijection between role matrices (I, D) and one tensor.
 
     Attributes:
-        modes: what each mode of the tensor runs over, in words, for reports; none: their numbers.
-        slices_are_heads: whether the slices over the first two modes are the matrices' heads, so
-            that `unstack` with D = K = 1 sorts one number per head.
+        stack: gives the tensor.
+        unstack: gives the matrices of a tensor; the last argument is how many there are.
+        check: refuses (UserError) roles that cannot be stacked.
+        modes: names of the tensor's modes, for reports; none: their numbers.
+        slices_are_heads: whether slices over the first two modes are the matrices' heads, so that
+            `unstack` with D = K = 1 sorts one number per head.
     """
 
     stack: Callable[[Sequence[Tensor], Geometry], Tensor]
@@ -141,7 +150,7 @@ STACKINGS: Registry[Stacking] = Registry("stacking")
 
 
 def _stack_heads(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
-    """The paper's tensor (D, K, 2g+2, G): per KV head its g queries, its key, value, g outputs."""
+    """The paper's tensor (D, K, 2g+2, G): per KV head its g queries, key, value and g outputs."""
     parts_MGKD = [w.view(geo.G, -1, geo.K, geo.D).transpose(0, 1) for w in w_ID]
     return torch.cat(parts_MGKD).permute(3, 2, 0, 1)
 
@@ -153,7 +162,7 @@ def _unstack_heads(w_DKMG: Tensor, geo: Geometry, count: int) -> list[Tensor]:
 
 
 def _stack_official_heads(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
-    """The authors' code: (I, D) viewed as (I, H, D/H); its heads are chunks of the width axis."""
+    """As in the authors' code: (I, D) viewed as (I, H, D/H), so heads are chunks of the width."""
     return torch.stack([w.view(geo.D, geo.H, -1).transpose(1, 2) for w in w_ID], dim=2)
 
 
@@ -178,11 +187,11 @@ def _unstack_official_head(w_DKH: Tensor, geo: Geometry, count: int) -> list[Ten
 
 
 def _no_check(roles: Sequence[str], geo: Geometry) -> None:
-    """Any role, any geometry."""
+    """Accept any role and geometry."""
 
 
 def _check_heads(roles: Sequence[str], geo: Geometry) -> None:
-    """Whole heads of one width, over the model width."""
+    """Refuse roles that are not whole heads of equal width over the model width."""
     for role in roles:
         heads = geo.heads(role)
         if geo.shape(role) != (heads * geo.K, geo.D):
@@ -215,7 +224,7 @@ def _check_equal_shapes(roles: Sequence[str], geo: Geometry) -> None:
 
 
 def _stack_experts(w_ID: Sequence[Tensor], geo: Geometry) -> Tensor:
-    """(E, F, D, S): the S matrices of every expert, S = 1 for matrices of one kind."""
+    """(E, F, D, S): the S matrices of every expert; S = 1 for a single kind of matrix."""
     w_SEFD = torch.stack(list(w_ID)).unflatten(0, (-1, geo.experts))
     return w_SEFD.permute(1, 2, 3, 0)
 
@@ -225,7 +234,7 @@ def _unstack_experts(w_EFDS: Tensor, geo: Geometry, count: int) -> list[Tensor]:
 
 
 def _check_experts(roles: Sequence[str], geo: Geometry) -> None:
-    """Each kind of matrix of all experts, kind after kind, all of one shape."""
+    """Require each kind of matrix of all experts, kind after kind, all of one shape."""
     want = [role for kind in families(roles) for role in geo.members(kind)]
     if not geo.experts or list(roles) != want:
         raise UserError(

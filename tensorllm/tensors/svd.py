@@ -1,4 +1,4 @@
-"""The best low-rank approximation of a matrix.
+"""Truncated SVD of a matrix.
 
 Shapes: I rows, O columns, R rank.
 """
@@ -22,7 +22,8 @@ def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0)
     """The rank-`rank` approximation of `w_IO` with the least squared error.
 
     Args:
-        w_IO: any float dtype; computed in float32, or float64 where it is that or must be.
+        w_IO: any float dtype; computed in float32, or in float64 if it has that or if accuracy
+            needs it.
         rank: 1 to min(I, O).
         method: "exact"; "randomized", the range finder of Halko et al. 2011 with oversampling and
             power iterations; "official", `torch.svd_lowrank(niter=2)` as in LASER's code, seeded.
@@ -42,7 +43,7 @@ def truncated_svd(w_IO: Tensor, rank: int, method: str = "exact", seed: int = 0)
 
 
 def _exact(w_IO: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    short = int(w_IO.shape[1] < w_IO.shape[0])  # its Gram matrix is the smaller one
+    short = int(w_IO.shape[1] < w_IO.shape[0])  # the mode with the smaller Gram matrix
     u = leading_vectors(w_IO, short, rank)
     x_IO = w_IO.to(u.dtype)
     return (x_IO @ u, u.mT) if short else (u, u.mT @ x_IO)
@@ -76,7 +77,7 @@ METHODS: dict[str, SVDMethod] = {
 
 
 def _balanced(u_IR: Tensor, v_RO: Tensor) -> LowRank:
-    """Share the singular values, which one side carries, evenly between both."""
+    """Split the singular values, which one factor holds, evenly between both."""
     ratio_R = (v_RO.norm(dim=1) / u_IR.norm(dim=0).clamp(min=1e-300)).sqrt()
     ratio_R = torch.where(torch.isfinite(ratio_R) & (ratio_R > 0), ratio_R, 1.0)
     return LowRank(u_IR * ratio_R, v_RO / ratio_R[:, None])

@@ -1,4 +1,4 @@
-"""One thread for work whose parts are too small to share."""
+"""One thread for work that is too small to share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it torch's operations of the calling thread run in that thread alone.
+    """Run torch operations of the calling thread in that thread alone, within the block.
 
-    Afterwards, and after an exception, they have as many threads as before; contexts may be nested.
+    Afterwards, also after an exception, the number of threads is restored; contexts may be nested.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

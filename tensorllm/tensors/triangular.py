@@ -1,8 +1,8 @@
-"""Triangular matrices: Cholesky factors, their inverses, and products without the half that is zero
-or known.
+"""Triangular matrices: Cholesky factors, their inverses, and products that skip known zeros.
 
-Products are in strips: each is one dense product, so that no kernel of its own is needed on any
+Products are computed in strips, each one dense product, so they need no special kernel on any
 device.
+
 Shapes: N size of the triangular matrix L, M rows or columns of the other.
 """
 
@@ -14,12 +14,15 @@ from tensorllm.tensors.unfold import STRIP
 
 
 def raised_cholesky(covariance_NN: Tensor, least: float, factor: float) -> Tensor:
-    """The lower Cholesky factor (N, N) of a covariance; where rounding made that indefinite, its
-    diagonal is raised until it is not.
+    """The lower Cholesky factor (N, N) of a covariance.
+
+    If rounding made the covariance indefinite, its diagonal is raised until it is positive
+    definite.
 
     Args:
-        least: what is added first, above 0.
-        factor: by which each later attempt adds more, above 1.
+        covariance_NN: symmetric.
+        least: the first amount added, above 0.
+        factor: by which the amount grows with each attempt, above 1.
 
     Raises:
         UserError: the covariance has NaN or Inf.
@@ -39,13 +42,13 @@ def raised_cholesky(covariance_NN: Tensor, least: float, factor: float) -> Tenso
 
 
 def lower_inverse(lower_NN: Tensor) -> Tensor:
-    """L⁻¹ of a lower triangular L."""
+    """L⁻¹ for a lower triangular L."""
     eye_NN = torch.eye(len(lower_NN)).to(lower_NN)
     return torch.linalg.solve_triangular(lower_NN, eye_NN, upper=False)
 
 
 def times_lower(x_MN: Tensor, lower_NN: Tensor) -> Tensor:
-    """X L of a lower triangular L: half the multiply-adds."""
+    """X L for a lower triangular L, with half the multiply-adds."""
     width = len(lower_NN)
     if width < 2 * STRIP:
         return x_MN @ lower_NN
@@ -57,7 +60,7 @@ def times_lower(x_MN: Tensor, lower_NN: Tensor) -> Tensor:
 
 
 def transposed_lower_times(lower_NN: Tensor, x_NM: Tensor) -> Tensor:
-    """Lᵀ X of a lower triangular L: half the multiply-adds."""
+    """Lᵀ X for a lower triangular L, with half the multiply-adds."""
     width = len(lower_NN)
     if width < 2 * STRIP:
         return lower_NN.mT @ x_NM
@@ -69,10 +72,14 @@ def transposed_lower_times(lower_NN: Tensor, x_NM: Tensor) -> Tensor:
 
 
 def congruent(c_NN: Tensor, half_NN: Tensor, *, lower: bool) -> Tensor:
-    """Hᵀ C H of a symmetric C, exactly symmetric: a third of the multiply-adds of two products
-    where H is lower triangular, three quarters elsewhere.
+    """Hᵀ C H for a symmetric C, exactly symmetric.
+
+    Takes a third of the multiply-adds of two dense products if H is lower triangular, otherwise
+    three quarters.
 
     Args:
+        c_NN: C.
+        half_NN: H.
         lower: whether H is lower triangular.
     """
     width = len(c_NN)
@@ -83,7 +90,7 @@ def congruent(c_NN: Tensor, half_NN: Tensor, *, lower: bool) -> Tensor:
     out_NN = torch.empty_like(right_NN)
     for at in range(0, width, STRIP):
         here, end = slice(at, at + STRIP), min(at + STRIP, width)
-        first = at if lower else 0  # above it this strip of H is zero
+        first = at if lower else 0  # this strip of H is zero above it
         strip = half_NN[first:, here].mT @ right_NN[first:, :end]
         out_NN[here, :end] = strip
         out_NN[:at, here] = strip[:, :at].mT

@@ -26,9 +26,9 @@ from tensorllm.tensors.unfold import (
 )
 
 TuckerMethod = Callable[[Tensor, Mapping[int, int], int | None, float | None], Tucker]
-# One sweep is enough for most tensors (its gain is below TOL of the relative error, and later ones
-# gain less); where the width decays and nothing else does, up to a dozen are needed to come within
-# 2e-4 of where they end.
+# One sweep is enough for most tensors (it gains less than TOL in relative error, and later ones
+# gain less still); if only the spectrum of the width decays, up to a dozen are needed to come
+# within 2e-4 of the limit.
 SWEEPS, TOL = 12, 2e-5
 TENSORLY_SWEEPS, TENSORLY_TOL = 100, 1e-5  # its own default, and the authors' tolerance
 
@@ -48,11 +48,12 @@ def tucker(
     decomposition at every smaller rank (`truncate`).
 
     Args:
-        w: any float dtype and any strides; computed in float32, or float64 where it is that.
-        ranks: mode -> rank, 1 to the size of the mode; other modes are left alone.
-        sweeps: at most so many HOOI sweeps follow the initial truncation; None for the method's own
-            number, 12 or tensorly's 100.
-        tol: sweeps end once the relative error moves by less; None: 2e-5, or 1e-5 for tensorly.
+        w: any float dtype and any strides; computed in float32, or in float64 if it has that.
+        ranks: mode -> rank, 1 to the size of the mode; other modes are not decomposed.
+        sweeps: HOOI sweeps after the initial truncation, at most; None: the method's default, 12 or
+            tensorly's 100.
+        tol: stop the sweeps once the relative error changes by less; None: 2e-5, or 1e-5 for
+            tensorly.
         method: "sthosvd", or "tensorly" for its `partial_tucker`, the slow reference.
 
     Raises:
@@ -78,7 +79,7 @@ def _mode(w: Tensor, mode: int) -> int:
 
 def _sthosvd(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float | None) -> Tucker:
     by_size = sorted(ranks, key=lambda n: w.shape[n])
-    cut = [n for n in by_size if ranks[n] < w.shape[n]]  # a full-rank factor is a mere rotation
+    cut = [n for n in by_size if ranks[n] < w.shape[n]]  # a full-rank factor is just a rotation
     if not cut:
         require_finite(w)
         return _ordered(wide(w), {}, by_size, diagonal=None)
@@ -102,10 +103,11 @@ def _leading(w: Tensor, mode: int, rank: int) -> Tensor:
 def _hooi(
     w: Tensor, first: Tensor, factors: dict[int, Tensor], core: Tensor, sweeps: int, tol: float
 ) -> Tensor:
-    """Improve each factor in place given the others; returns the new core.
+    """Improve each factor in place, given the others; returns the new core.
 
-    A sweep ends with the smallest mode, which the truncation chose knowing nothing of the others;
-    so it can begin with `first`, the tensor already projected on that mode, a costly product.
+    A sweep ends with the smallest mode, whose initial factor was chosen without regard to the
+    others. So the first sweep can start from `first`, the tensor already projected on that mode,
+    which saves a costly product.
     """
     total = energy(w)
     error = _error_of(total, core)
@@ -133,10 +135,10 @@ def _error_of(total: float, core: Tensor) -> float:
 def _ordered(
     core: Tensor, factors: Mapping[int, Tensor], modes: Iterable[int], diagonal: int | None
 ) -> Tucker:
-    """Rotate every mode so that the core's Gram matrices are diagonal, largest first.
+    """Rotate every mode so that the core's Gram matrices are diagonal, largest entries first.
 
-    Rotations of one mode leave the Gram matrices of the others as they are, so that of the mode
-    `diagonal`, which was computed last, needs none.
+    Rotating one mode leaves the Gram matrices of the others unchanged, so the mode `diagonal`,
+    which was computed last, needs no rotation.
     """
     turned = dict(factors)
     for mode in modes:
@@ -149,7 +151,7 @@ def _ordered(
 
 
 def _tensorly(w: Tensor, ranks: Mapping[int, int], sweeps: int | None, tol: float | None) -> Tucker:
-    import tensorly  # half a second that only this method needs
+    import tensorly  # takes half a second to import
     from tensorly.decomposition import partial_tucker
 
     require_finite(w)
@@ -170,9 +172,12 @@ METHODS: dict[str, TuckerMethod] = {"sthosvd": _sthosvd, "tensorly": _tensorly}
 def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tucker:
     """The same decomposition at smaller ranks.
 
-    Without `refine` leading columns and the leading block of the core: views, no arithmetic; the
-    error is at most sqrt(modes) times the best if `t` was made without sweeps, else sqrt(2 * modes)
-    times. With `refine` the small core is decomposed anew.
+    Without `refine`, leading columns and the leading block of the core: views, without arithmetic.
+    The error is at most sqrt(modes) times the best if `t` was computed without sweeps, otherwise
+    sqrt(2 * modes) times. With `refine` the small core is decomposed again.
+
+    Raises:
+        UserError: a mode without a factor, or a rank out of range.
     """
     for mode in ranks.keys() - t.factors.keys():
         raise UserError(f"mode {mode} has no factor to truncate; modes {list(t.factors)} have one")
@@ -192,7 +197,7 @@ def truncate(t: Tucker, ranks: Mapping[int, int], *, refine: bool = False) -> Tu
 def spectra(w: Tensor, modes: Iterable[int]) -> dict[int, Tensor]:
     """Singular values of each mode's unfolding, float64, largest first.
 
-    From float32 weights, values below 1e-7 of the largest are rounding.
+    For float32 weights, values below 1e-7 of the largest are rounding errors.
     """
     return {mode: all_singular_values(w, _mode(w, mode)) for mode in modes}
 
@@ -210,11 +215,12 @@ def relative_error(w: Tensor, factors: Factors) -> float:
 
 
 def tucker_outline(shape: Sequence[int], ranks: Mapping[int, int]) -> Tucker:
-    """Tucker factors without numbers, on the meta device, of a tensor of this shape.
+    """Tucker factors of a tensor of this shape without values, on the meta device.
 
     Args:
-        ranks: mode -> rank, of the modes that have a factor; the core is as long as the tensor in
-            the others.
+        shape: of the tensor.
+        ranks: mode -> rank, of the modes that have a factor; in the others the core has the
+            tensor's size.
     """
     core = [ranks.get(mode, size) for mode, size in enumerate(shape)]
     factors = {n: torch.empty(shape[n], rank, device="meta") for n, rank in ranks.items()}

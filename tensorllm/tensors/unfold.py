@@ -1,9 +1,9 @@
-"""Passes over a large tensor in the order in which it lies in memory, never copied whole.
+"""Passes over a large tensor in memory order, without ever copying it whole.
 
 The stackings return permuted views, so every pass first sorts the modes by stride. Around one mode
-the tensor then reads as blocks (A, N, B): N the size of the mode, A all modes before it in memory,
-B all after it. R is a rank. Sums over long axes are float64 over short chunks: one float32 dot
-product of 16 million terms was seen to be 0.4 % off.
+the tensor then consists of blocks (A, N, B): N the size of the mode, A all modes before it in
+memory, B all after it. R is a rank. Long sums are float64 sums of short float32 ones: a single
+float32 dot product of 16 million terms was off by 0.4 %.
 """
 
 import math
@@ -15,16 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 21  # numbers converted, copied or multiplied at once: they stay in the cache
-TINY = 1e-25  # smaller float32 sums of squares may have lost terms
-ROW = 1 << 12  # terms of one float32 norm
-FOLDED = 16  # columns from which on products are fast and add in blocks
-STRIP = 512  # columns of a Gram matrix made by one product
-NARROW = 256  # up to so many columns, blocks are multiplied as one matrix with zeros in it
+CHUNK = 1 << 21  # numbers converted, copied or multiplied at once: they fit into the cache
+TINY = 1e-25  # below this, float32 sums of squares may have lost terms to underflow
+ROW = 1 << 12  # terms per float32 norm
+FOLDED = 16  # from so many columns on, products are fast and summed blockwise
+STRIP = 512  # columns of a Gram matrix per product
+NARROW = 256  # up to so many columns, blocks are multiplied by one matrix padded with zeros
 
 
 class _Exact:
-    """How many contexts of `exact_float32` the process is in, and its setting outside of them."""
+    """How many `exact_float32` contexts are open in the process, and the setting outside them."""
 
     lock = Lock()
     depth = 0
@@ -33,13 +33,13 @@ class _Exact:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 products in float32: a trainer may have allowed TF32 or bfloat16 in the process.
+    """Compute float32 products in float32, even if TF32 or bfloat16 is allowed in the process.
 
-    The setting is the whole process's, other threads' too. Contexts may be nested or overlap in
-    several threads: the first to be entered saves the setting and the last to be left restores it,
-    after an exception as well.
+    The setting is that of the whole process, including other threads. Contexts may be nested or
+    overlap in several threads: the first one saves the setting and the last one restores it, also
+    after an exception.
 
-    By torch's setting per backend: once that was used, reading the older one of all is an error.
+    Uses torch's setting per backend: once that was used, reading the older global one is an error.
     """
     backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     products = [backend.matmul for backend in backends]
@@ -60,7 +60,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def in_memory_order(w: Tensor) -> tuple[Tensor, list[int]]:
-    """A contiguous view of `w` and its order of modes; a copy only where memory has gaps."""
+    """A contiguous view of `w` and its order of modes; a copy only if `w` has gaps in memory."""
     order = sorted(range(w.ndim), key=w.stride, reverse=True)
     view = w.permute(order)
     if view.is_contiguous():
@@ -77,7 +77,7 @@ def blocks(w: Tensor, mode: int) -> tuple[Tensor, list[int], list[int]]:
 
 
 def unfolding(w: Tensor, mode: int) -> Tensor:
-    """The (N, everything else) matrix of `mode`; columns in memory order, a view where possible."""
+    """The (N, everything else) matrix of `mode`; columns in memory order, a view if possible."""
     x_ANB, _, _ = blocks(w, mode)
     if x_ANB.shape[2] == 1:
         return x_ANB[:, :, 0].mT
@@ -85,7 +85,7 @@ def unfolding(w: Tensor, mode: int) -> Tensor:
 
 
 def _pieces(x_ANB: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Slices over A and B of about `size` numbers each; B is cut only where A is used up."""
+    """Slices over A and B of about `size` numbers each; B is cut only if one block is too large."""
     a, n, b = x_ANB.shape
     step_a, step_b = max(1, size // (n * b)), b
     if n * b > size:
@@ -98,8 +98,9 @@ def _pieces(x_ANB: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
 def gram(w: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
     """The Gram matrix (N, N) of the unfolding of `mode`: products in `dtype`, sums in float64.
 
-    Narrow blocks are folded into wider matrices, whose Gram matrix holds the wanted one in pieces:
-    a product of thin matrices is slow, and adds its terms one by one, which drifts.
+    Narrow blocks are folded into wider matrices, whose Gram matrix contains the wanted one in
+    pieces: products of thin matrices are slow, and they sum term by term, which accumulates
+    rounding errors.
     """
     x_ANB, _, _ = blocks(w, mode)
     a, n, b = x_ANB.shape
@@ -115,7 +116,7 @@ def gram(w: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
 
 
 def gram_of_columns(x_NX: Tensor) -> Tensor:
-    """xᵀ x (X, X) in the dtype of `x`, what is above the diagonal computed once."""
+    """xᵀ x (X, X) in the dtype of `x`, computing entries above the diagonal only once."""
     width = x_NX.shape[1]
     if width < 2 * STRIP:
         return x_NX.mT @ x_NX
@@ -129,7 +130,7 @@ def gram_of_columns(x_NX: Tensor) -> Tensor:
 
 
 def add_gram(total_XX: Tensor, x_NX: Tensor) -> None:
-    """Add xᵀ x to a sum on and above its diagonal, strip by strip; `mirror` makes the rest."""
+    """Add xᵀ x to a sum, on and above the diagonal only; `mirror` fills in the rest."""
     width = x_NX.shape[1]
     step = width if width < 2 * STRIP else STRIP
     for at in range(0, width, step):
@@ -138,8 +139,10 @@ def add_gram(total_XX: Tensor, x_NX: Tensor) -> None:
 
 
 def mirror(total_XX: Tensor) -> Tensor:
-    """What is above the diagonal of a sum of Gram matrices, copied below it; in place. A number
-    stays as it is."""
+    """Copy what is above the diagonal of a sum of Gram matrices below it, in place.
+
+    A scalar tensor is returned unchanged.
+    """
     for at in range(0, len(total_XX) if total_XX.ndim else 0, STRIP):
         here, rest = slice(at, at + STRIP), slice(at + STRIP, None)
         total_XX[here, here] = total_XX[here, here].triu() + total_XX[here, here].triu(1).mT
@@ -157,7 +160,7 @@ def _fold(long: int, short: int) -> int:
 
 def _plain_gram(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
     n, b = x_ANB.shape[1:]
-    size = max(CHUNK, 2 * n * n) if b < n else min(CHUNK, n * b)  # one block needs no copy
+    size = max(CHUNK, 2 * n * n) if b < n else min(CHUNK, n * b)  # a single block is not copied
     total_NN = torch.zeros(n, n, dtype=torch.float64, device=x_ANB.device)
     with exact_float32():
         for at_a, at_b in _pieces(x_ANB, size):
@@ -165,14 +168,14 @@ def _plain_gram(x_ANB: Tensor, dtype: torch.dtype) -> Tensor:
             if piece.shape[2] == 1:
                 total_NN += piece[:, :, 0].mT @ piece[:, :, 0]
             else:
-                x_NC = piece.transpose(0, 1).flatten(1)  # a view where it is one block
+                x_NC = piece.transpose(0, 1).flatten(1)  # a view for a single block
                 total_NN += x_NC @ x_NC.mT
     return total_NN
 
 
 def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
-    """w ×_mode uᵀ: mode `mode` of size N becomes R, in the dtype of `u_NR`, w's order in memory."""
-    if torch.is_grad_enabled() and (w.requires_grad or u_NR.requires_grad):  # nothing in place
+    """w ×_mode uᵀ: mode `mode` of size N becomes R; dtype of `u_NR`, memory order of `w`."""
+    if torch.is_grad_enabled() and (w.requires_grad or u_NR.requires_grad):  # not in place
         with exact_float32():
             return torch.tensordot(w.to(u_NR.dtype), u_NR, ([mode], [0])).movedim(-1, mode)
     x_ANB, sizes, order = blocks(w, mode)
@@ -194,7 +197,7 @@ def project(w: Tensor, u_NR: Tensor, mode: int) -> Tensor:
 
 
 def growth(shape: Sequence[int]) -> float:
-    """Order of products with (N, R) factors: ascending to grow, descending to shrink."""
+    """Sort key for products with (N, R) factors: ascending to expand, descending to project."""
     return 1 / shape[1] - 1 / shape[0]
 
 
@@ -206,13 +209,13 @@ def project_all(w: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
 
 
 def _times_identity(u_NR: Tensor, b: int) -> Tensor:
-    """u ⊗ I_B: it multiplies (A, N·B) blocks as `u` multiplies (A, N)."""
+    """u ⊗ I_B: multiplies blocks (A, N·B) as `u` multiplies (A, N)."""
     eye_BB = torch.eye(b, dtype=u_NR.dtype, device=u_NR.device)
     return (u_NR[:, None, :, None] * eye_BB[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def energy(w: Tensor) -> float:
-    """The sum of squares, to about 1e-6 of itself; Inf or NaN where `w` has one."""
+    """The sum of squares, to a relative accuracy of about 1e-6; Inf or NaN if `w` has one."""
     flat = in_memory_order(w)[0].reshape(-1)
     if w.dtype != torch.float64:
         total = _energy(flat, torch.float32)
@@ -245,7 +248,7 @@ def all_finite(w: Tensor) -> bool:
     """Whether every number is finite."""
     if not w.numel():
         return True
-    # The extremes carry NaN and Inf along, and are found fifty times faster than by isfinite.
+    # Minimum and maximum propagate NaN and Inf, and are fifty times faster than isfinite.
     low, high = torch.aminmax(in_memory_order(w)[0])
     return math.isfinite(low) and math.isfinite(high)
 

@@ -1,4 +1,4 @@
-"""A tensor that is not decomposed, as factors: what is rounded without being cut to a rank."""
+"""A tensor that is not decomposed, as factors: for rounding without truncation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""AA-SVD: a fit anchored to the original's outputs, and a refinement of each block.
+"""AA-SVD: a fit anchored to the original's outputs, then a refinement of each block.
 
 Shapes: Y outputs, X inputs, R rank.
 """
@@ -25,8 +25,8 @@ from tensorllm.errors import UserError
 from tensorllm.tensors.factors import LowRank
 from tensorllm.tensors.stacking import is_output_projection
 
-# Of the mean variance. Inputs that come out of compressed matrices lie in a subspace; beyond it
-# there is rounding only, which the fit would otherwise blow up.
+# Relative to the mean variance. Inputs that come from compressed matrices lie in a subspace;
+# outside it there is only rounding noise, which the fit would otherwise amplify.
 RIDGE = 1e-6
 
 
@@ -74,7 +74,7 @@ class AASVD(MatrixFit):
         return self._refined(context, out) if self.refine_epochs else LayerResult(out)
 
     def _refined(self, context: LayerContext, fitted: Mapping[Site, LowRank]) -> LayerResult:
-        """All factors, biases and norms of the layer trained together."""
+        """Train all factors, biases and norms of the layer together."""
         pairs = {site: (leaf(f.u_IR), leaf(f.v_RO)) for site, f in fitted.items()}
         norms = context.other_parameters()
         kept = {name: w.dtype for name, w in norms.items()}
@@ -98,16 +98,18 @@ class AASVD(MatrixFit):
 
 
 def leaf(t: Tensor) -> Tensor:
-    """A copy that gradients are wanted for."""
+    """A copy that requires gradients."""
     return t.detach().clone().requires_grad_()
 
 
 def anchored(w_YX: Tensor, cross_XX: Tensor, own_XX: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (Y, R) and (R, X) of the map nearest to W x on the inputs y, in mean square.
+    """Factors (Y, R) and (R, X) of the map whose outputs on y are nearest to W x in mean square.
 
     Args:
+        w_YX: W.
         cross_XX: E[x yᵀ].
         own_XX: E[y yᵀ] = L Lᵀ; the map is SVD_R(W E[x yᵀ] L⁻ᵀ) L⁻¹.
+        rank: R.
     """
     root = whitening(own_XX.to(w_YX), RIDGE)
     target = w_YX @ cross_XX.to(w_YX) @ root.inverse_XX.mT  # W E[x yᵀ] L⁻ᵀ

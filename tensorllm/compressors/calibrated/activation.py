@@ -1,4 +1,4 @@
-"""Data-aware low rank: fitted to what the layers read and to what errors do to their outputs.
+"""Data-aware low rank: weighted by the inputs of each layer and by the effect on its outputs.
 
 Shapes: M outputs of the stacked maps of a site, X its inputs, R rank, S ranks of a curve.
 """
@@ -48,7 +48,7 @@ from tensorllm.tensors.pivoted import pivoted_outline, pivoted_parameters
 from tensorllm.tensors.shared_input import reading_together
 from tensorllm.tensors.stacking import ATTENTION_ROLES, FFN, Geometry, is_output_projection
 
-PASSES = 2  # of all runs as far as each group's input, with their covariances
+PASSES = 2  # the runs up to each group's input, with their covariances
 
 
 @COMPRESSORS.register("activation-tucker")
@@ -57,29 +57,32 @@ class ActivationTucker(LayerFit):
     """Attention fitted to calibration text: matrices that read one input may share a factor.
 
     Source: truncation-aware whitening is SVD-LLM's (arXiv 2403.07378), the two-sided covariances
-    are K-FAC's (arXiv 1503.05671); docs/methods/activation.md says what is put together here.
+    are K-FAC's (arXiv 1503.05671); docs/methods/activation.md describes the combination used here.
 
     Attributes:
         target_ratio: numbers in the compressed matrices before over after, above 1.
         target_params: instead, the parameters of the whole model afterwards.
         target_bytes: instead, bytes of the weight files; factors and matrices may be rounded.
-        max_loss_increase: instead, nats per token that the loss on the calibration text may rise;
-            the smallest model within it is searched for.
-        weighting: `outputs` weights errors by what they do to their own layer's output, one layer
-            in memory at a time; `loss` by the loss's curvature (the whole model, backwards).
-        plain: share of the plain mean square of a matrix's outputs in what its errors cost, 0 to 1;
-            the rest is by the gradients. None: the less, the more tokens gradients are taken of.
+        max_loss_increase: instead, the allowed increase of the loss on the calibration set in nats
+            per token; the smallest model within it is searched for.
+        weighting: `outputs` weights errors by their effect on the layer's own output, one layer in
+            memory at a time; `loss` by the curvature of the loss (a backward pass through the whole
+            model).
+        plain: weight of the plain mean squared error of a matrix's outputs in the error measure, 0
+            to 1; the rest is weighted by the gradients. None: decreases with the number of tokens
+            whose gradients are taken.
         sharing: whether q, k, v (and in, gate) may share input factors where that pays.
-        narrowing: whether an FFN may lose channels, and stay a plain one, where that pays.
+        narrowing: whether an FFN may instead lose channels, and so stay a plain FFN, where that
+            pays.
         correction: whether layers are fitted on the inputs that the compressed model gives them.
-        refit_epochs: with correction, passes over the text in which all factors of a layer move
-            together towards the original's output of the layer; only this layer runs.
-        distill_steps: afterwards, of a training of the factors towards the original's predictions.
-        ridge: weight of the original matrix in the correction, of the mean squared input.
+        refit_epochs: with correction, passes over the text in which all factors of a layer are
+            trained together towards the original's output of the layer; only this layer runs.
+        distill_steps: steps of final training of the factors towards the original's predictions.
+        ridge: weight of the original matrix in the correction, relative to the mean squared input.
         rank_multiple: ranks are multiples of it, or 1, where a matrix is not left whole; None:
-            `usual_multiple`. Kernels are up to half as fast again at even sizes, and fewer of them
-            are to be made.
-        seed: of the random vectors or labels that the gradients are sampled with.
+            `usual_multiple`. Even sizes make kernels up to half as fast again, and fewer kernels
+            need compiling.
+        seed: of the random vectors or labels for which the gradients are sampled.
     """
 
     target_ratio: float | None = None
@@ -112,7 +115,7 @@ class ActivationTucker(LayerFit):
         return self.seed
 
     def __post_init__(self) -> None:
-        _ = self.budget  # refused now where there is none or more than one
+        _ = self.budget  # raises unless there is exactly one target
         one_of("weighting", self.weighting, ("loss", "outputs"))
         check_seed(self.seed)
         for name in ("refit_epochs", "distill_steps"):
@@ -177,11 +180,11 @@ class ActivationTucker(LayerFit):
         return None if self.full_covariances else geometry.F
 
     def _narrowed(self, layer: int, roles: Sequence[str]) -> Site | None:
-        """What may lose channels."""
+        """The site of an FFN that may lose channels."""
         return narrowed_site(layer, roles) if self.narrowing else None
 
     def min_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int:
-        """Rank 1 everywhere, for all roles that read one input together if allowed."""
+        """Numbers stored at rank 1 everywhere, with shared factors if allowed."""
         total = 0
         for layer in layers:
             geometry = spec.geometry(layer)
@@ -230,9 +233,10 @@ class ActivationTucker(LayerFit):
         return context.width_covariance((role,))
 
     def error_of(self, context: LayerContext, role: str, lost_ID: Tensor) -> float:
-        """By a trial, as curves are; without text for one tr(E M Eᵀ) at the model's width, times
-        what the other side costs on average: the propagated covariance's trace over the matrix's
-        square.
+        """The error on held-out text, as for the curves.
+
+        Without held-out text, tr(E M Eᵀ) at the model's width, times the mean cost of the other
+        side: the trace of the propagated covariance over the squared norm of the matrix.
         """
         if context.holds_out:
             return context.held_out_error({role: context.weight(role) + lost_ID})
@@ -253,7 +257,7 @@ class ActivationTucker(LayerFit):
         return PASSES + (1 + PASSES_OF_AN_EPOCH * self.refit_epochs if refits else 0)
 
     def fit_layer(self, context: LayerContext) -> LayerResult:
-        """Each set of roles in the order in which they run, then all together."""
+        """Fit each set of roles in the order in which they run, then refit all together."""
         refits = self.correction and self.refit_epochs > 0
         trained: dict[Site, TrainableSite] = {}
         factors: dict[Site, Factors] = {}
@@ -299,12 +303,12 @@ def _min_parameters(geometry: Geometry, site: Site) -> int:
 
 
 def usual_multiple(full: int) -> int:
-    """A power of two, some sixteen of which are the full rank; 1 where there are few ranks."""
+    """A power of two of which 16 to 31 make up the full rank; 1 for small ranks."""
     return 2 ** max(0, full.bit_length() - 5)
 
 
 def partitions(roles: Group, sharing: bool) -> list[list[Group]]:
-    """All partitions of roles that read one input; without sharing each role alone."""
+    """All partitions of roles that read one input; without sharing, each role alone."""
     if not sharing:
         return [[(role,) for role in roles]]
     out: list[list[Group]] = [[]]

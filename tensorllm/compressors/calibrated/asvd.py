@@ -1,4 +1,7 @@
-"""ASVD: truncation with inputs scaled by the size of activations. Shapes: Y outputs, X inputs."""
+"""ASVD: truncation with inputs scaled by the size of activations.
+
+Shapes: Y outputs, X inputs.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +13,7 @@ from tensorllm.compressors.layer import MatrixStatistics
 from tensorllm.compressors.matrix import MatrixSVD, Root
 from tensorllm.errors import UserError
 
-SMALLEST = 1e-6  # of a mean activation, as in the authors' code
+SMALLEST = 1e-6  # lower bound of a mean activation, as in the authors' code
 
 
 @COMPRESSORS.register("asvd")
@@ -19,7 +22,7 @@ class ASVD(MatrixSVD):
     """Each matrix truncated with its input j scaled by (mean |x_j|)^alpha.
 
     Source: ASVD, arXiv 2312.05821, section 3.2. Every matrix keeps the same share; the authors'
-    search for a rank per layer is not in it (`--target-ratio` shares a budget out by error).
+    search for a rank per layer is not included (`--target-ratio` allocates a budget by error).
 
     Attributes:
         alpha: strength of the scaling, 0: none.

@@ -1,9 +1,10 @@
-"""An FFN that loses channels: rows of in, gate and out go together, and the rest is fitted anew.
+"""An FFN that loses channels: rows of in, gate and out are dropped together, the rest refitted.
 
 Source: MoDeGPT (arXiv 2408.09632, Algorithm 1) drops channels and refits `out` by Nyström's
-formula. Here channels are ordered by what they do to the layer's output, all rows that stay are
-fitted on what the compressed model gives the layer, and `refit` moves them with all other factors.
-Shapes: F channels, R that stay, D model width, P input projections (in, gate).
+formula. Here channels are ranked by their effect on the layer's output, all kept rows are fitted to
+the compressed model's inputs of the layer, and `refit` trains them with all other factors.
+
+Shapes: F channels, R kept channels, D model width, P input projections (in, gate).
 """
 
 from collections.abc import Sequence
@@ -26,14 +27,14 @@ from tensorllm.tensors.triangular import lower_inverse, transposed_lower_times
 from tensorllm.tensors.unfold import add_gram, mirror
 from tensorllm.tensors.weighted import Metric, floor_of, narrow_root
 
-MULTIPLE = 8  # widths that kernels like
-ORDERED = 4  # one batch in so many tells the order of the channels
-LEAST_FREE = 0.05  # of the tokens, that are not used up by what is fitted to them
-RIDGE = 1e-3  # of the mean square of a channel: pull of rows of `out` to what they were
+MULTIPLE = 8  # of widths, for fast kernels
+ORDERED = 4  # the channels are ranked on one batch in so many
+LEAST_FREE = 0.05  # lower bound of 1 - parameters / tokens
+RIDGE = 1e-3  # pull of rows of `out` towards their old values, relative to a channel's mean square
 
 
 def narrowed_site(layer: int, roles: Sequence[str]) -> Site | None:
-    """The matrices of a layer's FFN that would become narrower; None where one is missing."""
+    """The FFN matrices of a layer that lose channels together; None if one is missing."""
     for together in NARROWED:
         if set(together) <= set(roles) and ("gate" in together) == ("gate" in roles):
             return Site((layer,), together, rows_stacking(together))
@@ -41,29 +42,32 @@ def narrowed_site(layer: int, roles: Sequence[str]) -> Site | None:
 
 
 def is_narrowed(site: Site) -> bool:
-    """Whether a site stands for channels that go."""
+    """Whether a site is an FFN that loses channels."""
     return site.roles in NARROWED
 
 
 def min_stored(geometry: Geometry, site: Site) -> int:
-    """Numbers that the fewest channels store."""
+    """Numbers stored with the fewest channels."""
     return len(site.roles) * (_step(geometry.F) * geometry.D + geometry.F)
 
 
 def _step(channels: int) -> int:
-    """Widths are multiples of it; at least one is narrower."""
+    """The step between widths, small enough that one is narrower than all channels."""
     return min(MULTIPLE, max(1, channels // 2))
 
 
 def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
-    """What the layer's output loses without the last channels, `out` refitted each time.
+    """Error of the layer's output without the last channels, with `out` refitted at each width.
 
-    With the covariance of the channels in their order C = L Lᵀ, the residual of the best fit by the
-    first R is the rows after R of Lᵀ W; a row costs by the covariance of the gradient that `out`
-    writes into. As R numbers per output are fitted to N tokens, the error on other text is larger:
-    generalised cross-validation (Golub, Heath and Wahba 1979) divides by (1 - R / N)².
+    With C = L Lᵀ the covariance of the channels in their order, the residual of the best fit by the
+    first R channels is the rows of Lᵀ W after R; each row is weighted by the covariance of the
+    gradient at the output of `out`. As R numbers per output are fitted to N tokens, the error on
+    other text is larger: generalised cross-validation (Golub, Heath and Wahba 1979) divides by (1 -
+    R / N)².
 
     Args:
+        site: the FFN.
+        context: of its layer.
         gradient_DD: that covariance.
     """
     out_FD = context.weight("out").float()
@@ -91,11 +95,11 @@ def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
 
 
 def _regressed(root_FF: Tensor, rest_XD: Tensor) -> Tensor:
-    """What to add to the first R rows of `out` (R, D) for the X others: their least squares.
+    """What to add to the first R rows of `out` (R, D) to replace the X others by least squares.
 
     Args:
-        root_FF: the lower Cholesky factor of the covariance of all, in this order.
-        rest_XD: rows of `out` of the others.
+        root_FF: the lower Cholesky factor of the covariance of all channels, in this order.
+        rest_XD: the other rows of `out`.
     """
     first = len(root_FF) - len(rest_XD)
     both_RD = root_FF[first:, :first].mT @ rest_XD
@@ -103,20 +107,19 @@ def _regressed(root_FF: Tensor, rest_XD: Tensor) -> Tensor:
 
 
 def _order(squares_F: Tensor, out_FD: Tensor, gradient_DD: Tensor) -> Tensor:
-    """Channels by their mean square times what their row of `out` costs, the largest first."""
+    """Channels in order of importance: mean square times the cost of their row of `out`."""
     return (squares_F * _costs(out_FD, gradient_DD)).argsort(descending=True)
 
 
 def _costs(rows_ND: Tensor, gradient_DD: Tensor) -> Tensor:
-    """rᵀ G r of each row r, float64: what it costs where rows of `out` are
-    shrunk_gradient_covariance."""
-    size = float(gradient_DD.diagonal().mean()) or 1.0  # float32 may not reach so far down
+    """The cost rᵀ G r of each row r of `out`, float64, by the gradient covariance G."""
+    size = float(gradient_DD.diagonal().mean()) or 1.0  # may underflow in float32
     weighted_ND = rows_ND @ (gradient_DD / size).to(rows_ND)
     return (weighted_ND * rows_ND).sum(1, dtype=torch.float64).clamp(min=0) * size
 
 
 class Channels(TrainableSite):
-    """The rows that stay.
+    """The kept rows of an FFN, as parameters.
 
     Attributes:
         metrics: of the inputs and of the kept channels' activations, once they are known.
@@ -129,16 +132,16 @@ class Channels(TrainableSite):
         self.site, self.rows_R, self.channels = site, rows_R, channels
         self.reading_PRD = nn.Parameter(reading_PRD)
         self.out_RD = nn.Parameter(reading_PRD.new_zeros(reading_PRD.shape[1:]))
-        self.back: tuple[Tensor, Tensor] | None = None  # from other coordinates
+        self.back: tuple[Tensor, Tensor] | None = None  # back from the coordinates of `balanced`
 
     @torch.no_grad()
     def write(self, out_RD: Tensor) -> None:
-        """Let these rows be those of `out`."""
+        """Set the rows of `out`."""
         self.out_RD.copy_(out_RD)
 
     @torch.no_grad()
     def balanced(self) -> Self:
-        """In coordinates in which steps cost about the same in all directions."""
+        """Change to coordinates in which steps cost about the same in all directions."""
         assert self.metrics is not None
         read, kept = self.metrics
         root_DD, root_RR = Metric(read.covariance_NN, DAMPING).root, kept.root
@@ -169,14 +172,16 @@ class Channels(TrainableSite):
 
 
 def fit_channels(context: LayerContext, site: Site, count: int, read: ErrorModel) -> Channels:
-    """The channels that matter most, fitted; they replace those of the compressed layer.
+    """The most important channels, fitted; they replace those of the compressed layer.
 
-    Rows of in and gate make up for the input having changed as far as a linear map can; rows of
-    `out` are the least squares of the original's output on the channels' activations then.
+    Rows of in and gate correct for the changed input as far as a linear map can; rows of `out` are
+    then the least squares fit of the original's output by the channels' activations.
 
     Args:
-        count: of channels that stay.
-        read: what the input projections read.
+        context: of the layer.
+        site: the FFN.
+        count: channels to keep.
+        read: error model of the input projections.
     """
     corrects = read.correction_DD is not None
     inputs_of = context.compressed_inputs if corrects else context.original_inputs

@@ -1,4 +1,4 @@
-"""What errors of a layer's matrices cost, by covariances (D, D), and the best low-rank maps by it.
+"""The cost of errors of a layer's matrices, from covariances (D, D), and the best low-rank maps.
 
 Shapes: D model width, M outputs of the stacked maps of a site, R rank, S ranks 1 to the full one.
 """
@@ -30,13 +30,13 @@ from tensorllm.tensors.weighted import (
     truncation_errors,
 )
 
-# The default shrinkage times tokens over width. Set on a real model with 7 tokens of gradients for
-# each number of its width: 0.3 there.
+# Default shrinkage times tokens over width. Chosen on a real model with gradients of 7 tokens per
+# unit of width, where it gives 0.3.
 SHRINKAGE = 2.0
 
 
 class Fit(NamedTuple):
-    """A low-rank map; of an output projection, also how its outputs follow from the original's."""
+    """A low-rank map; for an output projection also the map from the original's outputs."""
 
     map: Map
     output_map: OutputMap | None
@@ -44,18 +44,21 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """What errors of roles that read one input cost.
+    """The cost of errors of roles that read the same input.
 
-    An error E of a map costs tr(E A Eᵀ B), A the covariance of inputs and B that of gradients at
-    the outputs. Gradients are sampled, and so is text: B is noisy, and shrunk towards a multiple of
-    the identity, by which an error costs its mean square (docs/methods/activation.md, section 1).
+    An error E of a map costs tr(E A Eᵀ B), with A the covariance of the inputs and B that of the
+    gradients at the outputs. Gradients are sampled, and so is text, so B is noisy. It is shrunk
+    towards a multiple of the identity, by which an error costs its mean square
+    (docs/methods/activation.md, section 1).
 
     Attributes:
-        metric: E[x xᵀ] of what input projections read; E[g gᵀ] where output projections write.
-        data_DD: E[x xᵀ] of what is read; of output projections E[y yᵀ] of y = W x.
-        correction_DD: the linear map from what the compressed model reads, or writes, to what the
-            original does; None: not wanted.
-        plain: the shrinkage, 0 to 1; None: `shrinkage` chooses it.
+        metric: E[x xᵀ] of what input projections read; E[g gᵀ] of the gradient at the output of
+            output projections.
+        data_DD: E[x xᵀ] of the inputs of input projections; E[y yᵀ] of y = W x for output
+            projections.
+        correction_DD: the linear map from the compressed model's inputs (or outputs) to the
+            original's; None: no correction.
+        plain: the shrinkage, 0 to 1; None: chosen by `shrinkage`.
         writes: whether the roles are an output projection.
     """
 
@@ -64,14 +67,14 @@ class ErrorModel:
     correction_DD: Tensor | None
     plain: float | None
     writes: bool
-    _grams: dict[str, Tensor] = field(default_factory=dict)  # of roles that stand in several sites
+    _grams: dict[str, Tensor] = field(default_factory=dict)  # a role is in several sites
     _errors: dict[Group, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, context: LayerContext, key: Group, plain: float | None, ridge: float | None = None
     ) -> Self:
-        """With a ridge on the compressed model's inputs; without one on the original's."""
+        """With a ridge, on the compressed model's inputs; without, on the original's."""
         writes, correction_DD = is_output_projection(key[0]), None
         if ridge is not None:
             cross_DD, data_DD = context.shifted_width_covariances(key)
@@ -85,8 +88,7 @@ class ErrorModel:
         return cls(metric, data_DD, correction_DD, plain, writes)
 
     def propagated(self, context: LayerContext, roles: Group) -> Tensor:
-        """The covariance of the side that is not the metric, propagated through the matrices of
-        some of the roles to the model's width (D, D)."""
+        """The other side's covariance, propagated through roles to the model's width (D, D)."""
         if self.writes:
             return self.data_DD
         propagated_DD = context.propagated_covariance(roles)
@@ -97,7 +99,7 @@ class ErrorModel:
         return propagated_DD.lerp(plain_DD, share)
 
     def _plain(self, context: LayerContext, role: str) -> Tensor:
-        """Wᵀ W of an input projection, scaled to cost what its propagated covariance does."""
+        """Wᵀ W of an input projection, scaled to the cost of its propagated covariance."""
         if role not in self._grams:
             gram_DD = gram_of_columns(wide(context.weight(role))).double()
             propagated_DD = context.propagated_covariance((role,))
@@ -105,7 +107,7 @@ class ErrorModel:
         return self._grams[role]
 
     def truncation_errors(self, context: LayerContext, roles: Group) -> Tensor:
-        """The errors (S,) of the best maps of ranks 1 to S, the full one."""
+        """The errors (S,) of the best maps of ranks 1 to S, the full rank."""
         if roles not in self._errors:
             self._keep(context, roles, self.metric.weighted(self.propagated(context, roles)))
         return self._errors[roles]
@@ -115,7 +117,7 @@ class ErrorModel:
         self._errors[roles] = truncation_errors(weighted_DD, full)
 
     def trial(self, context: LayerContext, role: str) -> Trial:
-        """A low-rank map of one role, on text that no covariance was measured on."""
+        """The predicted and measured error of a low-rank map of one role, on held-out text."""
         rank = max(1, min(map_shape(context.geometry, (role,))) // SHARE)
         if not context.holds_out:
             return Trial(float(self.truncation_errors(context, (role,))[rank - 1]), 1.0)
@@ -129,15 +131,14 @@ class ErrorModel:
 
     @cached_property
     def _corrected_root(self) -> Tensor | None:
-        """The correction times the metric's root, for all sites of the roles; None: there is no
-        correction."""
+        """The correction times the metric's root, the same for all sites; None: no correction."""
         correct_DD = self.correction_DD
         if correct_DD is None:
             return None
         return self.metric.times_root(correct_DD.mT if self.writes else correct_DD)
 
     def fit(self, context: LayerContext, roles: Group, rank: int) -> Fit:
-        """The map of this rank that errs least, its large products in the dtype of the weights."""
+        """The map of this rank with the least error; large products in the dtype of the weights."""
         propagated_DD, root_DD = self.propagated(context, roles), self._corrected_root
         return self._fit(context, roles, projection(self.metric, propagated_DD, rank, root_DD))
 
@@ -158,15 +159,14 @@ def _projected(into_DR: Tensor, back_RD: Tensor, y: Tensor) -> Tensor:
 
 
 def shrinkage(context: LayerContext, roles: Group, plain: float | None) -> float:
-    """How far B is shrunk, 0 to 1: as given, or by `SHRINKAGE` times width over tokens."""
+    """The shrinkage of B, 0 to 1: as given, or `SHRINKAGE` times width over tokens."""
     if plain is not None:
         return plain
     return min(1.0, SHRINKAGE * context.geometry.D / max(1, context.gradient_tokens(roles)))
 
 
 def shrunk_gradient_covariance(context: LayerContext, roles: Group, plain: float | None) -> Tensor:
-    """E[g gᵀ] (D, D) of the gradient where output projections write, shrunk towards the identity
-    times its mean eigenvalue."""
+    """E[g gᵀ] (D, D) at the output of output projections, shrunk to its mean eigenvalue."""
     gradient_DD = context.width_covariance(roles)
     eye_DD = torch.eye(len(gradient_DD)).to(gradient_DD)
     share = shrinkage(context, roles, plain)

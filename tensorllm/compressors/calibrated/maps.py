@@ -1,4 +1,4 @@
-"""Role matrices as maps from inputs to outputs, stacked where they read the same input.
+"""Role matrices as maps from inputs to outputs, stacked if they read the same input.
 
 Shapes: M outputs of the stacked maps, X their inputs, R rank, I and D of a role matrix.
 """
@@ -26,23 +26,23 @@ class Map(NamedTuple):
 
 
 def site_of(layer: int, roles: Group) -> Site:
-    """Roles of a layer as one site, their rows one below the other."""
+    """Roles of a layer as one site, concatenated along their rows."""
     return Site((layer,), roles, rows_stacking(roles))
 
 
 def map_shape(geometry: Geometry, roles: Group) -> tuple[int, int]:
-    """(M, X) of the maps of these roles, stacked."""
+    """The shape (M, X) of the stacked maps of these roles."""
     return sum(map(geometry.outputs, roles)), geometry.inputs(roles[0])
 
 
 def stacked(weights: Mapping[str, Tensor], roles: Group) -> Tensor:
-    """Role matrices (I, D) as maps stacked (M, X), in float32 or wider, on their device."""
+    """Role matrices (I, D) as stacked maps (M, X), in float32 or wider, on their device."""
     parts = [wide(weights[role]) for role in roles]
     return torch.cat([w.mT if is_output_projection(roles[0]) else w for w in parts])
 
 
 def pivoted(left_MR: Tensor, right_RX: Tensor, roles: Group) -> PivotedLowRank:
-    """A map's factors as those of the site's tensor: o and out are stacked transposed."""
+    """Pivoted factors of a map, in the orientation of the site: o and out are transposed."""
     if is_output_projection(roles[0]):
         factors = pivot(right_RX.mT, left_MR.mT)
         return PivotedLowRank(factors.basis_RO.float(), factors.mix_XR.float(), factors.rows_R)

@@ -1,7 +1,7 @@
-"""MoDeGPT: pairs of matrices made narrower together, so that no product is added.
+"""MoDeGPT: pairs of matrices made narrower together, so that no matrix product is added.
 
-Shapes: D model width, K head width, G key/value heads, g queries per group, F FFN width, I rows of
-a role matrix, R rows that are kept.
+Shapes: D model width, K head_dim, G key/value heads, g queries per group, F FFN width, I rows of a
+role matrix, R kept rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ from tensorllm.tensors.stacking import ATTENTION, FFN, Geometry
 from tensorllm.tensors.triangular import raised_cholesky
 
 TOGETHER = (("q", "k"), ("v", "o"), FFN)
-RIDGE = 1e-6  # of the mean variance, where a covariance is inverted
+RIDGE = 1e-6  # added to a covariance before it is inverted, relative to the mean variance
 Rotary = Literal["halves", "neighbours", "none"]
-Rows = dict[str, tuple[Tensor, Tensor]]  # role -> numbers of rows, and what they hold
+Rows = dict[str, tuple[Tensor, Tensor]]  # role -> row indices and their values
 
 
 @COMPRESSORS.register("modegpt")
@@ -40,13 +40,13 @@ class MoDeGPT(LayerFit):
     """FFN channels, query-key dimensions and value-output dimensions dropped, the rest refitted.
 
     Source: MoDeGPT, arXiv 2408.09632, section 3: FFN channels by ridge leverage with a Nyström
-    refit of `out` (Algorithm 1), query-key dimensions by their norms (Algorithm 2; what rotates
-    together is kept together), value-output by an SVD of each KV head's product (Algorithm 3). All
-    layers keep the same share here. Where `v` has a bias, which cannot follow another basis, its
-    dimensions are chosen as FFN channels are.
+    refit of `out` (Algorithm 1), query-key dimensions by their norms (Algorithm 2; dimensions that
+    rotate together are kept together), value-output dimensions by an SVD of each KV head's product
+    (Algorithm 3). Here all layers keep the same share. If `v` has a bias, which cannot change
+    basis, its dimensions are chosen as FFN channels are.
 
     Attributes:
-        kept: share of the dimensions that is kept, in (0, 1).
+        kept: share of the dimensions to keep, in (0, 1).
         matrices: q and k, v and o, or in (gate) and out, or several of these; by default all.
         rotary: how rotary embeddings pair the dimensions of a head: `halves` (LLaMA and most),
             `neighbours` (GPT-J), `none`.
@@ -128,7 +128,7 @@ class MoDeGPT(LayerFit):
         return min(size, max(1, round(self.kept * size)))
 
     def _ffn(self, context: LayerContext, geo: Geometry) -> Rows:
-        """The channels of the highest ridge leverage, and `out` refitted to them."""
+        """The channels of highest ridge leverage, and `out` refitted to them."""
         covariance_FF = context.input_covariance("out").to(context.device)
         chosen_R = leading(leverage(covariance_FF), self._count(len(covariance_FF)))
         out_RD = nystrom(covariance_FF, chosen_R, context.weight("out").double())
@@ -137,7 +137,7 @@ class MoDeGPT(LayerFit):
         return rows | {"out": (chosen_R, out_RD)}
 
     def _query_key(self, context: LayerContext, geo: Geometry) -> Rows:
-        """Of each KV head the dimensions whose queries and keys are the largest."""
+        """The dimensions of each KV head with the largest queries and keys."""
         covariance_DD = context.input_covariance("q").to(context.device)
         q_ID, k_ID = (context.weight(role).double() for role in "qk")
         sizes_q, sizes_k = (((w @ covariance_DD) * w).sum(1) for w in (q_ID, k_ID))
@@ -150,7 +150,10 @@ class MoDeGPT(LayerFit):
         return {"q": (rows_q, q_ID[rows_q]), "k": (rows_k, k_ID[rows_k])}
 
     def _value_output(self, context: LayerContext, geo: Geometry) -> Rows:
-        """Each KV head's values in a basis of the product with its outputs, cut at its rank."""
+        """Values and outputs of each KV head from the truncated SVD of their product.
+
+        If `v` has a bias, a subset of the dimensions instead.
+        """
         v_GKD = context.weight("v").double().view(geo.G, geo.K, -1)
         o_GgKD = context.weight("o").double().view(geo.G, geo.groups, geo.K, -1)
         count = self._count(geo.K)
@@ -189,7 +192,7 @@ def _one_share() -> UserError:
 
 
 def leverage(covariance_FF: Tensor) -> Tensor:
-    """Ridge leverage scores: the diagonal of C (C + λ 1)⁻¹, λ the mean eigenvalue (F)."""
+    """Ridge leverage scores (F): the diagonal of C (C + λ 1)⁻¹, λ the mean eigenvalue."""
     mean = covariance_FF.diagonal().mean()
     ridge_FF = covariance_FF + mean * torch.eye(len(covariance_FF)).to(covariance_FF)
     inverse_FF = torch.cholesky_inverse(_root(ridge_FF))
@@ -197,19 +200,19 @@ def leverage(covariance_FF: Tensor) -> Tensor:
 
 
 def leading(scores: Tensor, count: int) -> Tensor:
-    """The numbers of the highest scores, ascending."""
+    """The indices of the highest scores, ascending."""
     return scores.topk(count).indices.sort().values
 
 
 def nystrom(covariance_FF: Tensor, chosen_R: Tensor, out_FD: Tensor) -> Tensor:
-    """The rows (R, D) that make the best of the chosen inputs: C_RR⁻¹ C_RF out."""
+    """The rows (R, D) refitted to the chosen inputs: C_RR⁻¹ C_RF out."""
     own_RR = covariance_FF[chosen_R[:, None], chosen_R]
     own_RR = own_RR + RIDGE * own_RR.diagonal().mean() * torch.eye(len(own_RR)).to(own_RR)
     return torch.cholesky_solve(covariance_FF[chosen_R] @ out_FD, _root(own_RR))
 
 
 def _root(covariance_NN: Tensor) -> Tensor:
-    """The Cholesky factor, the covariance raised where its channels are always zero."""
+    """The Cholesky factor; the diagonal is raised if some channels are always zero."""
     least = RIDGE * (float(covariance_NN.diagonal().mean()) or 1.0)
     return raised_cholesky(covariance_NN, least, 10)
 
@@ -220,7 +223,7 @@ def product_svd(
     """Values (G, R, D) and outputs (G, g, R, D) of the best product of rank R, inputs weighted.
 
     With C^½ Vᵀ = U S Tᵀ and S Tᵀ O = U' S' T'ᵀ it is (U'ᵀ S⁻¹ Tᵀ V)ᵀ (U'ᵀ S Tᵀ O); only matrices of
-    the head's width are decomposed.
+    size head_dim are decomposed.
     """
     squares_GK, t_GKK = torch.linalg.eigh(v_GKD @ covariance_DD @ v_GKD.mT)
     s_GK = squares_GK.clamp(min=RIDGE * squares_GK.amax(1, keepdim=True)).sqrt()
@@ -235,7 +238,7 @@ def product_svd(
 
 
 def dimensions_together(head_dim: int, rotary: Rotary) -> Tensor:
-    """(P, 1 or 2): dimensions of a head that a rotary embedding turns together."""
+    """Dimensions of a head that a rotary embedding rotates together, (P, 1 or 2)."""
     every = torch.arange(head_dim)
     if rotary == "none" or head_dim % 2:
         return every[:, None]
@@ -243,7 +246,7 @@ def dimensions_together(head_dim: int, rotary: Rotary) -> Tensor:
 
 
 def of_heads(kept_GR: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
-    """Rows of all query heads and of all KV heads, of dimensions that each KV head keeps."""
+    """Rows of all query heads and of all KV heads, for the dimensions that each KV head keeps."""
     heads_GR = kept_GR + geo.K * torch.arange(geo.G, device=kept_GR.device)[:, None]
     queries_HR = kept_GR.repeat_interleave(geo.groups, 0)
     first_H = geo.K * torch.arange(geo.H, device=kept_GR.device)

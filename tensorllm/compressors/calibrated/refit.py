@@ -1,8 +1,9 @@
-"""All factors of a layer refitted together, until the layer's own output is nearest.
+"""Joint refit of all factors of a layer, so that the layer's own output is nearest.
 
-Each site was fitted alone, by weights of its errors in which the rest of the layer stands still.
-Here they move together: Adam on minibatches, in coordinates in which all directions of the factor
-at the model's width cost about the same. Only this one layer runs.
+Each site was fitted alone, by an error measure that takes the rest of the layer as fixed. Here they
+are trained together: Adam on minibatches, in coordinates in which all directions of the factor at
+the model's width cost about the same. Only this one layer runs.
+
 Shapes: W the wide side of a map, D the model's width, M outputs, X inputs, R rank.
 """
 
@@ -25,12 +26,12 @@ from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_proj
 from tensorllm.tensors.triangular import lower_inverse
 from tensorllm.tensors.weighted import Metric
 
-DAMPING = 1e-2  # of the mean variance: steps along directions without error would be too long
-SMALLEST = 1e-3  # of the largest component, for the same reason
-LEARNING_RATE = 0.03  # of a parameter's mean size, times the relative error of the layer's output:
-# where that is small, longer steps make it larger
-TOGETHER = 0.75  # of the epochs; in the others the FFN moves alone, and attention is not run again
-HELD_OUT = 8  # one batch in so many is not trained on: it tells which epoch came nearest
+DAMPING = 1e-2  # of the mean variance: bounds steps along directions that cost nothing
+SMALLEST = 1e-3  # size of a component relative to the largest, for the same reason
+LEARNING_RATE = 0.03  # relative to a parameter's mean size, times the relative error of the layer's
+# output: if that is small, longer steps increase it
+TOGETHER = 0.75  # share of the epochs; then the FFN is trained alone, without attention
+HELD_OUT = 8  # one batch in so many is held out, to choose the best epoch
 PASSES_OF_AN_EPOCH = 2.9  # forward, backward for inputs and weights, steps; held out: forward
 
 
@@ -39,18 +40,18 @@ class TrainableSite(nn.Module):
 
     @abstractmethod
     def operators(self, geometry: Geometry) -> dict[str, LinearOperator]:
-        """The role matrices that they stand for."""
+        """The role matrices that the parameters stand for."""
 
     @abstractmethod
     def factors(self) -> Factors:
-        """As they are stored."""
+        """The factors in their stored form."""
 
 
 class PreconditionedMap(TrainableSite):
     """A map `wide diag(1/size) narrow L⁻¹` (or its transpose), L the root of the metric at D.
 
-    With the size of a component once in each parameter and once taken out between them, a small
-    step of either costs the square of its length, whichever component it moves.
+    Each parameter contains the size of a component, and the size is divided out once in between. So
+    a small step of either costs the square of its length, whichever component it changes.
     """
 
     def __init__(self, map_: Map, metric: Metric, roles: tuple[str, ...]) -> None:
@@ -81,7 +82,7 @@ class PreconditionedMap(TrainableSite):
         return pivoted(left_MR.detach(), right_RX.detach(), self.roles)
 
     def map(self) -> Map:
-        """From inputs to outputs."""
+        """The map from inputs to outputs."""
         wide_WR = self.wide_WR / self.size_R
         narrow_RD = self.narrow_RD @ self.inverse_DD
         return Map(narrow_RD.mT, wide_WR.mT) if self.writes else Map(wide_WR, narrow_RD)
@@ -93,21 +94,22 @@ def refit(
     before: Mapping[Site, Factors],
     epochs: int,
 ) -> LayerResult:
-    """The factors after the epoch that came nearest on batches that were not trained on; as they
-    were if none came nearer. They replace the layer's matrices too.
+    """The factors of the best epoch on held-out batches; the old ones if none is better.
 
-    On a short text more epochs come ever nearer on what they are trained on, and no nearer on
-    other text. With fewer than `HELD_OUT` batches all are trained on and compared.
+    They replace the layer's matrices too. On a short text, further epochs keep improving on the
+    training batches but not on other text. With fewer than `HELD_OUT` batches, all are used for
+    both.
 
     Args:
         context: the compressed layer, with the factors as they were fitted.
         trained: those factors, to be trained.
-        before: the same, as they are stored.
+        before: the same, in their stored form.
+        epochs: passes over the text.
     """
     ends = _ends(trained, epochs)
     if not _train(context, trained, ends):
         for site, end in ends.items():
-            if end < epochs:  # it was replaced when its training ended
+            if end < epochs:  # it was replaced after its last epoch
                 context.replace(site, before[site])
         return LayerResult(before)
     out = {site: each.factors() for site, each in trained.items()}
@@ -117,7 +119,7 @@ def refit(
 
 
 def _ends(sites: Iterable[Site], epochs: int) -> dict[Site, int]:
-    """After how many epochs each site stands still: attention earlier, where more than it moves."""
+    """The number of epochs for which each site is trained: fewer for attention beside an FFN."""
     attention = {site: bool(set(site.roles) & set(ATTENTION_ROLES)) for site in sites}
     first = epochs if all(attention.values()) else math.ceil(TOGETHER * epochs)
     return {site: first if is_of_it else epochs for site, is_of_it in attention.items()}
@@ -126,8 +128,10 @@ def _ends(sites: Iterable[Site], epochs: int) -> dict[Site, int]:
 def _train(
     context: LayerContext, trained: Mapping[Site, TrainableSite], ends: Mapping[Site, int]
 ) -> bool:
-    """Adam on all sites; those that have ended are replaced in the layer. Leaves the parameters of
-    the best epoch; whether any came nearer than the start."""
+    """Train all sites with Adam; a site that has ended is replaced in the layer.
+
+    Leaves the parameters of the best epoch; returns whether any is better than the start.
+    """
     held = list(range(0, context.batches, HELD_OUT)) if context.batches >= HELD_OUT else []
     rest = [batch for batch in range(context.batches) if batch not in held]
     judged = held or rest
@@ -180,7 +184,7 @@ def _operators(
 def _error(
     context: LayerContext, trained: Mapping[Site, TrainableSite], batches: Sequence[int]
 ) -> float:
-    """Of the layer's output over some batches, of all processes."""
+    """The error of the layer's output over some batches, summed over all processes."""
     operators = _operators(context, trained)
     total = sum(context.output_loss(batch, operators, {}).double() for batch in batches)
     assert isinstance(total, torch.Tensor)
