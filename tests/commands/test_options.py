@@ -14,6 +14,7 @@ from tensorllm import options
 from tensorllm.errors import UserError
 from tensorllm.options import OptionField, option_fields
 from tensorllm.recipes import RUN, completed, parse_recipe, recipe_of
+from tensorllm.requests import shared
 from tensorllm.requests.compress import SETTINGS, CompressRequest
 from tensorllm.requests.evaluate import EvaluateRequest
 from tensorllm.requests.others import (
@@ -50,6 +51,7 @@ REQUESTS: dict[str, Any] = {
 }
 # What is typed for a parser, and what is meant.
 PARSED: dict[Any, tuple[list[str], Any]] = {
+    shared.MODEL.parse: (["demo"], "demo"),
     options.layers: (["0,3-5"], (0, 3, 4, 5)),
     options.candidates: (["0,3-5"], (0, 3, 4, 5)),
     options.whole_numbers: (["304,19,2"], (304, 19, 2)),

@@ -80,7 +80,7 @@ def test_memory_and_folder_and_factors_agree(model_type: str, mode: str, tmp_pat
 @pytest.mark.parametrize("mode", ["asvd", "svd-llm", "activation-tucker"])
 def test_modes_fitted_to_text_work(mode: str) -> None:
     model = latent_model("minicpm3")
-    settings = {"target_ratio": 2.0} if mode == "activation-tucker" else {"kept": 0.4}
+    settings = {"target_ratio": 4.0} if mode == "activation-tucker" else {"kept": 0.4}
     report = compress(model, make_compressor(mode, settings), calibration=text())
     assert {role for site in report.sites for role in site.roles} >= set(MATRICES)
     with torch.no_grad():

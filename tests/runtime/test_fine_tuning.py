@@ -34,7 +34,7 @@ def pivoted(**sizes: int) -> Any:
     model = tiny_model("llama", **sizes)
     rows = torch.randint(3, 101, (20, 16), generator=torch.Generator().manual_seed(0)).tolist()
     text = Calibration(tuple(map(tuple, rows)), source="random", seed=0)
-    tl.compress(model, fit(ActivationHybrid(target_ratio=2.0), model, text))
+    tl.compress(model, fit(ActivationHybrid(target_ratio=3.0), model, text))
     return model
 
 
@@ -262,6 +262,8 @@ def test_an_adapter_of_transformers_is_saved_alone(small: Path, tmp_path: Path):
     assert torch.equal(logits(again), logits(model))
 
 
+# Some matrices are left whole, and are ordinary linears: peft says that it sees them.
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_lora_stays_beside_quantised_factors(tmp_path: Path, safe_merge: bool):
     pytest.importorskip("torchao")

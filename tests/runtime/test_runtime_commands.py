@@ -159,8 +159,8 @@ def test_export_is_the_dense_model(story_folder: Path, tmp_path: Path):
         export(tmp_path / "dense", tmp_path / "twice")
     with pytest.raises(UserError, match="exists"):
         export(story_folder, tmp_path / "dense")
-    with pytest.raises(UserError, match="got 'gguf'"):
-        export_run(ExportRequest(folder=story_folder, out=tmp_path / "other", format="gguf"))
+    with pytest.raises(UserError, match="got 'zip'"):
+        export_run(ExportRequest(folder=story_folder, out=tmp_path / "other", format="zip"))
     export(story_folder, tmp_path / "half", dtype=torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
