@@ -13,7 +13,7 @@ from tensorllm.checkpoint.manifest import factored_manifest
 from tensorllm.checkpoint.source import resolve
 from tensorllm.data.tokens import as_messages, check_ids, open_ended
 from tensorllm.errors import UserError, first_line
-from tensorllm.evaluation.forward import PAD, left_padded
+from tensorllm.evaluation.forward import PAD, Padded, left_padded
 from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
 from tensorllm.models.scores import refuse_nan
 from tensorllm.options import refuse_idle
@@ -62,7 +62,22 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
             context,
             read,
         )
+    eos = eos_of(model)
+    texts = [
+        [*([] if request.chat else prompt), *_until_end(row[read:].tolist(), eos)]
+        for prompt, row in zip(
+            prompts, _continued(request, model, batch, most, progress), strict=True
+        )
+    ]
+    return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]
+
+
+def _continued(
+    request: GenerateRequest, model: Any, batch: Padded, most: int, progress: Progress
+) -> Tensor:
+    """Token ids of the prompts and of at most `most` new tokens each."""
     torch.manual_seed(request.seed)
+    read = batch.ids_BT.shape[1]
 
     def count(ids: Tensor, scores: Any) -> Tensor:
         progress(ids.shape[1] - read, most, "writing")
@@ -70,7 +85,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
 
     sampling = {"temperature": request.temperature, "top_p": request.top_p}
     try:
-        out = model.generate(
+        found: Tensor = model.generate(
             input_ids=batch.ids_BT,
             attention_mask=batch.mask_BT.long(),
             max_new_tokens=most,
@@ -84,16 +99,12 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         )
     except UserError:
         raise
-    except (TypeError, ValueError) as error:  # from the model's own generation settings
+    except (TypeError, ValueError) as error:  # most often its own generation settings
         raise UserError(
-            f"{request.model} cannot write with its generation_config.json: {first_line(error)}"
+            f"{request.model} cannot generate, perhaps for a setting in its "
+            f"generation_config.json: {first_line(error)}"
         ) from None
-    eos = eos_of(model)
-    texts = [
-        [*([] if request.chat else prompt), *_until_end(row[read:].tolist(), eos)]
-        for prompt, row in zip(prompts, out, strict=True)
-    ]
-    return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]
+    return found
 
 
 def loaded(

@@ -172,10 +172,10 @@ class ModelForward:
 
     def obeys_masks(self, columns: int) -> bool:
         """Whether `sees_BTS` is obeyed in rows of so many columns."""
-        return self._sees_only_what_it_may and self.may_hide(columns)
+        return self._masks_work and self.may_hide(columns)
 
     @cached_property
-    def _sees_only_what_it_may(self) -> bool:
+    def _masks_work(self) -> bool:
         """Test on four tokens: the last must not see the third, whose position it takes.
 
         Some kinds of attention accept no such mask, or derive positions from what is masked.

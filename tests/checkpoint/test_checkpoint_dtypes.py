@@ -46,6 +46,18 @@ def test_the_measurement_takes_no_time_to_speak_of():
     assert 0 < loader.seconds_of_product(torch.float32) < 1.0
 
 
+def asking(folder: Path, **more: str) -> EvaluateRequest:
+    """Six questions, asked of the model in a folder."""
+    return EvaluateRequest(
+        model=str(folder / "model"),
+        dataset="questions",
+        data_file=world.save_questions(folder / "rows.jsonl", 6),
+        split="all",
+        accelerator="cpu",
+        **more,
+    )
+
+
 @pytest.mark.parametrize(
     ("slow", "computed"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")]
 )
@@ -55,13 +67,7 @@ def test_results_say_in_which(
     world.model("gptj").to(torch.bfloat16).save_pretrained(tmp_path / "model")
     world.tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(loader, "seconds_of_product", seconds(slow))
-    asked = EvaluateRequest(
-        model=str(tmp_path / "model"),
-        dataset="questions",
-        data_file=world.save_questions(tmp_path / "rows.jsonl", 6),
-        split="all",
-        accelerator="cpu",
-    )
+    asked = asking(tmp_path)
     results = evaluate(asked).results
     assert (results["dtype"], results["stored_dtype"]) == (computed, "bfloat16")
     results = evaluate(replace(asked, dtype="fp32")).results
@@ -73,14 +79,7 @@ def test_results_say_in_which_by_precision(precision: str, tmp_path: Path):
     """The one in which the model's products were computed, whatever the Trainer is asked for."""
     world.model("gptj").save_pretrained(tmp_path / "model")
     world.tokenizer().save_pretrained(tmp_path / "model")
-    asked = EvaluateRequest(
-        model=str(tmp_path / "model"),
-        dataset="questions",
-        data_file=world.save_questions(tmp_path / "rows.jsonl", 6),
-        split="all",
-        accelerator="cpu",
-        precision=precision,
-    )
+    asked = asking(tmp_path, precision=precision)
     seen = set()
 
     def note(module: nn.Module, given: object, made: object) -> None:

@@ -118,7 +118,7 @@ def test_what_generate_returns_does_not_hang_on_the_model_s_settings(tmp_path: P
 
 @pytest.mark.parametrize("settings", [{"bad_words_ids": []}, {"repetition_penalty": -1.0}])
 def test_settings_that_generate_refuses_are_told(settings: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot write with its generation_config.json: [^\n]+$"):
+    with pytest.raises(UserError, match=r"in its generation_config.json: [^\n]+$"):
         writing(tmp_path, **settings)
 
 
