@@ -14,7 +14,9 @@ stays the same:
 - *depth*: errors of a layer cost more by a power of its depth, the best of a few by the KL of 8
   sequences of the calibration text (LEMS tunes such a multiplier so);
 - *better start*: each layer is refitted from the correction and from the fit without it, and the
-  nearer result is kept.
+  nearer result is kept;
+- *without* a switch of the strategy (`SWITCHES`): shared input factors, channels of an FFN, the
+  correction, and what errors cost by the gradients alone or by their mean square alone.
 """
 
 import argparse
@@ -43,6 +45,14 @@ from tensorllm.models import RoleMatrices, parameters_of
 HELD, TUNED = 48, 8  # sequences that are scored, and that a multiplier is tuned on
 POWERS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of depth: the last layer's errors cost e^power the first's
 SHARES = (0.1, 0.2, 0.3)
+CHOICES = ("switches", "multiple", "floor", "depth", "start")
+SWITCHES: dict[str, dict[str, Any]] = {
+    "without shared input factors": {"sharing": False},
+    "without fewer channels": {"narrowing": False},
+    "without correction": {"correction": False},
+    "errors by the gradients alone": {"plain": 0.0},
+    "errors by their mean square": {"plain": 1.0},
+}
 NO_CORRECTION = 1e9  # a ridge so strong that the correction is the identity
 
 
@@ -159,7 +169,9 @@ def bench(args: argparse.Namespace, seed: int) -> Bench:
     texts = documents(args.text)
     cut = int(0.6 * len(texts))
     order = torch.randperm(cut, generator=torch.Generator().manual_seed(seed)).tolist()
-    every = (texts[i] for i in [*order[: args.quantity], *range(cut, min(len(texts), cut + HELD))])
+    every = (
+        texts[i] for i in [*order[: args.quantity], *range(cut, min(len(texts), cut + args.held))]
+    )
     ids = [tuple(tokenizer(text)["input_ids"][: args.length]) for text in every]
     first, held = tuple(ids[: args.quantity]), tuple(ids[args.quantity :])
     return Bench(model, *(Calibration(part, source="benchmark", seed=seed)
@@ -190,6 +202,9 @@ def tried(here: Bench, ratio: float, epochs: int, choices: Sequence[str]) -> dic
         return ActivationHybrid(target_ratio=ratio, refit_epochs=epochs, **more)
 
     plain = note("as it is", strategy)
+    if "switches" in choices:
+        for name, setting in SWITCHES.items():
+            note(name, other(**setting))
     if "multiple" in choices:
         for multiple in (1, 4, 16):
             note(f"rank multiple {multiple}", other(rank_multiple=multiple))
@@ -219,18 +234,19 @@ def main() -> None:
     options.add_argument("--model", type=Path, help="folder; tinystories-656K of --shared")
     options.add_argument("--text", type=Path, help=".json of texts, or plain text; its stories")
     options.add_argument("--quantity", type=int, default=64, help="sequences that are fitted to")
+    options.add_argument("--held", type=int, default=HELD, help="sequences that are scored")
     options.add_argument("--length", type=int, default=512, help="tokens of a sequence, at most")
     options.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.5])
     options.add_argument("--epochs", type=int, nargs="+", default=[0, 4])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--choices", nargs="+", default=["multiple", "floor", "depth", "start"])
+    options.add_argument("--choices", nargs="+", choices=CHOICES, default=CHOICES)
     args = options.parse_args()
     begin(args)
     args.model = args.model or real(args, "models/tinystories-656K")
     args.text = args.text or real(args, "data/tinystories_1000.json")
     if args.quick:
         args.quantity, args.length, args.ratios, args.epochs, args.seeds = 8, 64, [2.0], [1], [0]
-        args.choices = ["floor", "start"]
+        args.choices = ["switches", "floor", "start"]
     for epochs in args.epochs:
         rows: dict[str, Any] = {}
         shown: dict[str, Comparison] = {}
