@@ -10,7 +10,7 @@ speeds stand.
 
 A part of docs/results/llama_cpp.json for each number type: of each folder the size of its GGUF
 file, how many of four greedy texts of 32 tokens are those of transformers in float32, and tokens
-per second of a prompt of 512 and of 64 that are decoded after it: medians of runs in turn.
+per second of a prompt of 256 and of 64 that are decoded after it: medians of runs in turn.
 """
 
 import argparse
