@@ -290,6 +290,9 @@ class FactoredLinear(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict({part_name(role): part for role, part in parts.items()})
         self.bias = None if bias is None else nn.Parameter(bias)
+        for part in parts.values():
+            if bias is not None and isinstance(part, RoleLinear) and not part.writes:
+                part.widen()
         self.blocks = blocks
         self.alone = len(parts) == 1 and bias is None and blocks == 1
 

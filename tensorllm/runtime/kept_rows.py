@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
+from tensorllm.runtime.products import decodes, vector_times
 from tensorllm.runtime.sites import Cost, SiteModule, runs
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.kept_rows import KeptRows
-from tensorllm.tensors.shared_input import CHANNEL_STACKINGS
+from tensorllm.tensors.shared_input import CHANNEL_STACKINGS, NARROWED
 from tensorllm.tensors.stacking import Geometry
 
 
@@ -19,7 +20,10 @@ from tensorllm.tensors.stacking import Geometry
 class KeptRowsSite(SiteModule):
     """A product with the kept rows of a matrix: other outputs are zero, other inputs unread.
 
-    If several matrices are stacked, the same rows of each are kept.
+    If several matrices are stacked, the same rows of each are kept. An FFN that keeps the same
+    channels of all its matrices (`NARROWED`) runs at their width: what is between its matrices acts
+    on each channel by itself, and of the others nothing is read. With a bias inside, which is as
+    wide as all channels, it does not (`widen`).
     """
 
     kept: Tensor
@@ -28,6 +32,7 @@ class KeptRowsSite(SiteModule):
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
+        self.narrow = site.roles in NARROWED
         rows_R = torch.empty(
             len(self.rows) // len(site.roles), dtype=torch.long, device=self.kept.device
         )
@@ -36,7 +41,10 @@ class KeptRowsSite(SiteModule):
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
         stored = parameters(factors)
-        return Cost(stored, 3, stored)
+        return Cost(stored, len(site.matrices) if site.roles in NARROWED else 3, stored)
+
+    def widen(self) -> None:
+        self.narrow = False
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -46,10 +54,15 @@ class KeptRowsSite(SiteModule):
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         y_R = F.linear(x, self._own(index))
+        if self.narrow:
+            return y_R
         return y_R.new_zeros(*x.shape[:-1], self.sizes[index]).index_copy(-1, self.rows_R, y_R)
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
-        return x.index_select(-1, self.rows_R) @ self._own(index)
+        x_R = x if self.narrow else x.index_select(-1, self.rows_R)
+        if decodes(x):
+            return vector_times(x_R.flatten(), self._own(index)).view(*x.shape[:-1], -1)
+        return x_R @ self._own(index)
 
     def _own(self, index: int) -> Tensor:
         """The kept rows (R, D) of one matrix."""

@@ -130,6 +130,9 @@ class SiteModule(nn.Module):
         """(..., I) -> (..., D) by matrix number `index` (I, D), for roles o and out."""
         raise NotImplementedError(f"{type(self).__name__} runs no output projections")
 
+    def widen(self) -> None:
+        """Make all outputs as wide as the matrices', as a bias of that width is added to them."""
+
     def finish(self) -> None:
         """Compute what depends on the weights; called whenever they were loaded."""
 
@@ -191,6 +194,10 @@ class RoleLinear(nn.Module):
             self.factors = site
         self.writes = is_output_projection(role)
         self._site = (site,)  # in a tuple, so that only the owner registers it
+
+    def widen(self) -> None:
+        """See `SiteModule.widen`."""
+        self._site[0].widen()
 
     def forward(self, x: Tensor) -> Tensor:
         (site,) = self._site
