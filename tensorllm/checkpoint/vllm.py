@@ -32,7 +32,7 @@ from tensorllm.checkpoint.factored import METHOD, FactoredFolder
 from tensorllm.checkpoint.manifest import StoredSite, factored_manifest
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
-from tensorllm.runtime.sites import module_for
+from tensorllm.runtime.sites import TransposedLinear, module_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS = ("factors.", "rest.")  # prefixes of tensor names that only we read
@@ -122,7 +122,36 @@ class Parts:
         assert kind is not None, "asked for only where one runs them"
         geometry = self.folder.roles.spec.geometry(entry.layers[0])
         made = kind.roles(entry.site, factors, geometry)
+        for each in made.values():
+            _run_by_vllm(each.module)
         return {matrix: each.module.requires_grad_(False) for matrix, each in made.items()}
+
+
+class VLLMLinear(nn.Module):
+    """A linear layer without a bias, run by the kernel that vLLM chooses for its own.
+
+    Args:
+        weight: (out, in).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self._method = UnquantizedLinearMethod()
+        self._method.process_weights_after_loading(self)  # may pack the weight for the kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self._method.apply(self, x.contiguous())
+        return y
+
+
+def _run_by_vllm(module: nn.Module) -> None:
+    """Let vLLM's kernels run the linear layers in a module of ours."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear | TransposedLinear):
+                weight = child.weight if isinstance(child, nn.Linear) else child.weight.mT
+                setattr(parent, name, VLLMLinear(weight.detach()))
 
 
 class FactoredVLLMConfig(QuantizationConfig):

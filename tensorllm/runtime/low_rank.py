@@ -74,7 +74,9 @@ class PivotedSite(SiteModule):
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
-        order_I = torch.empty(sum(self.sizes), dtype=torch.int32, device=self.rows_R.device)
+        rows = sum(self.sizes)
+        self.mixes = factors.ranks[0] < rows  # else all rows are chosen ones
+        order_I = torch.empty(rows, dtype=torch.int32, device=self.rows_R.device)
         self.register_buffer("order_I", order_I, persistent=False)
         self._step: TokenStep | None = None
 
@@ -159,7 +161,7 @@ class PivotedSite(SiteModule):
         if not held and (where is not None or self.is_adapted()):
             return None
         basis, mix = self.basis.weight, self.mix.weight  # read once: it may be dequantised
-        mixed = times(mix, where) if mix.numel() else None
+        mixed = times(mix, where) if self.mixes else None
         run = self._through(times(basis, where), mixed)
         places = (0, 0) if where is None else (basis.data_ptr(), mix.data_ptr())
         return TokenStep(basis, mix, places, where, run)
@@ -235,7 +237,7 @@ class PivotedInputs(PivotedSite):
         """The outputs (..., I) of each role."""
         if (run := self.uncached(x)) is not None:
             return run(x).split_with_sizes(self.sizes, -1)
-        if not self.mix.weight.numel():
+        if not self.mixes:
             return self.basis(x).split(self.sizes, dim=-1)
         if self.is_adapted():
             z_NR = self.basis(x.flatten(0, -2))
@@ -283,7 +285,7 @@ class PivotedOutput(PivotedSite):
     def output_projection(self, x: Tensor, index: int) -> Tensor:
         if (run := self.step(x) or self.uncached(x)) is not None:
             return run(x)
-        if not self.mix.weight.numel():
+        if not self.mixes:
             return self.basis(x)
         rank = len(self.rows_R)
         if self.is_adapted():
