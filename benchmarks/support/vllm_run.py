@@ -27,7 +27,11 @@ def drawn(batch: int, length: int, vocabulary: int, seed: int) -> list[dict[str,
 def main(folder: str, wanted: dict[str, Any]) -> None:
     decoded: int = wanted["decoded"]
     model = LLM(
-        folder, dtype=wanted["dtype"], max_model_len=1024, enforce_eager=wanted["eager"], seed=0
+        folder,
+        dtype=wanted["dtype"],
+        max_model_len=1024,
+        enforce_eager=wanted["eager"],
+        gpu_memory_utilization=0.3,  # of all memory, on a CPU too
     )
 
     def run(prompts: Any, tokens: int) -> Any:

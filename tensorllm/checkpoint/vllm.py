@@ -6,7 +6,7 @@ modules that run their factors; attention, cache and scheduling stay vLLM's. Whe
 replace the whole layer (some of its matrices are dense or stored interleaved, or it is split over
 devices), the layer is filled with the dense weights that the factors represent.
 
-Written against vLLM 0.33.
+Written against vLLM 0.33; requests were served by 0.32 (docs/serve.md).
 """
 
 from collections import defaultdict
@@ -32,7 +32,7 @@ from tensorllm.checkpoint.factored import METHOD, FactoredFolder
 from tensorllm.checkpoint.manifest import StoredSite, factored_manifest
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
-from tensorllm.runtime.sites import TransposedLinear, module_for
+from tensorllm.runtime.sites import RoleLinear, TransposedLinear, module_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS = ("factors.", "rest.")  # prefixes of tensor names that only we read
@@ -246,6 +246,10 @@ class FactoredMethod(LinearMethodBase):
             for path in self.paths
             for module in self.parts.modules(path, layer.dtype, layer.place)
         ]
+        if layer.bias is not None:
+            for module in made:
+                if isinstance(module, RoleLinear) and not module.writes:
+                    module.widen()
         layer.factored = nn.ModuleList(made)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

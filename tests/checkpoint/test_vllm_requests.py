@@ -38,7 +38,8 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     folder, prompts, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-    model = LLM(folder, dtype="float32", skip_tokenizer_init=True, enforce_eager=True)
+    settings = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.2}
+    model = LLM(folder, skip_tokenizer_init=True, **settings)  # that share is of all memory
     asked = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
     found = model.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
     tokens = [list(one.outputs[0].token_ids) for one in found]

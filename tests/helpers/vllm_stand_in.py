@@ -1,6 +1,6 @@
 """The part of vLLM's interface that tensorllm implements and uses, where vLLM is not installed.
 
-Names, signatures and order of calls are those of vLLM 0.33: `layers/linear.py`,
+Names, signatures and order of calls are those of vLLM 0.32 and 0.33: `layers/linear.py`,
 `layers/quantization/{__init__,base_config}.py`, `models/utils.py`. It shows that our side is called
 as vLLM calls it, not that vLLM works.
 """
@@ -74,6 +74,7 @@ class LinearBase(nn.Module):
             weight_loader=self.weight_loader,
         )  # fmt: skip
         self.quant_method = method
+        self.register_parameter("bias", None)
 
     def weight_loader(self, param: Tensor, loaded: Tensor, shard: Any = None) -> None:
         names = self.names or tuple(range(len(self.sizes)))
