@@ -61,7 +61,8 @@ def _compare(folders: tuple[Path, Path], seed: int, *, as_json: bool) -> None:
     from tensorllm.evaluation.results import compare
     from tensorllm.reporting.scores import comparison_tables
 
-    changes = compare(*map(at_home, folders), seed=seed)
+    before, after = map(at_home, folders)
+    changes = compare(before, after, seed=seed)
     if as_json:
         print_json(changes)
     else:

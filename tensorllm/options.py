@@ -224,7 +224,7 @@ def _value(text: str) -> Value:
 
 def size(flag: str, text: str) -> int:
     """Bytes from `60MiB`, `60MB`, `1.5TB`, or a number of bytes."""
-    number = r"([0-9]{1,30}(?:\.[0-9]{1,30})?)"
+    number = r"([0-9]{1,4000}(?:\.[0-9]{1,4000})?)"  # Python reads no more than 4300 digits
     match = re.fullmatch(rf"\s*{number}\s*([kmgt]i?b|b?)\s*", text, re.IGNORECASE)
     found = 0
     if match is not None:

@@ -73,7 +73,7 @@ def bad_requests_refused() -> Iterator[None]:
     resolve = BaseHandler._resolve_model  # what all handlers do first, with the whole request
 
     def checked(handler: BaseHandler, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        kinds = {ChatCompletionHandler: Chat, ResponseHandler: Turn}
+        kinds: dict[type, type[Settings]] = {ChatCompletionHandler: Chat, ResponseHandler: Turn}
         kind = kinds.get(type(handler), Settings)
         if problem := problem_of(body, kind):
             raise HTTPException(WRONG, problem)
@@ -84,7 +84,7 @@ def bad_requests_refused() -> Iterator[None]:
             )
         return name, model, processor
 
-    BaseHandler._resolve_model = checked  # type: ignore[method-assign]
+    BaseHandler._resolve_model = checked  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
