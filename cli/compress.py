@@ -22,7 +22,8 @@ def compress(request: CompressRequest, *, json: bool) -> None:
 
       tensorllm compress --model gptj --mode hybrid --out out/ --format factored
     """
-    check_datasets([request.evaluate], [request.data_file], request.plugins)
+    if request.evaluate is not None:
+        check_datasets([request.evaluate], [request.data_file], request.plugins)
     INTERRUPT.keeps(request.out, "--out")
     if isinstance(request.target_ratio, tuple):
         _several(request, as_json=json)
