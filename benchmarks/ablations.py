@@ -15,6 +15,7 @@ stays the same:
   sequences of the calibration text (LEMS tunes such a multiplier so);
 - *better start*: each layer is refitted from the correction and from the fit without it, and the
   nearer result is kept;
+- *ridge*: the pull of the correction towards no correction, 0.01 as it is;
 - *without* a switch of the strategy (`SWITCHES`): shared input factors, channels of an FFN, the
   correction, and what errors cost by the gradients alone or by their mean square alone.
 """
@@ -24,13 +25,13 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from support.results import Comparison, begin, parser, real, save
+from support.results import RESULTS, Comparison, begin, parser, real, save
 from torch import nn
 
 from tensorllm.calibration import Calibration, fit
@@ -45,7 +46,8 @@ from tensorllm.models import RoleMatrices, parameters_of
 HELD, TUNED = 48, 8  # sequences that are scored, and that a multiplier is tuned on
 POWERS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of depth: the last layer's errors cost e^power the first's
 SHARES = (0.1, 0.2, 0.3)
-CHOICES = ("switches", "multiple", "floor", "depth", "start")
+RIDGES = (0.1, 1.0)
+CHOICES = ("switches", "multiple", "ridge", "floor", "depth", "start")
 SWITCHES: dict[str, dict[str, Any]] = {
     "without shared input factors": {"sharing": False},
     "without fewer channels": {"narrowing": False},
@@ -186,11 +188,12 @@ def wrapped(strategy: ActivationHybrid, wrap: Callable[[LayerFit], LayerFit]) ->
     return Wrapped(strategy, only_fits)
 
 
-def tried(here: Bench, ratio: float, epochs: int, choices: Sequence[str]) -> dict[str, Any]:
-    """Held-out scores by choice."""
-    strategy = ActivationHybrid(target_ratio=ratio, refit_epochs=epochs)
-    layers = RoleMatrices(here.model.config, parameters_of(here.model)).layers
-    out: dict[str, Any] = {}
+def tried(
+    here: Bench, ratio: float, epochs: int, choices: Sequence[str], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Held-out scores by choice, beside those that are known."""
+    plain = ActivationHybrid(target_ratio=ratio, refit_epochs=epochs)
+    out: dict[str, Any] = dict(known)
 
     def note(name: str, wanted: Any, **more: Any) -> nn.Module:
         smaller = here.fitted(wanted)
@@ -198,35 +201,55 @@ def tried(here: Bench, ratio: float, epochs: int, choices: Sequence[str]) -> dic
         print(ratio, epochs, name, out[name], flush=True)
         return smaller
 
-    def other(**more: Any) -> ActivationHybrid:
-        return ActivationHybrid(target_ratio=ratio, refit_epochs=epochs, **more)
-
-    plain = note("as it is", strategy)
-    if "switches" in choices:
-        for name, setting in SWITCHES.items():
-            note(name, other(**setting))
+    settings = {} if "as it is" in known else {"as it is": {}}
+    settings |= SWITCHES if "switches" in choices else {}
     if "multiple" in choices:
-        for multiple in (1, 4, 16):
-            note(f"rank multiple {multiple}", other(rank_multiple=multiple))
+        settings |= {f"rank multiple {n}": {"rank_multiple": n} for n in (1, 4, 16)}
+    if "ridge" in choices:
+        settings |= {f"ridge {ridge:g}": {"ridge": ridge} for ridge in RIDGES}
+    for name, setting in settings.items():
+        note(name, replace(plain, **setting))
     if "floor" in choices:
         for share in SHARES:
-            note(f"least rank {share}", wrapped(strategy, lambda inner: LeastRank(inner, share)))  # noqa: B023
+            note(f"least rank {share}", wrapped(plain, lambda inner: LeastRank(inner, share)))  # noqa: B023
     if "depth" in choices:
-        on_text = {0.0: here.score(plain, here.tuned)["kl"]}
-        for power in (power for power in POWERS if power):
-            smaller = note(
-                f"depth, power {power}",
-                wrapped(strategy, lambda inner: Deeper(inner, power, layers)),  # noqa: B023
-            )
-            on_text[power] = here.score(smaller, here.tuned)["kl"]
-        best = min(on_text, key=lambda power: on_text[power])
-        name = f"depth, power {best}" if best else "as it is"
-        out["depth, tuned"] = out[name] | {"power": best}
+        name, power = deepest(here, plain, note)
+        out["depth, tuned"] = out[name] | {"power": power}
     if "start" in choices and epochs:
-        made = BetterStart(strategy, other(ridge=NO_CORRECTION))
-        note("better start", wrapped(strategy, lambda inner: made), chosen=made.chosen)
-        note("start without correction", other(ridge=NO_CORRECTION))
+        far = replace(plain, ridge=NO_CORRECTION)
+        made = BetterStart(plain, far)
+        note("better start", wrapped(plain, lambda inner: made), chosen=made.chosen)
+        note("start without correction", far)
     return out
+
+
+def deepest(
+    here: Bench, plain: ActivationHybrid, note: Callable[[str, Any], nn.Module]
+) -> tuple[str, float]:
+    """The name and the power of depth with the least KL on the sequences for that."""
+    layers = RoleMatrices(here.model.config, parameters_of(here.model)).layers
+    names = {0.0: "as it is"}
+    on_text = {0.0: here.score(here.fitted(plain), here.tuned)["kl"]}
+    for power in (power for power in POWERS if power):
+        names[power] = f"depth, power {power}"
+        deeper = wrapped(plain, lambda inner: Deeper(inner, power, layers))  # noqa: B023
+        on_text[power] = here.score(note(names[power], deeper), here.tuned)["kl"]
+    best = min(on_text, key=lambda power: on_text[power])
+    return names[best], best
+
+
+def earlier(args: argparse.Namespace, part: str) -> dict[str, Any]:
+    """What the results have of the same model, text and draws: other choices are added to it."""
+    path = args.out or RESULTS / "ablations.json"
+    if args.quick or not path.is_file():
+        return {}
+    found = json.loads(path.read_text()).get(part, {})
+    same = all(found.get(name) == value for name, value in about(args).items())
+    return dict(found["rows"]) if same else {}
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    return {"text": args.text.name, "quantity": args.quantity, "seeds": args.seeds}
 
 
 def main() -> None:
@@ -248,10 +271,18 @@ def main() -> None:
         args.quantity, args.length, args.ratios, args.epochs, args.seeds = 8, 64, [2.0], [1], [0]
         args.choices = ["switches", "floor", "start"]
     for epochs in args.epochs:
-        rows: dict[str, Any] = {}
+        part = f"{args.model.name}, {epochs} refit epochs"
+        rows = earlier(args, part)
         shown: dict[str, Comparison] = {}
         for ratio in args.ratios:
-            draws = [tried(bench(args, seed), ratio, epochs, args.choices) for seed in args.seeds]
+            known = rows.get(f"{ratio:g}", {})
+            draws = [
+                tried(
+                    bench(args, seed), ratio, epochs, args.choices,
+                    {name: found[at] for name, found in known.items()},
+                )
+                for at, seed in enumerate(args.seeds)
+            ]  # fmt: skip
             rows[f"{ratio:g}"] = {name: [draw[name] for draw in draws] for name in draws[0]}
             kl = {name: fmean(d["kl"] for d in found) for name, found in rows[f"{ratio:g}"].items()}
             for name, value in kl.items():
@@ -259,8 +290,7 @@ def main() -> None:
                     shown[f"ratio {ratio:g}: {name}"] = Comparison(
                         ours=value, unit="nats of KL", peer=kl["as it is"], peer_name="as it is"
                     )
-            part = f"{args.model.name}, {epochs} refit epochs"
-            save("ablations", part, shown, args, rows=rows, seeds=args.seeds)
+            save("ablations", part, shown, args, rows=rows, **about(args))
 
 
 if __name__ == "__main__":

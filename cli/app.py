@@ -1,5 +1,6 @@
 """The `tensorllm` command: its subcommands, and how errors are reported."""
 
+import errno
 import gc
 import os
 import signal
@@ -141,6 +142,8 @@ def line_of(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, WRONG_USE):
         return _wrong_use(error), 2
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:  # with what we put around the name
+        return str(error), 2
     if isinstance(error, (Incomplete, OSError)):  # the message of an OSError names the file
         return str(error), 1
     if isinstance(error, typer.Abort):

@@ -1,5 +1,6 @@
 """`tensorllm compress`."""
 
+from tensorllm.dataset_names import check_datasets
 from tensorllm.requests.compress import CompressRequest
 from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.show import print_json, print_lines, print_logged, print_result, progress_bar
@@ -21,6 +22,8 @@ def compress(request: CompressRequest, *, json: bool) -> None:
 
       tensorllm compress --model gptj --mode hybrid --out out/ --format factored
     """
+    if request.evaluate is not None:
+        check_datasets([request.evaluate], [request.data_file], request.plugins)
     INTERRUPT.keeps(request.out, "--out")
     if isinstance(request.target_ratio, tuple):
         _several(request, as_json=json)

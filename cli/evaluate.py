@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from tensorllm.dataset_names import check_datasets
 from tensorllm.errors import UserError
+from tensorllm.io import at_home
 from tensorllm.requests.evaluate import EvaluateRequest
 from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.show import print_json, print_lines, print_logged, print_result, progress_bar
@@ -38,6 +40,7 @@ def evaluate(
         return
     if request.model is None or request.dataset is None:
         raise UserError("give --model and --dataset, or --compare A B")
+    check_datasets([request.dataset], [request.data_file], request.plugins)
     INTERRUPT.keeps(request.out, "--out")
     with progress_bar("loading") as progress:
         from tensorllm.commands.evaluate import evaluate
@@ -58,7 +61,8 @@ def _compare(folders: tuple[Path, Path], seed: int, *, as_json: bool) -> None:
     from tensorllm.evaluation.results import compare
     from tensorllm.reporting.scores import comparison_tables
 
-    changes = compare(*folders, seed=seed)
+    before, after = map(at_home, folders)
+    changes = compare(before, after, seed=seed)
     if as_json:
         print_json(changes)
     else:

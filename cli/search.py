@@ -1,5 +1,6 @@
 """`tensorllm search-ranks`."""
 
+from tensorllm.dataset_names import check_datasets
 from tensorllm.requests.search import SearchRequest
 from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.show import print_json, print_lines, print_logged, print_result, progress_bar
@@ -18,6 +19,9 @@ def search_ranks(request: SearchRequest, *, json: bool) -> None:
 
       tensorllm compress --config r/best.yaml
     """
+    names, files = (str(given or "").split(",") for given in (request.dataset, request.data_file))
+    files = files if len(names) > 1 else [str(request.data_file or "")]
+    check_datasets(names, files, request.plugins)
     if request.storage is None:
         INTERRUPT.keeps(request.study, "--study")
     else:

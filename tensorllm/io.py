@@ -4,6 +4,7 @@ Everything the package keeps on disk goes through these functions: if a process 
 moment, a name has the old file or the new one, never half of one.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = ".tmp"
+SHOWN = 200  # characters of a path in an error
 
 
 @contextmanager
@@ -61,6 +63,42 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is malformed, nested too deeply, or has a number too long to read.
+        UnicodeDecodeError: the bytes are no text.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except (RecursionError, ValueError) as error:
+        raise json.JSONDecodeError(_unreadable(error), "", 0) from None
+
+
+def from_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is malformed, nested too deeply, or has a number or date that is none.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (RecursionError, ValueError) as error:
+        raise yaml.YAMLError(_unreadable(error)) from None
+
+
+def _unreadable(error: Exception) -> str:
+    """What neither format forbids, but Python cannot hold."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error).partition(":")[0].partition(";")[0]  # without advice to programmers
+
+
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write a safetensors file, atomically.
 
@@ -96,11 +134,25 @@ def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
 
 
 def at_home(path: Path) -> Path:
-    """The path with the home folder in place of a `~`; of no user there is, it is a name."""
+    """The path as a user means it: with the home folder in place of a `~`, if there is one.
+
+    Raises:
+        UserError: no file can have this name, or none that safetensors and parquet can open.
+    """
+    with suppress(RuntimeError):  # of no user there is, `~name` is a name
+        path = path.expanduser()
+    shown = f"{str(path)[:SHOWN]} ..." if len(str(path)) > SHOWN else str(path)
     try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
+        str(path.absolute()).encode()
+        path.lstat()
+    except UnicodeEncodeError:
+        where = "" if path.is_absolute() else f" in the folder {Path.cwd()}"
+        raise UserError(f"the path {shown}{where} is not text in UTF-8; rename it") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"the path {shown!r} cannot be that of a file: {reason}") from None
+    return path
 
 
 def remove_temporary(folder: Path) -> None:

@@ -22,8 +22,10 @@ def short_names() -> dict[str, dict[str, Any]]:
 
 def check_name(model: str) -> None:
     """Refuse a name that cannot be a model, without asking the hub."""
+    if model in short_names():
+        return
     path = at_home(Path(model))
-    if model in short_names() or path.is_dir():
+    if path.is_dir():
         return
     if path.suffix.lower() == GGUF:
         raise UserError(_convert(path))

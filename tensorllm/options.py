@@ -11,9 +11,10 @@ from fractions import Fraction
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tensorllm.errors import UserError
+from tensorllm.io import SHOWN, from_yaml
 
 MAX_SEED = 2**32 - 1  # accepted by every random generator
-MOST_LAYERS = 100_000  # far more than any model has: a typing error must not exhaust the memory
+MOST_LAYERS = 10_000  # far more than any model has: a typing error must not exhaust the memory
 
 Value = int | float | str
 
@@ -58,6 +59,14 @@ class OptionField:
     @property
     def flag(self) -> str:
         return self.option.flag or flag_of(self.name)
+
+    def out_of_range(self, value: Any) -> str | None:
+        """What is wrong with a number outside the option's range; None if nothing is."""
+        least, most = self.option.minimum, self.option.maximum
+        if value is None or least is None or (least <= value and (most is None or value <= most)):
+            return None
+        allowed = f"{least} or more" if most is None else f"in {least}..{most}"
+        return f"{self.name} must be {allowed}, got {value}"
 
 
 def option_fields(request: type) -> list[OptionField]:
@@ -158,9 +167,10 @@ def assignments(flag: str, items: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"{flag} takes field=value, got {item!r}")
         try:
-            out[key] = yaml.safe_load(value)
+            out[key] = from_yaml(value)
         except yaml.YAMLError:
-            raise UserError(f"{flag} {key}: {value!r} is not a YAML value") from None
+            shown = value if len(value) <= SHOWN else f"{value[:SHOWN]} ..."
+            raise UserError(f"{flag} {key}: {shown!r} is not a YAML value") from None
     return out
 
 
@@ -214,7 +224,8 @@ def _value(text: str) -> Value:
 
 def size(flag: str, text: str) -> int:
     """Bytes from `60MiB`, `60MB`, `1.5TB`, or a number of bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b|b?)\s*", text, re.IGNORECASE)
+    number = r"([0-9]{1,4000}(?:\.[0-9]{1,4000})?)"  # Python reads no more than 4300 digits
+    match = re.fullmatch(rf"\s*{number}\s*([kmgt]i?b|b?)\s*", text, re.IGNORECASE)
     found = 0
     if match is not None:
         unit = match[2].lower()

@@ -17,8 +17,9 @@ from tensorllm.compressors.settings import (
     setting_problems,
 )
 from tensorllm.errors import UserError
+from tensorllm.io import from_yaml
 from tensorllm.model_names import short_names
-from tensorllm.options import option_fields
+from tensorllm.options import OptionField, option_fields
 from tensorllm.registry import did_you_mean
 from tensorllm.requests.compress import ONLY_TYPED, SETTINGS, CompressRequest
 
@@ -27,7 +28,7 @@ NOTES = ("origin", "source", "published", "alternatives")
 KEYS = ("model", "dataset", "mode", "layers", *NOTES)
 # What it may set of the run: fields of the request that are not fields of the mode.
 RUN = {
-    field.name: field.kind
+    field.name: field
     for field in option_fields(CompressRequest)
     if field.name not in (*KEYS, *SETTINGS, *ONLY_TYPED)
 }
@@ -81,7 +82,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
     import yaml
 
     try:
-        values = yaml.safe_load(text)
+        values = from_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -105,7 +106,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
         settings=settings,
         dataset=values.get("dataset"),
         notes={key: values[key] for key in NOTES if key in values},
-        run={key: checked(RUN[key], values[key]) for key in of_run},
+        run={key: checked(RUN[key].kind, values[key]) for key in of_run},
     )
     try:
         if budget_of(recipe.mode, settings) is None:  # otherwise sizes are still to be chosen
@@ -159,7 +160,7 @@ def _problems(values: dict[str, Any]) -> list[str]:
             for key in values
             if key not in known
         ]
-        out += [found for key in of_run if (found := problem(key, values[key], RUN[key]))]
+        out += [found for key in of_run if (found := _run_problem(RUN[key], values[key]))]
         out += _target_problems({key: values[key] for key in targets})
         said = (*KEYS, *of_run, *targets)
         rest = {k: v for k, v in values.items() if k in known and k not in said}
@@ -169,6 +170,10 @@ def _problems(values: dict[str, Any]) -> list[str]:
     if layers is not None and not whole:
         out.append(f"layers must be a list of whole numbers, got {layers!r}")
     return out
+
+
+def _run_problem(field: OptionField, value: Any) -> str | None:
+    return problem(field.name, value, field.kind) or field.out_of_range(value)
 
 
 @cache

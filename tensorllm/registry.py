@@ -2,7 +2,7 @@
 
 import importlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,6 +27,22 @@ def one_of(what: str, name: str, known: Sequence[str]) -> str:
         return name
     hint = did_you_mean(name, list(known))
     raise UserError(f"{what} must be one of {', '.join(known)}, got {name!r}{hint and '.' + hint}")
+
+
+def unknown(
+    kind: str, name: str, shown: Sequence[str], known: Iterable[str], *, plugins: bool
+) -> UserError:
+    """The error for a name that is not registered.
+
+    Args:
+        kind: of thing that has the name.
+        shown: the canonical names.
+        known: the aliases too.
+        plugins: whether a plugin may bring the name.
+    """
+    more = "; of a plugin: import its module first (--plugin MODULE)" if plugins else ""
+    hint = did_you_mean(name, list(known))
+    return UserError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(shown)}{more}")
 
 
 class Registry(Generic[T]):
@@ -73,12 +89,9 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self:
-            known = self.names()
-            hint = did_you_mean(name, known + list(self._aliases))
-            more = "; of a plugin: import its module first (--plugin MODULE)"
-            raise UserError(
-                f"Unknown {self.kind} {name!r}.{hint} Known: {', '.join(known)}"
-                f"{more if self.takes_plugins else ''}"
+            names = self.names()
+            raise unknown(
+                self.kind, name, names, [*names, *self._aliases], plugins=self.takes_plugins
             )
         return self._entries[self._aliases.get(name, name)]
 

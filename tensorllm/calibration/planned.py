@@ -68,7 +68,7 @@ class Planned:
         """The cost of fitting a layer, in forward passes of it."""
         first = self.of(self.layers[0])
         return 1 + sum(
-            one.passes(mine) if isinstance(one, LayerFit) else 0
+            one.passes(mine)
             for one, mine in self.strategies(self.layers[0], [job.site for job in first])
         )
 
@@ -86,11 +86,9 @@ class Planned:
     def wanted(self) -> Wanted:
         """Which covariances the strategies need."""
         strategies = [job.compressor for job in self.jobs if job.compressor.needs != "weights"]
-        width = [isinstance(one, LayerFit) and one.width_only for one in strategies]
+        width = [one.width_only for one in strategies]
         gradients = any(one.needs == "gradients" for one in strategies)
-        whole = {
-            role for one in strategies if isinstance(one, LayerFit) for role in one.full_covariances
-        }
+        whole = {role for one in strategies for role in one.full_covariances}
         return Wanted(
             matrices=not all(width), width=any(width), gradients=gradients, whole=frozenset(whole)
         )
@@ -98,19 +96,13 @@ class Planned:
     @property
     def holds_out(self) -> bool:
         """Whether a strategy needs text that is left out of the covariances."""
-        strategies = (job.compressor for job in self.jobs)
-        return any(isinstance(one, LayerFit) and one.holds_out for one in strategies)
+        return any(job.compressor.holds_out for job in self.jobs)
 
     @property
     def known_min_parameters(self) -> int | None:
         """Numbers stored at the smallest sizes, if known without curves."""
-        strategies = {id(job.compressor): job.compressor for job in self.jobs}.values()
-        found = [
-            one.min_parameters(self.spec, self.layers)
-            for one in strategies
-            if isinstance(one, LayerFit)
-        ]
-        return found[0] if len(found) == 1 and len(strategies) == 1 else None
+        first, *others = {id(job.compressor): job.compressor for job in self.jobs}.values()
+        return None if others else first.min_parameters(self.spec, self.layers)
 
     def min_parameters(self, curves: Mapping[Site, ErrorCurve]) -> int:
         """Numbers stored at the smallest sizes."""
@@ -123,10 +115,7 @@ class Planned:
         """The sites that a budget chooses, with their sizes."""
         clusters = self.groupings()
         tied = [
-            job.site
-            for groupings in clusters
-            for job in groupings[0]
-            if isinstance(job.compressor, LayerFit) and job.compressor.one_size
+            job.site for groupings in clusters for job in groupings[0] if job.compressor.one_size
         ]
         found = share_out(clusters, curves, numbers, tied).sizes
         return {site: size for site, size in found.items() if any(size)}

@@ -232,8 +232,7 @@ class Sweeps:
     def _keep(self, layer: int, covariances: Covariances) -> None:
         """Keep the covariances that the fits of the second sweep need."""
         inputs = self.keep_input_covariances or any(
-            not isinstance(job.compressor, LayerFit) or job.compressor.needs_input_covariances
-            for job in self.planned.of(layer)
+            job.compressor.needs_input_covariances for job in self.planned.of(layer)
         )
         self.measures.save(f"covariances-{layer}", covariances.tensors(inputs=inputs))
 

@@ -1,11 +1,12 @@
 """Read config.json as a transformers config, after refusing impossible sizes."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorllm.errors import UserError, first_line
+from tensorllm.io import from_json
+from tensorllm.options import MOST_LAYERS
 
 # Under every name used by the supported configs; transformers divides by some unchecked.
 SIZES = (
@@ -32,6 +33,8 @@ SIZES = (
     "word_embed_proj_dim",
     "num_local_experts",
 )
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")  # each makes modules, without any weights
+MOST = 2**31 - 1  # of any other size: what torch's indices hold
 
 
 def read_config(folder: Path) -> Any:
@@ -44,7 +47,7 @@ def read_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder} holds no model: no config.json ({error.strerror})") from None
     except ValueError as error:
@@ -79,13 +82,15 @@ def read_config(folder: Path) -> Any:
 
 
 def check_sizes(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse a size that is not a whole number of 1 or more; null means the default."""
+    """Refuse a size that is no whole number from 1 to what a model can have; null: a default."""
     for name in SIZES:
         value = values.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {name} must be a whole number of 1 or more, got {value!r}")
+        if value > (most := MOST_LAYERS if name in LAYERS else MOST):
+            raise UserError(f"{path}: {name} must be at most {most}, got {value}")
 
 
 def check_dtype(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.small_files import small_files
+from tensorllm.io import from_json
 
 SAMPLES = 32  # places of each tensor that are read
 BYTES = 64  # at each place
@@ -16,7 +17,7 @@ NOTES = ("_name_or_path", "transformers_version")  # of config.json: irrelevant 
 
 def config_identity(folder: Path) -> Any:
     """The content of config.json, however it is laid out."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = from_json((folder / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in sorted(values.items()) if key not in NOTES}
 
 

@@ -1,6 +1,5 @@
 """`tensorllm.json`: what a folder's weights are, how they were made, and their checksums."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
-from tensorllm.io import sha256s
+from tensorllm.io import from_json, sha256s
 from tensorllm.tensors.factors import Factors
 from tensorllm.tensors.quantised import kind_named
 
@@ -85,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise UserError(f"no such folder: {folder}")
         return None
     try:
-        values = json.loads(path.read_text())
+        values = from_json(path.read_text())
         version = values["format_version"]
         if version > VERSION:
             raise UserError(

@@ -1,6 +1,5 @@
 """Read a local checkpoint, in the hub's layout, a few tensors at a time."""
 
-import json
 import logging
 import struct
 from collections import defaultdict
@@ -19,6 +18,7 @@ from tensorllm.checkpoint.identity import identity_of
 from tensorllm.checkpoint.small_files import is_weights
 from tensorllm.checkpoint.whole import refuse_adapter
 from tensorllm.errors import UserError
+from tensorllm.io import from_json
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Checkpoint:
             return [single]
         if index.is_file():
             try:
-                held = json.loads(index.read_text(encoding="utf-8"))
+                held = from_json(index.read_text(encoding="utf-8"))
                 files = sorted(set(held["weight_map"].values()))
                 if any(Path(file).name != file for file in files) or held["metadata"] is None:
                     raise ValueError  # weights must lie in the folder itself
@@ -244,7 +244,7 @@ def read_header(path: Path) -> dict[str, Any]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size:
                 raise ValueError
-            header = json.loads(file.read(length))
+            header = from_json(file.read(length))
         header.pop("__metadata__", None)
         end = 0
         for info in sorted(header.values(), key=lambda info: info["data_offsets"]):

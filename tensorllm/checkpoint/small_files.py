@@ -4,10 +4,11 @@ A list of wanted names would miss what the next tokenizer needs (`bpe.codes`, ch
 known weights, pickles and code are left out, and everything else is copied.
 """
 
-import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+
+from tensorllm.io import from_json
 
 WEIGHTS = (
     "*.safetensors",
@@ -78,7 +79,7 @@ def _wanted(files: Iterator[Path] | list[Path]) -> Iterator[Path]:
 def _modules(folder: Path) -> set[str]:
     """The folders of a sentence-transformers pipeline; empty if the model is none."""
     try:
-        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        modules = from_json((folder / MODULES).read_text(encoding="utf-8"))
         return {Path(module["path"]).parts[0] for module in modules if module.get("path")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

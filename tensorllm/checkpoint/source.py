@@ -1,6 +1,5 @@
 """Find a model, given by short name, hub id or local folder, and return its local folder."""
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -9,7 +8,7 @@ from pathlib import Path
 from tensorllm.checkpoint.small_files import UNWANTED
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
-from tensorllm.io import at_home
+from tensorllm.io import at_home, from_json
 from tensorllm.model_names import check_name, short_names
 
 OFFLINE = (
@@ -77,7 +76,7 @@ def _download(hub_id: str, revision: str | None, hint: str) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether a cached copy is complete: other programs may have fetched only the tokenizer."""
     try:
-        indices = [json.loads(p.read_text()) for p in folder.glob("*.safetensors.index.json")]
+        indices = [from_json(p.read_text()) for p in folder.glob("*.safetensors.index.json")]
         named = {file for index in indices for file in index["weight_map"].values()}
     except (OSError, ValueError, KeyError):
         return False

@@ -19,6 +19,7 @@ from tensorllm.checkpoint.reader import index_name
 from tensorllm.errors import UserError
 from tensorllm.io import (
     check_writable,
+    from_json,
     locked,
     no_space,
     remove_temporary,
@@ -61,7 +62,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
 def _is_model(folder: Path) -> bool:
     """Whether a folder is a model's: other programs, too, call their settings config.json."""
     try:
-        return "model_type" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return "model_type" in from_json((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -24,6 +24,7 @@ from tensorllm.runtime.cost import Cache, Policy
 
 LOG = logging.getLogger(__name__)
 COLDEST = 1e-6  # logits are divided by it, and must not overflow
+MOST_BEAMS = 1000  # every one has a cache of its own
 
 
 def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
@@ -138,6 +139,8 @@ def _check(request: GenerateRequest) -> None:
     for name in ("max_new_tokens", "beams"):
         if getattr(request, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(request, name)}")
+    if request.beams > MOST_BEAMS:
+        raise UserError(f"beams must be in 1..{MOST_BEAMS}, got {request.beams}")
     if request.temperature != 0 and not COLDEST <= request.temperature < float("inf"):
         raise UserError(
             f"temperature must be 0, or finite and {COLDEST} or more, got {request.temperature}"

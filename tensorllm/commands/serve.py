@@ -11,6 +11,7 @@ from typing import Any, get_args
 from tensorllm.checkpoint.loader import Loader, device_of, dtype_of
 from tensorllm.checkpoint.loading import cache_elsewhere
 from tensorllm.checkpoint.source import resolve
+from tensorllm.commands.served import bad_requests_refused
 from tensorllm.errors import UserError
 from tensorllm.registry import load_plugins, one_of
 from tensorllm.requests.others import ServeRequest
@@ -75,7 +76,7 @@ def serve(request: ServeRequest, announce: Callable[[Address], None]) -> None:
 
     from transformers.cli.serve import Serve
 
-    with cache_elsewhere(request.cache):
+    with cache_elsewhere(request.cache), bad_requests_refused():
         Serve(
             str(folder),
             host=request.host,

@@ -4,13 +4,13 @@ The card of the compressed model repeats this, in the hub's terms
 (https://huggingface.co/docs/hub/model-cards).
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tensorllm.checkpoint.small_files import CARD
+from tensorllm.io import from_json
 
 LICENCES = ("license*", "licence*", "copying*", "unlicense*")  # names of licence files, in any case
 # The hub's identifier of a licence, by how its text begins (white space and case ignored).
@@ -82,7 +82,7 @@ def _licence(path: Path) -> dict[str, str]:
 
 def _named_in_config(folder: Path) -> str | None:
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
+        named = from_json((folder / "config.json").read_text(encoding="utf-8")).get("license")
     except (OSError, ValueError, AttributeError):
         return None
     return named if isinstance(named, str) else None

@@ -49,10 +49,18 @@ class Compressor(ABC):
         source: URL of the paper or code of the method.
         needs: `weights`; `activations` (a calibration set: covariances of inputs, and for a
             `LayerFit` the inputs themselves); `gradients` (covariances of output gradients too).
+        width_only: whether it needs no covariances wider than the model's width
+            (`width_covariance`, `propagated_covariance`) except `full_covariances`.
+        holds_out: whether `curves` uses `held_out_error`; one batch is then kept out of its
+            covariances.
+        one_size: whether a budget gives all sites of `groupings` the same size.
     """
 
     source: ClassVar[str]
     needs: ClassVar[Needs] = "weights"
+    width_only: ClassVar[bool] = False
+    holds_out: ClassVar[bool] = False
+    one_size: ClassVar[bool] = False
 
     @abstractmethod
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":
@@ -85,6 +93,26 @@ class Compressor(ABC):
         """
         stored = self.stored_parameters(shape)
         return None if stored is None else stored * itemsize
+
+    @property
+    def full_covariances(self) -> tuple[str, ...]:
+        """Roles whose full input covariance is needed, however wide."""
+        return ()
+
+    @property
+    def needs_input_covariances(self) -> bool:
+        """Whether it needs covariances of the original model's inputs once sizes are chosen."""
+        return True
+
+    def passes(self, sites: Sequence[Site]) -> float:
+        """The cost of a fit in forward passes of the layer over the text, for estimates of time."""
+        del sites
+        return 0
+
+    def min_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int | None:
+        """Numbers stored at the smallest sizes; None: only the curves can tell."""
+        del spec, layers
+        return None
 
     @property
     def gradient_of(self) -> GradientOf:
@@ -235,30 +263,9 @@ class Composite(Compressor):
 
 
 class LayerFit(Compressor):
-    """A strategy that fits the matrices of a layer to its activations, layer by layer.
-
-    Attributes:
-        width_only: whether it needs no covariances wider than the model's width
-            (`width_covariance`, `propagated_covariance`) except `full_covariances`.
-        holds_out: whether `curves` uses `held_out_error`; one batch is then kept out of its
-            covariances.
-        one_size: whether a budget gives all sites of `groupings` the same size.
-    """
+    """A strategy that fits the matrices of a layer to its activations, layer by layer."""
 
     needs: ClassVar[Needs] = "activations"
-    width_only: ClassVar[bool] = False
-    holds_out: ClassVar[bool] = False
-    one_size: ClassVar[bool] = False
-
-    @property
-    def full_covariances(self) -> tuple[str, ...]:
-        """Roles for which `curves` needs the full input covariance, however wide."""
-        return ()
-
-    @property
-    def needs_input_covariances(self) -> bool:
-        """Whether `fit_layer` needs covariances of the original model's inputs."""
-        return True
 
     @abstractmethod
     def fit_layer(self, context: LayerContext) -> LayerResult:
@@ -314,14 +321,8 @@ class LayerFit(Compressor):
         raise _no_outline(self)
 
     def passes(self, sites: Sequence[Site]) -> float:
-        """The cost of a fit in forward passes of the layer over the text, for estimates of time."""
         del sites
         return 1
-
-    def min_parameters(self, spec: ModelSpec, layers: Sequence[int]) -> int | None:
-        """Numbers stored at the smallest sizes; None: only the curves can tell."""
-        del spec, layers
-        return None
 
 
 def _no_curve(strategy: type[Compressor]) -> UserError:

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from tensorllm.compressors.base import COMPRESSORS, Compressor
 from tensorllm.errors import UserError
+from tensorllm.io import at_home
 from tensorllm.registry import did_you_mean
 
 WANTED = {  # by pydantic's error types
@@ -133,7 +134,7 @@ def checked(hint: Any, value: Any) -> Any:
         with suppress(ValueError):
             value = float(value)
     if isinstance(value, str) and Path in wanted:
-        value = Path(value)
+        value = at_home(Path(value))
     return _adapter(hint).validate_python(value, strict=True)
 
 

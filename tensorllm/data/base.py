@@ -15,12 +15,13 @@ from tensorllm.data.example import Example, Workload
 from tensorllm.data.reading import Row, field_of, rows_of_file
 from tensorllm.data.repository import HubSource, rows_of_hub
 from tensorllm.data.tokens import check_characters
+from tensorllm.dataset_names import GROUP
 from tensorllm.errors import UserError
 from tensorllm.registry import Registry, did_you_mean, one_of
 
 Split = Literal["val", "test", "all"]
 VALIDATION = 0.2  # the first fifth, in order, as in the papers
-DATASETS: Registry[type["ReasoningDataModule"]] = Registry("dataset", "tensorllm.datasets")
+DATASETS: Registry[type["ReasoningDataModule"]] = Registry("dataset", GROUP)
 
 Planner = Callable[[Sequence[Example]], Sequence[Any]]
 

@@ -9,6 +9,7 @@ from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example, Workload
 from tensorllm.data.reading import Row
 from tensorllm.data.repository import HubSource
+from tensorllm.dataset_names import ALIASES
 from tensorllm.errors import UserError
 
 # In the order of the hub's integer labels.
@@ -32,7 +33,7 @@ CHOICES = (
 MASKED_TOKENS = 50  # the last tokens of the text that are kept
 
 
-@DATASETS.register("bios_profession", aliases=("bios", "bias_in_bios"))
+@DATASETS.register("bios_profession", aliases=ALIASES["bios_profession"])
 class BiosProfession(ReasoningDataModule):
     """The profession of a person from a biography: one of eight.
 

@@ -4,10 +4,11 @@ from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.demo import questions
 from tensorllm.data.example import Example
 from tensorllm.data.reading import Row
+from tensorllm.dataset_names import ALIASES
 from tensorllm.errors import UserError
 
 
-@DATASETS.register("demo")
+@DATASETS.register("demo", aliases=ALIASES["demo"])
 class DemoWorld(ReasoningDataModule):
     """Questions about the demo's small world, in four shapes; generated, so no file and no hub."""
 

@@ -7,6 +7,7 @@ from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example, Workload
 from tensorllm.data.reading import Row
 from tensorllm.data.repository import HubSource
+from tensorllm.dataset_names import ALIASES
 from tensorllm.errors import UserError
 
 ANSWERS = dict.fromkeys(("supports", "true", "1"), "true") | dict.fromkeys(
@@ -15,7 +16,7 @@ ANSWERS = dict.fromkeys(("supports", "true", "1"), "true") | dict.fromkeys(
 UNDECIDED = {"not enough info", "nei"}  # the hub's v1.0 has no such rows; FEVER's own files do
 
 
-@DATASETS.register("fever")
+@DATASETS.register("fever", aliases=ALIASES["fever"])
 class Fever(ReasoningDataModule):
     """Whether a claim is true or false.
 

@@ -10,6 +10,7 @@ from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example, Workload
 from tensorllm.data.reading import Row
 from tensorllm.data.repository import HubSource, rows_of_hub
+from tensorllm.dataset_names import ALIASES
 from tensorllm.errors import UserError
 
 ANSWER_TOKENS = 15
@@ -18,7 +19,7 @@ ANSWER_TOKENS = 15
 COUNTING_TOKENIZER = "meta-llama/Llama-2-7b-hf"
 
 
-@DATASETS.register("hotpotqa", aliases=("hotpot", "hotpot_qa"))
+@DATASETS.register("hotpotqa", aliases=ALIASES["hotpotqa"])
 class HotpotQA(ReasoningDataModule):
     """Questions whose answer takes two steps; the answer is generated.
 

@@ -8,7 +8,9 @@ import yaml
 from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example
 from tensorllm.data.reading import Row
+from tensorllm.dataset_names import ALIASES
 from tensorllm.errors import UserError, first_line
+from tensorllm.io import from_yaml
 from tensorllm.registry import did_you_mean
 
 SETTINGS = {
@@ -20,7 +22,7 @@ SETTINGS = {
 }
 
 
-@DATASETS.register("questions", aliases=("custom",))
+@DATASETS.register("questions", aliases=ALIASES["questions"])
 class Questions(ReasoningDataModule):
     """Questions of your own: rows with `prompt` and `answer`, and `choices` if there are any.
 
@@ -100,7 +102,7 @@ def questions_from_yaml(path: Path, **options: Any) -> Questions:
         UserError: a key is unknown or of the wrong type.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = from_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read the dataset {path}: {reason}") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from tensorllm.data.opening import ending, lines_of
 from tensorllm.errors import UserError
+from tensorllm.io import from_json
 
 Row = Mapping[str, Any]
 PARQUET_ROWS = 32  # in memory at once: rows may hold whole articles
@@ -57,7 +58,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 yield from _json(path)
                 return
             try:
-                row = json.loads(line.rstrip("\r\n"))  # else an error may name the next line
+                row = from_json(line.rstrip("\r\n"))  # else an error may name the next line
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: malformed JSON on line {number}: {_why(error)}") from None
             yield _row(row, f"{path}, line {number}")
@@ -77,7 +78,7 @@ def json_items(path: Path) -> list[Any]:
     if (rows := _as_lines(lines, path)) is not None:
         return rows
     try:
-        loaded = json.loads("".join(lines))
+        loaded = from_json("".join(lines))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON on line {error.lineno}: {_why(error)}") from None
     if isinstance(loaded, dict):
@@ -95,7 +96,7 @@ def _as_lines(lines: Sequence[str], path: Path) -> list[Any] | None:
     """
     filled = [line for line in lines if line.strip()]
     try:
-        first = json.loads(filled[0]) if filled else None
+        first = from_json(filled[0]) if filled else None
     except json.JSONDecodeError:
         return None
     held = list(first.values()) if isinstance(first, dict) else []

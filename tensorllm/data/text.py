@@ -8,10 +8,11 @@ from tensorllm.data.example import Example
 from tensorllm.data.opening import ending, lines_of
 from tensorllm.data.reading import KNOWN, Row, json_items, rows_of_file
 from tensorllm.data.tokens import open_ended
+from tensorllm.dataset_names import ALIASES
 from tensorllm.errors import UserError
 
 
-@DATASETS.register("text", aliases=("perplexity",))
+@DATASETS.register("text", aliases=ALIASES["text"])
 class Text(ReasoningDataModule):
     """The perplexity of any text file.
 

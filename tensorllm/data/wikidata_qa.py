@@ -6,9 +6,10 @@ from tensorllm.data.base import DATASETS, ReasoningDataModule
 from tensorllm.data.example import Example, Workload
 from tensorllm.data.reading import Row
 from tensorllm.data.repository import HubSource
+from tensorllm.dataset_names import ALIASES
 
 
-@DATASETS.register("wikidata_qa", aliases=("qa_wikidata", "bigbench_wikidata", "wikidata"))
+@DATASETS.register("wikidata_qa", aliases=ALIASES["wikidata_qa"])
 class WikidataQA(ReasoningDataModule):
     """Facts of Wikidata as sentences to complete; the answer is generated.
 

@@ -11,14 +11,13 @@ from tensorllm.data.base import DATASETS, ReasoningDataModule, Split
 from tensorllm.data.catalog import Questions  # noqa: F401  registers all datasets
 from tensorllm.data.example import Example
 from tensorllm.data.questions import questions_from_yaml
+from tensorllm.dataset_names import YAML
 from tensorllm.evaluation.predictions import Prediction
 from tensorllm.evaluation.protocol import PROTOCOLS, STRICT, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked, make_scorer, score_all, workers_for
 from tensorllm.evaluation.totals import metrics_of
 from tensorllm.models.evaluating import evaluating
 from tensorllm.progress import Progress, quiet
-
-YAML = (".yaml", ".yml")
 
 
 def make_dataset(

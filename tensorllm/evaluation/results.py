@@ -4,7 +4,6 @@ A run keeps its predictions, batch by batch, in `.NAME.partial/` beside the fold
 the folder appears by one rename, when it is complete. A run with another fingerprint starts over.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from tensorllm.errors import Incomplete, UserError, first_line
 from tensorllm.evaluation.predictions import Prediction, read_predictions, write_predictions
 from tensorllm.evaluation.protocol import Protocol
 from tensorllm.evaluation.statistics import compared, intervals
-from tensorllm.io import locked, no_space, replace_folder, sync, write_json, write_text
+from tensorllm.io import from_json, locked, no_space, replace_folder, sync, write_json, write_text
 from tensorllm.shown import SHOWN
 
 if TYPE_CHECKING:  # it imports Lightning, which takes seconds
@@ -119,7 +118,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Prediction]]:
         UserError: it is not one, or is damaged.
     """
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        results = from_json((folder / RESULTS).read_text(encoding="utf-8"))
         return results, read_predictions(folder / PREDICTIONS)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)[:120]

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ COMPUTED = {  # by the Trainer's precision; with the others weights are computed
     "bf16-mixed": torch.bfloat16,
     "64-true": torch.float64,
 }
+LIMITS = ("limit_test_batches", "limit_val_batches")  # 0: no batch
+DIGITS = 9  # of a number of devices; Python reads no more than thousands of them
 FIXED = ("use_distributed_sampler",)  # the data module distributes examples, each once
 
 
@@ -61,6 +64,17 @@ class Devices:
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse more processes than the machine has places for, before any is started."""
+        gpus = torch.cuda.device_count()
+        most = {"cpu": os.cpu_count(), "cuda": gpus, "gpu": gpus}.get(self.kind)
+        asked = self.devices.strip()
+        if most and asked.isdecimal() and (len(asked) > DIGITS or int(asked) > most):
+            raise UserError(
+                f"--devices must be at most {most}, as this machine has {most} "
+                f"{'cores' if self.kind == 'cpu' else 'GPUs'}; got {asked:.40}"
+            )
 
     @property
     def kind(self) -> str:
@@ -136,14 +150,20 @@ class Devices:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse what is no option of the Trainer, or is given another way."""
+    """Refuse what is no option of the Trainer, is given another way, or leaves nothing scored."""
     known = list(inspect.signature(Trainer.__init__).parameters)[1:]
     known = [name for name in known if name not in {*TAKEN, *FIXED}]
-    for name in options:
+    for name, value in options.items():
         if name in TAKEN:
             raise UserError(f"--trainer {name}: give it as {TAKEN[name]}")
         if name in FIXED:
             raise UserError(f"--trainer {name} is fixed: every example is scored once")
+        if name in LIMITS and value == 0:
+            raise UserError(f"--trainer {name} must be above 0, got {value}: nothing is scored")
+        if name == "fast_dev_run" and value:
+            raise UserError(
+                f"--trainer {name} scores the first batches only and keeps no log; give --limit N"
+            )
         if name not in known:
             raise UserError(
                 f"--trainer takes options of Lightning's Trainer, not {name!r}."
@@ -205,7 +225,7 @@ def run(
             raise Incomplete(f"a process failed: {first_line(error)}; {AGAIN}") from None
         finally:  # Lightning calls no teardown after an error
             data.teardown("")
-    return dict(logged[0]) if logged else None
+    return dict(logged[0]) if logged and logged[0] else None  # `barebones` logs nothing
 
 
 def score_model(

@@ -58,15 +58,23 @@ def language_model_class(config: Any) -> Any:
 
 
 def saved_class(config: Any) -> Any:
-    """The transformers class the weights were saved from; else that of the model's task."""
+    """The transformers class the weights were saved from; else that of the model's task.
+
+    Where `architectures` names several, it is the class of the model's task if that is among them:
+    the one that is scored.
+    """
     import transformers
 
+    named = []
     for name in config.architectures or ():
         kind: Any = getattr(transformers, str(name), None)
         wanted = getattr(kind, "config_class", None)
         if isinstance(wanted, type) and isinstance(config, wanted):
-            return kind
-    return language_model_class(config)
+            named.append(kind)
+    if len(named) == 1:
+        return named[0]
+    of_task = language_model_class(config)
+    return of_task if not named or of_task in named else named[0]
 
 
 def base_class(config: Any) -> Any:

@@ -1,5 +1,6 @@
 """A model is loaded whole or not at all: names that do not fit are refused, in every command."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from tensorllm.checkpoint.loader import Loader
+from tensorllm.checkpoint.reader import Checkpoint
 from tensorllm.errors import UserError
 
 Weights = dict[str, Tensor]
@@ -157,3 +159,18 @@ def test_what_is_whole_is_loaded_without_a_word(tmp_path: Path) -> None:
     finally:
         library.removeHandler(listener)
     assert said == []
+
+
+@pytest.mark.parametrize("bare_first", [True, False])
+def test_of_several_classes_the_one_with_the_head_is_read(tmp_path: Path, bare_first: bool) -> None:
+    """As it is scored: the head counts among the weights that are compressed or copied."""
+    folder = saved(tmp_path, "llama", lambda weights: weights, tie_word_embeddings=False)
+    names = ["LlamaModel", "LlamaForCausalLM"]
+    path = folder / "config.json"
+    named = {"architectures": names if bare_first else names[::-1]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    model = Loader(folder, language=False)()
+    assert type(model) is type(Loader(folder)())
+    checkpoint = Checkpoint(folder)
+    assert "lm_head.weight" in checkpoint.weights
+    assert not checkpoint.unused

@@ -1,6 +1,7 @@
 """Whatever is wrong is told in one line, with exit code 2, and nothing is written."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Sequence
@@ -146,6 +147,12 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("matrices must be a list such as [q,k], got 'q,k'",),
     ),
     "setting is no pair": ((*LASER, "--rho", "1", "--set", "seed"), ("field=value", "seed")),
+    "setting is nested deeply": (
+        (*LASER, "--rho", "1", "--set", f"seed={'[' * 3000}{']' * 3000}"),
+        ("--set seed", "not a YAML value"),
+    ),
+    "setting of 5000 digits": ((*LASER, "--rho", "1", "--set", f"seed={'9' * 5000}"), ("YAML",)),
+    "bytes of 5000 digits": ((*LASER, "--target-bytes", f"{'9' * 5000}TB"), ("--target-bytes",)),
     "setting is not YAML": ((*LASER, "--rho", "1", "--set", "seed=[1"), ("seed", "YAML")),
     "seed negative": ((*LASER, "--rho", "1", "--set", "seed=-1"), ("seed must be in 0..",)),
     "setting of another mode": ((*LASER, "--ranks", "8,4,2"), ("unknown setting 'ranks'",)),
@@ -354,6 +361,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no heads": (edit_config(n_head=0), ("n_head", "1 or more", "0")),
     "FFN contradicts": (edit_config(n_inner=60), ("(56, 32)", "config says (60, 32)")),
     "more layers than weights": (edit_config(n_layer=3), ("no transformer.h.2.",)),
+    "layers without end": (edit_config(n_layer=10**9), ("n_layer", "at most 10000", "1000000000")),
+    "no tensor is so wide": (edit_config(n_embd=10**30), ("n_embd", "at most 2147483647")),
+    "config is nested deeply": (
+        write_config('{"model_type": "gptj", "x": ' + "[" * 90_000 + "]" * 90_000 + "}"),
+        ("config.json", "nested too deeply"),
+    ),
+    "config of 5000 digits": (write_config(f'{{"n_embd": {"9" * 5000}}}'), ("4300 digits",)),
     "no layers": (edit_config(n_layer=0), ("n_layer", "1 or more", "0")),
     "dtype unknown": (edit_config(dtype="auto"), ("dtype", "such as float32", "'auto'")),
     "dtype of integers": (edit_config(dtype="int8"), ("dtype", "floating point", "'int8'")),
@@ -488,6 +502,17 @@ RECIPES = {
         ("target_ratio must be a number", "half"),
     ),
     "a target out of range": ("model: demo\nmode: svd\ntarget_ratio: 1", ("must be above 1",)),
+    "seed out of range": (
+        "model: demo\nmode: svd\nkept: 1\ncalibration: t\nseed: 99999999999",
+        ("seed must be in 0..4294967295, got 99999999999",),
+    ),
+    "no sequences": (
+        "model: demo\nmode: laser\nrho: 1\ncalibration: t\nsequences: 0\nlength: 1",
+        ("sequences must be 1 or more, got 0", "length must be 2 or more, got 1"),
+    ),
+    "nested deeply": (f"model: {'[' * 3000}{']' * 3000}", ("not YAML", "nested too deeply")),
+    "a number of 5000 digits": (f"model: {'9' * 5000}", ("not YAML", "4300 digits")),
+    "a day that is none": ("model: 2020-99-99", ("not YAML",)),
     "a list": ("- mode", ("mapping", "list")),
     "not YAML": ("mode: [", ("not YAML",)),
     "no mode": ("model: demo", ("mode is missing",)),
@@ -526,6 +551,44 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
     arguments: tuple[str, ...], gptj: Path, refused: Refused
 ) -> None:
     refused((*arguments, "--model", gptj), "cannot write to /proc: No such file or directory")
+
+
+ODD = {"not UTF-8": (os.fsdecode(b"f\xff"), "not text in UTF-8"), "long": ("a" * 300, "too long")}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compress", *LASER, "--rho", "1", "--model"),
+        ("compress", "--model", "demo", *LASER, "--rho", "1", "--out"),
+        ("compress", "--config"),
+        ("evaluate", "--dataset", "demo", "--model"),
+        ("evaluate", "--model", "demo", "--dataset", "demo", "--out"),
+        ("evaluate", "--compare", "runs/a"),
+        ("search-ranks", "--model", "demo", "--dataset", "demo", "--study"),
+        ("inspect", "--model"),
+        ("report",),
+    ],
+    ids=" ".join,
+)
+def test_names_that_files_of_models_cannot_have(
+    arguments: tuple[str, ...], name: str, gptj: Path, tmp_path: Path, refused: Refused
+) -> None:
+    folder, words = tmp_path / ODD[name][0], ODD[name][1]
+    if name == "not UTF-8" and arguments[-1] == "--model":
+        shutil.copytree(gptj, folder)
+    refused((*arguments, folder), words)
+
+
+def test_a_name_is_too_long_with_what_is_put_round_it(tmp_path: Path, refused: Refused) -> None:
+    asked = ("evaluate", "--model", "demo", "--dataset", "demo", "--out", tmp_path / ("a" * 250))
+    refused(asked, "name too long")
+
+
+@pytest.mark.parametrize("beams", ["1e23", "1000000", "9" * 30, "9" * 5000])
+def test_beams_that_no_memory_holds(beams: str, refused: Refused) -> None:
+    refused(("generate", "--model", "demo", "--prompt", "a", "--beams", beams), "beams", beams[:99])
 
 
 def test_a_model_s_folder_is_no_study(gptj: Path, refused: Refused) -> None:

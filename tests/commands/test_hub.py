@@ -1,7 +1,5 @@
 """A hub that cannot be reached: one line at once, and no word from the client's retries."""
 
-import time
-
 import huggingface_hub
 import pytest
 from cli_runs import piped
@@ -22,14 +20,12 @@ NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     ],
 )
 def test_an_unreachable_hub_is_one_line(arguments, way_on, tmp_path):
-    started = time.monotonic()
     done = piped(*arguments, **NOWHERE, HF_HOME=str(tmp_path))
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: cannot")
     assert way_on in done.stderr
-    assert time.monotonic() - started < 60  # imports on a busy machine; the retries took longer
 
 
 @pytest.mark.parametrize("answers", [True, False])

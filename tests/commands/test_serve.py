@@ -88,6 +88,73 @@ def test_a_factored_folder_answers_as_generate_writes(folder: Path) -> None:
     assert answer["content"] == generate(replace(asked, chat=True))[0]
 
 
+CHAT, COMPLETION = "chat/completions", "completions"
+HELLO = [{"role": "user", "content": PROMPT}]
+
+
+def statuses(
+    folder: Path, asked: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, str]]:
+    """How the server of a folder answers each request: the status, and what it says is wrong."""
+    pytest.importorskip("fastapi", reason="transformers' server (tensorllm[serve])")
+    from fastapi.testclient import TestClient
+
+    found = []
+
+    def run(server: Any) -> None:
+        with TestClient(server.config.app, raise_server_exceptions=False) as client:
+            for path, body in asked:
+                answer = client.post(f"/v1/{path}", json={"max_tokens": 1, **body})
+                found.append((answer.status_code, answer.text))
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    serve(ServeRequest(model=str(folder), port=free_port()), lambda address: None)
+    return found
+
+
+def test_requests_with_wrong_settings_are_answered_with_what_is_wrong(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"temperature": "hot"}),
+        (COMPLETION, {"temperature": -1}),
+        (COMPLETION, {"max_tokens": "x"}),
+        (CHAT, {"max_tokens": 0}),
+        (CHAT, {"max_completion_tokens": 1.5}),
+        (COMPLETION, {"top_p": 7}),
+        (COMPLETION, {"seed": "many"}),
+        (COMPLETION, {"frequency_penalty": [1]}),
+        (COMPLETION, {"stop": 3}),
+        (COMPLETION, {"stream": "perhaps"}),
+        (COMPLETION, {"generation_config": "{"}),
+        (CHAT, {"logit_bias": {"a": 1}}),
+        (CHAT, {"messages": "hello"}),
+        (CHAT, {"messages": []}),
+        (CHAT, {"messages": [{"content": "hello"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}),
+    ]
+    given = {CHAT: {"messages": HELLO}, COMPLETION: {"prompt": PROMPT}}
+    right = [(CHAT, {"seed": 1}), (COMPLETION, {"temperature": 1, "top_p": None})]
+    asked = [(path, {**given[path], **body}) for path, body in (*wrong, *right)]
+    answers = statuses(folder, [*asked, (CHAT, {})], monkeypatch)
+    for (_, body), (status, detail) in zip(wrong, answers, strict=False):
+        assert status == 422, (body, status, detail)
+        assert detail.startswith('{"detail":"' + next(iter(body))), detail
+    assert [status for status, _ in answers[len(wrong) :]] == [200, 200, 422], answers
+
+
+def test_a_chat_without_a_template_is_refused_and_a_completion_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": HELLO}),
+        (COMPLETION, {"prompt": PROMPT}),
+    ]
+    (status, detail), (other, _) = statuses(resolve("demo").folder, asked, monkeypatch)
+    assert (status, other) == (400, 200)
+    assert "no chat template" in detail
+
+
 def test_a_pipeline_opens_a_folder_by_name_and_uses_its_chat_template(folder: Path) -> None:
     writer = pipeline("text-generation", model=str(folder))
     settings = {"max_new_tokens": 4, "do_sample": False}

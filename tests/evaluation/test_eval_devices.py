@@ -296,6 +296,9 @@ def test_running_text_is_not_for_masked_models(tmp_path: Path):
         ({"limit_test_batch": 2}, "Did you mean 'limit_test_batches'"),
         ({"devices": 2}, "--trainer devices: give it as --devices"),
         ({"use_distributed_sampler": True}, "every example is scored once"),
+        ({"limit_test_batches": 0}, "limit_test_batches must be above 0, got 0: nothing is scored"),
+        ({"limit_val_batches": 0.0}, "limit_val_batches must be above 0, got 0.0"),
+        ({"fast_dev_run": True}, "fast_dev_run .* give --limit N"),
         ({"callbacks": "no_package.Mine"}, "No module named 'no_package'"),
         ({"callbacks": ["pathlib.Path"]}, "pathlib.Path is no Callback"),
         ({"max_time": "soon"}, "^cannot run on .* --trainer max_time=soon"),
@@ -304,6 +307,22 @@ def test_running_text_is_not_for_masked_models(tmp_path: Path):
 def test_wrong_options_of_the_trainer_are_one_line(options: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         Devices(accelerator="cpu").trainer(options)
+
+
+@pytest.mark.parametrize("devices", ["99999", "9" * 5000])
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_no_more_processes_than_the_machine_has_cores(devices: str, strategy: str):
+    with pytest.raises(
+        UserError, match=r"--devices must be at most \d+, as this .* cores; got 9999"
+    ):
+        Devices(accelerator="cpu", devices=devices, strategy=strategy)
+
+
+def test_no_more_processes_than_the_machine_has_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert Devices(accelerator="gpu", devices="2").several
+    with pytest.raises(UserError, match="must be at most 2, as this machine has 2 GPUs; got 3"):
+        Devices(accelerator="gpu", devices="3")
 
 
 class Said(logging.Handler):

@@ -13,9 +13,9 @@ import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
 from tensorllm.checkpoint.loading import predicted_of
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.calibrated.activation import usual_multiple
 from tensorllm.compressors.calibrated.maps import pivoted
 from tensorllm.compressors.layer import Site
+from tensorllm.compressors.widths import usual_multiple
 from tensorllm.errors import UserError
 from tensorllm.runtime import module_for
 from tensorllm.runtime.products import vector_times

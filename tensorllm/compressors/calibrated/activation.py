@@ -39,6 +39,7 @@ from tensorllm.compressors.calibrated.refit import (
 )
 from tensorllm.compressors.checks import check_seed
 from tensorllm.compressors.layer import LayerContext, LayerResult, OutputMap, Site, Size
+from tensorllm.compressors.widths import usual_multiple
 from tensorllm.errors import UserError
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
@@ -300,11 +301,6 @@ def _min_parameters(geometry: Geometry, site: Site) -> int:
     if is_narrowed(site):
         return min_stored(geometry, site)
     return pivoted_parameters(map_shape(geometry, site.roles), 1)
-
-
-def usual_multiple(full: int) -> int:
-    """A power of two of which 16 to 31 make up the full rank; 1 for small ranks."""
-    return 2 ** max(0, full.bit_length() - 5)
 
 
 def partitions(roles: Group, sharing: bool) -> list[list[Group]]:

@@ -1,6 +1,5 @@
 """Read runs from disk: folders or JSON files that tensorllm wrote."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from tensorllm.compression.details import DETAILS
 from tensorllm.errors import UserError, first_line
 from tensorllm.evaluation.predictions import Prediction, read_predictions
 from tensorllm.evaluation.results import BEFORE, RESULTS, read_results
+from tensorllm.io import from_json
 
 TRIALS = "trials.parquet"
 Json = Mapping[str, Any]
@@ -113,7 +113,7 @@ def _checked(path: Path, values: Any, kind: type[Run]) -> Json:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
