@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tensorllm.checkpoint.config import read_config
@@ -25,6 +22,7 @@ from tensorllm.errors import UserError, first_line
 from tensorllm.models.task import is_masked
 from tensorllm.registry import one_of
 from tensorllm.runtime.cost import Cache
+from tensorllm.runtime.products import seconds_of_product
 
 DTYPES = {
     "fp32": torch.float32,
@@ -166,18 +164,6 @@ def computing_dtype(
         return stored
     wide = seconds_of_product(torch.float32)
     return stored if seconds_of_product(stored) <= MUCH_FASTER * wide else torch.float32
-
-
-@cache
-def seconds_of_product(dtype: torch.dtype) -> float:
-    """Time of a product of the size found in a layer, the best of a few, on this machine."""
-    x_ND, w_DD = torch.ones(128, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
-    found = []
-    for _ in range(5):
-        started = time.perf_counter()
-        linear(x_ND, w_DD)  # as in layers; `@` is slower still where 16 bits are emulated
-        found.append(time.perf_counter() - started)
-    return min(found)
 
 
 def device_of(name: str, *, decomposes: bool = False) -> str:

@@ -24,6 +24,7 @@ from tensorllm.runtime import Placement, SiteModule, install
 from tensorllm.runtime.attention import Bias
 from tensorllm.runtime.cost import Cache, Choice, choose, keeps_dense_cache, whole_speedups
 from tensorllm.runtime.install import FactoredLinear
+from tensorllm.runtime.products import speed_of
 
 How = Literal["always", "auto", "dense"]
 CHOICES = "tensorllm_choices"  # the attribute with a model's choices, one per site
@@ -72,7 +73,7 @@ def load(
     choices: list[Choice] = []
     dense: list[str] = []
     if policy != "dense":
-        choices, dense = _choices(folder, manifest, policy, cache)
+        choices, dense = _choices(folder, manifest, policy, cache, dtype)
     wanted = {choice.site for choice in choices if choice.factored}
     if wanted and len(wanted) == len(choices):
         config = Checkpoint(folder, stem=STEM).config
@@ -118,15 +119,17 @@ def predicted_of(model: Any, folder: str | Path) -> tuple[float, float] | None:
     spec = factored.roles.spec
     if head is None or any(geometry.experts for geometry in spec.geometries):
         return None
-    return whole_speedups(spec, choices_of(model), head.weight.numel(), model.dtype)
+    speed = speed_of(model.dtype) if model.device.type == "cpu" else 1.0
+    return whole_speedups(spec, choices_of(model), head.weight.numel(), model.dtype, speed)
 
 
 def _choices(
-    folder: Path, manifest: Manifest, policy: Any, cache: Cache
+    folder: Path, manifest: Manifest, policy: Any, cache: Cache, dtype: torch.dtype | None
 ) -> tuple[list[Choice], list[str]]:
     """How each site is to run, and which cache no latents; read from shapes, not from weights."""
     factored = FactoredFolder(folder, manifest)
     entries, geometry = factored.stored.entries, factored.roles.spec.geometry
+    speed = speed_of(dtype or factored.stored.config.dtype)
     choices, dense = [], []
     for site in manifest.sites:
         empty = {
@@ -134,7 +137,7 @@ def _choices(
         }
         factors = site.factors(empty).plain()
         where = geometry(site.layers[0])
-        choices.append(choose(site.site, factors, where, policy))
+        choices.append(choose(site.site, factors, where, policy, speed))
         if keeps_dense_cache(site.site, factors, where, cache):
             dense.append(site.name)
     return choices, dense

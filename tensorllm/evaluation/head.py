@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from tensorllm.checkpoint.loader import seconds_of_product
+from tensorllm.runtime.products import seconds_of_product
 
 LARGE = 2**22  # numbers in the embedding; smaller ones are multiplied directly
 FASTER = 1.5  # bfloat16 must be this many times faster than float32

@@ -45,6 +45,7 @@ class Choice:
         why: the reason, in words.
         dense, factors: the costs of both.
         half_precision_reads: that of the site's module.
+        speed: of the machine's products (see `runtime.products.speed_of`).
     """
 
     site: str
@@ -53,12 +54,14 @@ class Choice:
     dense: Cost
     factors: Cost
     half_precision_reads: float = 1.0
+    speed: float = 1.0
 
     @property
     def speedups(self) -> tuple[float, float]:
         """Predicted speed-ups of a prompt and of decoding; above 1 the factors are faster."""
         dense, small = self.dense, self.factors
-        return dense.prefill / small.prefill, dense.decode / small.decode
+        prefill = dense.prefill(self.speed) / small.prefill(self.speed)
+        return prefill, dense.decode / small.decode
 
 
 def costs_of(site: Site, factors: Factors, geometry: Geometry) -> tuple[Cost, Cost]:
@@ -70,8 +73,15 @@ def costs_of(site: Site, factors: Factors, geometry: Geometry) -> tuple[Cost, Co
     return module.dense_cost(site, geometry), module.cost(site, factors, geometry)
 
 
-def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> Choice:
+def choose(
+    site: Site, factors: Factors, geometry: Geometry, policy: Policy, speed: float = 1.0
+) -> Choice:
     """Whether a site runs factored.
+
+    Args:
+        site, factors, geometry: the site.
+        policy: `auto` or `always`.
+        speed: of the machine's products in the dtype of the weights (see `products.speed_of`).
 
     Raises:
         UserError: an unknown policy.
@@ -81,10 +91,9 @@ def choose(site: Site, factors: Factors, geometry: Geometry, policy: Policy) -> 
     module = module_for(site, factors)
     if module is None:
         why = f"no module for {factors.kind!r} factors stacked as {site.stacking!r}"
-        return Choice(site.name, False, why, dense, small)
-    choice = Choice(
-        site.name, True, "smaller and faster", dense, small, module.half_precision_reads
-    )
+        return Choice(site.name, False, why, dense, small, speed=speed)
+    reads = module.half_precision_reads
+    choice = Choice(site.name, True, "smaller and faster", dense, small, reads, speed)
     if policy == "always":
         return replace(choice, why="by --policy always")
     if parameters(factors) >= site.numel(geometry):
@@ -115,19 +124,20 @@ def keeps_dense_cache(site: Site, factors: Factors, geometry: Geometry, cache: C
     return cache == "dense" or (cache == "auto" and not module.latents_pay(factors, geometry))
 
 
-def other_than_matrices(geometry: Geometry, *, half_precision: bool) -> Cost:
-    """The cost of the rest of a layer, dense or factored: attention itself, norms, activations."""
+def other_than_matrices(geometry: Geometry, *, slowdown: float) -> Cost:
+    """The cost of the rest of a layer, dense or factored: attention itself, norms, activations.
+
+    Args:
+        geometry: of the layer.
+        slowdown: of all that, relative to products, beyond that in 32 bits.
+    """
     scores = geometry.H * PROMPT * (2 * geometry.K + FUSED_SCORE)
     moved = MOVE * (8 * geometry.D + 3 * geometry.F)
-    return Cost(
-        0,
-        LAYER_OPERATIONS,
-        int((BESIDE_HALF_PRECISION if half_precision else 1) * (scores + moved)),
-    )
+    return Cost(0, LAYER_OPERATIONS, int(slowdown * (scores + moved)))
 
 
 def whole_speedups(
-    spec: ModelSpec, choices: Sequence[Choice], head: int, dtype: torch.dtype
+    spec: ModelSpec, choices: Sequence[Choice], head: int, dtype: torch.dtype, speed: float = 1.0
 ) -> tuple[float, float]:
     """Predicted speed-ups of a whole model: of a prompt of 512 tokens, and of decoding.
 
@@ -136,25 +146,28 @@ def whole_speedups(
         choices: how each site runs; matrices without one are dense.
         head: weights of the output head, which every decoded token reads.
         dtype: of the weights.
+        speed: as in `choose`.
     """
     half_precision = dtype.itemsize == 2
+    slowdown = BESIDE_HALF_PRECISION if half_precision else 1.0
     matrices = Cost(0, 0, 0)
     shared, repeating = Cost(head, 1, head // PROMPT), 0
     for geometry in spec.geometries:
         size = sum(geometry.numel(role) for role in geometry.roles)
         matrices += Cost(size, len(geometry.roles), size)
-        shared += other_than_matrices(geometry, half_precision=half_precision)
+        shared += other_than_matrices(geometry, slowdown=slowdown)
         repeating += REPEATING_ATTENTION * (half_precision and geometry.H > geometry.G)
     small = dense = shared + matrices
     for choice in choices:
         if choice.factored:
-            reads, operations, products = choice.factors
+            reads, operations, products, moved = choice.factors
             reads = int((choice.half_precision_reads if half_precision else 1) * reads)
-            small += Cost(reads, operations, int(THIN * products))
+            small += Cost(reads, operations, int(THIN * products), moved)
             small += Cost(*(-number for number in choice.dense))
 
     def decode(cost: Cost, more: int = 0) -> float:
         faster = FASTER_HALF_PRECISION if half_precision else 1
         return cost._replace(operations=int(faster * (cost.operations + more))).decode
 
-    return dense.prefill / small.prefill, decode(dense, repeating) / decode(small)
+    prefill = dense.prefill(speed) / small.prefill(speed)
+    return prefill, decode(dense, repeating) / decode(small)

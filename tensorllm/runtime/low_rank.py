@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.ordering import can_write_in_place, columns_of, rows_of
+from tensorllm.runtime.ordering import by_columns, can_write_in_place, columns_of, rows_of
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
-    MOVE,
     SHORT,
     STREAMED,
     Cost,
@@ -94,7 +93,7 @@ class PivotedSite(SiteModule):
         if rank == rows:
             return Cost(reads, 1, stored)
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
-        return Cost(reads, 3, stored + moves * MOVE * rows)
+        return Cost(reads, 3, stored, moves * rows)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -243,6 +242,13 @@ class PivotedInputs(PivotedSite):
             z_NR = self.basis(x.flatten(0, -2))
             return self._in_order(torch.cat([z_NR.mT, self.mix(z_NR).mT]), x.shape[:-1])
         lead, basis_DR, mix_RX = x.shape[:-1], self.basis.weight, self.mix.weight
+        if by_columns(x):
+            x_ND, rank = as_rows(x), len(self.rows_R)
+            y_NI = x_ND.new_empty(len(x_ND), len(self.order_I))
+            torch.mm(x_ND, basis_DR, out=y_NI[:, :rank])
+            torch.mm(y_NI[:, :rank], mix_RX, out=y_NI[:, rank:])
+            y_NI = columns_of(y_NI, self.order_I)
+            return y_NI.view(*lead, -1).split(self.sizes, dim=-1)
         return self._in_order(latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX), lead)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
@@ -293,6 +299,10 @@ class PivotedOutput(PivotedSite):
             z_NR = x_NI[:, :rank] + self.mix(x_NI[:, rank:])
             return self.basis(z_NR).view(*x.shape[:-1], -1)
         basis_RD, mix_XR = self.basis.weight, self.mix.weight
+        if by_columns(x):
+            x_NI = columns_of(as_rows(x), self.order_I)
+            z_NR = torch.addmm(x_NI[:, :rank], x_NI[:, rank:], mix_XR)
+            return (z_NR @ basis_RD).view(*x.shape[:-1], -1)
         x_IN = rows_of(x.flatten(0, -2).mT.contiguous(), self.order_I)
         if not can_write_in_place():
             z_NR = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:]).mT

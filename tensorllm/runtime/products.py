@@ -9,18 +9,43 @@ of a compressed model's many ranks.
 Shapes: I inputs, O outputs.
 """
 
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 Product = Callable[[Tensor], Tensor]  # (N, I) -> (N, O), with a given matrix
 
 # Number of outputs up to which a sum of rows is faster than BLAS: in float32 what fits into the
 # registers, in 16 bits always.
 WIDEST = {torch.float32: 600, torch.bfloat16: 2**31, torch.float16: 2**31}
+
+
+@cache
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """Time of a product of the size found in a layer, the best of some, on this CPU."""
+    x_ND, w_DD = torch.ones(128, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+    found = []
+    for _ in range(20):
+        started = time.perf_counter()
+        linear(x_ND, w_DD)  # as in layers; `@` is slower still where 16 bits are emulated
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def speed_of(dtype: torch.dtype | None) -> float:
+    """How many times as fast as in float32 this CPU's products are; at least 1.
+
+    Where 16 bits have instructions of their own, putting rows in order, which is no faster, weighs
+    so many times more beside products. Where they are emulated, `runtime.cost` has constants.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return 1.0
+    return max(1.0, seconds_of_product(torch.float32) / seconds_of_product(dtype))
 
 
 def decodes(x: Tensor) -> bool:

@@ -26,24 +26,30 @@ Module = TypeVar("Module", bound="type[SiteModule]")
 
 
 class Cost(NamedTuple):
-    """Per token: weights read, operations started, and multiply-adds in a prompt of 512 tokens.
+    """Per token: weights read, operations started, and in a prompt of 512 tokens multiply-adds and
+    numbers copied.
 
-    A weight that is read faster counts as less than one, a copied number as several products.
+    A weight that is read faster counts as less than one.
     """
 
     reads: int
     operations: int
     products: int
+    moved: int = 0
 
     @property
     def decode(self) -> int:
         """Time of a decoded token, in weights read."""
         return self.reads + OPERATION * self.operations
 
-    @property
-    def prefill(self) -> int:
-        """Time of a prompt token, in products."""
-        return self.products + OPERATION * self.operations // PROMPT
+    def prefill(self, speed: float = 1.0) -> int:
+        """Time of a prompt token, in products.
+
+        Args:
+            speed: of products, relative to copies (see `runtime.products.speed_of`).
+        """
+        beside = MOVE * self.moved + OPERATION * self.operations // PROMPT
+        return self.products + int(speed * beside)
 
     def __add__(self, other: object) -> "Cost":
         assert isinstance(other, Cost)

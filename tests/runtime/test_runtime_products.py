@@ -18,8 +18,11 @@ from tensorllm.compressors.layer import Site
 from tensorllm.compressors.widths import usual_multiple
 from tensorllm.errors import UserError
 from tensorllm.runtime import module_for
-from tensorllm.runtime.products import vector_times
-from tensorllm.tensors.pivoted import PivotedLowRank
+from tensorllm.runtime.cost import choose
+from tensorllm.runtime.products import speed_of, vector_times
+from tensorllm.runtime.sites import MOVE, OPERATION, PROMPT
+from tensorllm.tensors.factors import parameters
+from tensorllm.tensors.pivoted import PivotedLowRank, pivoted_outline
 from tensorllm.tensors.stacking import Geometry
 
 GEOMETRY = Geometry(D=24, H=4, G=2, K=6, F=40, gated=True)
@@ -187,3 +190,25 @@ def test_a_whole_model_is_predicted(folder: Path):
     assert 0 < found[1] < 2
     dense = predicted_of(tl.load(folder), folder)
     assert dense == (1.0, 1.0)
+
+
+def test_copies_weigh_more_where_products_are_fast() -> None:
+    """A prompt's speed-up shrinks where the machine's products are fast; decoding's stays."""
+    shape, rank = (GEOMETRY.H * GEOMETRY.K, GEOMETRY.D), 6
+    site = Site((0,), ("q",), "matrix")
+    factors = pivoted_outline(*shape, rank, True)
+    slow, fast = (choose(site, factors, GEOMETRY, "always", speed) for speed in (1.0, 4.0))
+    assert fast.speedups[0] < slow.speedups[0]
+    assert fast.speedups[1] == slow.speedups[1]
+    products = parameters(factors) - rank
+    dense, (_, operations, _, moved) = slow.dense, slow.factors
+    assert moved == 2 * shape[0]
+    beside = MOVE * moved + OPERATION * operations // PROMPT
+    small = products + rank + int(4.0 * beside)
+    wanted = (dense.products + int(4.0 * (OPERATION * dense.operations // PROMPT))) / small
+    assert fast.speedups[0] == pytest.approx(wanted)
+
+
+def test_the_speed_of_products_is_at_least_that_of_32_bits() -> None:
+    assert speed_of(torch.float32) == speed_of(None) == 1.0
+    assert speed_of(torch.bfloat16) >= 1.0
