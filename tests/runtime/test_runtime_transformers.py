@@ -329,7 +329,7 @@ def test_a_model_loads_partly_dense_and_saves_itself(
     dense = saved("phi3", tmp_path / "out", tl.LaserSVD(rho=0.4, matrices=("q", "v", "in")))
     wanted = {"layers.0.q", "layers.1.in"}
 
-    def chosen(site: Any, factors: Any, geometry: Any, policy: str) -> Any:
+    def chosen(site: Any, factors: Any, geometry: Any, *policy_and_speed: Any) -> Any:
         choice = choose(site, factors, geometry, "always")
         return replace(choice, factored=site.name in wanted)
 
