@@ -249,7 +249,8 @@ def earlier(args: argparse.Namespace, part: str) -> dict[str, Any]:
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    return {"text": args.text.name, "quantity": args.quantity, "seeds": args.seeds}
+    kept = ("quantity", "length", "held", "seeds")
+    return {"text": args.text.name, **{name: getattr(args, name) for name in kept}}
 
 
 def main() -> None:

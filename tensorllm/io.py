@@ -90,6 +90,8 @@ def from_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except (RecursionError, ValueError) as error:
         raise yaml.YAMLError(_unreadable(error)) from None
+    except (LookupError, AttributeError):  # PyYAML's own, such as for `!!bool x`
+        raise yaml.YAMLError("a value is none of the type that its tag names") from None
 
 
 def _unreadable(error: Exception) -> str:

@@ -46,7 +46,7 @@ def load(
     Args:
         policy: `dense`: as the dense model that the factors represent; `always`: as factors
             wherever a module can run them; `auto`: as factors where the cost model says that is
-            smaller and faster. `choices_of` says how each site of the model runs.
+            smaller and faster on this CPU. `choices_of` says how each site of the model runs.
         cache: what attention keeps in the key-value cache: `latent`, which takes less memory where
             a module supports it; `dense`: full keys and values; `auto`: latents where they are
             predicted not to slow decoding down.
@@ -129,7 +129,8 @@ def _choices(
     """How each site is to run, and which cache no latents; read from shapes, not from weights."""
     factored = FactoredFolder(folder, manifest)
     entries, geometry = factored.stored.entries, factored.roles.spec.geometry
-    speed = speed_of(dtype or factored.stored.config.dtype)
+    # Of this CPU: the device that the model is moved to later is not known.
+    speed = speed_of(dtype or factored.stored.config.dtype) if policy == "auto" else 1.0
     choices, dense = [], []
     for site in manifest.sites:
         empty = {

@@ -32,7 +32,8 @@ from tensorllm.checkpoint.factored import METHOD, FactoredFolder
 from tensorllm.checkpoint.manifest import StoredSite, factored_manifest
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
-from tensorllm.runtime.sites import RoleLinear, TransposedLinear, module_for
+from tensorllm.runtime.kept_rows import widen_where_needed
+from tensorllm.runtime.sites import TransposedLinear, module_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS = ("factors.", "rest.")  # prefixes of tensor names that only we read
@@ -55,6 +56,11 @@ class Parts:
         self.folder = FactoredFolder(folder)
         self._made: dict[tuple[str, torch.dtype], dict[tuple[int, str], nn.Module]] = {}
         self._rebuilt: dict[str, Tensor] = {}  # rebuilt along with others, not asked for yet
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Of all parameters of the dense model."""
+        return set(self.folder.stored.entries) | set(self.folder.manifest.replaced)
 
     @cached_property
     def sites(self) -> dict[str, dict[str, StoredSite]]:
@@ -122,8 +128,10 @@ class Parts:
         assert kind is not None, "asked for only where one runs them"
         geometry = self.folder.roles.spec.geometry(entry.layers[0])
         made = kind.roles(entry.site, factors, geometry)
-        for each in made.values():
-            _run_by_vllm(each.module)
+        modules = [each.module for each in made.values()]
+        widen_where_needed(entry.site, modules, self.folder.roles, self.names)
+        for module in modules:
+            _run_by_vllm(module)
         return {matrix: each.module.requires_grad_(False) for matrix, each in made.items()}
 
 
@@ -246,10 +254,6 @@ class FactoredMethod(LinearMethodBase):
             for path in self.paths
             for module in self.parts.modules(path, layer.dtype, layer.place)
         ]
-        if layer.bias is not None:
-            for module in made:
-                if isinstance(module, RoleLinear) and not module.writes:
-                    module.widen()
         layer.factored = nn.ModuleList(made)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

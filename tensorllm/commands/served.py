@@ -21,7 +21,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(strict=True)
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(gt=-1, allow_inf_nan=False)] | None = None
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
@@ -33,6 +33,7 @@ class Settings(BaseModel):
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]+$")], float] | None = None
     tools: list[dict[str, Any]] | None = None
     generation_config: Json[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class Part(BaseModel):
@@ -53,7 +54,6 @@ class Chat(Settings):
     """A request to `/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    chat_template_kwargs: dict[str, Any] = {}
 
 
 class Turn(Settings):
@@ -77,6 +77,9 @@ def bad_requests_refused() -> Iterator[None]:
         kind = kinds.get(type(handler), Settings)
         if problem := problem_of(body, kind):
             raise HTTPException(WRONG, problem)
+        for name in kind.model_fields:
+            if name in body and body[name] is None:
+                del body[name]
         name, model, processor = resolve(handler, body)
         if kind is not Settings and not getattr(processor, "chat_template", None):
             raise HTTPException(

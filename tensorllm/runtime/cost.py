@@ -124,16 +124,15 @@ def keeps_dense_cache(site: Site, factors: Factors, geometry: Geometry, cache: C
     return cache == "dense" or (cache == "auto" and not module.latents_pay(factors, geometry))
 
 
-def other_than_matrices(geometry: Geometry, *, slowdown: float) -> Cost:
-    """The cost of the rest of a layer, dense or factored: attention itself, norms, activations.
-
-    Args:
-        geometry: of the layer.
-        slowdown: of all that, relative to products, beyond that in 32 bits.
-    """
+def other_than_matrices(geometry: Geometry, *, half_precision: bool) -> Cost:
+    """The cost of the rest of a layer, dense or factored: attention itself, norms, activations."""
     scores = geometry.H * PROMPT * (2 * geometry.K + FUSED_SCORE)
     moved = MOVE * (8 * geometry.D + 3 * geometry.F)
-    return Cost(0, LAYER_OPERATIONS, int(slowdown * (scores + moved)))
+    return Cost(
+        0,
+        LAYER_OPERATIONS,
+        int((BESIDE_HALF_PRECISION if half_precision else 1) * (scores + moved)),
+    )
 
 
 def whole_speedups(
@@ -149,13 +148,12 @@ def whole_speedups(
         speed: as in `choose`.
     """
     half_precision = dtype.itemsize == 2
-    slowdown = BESIDE_HALF_PRECISION if half_precision else 1.0
     matrices = Cost(0, 0, 0)
     shared, repeating = Cost(head, 1, head // PROMPT), 0
     for geometry in spec.geometries:
         size = sum(geometry.numel(role) for role in geometry.roles)
         matrices += Cost(size, len(geometry.roles), size)
-        shared += other_than_matrices(geometry, slowdown=slowdown)
+        shared += other_than_matrices(geometry, half_precision=half_precision)
         repeating += REPEATING_ATTENTION * (half_precision and geometry.H > geometry.G)
     small = dense = shared + matrices
     for choice in choices:

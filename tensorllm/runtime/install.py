@@ -23,6 +23,7 @@ from tensorllm.runtime.experts import (
     SeparateExperts,
     become_factored_experts,
 )
+from tensorllm.runtime.kept_rows import widen_where_needed
 from tensorllm.runtime.one_query import pack_groups
 from tensorllm.runtime.sites import (
     Held,
@@ -126,7 +127,8 @@ class _Installation:
 
     def __init__(self, model: nn.Module, dense_cache: Collection[str]) -> None:
         self.model: Any = model
-        self.roles = RoleMatrices(model.config, [name for name, _ in model.named_parameters()])
+        self.names = [name for name, _ in model.named_parameters()]
+        self.roles = RoleMatrices(model.config, self.names)
         self.placed: list[Placement] = []
         config: Any = self.model.config
         known = config.model_type in ADAPTERS
@@ -143,7 +145,9 @@ class _Installation:
             self._attention(site, factors, module)
             return
         geometry = self.roles.spec.geometry(site.layers[0])
-        for (layer, role), held in module.roles(site, factors, geometry).items():
+        made = module.roles(site, factors, geometry)
+        widen_where_needed(site, [held.module for held in made.values()], self.roles, self.names)
+        for (layer, role), held in made.items():
             stored = self.roles.stored(layer, role)
             if stored.experts is not None:
                 self.experts[layer][role] = (site, held)
@@ -290,9 +294,6 @@ class FactoredLinear(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict({part_name(role): part for role, part in parts.items()})
         self.bias = None if bias is None else nn.Parameter(bias)
-        for part in parts.values():
-            if bias is not None and isinstance(part, RoleLinear) and not part.writes:
-                part.widen()
         self.blocks = blocks
         self.alone = len(parts) == 1 and bias is None and blocks == 1
 

@@ -3,13 +3,17 @@
 Shapes: D model width, I rows, R kept rows.
 """
 
+from collections.abc import Collection, Iterable
+from os.path import commonpath
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
+from tensorllm.models import RoleMatrices
 from tensorllm.runtime.products import decodes, vector_times
-from tensorllm.runtime.sites import Cost, SiteModule, runs
+from tensorllm.runtime.sites import Cost, RoleLinear, SiteModule, runs
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import CHANNEL_STACKINGS, NARROWED
@@ -21,9 +25,8 @@ class KeptRowsSite(SiteModule):
     """A product with the kept rows of a matrix: other outputs are zero, other inputs unread.
 
     If several matrices are stacked, the same rows of each are kept. An FFN that keeps the same
-    channels of all its matrices (`NARROWED`) runs at their width: what is between its matrices acts
-    on each channel by itself, and of the others nothing is read. With a bias inside, which is as
-    wide as all channels, it does not (`widen`).
+    channels of all its matrices (`NARROWED`) runs at their width, unless something between the
+    matrices needs all channels (`widen`).
     """
 
     kept: Tensor
@@ -40,6 +43,7 @@ class KeptRowsSite(SiteModule):
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
+        """As if no FFN had to be widened; those with biases take some copies more."""
         stored = parameters(factors)
         return Cost(stored, len(site.matrices) if site.roles in NARROWED else 3, stored)
 
@@ -68,3 +72,29 @@ class KeptRowsSite(SiteModule):
         """The kept rows (R, D) of one matrix."""
         count = len(self.rows_R)
         return self.rows[index * count : (index + 1) * count]
+
+
+def widen_where_needed(
+    site: Site, modules: Iterable[nn.Module], roles: RoleMatrices, names: Collection[str]
+) -> None:
+    """Let a site's modules give outputs of full width if what reads them may need all channels.
+
+    That is if the module around the FFN's matrices has other parameters: a bias is as wide as all
+    channels, and a norm between the matrices depends on all of them.
+
+    Args:
+        site: any.
+        modules: that run its matrices.
+        roles: of the model.
+        names: of all its parameters.
+    """
+    if site.roles not in NARROWED:
+        return
+    matrices = {roles.name(layer, role) for layer, role in site.matrices}
+    around = commonpath(["/".join(name.split(".")[:-2]) for name in matrices])
+    start = f"{around}/".lstrip("/").replace("/", ".")
+    if all(name in matrices for name in names if name.startswith(start)):
+        return
+    for module in modules:
+        if isinstance(module, RoleLinear):
+            module.widen()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.ordering import by_columns, can_write_in_place, columns_of, rows_of
+from tensorllm.runtime.ordering import as_rows, by_columns, can_write_in_place, columns_of, rows_of
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     SHORT,
@@ -325,11 +325,6 @@ class PivotedOutput(PivotedSite):
 def _merges_equal_products() -> bool:
     """Whether a compiler will merge equal products."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(N, I): one token per row."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def is_few(x: Tensor) -> bool:

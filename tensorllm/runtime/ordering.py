@@ -12,6 +12,11 @@ def can_write_in_place() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(N, I): one token per row."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def by_columns(x: Tensor) -> bool:
     """Whether the features of many tokens are put in order as columns, not transposed as rows.
 

@@ -137,7 +137,7 @@ class SiteModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} runs no output projections")
 
     def widen(self) -> None:
-        """Make all outputs as wide as the matrices', as a bias of that width is added to them."""
+        """Make all outputs as wide as the matrices', as what reads them needs that."""
 
     def finish(self) -> None:
         """Compute what depends on the weights; called whenever they were loaded."""

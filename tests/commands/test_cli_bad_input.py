@@ -513,6 +513,7 @@ RECIPES = {
     "nested deeply": (f"model: {'[' * 3000}{']' * 3000}", ("not YAML", "nested too deeply")),
     "a number of 5000 digits": (f"model: {'9' * 5000}", ("not YAML", "4300 digits")),
     "a day that is none": ("model: 2020-99-99", ("not YAML",)),
+    "a tag of another type": ("model: !!bool x", ("not YAML", "none of the type")),
     "a list": ("- mode", ("mapping", "list")),
     "not YAML": ("mode: [", ("not YAML",)),
     "no mode": ("model: demo", ("mode is missing",)),

@@ -135,12 +135,13 @@ def test_requests_with_wrong_settings_are_answered_with_what_is_wrong(
     ]
     given = {CHAT: {"messages": HELLO}, COMPLETION: {"prompt": PROMPT}}
     right = [(CHAT, {"seed": 1}), (COMPLETION, {"temperature": 1, "top_p": None})]
+    right += [(CHAT, {"chat_template_kwargs": None}), (COMPLETION, {"top_p": 0})]
     asked = [(path, {**given[path], **body}) for path, body in (*wrong, *right)]
     answers = statuses(folder, [*asked, (CHAT, {})], monkeypatch)
     for (_, body), (status, detail) in zip(wrong, answers, strict=False):
         assert status == 422, (body, status, detail)
         assert detail.startswith('{"detail":"' + next(iter(body))), detail
-    assert [status for status, _ in answers[len(wrong) :]] == [200, 200, 422], answers
+    assert [status for status, _ in answers[len(wrong) :]] == [200] * 4 + [422], answers
 
 
 def test_a_chat_without_a_template_is_refused_and_a_completion_is_not(

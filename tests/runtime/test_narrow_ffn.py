@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import TINY, tiny_model
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tensorllm.compressors.calibrated.channels import narrowed_site
 from tensorllm.models import RoleMatrices, parameters_of
@@ -18,9 +19,19 @@ from tensorllm.weights import write_dense
 KEPT = 7
 
 
+def normed() -> Any:
+    """A model with a norm between the matrices of its FFNs."""
+    config = AutoConfig.for_model(
+        "bitnet", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=101,
+        num_key_value_heads=2, num_hidden_layers=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
     """A model whose FFNs keep `KEPT` channels: dense, with zeros for the others, and narrow."""
-    dense = tiny_model(name)
+    dense: Any = normed() if name == "bitnet" else tiny_model(name)
     narrow = copy.deepcopy(dense)
     roles = RoleMatrices(dense.config, parameters_of(dense))
     draws = torch.Generator().manual_seed(2)
@@ -41,7 +52,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
     return dense, narrow
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, "bitnet"])
 @torch.no_grad()
 def test_a_narrow_ffn_gives_what_the_dense_one_does(name: str) -> None:
     dense, narrow = pair(name)
@@ -51,9 +62,9 @@ def test_a_narrow_ffn_gives_what_the_dense_one_does(name: str) -> None:
         assert (narrow(tokens).logits - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize(("name", "width"), [("llama", KEPT), ("gpt2", None)])
+@pytest.mark.parametrize(("name", "width"), [("llama", KEPT), ("gpt2", None), ("bitnet", None)])
 @torch.no_grad()
-def test_what_is_between_its_matrices_is_narrow_unless_they_have_biases(
+def test_what_is_between_its_matrices_is_narrow_unless_it_has_parameters(
     name: str, width: int | None
 ) -> None:
     _, narrow = pair(name)

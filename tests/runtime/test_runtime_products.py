@@ -17,7 +17,7 @@ from tensorllm.compressors.calibrated.maps import pivoted
 from tensorllm.compressors.layer import Site
 from tensorllm.compressors.widths import usual_multiple
 from tensorllm.errors import UserError
-from tensorllm.runtime import module_for
+from tensorllm.runtime import module_for, products
 from tensorllm.runtime.cost import choose
 from tensorllm.runtime.products import speed_of, vector_times
 from tensorllm.runtime.sites import MOVE, OPERATION, PROMPT
@@ -209,6 +209,11 @@ def test_copies_weigh_more_where_products_are_fast() -> None:
     assert fast.speedups[0] == pytest.approx(wanted)
 
 
-def test_the_speed_of_products_is_at_least_that_of_32_bits() -> None:
+@pytest.mark.parametrize(("narrow_s", "want"), [(1.0, 6.0), (18.0, 1.0)])
+def test_the_speed_of_products_is_at_least_that_of_32_bits(
+    narrow_s: float, want: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: 6.0, torch.bfloat16: narrow_s}
+    monkeypatch.setattr(products, "seconds_of_product", seconds.__getitem__)
+    assert speed_of(torch.bfloat16) == want
     assert speed_of(torch.float32) == speed_of(None) == 1.0
-    assert speed_of(torch.bfloat16) >= 1.0
