@@ -36,12 +36,14 @@ def check_datasets(
     """
     of_others = plugins or "tensorllm.data.base" in sys.modules or entry_points(group=GROUP)
     known = {*ALIASES, *(alias for aliases in ALIASES.values() for alias in aliases)}
-    for name in (name.strip() for name in names if name):
+    asked = [name.strip() for name in names if name]
+    for name in asked:
         if name.endswith(YAML):
             if not Path(name).exists():
                 raise UserError(f"cannot read the dataset {name}: No such file or directory")
         elif name not in known and not of_others:
             raise unknown("dataset", name, sorted(ALIASES), known, plugins=True)
-    for file in (Path(str(file).strip()) for file in files if file):
-        if not file.exists():
+    given = [Path(str(file).strip()) for file in files if file]
+    for file in given:
+        if len(given) == len(asked) and not file.exists():  # else the number of files is wrong
             raise UserError(f"cannot read the rows of {str(file)!r}: No such file or directory")

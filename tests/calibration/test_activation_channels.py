@@ -17,7 +17,8 @@ from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress
 from tensorllm.compression.save import save
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.calibrated.channels import MULTIPLE, curve, is_narrowed, narrowed_site
+from tensorllm.compressors.calibrated.channels import curve, is_narrowed, narrowed_site
+from tensorllm.compressors.widths import multiples
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.weighted import floor_of
@@ -55,7 +56,7 @@ def test_the_curve_is_the_error_of_least_squares_on_the_first_channels() -> None
         want = ((miss_ND @ gradient_DD) * miss_ND).sum() / (1 - size / 400) ** 2
         torch.testing.assert_close(error, want, rtol=1e-3, atol=1e-6)
         assert cost == 3 * (12 * size + 48)
-    assert len(found.cost_N) == 48 // MULTIPLE - 1
+    assert len(found.cost_N) == 48 // multiples(48)[0] - 1
 
 
 def test_channels_fitted_to_fewer_tokens_than_there_are_channels_are_not_taken_for_free() -> None:

@@ -20,7 +20,7 @@ from tensorllm.compressors.calibrated.held_out import SHARE, error_ratio
 from tensorllm.compressors.calibrated.refit import DAMPING, TrainableSite
 from tensorllm.compressors.layer import LayerContext, Site
 from tensorllm.compressors.operators import LinearOperator, RowsOperator
-from tensorllm.compressors.widths import usual_multiple
+from tensorllm.compressors.widths import multiples
 from tensorllm.tensors.kept_rows import KeptRows
 from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry, is_output_projection
@@ -28,7 +28,6 @@ from tensorllm.tensors.triangular import lower_inverse, transposed_lower_times
 from tensorllm.tensors.unfold import add_gram, mirror
 from tensorllm.tensors.weighted import Metric, floor_of, narrow_root
 
-MULTIPLE = 8  # of widths, at least, for fast kernels
 ORDERED = 4  # the channels are ranked on one batch in so many
 LEAST_FREE = 0.05  # lower bound of 1 - parameters / tokens
 RIDGE = 1e-3  # pull of rows of `out` towards their old values, relative to a channel's mean square
@@ -54,7 +53,7 @@ def min_stored(geometry: Geometry, site: Site) -> int:
 
 def _step(channels: int) -> int:
     """The step between widths, small enough that one is narrower than all channels."""
-    return min(max(MULTIPLE, usual_multiple(channels)), max(1, channels // 2))
+    return min(multiples(channels)[0], max(1, channels // 2))
 
 
 def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
