@@ -1,7 +1,7 @@
 """Names of the datasets; without torch, so that a wrong name or file is refused at once."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -22,7 +22,7 @@ ALIASES = {  # by the names that are registered (tensorllm/data)
 
 
 def check_datasets(
-    names: Iterable[str | None], files: Iterable[str | Path | None], plugins: Sequence[str]
+    names: Sequence[str | None], files: Sequence[str | Path | None], plugins: Sequence[str]
 ) -> None:
     """Refuse a name that can be no dataset, and a file that is not there, before slow imports.
 
@@ -36,14 +36,12 @@ def check_datasets(
     """
     of_others = plugins or "tensorllm.data.base" in sys.modules or entry_points(group=GROUP)
     known = {*ALIASES, *(alias for aliases in ALIASES.values() for alias in aliases)}
-    asked = [name.strip() for name in names if name]
-    for name in asked:
+    for name in (name.strip() for name in names if name):
         if name.endswith(YAML):
             if not Path(name).exists():
                 raise UserError(f"cannot read the dataset {name}: No such file or directory")
         elif name not in known and not of_others:
             raise unknown("dataset", name, sorted(ALIASES), known, plugins=True)
-    given = [Path(str(file).strip()) for file in files if file]
-    for file in given:
-        if len(given) == len(asked) and not file.exists():  # else the number of files is wrong
+    for file in (Path(str(file).strip()) for file in files if file):
+        if len(files) == len(names) and not file.exists():  # else their number is what is wrong
             raise UserError(f"cannot read the rows of {str(file)!r}: No such file or directory")
