@@ -14,7 +14,7 @@ from repository import ROOT
 from tensorllm.compressors.base import COMPRESSORS
 
 FOLDER = ROOT / "benchmarks"
-OUTSIDE = {"llama_cpp"}  # needs llama.cpp's converter, which no package brings
+OUTSIDE = {"llama_cpp", "vllm_serving"}  # need other programs, in environments of their own
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in OUTSIDE)
 # Real rows and a trained model.
 NEEDS_DATA = {
