@@ -77,9 +77,9 @@ def bad_requests_refused() -> Iterator[None]:
         kind = kinds.get(type(handler), Settings)
         if problem := problem_of(body, kind):
             raise HTTPException(WRONG, problem)
-        for name in kind.model_fields:
-            if name in body and body[name] is None:
-                del body[name]
+        for field in kind.model_fields:
+            if field in body and body[field] is None:  # transformers takes null for a value
+                del body[field]
         name, model, processor = resolve(handler, body)
         if kind is not Settings and not getattr(processor, "chat_template", None):
             raise HTTPException(

@@ -17,10 +17,15 @@ from tensorllm.checkpoint.loading import load
 from tensorllm.compression.engine import compress
 from tensorllm.compression.save import save
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.compressors.calibrated.channels import curve, is_narrowed, narrowed_site
-from tensorllm.compressors.widths import multiples
+from tensorllm.compressors.calibrated.channels import (
+    curve,
+    is_narrowed,
+    min_stored,
+    narrowed_site,
+)
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.tensors.kept_rows import KeptRows
+from tensorllm.tensors.stacking import Geometry
 from tensorllm.tensors.weighted import floor_of
 
 RATIOS = {"llama": 1.39, "phi3": 1.39, "gpt2": 1.6, "gptj": 1.6}  # what dead channels allow
@@ -56,7 +61,15 @@ def test_the_curve_is_the_error_of_least_squares_on_the_first_channels() -> None
         want = ((miss_ND @ gradient_DD) * miss_ND).sum() / (1 - size / 400) ** 2
         torch.testing.assert_close(error, want, rtol=1e-3, atol=1e-6)
         assert cost == 3 * (12 * size + 48)
-    assert len(found.cost_N) == 48 // multiples(48)[0] - 1
+    assert len(found.cost_N) == 48 // 8 - 1
+
+
+@pytest.mark.parametrize(("channels", "step"), [(48, 8), (256, 8), (1536, 32), (11008, 256)])
+def test_widths_are_multiples_that_kernels_run_well(channels: int, step: int) -> None:
+    site = narrowed_site(0, ("in", "gate", "out"))
+    assert site is not None
+    geometry = Geometry(D=64, H=4, G=4, K=16, F=channels, gated=True)
+    assert min_stored(geometry, site) == 3 * (step * 64 + channels)
 
 
 def test_channels_fitted_to_fewer_tokens_than_there_are_channels_are_not_taken_for_free() -> None:
