@@ -1,6 +1,6 @@
 """The factored format: cores and factors are stored in place of the matrices they represent."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,10 @@ class FactoredFolder:
             if name not in self.special:
                 yield from self.stored.read([name]).items()
 
-    def dense_groups(self) -> Iterator[tuple[list[StoredSite], dict[str, Tensor]]]:
-        """Groups of sites that share parameters, each with these parameters rebuilt as dense."""
+    def rebuilt_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that are stored as factors, rebuilt a group at a time."""
         for _, group in self._groups():
-            yield group, self._rebuild(group)
+            yield from self._rebuild(group).items()
 
     def rebuilt(self, name: str) -> dict[str, Tensor]:
         """Rebuild a parameter that is stored as factors, and all that are rebuilt along with it."""
@@ -161,30 +161,48 @@ class FactoredFolder:
             },
         )
 
-    def partly_dense(self, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that `subset` of the same sites names, and all other parameters dense."""
-        yield from self.plain_tensors()
-        for group, weights in self.dense_groups():
-            kept = [site for site in group if site.name in wanted]
-            matrices = [matrix for site in kept for matrix in site.site.matrices]
-            for key, w_ID in rest_of(self.roles, weights, matrices).items():
-                yield f"rest.{key}", w_ID
-            replaced = {name for site in kept for name in touched(site.site, self.roles)}
-            yield from ((name, w) for name, w in weights.items() if name not in replaced)
-            for site in kept:
-                yield from self.stored.read(site.tensors.values()).items()
+    def state(self, wanted: Collection[str] = ()) -> dict[str, Tensor]:
+        """The tensors that `subset` of the same sites names, and all other parameters dense.
 
-    def _rebuild(self, group: list[StoredSite]) -> dict[str, Tensor]:
-        stored, manifest, roles = self.stored, self.manifest, self.roles
-        names = {name for site in group for name in touched(site.site, roles)}
-        weights = {
+        What the model keeps is allocated first: between its parameters, the temporary tensors of
+        each site would leave gaps, which stay resident. Of the sites that run as factors, nothing
+        is rebuilt.
+        """
+        kept = [site for site in self.manifest.sites if site.name in wanted]
+        replaced = {name for site in kept for name in touched(site.site, self.roles)}
+        state = dict(self.plain_tensors())
+        for site in kept:
+            state |= self.stored.read(site.tensors.values())
+        state |= self._allocated(set(self.manifest.replaced) - replaced)
+        for _, group in self._groups():
+            matrices = [m for site in group if site.name in wanted for m in site.site.matrices]
+            if not matrices:
+                self._rebuild(group, state)
+            elif fused_with(self.roles, matrices):
+                weights = self._rebuild(group, state)
+                rest = rest_of(self.roles, weights, matrices)
+                state |= {f"rest.{key}": w_ID for key, w_ID in rest.items()}
+        return state
+
+    def _allocated(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Uninitialised memory for parameters that are stored as factors."""
+        return {
             name: torch.empty(facts["shape"], dtype=getattr(torch, facts["dtype"]))
             for name in sorted(names)
-            for facts in [manifest.replaced[name]]
+            for facts in [self.manifest.replaced[name]]
         }
+
+    def _rebuild(
+        self, group: list[StoredSite], into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters of a group of sites as dense, those of `into` in place."""
+        stored, roles, into = self.stored, self.roles, into or {}
+        names = {name for site in group for name in touched(site.site, roles)}
+        weights = self._allocated(names - into.keys())
+        weights |= {name: into[name] for name in names & into.keys()}
         for site in group:
             write_dense(site.site, site.factors(stored.read(site.tensors.values())), roles, weights)
-        for key, tensor in manifest.rest.items():
+        for key, tensor in self.manifest.rest.items():
             number, _, role = key.partition(".")
             if roles.name(int(number), role) in weights:
                 roles.write(weights, int(number), role, stored.read([tensor])[tensor])
@@ -195,5 +213,4 @@ def dense_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the model that a factored folder represents, rebuilt one by one."""
     factored = FactoredFolder(folder)
     yield from factored.plain_tensors()
-    for _, weights in factored.dense_groups():
-        yield from weights.items()
+    yield from factored.rebuilt_tensors()

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tensorllm.checkpoint.factored import METHOD, STEM, FactoredFolder, dense_tensors, unmark_config
+from tensorllm.checkpoint.factored import METHOD, STEM, FactoredFolder, unmark_config
 from tensorllm.checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
-from tensorllm.checkpoint.reader import Checkpoint, read_header
+from tensorllm.checkpoint.reader import INTEGERS, Checkpoint, read_header
 from tensorllm.checkpoint.saving import record
 from tensorllm.checkpoint.whole import load_state, load_whole
 from tensorllm.errors import UserError
@@ -29,8 +29,6 @@ from tensorllm.runtime.products import speed_of
 How = Literal["always", "auto", "dense"]
 CHOICES = "tensorllm_choices"  # the attribute with a model's choices, one per site
 _cache_elsewhere: Cache = "latent"  # for models that `from_pretrained` opens by itself
-# Row numbers and quantised values, to which the model's dtype does not apply.
-INTEGERS = {"I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 
 
 def load(
@@ -154,7 +152,8 @@ def _from_state(
     """The model with the sites in `wanted` as factors and all others dense."""
     import transformers
 
-    config = unmark_config(Checkpoint(folder, stem=STEM).config)
+    factored = FactoredFolder(folder, manifest)
+    config = unmark_config(factored.stored.config)
     if wanted:
         config.quantization_config = {
             "quant_method": METHOD,
@@ -163,10 +162,7 @@ def _from_state(
             "sites": sorted(wanted),
             "dense_cache": dense_cache,
         }
-        state = dict(FactoredFolder(folder, manifest).partly_dense(wanted))
-    else:
-        state = dict(dense_tensors(folder))
-    model = load_state(state, config, dtype, folder)
+    model = load_state(factored.state(wanted), config, dtype, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
@@ -258,7 +254,8 @@ def _nothing_to_initialise(model: Any) -> None:
 
 
 def _empty(info: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    kind = INTEGERS.get(info["dtype"], dtype)
+    integer = INTEGERS.get(info["dtype"])  # to which the model's dtype does not apply
+    kind = getattr(torch, integer) if integer else dtype
     return torch.empty(info["shape"], dtype=kind, device="meta")
 
 

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensorllm.checkpoint.config import read_config
@@ -23,6 +24,10 @@ from tensorllm.io import from_json
 log = logging.getLogger(__name__)
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+INTEGERS = {  # such as masks, row numbers and quantised values
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 ROWS_BYTES = 2**24  # of each of two tensors that are compared
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -149,18 +154,19 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors, each into its own memory.
 
-        A file stays mapped only while it is read: mapped pages count as resident memory.
-        """
-        from safetensors import safe_open
+        Files are not mapped: mapped pages would count as resident memory beside the tensors.
 
+        Raises:
+            UserError: a file has become shorter than its header says.
+        """
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.entries[name].file].append(name)
         out = {}
         for file, wanted in by_file.items():
-            with safe_open(self.folder / file, framework="pt") as tensors:
+            with (self.folder / file).open("rb") as held:
                 for name in wanted:
-                    out[name] = tensors.get_tensor(name).clone()
+                    out[name] = _read(held, self.entries[name])
         return out
 
     def _files(self) -> list[str]:
@@ -207,6 +213,18 @@ class Checkpoint:
                 shape = tuple(info["shape"])
                 entries[name] = Entry(file, shape, info["dtype"], end - start, data + start)
         return entries
+
+
+def _read(file: Any, entry: Entry) -> Tensor:
+    """A tensor of a file that is open for reading bytes."""
+    if entry.dtype not in DTYPES | INTEGERS:
+        raise UserError(f"{file.name} holds a tensor stored as {entry.dtype}, which is not read")
+    dtype = getattr(torch, (DTYPES | INTEGERS)[entry.dtype])
+    made = torch.empty(entry.shape, dtype=dtype, device="cpu")
+    file.seek(entry.start)
+    if file.readinto(made.view(-1).view(torch.uint8).numpy()) != entry.bytes:
+        raise UserError(f"{file.name} became shorter while it was read")
+    return made
 
 
 def _quantised(folder: Path, method: Any) -> str:
