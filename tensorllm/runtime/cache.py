@@ -65,8 +65,10 @@ class GrowingLayer(DynamicLayer):
         room = self.room
         if room is None or not room.takes(self, after):
             length = after + min(ROOM, 1 + after // 4)
-            keys, values = (_with_room(t, length) for t in (self.keys, self.values))
-            room = self.room = Room(keys, values, 0)
+            # One after the other: where the old keys were, there is memory for the values.
+            self.keys = _with_room(self.keys, length)
+            self.values = _with_room(self.values, length)
+            room = self.room = Room(self.keys, self.values, 0)
         room.keys[..., before:after, :] = key_states
         room.values[..., before:after, :] = value_states
         room.used = after

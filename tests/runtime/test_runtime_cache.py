@@ -1,6 +1,7 @@
 """What attention caches: latents, keys and values as wide as a head, or by prediction."""
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tensorllm.checkpoint.loading import cache_elsewhere
 from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import Site
 from tensorllm.errors import UserError
+from tensorllm.runtime import cache as growing
+from tensorllm.runtime.cache import GrowingLayer
 from tensorllm.runtime.cost import keeps_dense_cache
 from tensorllm.tensors.factors import LowRank, Tucker
 from tensorllm.tensors.stacking import ATTENTION, Geometry
@@ -134,3 +137,24 @@ def test_what_opens_folders_by_itself_caches_as_the_process_says(tmp_path: Path)
     assert by_name["auto"] == by_name["dense"] != by_name["latent"]
     with pytest.raises(UserError, match="cache must be"), cache_elsewhere("wide"):  # type: ignore[arg-type]
         pass
+
+
+def test_old_keys_are_freed_before_memory_for_more_values_is_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Held together, they leave gaps of their size in the heap, in every layer."""
+    given: list[Any] = []
+    layer = GrowingLayer()
+    keys = torch.ones(1, 2, 5, 4)
+    layer.update(keys, keys)
+    old = weakref.ref(layer.keys)
+
+    def noted(t: torch.Tensor, length: int) -> torch.Tensor:
+        given.append(old() is None)
+        return with_room(t, length)
+
+    with_room = growing._with_room
+    monkeypatch.setattr(growing, "_with_room", noted)
+    got, _ = layer.update(keys[:, :, :1], keys[:, :, :1])
+    assert given == [False, True]
+    assert torch.equal(got, torch.ones(1, 2, 6, 4))
