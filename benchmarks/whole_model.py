@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from support.closed_gap import summary
 from support.results import RESULTS, Comparison, begin, parser, save
+from support.stored import stored_numbers
 from support.whole_model_texts import demo, stories
 from torch import nn
 
@@ -114,7 +115,7 @@ class Bench:
         wanted = make_compressor(method, {"kept": 1 / ratio, "matrices": roles})
         model = copy.deepcopy(self.dense)
         report = compress(model, wanted, calibration=text)
-        stored = sum(site.parameters_after for site in report.sites)
+        stored = stored_numbers(self.roles.spec, report, ROLES[scope])
         self.add(scope, ratio, method, seed, parameters=stored, **self.loss(model))
 
     def shared_tucker(self, scope: str, ratio: float) -> None:
@@ -131,7 +132,7 @@ class Bench:
         if ffn:
             wanted = Hybrid(attention=attention, ffn=PlainSVD(kept=1 / ratio, matrices=tuple(ffn)))
         report = compress(model, wanted)
-        stored = sum(site.parameters_after for site in report.sites)
+        stored = stored_numbers(self.roles.spec, report, ROLES[scope])
         self.add(scope, ratio, "shared-tucker", None, parameters=stored, **self.loss(model))
 
     def ours(self, scope: str, ratio: float, seed: int, text: Calibration, **more: Any) -> None:
@@ -139,7 +140,7 @@ class Bench:
         model = copy.deepcopy(self.dense)
         wanted = SCOPES[scope](target_ratio=ratio, **self.settings, **more)
         report = compress(model, fit(wanted, model, text, covariances=covariances))
-        stored = sum(site.parameters_after for site in report.sites)
+        stored = stored_numbers(self.roles.spec, report, ROLES[scope])
         name = " ".join(["ours", *(f"{key}={value}" for key, value in more.items())])
         self.add(scope, ratio, name, seed, parameters=stored, **self.loss(model))
 

@@ -27,11 +27,13 @@ from typing import Any
 import torch
 from support.questions import accuracies
 from support.results import RESULTS, Comparison, begin, made, parser, real, save
+from support.stored import stored_numbers
 from support.whole_model_texts import SCORED, blocks, wikitext
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorllm.calibration import Calibration, read_calibration
 from tensorllm.calibration.fit import fit_sizes, next_token_loss
+from tensorllm.calibration.layers import InMemory
 from tensorllm.compression.engine import compress
 from tensorllm.compressors import COMPRESSORS, ActivationHybrid
 from tensorllm.compressors.budget import Budget
@@ -76,6 +78,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.args = args
         config = self.model.config
+        self.spec = InMemory(self.model).roles.spec
         shared = real(args, "data").parent
         own = wikitext(self.tokenizer, shared, config, scored=2 if args.quick else SCORED)
         self.scored = own.scored
@@ -132,10 +135,11 @@ class Bench:
             else {}
         )
 
-    def add(self, name: str, kept: float | None, seconds: float, stored: int, model: Any) -> None:
+    def add(self, name: str, kept: float | None, seconds: float, report: Any, model: Any) -> None:
         if self.args.sampled is not None:
             name += SAMPLED
-        row = {"method": name, "kept": kept, "seconds": seconds, "parameters": stored}
+        row = {"method": name, "kept": kept, "seconds": seconds}
+        row["parameters"] = stored_numbers(self.spec, report)
         row |= self.loss(model) | self.answers(model)
         row |= {k: made()[k] for k in ("commit", "command")}
         self.losses[f"{name} at {kept}"] = row
@@ -160,10 +164,6 @@ def part_of(args: argparse.Namespace) -> str:
     return f"{args.calibrated}, {args.sequences} sequences{length}{another}"
 
 
-def stored_of(report: Any) -> int:
-    return sum(site.parameters_after for site in report.sites)
-
-
 def run(args: argparse.Namespace) -> None:
     bench = Bench(args)
     text = bench.calibration()
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 given = None if one.needs == "weights" else text
                 report = compress(model, one, calibration=given)
-                bench.add(name, share, time.perf_counter() - started, stored_of(report), model)
+                bench.add(name, share, time.perf_counter() - started, report, model)
                 save_all(bench, dense, args)
             continue
         one = ActivationHybrid(target_ratio=2.0, **OURS[name])
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
         for share, fitted in zip(kept, fits, strict=True):
             model = copy.deepcopy(bench.model)
             report = compress(model, fitted)
-            bench.add(name, share, seconds, stored_of(report), model)
+            bench.add(name, share, seconds, report, model)
             save_all(bench, dense, args)
 
 

@@ -28,7 +28,8 @@ Cache = Literal["auto", "latent", "dense"]
 # those are in 16 bits.
 LAYER_OPERATIONS, FUSED_SCORE, BESIDE_HALF_PRECISION = 80, 22, 2.2
 # 16-bit weights are read 1.2 times as fast as 32-bit ones, so an operation is worth more of them.
-# The attention that `runtime.one_query` replaces takes as long as so many operations.
+# The attention that `runtime.one_query` replaces takes as long as so many operations, if products
+# of 16 bits are no faster than those of 32.
 FASTER_HALF_PRECISION, REPEATING_ATTENTION = 1.2, 65
 # Slowdown of a prompt's products with factors, which are thinner matrices. It is left out when a
 # site's execution is chosen: sites kept dense for it would lose more in decoding.
@@ -168,4 +169,4 @@ def whole_speedups(
         return cost._replace(operations=int(faster * (cost.operations + more))).decode
 
     prefill = dense.prefill(speed) / small.prefill(speed)
-    return prefill, decode(dense, repeating) / decode(small)
+    return prefill, decode(dense, int(repeating / speed)) / decode(small)

@@ -133,30 +133,32 @@ def eigh(g_SS: Tensor) -> tuple[Tensor, Tensor]:
     return values_S, vectors_SS
 
 
-def eigenvalues(g_NN: Tensor) -> Tensor:
-    """The eigenvalues of a float64 covariance, largest first.
+def product_dtype(order: int) -> torch.dtype:
+    """The dtype of factorisations of covariances of this order: float32 from `LARGE` on.
 
-    In float32 from order `LARGE` on: eigenvalues below about a millionth of the largest are then
+    Rounding errors are then small next to the sampling error of a covariance.
+    """
+    return torch.float32 if order >= LARGE else torch.float64
+
+
+def eigenvalues(g_NN: Tensor) -> Tensor:
+    """The eigenvalues of a float64 covariance, largest first, float64.
+
+    Computed in `product_dtype`: in float32, eigenvalues below about a millionth of the largest are
     rounding errors, which no error curve is sensitive to.
     """
     with _few_threads(len(g_NN)):
-        narrow = len(g_NN) >= LARGE
-        values_N = torch.linalg.eigvalsh(g_NN.float() if narrow else g_NN)
+        values_N = torch.linalg.eigvalsh(g_NN.to(product_dtype(len(g_NN))))
     return values_N.flip(0).double()
 
 
 def leading_eigenvectors(g_NN: Tensor, rank: int) -> Tensor:
-    """The `rank` leading eigenvectors (N, R) of a float64 covariance, float64, leading first.
-
-    In float32 from order `LARGE` on, like `eigenvalues`: the error is small next to the sampling
-    error of the covariance.
-    """
-    narrow = len(g_NN) >= LARGE
-    return eigh(g_NN.float() if narrow else g_NN)[1].flip(1)[:, :rank].double()
+    """The `rank` leading eigenvectors (N, R) of a covariance, in `product_dtype`, leading first."""
+    return eigh(g_NN.to(product_dtype(len(g_NN))))[1].flip(1)[:, :rank]
 
 
 def leading_subspace(g_NN: Tensor, rank: int) -> Tensor:
-    """An orthonormal basis (N, R), float64, of approximately the leading eigenspace.
+    """An orthonormal basis (N, R), in `product_dtype`, of approximately the leading eigenspace.
 
     Below order `LARGE` the `rank` leading eigenvectors; from there on the range of the matrix times
     `rank` random vectors (Halko, Martinsson and Tropp 2011, algorithm 4.1).
@@ -165,7 +167,7 @@ def leading_subspace(g_NN: Tensor, rank: int) -> Tensor:
         return leading_eigenvectors(g_NN, rank)
     draws = torch.Generator(g_NN.device).manual_seed(0)
     sketch_NR = torch.randn(len(g_NN), rank, generator=draws, device=g_NN.device)
-    return torch.linalg.qr(g_NN.float() @ sketch_NR).Q.double()
+    return torch.linalg.qr(g_NN.float() @ sketch_NR).Q
 
 
 def _few_threads(size: int) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from tensorllm.tensors.eigen import product_dtype
 from tensorllm.tensors.factors import FACTORS, Factors, same_rank, wide, wide_dtype
 from tensorllm.tensors.unfold import exact_float32
 
@@ -69,6 +70,7 @@ class PivotedLowRank(Factors):
         return (self.rows_R.numel(),)
 
 
+@exact_float32()
 def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
     """`u_IR @ v_RO` with R of its rows as the basis.
 
@@ -76,8 +78,12 @@ def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
     mixing weights L₂ L₁⁻¹ do not change if U is multiplied by an upper triangular matrix, such as
     the one that makes its columns orthonormal. So the weights stay small (at most 2^(R-1) in
     theory, single digits in practice), and low-precision floats can hold them.
+
+    Computed in float64, and narrower factors of large rank in float32.
     """
-    lower_IR, pivots_R, _ = torch.linalg.lu_factor_ex(u_IR.double())
+    dtype = wide_dtype(u_IR)
+    within = torch.promote_types(dtype, product_dtype(u_IR.shape[1]))
+    lower_IR, pivots_R, _ = torch.linalg.lu_factor_ex(u_IR.to(within))
     rank = u_IR.shape[1]
     order_I = _order(pivots_R.tolist(), len(u_IR)).to(u_IR.device)
     chosen_R = order_I[:rank].sort().values
@@ -86,8 +92,7 @@ def pivot(u_IR: Tensor, v_RO: Tensor) -> PivotedLowRank:
         lower_IR[:rank], lower_IR[rank:], upper=False, left=False, unitriangular=True
     )
     mix_XR = mix[order_I[rank:].argsort()][:, order_I[:rank].argsort()]
-    basis_RO = u_IR[chosen_R].double() @ v_RO.double()
-    dtype = wide_dtype(u_IR)
+    basis_RO = u_IR[chosen_R].to(within) @ v_RO.to(within)
     return PivotedLowRank(basis_RO.to(dtype), mix_XR.to(dtype), chosen_R.int())
 
 

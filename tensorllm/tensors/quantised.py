@@ -168,7 +168,7 @@ def compensation(metric_DD: Tensor) -> Compensation:
     """From the metric M (symmetric, positive semidefinite) by which errors E cost tr(E M Eᵀ)."""
     order_D = metric_DD.diagonal().argsort(descending=True)
     ordered_DD = metric_DD[order_D][:, order_D]
-    inverse_DD = torch.cholesky_inverse(Metric(ordered_DD, DAMPING).root)
+    inverse_DD = torch.cholesky_inverse(Metric(ordered_DD, DAMPING).root.double())
     return Compensation(order_D, torch.linalg.cholesky(inverse_DD, upper=True).float())
 
 

@@ -13,6 +13,7 @@ factorisation and one eigenproblem of the model's width, however wide the other 
 Shapes: N the model's width, R rank, S ranks of a curve.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorllm.tensors.eigen import LARGE, eigenvalues, leading_eigenvectors
+from tensorllm.tensors.eigen import eigenvalues, leading_eigenvectors, product_dtype
 from tensorllm.tensors.triangular import congruent, raised_cholesky, times_lower
 
 FLOOR = 1e-6  # variance of a direction without data, relative to the mean variance
@@ -39,7 +40,7 @@ def floor_of(width: int, tokens: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A covariance (N, N) with its diagonal raised, in float64 on its own device.
+    """A covariance (N, N) with its diagonal raised, on its own device.
 
     Attributes:
         covariance_NN: the covariance.
@@ -50,27 +51,32 @@ class Metric:
     floor: float = FLOOR
 
     @cached_property
-    def raised(self) -> Tensor:
-        """The covariance with the floor added; the identity if it is zero."""
-        raised_NN = self.covariance_NN.to(torch.float64, copy=True)
-        mean = float(raised_NN.diagonal().mean())
-        raised_NN.diagonal().add_(self.floor * mean if mean > 0 else 1.0)
-        return raised_NN
-
-    @cached_property
     def root(self) -> Tensor:
-        """The lower Cholesky factor L; the floor is raised tenfold until there is one.
+        """The lower Cholesky factor L of the covariance with the floor added.
+
+        In `product_dtype`, or float64 if rounding to that makes the covariance indefinite; the
+        floor is then raised tenfold until there is a factor. The identity if all variances are 0.
 
         Raises:
             UserError: the covariance has NaN or Inf.
         """
-        mean = float(self.raised.diagonal().mean())
-        return raised_cholesky(self.raised, 10 * max(self.floor, LEAST) * mean, 10)
+        mean = float(self.covariance_NN.diagonal().mean())
+        size, floor = (mean, self.floor) if mean > 0 else (1.0, 1.0)
+        narrow = product_dtype(len(self.covariance_NN))
+        if narrow != torch.float64 and math.isfinite(mean):
+            raised_NN = (self.covariance_NN / size).to(narrow)  # unscaled it may underflow
+            raised_NN.diagonal().add_(floor)
+            root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
+            if not int(failed):
+                return root_NN.mul_(size**0.5)
+        raised_NN = self.covariance_NN.to(torch.float64, copy=True)
+        raised_NN.diagonal().add_(floor * size)
+        return raised_cholesky(raised_NN, 10 * max(self.floor, LEAST) * size, 10)
 
     def weighted(self, covariance_NN: Tensor, mapped_root_NN: Tensor | None = None) -> Tensor:
         """Lᵀ C L (N, N), float64; its eigenvalues are the errors of dropping single components.
 
-        From order `LARGE` on the products are in float32, as for the eigenvalues.
+        Products are in `product_dtype`, as the eigenvalues are.
 
         Args:
             covariance_NN: C.
@@ -84,28 +90,13 @@ class Metric:
         return found_NN.double().mul_(size)
 
     def times_inverse_root(self, v_RN: Tensor) -> Tensor:
-        """V L⁻¹ (R, N)."""
-        return torch.linalg.solve_triangular(self.root, v_RN, upper=False, left=False)
+        """V L⁻¹ (R, N), in the dtype of L."""
+        return torch.linalg.solve_triangular(self.root, v_RN.to(self.root), upper=False, left=False)
 
     def times_root(self, map_NN: Tensor) -> Tensor:
         """T L for a map T (N, N), in `product_dtype`."""
         dtype = product_dtype(len(map_NN))
         return times_lower(map_NN.to(dtype), self.root.to(dtype))
-
-
-def narrow_root(covariance_NN: Tensor, floor: float) -> Tensor:
-    """The root of a `Metric`, for error curves: in float32 from order `LARGE` on.
-
-    In float64 if rounding makes the covariance indefinite in float32.
-    """
-    mean = float(covariance_NN.diagonal().mean())
-    if product_dtype(len(covariance_NN)) == torch.float32 and mean > 0:
-        raised_NN = (covariance_NN / mean).float()  # unscaled it may underflow
-        raised_NN.diagonal().add_(floor)
-        root_NN, failed = torch.linalg.cholesky_ex(raised_NN)
-        if not int(failed):
-            return root_NN.mul_(mean**0.5)
-    return Metric(covariance_NN, floor).root
 
 
 class Projection(NamedTuple):
@@ -133,15 +124,8 @@ def projection(
 
 def between_roots(metric: Metric, v_NR: Tensor, mapped_root_NN: Tensor | None = None) -> Projection:
     """The projection (L V)(Vᵀ L⁻¹) of an orthonormal basis V; with a map T, (T L V)(Vᵀ L⁻¹)."""
-    dtype = product_dtype(len(v_NR))
     whole_NN = metric.root if mapped_root_NN is None else mapped_root_NN
-    into_NR = whole_NN.to(dtype) @ v_NR.to(dtype)
-    return Projection(into_NR.double(), metric.times_inverse_root(v_NR.mT.contiguous()))
-
-
-def product_dtype(order: int) -> torch.dtype:
-    """The dtype of products for eigenproblems of this order: float32 from `LARGE` on."""
-    return torch.float32 if order >= LARGE else torch.float64
+    return Projection(whole_NN @ v_NR.to(whole_NN), metric.times_inverse_root(v_NR.mT.contiguous()))
 
 
 def truncation_errors(weighted_NN: Tensor, ranks: int) -> Tensor:
@@ -158,8 +142,9 @@ def truncation_errors(weighted_NN: Tensor, ranks: int) -> Tensor:
 
 def projection_error(weighted_NN: Tensor, v_NR: Tensor) -> float:
     """The error of the map with this orthonormal basis (see `between_roots`)."""
-    kept = (v_NR * (weighted_NN @ v_NR)).sum()
-    return max(0.0, float(weighted_NN.diagonal().sum() - kept))
+    whole = float(weighted_NN.diagonal().sum()) or 1.0  # may underflow in float32
+    kept = (v_NR * ((weighted_NN / whole).to(v_NR) @ v_NR)).sum(dtype=torch.float64)
+    return max(0.0, whole * float(1 - kept))
 
 
 def at_equal_cost(target_NN: Tensor, covariance_NN: Tensor, metric_NN: Tensor) -> Tensor:
@@ -175,8 +160,8 @@ def at_equal_cost(target_NN: Tensor, covariance_NN: Tensor, metric_NN: Tensor) -
 def regression(cross_NN: Tensor, covariance_NN: Tensor, ridge: float) -> Tensor:
     """The (N, N) map T that minimises E|y - T x|² + ridge · mean(E x²) · |T - 1|².
 
-    From order `LARGE` on it is solved in float32, as the products of the covariances are: the
-    rounding errors of both are small next to the ridge.
+    It is solved in `product_dtype`, as the products of the covariances are: the rounding errors of
+    both are small next to the ridge.
 
     Args:
         cross_NN: E[y xᵀ].
@@ -188,6 +173,5 @@ def regression(cross_NN: Tensor, covariance_NN: Tensor, ridge: float) -> Tensor:
     raised_NN, wanted_NN = covariance_NN.double().clone(), cross_NN.double().clone()
     raised_NN.diagonal().add_(added)
     wanted_NN.diagonal().add_(added)
-    dtype = product_dtype(len(raised_NN))
-    root_NN = Metric(raised_NN, 0.0).root.to(dtype)
-    return torch.cholesky_solve(wanted_NN.mT.to(dtype), root_NN).mT
+    root_NN = Metric(raised_NN, 0.0).root
+    return torch.cholesky_solve(wanted_NN.mT.to(root_NN), root_NN).mT

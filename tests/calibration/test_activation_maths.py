@@ -22,7 +22,6 @@ from tensorllm.tensors.pivoted import PivotedLowRank, pivot, pivoted_parameters
 from tensorllm.tensors.weighted import (
     Metric,
     between_roots,
-    narrow_root,
     projection,
     projection_error,
     regression,
@@ -54,6 +53,17 @@ def test_pivoting_changes_nothing_but_the_count(shape):
 
 def test_full_rank_costs_the_matrix_and_its_row_numbers():
     assert pivoted_parameters((12, 7), 7) == 12 * 7 + 7
+
+
+def test_pivots_of_large_rank_are_as_exact_as_float32():
+    """With columns that decay, as those of fitted factors do; factors of float64 keep it."""
+    sizes = torch.logspace(0, -4, 1100).double()
+    u, v = randn(1500, 1100) * sizes, randn(1100, 300, seed=1)
+    for dtype, allowed in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        factors = pivot(u.to(dtype), v.to(dtype))
+        assert factors.mix_XR.dtype == dtype
+        left_over = factors.dense().double() - u @ v
+        assert float(left_over.norm() / (u @ v).norm()) < allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -130,7 +140,7 @@ def test_large_covariances_give_the_same_subspace_in_float32():
     values[:rank] *= 100
     propagated = (q * values) @ q.mT
     metric = Metric(torch.eye(size, dtype=torch.float64), 0.0)
-    into, back = projection(metric, propagated, rank)
+    into, back = (half.double() for half in projection(metric, propagated, rank))
     assert torch.allclose(into @ back, q[:, :rank] @ q[:, :rank].mT, atol=1e-5)
     errors = truncation_errors(metric.weighted(propagated), size)
     assert torch.allclose(errors[:-1], values.flip(0).cumsum(0).flip(0)[1:], atol=1e-4)
@@ -144,10 +154,10 @@ def test_a_basis_costs_what_its_map_misses_and_a_sketch_little_more():
         metric = Metric(moment(size, 3 * size, 2))
         weighted, rank = metric.weighted(propagated), size // 2
         basis = leading_subspace(weighted, rank)
-        assert torch.allclose(basis.mT @ basis, torch.eye(rank).double(), atol=1e-5)
-        into, back = between_roots(metric, basis)
+        assert torch.allclose(basis.mT @ basis, torch.eye(rank).to(basis), atol=1e-5)
+        into, back = (half.double() for half in between_roots(metric, basis))
         missed = torch.eye(size).double() - into @ back
-        wanted = float(torch.trace(missed.mT @ propagated @ missed @ metric.raised))
+        wanted = float(torch.trace(missed.mT @ propagated @ missed @ metric.covariance_NN))
         assert projection_error(weighted, basis) == pytest.approx(wanted, rel=1e-3)
         best = float(truncation_errors(weighted, size)[rank - 1])
         assert best * (1 - 1e-3) < projection_error(weighted, basis) < 3 * best
@@ -164,19 +174,22 @@ def test_behind_a_map_a_projection_comes_with_it():
     assert torch.allclose(into @ back, map_DD @ plain.into_NR @ plain.back_RN)
 
 
-def test_wide_regressions_and_roots_of_curves_are_as_exact_as_float32():
+def test_wide_regressions_and_roots_are_as_exact_as_float32():
     size = 1100
     seen, cross = moment(size, 3 * size, 1), moment(size, 3 * size, 1) + moment(size, size, 2)
     ridge = 1e-2 * float(seen.diagonal().mean()) * torch.eye(size).double()
     found = regression(cross, seen, 1e-2)
     wanted = torch.linalg.solve(seen + ridge, (cross + ridge).mT).mT
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
-    root = narrow_root(seen, 1e-6)
+    root = Metric(seen, 1e-6).root
     assert root.dtype == torch.float32
     assert float((root.double() @ root.double().mT - seen).norm() / seen.norm()) < 1e-5
     flat = torch.ones(size, size).double()  # of rank 1: float32 makes it indefinite
-    assert narrow_root(flat, 1e-8).dtype == torch.float64
-    assert torch.isfinite(narrow_root(torch.zeros(size, size).double(), 1e-6)).all()
+    assert Metric(flat, 1e-8).root.dtype == torch.float64
+    tiny = Metric(1e-42 * seen, 1e-6).root  # its squares underflow in float32
+    assert float((tiny / 1e-21 - root).norm() / root.norm()) < 1e-5
+    nothing = Metric(torch.zeros(size, size).double(), 1e-6).root
+    assert torch.equal(nothing.double(), torch.eye(size).double())
 
 
 @pytest.mark.parametrize("samples", [0, 1, 3])

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
+from tensorllm.checkpoint.factored import FactoredFolder
 from tensorllm.checkpoint.loading import predicted_of
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.compressors.calibrated.maps import pivoted
@@ -18,7 +19,7 @@ from tensorllm.compressors.layer import Site
 from tensorllm.compressors.widths import usual_multiple
 from tensorllm.errors import UserError
 from tensorllm.runtime import module_for, products
-from tensorllm.runtime.cost import choose
+from tensorllm.runtime.cost import choose, whole_speedups
 from tensorllm.runtime.products import speed_of, vector_times
 from tensorllm.runtime.sites import MOVE, OPERATION, PROMPT
 from tensorllm.tensors.factors import parameters
@@ -190,6 +191,18 @@ def test_a_whole_model_is_predicted(folder: Path):
     assert 0 < found[1] < 2
     dense = predicted_of(tl.load(folder), folder)
     assert dense == (1.0, 1.0)
+
+
+def test_attention_of_16_bits_gains_less_where_products_are_fast(folder: Path):
+    """What one query per group saves is emulated products; float32 has none, so gains nothing."""
+    spec = FactoredFolder(folder).roles.spec
+    slow, fast, none = (
+        whole_speedups(spec, [], 0, dtype, speed)[1] - 1
+        for dtype, speed in ((torch.bfloat16, 1.0), (torch.bfloat16, 5.0), (torch.float32, 1.0))
+    )
+    assert fast == pytest.approx(slow / 5, rel=0.02)
+    assert slow > 0
+    assert none == 0
 
 
 def test_copies_weigh_more_where_products_are_fast() -> None:

@@ -26,7 +26,7 @@ from tensorllm.tensors.shared_input import NARROWED, rows_stacking
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 from tensorllm.tensors.triangular import lower_inverse, transposed_lower_times
 from tensorllm.tensors.unfold import add_gram, mirror
-from tensorllm.tensors.weighted import Metric, floor_of, narrow_root
+from tensorllm.tensors.weighted import Metric, floor_of
 
 ORDERED = 4  # the channels are ranked on one batch in so many
 LEAST_FREE = 0.05  # lower bound of 1 - parameters / tokens
@@ -75,7 +75,7 @@ def curve(site: Site, context: LayerContext, gradient_DD: Tensor) -> ErrorCurve:
     gradient_DD = gradient_DD.to(out_FD.device)
     order_F = _order(covariance_FF.diagonal(), out_FD, gradient_DD)
     floor = floor_of(len(order_F), context.tokens)
-    root_FF = narrow_root(covariance_FF[order_F[:, None], order_F], floor)
+    root_FF = Metric(covariance_FF[order_F[:, None], order_F], floor).root
     residual_FD = transposed_lower_times(root_FF.to(out_FD), out_FD[order_F])
     left_F = _costs(residual_FD, gradient_DD).flip(0).cumsum(0).flip(0)
     step = _step(len(left_F))
@@ -211,7 +211,8 @@ def fit_channels(context: LayerContext, site: Site, count: int, read: ErrorModel
     ridge = RIDGE * float(kept_RR.diagonal().mean())
     kept_RR.diagonal().add_(ridge)
     root_RR = Metric(kept_RR, 0.0).root
-    out_RD = torch.cholesky_solve(target_RD + ridge * out_FD[rows_R].double(), root_RR)
+    target_RD += ridge * out_FD[rows_R]
+    out_RD = torch.cholesky_solve(target_RD.to(root_RR), root_RR)
     found.write(out_RD.float())
     context.replace(site, found.factors())
     found.metrics = read.metric, Metric(kept_RR / tokens, DAMPING)
