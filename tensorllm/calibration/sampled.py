@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.errors import UserError
@@ -45,7 +45,7 @@ def sampled_text(
     Raises:
         UserError: numbers out of range, a masked language model, or NaN scores.
     """
-    _check(model, sequences, length)
+    check_sample(model.config, sequences, length)
     written: list[tuple[int, ...]] = []
 
     def report(ids_BT: Tensor, scores: Any) -> Tensor:
@@ -60,15 +60,15 @@ def sampled_text(
     return Calibration(tuple(written), source="sampled", seed=seed)
 
 
-def _check(model: PreTrainedModel, sequences: int, length: int) -> None:
-    """Refuse numbers out of range, and a model that writes no text."""
+def check_sample(config: PretrainedConfig, sequences: int, length: int) -> None:
+    """Refuse what `sampled_text` cannot write, by the model's config."""
     if sequences < 1 or length < 2:
         raise UserError(
             f"a sample is 1 or more sequences of 2 or more tokens, got {sequences} × {length}"
         )
-    if is_masked(model.config):
+    if is_masked(config):
         raise UserError("the model fills masks and writes no text; a causal model is needed")
-    context = context_length(model.config)
+    context = context_length(config)
     if context is not None and length > context:
         raise UserError(f"a sequence has at most the model's {context} tokens, got {length}")
 
@@ -92,6 +92,8 @@ def _continued(
         top_p=1.0,
         num_beams=1,
         repetition_penalty=1.0,
+        num_return_sequences=1,
+        stop_strings=None,
         eos_token_id=-1,  # no end token: continue after a document's end
         pad_token_id=0,  # unused: all have the same length
         logits_processor=refuse_nan(),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, Self
 
-import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,11 +20,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from tensorllm.errors import UserError, first_line
 from tensorllm.evaluation.scorer import context_of, embedding_rows
+from tensorllm.models.ends import Ends
 from tensorllm.options import MAX_SEED
 
 LOG = logging.getLogger(__name__)
@@ -229,24 +228,6 @@ def fit(config: GenerationConfig, model: Any, tokenizer: Any, read: int) -> None
             raise UserError(f"logit_bias: tokens are 0..{rows - 1}, got {unknown[0]}")
         bias = {tokens: float(value) for tokens, value in bias.items()}  # no whole numbers
         config.sequence_bias = bias or None
-
-
-class Ends(StoppingCriteria):
-    """Ends a text where it holds one of some strings.
-
-    transformers' own criterion works the strings out anew for each request, over the whole
-    vocabulary, and needs a tokenizer that can spell any text.
-    """
-
-    def __init__(self, strings: str | list[str], tokenizer: Any, read: int) -> None:
-        self.strings = [strings] if isinstance(strings, str) else strings
-        self.tokenizer = tokenizer
-        self.read = read  # tokens of the prompt, which may hold the strings
-
-    def __call__(self, input_ids: Tensor, scores: Any, **rest: Any) -> Tensor:  # type: ignore[override]
-        texts = self.tokenizer.batch_decode(input_ids[:, self.read :])
-        ended = [any(string in text for string in self.strings) for text in texts]
-        return torch.tensor(ended, device=input_ids.device)
 
 
 def problem_of(body: dict[str, Any], kind: type[Settings]) -> str | None:
