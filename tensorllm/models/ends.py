@@ -23,7 +23,7 @@ class Ends(StoppingCriteria):
         self.tokenizer = tokenizer
         self.read = read  # tokens of the prompt, which may hold the strings
 
-    def __call__(self, input_ids: Tensor, scores: Any, **rest: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **rest: Any) -> Tensor:
         """Whether each text (B,) of tokens (B, T) has ended."""
         ended = [self.reached(ids) for ids in input_ids[:, self.read :].tolist()]
         return torch.tensor(ended, device=input_ids.device)
