@@ -1,5 +1,6 @@
 """`tensorllm reproduce`."""
 
+from tensorllm.dataset_names import check_datasets
 from tensorllm.requests.reproduce import ReproduceRequest
 from tensorllm_cli.interrupt import INTERRUPT
 from tensorllm_cli.show import print_json, print_result, progress_bar
@@ -21,6 +22,7 @@ def reproduce(request: ReproduceRequest, *, json: bool) -> None:
 
       tensorllm reproduce --study claims
     """
+    check_datasets(request.datasets or (), (), ())
     if request.dry_run:
         _rehearse(request, as_json=json)
         return

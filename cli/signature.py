@@ -84,9 +84,15 @@ def _read(field: OptionField, given: Any) -> Any:
         return None
     if field.option.parse is not None:
         return field.option.parse(field.flag, given)
-    return tuple(map(_at_home, given)) if field.option.repeated else _at_home(given)
+    if field.option.repeated:
+        return tuple(_path(field, each) for each in given)
+    return _path(field, given)
 
 
-def _at_home(given: Any) -> Any:
+def _path(field: OptionField, given: Any) -> Any:
     """A path with the home folder in place of `~`, which a shell leaves in `--out=~/folder`."""
-    return at_home(given) if isinstance(given, Path) else given
+    if not isinstance(given, Path):
+        return given
+    path = at_home(given, text=field.option.reads is not None)
+    field.refuse_missing(path)
+    return path

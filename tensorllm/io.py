@@ -135,8 +135,12 @@ def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
     return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # no braces, but a comma
 
 
-def at_home(path: Path) -> Path:
+def at_home(path: Path, *, text: bool = False) -> Path:
     """The path as a user means it: with the home folder in place of a `~`, if there is one.
+
+    Args:
+        path: as it was given.
+        text: it is read as text, by Python, which opens names that are not UTF-8.
 
     Raises:
         UserError: no file can have this name, or none that safetensors and parquet can open.
@@ -145,7 +149,7 @@ def at_home(path: Path) -> Path:
         path = path.expanduser()
     shown = f"{str(path)[:SHOWN]} ..." if len(str(path)) > SHOWN else str(path)
     try:
-        str(path.absolute()).encode()
+        str(path.absolute()).encode(errors="surrogateescape" if text else "strict")
         path.lstat()
     except UnicodeEncodeError:
         where = "" if path.is_absolute() else f" in the folder {Path.cwd()}"
@@ -155,6 +159,11 @@ def at_home(path: Path) -> Path:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the path {shown!r} cannot be that of a file: {reason}") from None
     return path
+
+
+def printable(name: str) -> str:
+    """The name of a file, with marks in place of bytes that are not UTF-8, for records of it."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def remove_temporary(folder: Path) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tensorllm.errors import UserError
@@ -31,6 +32,8 @@ class Option:
         repeated: may be given several times; `parse` gets all the texts.
         argument: positional, without a flag.
         minimum, maximum: of a whole number.
+        reads: what the file at this path is, which must be there (refused before slow imports)
+            and is read by Python alone, so that its name may be any.
         needs: this option does nothing unless one of these fields of the request is given, or has
             the value after a `=` (`study=claims`).
     """
@@ -43,6 +46,7 @@ class Option:
     argument: bool = False
     minimum: int | None = None
     maximum: int | None = None
+    reads: str | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -59,6 +63,13 @@ class OptionField:
     @property
     def flag(self) -> str:
         return self.option.flag or flag_of(self.name)
+
+    def refuse_missing(self, path: Path) -> None:
+        """Refuse a path without the file that the option reads."""
+        if self.option.reads is not None and not path.exists():
+            raise UserError(
+                f"cannot read the {self.option.reads} {str(path)!r}: No such file or directory"
+            )
 
     def out_of_range(self, value: Any) -> str | None:
         """What is wrong with a number outside the option's range; None if nothing is."""

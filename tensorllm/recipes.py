@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tensorllm.compressors import COMPRESSORS, Compressor
-from tensorllm.compressors.budget import SIZES, TARGETS, Budget
+from tensorllm.compressors.budget import TARGETS, Budget
 from tensorllm.compressors.settings import (
     checked,
     fields_of,
@@ -33,9 +33,7 @@ RUN = {
     if field.name not in (*KEYS, *SETTINGS, *ONLY_TYPED)
 }
 
-# Settings that exclude each other: giving one drops the recipe's.
 _TARGET_TYPES = get_type_hints(Budget)
-EXCLUSIVE = tuple((*names, *TARGETS) for names in SIZES)
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,9 @@ def recipe_of(request: CompressRequest) -> Recipe:
             base = default_recipe(model, request.mode, request.dataset)
     if base is None:
         base = Recipe("command line", model, request.mode or "", None, {})
-    kept = {key: value for key, value in base.settings.items() if not _excluded(key, given)}
+    kept = {
+        key: value for key, value in base.settings.items() if not _excluded(key, given, base.mode)
+    }
     wanted = request.layers or base.layers
     layers = wanted if isinstance(wanted, tuple) else None
     if wanted is None and base.notes:
@@ -239,7 +239,9 @@ def recipe_of(request: CompressRequest) -> Recipe:
         )
     settings = kept | given
     target = next((name for name in TARGETS if name in settings), None)
-    sizes = [name for names in SIZES for name in names if name in settings]
+    sizes = [
+        name for row in COMPRESSORS[base.mode].size_settings for name in row if name in settings
+    ]
     if target is not None and sizes:
         raise UserError(
             f"{target} chooses the sizes itself: give it or {' and '.join(sizes)}, not both"
@@ -254,7 +256,9 @@ def completed(request: CompressRequest, recipe: Recipe) -> CompressRequest:
     return replace(request, **{k: v for k, v in said.items() if getattr(request, k) == own[k]})
 
 
-def _excluded(key: str, given: Mapping[str, Any]) -> bool:
+def _excluded(key: str, given: Mapping[str, Any], mode: str) -> bool:
+    """Whether a recipe's setting is dropped for one that is given and takes its place."""
+    groups = [(*row, *TARGETS) for row in COMPRESSORS[mode].size_settings] or [TARGETS]
     return key not in given and any(
-        key in group and any(name in given for name in group) for group in EXCLUSIVE
+        key in group and any(name in given for name in group) for group in groups
     )

@@ -69,7 +69,9 @@ class Fitted:
         """
         mode, settings = settings_of(self.compressor)
         if self.budget is not None:
-            settings = without_sizes(settings) | self.budget.settings
+            settings = (
+                without_sizes(settings, self.compressor.named.size_settings) | self.budget.settings
+            )
         return mode, settings | {"calibration": self.calibration}
 
 
@@ -256,7 +258,7 @@ def _check_budget(work: Sweeps, budget: Budget | None) -> None:
     """Refuse a target that no recipe of the strategy could name, before anything is measured."""
     if budget is not None and work.compressor.budget is None:
         strategy = work.compressor.named
-        rest = without_sizes(settings_of(strategy)[1])
+        rest = without_sizes(settings_of(strategy)[1], strategy.size_settings)
         strategy.budget_settings(work.source.roles.spec, rest)
 
 

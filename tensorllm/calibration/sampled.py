@@ -3,11 +3,12 @@
 Shapes: B sequences of a batch, T their length so far, at most.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 from tensorllm.calibration.sequences import Calibration
 from tensorllm.errors import UserError
@@ -44,17 +45,8 @@ def sampled_text(
     Raises:
         UserError: numbers out of range, a masked language model, or NaN scores.
     """
-    if sequences < 1 or length < 2:
-        raise UserError(
-            f"a sample is 1 or more sequences of 2 or more tokens, got {sequences} × {length}"
-        )
-    if is_masked(model.config):
-        raise UserError("the model fills masks and writes no text; a causal model is needed")
-    context = context_length(model.config)
-    if context is not None and length > context:
-        raise UserError(f"a sequence has at most the model's {context} tokens, got {length}")
+    check_sample(model.config, sequences, length)
     written: list[tuple[int, ...]] = []
-    generate: Any = model.generate
 
     def report(ids_BT: Tensor, scores: Any) -> Tensor:
         progress(len(written) * length + ids_BT.numel(), sequences * length, "writing")
@@ -64,20 +56,47 @@ def sampled_text(
         torch.manual_seed(seed)
         first_N1 = torch.randint(text_config_of(model.config).vocab_size, (sequences, 1))
         for first_B1 in first_N1.to(model.device).split(BATCH):
-            ids_BT = generate(
-                first_B1,
-                attention_mask=torch.ones_like(first_B1),
-                max_new_tokens=length - 1,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                num_beams=1,
-                repetition_penalty=1.0,
-                eos_token_id=-1,  # no end token: continue after a document's end
-                pad_token_id=0,  # unused: all have the same length
-                logits_processor=refuse_nan(),
-                stopping_criteria=StoppingCriteriaList([report]),
-            )
-            written += [tuple(row) for row in ids_BT.tolist()]
+            written += map(tuple, _continued(model, first_B1, length, report).tolist())
     return Calibration(tuple(written), source="sampled", seed=seed)
+
+
+def check_sample(config: PretrainedConfig, sequences: int, length: int) -> None:
+    """Refuse what `sampled_text` cannot write, by the model's config."""
+    if sequences < 1 or length < 2:
+        raise UserError(
+            f"a sample is 1 or more sequences of 2 or more tokens, got {sequences} × {length}"
+        )
+    if is_masked(config):
+        raise UserError("the model fills masks and writes no text; a causal model is needed")
+    context = context_length(config)
+    if context is not None and length > context:
+        raise UserError(f"a sequence has at most the model's {context} tokens, got {length}")
+
+
+def _continued(
+    model: PreTrainedModel, first_B1: Tensor, length: int, report: Callable[[Tensor, Any], Tensor]
+) -> Tensor:
+    """(B, T): the first tokens and what the model samples after them, whatever its own settings.
+
+    Args:
+        report: a stopping criterion, called after each token.
+    """
+    generate: Any = model.generate
+    ids_BT: Tensor = generate(
+        first_B1,
+        attention_mask=torch.ones_like(first_B1),
+        max_new_tokens=length - 1,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        num_return_sequences=1,
+        stop_strings=None,
+        eos_token_id=-1,  # no end token: continue after a document's end
+        pad_token_id=0,  # unused: all have the same length
+        logits_processor=refuse_nan(),
+        stopping_criteria=StoppingCriteriaList([report]),
+    )
+    return ids_BT

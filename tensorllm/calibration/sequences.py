@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tensorllm.calibration.ranks import ALONE, Ranks
 from tensorllm.errors import UserError
+from tensorllm.io import printable
 from tensorllm.models.task import context_length
 
 WINDOW = 64  # tokens: many stories begin alike, but not for so long
@@ -263,7 +264,7 @@ def read_calibration(
     blocks = [tuple(example.tokens or ()) for example in text.examples]
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     drawn = [blocks[i] for i in order[:sequences].tolist()]
-    return Calibration(tuple(drawn), source=Path(file).name, seed=seed)
+    return Calibration(tuple(drawn), source=printable(Path(file).name), seed=seed)
 
 
 def _pad(group: Sequence[tuple[int, ...]], ranks: Ranks) -> Batch:

@@ -100,6 +100,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = quiet) -> Evaluation
                 logger=logger,
                 progress=progress,
                 prefix=PREFIX[name],
+                kept=request.out is not None,
                 protocol=protocol,
                 batch_tokens=request.batch_tokens,
             )

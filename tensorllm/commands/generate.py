@@ -14,7 +14,8 @@ from tensorllm.checkpoint.source import resolve
 from tensorllm.data.tokens import as_messages, check_ids, open_ended
 from tensorllm.errors import UserError, first_line
 from tensorllm.evaluation.forward import PAD, Padded, left_padded
-from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of, is_masked
+from tensorllm.evaluation.scorer import context_of, embedding_rows, eos_of
+from tensorllm.models.ends import Ends
 from tensorllm.models.scores import refuse_nan
 from tensorllm.options import refuse_idle
 from tensorllm.progress import Progress, quiet
@@ -42,18 +43,20 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
     """
     load_plugins(request.plugins)
     _check(request)
-    model, tokenizer = loaded(request, policy=request.policy, cache=request.cache)
+    loader = opened(request)
+    tokenizer = loader.tokenizer()
     if request.chat:
         prompts = as_messages(tokenizer, request.prompts, request.model)
     else:
         prompts = open_ended(tokenizer, request.prompts)
-    check_ids(prompts, embedding_rows(model), "a prompt")
     if not all(prompts):
         raise UserError("a prompt must be one token or more, got none")
-    batch = left_padded(prompts, model.device)
-    read, context = batch.ids_BT.shape[1], context_of(model.config, tokenizer)
+    read, context = max(map(len, prompts)), context_of(loader.config(), tokenizer)
     if read >= context:
         raise UserError(f"the prompt must be below the model's {context} tokens, got {read}")
+    model = loaded(loader, policy=request.policy, cache=request.cache)
+    check_ids(prompts, embedding_rows(model), "a prompt")
+    batch = left_padded(prompts, model.device)
     most = min(request.max_new_tokens, context - read)
     if most < request.max_new_tokens:
         LOG.warning(
@@ -63,18 +66,18 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
             context,
             read,
         )
-    eos = eos_of(model)
+    eos, ends = eos_of(model), Ends(model.generation_config.stop_strings or (), tokenizer, read)
     texts = [
-        [*([] if request.chat else prompt), *_until_end(row[read:].tolist(), eos)]
+        [*([] if request.chat else prompt), *_until_end(row[read:].tolist(), eos, ends)]
         for prompt, row in zip(
-            prompts, _continued(request, model, batch, most, progress), strict=True
+            prompts, _continued(request, model, ends, batch, most, progress), strict=True
         )
     ]
     return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]
 
 
 def _continued(
-    request: GenerateRequest, model: Any, batch: Padded, most: int, progress: Progress
+    request: GenerateRequest, model: Any, ends: Ends, batch: Padded, most: int, progress: Progress
 ) -> Tensor:
     """Token ids of the prompts and of at most `most` new tokens each."""
     torch.manual_seed(request.seed)
@@ -91,11 +94,13 @@ def _continued(
             attention_mask=batch.mask_BT.long(),
             max_new_tokens=most,
             num_beams=request.beams,
+            num_return_sequences=1,
             do_sample=request.temperature > 0,
             pad_token_id=PAD,  # masked out before a prompt, and cut off after a text's end
             return_dict_in_generate=False,
+            stop_strings=None,  # the model's own, if any, are in `ends`
             logits_processor=refuse_nan(),
-            stopping_criteria=StoppingCriteriaList([count]),
+            stopping_criteria=StoppingCriteriaList([count, ends]),
             **(sampling if request.temperature > 0 else {}),
         )
     except UserError:
@@ -108,27 +113,30 @@ def _continued(
     return found
 
 
-def loaded(
-    request: GenerateRequest | SampleRequest, *, policy: Policy = "always", cache: Cache = "auto"
-) -> tuple[Any, Any]:
-    """The model on its device, as factors if it is factored, and its tokenizer."""
-    folder = resolve(request.model, request.revision).folder
+def opened(request: GenerateRequest | SampleRequest) -> Loader:
+    """The loader of a model that writes text."""
     device = device_of(request.device)
-    loader = Loader(folder, dtype_of(request.dtype), verify=request.verify).quickest(device)
-    tokenizer = loader.tokenizer()
-    if factored_manifest(folder) is not None:
-        model = load(folder, policy=policy, cache=cache, dtype=loader.dtype, verify=request.verify)
-    else:
-        model = loader()
-    if is_masked(model):
+    folder = resolve(request.model, request.revision).folder
+    loader = Loader(folder, dtype_of(request.dtype), device, verify=request.verify).quickest()
+    if loader.masked:
         raise UserError(f"{request.model} fills masks and writes no text; evaluate it instead")
-    return model.to(device).eval(), tokenizer
+    return loader
 
 
-def _until_end(ids: list[int], eos: frozenset[int]) -> list[int]:
+def loaded(loader: Loader, *, policy: Policy = "always", cache: Cache = "auto") -> Any:
+    """The model on its device, as factors if it is factored."""
+    if factored_manifest(loader.folder) is None:
+        return loader()
+    model = load(
+        loader.folder, policy=policy, cache=cache, dtype=loader.dtype, verify=loader.verify
+    )
+    return model.to(loader.device).eval()
+
+
+def _until_end(ids: list[int], eos: frozenset[int], ends: Ends) -> list[int]:
     """The tokens up to the one that ends the text; what follows is padding."""
-    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-    return ids[: end + 1]
+    lasts = (i for i, token in enumerate(ids) if token in eos or ends.reached(ids[: i + 1]))
+    return ids[: next(lasts, len(ids)) + 1]
 
 
 def _check(request: GenerateRequest) -> None:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorllm.calibration.sampled import sampled_text
+from tensorllm.calibration.sampled import check_sample, sampled_text
 from tensorllm.calibration.sequences import usual_length
-from tensorllm.commands.generate import loaded
+from tensorllm.commands.generate import loaded, opened
 from tensorllm.errors import UserError
 from tensorllm.io import check_writable, replacing
 from tensorllm.progress import Progress, quiet
@@ -47,16 +47,20 @@ def sample(request: SampleRequest, progress: Progress = quiet) -> Sampled:
     check_writable(request.out.parent)
     if request.out.suffix != ".jsonl":
         raise UserError(f"--out must be named *.jsonl, got {request.out.name}")
-    model, tokenizer = loaded(request)
+    loader = opened(request)
+    tokenizer, config = loader.tokenizer(), loader.config()
+    length = request.length or usual_length(config)
+    check_sample(config, request.sequences, length)
     text = sampled_text(
-        model,
+        loaded(loader),
         sequences=request.sequences,
-        length=request.length or usual_length(model.config),
+        length=length,
         seed=request.seed,
         progress=progress,
     )
     with replacing(request.out) as part, part.open("w", encoding="utf-8") as file:
         for sequence in text.sequences:
-            row = {"text": tokenizer.decode(sequence), "model": request.model, "seed": request.seed}
+            written = tokenizer.decode(list(sequence))
+            row = {"text": written, "model": request.model, "seed": request.seed}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Sampled(request.out, len(text.sequences), text.tokens, request.seed, request.model)

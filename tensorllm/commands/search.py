@@ -30,7 +30,7 @@ from tensorllm.search.conclusion import (
 from tensorllm.search.processes import WAIT, check_workers, run_workers
 from tensorllm.search.queue import TrialQueue, infeasible
 from tensorllm.search.selection import half_width, ranked
-from tensorllm.search.storage import JOURNAL, storage_errors
+from tensorllm.search.storage import JOURNAL, check_storage, storage_errors
 from tensorllm.search.study import Study
 
 LOG = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ def run(request: SearchRequest, progress: Progress = quiet) -> SearchResult:
     with ExitStack() as stack:
         log = stack.enter_context(metric_log(request.logger, request.log_dir, "search"))
         folder = _folder(request, stack)
+        if request.storage is not None:
+            check_storage(request.storage)
         study = Study(request)
         _warn(study)
         queue = stack.enter_context(closing(study.queue(folder)))

@@ -54,6 +54,8 @@ class Compressor(ABC):
         holds_out: whether `curves` uses `held_out_error`; one batch is then kept out of its
             covariances.
         one_size: whether a budget gives all sites of `groupings` the same size.
+        size_settings: names of its settings of sizes, in rows of which one is given; a budget
+            replaces them all.
     """
 
     source: ClassVar[str]
@@ -61,6 +63,7 @@ class Compressor(ABC):
     width_only: ClassVar[bool] = False
     holds_out: ClassVar[bool] = False
     one_size: ClassVar[bool] = False
+    size_settings: ClassVar[tuple[tuple[str, ...], ...]] = (("rank", "ranks"),)
 
     @abstractmethod
     def jobs(self, spec: ModelSpec, layers: Sequence[int]) -> "list[Job]":

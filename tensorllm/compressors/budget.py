@@ -1,7 +1,7 @@
 """A target size."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,13 +97,12 @@ class Budget:
         return self.target_params - rest
 
 
-# Settings of strategies of which one of a row is given, and none beside a target, which stands in
-# their place.
-SIZES = (("ranks", "energy", "error"), ("rho", "rank", "kept"))
 TARGETS = ("target_ratio", "target_params", "target_bytes", "max_loss_increase")
 
 
-def without_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_sizes(
+    settings: Mapping[str, Any], size_settings: Sequence[Sequence[str]]
+) -> dict[str, Any]:
     """The settings that a recipe may name beside a target."""
-    chosen = {*TARGETS, *(name for row in SIZES for name in row)}
+    chosen = {*TARGETS, *(name for row in size_settings for name in row)}
     return {name: value for name, value in settings.items() if name not in chosen}

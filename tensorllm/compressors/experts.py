@@ -71,6 +71,7 @@ class ExpertTucker(Leaf):
     sweeps: int = 1
 
     source: ClassVar[str] = "https://openreview.net/forum?id=D9cnZNZfxX"
+    size_settings: ClassVar[tuple[tuple[str, ...], ...]] = (("kept", "ranks"),)
 
     def __post_init__(self) -> None:
         if (self.kept is None) == (self.ranks is None):

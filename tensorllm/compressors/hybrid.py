@@ -39,6 +39,9 @@ class Hybrid(Composite):
     ffn: Compressor | None = None
 
     source: ClassVar[str] = "https://arxiv.org/abs/2501.15674"
+    size_settings: ClassVar[tuple[tuple[str, ...], ...]] = SharedTucker4D.size_settings + (
+        LaserSVD.size_settings
+    )
 
     def __post_init__(self) -> None:
         if self.ffn_layers is not None:

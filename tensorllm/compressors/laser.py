@@ -52,6 +52,7 @@ class LaserSVD(Leaf):
     blocks: int = 1
 
     source: ClassVar[str] = "https://arxiv.org/abs/2312.13558"
+    size_settings: ClassVar[tuple[tuple[str, ...], ...]] = (("rho", "rank"),)
 
     def __post_init__(self) -> None:
         if (self.rho is None) == (self.rank is None):

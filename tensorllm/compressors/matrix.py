@@ -10,7 +10,7 @@ Shapes: Y outputs, X inputs, R rank, N sizes of a curve, I and D of a role matri
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class KeptSettings:
     kept: float | None = None
     rank: int | None = None
     matrices: tuple[str, ...] | None = None
+
+    size_settings: ClassVar[tuple[tuple[str, ...], ...]] = (("kept", "rank"),)
 
     def __post_init__(self) -> None:
         if (self.kept is None) == (self.rank is None):

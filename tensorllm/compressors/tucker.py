@@ -65,6 +65,7 @@ class TuckerSettings(Leaf):
     solver: Solver = "sthosvd"
 
     modes: ClassVar[tuple[int, ...]]
+    size_settings: ClassVar[tuple[tuple[str, ...], ...]] = (("ranks", "energy", "error"),)
 
     def __post_init__(self) -> None:
         given = [name for name in ("ranks", "energy", "error") if getattr(self, name) is not None]

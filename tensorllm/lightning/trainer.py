@@ -29,7 +29,9 @@ from tensorllm.lightning.module import ReasoningModule
 from tensorllm.progress import Progress, silenced
 from tensorllm.registry import did_you_mean
 
+# What a run that stopped is to be followed by; the predictions are kept, or gone with the run.
 AGAIN = "run the same command again: it goes on from the last finished batch"
+ANEW = "with --out FOLDER the same command, run again, goes on from the last finished batch"
 # The Trainer's options that have a flag of their own.
 TAKEN = {
     **{name: f"--{name.replace('_', '-')}" for name in ("accelerator", "devices", "num_nodes")},
@@ -189,9 +191,15 @@ def _callback(given: Any) -> Callback:
 
 
 def run(
-    trainer: Trainer, module: LightningModule, data: ReasoningDataModule
+    trainer: Trainer, module: LightningModule, data: ReasoningDataModule, then: str = AGAIN
 ) -> dict[str, float] | None:
     """Run `trainer.test`, or `trainer.validate` if the data is the validation part.
+
+    Args:
+        trainer: as `Devices.trainer` makes it.
+        module: scores the examples.
+        data: the dataset.
+        then: what to do after a run that did not end, for its error.
 
     Returns:
         What the module logged.
@@ -211,18 +219,18 @@ def run(
             name, _, message = last.partition(": ")
             if name.endswith("UserError"):
                 raise UserError(message) from None
-            raise Incomplete(f"worker {error.error_index} failed: {last}; {AGAIN}") from None
+            raise Incomplete(f"worker {error.error_index} failed: {last}; {then}") from None
         except SystemExit:  # what the Trainer makes of Ctrl-C
             raise KeyboardInterrupt from None
         except ProcessExitedException as error:
             how = error.signal_name or f"exit code {error.exit_code}"
-            raise Incomplete(f"worker {error.error_index} died ({how}); {AGAIN}") from None
+            raise Incomplete(f"worker {error.error_index} died ({how}); {then}") from None
         except MisconfigurationException as error:  # options that do not fit this dataset
             raise UserError(f"the Trainer cannot run so: {first_line(error)}") from None
         except RuntimeError as error:  # a collective operation whose peer is gone
             if isinstance(error, Incomplete) or not several:
                 raise
-            raise Incomplete(f"a process failed: {first_line(error)}; {AGAIN}") from None
+            raise Incomplete(f"a process failed: {first_line(error)}; {then}") from None
         finally:  # Lightning calls no teardown after an error
             data.teardown("")
     return dict(logged[0]) if logged and logged[0] else None  # `barebones` logs nothing
@@ -238,6 +246,7 @@ def score_model(
     logger: Any,
     progress: Progress,
     prefix: str = "",
+    kept: bool = True,
     **settings: Any,
 ) -> Scored:
     """Score a model with the Trainer; includes what an interrupted run kept in `folder`.
@@ -251,14 +260,15 @@ def score_model(
         logger: one of Lightning's, or None.
         progress: called after each batch if there is one process; several show the Trainer's bar.
         prefix: of the names of logged metrics.
+        kept: whether the folder stays, so that another run can go on from it.
         settings: further ones of `ReasoningModule`.
 
     Raises:
         Incomplete: not all examples were scored.
     """
-    kept = PredictionJournal(folder).predictions()
+    known, then = PredictionJournal(folder).predictions(), AGAIN if kept else ANEW
     metrics = None
-    if any(e.index not in kept for e in data.examples):
+    if any(e.index not in known for e in data.examples):
         gc.collect()  # free the previous model: Trainers and models form reference cycles
         tokenizer = data.tokenizer or loader.tokenizer()
         module = ReasoningModule(loader, tokenizer, prefix=prefix, **settings)
@@ -266,15 +276,17 @@ def score_model(
         if not devices.several:
             callbacks.append(ProgressReport(progress, f"scoring {loader.folder.name}"))
         trainer = devices.trainer(options, logger=logger or False, callbacks=callbacks)
-        metrics = run(trainer, module, data)
-        kept = PredictionJournal(folder).predictions()
-    missing = [e.index for e in data.examples if e.index not in kept]
+        metrics = run(trainer, module, data, then)
+        known = PredictionJournal(folder).predictions()
+    missing = [e.index for e in data.examples if e.index not in known]
     if missing:
+        left_out = [f"--trainer {name}" for name in LIMITS if name in options]
+        why = f" ({' and '.join(left_out)}: to score fewer, give --limit N)" if left_out else ""
         raise Incomplete(
             f"{len(missing)} of {len(data.examples)} examples were not scored, the first of them "
-            f"number {missing[0]}; run the same command again to go on"
+            f"number {missing[0]}{why}; {then}"
         )
-    predictions = [kept[e.index] for e in data.examples]
+    predictions = [known[e.index] for e in data.examples]
     if metrics is None:  # the earlier run was interrupted after its last batch
         return Scored(predictions, metrics_of(predictions))
     return Scored(predictions, {k.removeprefix(prefix): v for k, v in metrics.items()})

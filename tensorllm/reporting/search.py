@@ -59,7 +59,7 @@ def _sentence(results: Mapping[str, Any]) -> str:
             else f"{too_large['points']} points left out with a ratio below {least:g}"
         )
     if results.get("late"):
-        other.append("ended by --time-limit (the same command goes on)")
+        other.append("ended by --time-limit (with --study the same command goes on)")
     return (
         f"{n['examined']} trials of {results['model']} on {results['validation_examples']} "
         f"validation examples of {results['dataset']}, protocol {results['protocol']}"

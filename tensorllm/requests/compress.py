@@ -73,12 +73,15 @@ class CompressRequest:
             metavar="SIZE",
         ),
     ] = None
-    calibration: Annotated[Path | None, Option("Modes that use data: a text file to fit to.")] = (
-        None
-    )
+    calibration: Annotated[
+        Path | None, Option("Modes that use data: a text file to fit to.", reads="text")
+    ] = None
     sampled: Annotated[
         Path | None,
-        Option("With --calibration: text of the model's own to add (`tensorllm sample`)."),
+        Option(
+            "With --calibration: text of the model's own to add (`tensorllm sample`).",
+            reads="text",
+        ),
     ] = None
     max_loss_increase: Annotated[
         float | None,
@@ -92,6 +95,7 @@ class CompressRequest:
         Option(
             "With --distill-steps: text to train on instead, such as the model's own (`tensorllm "
             "sample`), which helps most on other text.",
+            reads="text",
             needs=OF_TEXT,
         ),
     ] = None

@@ -63,12 +63,15 @@ class SearchRequest:
         ),
     ] = field(default_factory=dict)
     layout: Annotated[str | None, shared.LAYOUT] = None
-    calibration: Annotated[Path | None, Option("Text file, for modes that are fitted to text.")] = (
-        None
-    )
+    calibration: Annotated[
+        Path | None, Option("Text file, for modes that are fitted to text.", reads="text")
+    ] = None
     sampled: Annotated[
         Path | None,
-        Option("With --calibration: text of the model's own to add (`tensorllm sample`)."),
+        Option(
+            "With --calibration: text of the model's own to add (`tensorllm sample`).",
+            reads="text",
+        ),
     ] = None
     allow_overlap: Annotated[
         bool, Option("Let the calibration text hold rows scored.", needs=("calibration",))

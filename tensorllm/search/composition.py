@@ -59,7 +59,7 @@ def best_of(run: Study, queue: TrialQueue) -> Step:
         if run.late:
             raise Incomplete(
                 f"--time-limit ended before the first of {len(trials)} trials was examined in full;"
-                " run the same command again with more time: the study goes on"
+                " give it more time (with --study the same command goes on)"
             )
         raise Incomplete(f"no trial could be examined in full: {_reasons(trials)}")
     winner, result = order[0]

@@ -12,7 +12,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # the type of `lock_obj`
-from sqlalchemy import make_url
+from sqlalchemy import create_engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from tensorllm.errors import Incomplete, UserError, first_line
@@ -135,19 +135,36 @@ def check_journal(journal: Path) -> None:
             ) from None
 
 
+def check_storage(url: str) -> None:
+    """Refuse a database that cannot be opened, before anything slow is done for it.
+
+    Raises:
+        UserError: the URL is wrong.
+        Incomplete: the database cannot be reached.
+    """
+    with _reached(url):
+        create_engine(url).connect().close()
+
+
 def _database(url: str) -> BaseStorage:
+    with _reached(url), stable():
+        return RDBStorage(
+            url,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=3 * HEARTBEAT,
+            heartbeat_stale_trial_callback=queue_again,
+        )
+
+
+@contextmanager
+def _reached(url: str) -> Iterator[None]:
+    """Report a database that cannot be opened in one line."""
     try:
         shown = str(make_url(url))  # without its password
     except ArgumentError:
         raise UserError("--storage must be a URL such as postgresql://user@host/name") from None
     try:
-        with stable():
-            return RDBStorage(
-                url,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=3 * HEARTBEAT,
-                heartbeat_stale_trial_callback=queue_again,
-            )
+        yield
     except (NoSuchModuleError, ImportError) as error:
         raise UserError(f"--storage {shown} is not usable: {first_line(error)}") from None
     except SQLAlchemyError as error:
@@ -173,6 +190,6 @@ def storage_errors(what: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
         raise Incomplete(
-            f"{what}: the study cannot be written: {first_line(error)}. Finished trials are safe; "
-            "run the same command again to go on"
+            f"{what}: the study cannot be written: {first_line(error)}. With --study or --storage "
+            "finished trials are safe: run the same command again to go on"
         ) from error

@@ -83,6 +83,7 @@ class Study:
         self.source = resolve(request.model, request.revision)
         self.loader = Loader(self.source.folder, dtype_of(request.dtype)).quickest(self.device)
         self.protocol: Protocol = PROTOCOLS[request.protocol]
+        _ = self.calibration  # refuse a text that cannot be read before the model is loaded
         _ = self.points  # refuse a ratio that cannot be met now
 
     @property
@@ -94,7 +95,7 @@ class Study:
         model = self.loader().to(self.device)
         if self.request.base:
             base = PerLayer(edits=self.request.base)
-            compress(model, base, calibration=self.calibration_of(model))
+            compress(model, base, calibration=self.calibration)
         return model
 
     @cached_property
@@ -228,16 +229,12 @@ class Study:
     @cached_property
     def calibration(self) -> Calibration | None:
         """The calibration text, for a strategy that needs one; it must not be what is scored."""
-        return self.calibration_of(self.model)
-
-    def calibration_of(self, model: PreTrainedModel) -> Calibration | None:
-        """The calibration text for `model`, which may not have the edits of `base` yet."""
         request = self.request
         text = text_asked_for(
             request.calibration,
             request.sampled,
             self.tokenizer,
-            model.config,
+            self.loader.config(),
             request.sequences,
             request.seed,
         )

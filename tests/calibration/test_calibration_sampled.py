@@ -29,6 +29,8 @@ def model() -> Any:
     made.generation_config.top_k = 2
     made.generation_config.repetition_penalty = 3.0
     made.generation_config.num_beams = 2
+    made.generation_config.num_return_sequences = 2
+    made.generation_config.stop_strings = ["the"]
     return made
 
 
@@ -146,7 +148,12 @@ def test_what_is_distilled_on_is_named_and_kept_apart(tinystories: Path, tmp_pat
     assert "DISTILLED was `other.txt`, all of its" in card
 
 
-def test_what_is_asked_wrongly_is_refused_at_once(tmp_path: Path) -> None:
+def test_what_is_asked_wrongly_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensorllm.checkpoint.loader.Loader.__call__", None)
+    with pytest.raises(UserError, match="at most the model's 32 tokens, got 999"):
+        sample(SampleRequest(model="demo", out=tmp_path / "own.jsonl", length=999))
     with pytest.raises(UserError, match=r"named \*\.jsonl"):
         sample(SampleRequest(model="demo", out=tmp_path / "a.txt"))
     with pytest.raises(UserError, match="is not there"):

@@ -1,5 +1,9 @@
 """A strategy that is fitted to a budget names a recipe that is accepted, and makes the same."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from calibration_text import text
@@ -21,12 +25,13 @@ from tensorllm.compressors import (
     SVDLLMSequential,
 )
 from tensorllm.compressors.budget import TARGETS, Budget
-from tensorllm.compressors.settings import make_compressor
+from tensorllm.compressors.settings import fields_of, make_compressor
 from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.recipes import as_yaml, budget_of, recipe_of
 from tensorllm.requests.compress import CompressRequest
 
+TWICE = Budget(target_ratio=2.0)
 STRATEGIES: dict[str, tuple[str, Compressor]] = {
     "svd-llm, kept": ("llama", SVDLLM(kept=0.5)),
     "svd-llm, rank": ("llama", SVDLLM(rank=3, matrices=("q", "out"))),
@@ -54,6 +59,46 @@ def read_back(made: Fitted, model: torch.nn.Module, folder) -> tuple[Compressor,
     spec = RoleMatrices(model.config, parameters_of(model)).spec
     rest = {name: value for name, value in recipe.settings.items() if name not in TARGETS}
     return make_compressor(mode, COMPRESSORS[mode].budget_settings(spec, rest)), budget
+
+
+@pytest.fixture
+def shared() -> Iterator[type[Compressor]]:
+    """A mode from outside, whose setting of sizes has a name that no other mode has."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Shared(ASVD):
+        share: float = 0.5
+        size_settings: ClassVar[tuple[tuple[str, ...], ...]] = (("share", "kept", "rank"),)
+
+        @classmethod
+        def budget_settings(cls, spec: Any, settings: Any) -> dict[str, Any]:
+            assert "share" not in settings
+            return {"rank": 1, **settings}
+
+    COMPRESSORS.register("shared")(Shared)
+    yield Shared
+    del COMPRESSORS._entries["shared"]
+
+
+def test_a_target_replaces_the_sizes_that_a_mode_names_whatever_they_are_called(shared, tmp_path):
+    made = fit(shared(share=0.3, kept=0.5), tiny_model("llama"), text(), [0], budget=TWICE)
+    assert {"share", "kept"}.isdisjoint(made.settings[1])
+    path = tmp_path / "recipe.yaml"
+    sized = {"model": "demo", "mode": "shared", "share": 0.3, "kept": 0.5}
+    path.write_text(as_yaml(sized))
+    target = recipe_of(CompressRequest(config=path, target_ratio=2.0))
+    assert target.settings == {"target_ratio": 2.0}
+    path.write_text(as_yaml(sized | {"target_ratio": 2.0}))
+    with pytest.raises(UserError, match="give it or share and kept, not both"):
+        recipe_of(CompressRequest(config=path))
+
+
+@pytest.mark.parametrize("mode", list(COMPRESSORS))
+def test_settings_of_sizes_are_settings(mode):
+    """A mode that has a size of a usual name says so."""
+    named = {name for row in COMPRESSORS[mode].size_settings for name in row}
+    usual = {"rank", "ranks", "rho", "kept", "energy", "error"}
+    assert usual & set(fields_of(mode)) <= named
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

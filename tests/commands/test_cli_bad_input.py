@@ -582,6 +582,18 @@ def test_names_that_files_of_models_cannot_have(
     refused((*arguments, folder), words)
 
 
+@pytest.mark.parametrize("out", [False, True])
+def test_a_text_may_have_a_name_that_is_not_utf8(out: bool, tmp_path: Path) -> None:
+    text = tmp_path / os.fsdecode(b"t\xff.txt")
+    text.write_text("Ada Lovelace was born in London. " * 300)
+    how = ("--mode", "svd-llm", "--rank", "4", "--layers", "3", "--sequences", "24")
+    where = ("--out", tmp_path / "out") if out else ()
+    assert run("compress", "--model", "demo", *how, "--calibration", text, *where) == 0
+    if out:
+        report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+        assert "t\ufffd.txt" in json.dumps(report, ensure_ascii=False)
+
+
 def test_a_name_is_too_long_with_what_is_put_round_it(tmp_path: Path, refused: Refused) -> None:
     asked = ("evaluate", "--model", "demo", "--dataset", "demo", "--out", tmp_path / ("a" * 250))
     refused(asked, "name too long")

@@ -132,6 +132,9 @@ def test_requests_with_wrong_settings_are_answered_with_what_is_wrong(
         (CHAT, {"messages": []}),
         (CHAT, {"messages": [{"content": "hello"}]}),
         (CHAT, {"messages": [{"role": "user", "content": 3}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}),
+        (CHAT, {"stop": ["a", ""]}),
     ]
     given = {CHAT: {"messages": HELLO}, COMPLETION: {"prompt": PROMPT}}
     right = [(CHAT, {"seed": 1}), (COMPLETION, {"temperature": 1, "top_p": None})]
@@ -142,6 +145,58 @@ def test_requests_with_wrong_settings_are_answered_with_what_is_wrong(
         assert status == 422, (body, status, detail)
         assert detail.startswith('{"detail":"' + next(iter(body))), detail
     assert [status for status, _ in answers[len(wrong) :]] == [200] * 4 + [422], answers
+
+
+def test_requests_that_this_model_cannot_meet_are_answered_400(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impossible: list[tuple[str, dict[str, Any], str]] = [
+        (COMPLETION, {"prompt": ""}, "the prompt must have 1..31 tokens, got 0"),
+        (COMPLETION, {"prompt": "Ada " * 99, "stream": True}, "1..31 tokens, got 99"),
+        (CHAT, {"messages": [{"role": "user", "content": "Ada " * 99}]}, "1..31 tokens, got 99"),
+        (CHAT, {"messages": [{"role": "user"}]}, "1..31 tokens, got 0"),
+        (CHAT, {"messages": HELLO, "logit_bias": {"5000": 1}}, "tokens are 0..379, got 5000"),
+        (CHAT, {"messages": HELLO, "generation_config": '{"max_new_tokens": "x"}'}, "cannot be"),
+        (CHAT, {"messages": HELLO, "chat_template_kwargs": {"tokenize": False}}, "tokenize"),
+        (CHAT, {"messages": HELLO, "chat_template_kwargs": {"chat_template": "{{"}}, "template"),
+    ]
+    answers = statuses(folder, [(path, body) for path, body, _ in impossible], monkeypatch)
+    for (_, body, said), (status, detail) in zip(impossible, answers, strict=True):
+        assert (status, said in detail) == (400, True), (body, status, detail)
+
+
+def test_requests_that_clients_send_are_answered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = {"role": "assistant", "content": PROMPT, "tool_calls": None, "refusal": None}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": [*HELLO, answered, *HELLO]}),
+        (CHAT, {"messages": [*HELLO, answered | {"tool_calls": []}, *HELLO]}),
+        (CHAT, {"messages": HELLO, "logit_bias": {"5": -100}}),
+        (CHAT, {"messages": HELLO, "logit_bias": {}, "stop": []}),
+        (CHAT, {"messages": HELLO, "max_tokens": 10**9, "logit_bias": {"1": -100, "5": 100}}),
+    ]
+    *answers, (_, longest) = statuses(folder, asked, monkeypatch)
+    assert [status for status, _ in answers] == [200] * 4, answers
+    answer = json.loads(longest)  # of a model that reads 32 tokens
+    assert answer["usage"]["completion_tokens"] == 31
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_text_ends_at_a_stop_string_whatever_the_tokenizer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer is of whole words, and the prompt holds the stop string."""
+    word = AutoTokenizer.from_pretrained(folder).decode([5])
+    body = {"prompt": word, "generation_config": '{"sequence_bias": [[[5], 100.0]]}'}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (COMPLETION, body | {"max_tokens": 6, "stop": stop}) for stop in (None, word, [f"{word} "])
+    ]
+    answers = statuses(folder, asked, monkeypatch)
+    assert [status for status, _ in answers] == [200] * 3, answers
+    assert [json.loads(text)["choices"][0]["text"] for _, text in answers] == [
+        " ".join([word] * n) for n in (6, 1, 2)
+    ]
 
 
 def test_a_chat_without_a_template_is_refused_and_a_completion_is_not(

@@ -28,9 +28,15 @@ def test_the_names_are_those_that_are_registered() -> None:
         (("compress", "--mode", "svd", "--evaluate", "fevr"), "Did you mean 'fever'?"),
         (("search-ranks", "--dataset", "fever,fevr"), "Did you mean 'fever'?"),
         (("search-ranks", "--dataset", "demo,text", "--data-file", ",no.txt"), "'no.txt'"),
+        (("reproduce", "--dataset", "fever,fevr"), "Did you mean 'fever'?"),
+        (("compress", "--mode", "svd", "--calibration", "no.txt"), "cannot read the text 'no.txt'"),
+        (("compress", "--mode", "svd", "--sampled", "no.jsonl"), "cannot read the text"),
+        (("compress", "--mode", "svd", "--distill-text", "no.jsonl"), "cannot read the text"),
+        (("search-ranks", "--calibration", "no.txt"), "cannot read the text 'no.txt'"),
+        (("search-ranks", "--sampled", "no.txt"), "cannot read the text 'no.txt'"),
     ],
 )
-def test_no_torch_is_imported_to_refuse_a_dataset(
+def test_no_torch_is_imported_to_refuse_a_dataset_or_a_file(
     arguments: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
     """A `torch` that cannot be imported stands in its place."""

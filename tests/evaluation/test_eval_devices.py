@@ -346,7 +346,7 @@ def said() -> Iterator[Said]:
 
 
 def test_options_of_the_trainer_and_own_callbacks_reach_it(
-    folder: Path, questions_file: Path, said: Said
+    folder: Path, questions_file: Path, said: Said, tmp_path: Path
 ):
     request = EvaluateRequest(
         model=str(folder),
@@ -360,8 +360,12 @@ def test_options_of_the_trainer_and_own_callbacks_reach_it(
     done = evaluate(replace(request, trainer={"callbacks": named, "profiler": "simple"}))
     assert sorted(seen.indices) == [p.index for p in done.predictions]
     assert "TEST Profiler Report" in said.text
-    with pytest.raises(Incomplete, match="examples were not scored"):
-        evaluate(replace(request, trainer={"limit_test_batches": 1}))
+    few = {"limit_test_batches": 1}
+    advice = r"not scored.*\(--trainer limit_test_batches: to score fewer, give --limit N\); "
+    with pytest.raises(Incomplete, match=advice + "with --out FOLDER the same command"):
+        evaluate(replace(request, trainer=few))
+    with pytest.raises(Incomplete, match=advice + "run the same command again"):
+        evaluate(replace(request, trainer=few, out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("wrong", [{"strategy": "nonsense"}, {"precision": "7"}, {"devices": "x"}])

@@ -261,6 +261,30 @@ def test_warming_up_is_over_before_the_first_turn(monkeypatch):
     assert order == ["a", "b", "wait", "a", "wait", "b", "wait"]
 
 
+def test_settings_of_the_model_for_generation_are_met(story_folder: Path, tmp_path: Path):
+    folder = tmp_path / "stops"
+    shutil.copytree(story_folder, folder)
+    settings = {"num_return_sequences": 2, "do_sample": True, "stop_strings": ["t"]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    asked = GenerateRequest(
+        model=str(folder), prompts=("Once upon a time", "Lily saw the park and")
+    )
+    for prompt, text in zip(asked.prompts, generate(asked), strict=True):
+        written = text.removeprefix(prompt)
+        assert "t" in written
+        assert len(written) < 20  # a token or a few, not all 64
+        assert [text] == generate(replace(asked, prompts=(prompt,)))  # no padding behind it
+
+
+def test_a_prompt_is_refused_before_the_model_is_loaded(story_folder: Path, monkeypatch):
+    monkeypatch.setattr("tensorllm.commands.generate.loaded", None)
+    asked = GenerateRequest(model=str(story_folder), prompts=("a",))
+    with pytest.raises(UserError, match="has no chat template"):
+        generate(replace(asked, chat=True))
+    with pytest.raises(UserError, match="the prompt must be below the model's"):
+        generate(replace(asked, prompts=("a " * 9000,)))
+
+
 def test_a_chat_is_answered_through_the_template(story_folder: Path, tmp_path: Path):
     folder = tmp_path / "chat"
     shutil.copytree(story_folder, folder)

@@ -380,6 +380,26 @@ def test_bad_requests_are_refused(wrong, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"calibration": "latin.txt"}, "must be UTF-8"),
+        ({"calibration": "good.txt", "sampled": "nowhere.txt"}, "cannot read the text"),
+        ({"storage": "sqlite:////nowhere/trials.db"}, "cannot reach the storage"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_before_the_model_is_loaded(
+    wrong, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes("naïve".encode("latin-1"))
+    Path("good.txt").write_text("Ada lives in Oslo. " * 99)
+    monkeypatch.setattr("tensorllm.checkpoint.loader.Loader.__call__", None)
+    paths = {name: x if name == "storage" else Path(x) for name, x in wrong.items()}
+    with pytest.raises((UserError, Incomplete), match=message):
+        run(replace(SMALL, study=tmp_path / "study", **paths))
+
+
+@pytest.mark.parametrize(
     "wrong", [{"sampler": "gird"}, {"stop_level": 1.0}, {"max_error": 0.0}, {"min_ratio": -1.0}]
 )
 def test_bad_rules_are_refused(wrong):

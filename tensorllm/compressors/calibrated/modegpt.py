@@ -57,6 +57,7 @@ class MoDeGPT(LayerFit):
     rotary: Rotary = "halves"
 
     source: ClassVar[str] = "https://arxiv.org/abs/2408.09632"
+    size_settings: ClassVar[tuple[tuple[str, ...], ...]] = (("kept",),)
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < 1:
