@@ -49,6 +49,12 @@ class NarrowExport:
         )
 
 
+MUCH = 0.1  # relative change of weights, of which a warning is given
+WARNING = """\
+This is much: evaluate the model. compress --target-bytes rounds only what costs
+little, by errors on a text."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantisedExport:
     """A factored folder with quantised factors, site by site."""
@@ -63,11 +69,14 @@ class QuantisedExport:
     def __str__(self) -> str:
         before = sum(site.bytes_before for site in self.sites) / 2**20
         after = sum(site.bytes_after for site in self.sites) / 2**20
-        worst = max(site.relative_error for site in self.sites)
-        return (
+        worst = max(self.sites, key=lambda site: site.relative_error)
+        said = (
             f"{self.out}: factors {before:.2f} MiB before, {after:.2f} MiB as {self.how}; "
-            f"error of the weights up to {100 * worst:.2f} %"
+            f"rounding changes weights by up to {100 * worst.relative_error:.2f} % ({worst.site})"
         )
+        if worst.relative_error > MUCH:
+            said += f"\n{WARNING}"
+        return said
 
 
 def run(

@@ -104,7 +104,10 @@ def test_exports(
     assert text.endswith("dense: 2.4 MiB of weights, dense")
     small = printed(capsys, monkeypatch, "export", folder, tmp_path / "small", "--quantize", "int8")
     assert "MiB before" in small
-    assert "MiB as int8; error of the weights up to 1.22 %" in small
+    assert "MiB as int8; rounding changes weights by up to 1.22 % (layers.1.qkvo)" in small
+    assert "This is much" not in small
+    coarse = printed(capsys, monkeypatch, "export", folder, tmp_path / "coarse", "--quantize", "int4")
+    assert "This is much: evaluate the model. compress --target-bytes" in coarse
 
 
 def test_a_comparison_of_two_evaluations(
