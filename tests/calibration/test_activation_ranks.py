@@ -59,7 +59,7 @@ from tensorllm.requests.compress import CompressRequest
 from tensorllm_cli.app import main
 
 command._text = lambda *a: text()
-sys.argv = ["tensorllm", "compress", *sys.argv[1:], "--target-ratio", "2", "--calibration", "x"]
+sys.argv = ["tensorllm", "compress", *sys.argv[1:], "--target-ratio", "2", "--calibration", {tests!r}]
 main()
 """
 

@@ -85,6 +85,8 @@ def typed(field: OptionField) -> tuple[list[str], Any]:
     else:
         kinds = {field.kind, *get_args(field.kind)}
         text, one = next((PLAIN[kind] for kind in kinds if kind in PLAIN), ("word", "word"))
+        if field.option.reads is not None:  # refused if it is not there
+            text, one = __file__, Path(__file__)
         texts, value = [text], one
         if field.option.repeated:
             texts, value = [text, text], (one, one)
