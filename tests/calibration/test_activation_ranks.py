@@ -59,7 +59,8 @@ from tensorllm.requests.compress import CompressRequest
 from tensorllm_cli.app import main
 
 command._text = lambda *a: text()
-sys.argv = ["tensorllm", "compress", *sys.argv[1:], "--target-ratio", "2", "--calibration", {tests!r}]
+given = ["--target-ratio", "2", "--calibration", {tests!r}]
+sys.argv = ["tensorllm", "compress", *sys.argv[1:], *given]
 main()
 """
 

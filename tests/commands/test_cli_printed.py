@@ -106,7 +106,9 @@ def test_exports(
     assert "MiB before" in small
     assert "MiB as int8; rounding changes weights by up to 1.22 % (layers.1.qkvo)" in small
     assert "This is much" not in small
-    coarse = printed(capsys, monkeypatch, "export", folder, tmp_path / "coarse", "--quantize", "int4")
+    coarse = printed(
+        capsys, monkeypatch, "export", folder, tmp_path / "coarse", "--quantize", "int4"
+    )
     assert "This is much: evaluate the model. compress --target-bytes" in coarse
 
 
