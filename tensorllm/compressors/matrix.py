@@ -298,9 +298,9 @@ def truncated(w_YX: Tensor, root: Root, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (Y, R) and (R, X) of the best map of this rank under weighted inputs."""
     scaled_YX = root.scale(w_YX)
     if len(scaled_YX) <= scaled_YX.shape[1]:  # on the smaller side, the root cancels
-        u_YR = leading_eigenvectors(scaled_YX @ scaled_YX.mT, rank)
+        u_YR = leading_eigenvectors(scaled_YX @ scaled_YX.mT, rank).to(w_YX)
         return u_YR, u_YR.mT @ w_YX
-    v_XR = leading_eigenvectors(scaled_YX.mT @ scaled_YX, rank)
+    v_XR = leading_eigenvectors(scaled_YX.mT @ scaled_YX, rank).to(w_YX)
     return scaled_YX @ v_XR, root.unscale(v_XR.mT)
 
 
