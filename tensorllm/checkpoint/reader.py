@@ -157,7 +157,7 @@ class Checkpoint:
         Files are not mapped: mapped pages would count as resident memory beside the tensors.
 
         Raises:
-            UserError: a file has become shorter than its header says.
+            UserError: a tensor in a dtype that is not read, or a file that has become shorter.
         """
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:

@@ -14,8 +14,8 @@ from transformers import StoppingCriteria
 class Ends(StoppingCriteria):
     """Ends a text where it holds one of some strings.
 
-    transformers' own criterion works the strings out anew for each request, over the whole
-    vocabulary, and needs a tokenizer that can spell any text.
+    transformers' own criterion compares the strings with the whole vocabulary anew for each
+    request, and needs a tokenizer that can encode any text.
     """
 
     def __init__(self, strings: str | Sequence[str], tokenizer: Any, read: int) -> None:

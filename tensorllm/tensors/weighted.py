@@ -142,8 +142,11 @@ def truncation_errors(weighted_NN: Tensor, ranks: int) -> Tensor:
 
 def projection_error(weighted_NN: Tensor, v_NR: Tensor) -> float:
     """The error of the map with this orthonormal basis (see `between_roots`)."""
-    whole = float(weighted_NN.diagonal().sum()) or 1.0  # may underflow in float32
-    kept = (v_NR * ((weighted_NN / whole).to(v_NR) @ v_NR)).sum(dtype=torch.float64)
+    whole = float(weighted_NN.diagonal().sum())
+    if not whole:
+        return 0.0
+    shares_NN = (weighted_NN / whole).to(v_NR)  # unscaled it may underflow in float32
+    kept = (v_NR * (shares_NN @ v_NR)).sum(dtype=torch.float64)
     return max(0.0, whole * float(1 - kept))
 
 

@@ -166,6 +166,10 @@ def test_a_basis_costs_what_its_map_misses_and_a_sketch_little_more():
     )
 
 
+def test_where_nothing_costs_a_basis_misses_nothing():
+    assert projection_error(torch.zeros(5, 5).double(), torch.eye(5)[:, :2].double()) == 0.0
+
+
 def test_behind_a_map_a_projection_comes_with_it():
     inputs, propagated, map_DD = moment(7, 40, 1), moment(7, 40, 2), randn(7, 7, seed=3)
     metric = Metric(inputs)
