@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 from os.path import commonpath
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
@@ -57,7 +56,10 @@ class KeptRowsSite(SiteModule):
             self.rows_R = KeptRows(self.rows, self.kept).rows()[: len(self.rows_R)]
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        y_R = F.linear(x, self._own(index))
+        rows_RD = self._own(index)
+        # In 16 bits twice as fast as a linear layer, whose kernel is made for each shape.
+        one = decodes(x)
+        y_R = torch.mv(rows_RD, x.flatten()).view(*x.shape[:-1], -1) if one else x @ rows_RD.mT
         if self.narrow:
             return y_R
         return y_R.new_zeros(*x.shape[:-1], self.sizes[index]).index_copy(-1, self.rows_R, y_R)

@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.ordering import as_rows, by_columns, can_write_in_place, columns_of, rows_of
+from tensorllm.runtime.ordering import (
+    as_rows,
+    by_columns,
+    by_factor,
+    can_write_in_place,
+    columns_of,
+    expanded,
+    rows_of,
+)
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     SHORT,
@@ -67,7 +76,8 @@ class PivotedSite(SiteModule):
     basis: TransposedLinear
     mix: TransposedLinear
     rows_R: Tensor
-    order_I: Tensor
+    made_I: Tensor  # all rows in the order of computation, and the place of each in it
+    places_I: Tensor
     margin = 1.0  # if not predicted to be slower, it saves memory
     half_precision_reads = 0.65
 
@@ -75,8 +85,9 @@ class PivotedSite(SiteModule):
         super().__init__(factors, site, geometry)
         rows = sum(self.sizes)
         self.mixes = factors.ranks[0] < rows  # else all rows are chosen ones
-        order_I = torch.empty(rows, dtype=torch.int32, device=self.rows_R.device)
-        self.register_buffer("order_I", order_I, persistent=False)
+        for name in ("made_I", "places_I"):
+            empty_I = torch.empty(rows, dtype=torch.int32, device=self.rows_R.device)
+            self.register_buffer(name, empty_I, persistent=False)
         self._step: TokenStep | None = None
 
     @classmethod
@@ -105,11 +116,7 @@ class PivotedSite(SiteModule):
         mixed_I = torch.ones(sum(self.sizes), dtype=torch.uint8, device=self.rows_R.device)
         mixed_I[self.rows_R.long()] = 0
         made_I = torch.argsort(mixed_I, stable=True)  # chosen rows first, then mixed ones
-        self.order_I = self._order(made_I).int()
-
-    def _order(self, made_I: Tensor) -> Tensor:
-        """The index to select with, from row indices in the order in which rows are computed."""
-        raise NotImplementedError
+        self.made_I, self.places_I = made_I.int(), torch.argsort(made_I).int()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without `_step`, which refers to these very weights."""
@@ -213,9 +220,6 @@ class PivotedInputs(PivotedSite):
         self.in_attention = site.roles[0] in ATTENTION_ROLES
         self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
 
-    def _order(self, made_I: Tensor) -> Tensor:
-        return torch.argsort(made_I)
-
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         held = self._held
         if held is None or held[0] is not x:
@@ -242,23 +246,26 @@ class PivotedInputs(PivotedSite):
             z_NR = self.basis(x.flatten(0, -2))
             return self._in_order(torch.cat([z_NR.mT, self.mix(z_NR).mT]), x.shape[:-1])
         lead, basis_DR, mix_RX = x.shape[:-1], self.basis.weight, self.mix.weight
+        x_ND, (rank, features) = as_rows(x), (len(self.rows_R), len(self.places_I))
         if by_columns(x):
-            x_ND, rank = as_rows(x), len(self.rows_R)
-            y_NI = x_ND.new_empty(len(x_ND), len(self.order_I))
+            y_NI = x_ND.new_empty(len(x_ND), features)
             torch.mm(x_ND, basis_DR, out=y_NI[:, :rank])
             torch.mm(y_NI[:, :rank], mix_RX, out=y_NI[:, rank:])
-            y_NI = columns_of(y_NI, self.order_I)
-            return y_NI.view(*lead, -1).split(self.sizes, dim=-1)
-        return self._in_order(latent_and_mixed(x.flatten(0, -2), basis_DR, mix_RX), lead)
+            y_NI = columns_of(y_NI, self.places_I)
+        elif by_factor(x, features, rank, moves=3 if self.in_attention else 1):
+            y_NI = functional.linear(x_ND @ basis_DR, expanded(mix_RX.mT, self.places_I))
+        else:
+            return self._in_order(latent_and_mixed(x_ND, basis_DR, mix_RX), lead)
+        return y_NI.view(*lead, -1).split(self.sizes, dim=-1)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
         if mixed is None:
             return lambda x: first(as_rows(x)).view(*x.shape[:-1], -1)
-        order_I, cat = self.order_I, torch.cat
+        places_I, cat = self.places_I, torch.cat
 
         def run(x: Tensor) -> Tensor:
             z_NR = first(as_rows(x))
-            y_NI = columns_of(cat((z_NR, mixed(z_NR)), 1), order_I)
+            y_NI = columns_of(cat((z_NR, mixed(z_NR)), 1), places_I)
             return y_NI.view(*x.shape[:-1], -1)
 
         return run
@@ -270,7 +277,7 @@ class PivotedInputs(PivotedSite):
         times faster than columns. Elementwise functions get views; attention kernels need each
         token's numbers contiguous.
         """
-        y_IN = rows_of(made_IN, self.order_I)
+        y_IN = rows_of(made_IN, self.places_I)
         if self.in_attention:
             return y_IN.mT.contiguous().view(*lead, -1).split(self.sizes, dim=-1)
         return [y.mT.view(*lead, -1) for y in y_IN.split(self.sizes)]
@@ -285,38 +292,34 @@ class PivotedOutput(PivotedSite):
         "rows": ("rows_R", None),
     }
 
-    def _order(self, made_I: Tensor) -> Tensor:
-        return made_I
-
     def output_projection(self, x: Tensor, index: int) -> Tensor:
         if (run := self.step(x) or self.uncached(x)) is not None:
             return run(x)
         if not self.mixes:
             return self.basis(x)
-        rank = len(self.rows_R)
+        lead, x_NI, rank = x.shape[:-1], as_rows(x), len(self.rows_R)
         if self.is_adapted():
-            x_NI = x.flatten(0, -2).mT.contiguous().index_select(0, self.order_I).mT
-            z_NR = x_NI[:, :rank] + self.mix(x_NI[:, rank:])
-            return self.basis(z_NR).view(*x.shape[:-1], -1)
+            x_NI = x_NI.mT.contiguous().index_select(0, self.made_I).mT
+            return self.basis(x_NI[:, :rank] + self.mix(x_NI[:, rank:])).view(*lead, -1)
         basis_RD, mix_XR = self.basis.weight, self.mix.weight
         if by_columns(x):
-            x_NI = columns_of(as_rows(x), self.order_I)
+            x_NI = columns_of(x_NI, self.made_I)
             z_NR = torch.addmm(x_NI[:, :rank], x_NI[:, rank:], mix_XR)
-            return (z_NR @ basis_RD).view(*x.shape[:-1], -1)
-        x_IN = rows_of(x.flatten(0, -2).mT.contiguous(), self.order_I)
-        if not can_write_in_place():
-            z_NR = torch.addmm(x_IN[:rank], mix_XR.mT, x_IN[rank:]).mT
+        elif by_factor(x, len(self.made_I), rank, moves=3):
+            z_NR = x_NI @ expanded(mix_XR, self.places_I)
         else:
-            z_NR = x_IN[:rank].addmm_(mix_XR.mT, x_IN[rank:]).mT
-        return (z_NR @ basis_RD).view(*x.shape[:-1], -1)
+            x_IN = rows_of(x_NI.mT.contiguous(), self.made_I)
+            first = x_IN[:rank].addmm_ if can_write_in_place() else x_IN[:rank].addmm
+            z_NR = first(mix_XR.mT, x_IN[rank:]).mT
+        return (z_NR @ basis_RD).view(*lead, -1)
 
     def _through(self, first: Product, mixed: Product | None) -> Product:
         if mixed is None:
             return lambda x: first(as_rows(x)).view(*x.shape[:-1], -1)
-        order_I, sizes = self.order_I, (len(self.rows_R), len(self.order_I) - len(self.rows_R))
+        made_I, sizes = self.made_I, (len(self.rows_R), len(self.made_I) - len(self.rows_R))
 
         def run(x: Tensor) -> Tensor:
-            x_NR, x_NX = columns_of(as_rows(x), order_I).split_with_sizes(sizes, 1)
+            x_NR, x_NX = columns_of(as_rows(x), made_I).split_with_sizes(sizes, 1)
             return first(mixed(x_NX).add_(x_NR)).view(*x.shape[:-1], -1)
 
         return run

@@ -1,10 +1,18 @@
-"""Reordering rows or columns of activations, by the fastest kernel available.
+"""Putting the rows of pivoted factors, or what they make of tokens, in order, by the fastest way.
 
-Shapes: N tokens, I features of each.
+Shapes: N tokens, I features of each, R of them chosen, X = I - R mixed from these.
 """
 
 import torch
 from torch import Tensor
+
+from tensorllm.runtime.products import speed_of
+from tensorllm.runtime.sites import MOVE
+
+# Products of 16 bits that have instructions of their own are this many times as fast as others, at
+# least; and so many times as fast here, in products in the time of a copy. Not as measured: what is
+# computed must not depend on how busy a machine is.
+OWN_INSTRUCTIONS, FASTER = 3, 6
 
 
 def can_write_in_place() -> bool:
@@ -23,6 +31,37 @@ def by_columns(x: Tensor) -> bool:
     On a CPU columns of 32 bits take a third of the time, narrower ones longer than rows.
     """
     return can_write_in_place() and x.is_cpu and x.dtype is torch.float32
+
+
+def by_factor(x: Tensor, features: int, rank: int, moves: int) -> bool:
+    """Whether to put the rows of a factor in order (`expanded`), not the features of tokens.
+
+    A token then costs R^2 products more, and all of them together 2 I R copies; else a token costs
+    I copies, several times.
+
+    Args:
+        x: the tokens (..., features).
+        features: I.
+        rank: R.
+        moves: how often each feature would be copied; transposing counts twice.
+    """
+    if not can_write_in_place():
+        return False
+    copy = MOVE * (FASTER if not x.is_cpu or speed_of(x.dtype) > OWN_INSTRUCTIONS else 1)
+    tokens = x.numel() // max(1, x.shape[-1])
+    more = tokens * rank * rank + 2 * copy * features * rank
+    return more < moves * copy * features * tokens
+
+
+def expanded(mix_XR: Tensor, places_I: Tensor) -> Tensor:
+    """(I, R): every row of a pivoted factor as a combination of the chosen ones.
+
+    Args:
+        mix_XR: those of the rows that are not chosen.
+        places_I: of each row, its place among the chosen ones followed by the others.
+    """
+    chosen_RR = torch.eye(mix_XR.shape[1], dtype=mix_XR.dtype, device=mix_XR.device)
+    return torch.cat((chosen_RR, mix_XR)).index_select(0, places_I)
 
 
 def columns_of(y_NI: Tensor, order_I: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
 from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import ActivationHybrid
+from tensorllm.runtime import low_rank, ordering
 from tensorllm.runtime.cache import GrowingLayer
 from tensorllm.runtime.low_rank import FEW, PivotedInputs, PivotedSite
 from tensorllm.runtime.sites import RoleLinear
@@ -151,6 +152,59 @@ def test_a_prompt_longer_than_a_few_tokens(dtype: torch.dtype):
     tol = 1e-6 if dtype == torch.float32 else 2e-2
     assert (got - want).abs().max() <= tol * want.abs().max()
     assert torch.equal(model(ids).logits, got)  # nothing that is used again was written to
+
+
+@pytest.mark.parametrize("way", ["by_columns", "by_factor", ""])
+@torch.no_grad()
+def test_every_way_to_put_a_prompt_in_order(way: str, monkeypatch: pytest.MonkeyPatch):
+    """Columns, the rows of the factor, or (neither) the rows of what is computed: the same."""
+    dense = fitted("llama")
+    factored = copy.deepcopy(dense)
+    factorize(factored)
+    taken = set()
+
+    def choice(name: str) -> Any:
+        def chosen(*_: Any, **__: Any) -> bool:
+            taken.add(name)
+            return name == way
+
+        return chosen
+
+    for name in ("by_columns", "by_factor"):
+        monkeypatch.setattr(low_rank, name, choice(name))
+    ids = IDS.repeat(1, 5)
+    got, want = factored(ids).logits, dense(ids).logits
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert way in taken | {""}
+
+
+@pytest.mark.parametrize(("speed", "rank", "expected"), [(1, 160, True), (1, 288, False),
+    (6, 288, True), (6, 500, False), (2.9, 288, False), (3.1, 288, True)])  # fmt: skip
+@torch.no_grad()
+def test_the_way_follows_the_machine_and_the_rank(
+    speed: float, rank: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """An output projection of SmolLM2, of 576 features, and 512 tokens in 16 bits."""
+    monkeypatch.setattr(ordering, "speed_of", lambda dtype: speed)
+    x = torch.empty(1, 512, 576, dtype=torch.bfloat16)
+    assert not ordering.by_columns(x)
+    assert ordering.by_factor(x, 576, rank, moves=3) == expected
+    assert ordering.by_columns(x.float())
+    with torch.enable_grad():
+        assert not ordering.by_columns(x.float())
+        assert not ordering.by_factor(x, 576, rank, moves=3)
+
+
+def test_an_expanded_factor_is_that_of_its_pivots():
+    """The rows of a matrix of rank 5, from five of its rows, in double precision."""
+    draws = torch.Generator().manual_seed(0)
+    matrix = torch.randn(12, 5, dtype=torch.float64, generator=draws)
+    rows = torch.tensor([1, 4, 5, 9, 11])
+    others = torch.tensor([n for n in range(12) if n not in rows])
+    mix = matrix[others] @ torch.linalg.inv(matrix[rows])
+    got = ordering.expanded(mix, torch.argsort(torch.cat([rows, others])))
+    torch.testing.assert_close(got @ matrix[rows], matrix)
+    assert torch.equal(got[rows], torch.eye(5, dtype=torch.float64))
 
 
 def decoded(model: Any, cache: Any, start: int, stop: int) -> torch.Tensor:
