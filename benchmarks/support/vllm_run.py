@@ -26,12 +26,14 @@ def drawn(batch: int, length: int, vocabulary: int, seed: int) -> list[dict[str,
 
 def main(folder: str, wanted: dict[str, Any]) -> None:
     decoded: int = wanted["decoded"]
+    method = {"quant_method": "tensorllm", "policy": wanted["policy"]}
     model = LLM(
         folder,
         dtype=wanted["dtype"],
         max_model_len=1024,
         enforce_eager=wanted["eager"],
         gpu_memory_utilization=0.3,  # of all memory, on a CPU too
+        hf_overrides={"quantization_config": method} if wanted["policy"] else {},
     )
 
     def run(prompts: Any, tokens: int) -> Any:

@@ -128,6 +128,14 @@ class FactoredFolder:
             first = sorted(missing)[0]
             raise UserError(f"{folder} lacks the tensor {first}, which its manifest names")
 
+    def shapes(self, entry: StoredSite) -> Factors:
+        """A site's factors in floating point, on the meta device: no numbers are read."""
+        empty = {
+            name: torch.empty(self.stored.entries[name].shape, device="meta")
+            for name in entry.tensors.values()
+        }
+        return entry.factors(empty).plain()
+
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that are stored as they are, not as factors."""
         for name in self.stored.entries:

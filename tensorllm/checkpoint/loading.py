@@ -126,16 +126,12 @@ def _choices(
 ) -> tuple[list[Choice], list[str]]:
     """How each site is to run, and which cache no latents; read from shapes, not from weights."""
     factored = FactoredFolder(folder, manifest)
-    entries, geometry = factored.stored.entries, factored.roles.spec.geometry
+    geometry = factored.roles.spec.geometry
     # Of this CPU: the device that the model is moved to later is not known.
     speed = speed_of(dtype or factored.stored.config.dtype) if policy == "auto" else 1.0
     choices, dense = [], []
     for site in manifest.sites:
-        empty = {
-            name: torch.empty(entries[name].shape, device="meta") for name in site.tensors.values()
-        }
-        factors = site.factors(empty).plain()
-        where = geometry(site.layers[0])
+        factors, where = factored.shapes(site), geometry(site.layers[0])
         choices.append(choose(site.site, factors, where, policy, speed))
         if keeps_dense_cache(site.site, factors, where, cache):
             dense.append(site.name)

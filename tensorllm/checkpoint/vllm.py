@@ -4,19 +4,24 @@ vLLM imports this module by the entry point `vllm.general_plugins`; nothing else
 layer of vLLM, which may fuse several matrices of the checkpoint (q, k and v in one), gets the
 modules that run their factors; attention, cache and scheduling stay vLLM's. Where factors cannot
 replace the whole layer (some of its matrices are dense or stored interleaved, or it is split over
-devices), the layer is filled with the dense weights that the factors represent.
+devices), or by the policy `auto` are not predicted to be faster, the layer is filled with the dense
+weights that the factors represent.
 
 Written against vLLM 0.33; requests were served by 0.32 (docs/serve.md).
 """
 
+import json
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -32,12 +37,17 @@ from tensorllm.checkpoint.factored import METHOD, FactoredFolder
 from tensorllm.checkpoint.manifest import StoredSite, factored_manifest
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
+from tensorllm.registry import one_of
+from tensorllm.runtime.cost import Policy, choose
 from tensorllm.runtime.kept_rows import widen_where_needed
+from tensorllm.runtime.products import speed_of
 from tensorllm.runtime.sites import TransposedLinear, module_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS = ("factors.", "rest.")  # prefixes of tensor names that only we read
 SHARDS = ("q", "k", "v")  # vLLM's names for the parts of its fused attention projection
+SETTINGS = ("quant_method", "weights", "policy")  # in quantization_config
+logger = logging.getLogger("vllm.tensorllm")  # below vLLM's own, so shown as that is
 
 
 def register() -> None:
@@ -56,6 +66,7 @@ class Parts:
         self.folder = FactoredFolder(folder)
         self._made: dict[tuple[str, torch.dtype], dict[tuple[int, str], nn.Module]] = {}
         self._rebuilt: dict[str, Tensor] = {}  # rebuilt along with others, not asked for yet
+        self._dense: set[str] = set()  # weights that will be asked for
 
     @cached_property
     def names(self) -> set[str]:
@@ -72,8 +83,23 @@ class Parts:
                 found[name.removesuffix(".weight")][role] = entry
         return found
 
-    def alone(self, path: str) -> bool:
-        """Whether factors replace all of a linear layer, each role's outputs being contiguous."""
+    def chosen(self, policy: Policy, dtype: torch.dtype) -> set[str]:
+        """Names of the sites that are to run in their factors, by `runtime.cost`."""
+        speed = speed_of(dtype) if policy == "auto" else 1.0
+        folder, geometry = self.folder, self.folder.roles.spec.geometry
+        choices = [
+            choose(site.site, folder.shapes(site), geometry(site.layers[0]), policy, speed)
+            for site in folder.manifest.sites
+        ]
+        return {choice.site for choice in choices if choice.factored}
+
+    def alone(self, path: str, chosen: set[str]) -> bool:
+        """Whether factors replace all of a linear layer, each role's outputs being contiguous.
+
+        Args:
+            path: of the layer.
+            chosen: names of the sites that may run in their factors.
+        """
         by_role, roles = self.sites.get(path, {}), self.folder.roles
         for role, entry in by_role.items():
             (layer,) = {n for n, other in self._matrices(entry, path) if other == role}
@@ -81,13 +107,7 @@ class Parts:
             blocks = stored.count(roles.spec.geometry(layer))
             if stored.experts is not None or set(stored.roles) != set(by_role) or blocks > 1:
                 return False
-            empty = {
-                name: torch.empty(self.folder.stored.entries[name].shape, device="meta")
-                for name in entry.tensors.values()
-            }
-            if module_for(entry.site, entry.factors(empty).plain()) is None:
-                return False
-        return bool(by_role)
+        return bool(by_role) and all(entry.name in chosen for entry in by_role.values())
 
     def modules(self, path: str, dtype: torch.dtype, device: torch.device) -> Iterator[nn.Module]:
         """The module of each role of a linear layer, in order; one site's modules share factors."""
@@ -101,11 +121,17 @@ class Parts:
                 self._made[key] = self._make(entry, dtype, device)
             yield self._made[key][layer, role]
 
+    def expect(self, paths: Iterable[str]) -> None:
+        """Announce the layers whose weights `dense` will be asked for."""
+        self._dense.update(f"{path}.weight" for path in paths)
+
     def dense(self, path: str) -> Tensor:
         """The dense (out, in) weight of a linear layer that is wholly or partly factored."""
         name = f"{path}.weight"
         if name not in self._rebuilt:
-            self._rebuilt.update(self.folder.rebuilt(name))
+            made = self.folder.rebuilt(name)
+            self._rebuilt |= {other: t for other, t in made.items() if other in self._dense}
+        self._dense.discard(name)
         entry = next(iter(self.sites[path].values()))
         stored = self.folder.roles.stored(*next(self._matrices(entry, path)))
         weight = self._rebuilt.pop(name)
@@ -163,11 +189,19 @@ def _run_by_vllm(module: nn.Module) -> None:
 
 
 class FactoredVLLMConfig(QuantizationConfig):
-    """vLLM's counterpart of `"quant_method": "tensorllm"` in config.json."""
+    """vLLM's counterpart of `"quant_method": "tensorllm"` in config.json.
 
-    def __init__(self) -> None:
+    Args:
+        policy: `auto`: factors only where the cost model says that they are smaller and faster on
+            this CPU; `always`: wherever a module can run them. Elsewhere than on a CPU, of which
+            the cost model knows nothing, the first is the second.
+    """
+
+    def __init__(self, policy: Policy = "auto") -> None:
         super().__init__()
-        self.parts: Parts | None = None
+        self.policy, self.parts = policy, None
+        self._chosen: set[str] | None = None  # once layers are built
+        self._mark = ""
 
     def get_name(self) -> str:
         return METHOD
@@ -185,8 +219,11 @@ class FactoredVLLMConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FactoredVLLMConfig":
-        del config  # meant for transformers; the folder's manifest says the rest
-        return cls()
+        for name in config:
+            one_of("a setting of quantization_config", name, SETTINGS)
+        policy: Any = config.get("policy", "auto")
+        one_of("policy", str(policy), get_args(Policy))
+        return cls(policy)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -210,21 +247,43 @@ class FactoredVLLMConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
-        assert self.parts is not None, "vLLM calls maybe_update_config before it builds layers"
         above, _, name = prefix.rpartition(".")
         inside = self.packed_modules_mapping.get(name, [name])
         paths = [f"{above}.{each}" if above else each for each in inside]
-        factored = [path for path in paths if path in self.parts.sites]
+        parts, chosen = self._choose()
+        factored = [path for path in paths if path in parts.sites]
         if not factored:
             return UnquantizedLinearMethod()
-        alone = all(self.parts.alone(path) for path in paths)
+        alone = all(parts.alone(path, chosen) for path in paths)
         if alone and get_tensor_model_parallel_world_size() == 1:
-            return FactoredMethod(self.parts, paths)
+            return FactoredMethod(parts, paths)
         shards: dict[str, str | int | None] = dict.fromkeys(paths)
         if len(paths) > 1:
             names = SHARDS if isinstance(layer, QKVParallelLinear) else range(len(paths))
             shards = dict(zip(paths, names, strict=True))
-        return DenseMethod(self.parts, {path: shards[path] for path in factored})
+        parts.expect(factored)
+        return DenseMethod(parts, {path: shards[path] for path in factored})
+
+    def _choose(self) -> tuple[Parts, set[str]]:
+        """The folder's parts, and the names of the sites that may run in their factors.
+
+        vLLM takes a compiled graph from its cache where its config has the same hash as before. So
+        the config gets a mark of all else that the graph follows from: the folder and the choice.
+        """
+        assert self.parts is not None, "vLLM calls maybe_update_config before it builds layers"
+        now = get_current_vllm_config()
+        if self._chosen is None:
+            manifest = self.parts.folder.manifest
+            policy: Policy = self.policy if now.device_config.device_type == "cpu" else "always"
+            self._chosen = self.parts.chosen(policy, now.model_config.dtype)
+            facts = json.dumps([manifest.to_json(), sorted(self._chosen)])
+            self._mark = sha256(facts.encode()).hexdigest()
+            logger.info(
+                "policy %s: %d of %d sites run in their factors, if all others of their layer do",
+                policy, len(self._chosen), len(manifest.sites),
+            )  # fmt: skip
+        now.model_config.hf_config.tensorllm_mark = self._mark
+        return self.parts, self._chosen
 
 
 class FactoredMethod(LinearMethodBase):

@@ -1,13 +1,13 @@
 """The part of vLLM's interface that tensorllm implements and uses, where vLLM is not installed.
 
-Names, signatures and order of calls are those of vLLM 0.32 and 0.33: `layers/linear.py`,
-`layers/quantization/{__init__,base_config}.py`, `models/utils.py`. It shows that our side is called
-as vLLM calls it, not that vLLM works.
+Names, signatures and order of calls are those of vLLM 0.32 and 0.33: `config/vllm.py`,
+`layers/linear.py`, `layers/quantization/{__init__,base_config}.py`, `models/utils.py`. It shows
+that our side is called as vLLM calls it, not that vLLM works.
 """
 
 import sys
 from abc import ABC, abstractmethod
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,9 +109,15 @@ def register_quantization_config(name: str) -> Any:
     return add
 
 
+# What vLLM's config says while a model is built.
+CURRENT = SimpleNamespace(
+    model_config=SimpleNamespace(dtype=torch.float32, hf_config=SimpleNamespace()),
+    device_config=SimpleNamespace(device_type="cpu"),
+)
 LAYERS = "vllm.model_executor.layers"
 MODULES: dict[str, dict[str, Any]] = {
     "vllm": {},
+    "vllm.config": {"get_current_vllm_config": lambda: CURRENT},
     "vllm.distributed": {"get_tensor_model_parallel_world_size": lambda: 1},
     "vllm.model_executor": {},
     LAYERS: {},
