@@ -75,8 +75,7 @@ class PivotedSite(SiteModule):
         super().__init__(factors, site, geometry)
         rows = sum(self.sizes)
         self.mixes = factors.ranks[0] < rows  # else all rows are chosen ones
-        order_I = torch.empty(rows, dtype=torch.int32, device=self.rows_R.device)
-        self.register_buffer("order_I", order_I, persistent=False)
+        self.register_buffer("order_I", None, persistent=False)  # until the rows are loaded
         self._step: TokenStep | None = None
 
     @classmethod
@@ -102,9 +101,10 @@ class PivotedSite(SiteModule):
         if self.rows_R.is_meta:
             return
         self.rows_R = self.rows_R.clone()  # else it keeps the mapped file in memory
-        mixed_I = torch.ones(sum(self.sizes), dtype=torch.uint8, device=self.rows_R.device)
-        mixed_I[self.rows_R.long()] = 0
-        made_I = torch.argsort(mixed_I, stable=True)  # chosen rows first, then mixed ones
+        mixed_I = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.rows_R.device)
+        mixed_I[self.rows_R] = False
+        # Sorting takes ten times as long as all else here.
+        made_I = torch.cat([self.rows_R, mixed_I.nonzero()[:, 0]])  # chosen rows, then mixed ones
         self.order_I = self._order(made_I).int()
 
     def _order(self, made_I: Tensor) -> Tensor:
@@ -214,7 +214,9 @@ class PivotedInputs(PivotedSite):
         self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
 
     def _order(self, made_I: Tensor) -> Tensor:
-        return torch.argsort(made_I)
+        order_I = torch.empty_like(made_I)
+        order_I[made_I] = torch.arange(len(made_I), device=made_I.device)
+        return order_I
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         held = self._held
