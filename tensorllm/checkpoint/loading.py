@@ -232,21 +232,29 @@ def finish(model: Any, manifest: Manifest) -> None:
     record(model, manifest, None)
 
 
-def _nothing_to_initialise(model: Any) -> None:
-    """Keep transformers from initialising replaced weights through the modules above them.
+def _nothing_to_initialise(module: Any) -> bool:
+    """Keep transformers from initialising factors, and replaced weights through modules above them.
 
-    Only up to the layer: modules above it may still have to fill buffers of all layers.
+    Only up to the layer: modules above it may still have to fill buffers of all layers. Of other
+    tensors than factors it is not known yet whether the files have them.
+
+    Args:
+        module: the model, or one in it.
+
+    Returns:
+        Whether it is, or holds, a module of ours.
     """
-    modules = dict(model.named_modules())
-    ours = [name for name, module in modules.items() if isinstance(module, FactoredLinear | Bias)]
-    for path in ours:
-        while "." in path:
-            path = path.rpartition(".")[0]
-            module = modules[path]
-            if isinstance(module, nn.ModuleList) or getattr(module, "_is_hf_initialized", False):
-                break
-            if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                module._is_hf_initialized = True
+    if isinstance(module, SiteModule):
+        for each in module.modules():
+            each._is_hf_initialized = True
+        return True
+    found = [_nothing_to_initialise(child) for child in module.children()]
+    ours = isinstance(module, FactoredLinear | Bias) or any(found)
+    if isinstance(module, nn.ModuleList):
+        return False
+    if ours and not module._parameters and not module._buffers:
+        module._is_hf_initialized = True
+    return ours
 
 
 def _empty(info: Mapping[str, Any], dtype: torch.dtype) -> Tensor:

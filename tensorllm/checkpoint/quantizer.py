@@ -58,10 +58,18 @@ class FactoredHfQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
     ) -> None:
         from tensorllm.checkpoint.loading import install_skeleton
 
+        # A strategy such as `auto` may yet leave some weights on the disk.
+        self._to_memory = (
+            not isinstance(device_map, str) and "disk" not in (device_map or {}).values()
+        )
         own: Any = self.quantization_config
         if own.folder is None:
             assert checkpoint_files, "transformers has found the files by now"
@@ -77,7 +85,10 @@ class FactoredHfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         from tensorllm.checkpoint.saving import conversions
 
-        return conversions(self._manifest, self._placements)
+        return conversions(self._manifest, self._placements, take_all=self._to_memory)
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Nothing: a plan names no tensors of ours, and to look for them takes a while."""
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from tensorllm.checkpoint.loading import finish

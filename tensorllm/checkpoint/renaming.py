@@ -1,10 +1,14 @@
 """Map the names of stored tensors to those of parameters, for transformers to load and save.
 
 transformers tries every rule's pattern on every name. A factored model has a rule for each tensor,
-so this would take quadratic time; here a single table covers all of them.
+so this would take quadratic time; here a single table covers all of them. For a tensor that no
+converter takes, it compiles a pattern, which takes longer than all else that it does with a small
+tensor; so ours takes every tensor.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any, Self
 
 from torch import Tensor
@@ -18,7 +22,8 @@ from transformers.core_model_loading import (
 from tensorllm.runtime import Placement
 
 NO_NAME = "(?!)"  # a pattern that matches nothing: the tables are used instead
-Orders = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> the new name, and the order of modes
+# Name -> the new name, and the order of modes; None: as they are.
+Orders = Mapping[str, tuple[str, tuple[int, ...] | None]]
 
 
 class Renaming(WeightRenaming):
@@ -45,6 +50,11 @@ class Reordering(WeightConverter):
 
     __slots__ = ()
 
+    def __deepcopy__(self, memo: object) -> Self:
+        made = copy(self)  # transformers wants one for each tensor; only what it collects differs
+        made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
+        return made
+
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         permute: Any = self.operations[0]
         if source_key not in permute.orders:
@@ -53,8 +63,25 @@ class Reordering(WeightConverter):
         return permute.orders[source_key][0], NO_NAME
 
 
+class Taking(Reordering):
+    """A `Reordering` that also takes every tensor that is not in its table, and leaves it as it is.
+
+    Only to load: transformers tries a model's own converters before those of a quantisation method,
+    but saves in reverse.
+    """
+
+    __slots__ = ()
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return super().rename_source_key(source_key)[0], NO_NAME
+
+    def reverse_transform(self) -> WeightTransform:
+        permute: Any = self.operations[0]
+        return Reordering(NO_NAME, NO_NAME, [permute.reverse_op])
+
+
 class Permute(ConversionOps):
-    """Permutes the modes of each tensor.
+    """Permutes the modes of the tensors that have an order.
 
     Args:
         orders: by a tensor's name before renaming.
@@ -62,10 +89,7 @@ class Permute(ConversionOps):
 
     def __init__(self, orders: Orders) -> None:
         self.orders = orders
-        self._by_new_name = dict(orders.values())
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # transformers copies a rule for every tensor; this one is immutable
+        self._by_new_name = {new: order for new, order in orders.values() if order is not None}
 
     def convert(
         self,
@@ -76,27 +100,30 @@ class Permute(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         ((tensor,),) = input_dict.values()
         name = kwargs["full_layer_name"]
-        return {name: [tensor.permute(self._by_new_name[name]).contiguous()]}
+        order = self._by_new_name.get(name)
+        return {name: [tensor if order is None else tensor.permute(order).contiguous()]}
 
     @property
     def reverse_op(self) -> "Permute":
         return Permute({new: (old, _inverse(order)) for old, (new, order) in self.orders.items()})
 
 
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
+def _inverse(order: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if order is None else tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-def conversions(named: Iterable[tuple[str, Placement]]) -> list[Any]:
+def conversions(named: Iterable[tuple[str, Placement]], *, take_all: bool = False) -> list[Any]:
     """transformers' rules for turning stored tensors into parameters.
 
     Args:
         named: each placement, with the name of its tensor in the folder.
+        take_all: whether a converter may take those that are only renamed, and all others:
+            this loads faster, but transformers writes what a converter took, and is to stay on the
+            disk, there once more.
     """
-    names, orders = {}, {}
-    for name, place in named:
-        if place.order is None:
-            names[name] = place.parameter
-        else:
-            orders[name] = (place.parameter, tuple(place.order))
+    table = {name: (place.parameter, place.order) for name, place in named}
+    if take_all:
+        return [Taking(NO_NAME, NO_NAME, [Permute(table)])]
+    names = {name: new for name, (new, order) in table.items() if order is None}
+    orders = {name: each for name, each in table.items() if name not in names}
     return [Renaming(names), Reordering(NO_NAME, NO_NAME, [Permute(orders)])]

@@ -113,11 +113,17 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def conversions(manifest: Manifest, placements: Iterable[Placement]) -> list[Any]:
-    """transformers' rules from stored tensors to parameters: names, and the order of modes."""
+def conversions(
+    manifest: Manifest, placements: Iterable[Placement], *, take_all: bool = False
+) -> list[Any]:
+    """transformers' rules from stored tensors to parameters: names, and the order of modes.
+
+    Args:
+        take_all: see `renaming.conversions`.
+    """
     from tensorllm.checkpoint import renaming  # it imports transformers, which takes seconds
 
-    return renaming.conversions(_stored_names(manifest, placements))
+    return renaming.conversions(_stored_names(manifest, placements), take_all=take_all)
 
 
 def _stored_names(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,9 +63,17 @@ class Site:
         Raises:
             UserError: the matrices cannot be stacked.
         """
-        STACKINGS[self.stacking].check(self.roles, geometry)
-        empty = [torch.empty(geometry.shape(role), device="meta") for _, role in self.matrices]
-        return tuple(self.stack(empty, geometry).shape)
+        return _shape(self.stacking, self.roles, len(self.layers), geometry)
+
+
+@lru_cache(maxsize=256)  # layers are alike, and each is asked for when a folder opens
+def _shape(
+    stacking: str, roles: tuple[str, ...], layers: int, geometry: Geometry
+) -> tuple[int, ...]:
+    kind = STACKINGS[stacking]
+    kind.check(roles, geometry)
+    empty = [torch.empty(geometry.shape(role), device="meta") for role in roles * layers]
+    return tuple(kind.stack(empty, geometry).shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -218,8 +218,7 @@ class _Installation:
                 self._replace(path, left)
                 layout = "grouped" if stored.grouped else stored.roles
                 module.biases.append((layout, left))
-        for short in factors.tensors():
-            inner, order = kind.names.get(short, (short, None))
+        for short, (inner, order) in latents.places.items():
             self.placed.append(Placement(site.name, short, f"{block}.factors.{inner}", order))
 
     def _experts(self, layer: int, by_role: dict[str, tuple[Site, Held]]) -> None:
@@ -267,7 +266,9 @@ class _Installation:
 
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module.train(self.model.training))
+        if not self.model.training:  # new modules are; to tell them so takes a while
+            module.eval()
+        setattr(self.model.get_submodule(parent), name, module)
 
 
 def part_name(role: str) -> str:

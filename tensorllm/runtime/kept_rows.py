@@ -35,10 +35,8 @@ class KeptRowsSite(SiteModule):
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
         self.narrow = site.roles in NARROWED
-        rows_R = torch.empty(
-            len(self.rows) // len(site.roles), dtype=torch.long, device=self.kept.device
-        )
-        self.register_buffer("rows_R", rows_R, persistent=False)
+        self.count = len(self.rows) // len(site.roles)
+        self.register_buffer("rows_R", None, persistent=False)  # until the mask is loaded
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
@@ -53,7 +51,7 @@ class KeptRowsSite(SiteModule):
     def finish(self) -> None:
         """Find the row indices, once the mask is loaded."""
         if not self.kept.is_meta:
-            self.rows_R = KeptRows(self.rows, self.kept).rows()[: len(self.rows_R)]
+            self.rows_R = KeptRows(self.rows, self.kept).rows()[: self.count]
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         rows_RD = self._own(index)
@@ -72,8 +70,7 @@ class KeptRowsSite(SiteModule):
 
     def _own(self, index: int) -> Tensor:
         """The kept rows (R, D) of one matrix."""
-        count = len(self.rows_R)
-        return self.rows[index * count : (index + 1) * count]
+        return self.rows[index * self.count : (index + 1) * self.count]
 
 
 def widen_where_needed(

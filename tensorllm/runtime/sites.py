@@ -102,6 +102,8 @@ class SiteModule(nn.Module):
         half_precision_reads: slowdown of reading its numbers in 16 bits, relative to a dense matrix
             in 16 bits, beyond what `cost` predicts for 32 bits.
         sizes: inner width I of each matrix, in the order of `site.matrices`.
+        places: stored name -> parameter or buffer that holds the tensor, and the order of its modes
+            there.
     """
 
     names: ClassVar[Mapping[str, tuple[str, Order]]] = {}
@@ -114,8 +116,10 @@ class SiteModule(nn.Module):
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__()
         self.sizes = tuple(geometry.inner(role) for _, role in site.matrices)
-        for name, t in factors.tensors().items():
-            attribute, order = self.names.get(name, (name, None))
+        tensors = factors.tensors()
+        self.places = {name: self.names.get(name, (name, None)) for name in tensors}
+        for name, t in tensors.items():
+            attribute, order = self.places[name]
             held = t if order is None else t.permute(order).contiguous()
             module = attribute.removesuffix(".weight")
             if module != attribute:  # an empty linear layer takes no adapter
@@ -179,8 +183,7 @@ def held_by(
     """The result of `SiteModule.roles` with a module of this class."""
     shared = kind(factors, site, geometry)
     shared.finish()
-    stored = {name: kind.names.get(name, (name, None)) for name in factors.tensors()}
-    below = {name: (f"factors.{held}", order) for name, (held, order) in stored.items()}
+    below = {name: (f"factors.{held}", order) for name, (held, order) in shared.places.items()}
     return {
         matrix: Held(RoleLinear(shared, index, matrix[1]), {} if index else below)
         for index, matrix in enumerate(site.matrices)

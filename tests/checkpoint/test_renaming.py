@@ -1,12 +1,21 @@
 """Names in a folder and names in a model: tables in place of a pattern for each."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.core_model_loading import WeightRenaming, WeightTransform, rename_source_key
 
-from tensorllm.checkpoint.renaming import NO_NAME, Permute, Renaming, Reordering, conversions
+from tensorllm.checkpoint.renaming import (
+    NO_NAME,
+    Permute,
+    Renaming,
+    Reordering,
+    Taking,
+    conversions,
+)
 from tensorllm.runtime import Placement
 
 NAMES = {"a.b": "x.y", "a.b.c": "x", "a+b.(c)[0]": "z*", "x": "q"}
@@ -54,3 +63,26 @@ def test_one_rule_of_each_kind_serves_any_number_of_tensors() -> None:
     for stored, place in named:
         found, _ = rename_source_key(stored, [renamings], [converters])
         assert found == place.parameter
+
+
+def test_a_converter_that_takes_all_leaves_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch):
+    (rule,) = conversions([("n", Placement("s", "t", "p", (1, 0)))], take_all=True)
+    tensor = torch.randn(2, 3)
+    wanted = {"n": ("p", tensor.mT), "a.weight": ("a.weight", tensor)}
+    monkeypatch.setattr("re.compile", lambda *_: pytest.fail("patterns take long to compile"))
+    for name, (new, expected) in wanted.items():
+        found, pattern = rename_source_key(name, [], [rule])
+        assert found == new
+        mine = deepcopy(rule)  # as transformers does for every tensor
+        mine.add_tensor(found, name, pattern, tensor)
+        assert torch.equal(mine.convert(found)[new][0], expected)
+        assert not rule.collected_tensors
+    monkeypatch.undo()
+    assert rule.was_used()
+
+
+def test_saving_takes_only_what_is_in_the_table():
+    """A model's own converters, such as those of experts, come after ours then."""
+    back = Taking(NO_NAME, NO_NAME, [Permute({"n": ("p", None)})]).reverse_transform()
+    assert back.rename_source_key("p") == ("n", NO_NAME)
+    assert back.rename_source_key("a.weight") == ("a.weight", None)

@@ -13,7 +13,7 @@ import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
 from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import ActivationHybrid
-from tensorllm.runtime import low_rank, ordering
+from tensorllm.runtime import ordering
 from tensorllm.runtime.cache import GrowingLayer
 from tensorllm.runtime.low_rank import FEW, PivotedInputs, PivotedSite
 from tensorllm.runtime.sites import RoleLinear
@@ -171,7 +171,7 @@ def test_every_way_to_put_a_prompt_in_order(way: str, monkeypatch: pytest.Monkey
         return chosen
 
     for name in ("by_columns", "by_factor"):
-        monkeypatch.setattr(low_rank, name, choice(name))
+        monkeypatch.setattr(ordering, name, choice(name))
     ids = IDS.repeat(1, 5)
     got, want = factored(ids).logits, dense(ids).logits
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
