@@ -22,7 +22,7 @@ from tensorllm.models import RoleMatrices
 from tensorllm.registry import one_of
 from tensorllm.runtime import Placement, SiteModule, install
 from tensorllm.runtime.attention import Bias
-from tensorllm.runtime.cost import Cache, Choice, choose, keeps_dense_cache, whole_speedups
+from tensorllm.runtime.cost import Cache, Choice, choose_all, keeps_dense_cache, whole_speedups
 from tensorllm.runtime.install import FactoredLinear
 from tensorllm.runtime.products import speed_of
 
@@ -127,14 +127,16 @@ def _choices(
     """How each site is to run, and which cache no latents; read from shapes, not from weights."""
     factored = FactoredFolder(folder, manifest)
     geometry = factored.roles.spec.geometry
+    shapes = [factored.shapes(site) for site in manifest.sites]
+    sites = [(site.site, factors) for site, factors in zip(manifest.sites, shapes, strict=True)]
     # Of this CPU: the device that the model is moved to later is not known.
-    speed = speed_of(dtype or factored.stored.config.dtype) if policy == "auto" else 1.0
-    choices, dense = [], []
-    for site in manifest.sites:
-        factors, where = factored.shapes(site), geometry(site.layers[0])
-        choices.append(choose(site.site, factors, where, policy, speed))
-        if keeps_dense_cache(site.site, factors, where, cache):
-            dense.append(site.name)
+    kind = dtype or factored.stored.config.dtype or torch.float32
+    choices = choose_all(sites, geometry, policy, kind, on_cpu=True)
+    dense = [
+        site.name
+        for site, factors in sites
+        if keeps_dense_cache(site, factors, geometry(site.layers[0]), cache)
+    ]
     return choices, dense
 
 

@@ -38,9 +38,8 @@ from tensorllm.checkpoint.manifest import StoredSite, factored_manifest
 from tensorllm.errors import UserError
 from tensorllm.hub import local_copy
 from tensorllm.registry import one_of
-from tensorllm.runtime.cost import Policy, choose
+from tensorllm.runtime.cost import Policy, choose_all
 from tensorllm.runtime.kept_rows import widen_where_needed
-from tensorllm.runtime.products import speed_of
 from tensorllm.runtime.sites import TransposedLinear, module_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,12 +84,10 @@ class Parts:
 
     def chosen(self, policy: Policy, dtype: torch.dtype) -> set[str]:
         """Names of the sites that are to run in their factors, by `runtime.cost`."""
-        speed = speed_of(dtype) if policy == "auto" else 1.0
-        folder, geometry = self.folder, self.folder.roles.spec.geometry
-        choices = [
-            choose(site.site, folder.shapes(site), geometry(site.layers[0]), policy, speed)
-            for site in folder.manifest.sites
-        ]
+        folder = self.folder
+        sites = [(site.site, folder.shapes(site)) for site in folder.manifest.sites]
+        geometry = folder.roles.spec.geometry
+        choices = choose_all(sites, geometry, policy, dtype, on_cpu=True)
         return {choice.site for choice in choices if choice.factored}
 
     def alone(self, path: str, chosen: set[str]) -> bool:

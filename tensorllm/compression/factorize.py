@@ -12,8 +12,7 @@ from tensorllm.errors import UserError
 from tensorllm.models import RoleMatrices, parameters_of
 from tensorllm.models.task import name_of
 from tensorllm.runtime import install
-from tensorllm.runtime.cost import Cache, Choice, Policy, choose, keeps_dense_cache
-from tensorllm.runtime.products import speed_of
+from tensorllm.runtime.cost import Cache, Choice, Policy, choose_all, keeps_dense_cache
 from tensorllm.weights import touched
 
 
@@ -38,11 +37,13 @@ def factorize(model: Any, policy: Policy = "always", cache: Cache = "latent") ->
     if getattr(model, "tensorllm_manifest", None) is not None:
         raise UserError("this model runs in its factors already")
     geometry = RoleMatrices(model.config, parameters_of(model)).spec.geometry
-    speed = speed_of(model.dtype) if model.device.type == "cpu" else 1.0
-    choices = [
-        choose(done.site, done.factors, geometry(done.site.layers[0]), policy, speed)
-        for done in compression.sites
-    ]
+    choices = choose_all(
+        [(done.site, done.factors) for done in compression.sites],
+        geometry,
+        policy,
+        model.dtype,
+        on_cpu=model.device.type == "cpu",
+    )
     wanted = {choice.site for choice in choices if choice.factored}
     if policy == "always" and not wanted:
         raise UserError(

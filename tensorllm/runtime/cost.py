@@ -8,7 +8,8 @@ real` compare predictions with times.
 Shapes: D model width, H heads, G key/value heads, K head_dim.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ import torch
 from tensorllm.compressors.layer import Site
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
+from tensorllm.runtime.products import speed_of
 from tensorllm.runtime.sites import MOVE, PROMPT, Cost, SiteModule, module_for
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry
@@ -34,6 +36,8 @@ FASTER_HALF_PRECISION, REPEATING_ATTENTION = 1.2, 65
 # Slowdown of a prompt's products with factors, which are thinner matrices. It is left out when a
 # site's execution is chosen: sites kept dense for it would lose more in decoding.
 THIN = 1.08
+# Bytes that a CPU's library of products keeps for each shape in 16 bits: its compiled program.
+PROGRAM = 3 * 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,48 @@ def choose(
         )
         return replace(choice, factored=False, why=why)
     return choice
+
+
+def choose_all(
+    sites: Iterable[tuple[Site, Factors]],
+    geometry_of: Callable[[int], Geometry],
+    policy: Policy,
+    dtype: torch.dtype,
+    *,
+    on_cpu: bool,
+) -> list[Choice]:
+    """How each site of a model runs: each by itself (`choose`), then all of the same shapes.
+
+    On a CPU in 16 bits, every shape of a product has a compiled program, which stays in memory. By
+    `auto`, sites whose factors have the same shapes run factored only if together they save more
+    than their programs take: never for a few small matrices, always for large ones.
+
+    Args:
+        sites: the sites with their factors, of which only the shapes are read.
+        geometry_of: the geometry of a layer.
+        policy: `auto` or `always`.
+        dtype: of the weights in memory.
+        on_cpu: whether the model runs there; else products are taken to be as fast as copies.
+
+    Raises:
+        UserError: an unknown policy.
+    """
+    speed = speed_of(dtype) if policy == "auto" and on_cpu else 1.0
+    choices, alike, saved = [], defaultdict(list), []
+    for number, (site, factors) in enumerate(sites):
+        geometry = geometry_of(site.layers[0])
+        choices.append(choose(site, factors, geometry, policy, speed))
+        saved.append((site.numel(geometry) - parameters(factors)) * dtype.itemsize)
+        shapes = tuple(tuple(t.shape) for t in factors.tensors().values() if t.ndim > 1)
+        if choices[-1].factored:
+            alike[site.roles, shapes].append(number)
+    if policy == "auto" and on_cpu and dtype.itemsize == 2:
+        for (_, shapes), numbers in alike.items():
+            if sum(saved[n] for n in numbers) < max(2, len(shapes)) * PROGRAM:
+                why = "saves less memory than the programs for its shapes take"
+                for n in numbers:
+                    choices[n] = replace(choices[n], factored=False, why=why)
+    return choices
 
 
 def keeps_dense_cache(site: Site, factors: Factors, geometry: Geometry, cache: Cache) -> bool:

@@ -1,6 +1,7 @@
 """How factors are run: against float64, in every form, and what the cost model says of a model."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tensorllm.compressors.calibrated.maps import pivoted
 from tensorllm.compressors.layer import Site
 from tensorllm.compressors.widths import usual_multiple
 from tensorllm.errors import UserError
-from tensorllm.runtime import module_for, products
-from tensorllm.runtime.cost import choose, whole_speedups
+from tensorllm.runtime import cost, module_for, products
+from tensorllm.runtime.cost import choose, choose_all, whole_speedups
 from tensorllm.runtime.products import speed_of, vector_times
 from tensorllm.runtime.sites import MOVE, OPERATION, PROMPT
 from tensorllm.tensors.factors import parameters
@@ -220,6 +221,40 @@ def test_copies_weigh_more_where_products_are_fast() -> None:
     small = products + rank + int(4.0 * beside)
     wanted = (dense.products + int(4.0 * (OPERATION * dense.operations // PROMPT))) / small
     assert fast.speedups[0] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype", "on_cpu", "wanted"),
+    [
+        ("auto", torch.bfloat16, True, [True, True, False]),
+        ("auto", torch.float32, True, [True, True, True]),
+        ("auto", torch.bfloat16, False, [True, True, True]),
+        ("always", torch.bfloat16, True, [True, True, True]),
+    ],
+)
+def test_shapes_whose_programs_take_more_than_they_save_stay_dense(
+    policy: cost.Policy,
+    dtype: torch.dtype,
+    on_cpu: bool,
+    wanted: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A matrix of order 1,024 and rank 256 saves 589,824 numbers: 1.125 MiB in 16 bits.
+
+    Two of them save more than two programs of 0.75 MiB take; one, of another rank, saves less.
+    """
+    monkeypatch.setattr(cost, "speed_of", lambda dtype: 1.0)
+    big = replace(GEOMETRY, D=1024, H=16, G=16, K=64)
+    ranks = (256, 256, 255)
+    sites = [
+        (Site((layer,), ("q",), "matrix"), pivoted_outline(1024, 1024, rank, True))
+        for layer, rank in enumerate(ranks)
+    ]
+    choices = choose_all(sites, lambda layer: big, policy, dtype, on_cpu=on_cpu)
+    assert [choice.factored for choice in choices] == wanted
+    assert [choice.site for choice in choices] == [site.name for site, _ in sites]
+    if not all(wanted):
+        assert "programs" in choices[-1].why
 
 
 @pytest.mark.parametrize(("narrow_s", "want"), [(1.0, 6.0), (18.0, 1.0)])
