@@ -25,6 +25,7 @@ from tensorllm.runtime.experts import (
 )
 from tensorllm.runtime.kept_rows import widen_where_needed
 from tensorllm.runtime.one_query import pack_groups
+from tensorllm.runtime.one_token import become_one_token
 from tensorllm.runtime.sites import (
     Held,
     Order,
@@ -163,6 +164,7 @@ class _Installation:
             self._experts(layer, by_role)
         for module in self.model.modules():
             pack_groups(module)
+            become_one_token(module)
         grow_in_place(self.model)
         return self.placed
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
 from tensorllm.models import RoleMatrices
+from tensorllm.runtime.one_token import linear_of
 from tensorllm.runtime.products import decodes, vector_times
 from tensorllm.runtime.sites import Cost, RoleLinear, SiteModule, runs
 from tensorllm.tensors.factors import Factors, parameters
@@ -54,10 +55,7 @@ class KeptRowsSite(SiteModule):
             self.rows_R = KeptRows(self.rows, self.kept).rows()[: self.count]
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
-        rows_RD = self._own(index)
-        # In 16 bits twice as fast as a linear layer, whose kernel is made for each shape.
-        one = decodes(x)
-        y_R = torch.mv(rows_RD, x.flatten()).view(*x.shape[:-1], -1) if one else x @ rows_RD.mT
+        y_R = linear_of(x, self._own(index))
         if self.narrow:
             return y_R
         return y_R.new_zeros(*x.shape[:-1], self.sizes[index]).index_copy(-1, self.rows_R, y_R)
