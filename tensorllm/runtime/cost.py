@@ -18,7 +18,7 @@ import torch
 from tensorllm.compressors.layer import Site
 from tensorllm.models.spec import ModelSpec
 from tensorllm.registry import one_of
-from tensorllm.runtime.products import speed_of
+from tensorllm.runtime.products import OWN_INSTRUCTIONS, speed_of
 from tensorllm.runtime.sites import MOVE, PROMPT, Cost, SiteModule, module_for
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry
@@ -29,10 +29,11 @@ Cache = Literal["auto", "latent", "dense"]
 # that take as long as a score, and the slowdown of all that relative to products in a prompt, if
 # those are in 16 bits.
 LAYER_OPERATIONS, FUSED_SCORE, BESIDE_HALF_PRECISION = 80, 22, 2.2
-# 16-bit weights are read 1.2 times as fast as 32-bit ones, so an operation is worth more of them.
-# The attention that `runtime.one_query` replaces takes as long as so many operations, if products
-# of 16 bits are no faster than those of 32.
-FASTER_HALF_PRECISION, REPEATING_ATTENTION = 1.2, 65
+# Decoding in 16 bits, where their products are emulated and where they have instructions of their
+# own: what reading a matrix that stays dense costs, relative to the dense model (`one_token`); how
+# many times the weights of 32 bits are read while an operation starts; and what attention that
+# `one_query` replaces costs, in operations.
+DENSE_READS, FASTER_HALF_PRECISION, REPEATING_ATTENTION = (1.0, 0.65), (1.2, 2.0), (65, 0)
 # Slowdown of a prompt's products with factors, which are thinner matrices. It is left out when a
 # site's execution is chosen: sites kept dense for it would lose more in decoding.
 THIN = 1.08
@@ -97,7 +98,7 @@ def choose(
     if module is None:
         why = f"no module for {factors.kind!r} factors stacked as {site.stacking!r}"
         return Choice(site.name, False, why, dense, small, speed=speed)
-    reads = module.half_precision_reads
+    reads = module.half_precision_reads[speed > OWN_INSTRUCTIONS]
     choice = Choice(site.name, True, "smaller and faster", dense, small, reads, speed)
     if policy == "always":
         return replace(choice, why="by --policy always")
@@ -194,25 +195,28 @@ def whole_speedups(
         dtype: of the weights.
         speed: as in `choose`.
     """
-    half_precision = dtype.itemsize == 2
+    half_precision, native = dtype.itemsize == 2, speed > OWN_INSTRUCTIONS
     matrices = Cost(0, 0, 0)
     shared, repeating = Cost(head, 1, head // PROMPT), 0
     for geometry in spec.geometries:
         size = sum(geometry.numel(role) for role in geometry.roles)
         matrices += Cost(size, len(geometry.roles), size)
         shared += other_than_matrices(geometry, half_precision=half_precision)
-        repeating += REPEATING_ATTENTION * (half_precision and geometry.H > geometry.G)
-    small = dense = shared + matrices
+        repeating += REPEATING_ATTENTION[native] * (half_precision and geometry.H > geometry.G)
+    small, sites = shared + matrices, Cost(0, 0, 0)
+    dense = small
     for choice in choices:
         if choice.factored:
             reads, operations, products, moved = choice.factors
             reads = int((choice.half_precision_reads if half_precision else 1) * reads)
-            small += Cost(reads, operations, int(THIN * products), moved)
+            sites += Cost(reads, operations, int(THIN * products), moved)
             small += Cost(*(-number for number in choice.dense))
 
     def decode(cost: Cost, more: int = 0) -> float:
-        faster = FASTER_HALF_PRECISION if half_precision else 1
+        faster = FASTER_HALF_PRECISION[native] if half_precision else 1
         return cost._replace(operations=int(faster * (cost.operations + more))).decode
 
-    prefill = dense.prefill(speed) / small.prefill(speed)
-    return prefill, decode(dense, int(repeating / speed)) / decode(small)
+    prefill = dense.prefill(speed) / (small + sites).prefill(speed)
+    if half_precision and any(choice.factored for choice in choices):
+        small = small._replace(reads=int(DENSE_READS[native] * small.reads))
+    return prefill, decode(dense, repeating) / decode(small + sites)

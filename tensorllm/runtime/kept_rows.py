@@ -29,6 +29,7 @@ class KeptRowsSite(SiteModule):
     matrices needs all channels (`widen`).
     """
 
+    half_precision_reads = (1.0, 0.65)
     kept: Tensor
     rows_R: Tensor
     rows: nn.Parameter

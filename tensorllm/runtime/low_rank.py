@@ -38,7 +38,7 @@ FEW = 32  # up to so many tokens, a product with transposed weights is slower
 class LowRankSite(SiteModule):
     """Two ordinary linear layers, which LoRA and quantisation recognise."""
 
-    half_precision_reads = 1.4
+    half_precision_reads = (1.4, 0.65)
 
     @classmethod
     def cost(cls, site: Site, factors: Factors, geometry: Geometry) -> Cost:
@@ -72,7 +72,7 @@ class PivotedSite(SiteModule):
     made_I: Tensor  # all rows in the order of computation, and the place of each in it
     places_I: Tensor
     margin = 1.0  # if not predicted to be slower, it saves memory
-    half_precision_reads = 0.65
+    half_precision_reads = (0.65, 1.07)
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)

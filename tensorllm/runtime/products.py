@@ -25,6 +25,8 @@ Product = Callable[[Tensor], Tensor]  # (N, I) -> (N, O), with a given matrix
 WIDEST = {torch.float32: 600, torch.bfloat16: 2**31, torch.float16: 2**31}
 
 
+# Products of 16 bits that have instructions of their own are at least this many times as fast.
+OWN_INSTRUCTIONS = 3
 FEWEST, MOST, ENOUGH_S = 5, 20, 0.05  # products that are timed, and seconds for them
 
 

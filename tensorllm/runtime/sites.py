@@ -99,8 +99,9 @@ class SiteModule(nn.Module):
         latent_attention: whether `runtime.attention` can run the whole attention in this module's
             latents; it then uses the members of `runtime.tucker.HeadsSite`.
         margin: predicted speed-up at which `--policy auto` runs a site factored.
-        half_precision_reads: slowdown of reading its numbers in 16 bits, relative to a dense matrix
-            in 16 bits, beyond what `cost` predicts for 32 bits.
+        half_precision_reads: slowdown of reading its numbers in 16 bits, relative to a linear layer
+            in 16 bits, beyond what `cost` predicts for 32 bits: where the machine's products of 16
+            bits are emulated, and where they have instructions of their own.
         sizes: inner width I of each matrix, in the order of `site.matrices`.
         places: stored name -> parameter or buffer that holds the tensor, and the order of its modes
             there.
@@ -111,7 +112,7 @@ class SiteModule(nn.Module):
     # Predictions near 1 are up to a third too high, but every site of `benchmarks/runtime.py --part
     # cost` that reached this in prompt and decoding was measured to be faster.
     margin: ClassVar[float] = 1.2
-    half_precision_reads: ClassVar[float] = 1.0
+    half_precision_reads: ClassVar[tuple[float, float]] = (1.0, 1.0)
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__()
