@@ -1,7 +1,8 @@
 """Grouped-query attention for one new token in 16 bits on a CPU, with one product per group.
 
 Without a mask, transformers lets torch's kernel repeat the keys and values of a group; with one,
-the queries of a group are rows of one product. So attention is given a mask that hides nothing.
+the queries of a group are rows of one product. So attention is given a mask that hides nothing, on
+machines that emulate products of 16 bits; with instructions for them, repeating is faster.
 """
 
 from functools import lru_cache
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tensorllm.runtime.attention import FactoredAttention
 from tensorllm.runtime.cache import is_plain
+from tensorllm.runtime.products import OWN_INSTRUCTIONS, speed_of
 
 
 def pack_groups(module: Any) -> None:
@@ -30,6 +32,7 @@ def _with_mask(module: Any, rest: tuple[Any, ...], given: dict[str, Any]) -> tup
         or x_BTD.shape[1] != 1
         or x_BTD.device.type != "cpu"
         or x_BTD.dtype not in (torch.bfloat16, torch.float16)
+        or speed_of(x_BTD.dtype) > OWN_INSTRUCTIONS
         or given.get("attention_mask", x_BTD) is not None
         or torch.compiler.is_compiling()
     ):

@@ -19,7 +19,7 @@ from tensorllm.compressors.calibrated.maps import pivoted
 from tensorllm.compressors.layer import Site
 from tensorllm.compressors.widths import usual_multiple
 from tensorllm.errors import UserError
-from tensorllm.runtime import cost, module_for, products
+from tensorllm.runtime import cost, module_for, one_query, products
 from tensorllm.runtime.cost import choose, choose_all, whole_speedups
 from tensorllm.runtime.products import speed_of, vector_times
 from tensorllm.runtime.sites import MOVE, OPERATION, PROMPT
@@ -163,9 +163,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("speed", [1.0, 6.0])
 @torch.inference_mode()
-def test_one_query_in_16_bits(folder: Path):
-    """The mask that hides nothing changes nothing, beside the dense model's own attention."""
+def test_one_query_in_16_bits(speed: float, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The mask that hides nothing changes nothing, beside the dense model's own attention.
+
+    It is given only where products of 16 bits are emulated; else it takes longer.
+    """
+    monkeypatch.setattr(one_query, "speed_of", lambda dtype: speed)
+    one_query._all.cache_clear()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     dense = tl.load(folder, dtype=torch.bfloat16)
     ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -177,6 +183,7 @@ def test_one_query_in_16_bits(folder: Path):
         ).float()
 
     got, want = decoded(model), decoded(dense)
+    assert bool(one_query._all.cache_info().misses) == (speed == 1)
     assert (got - want).abs().max() < 5e-2 * want.abs().max()
     for module in model.modules():
         module._forward_pre_hooks.clear()
