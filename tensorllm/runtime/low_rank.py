@@ -4,13 +4,20 @@ Shapes: I rows of all roles, D model width, R rank, X = I - R mixed rows.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tensorllm.compressors.layer import Site
-from tensorllm.runtime.ordering import as_rows, by_columns, can_write_in_place, columns_of, rows_of
+from tensorllm.runtime.ordering import (
+    as_rows,
+    by_columns,
+    can_write_in_place,
+    columns_of,
+    order_of,
+    rows_of,
+)
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     SHORT,
@@ -62,12 +69,16 @@ class PivotedSite(SiteModule):
     """R rows of the stacked matrix, and the others as linear combinations of them.
 
     Matrices are held as (inputs, outputs), so that decoding a token reads consecutive rows.
+
+    Attributes:
+        gives_rows: whether the rows are outputs, computed in another order than theirs.
     """
 
     basis: TransposedLinear
     mix: TransposedLinear
     rows_R: Tensor
     order_I: Tensor
+    gives_rows: ClassVar[bool]
     margin = 1.0  # if not predicted to be slower, it saves memory
     half_precision_reads = 0.65
 
@@ -94,22 +105,13 @@ class PivotedSite(SiteModule):
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
         return Cost(reads, 3, stored, moves * rows)
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Find the place of each row, once the indices of the chosen rows are loaded."""
         self._step = None
         if self.rows_R.is_meta:
             return
         self.rows_R = self.rows_R.clone()  # else it keeps the mapped file in memory
-        mixed_I = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.rows_R.device)
-        mixed_I[self.rows_R] = False
-        # Sorting takes ten times as long as all else here.
-        made_I = torch.cat([self.rows_R, mixed_I.nonzero()[:, 0]])  # chosen rows, then mixed ones
-        self.order_I = self._order(made_I).int()
-
-    def _order(self, made_I: Tensor) -> Tensor:
-        """The index to select with, from row indices in the order in which rows are computed."""
-        raise NotImplementedError
+        self.order_I = order_of(self.rows_R, sum(self.sizes), places=self.gives_rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without `_step`, which refers to these very weights."""
@@ -207,16 +209,12 @@ class PivotedInputs(PivotedSite):
         "mix_t": ("mix.weight", None),
         "rows": ("rows_R", None),
     }
+    gives_rows = True
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
         self.in_attention = site.roles[0] in ATTENTION_ROLES
         self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
-
-    def _order(self, made_I: Tensor) -> Tensor:
-        order_I = torch.empty_like(made_I)
-        order_I[made_I] = torch.arange(len(made_I), device=made_I.device)
-        return order_I
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
         held = self._held
@@ -286,9 +284,7 @@ class PivotedOutput(PivotedSite):
         "mix": ("mix.weight", None),
         "rows": ("rows_R", None),
     }
-
-    def _order(self, made_I: Tensor) -> Tensor:
-        return made_I
+    gives_rows = False
 
     def output_projection(self, x: Tensor, index: int) -> Tensor:
         if (run := self.step(x) or self.uncached(x)) is not None:

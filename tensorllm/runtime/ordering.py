@@ -3,6 +3,7 @@
 Shapes: N tokens, I features of each.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,3 +44,22 @@ def rows_of(y_IN: Tensor, order_I: Tensor) -> Tensor:
     if not can_write_in_place():
         return y_IN.index_select(0, order_I)
     return y_IN.gather(0, order_I.long()[:, None].expand(-1, y_IN.shape[1]))
+
+
+def order_of(rows_R: Tensor, count: int, *, places: bool) -> Tensor:
+    """The numbers of rows, int32 (I): first the chosen ones, then the others.
+
+    By numpy, which takes a third of torch's time for so few: many sites do this as a model opens.
+
+    Args:
+        rows_R: those that are chosen.
+        count: of all rows, I.
+        places: the place of each row in that order instead.
+    """
+    chosen_R = rows_R.cpu().numpy()
+    others_I = np.ones(count, bool)
+    others_I[chosen_R] = False
+    order_I = np.concatenate([chosen_R, np.flatnonzero(others_I)]).astype(np.int32)
+    if places:
+        order_I[order_I.copy()] = np.arange(count, dtype=np.int32)
+    return torch.from_numpy(order_I).to(rows_R.device)
