@@ -248,14 +248,16 @@ def _nothing_to_initialise(module: Any) -> bool:
     """
     if isinstance(module, SiteModule):
         for each in module.modules():
-            each._is_hf_initialized = True
+            vars(each)["_is_hf_initialized"] = True  # an attribute of a module takes microseconds
         return True
-    found = [_nothing_to_initialise(child) for child in module.children()]
+    found = [
+        _nothing_to_initialise(child) for child in module._modules.values() if child is not None
+    ]
     ours = isinstance(module, FactoredLinear | Bias) or any(found)
     if isinstance(module, nn.ModuleList):
         return False
     if ours and not module._parameters and not module._buffers:
-        module._is_hf_initialized = True
+        vars(module)["_is_hf_initialized"] = True
     return ours
 
 

@@ -87,8 +87,13 @@ class FactoredHfQuantizer(HfQuantizer):
 
         return conversions(self._manifest, self._placements, take_all=self._to_memory)
 
+    # Some methods have names of their own, for which the base class looks through all parameters.
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        return [*weight_conversions, *self.get_weight_conversions()]
+
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        """Nothing: a plan names no tensors of ours, and to look for them takes a while."""
+        return
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from tensorllm.checkpoint.loading import finish

@@ -6,9 +6,8 @@ converter takes, it compiles a pattern, which takes longer than all else that it
 tensor; so ours takes every tensor.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from copy import copy
+from concurrent.futures import Future
 from typing import Any, Self
 
 from torch import Tensor
@@ -46,13 +45,30 @@ class Renaming(WeightRenaming):
 
 
 class Reordering(WeightConverter):
-    """Renames tensors and permutes their modes, by the table of a `Permute`."""
+    """Renames tensors and permutes their modes, by the table of a `Permute`.
+
+    transformers copies a converter for every tensor. This one is its own copy, and collects tensors
+    by their new names.
+    """
 
     __slots__ = ()
 
     def __deepcopy__(self, memo: object) -> Self:
-        made = copy(self)  # transformers wants one for each tensor; only what it collects differs
-        made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
+        return self
+
+    def add_tensor(
+        self, target_key: str, source_key: str, source_pattern: str, future: Any
+    ) -> None:
+        self.collected_tensors[target_key].append(future)
+
+    def convert(self, layer_name: str, **given: Any) -> dict[str, Any]:  # type: ignore[override]
+        (held,) = self.collected_tensors.pop(layer_name)
+        if isinstance(held, Future):  # it is read by another thread
+            held = held.result()
+        elif not isinstance(held, Tensor):  # it is read on request
+            held = held()
+        permute: Any = self.operations[0]
+        made: dict[str, Any] = permute.convert({layer_name: [held]}, [], [], layer_name)
         return made
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -96,12 +112,13 @@ class Permute(ConversionOps):
         input_dict: dict[str, Any],
         source_patterns: list[str],
         target_patterns: list[str],
+        full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, list[Tensor]]:
         ((tensor,),) = input_dict.values()
-        name = kwargs["full_layer_name"]
-        order = self._by_new_name.get(name)
-        return {name: [tensor if order is None else tensor.permute(order).contiguous()]}
+        order = self._by_new_name.get(full_layer_name)
+        made = tensor if order is None else tensor.permute(order).contiguous()
+        return {full_layer_name: [made]}
 
     @property
     def reverse_op(self) -> "Permute":

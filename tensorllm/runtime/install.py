@@ -128,6 +128,7 @@ class _Installation:
 
     def __init__(self, model: nn.Module, dense_cache: Collection[str]) -> None:
         self.model: Any = model
+        self.modules: dict[str, Any] = dict(model.named_modules())
         self.names = [name for name, _ in model.named_parameters()]
         self.roles = RoleMatrices(model.config, self.names)
         self.placed: list[Placement] = []
@@ -162,7 +163,7 @@ class _Installation:
             self._linear(name, *self.where[name], by_role)
         for layer, by_role in self.experts.items():
             self._experts(layer, by_role)
-        for module in self.model.modules():
+        for module in self.modules.values():
             pack_groups(module)
             become_one_token(module)
         grow_in_place(self.model)
@@ -172,8 +173,7 @@ class _Installation:
         self, name: str, layer: int, stored: Stored, by_role: dict[str, tuple[Site, Held]]
     ) -> None:
         path = name.removesuffix(".weight")
-        dense = self.model.get_submodule(path)
-        weights = {name: dense.weight.data}
+        dense = self.modules[path]
         modules: dict[str, nn.Module] = {}
         for role in stored.roles:
             below = f"{path}.parts.{part_name(role)}"
@@ -183,7 +183,7 @@ class _Installation:
                 for short, (inner, order) in held.tensors.items():
                     self.placed.append(Placement(site.name, short, f"{below}.{inner}", order))
             else:
-                w_ID = self.roles.read(weights, layer, role).clone()
+                w_ID = self.roles.read({name: dense.weight.data}, layer, role).clone()
                 modules[role] = dense_linear(w_ID, role)
                 self.placed.append(Placement("", f"{layer}.{role}", f"{below}.weight"))
         geo = self.roles.spec.geometry(layer)
@@ -270,7 +270,7 @@ class _Installation:
         parent, _, name = path.rpartition(".")
         if not self.model.training:  # new modules are; to tell them so takes a while
             module.eval()
-        setattr(self.model.get_submodule(parent), name, module)
+        setattr(self.modules[parent], name, module)
 
 
 def part_name(role: str) -> str:
@@ -287,6 +287,10 @@ class FactoredLinear(nn.Module):
         blocks: number of blocks of the outputs, each with a part of every role.
     """
 
+    bias: nn.Parameter | None
+    blocks: int
+    alone: bool
+
     def __init__(
         self,
         parts: Mapping[str, nn.Module],
@@ -295,10 +299,13 @@ class FactoredLinear(nn.Module):
         blocks: int = 1,
     ) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({part_name(role): part for role, part in parts.items()})
-        self.bias = None if bias is None else nn.Parameter(bias)
-        self.blocks = blocks
-        self.alone = len(parts) == 1 and bias is None and blocks == 1
+        self.parts = nn.ModuleDict()
+        for role, part in parts.items():
+            self.parts.add_module(part_name(role), part)
+        alone = len(parts) == 1 and bias is None and blocks == 1
+        vars(self).update(bias=None, blocks=blocks, alone=alone)  # as in `RoleLinear`
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = self._modules["parts"]  # attribute access would cost microseconds

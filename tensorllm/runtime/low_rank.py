@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tensorllm.compressors.layer import Site
 from tensorllm.runtime import ordering
-from tensorllm.runtime.ordering import as_rows, columns_of, expanded, rows_of
+from tensorllm.runtime.ordering import as_rows, columns_of, expanded, orders_of, rows_of
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
     SHORT,
@@ -64,6 +64,8 @@ class PivotedSite(SiteModule):
     """R rows of the stacked matrix, and the others as linear combinations of them.
 
     Matrices are held as (inputs, outputs), so that decoding a token reads consecutive rows.
+
+    Attributes:
     """
 
     basis: TransposedLinear
@@ -97,20 +99,13 @@ class PivotedSite(SiteModule):
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
         return Cost(reads, 3, stored, moves * rows)
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Find the place of each row, once the indices of the chosen rows are loaded."""
         self._step = None
         if self.rows_R.is_meta:
             return
         self.rows_R = self.rows_R.clone()  # else it keeps the mapped file in memory
-        mixed_I = torch.ones(sum(self.sizes), dtype=torch.bool, device=self.rows_R.device)
-        mixed_I[self.rows_R] = False
-        # Sorting takes ten times as long as all else here.
-        made_I = torch.cat([self.rows_R, mixed_I.nonzero()[:, 0]])  # chosen rows, then mixed ones
-        places_I = torch.empty_like(made_I)
-        places_I[made_I] = torch.arange(len(made_I), device=made_I.device)
-        self.made_I, self.places_I = made_I.int(), places_I.int()
+        self.made_I, self.places_I = orders_of(self.rows_R, sum(self.sizes))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without `_step`, which refers to these very weights."""

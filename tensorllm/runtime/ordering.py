@@ -3,6 +3,7 @@
 Shapes: N tokens, I features of each, R of them chosen, X = I - R mixed from these.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,3 +82,25 @@ def rows_of(y_IN: Tensor, order_I: Tensor) -> Tensor:
     if not can_write_in_place():
         return y_IN.index_select(0, order_I)
     return y_IN.gather(0, order_I.long()[:, None].expand(-1, y_IN.shape[1]))
+
+
+def orders_of(rows_R: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers of rows, first the chosen ones, then the others; and each row's place there.
+
+    By numpy, which takes a third of torch's time for so few: many sites do this as a model opens.
+
+    Args:
+        rows_R: those that are chosen.
+        count: of all rows, I.
+
+    Returns:
+        Both int32 (I).
+    """
+    chosen_R = rows_R.cpu().numpy()
+    others_I = np.ones(count, bool)
+    others_I[chosen_R] = False
+    made_I = np.concatenate([chosen_R, np.flatnonzero(others_I)]).astype(np.int32)
+    places_I = np.empty_like(made_I)
+    places_I[made_I] = np.arange(count, dtype=np.int32)
+    device = rows_R.device
+    return torch.from_numpy(made_I).to(device), torch.from_numpy(places_I).to(device)

@@ -77,9 +77,9 @@ class TransposedLinear(Conv1D):
 
     def __init__(self, weight: Tensor) -> None:
         nn.Module.__init__(self)
-        self.nx, self.nf = weight.shape
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("bias", None)
+        inputs, outputs = weight.shape
+        vars(self).update(nx=inputs, nf=outputs)  # as in `RoleLinear`
+        self._parameters.update(weight=nn.Parameter(weight), bias=None)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
@@ -113,12 +113,16 @@ class SiteModule(nn.Module):
     # cost` that reached this in prompt and decoding was measured to be faster.
     margin: ClassVar[float] = 1.2
     half_precision_reads: ClassVar[tuple[float, float]] = (1.0, 1.0)
+    sizes: tuple[int, ...]
+    places: Mapping[str, tuple[str, Order]]
 
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__()
-        self.sizes = tuple(geometry.inner(role) for _, role in site.matrices)
         tensors = factors.tensors()
-        self.places = {name: self.names.get(name, (name, None)) for name in tensors}
+        vars(self).update(  # as in `RoleLinear`
+            sizes=tuple(geometry.inner(role) for _, role in site.matrices),
+            places={name: self.names.get(name, (name, None)) for name in tensors},
+        )
         for name, t in tensors.items():
             attribute, order = self.places[name]
             held = t if order is None else t.permute(order).contiguous()
@@ -197,13 +201,23 @@ class RoleLinear(nn.Module):
     Put hooks on the linear layer that contains it, which may call `forward` directly.
     """
 
+    index: int
+    role: str
+    writes: bool
+    _site: tuple[SiteModule]
+
     def __init__(self, site: SiteModule, index: int, role: str) -> None:
         super().__init__()
-        self.index, self.role = index, role
+        # Not attribute by attribute, each of which a module compares with all that it holds: of
+        # many small matrices this took most of the time to make the module.
+        vars(self).update(
+            index=index,
+            role=role,
+            writes=is_output_projection(role),
+            _site=(site,),  # in a tuple, so that only the owner registers it
+        )
         if index == 0:
-            self.factors = site
-        self.writes = is_output_projection(role)
-        self._site = (site,)  # in a tuple, so that only the owner registers it
+            self.add_module("factors", site)
 
     def widen(self) -> None:
         """See `SiteModule.widen`."""

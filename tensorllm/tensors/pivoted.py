@@ -62,8 +62,10 @@ class PivotedLowRank(Factors):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        same_rank(len(self.rows_R), len(self.basis_RO), self.mix_XR.shape[1])
-        return len(self.rows_R) + len(self.mix_XR), self.basis_RO.shape[1]
+        (rank,), (chosen, columns) = self.rows_R.shape, self.basis_RO.shape
+        mixed, weights = self.mix_XR.shape
+        same_rank(rank, chosen, weights)
+        return rank + mixed, columns
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -74,7 +74,7 @@ def test_a_converter_that_takes_all_leaves_what_it_does_not_know(monkeypatch: py
         found, pattern = rename_source_key(name, [], [rule])
         assert found == new
         mine = deepcopy(rule)  # as transformers does for every tensor
-        mine.add_tensor(found, name, pattern, tensor)
+        mine.add_tensor(found, name, pattern, lambda: tensor)
         assert torch.equal(mine.convert(found)[new][0], expected)
         assert not rule.collected_tensors
     monkeypatch.undo()

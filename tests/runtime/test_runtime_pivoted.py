@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import tensorllm as tl
 from tensorllm.calibration import Calibration, fit
+from tensorllm.checkpoint import loading
+from tensorllm.checkpoint.loading import install_skeleton
 from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import ActivationHybrid
 from tensorllm.runtime import ordering
@@ -53,6 +55,24 @@ def test_a_folder_opens_in_its_factors(name: str, tmp_path: Path):
     opened.save_pretrained(tmp_path / "again")
     same(auto.from_pretrained(tmp_path / "again"), opened, tol=0)
     same(tl.load(tmp_path / "again"), dense)
+
+
+def test_what_is_computed_from_indices_has_no_placeholder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers would make, move and set each: a tenth of the time to open a folder."""
+    tl.save(fitted("llama"), tmp_path / "out")
+    skeletons: list[Any] = []
+
+    def spied(model: Any, *args: Any, **kwargs: Any) -> Any:
+        made = install_skeleton(model, *args, **kwargs)
+        skeletons.append([name for name, _ in model.named_non_persistent_buffers()])
+        return made
+
+    monkeypatch.setattr(loading, "install_skeleton", spied)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all("rotary" in name for name in skeletons[0])
+    assert all(site.order_I.dtype == torch.int32 for site in sites(opened))
 
 
 def sites(model: Any) -> list[PivotedSite]:

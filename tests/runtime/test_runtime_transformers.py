@@ -248,6 +248,17 @@ def test_dtype_device_map_and_headless(tmp_path: Path):
     )
 
 
+def test_weights_stay_on_the_disk_without_a_folder_to_write_to(tmp_path: Path):
+    """transformers writes what a converter took, and refuses where it is told of no folder."""
+    pytest.importorskip("accelerate")
+    dense = saved("llama", tmp_path / "out", PlainSVD(kept=0.5))
+    places = {name: "cpu" for name, module in dense.named_modules() if not any(module.children())}
+    places |= {name: "disk" for name in places if name.startswith("model.layers.0.self_attn.q")}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=places)
+    assert any(p.is_meta for p in model.parameters())
+    same(model, dense)
+
+
 def test_pipeline_and_assisted_decoding(tinystories: Path, tmp_path: Path):
     dense = AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32).eval()
     tl.compress(dense, tl.SharedTucker4D(ranks=(96, 12, 4)))
