@@ -1,8 +1,8 @@
 """The part of vLLM's interface that tensorllm implements and uses, where vLLM is not installed.
 
-Names, signatures and order of calls are those of vLLM 0.32 and 0.33: `config/vllm.py`,
-`layers/linear.py`, `layers/quantization/{__init__,base_config}.py`, `models/utils.py`. It shows
-that our side is called as vLLM calls it, not that vLLM works.
+Names, signatures and order of calls are those of vLLM 0.32 and 0.33: `layers/linear.py`,
+`layers/quantization/{__init__,base_config}.py`, `models/utils.py`; and of 0.32: `config/vllm.py`.
+It shows that our side is called as vLLM calls it, not that vLLM works.
 """
 
 import sys
