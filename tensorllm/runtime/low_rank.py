@@ -64,8 +64,6 @@ class PivotedSite(SiteModule):
     """R rows of the stacked matrix, and the others as linear combinations of them.
 
     Matrices are held as (inputs, outputs), so that decoding a token reads consecutive rows.
-
-    Attributes:
     """
 
     basis: TransposedLinear
