@@ -199,7 +199,8 @@ class FactoredVLLMConfig(QuantizationConfig):
 
     def __init__(self, policy: Policy = "auto") -> None:
         super().__init__()
-        self.policy, self.parts = policy, None
+        self.policy: Policy = policy
+        self.parts: Parts | None = None
         self._chosen: set[str] | None = None  # once layers are built
         self._mark = ""
 
