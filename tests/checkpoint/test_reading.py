@@ -14,7 +14,7 @@ from tensorllm.checkpoint import factored, loading
 from tensorllm.checkpoint.factored import FactoredFolder
 from tensorllm.checkpoint.reader import DTYPES, INTEGERS, Checkpoint
 from tensorllm.errors import UserError
-from tensorllm.runtime.cost import choose
+from tensorllm.runtime.cost import choose_all
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def test_only_what_runs_dense_is_rebuilt_in_memory_that_was_allocated_before(
     steps: list[Any] = []
     write, allocated = factored.write_dense, FactoredFolder._allocated
 
-    def chosen(site: Any, factors: Any, geometry: Any, *policy_and_speed: Any) -> Any:
-        choice = choose(site, factors, geometry, "always")
-        return replace(choice, factored=site.name in wanted)
+    def chosen(sites: Any, geometry_of: Any, policy: Any, dtype: Any, **given: Any) -> Any:
+        choices = choose_all(sites, geometry_of, "always", dtype, **given)
+        return [replace(choice, factored=choice.site in wanted) for choice in choices]
 
     def noted_write(site: Any, *given: Any) -> None:
         steps.append(site.name)
@@ -79,7 +79,7 @@ def test_only_what_runs_dense_is_rebuilt_in_memory_that_was_allocated_before(
             steps.append(names)
         return allocated(self, names)
 
-    monkeypatch.setattr(loading, "choose", chosen)
+    monkeypatch.setattr(loading, "choose_all", chosen)
     monkeypatch.setattr(factored, "write_dense", noted_write)
     monkeypatch.setattr(FactoredFolder, "_allocated", noted_allocation)
     tl.load(tmp_path / "out", policy="auto")
