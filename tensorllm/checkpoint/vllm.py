@@ -196,11 +196,7 @@ class FactoredVLLMConfig(QuantizationConfig):
 
     def __init__(self, policy: Policy = "auto") -> None:
         super().__init__()
-<<<<<<< HEAD
         self.policy = policy
-=======
-        self.policy: Policy = policy
->>>>>>> vll
         self.parts: Parts | None = None
         self._chosen: set[str] | None = None  # once layers are built
         self._mark = ""

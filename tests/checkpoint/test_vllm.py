@@ -174,13 +174,17 @@ def test_a_layer_runs_in_factors_if_all_its_sites_are_chosen(
     every = tl.LaserSVD(rho=0.4, matrices=("q", "k", "v", "o", "gate", "in", "out"))
     folder(every, tmp_path / "out")
     wanted = {"0.q", "0.k", "0.v", "0.in", "0.out", "1.q", "1.v", "1.gate", "1.in"}
-    choose = ours.choose
+    choose_all = ours.choose_all
 
-    def chosen(site: Any, *given: Any) -> Any:
-        assert given[-2:] == ("auto", 1.0)
-        return replace(choose(site, *given), factored=site.name.removeprefix("layers.") in wanted)
+    def chosen(sites: Any, geometry_of: Any, policy: Any, dtype: Any, *, on_cpu: bool) -> Any:
+        assert policy == "auto"
+        assert on_cpu
+        return [
+            replace(choice, factored=choice.site.removeprefix("layers.") in wanted)
+            for choice in choose_all(sites, geometry_of, policy, dtype, on_cpu=on_cpu)
+        ]
 
-    monkeypatch.setattr(ours, "choose", chosen)
+    monkeypatch.setattr(ours, "choose_all", chosen)
     config = config_of(ours, tmp_path / "out")
     factored = [
         {name for name, kind in kinds_of(layers_of(config, n)).items() if kind == "FactoredMethod"}
