@@ -83,5 +83,5 @@ def _read(field: OptionField, given: Any) -> Any:
     if field.option.parse is not None:
         return field.option.parse(field.flag, given)
     if field.option.repeated:
-        return tuple(field.placed(each) for each in given)
-    return field.placed(given)
+        return tuple(field.there(each) for each in given)
+    return field.there(given)

@@ -70,13 +70,16 @@ class OptionField:
         """A path with the home folder in place of `~`, which a shell leaves in `--out=~/folder`.
 
         Raises:
-            UserError: it cannot be one of what the option names, or the file that it reads is not
-                there.
+            UserError: what the option names cannot have this path.
         """
         if not isinstance(given, Path):
             return given
-        path = at_home(given, opened_by=self.option.opened_by)
-        if self.option.reads is not None and not path.exists():
+        return at_home(given, opened_by=self.option.opened_by)
+
+    def there(self, given: Any) -> Any:
+        """`placed`, refused if the option reads a file and none is there."""
+        path = self.placed(given)
+        if self.option.reads is not None and isinstance(path, Path) and not path.exists():
             raise UserError(
                 f"cannot read the {self.option.reads} {str(path)!r}: No such file or directory"
             )
