@@ -13,7 +13,7 @@ from repository import ROOT
 
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.errors import UserError
-from tensorllm.recipes import as_yaml, default_recipe, read_recipe, shipped
+from tensorllm.recipes import as_yaml, default_recipe, parse_recipe, read_recipe, shipped
 from tensorllm.tensors.ranks import tucker_parameters
 
 CONFIGS = ROOT / "configs"
