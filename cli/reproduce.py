@@ -22,7 +22,7 @@ def reproduce(request: ReproduceRequest, *, json: bool) -> None:
 
       tensorllm reproduce --study claims
     """
-    check_datasets(request.datasets or (), (), ())
+    check_datasets(request.datasets or ())  # their rows are found in --data
     if request.dry_run:
         _rehearse(request, as_json=json)
         return

@@ -3,12 +3,10 @@
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from tensorllm.io import at_home
 from tensorllm.options import OptionField, option_fields
 from tensorllm_cli import names
 from tensorllm_cli.show import results_alone
@@ -85,14 +83,5 @@ def _read(field: OptionField, given: Any) -> Any:
     if field.option.parse is not None:
         return field.option.parse(field.flag, given)
     if field.option.repeated:
-        return tuple(_path(field, each) for each in given)
-    return _path(field, given)
-
-
-def _path(field: OptionField, given: Any) -> Any:
-    """A path with the home folder in place of `~`, which a shell leaves in `--out=~/folder`."""
-    if not isinstance(given, Path):
-        return given
-    path = at_home(given, text=field.option.reads is not None)
-    field.refuse_missing(path)
-    return path
+        return tuple(field.there(each) for each in given)
+    return field.there(given)

@@ -22,7 +22,9 @@ ALIASES = {  # by the names that are registered (tensorllm/data)
 
 
 def check_datasets(
-    names: Sequence[str | None], files: Sequence[str | Path | None], plugins: Sequence[str]
+    names: Sequence[str | None],
+    files: Sequence[str | Path | None] = (),
+    plugins: Sequence[str] = (),
 ) -> None:
     """Refuse a name that can be no dataset, and a file that is not there, before slow imports.
 

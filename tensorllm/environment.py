@@ -63,8 +63,13 @@ def cores() -> int:
 
 
 def command() -> str:
-    """The command line as it could be typed again."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line as it could be typed again, but for bytes that are not UTF-8."""
+    return printable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def printable(name: str) -> str:
+    """The name of a file, with marks in place of bytes that are not UTF-8, for records of it."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _processor() -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = ".tmp"
+WEIGHTS = "safetensors"  # the library that opens files of weights
 SHOWN = 200  # characters of a path in an error
 
 
@@ -135,35 +136,34 @@ def entry_bytes(name: str, shape: Iterable[int], width: int, most: int) -> int:
     return len(json.dumps({name: entry}, separators=(",", ":"))) - 1  # no braces, but a comma
 
 
-def at_home(path: Path, *, text: bool = False) -> Path:
-    """The path as a user means it: with the home folder in place of a `~`, if there is one.
+def at_home(path: Path, *, opened_by: str | None = None) -> Path:
+    """The path as a user means it: with the home folder in place of a `~`, and without `..`.
 
     Args:
         path: as it was given.
-        text: it is read as text, by Python, which opens names that are not UTF-8.
+        opened_by: the library that opens it, if it takes names in UTF-8 only; Python takes any.
 
     Raises:
-        UserError: no file can have this name, or none that safetensors and parquet can open.
+        UserError: no file can have this name, or none that this library opens.
     """
     with suppress(RuntimeError):  # of no user there is, `~name` is a name
         path = path.expanduser()
     shown = f"{str(path)[:SHOWN]} ..." if len(str(path)) > SHOWN else str(path)
     try:
-        str(path.absolute()).encode(errors="surrogateescape" if text else "strict")
+        if ".." in path.parts:  # `new/../new` would be made in itself
+            path = path.resolve()
+        str(path.absolute()).encode(errors="strict" if opened_by else "surrogateescape")
         path.lstat()
     except UnicodeEncodeError:
         where = "" if path.is_absolute() else f" in the folder {Path.cwd()}"
-        raise UserError(f"the path {shown}{where} is not text in UTF-8; rename it") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+        raise UserError(
+            f"the path {shown}{where} is not text in UTF-8, as {opened_by} needs it; rename it"
+        ) from None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of a loop of links
+        if not isinstance(error, OSError) or error.errno == errno.ENAMETOOLONG:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the path {shown!r} cannot be that of a file: {reason}") from None
     return path
-
-
-def printable(name: str) -> str:
-    """The name of a file, with marks in place of bytes that are not UTF-8, for records of it."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def remove_temporary(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.errors import UserError
-from tensorllm.io import at_home
+from tensorllm.io import WEIGHTS, at_home
 from tensorllm.registry import did_you_mean
 
 GGUF = ".gguf"
@@ -24,7 +24,7 @@ def check_name(model: str) -> None:
     """Refuse a name that cannot be a model, without asking the hub."""
     if model in short_names():
         return
-    path = at_home(Path(model))
+    path = at_home(Path(model), opened_by=WEIGHTS)
     if path.is_dir():
         return
     if path.suffix.lower() == GGUF:

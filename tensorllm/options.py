@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tensorllm.errors import UserError
-from tensorllm.io import SHOWN, from_yaml
+from tensorllm.io import SHOWN, at_home, from_yaml
 
 MAX_SEED = 2**32 - 1  # accepted by every random generator
 MOST_LAYERS = 10_000  # far more than any model has: a typing error must not exhaust the memory
@@ -32,8 +32,9 @@ class Option:
         repeated: may be given several times; `parse` gets all the texts.
         argument: positional, without a flag.
         minimum, maximum: of a whole number.
-        reads: what the file at this path is, which must be there (refused before slow imports)
-            and is read by Python alone, so that its name may be any.
+        reads: what the file at this path is, which must be there (refused before slow imports).
+        opened_by: the library that opens what is at this path, if it takes names in UTF-8 only;
+            all else may have any name that the system allows.
         needs: this option does nothing unless one of these fields of the request is given, or has
             the value after a `=` (`study=claims`).
     """
@@ -47,6 +48,7 @@ class Option:
     minimum: int | None = None
     maximum: int | None = None
     reads: str | None = None
+    opened_by: str | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -64,12 +66,24 @@ class OptionField:
     def flag(self) -> str:
         return self.option.flag or flag_of(self.name)
 
-    def refuse_missing(self, path: Path) -> None:
-        """Refuse a path without the file that the option reads."""
-        if self.option.reads is not None and not path.exists():
+    def placed(self, given: Any) -> Any:
+        """A path with the home folder in place of `~`, which a shell leaves in `--out=~/folder`.
+
+        Raises:
+            UserError: what the option names cannot have this path.
+        """
+        if not isinstance(given, Path):
+            return given
+        return at_home(given, opened_by=self.option.opened_by)
+
+    def there(self, given: Any) -> Any:
+        """`placed`, refused if the option reads a file and none is there."""
+        path = self.placed(given)
+        if self.option.reads is not None and isinstance(path, Path) and not path.exists():
             raise UserError(
                 f"cannot read the {self.option.reads} {str(path)!r}: No such file or directory"
             )
+        return path
 
     def out_of_range(self, value: Any) -> str | None:
         """What is wrong with a number outside the option's range; None if nothing is."""

@@ -104,7 +104,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
         settings=settings,
         dataset=values.get("dataset"),
         notes={key: values[key] for key in NOTES if key in values},
-        run={key: checked(RUN[key].kind, values[key]) for key in of_run},
+        run={key: RUN[key].placed(checked(RUN[key].kind, values[key])) for key in of_run},
     )
     try:
         if budget_of(recipe.mode, settings) is None:  # otherwise sizes are still to be chosen

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tensorllm.calibration.ranks import ALONE, Ranks
+from tensorllm.environment import printable
 from tensorllm.errors import UserError
-from tensorllm.io import printable
 from tensorllm.models.task import context_length
 
 WINDOW = 64  # tokens: many stories begin alike, but not for so long

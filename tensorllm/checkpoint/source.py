@@ -8,7 +8,7 @@ from pathlib import Path
 from tensorllm.checkpoint.small_files import UNWANTED
 from tensorllm.errors import UserError
 from tensorllm.hub import reason, why_not
-from tensorllm.io import at_home, from_json
+from tensorllm.io import WEIGHTS, at_home, from_json
 from tensorllm.model_names import check_name, short_names
 
 OFFLINE = (
@@ -45,7 +45,7 @@ def resolve(model: str, revision: str | None = None, hint: str = OFFLINE) -> Sou
         revision = revision or known.get("safetensors_revision") or known["revision"]
         return Source(model, revision, _download(known["hub"], revision, hint))
     check_name(model)
-    path = at_home(Path(model))
+    path = at_home(Path(model), opened_by=WEIGHTS)
     if path.is_dir():
         return Source(model, None, path)
     return Source(model, revision, _download(model, revision, hint))

@@ -68,7 +68,7 @@ def generate(request: GenerateRequest, progress: Progress = quiet) -> list[str]:
         )
     eos, ends = eos_of(model), Ends(model.generation_config.stop_strings or (), tokenizer, read)
     texts = [
-        [*([] if request.chat else prompt), *_until_end(row[read:].tolist(), eos, ends)]
+        [*([] if request.chat else prompt), *_until_end(row[read:], eos, ends)]
         for prompt, row in zip(
             prompts, _continued(request, model, ends, batch, most, progress), strict=True
         )
@@ -133,10 +133,11 @@ def loaded(loader: Loader, *, policy: Policy = "always", cache: Cache = "auto") 
     return model.to(loader.device).eval()
 
 
-def _until_end(ids: list[int], eos: frozenset[int], ends: Ends) -> list[int]:
-    """The tokens up to the one that ends the text; what follows is padding."""
-    lasts = (i for i, token in enumerate(ids) if token in eos or ends.reached(ids[: i + 1]))
-    return ids[: next(lasts, len(ids)) + 1]
+def _until_end(ids: Tensor, eos: frozenset[int], ends: Ends) -> list[int]:
+    """The tokens (T,) up to the one that ends the text; what follows is padding."""
+    tokens = ids.tolist()
+    lasts = (i for i, token in enumerate(tokens) if token in eos or ends.reached(ids[: i + 1]))
+    return tokens[: next(lasts, len(tokens)) + 1]
 
 
 def _check(request: GenerateRequest) -> None:

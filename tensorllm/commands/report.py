@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.compression.card import rewrite_card
+from tensorllm.environment import printable
 from tensorllm.errors import Incomplete, UserError
 from tensorllm.io import check_writable, write_text
 from tensorllm.reporting.page.render import GENERATOR, render
@@ -27,8 +28,8 @@ class Page:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "page": str(self.page),
-            "plots": [str(path) for path in self.plots],
+            "page": printable(str(self.page)),
+            "plots": [printable(str(path)) for path in self.plots],
             "cards": [str(path) for path in self.cards],
         }
 

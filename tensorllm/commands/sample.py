@@ -8,6 +8,7 @@ from typing import Any
 from tensorllm.calibration.sampled import check_sample, sampled_text
 from tensorllm.calibration.sequences import usual_length
 from tensorllm.commands.generate import loaded, opened
+from tensorllm.environment import printable
 from tensorllm.errors import UserError
 from tensorllm.io import check_writable, replacing
 from tensorllm.progress import Progress, quiet
@@ -26,7 +27,7 @@ class Sampled:
     model: str
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"file": str(self.file)}
+        return asdict(self) | {"file": printable(str(self.file))}
 
     def __str__(self) -> str:
         return f"{self.file}: {self.sequences} sequences, {self.tokens:,} tokens, seed {self.seed}"

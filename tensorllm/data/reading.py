@@ -135,7 +135,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(PARQUET_ROWS):
                 yield from batch.to_pylist()
     except pa.ArrowException as error:

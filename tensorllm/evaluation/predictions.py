@@ -105,7 +105,9 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
             ("truncated", pa.int64()),
         ]
     )
-    pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions], schema), path)
+    table = pa.Table.from_pylist([asdict(p) for p in predictions], schema)
+    with path.open("wb") as file:  # Python opens any name
+        pq.write_table(table, file)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -118,7 +120,8 @@ def read_predictions(path: Path) -> list[Prediction]:
     import pyarrow.parquet as pq
 
     try:
-        return [prediction_of(values) for values in pq.read_table(path).to_pylist()]
+        with path.open("rb") as file:
+            return [prediction_of(values) for values in pq.read_table(file).to_pylist()]
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"{path} is not a table of predictions: {first_line(error)[:120]}"

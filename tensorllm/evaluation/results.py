@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensorllm.environment import printable
 from tensorllm.errors import Incomplete, UserError, first_line
 from tensorllm.evaluation.predictions import Prediction, read_predictions, write_predictions
 from tensorllm.evaluation.protocol import Protocol
@@ -191,7 +192,7 @@ def results_of(
         **figures(model),
         "examples": len(model.predictions),
         "dataset": data.name,
-        "data_file": None if data.data_file is None else str(data.data_file),
+        "data_file": None if data.data_file is None else printable(str(data.data_file)),
         "notes": data.notes,
         "protocol": protocol.name,
         "quirks": protocol.quirks(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from tensorllm.environment import printable
 from tensorllm.errors import UserError
 from tensorllm.evaluation.predictions import Prediction, prediction_of
 from tensorllm.evaluation.results import disk_full
@@ -70,7 +71,7 @@ class PredictionJournal(PerBatch):
     def _check(self, data: Any, module: Any) -> None:
         """Refuse predictions of another run."""
         note = self.folder / "run.json"
-        file = None if data.data_file is None else str(data.data_file)
+        file = None if data.data_file is None else printable(str(data.data_file))
         run = {"dataset": data.name, "data_file": file, **module.hparams}
         run = json.loads(json.dumps(run, default=str))
         if not note.is_file():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tensorllm import options
+from tensorllm.io import WEIGHTS
 from tensorllm.options import Option
 from tensorllm.requests import shared
 
@@ -130,7 +131,9 @@ class CompressRequest:
             repeated=True,
         ),
     ] = field(default_factory=dict)
-    out: Annotated[Path | None, Option("Folder to write the checkpoint to.")] = None
+    out: Annotated[Path | None, Option("Folder to write the checkpoint to.", opened_by=WEIGHTS)] = (
+        None
+    )
     format: Annotated[
         str | None,
         Option(

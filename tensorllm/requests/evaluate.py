@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tensorllm import options
+from tensorllm.io import WEIGHTS
 from tensorllm.options import Option
 from tensorllm.requests import shared
 
@@ -24,7 +25,8 @@ class EvaluateRequest:
     ] = None
     data_file: shared.DataFile = None
     compressed: Annotated[
-        Path | None, Option("What tensorllm made of the model: before and after.")
+        Path | None,
+        Option("What tensorllm made of the model: before and after.", opened_by=WEIGHTS),
     ] = None
     protocol: shared.Protocol = "strict"
     calibrate_prior: Annotated[

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from tensorllm import options
+from tensorllm.io import WEIGHTS
 from tensorllm.options import Option
 from tensorllm.requests import shared
 
@@ -99,9 +100,12 @@ class ExportRequest:
     """A factored folder, and the format in which it is rewritten."""
 
     folder: Annotated[
-        Path, Option("A factored folder; for narrow also a dense one.", argument=True)
+        Path,
+        Option("A factored folder; for narrow also a dense one.", argument=True, opened_by=WEIGHTS),
     ]
-    out: Annotated[Path, Option("The folder to make.", metavar="OUT", argument=True)]
+    out: Annotated[
+        Path, Option("The folder to make.", metavar="OUT", argument=True, opened_by=WEIGHTS)
+    ]
     format: Annotated[
         str | None,
         Option(
@@ -122,7 +126,9 @@ class ExportRequest:
 class PushRequest:
     """A folder, and its repository on the hub."""
 
-    folder: Annotated[Path, Option("A folder that tensorllm wrote.", argument=True)]
+    folder: Annotated[
+        Path, Option("A folder that tensorllm wrote.", argument=True, opened_by=WEIGHTS)
+    ]
     repo: Annotated[str, Option("Its name there: OWNER/NAME.", metavar="REPO", argument=True)]
     private: Annotated[bool, Option("Make the repository private, where it has to be made.")] = (
         False
@@ -134,7 +140,7 @@ class PushRequest:
 class BenchRequest:
     """A factored folder to measure; `peak`: also its memory, each model in its own process."""
 
-    model: Annotated[Path, Option("A factored folder.")]
+    model: Annotated[Path, Option("A factored folder.", opened_by=WEIGHTS)]
     prompt_tokens: Annotated[
         int | None, Option("Of the prompt (default: 512, or what the model takes).")
     ] = None

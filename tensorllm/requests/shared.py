@@ -59,7 +59,8 @@ Logger = Annotated[
     Option("Metrics to tensorboard, csv or another of Lightning's loggers.", metavar="NAME"),
 ]
 LogDir = Annotated[
-    Path | None, Option("Where the logger writes (default: logs).", metavar="FOLDER")
+    Path | None,
+    Option("Where the logger writes (default: logs).", metavar="FOLDER", opened_by="a logger"),
 ]
 Verify = Annotated[
     bool, Option("Compare checksums of what tensorllm wrote; takes longer than loading.")

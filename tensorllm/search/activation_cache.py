@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tensorllm.environment import printable
+
 Change = Callable[[Tensor], Tensor]
 
 
@@ -77,7 +79,9 @@ def mapped(t: Tensor, folder: Path) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
         file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
-        flat = torch.from_file(file.name, shared=True, size=t.numel(), dtype=t.dtype)
+        # PyTorch opens names in UTF-8 only.
+        name = file.name if printable(file.name) == file.name else f"/dev/fd/{file.fileno()}"
+        flat = torch.from_file(name, shared=True, size=t.numel(), dtype=t.dtype)
         return flat.view(t.shape)
 
 

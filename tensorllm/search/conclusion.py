@@ -272,7 +272,8 @@ def write_files(folder: Path, run: Study, point: Point, found: SearchResult) -> 
         (folder / RECIPE).unlink(missing_ok=True)
     write_json(folder / RESULTS, found.results)
     done = run.decomposed(point)
-    rows = pq.read_table(folder / TRIALS).to_pylist()
+    with (folder / TRIALS).open("rb") as file:
+        rows = pq.read_table(file).to_pylist()
     sites = [asdict(site.report) for site in done]
     details = {site.site.name: site.details for site in done}
     save_plots(folder, rows, found.results, sites, details)
@@ -301,8 +302,8 @@ def write_trials(folder: Path, run: Study, trials: Sequence[FrozenTrial]) -> Non
                 "finished": trial.datetime_complete,
             }
         )
-    with replacing(folder / TRIALS) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    with replacing(folder / TRIALS) as temporary, temporary.open("wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)
 
 
 def _columns(run: Study, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorllm.data.base import ReasoningDataModule
+from tensorllm.environment import printable
 from tensorllm.errors import UserError
 from tensorllm.evaluation.evaluate import make_dataset
 from tensorllm.model_names import short_names
@@ -96,7 +97,7 @@ def _labels(sources: Sequence[DatasetSource], names: Sequence[str]) -> list[str]
     short = [s.data_file.stem if s.data_file else n for s, n in zip(sources, names, strict=True)]
     whole = [str(s.data_file or n) for s, n in zip(sources, names, strict=True)]
     unique = [names.count(name) == 1 for name in names]
-    files = short if len(set(short)) == len(short) else whole
+    files = [printable(file) for file in (short if len(set(short)) == len(short) else whole)]
     return [name if one else file for name, one, file in zip(names, unique, files, strict=True)]
 
 

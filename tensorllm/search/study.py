@@ -21,6 +21,7 @@ from tensorllm.compression.jobs import CompressedSite, decomposed
 from tensorllm.compression.plan import plan_jobs
 from tensorllm.compressors import COMPRESSORS, Compressor
 from tensorllm.compressors.per_layer import PerLayer
+from tensorllm.environment import printable
 from tensorllm.errors import UserError
 from tensorllm.evaluation.protocol import PROTOCOLS, Protocol
 from tensorllm.evaluation.scorer import context_of, is_masked
@@ -284,7 +285,7 @@ class Study:
     def queue(self, folder: Path) -> TrialQueue:
         """Open the study and check that it is the same search."""
         with storage_errors("opening the study"):
-            name = self.request.study.name if self.request.study else "search"
+            name = printable(self.request.study.name) if self.request.study else "search"
             queue = TrialQueue(
                 folder,
                 self.request.storage,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -557,29 +559,78 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
 ODD = {"not UTF-8": (os.fsdecode(b"f\xff"), "not text in UTF-8"), "long": ("a" * 300, "too long")}
 
 
+OF_WEIGHTS = [
+    ("compress", *LASER, "--rho", "1", "--model"),
+    ("compress", "--model", "demo", *LASER, "--rho", "1", "--out"),
+    ("evaluate", "--dataset", "demo", "--model"),
+    ("evaluate", "--model", "demo", "--dataset", "demo", "--compressed"),
+    ("inspect", "--model"),
+    ("export", "out"),
+    ("bench", "--model"),
+]
+OF_OTHERS = [
+    ("compress", "--config"),
+    ("evaluate", "--model", "demo", "--dataset", "demo", "--out"),
+    ("evaluate", "--compare", "runs/a"),
+    ("search-ranks", "--model", "demo", "--dataset", "demo", "--study"),
+    ("report",),
+]
+
+
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("compress", *LASER, "--rho", "1", "--model"),
-        ("compress", "--model", "demo", *LASER, "--rho", "1", "--out"),
-        ("compress", "--config"),
-        ("evaluate", "--dataset", "demo", "--model"),
-        ("evaluate", "--model", "demo", "--dataset", "demo", "--out"),
-        ("evaluate", "--compare", "runs/a"),
-        ("search-ranks", "--model", "demo", "--dataset", "demo", "--study"),
-        ("inspect", "--model"),
-        ("report",),
-    ],
-    ids=" ".join,
-)
-def test_names_that_files_of_models_cannot_have(
+@pytest.mark.parametrize("arguments", OF_WEIGHTS, ids=" ".join)
+def test_names_that_files_of_weights_cannot_have(
     arguments: tuple[str, ...], name: str, gptj: Path, tmp_path: Path, refused: Refused
 ) -> None:
     folder, words = tmp_path / ODD[name][0], ODD[name][1]
     if name == "not UTF-8" and arguments[-1] == "--model":
         shutil.copytree(gptj, folder)
     refused((*arguments, folder), words)
+
+
+@pytest.mark.parametrize("arguments", OF_OTHERS, ids=" ".join)
+def test_names_that_no_file_can_have(
+    arguments: tuple[str, ...], tmp_path: Path, refused: Refused
+) -> None:
+    name, words = ODD["long"]
+    refused((*arguments, tmp_path / name), words)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to set identical")  # a plot of equal scores
+def test_what_holds_no_weights_may_have_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Recipes, rows and all that is written; what is recorded of a name is text."""
+    odd = os.fsdecode(b"n\xff")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "Who?", "answer": "Anna"}] * 20
+    for file in (f"{odd}.jsonl", f"{odd}-2.jsonl"):
+        Path(file).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with Path(f"{odd}.parquet").open("wb") as table:
+        pq.write_table(pa.Table.from_pylist(rows), table)
+    Path(f"{odd}.yaml").write_text(
+        "{model: demo, mode: laser, rho: 0.5, matrices: [in], layers: [1], evaluate: questions, "
+        'data_file: "n\\uDCFF.jsonl", limit: 8, out: made}'
+    )
+    scored = ("evaluate", "--model", "demo", "--dataset", "questions", "--limit", "8")
+    two = ("--dataset", "questions,questions", "--data-file", f"{odd}.jsonl,{odd}-2.jsonl")
+    small = ("--mode", "laser", "--trials", "3", "--limit", "8")
+    searched = ("search-ranks", "--model", "demo", *two, *small)
+    little = ("--cache-gib", "1e-6", "--disk-cache-gib", "1")
+    sampled = ("sample", "--model", "demo", "--sequences", "2", "--length", "8")
+    for arguments in (
+        ("compress", "--config", f"{odd}.yaml"),
+        (*scored, "--data-file", f"{odd}.parquet", "--out", f"{odd}-scores", "--json"),
+        ("evaluate", "--compare", f"{odd}-scores", f"{odd}-scores"),
+        (*sampled, "--out", f"{odd}-text.jsonl", "--json"),
+        (*searched, *little, "--study", f"{odd}-study"),
+        ("report", "made", f"{odd}-scores", f"{odd}-study", "--out", f"{odd}.html", "--json"),
+    ):
+        assert run(*arguments) == 0, capsys.readouterr().err
+        assert "udcff" not in capsys.readouterr().out
+    written = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".html", ".md")]
+    assert len(written) > 5
+    assert [path for path in written if "udcff" in path.read_text(encoding="utf-8")] == []
 
 
 @pytest.mark.parametrize("out", [False, True])

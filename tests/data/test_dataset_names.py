@@ -56,6 +56,6 @@ def test_no_torch_is_imported_to_refuse_a_dataset_or_a_file(
 def test_a_plugin_may_bring_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tensorllm.data.base")
     with pytest.raises(UserError, match="Unknown dataset 'mine'"):
-        check_datasets(["mine"], [], [])
+        check_datasets(["mine"])
     check_datasets(["mine", None], [None], ["my_module"])
-    check_datasets(["perplexity"], [Path(__file__)], [])
+    check_datasets(["perplexity"], [Path(__file__)])

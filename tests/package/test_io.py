@@ -144,3 +144,9 @@ def test_checksums(tmp_path: Path) -> None:
     want = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # of "a"
     assert io.sha256(tmp_path / "a") == want
     assert list(io.sha256s([tmp_path / "b", tmp_path / "a"]))[1] == want
+
+
+def test_a_folder_is_not_made_in_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`new/..` would be made for `new/../new`, and be in its way."""
+    monkeypatch.chdir(tmp_path)
+    assert io.at_home(Path("new/../new")) == tmp_path / "new"

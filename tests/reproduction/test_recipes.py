@@ -13,7 +13,7 @@ from repository import ROOT
 
 from tensorllm.compressors import COMPRESSORS
 from tensorllm.errors import UserError
-from tensorllm.recipes import as_yaml, default_recipe, read_recipe, shipped
+from tensorllm.recipes import as_yaml, default_recipe, parse_recipe, read_recipe, shipped
 from tensorllm.tensors.ranks import tucker_parameters
 
 CONFIGS = ROOT / "configs"
@@ -251,3 +251,8 @@ def test_a_recipe_that_does_not_exist_is_told_apart(
 ) -> None:
     with pytest.raises(UserError, match=words.replace("?", r"\?")):
         default_recipe(model, mode, dataset)
+
+
+def test_the_command_line_may_give_another_text_than_a_recipe_s_that_is_gone() -> None:
+    recipe = parse_recipe("{model: demo, mode: svd-llm, rank: 4, calibration: gone.txt}", "mine")
+    assert recipe.run["calibration"].name == "gone.txt"

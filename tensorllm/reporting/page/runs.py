@@ -127,6 +127,7 @@ def _trials(path: Path) -> list[Json]:
     if not path.is_file():
         return []
     try:
-        return list(pq.read_table(path).to_pylist())
+        with path.open("rb") as file:
+            return list(pq.read_table(file).to_pylist())
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged: {first_line(error)[:120]}") from None
