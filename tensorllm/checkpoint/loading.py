@@ -227,10 +227,24 @@ def install_skeleton(
 
 
 def finish(model: Any, manifest: Manifest) -> None:
-    """Finish a factored model after its weights have been loaded."""
-    for module in model.modules():
-        if isinstance(module, SiteModule):
-            module.finish()
+    """Finish a factored model after its weights have been loaded.
+
+    Raises:
+        UserError: a device map leaves factors on the disk, or in memory of another device until
+            they run. transformers fetches the weights of a module when that is called; a site reads
+            several modules' weights at once, and would compute with what is not there.
+    """
+    sites = {name: m for name, m in model.named_modules() if isinstance(m, SiteModule)}
+    away = [name for name, module in sites.items() if any(p.is_meta for p in module.parameters())]
+    if away and not all(p.is_meta for p in model.parameters()):
+        raise UserError(
+            f"the device map leaves {len(away)} of {len(sites)} factored modules on the disk, or "
+            f"in memory of another device ({away[0]}), where they cannot run; give a device map "
+            "without disk and without CPU beside GPUs, or export the folder dense (tensorllm "
+            "export --format dense)"
+        )
+    for module in sites.values():
+        module.finish()
     record(model, manifest, None)
 
 

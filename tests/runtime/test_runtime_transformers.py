@@ -259,6 +259,19 @@ def test_weights_stay_on_the_disk_without_a_folder_to_write_to(tmp_path: Path):
     same(model, dense)
 
 
+def test_factors_that_a_device_map_leaves_on_the_disk_are_refused(tmp_path: Path):
+    """A site reads its modules' weights at once; those that are fetched on a call were NaN."""
+    pytest.importorskip("accelerate")
+    dense = saved("llama", tmp_path / "out")
+    places = {"model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "cpu"}
+    places |= {f"model.{name}": "cpu" for name, _ in dense.model.named_children()}
+    del places["model.layers"]
+    with pytest.raises(UserError, match=r"the device map leaves 1 of 2 factored modules on the d"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", device_map=places, offload_folder=tmp_path / "away"
+        )
+
+
 def test_pipeline_and_assisted_decoding(tinystories: Path, tmp_path: Path):
     dense = AutoModelForCausalLM.from_pretrained(tinystories, dtype=torch.float32).eval()
     tl.compress(dense, tl.SharedTucker4D(ranks=(96, 12, 4)))
