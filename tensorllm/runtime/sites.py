@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tensorllm.compressors.layer import Site
+from tensorllm.runtime.one_token import OneTokenLinear
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 
@@ -261,7 +262,7 @@ def linear(weight: Tensor) -> nn.Linear:
     Built without `__init__`, as initialising a weight that is replaced at once took most of the
     time.
     """
-    made = nn.Linear.__new__(nn.Linear)
+    made = OneTokenLinear.__new__(OneTokenLinear)
     nn.Module.__init__(made)
     made.out_features, made.in_features = weight.shape
     made.weight = nn.Parameter(weight.contiguous())

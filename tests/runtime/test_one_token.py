@@ -70,11 +70,14 @@ def test_weights_of_other_libraries_are_left_to_them() -> None:
     assert torch.equal(linear_of(x, w).as_subclass(torch.Tensor), nn.functional.linear(x, w))
 
 
+@pytest.mark.parametrize(
+    "strategy", [tl.SharedTucker4D(ranks=(8, 4, 4)), tl.LaserSVD(rho=0.4, matrices=("q", "in"))]
+)
 @torch.no_grad()
-def test_the_rest_of_a_factored_model_runs_so() -> None:
-    """And still is what it was: the same numbers, and linear layers for every library."""
+def test_all_linear_layers_of_a_factored_model_run_so(strategy: Any) -> None:
+    """And still are what they were: the same numbers, and linear layers for every library."""
     model: Any = tiny_model("llama")
-    tl.compress(model, tl.SharedTucker4D(ranks=(8, 4, 4)), layers=[0])
+    tl.compress(model, strategy, layers=[0])
     dense = copy.deepcopy(model)
     tl.factorize(model)
     rest = [m for m in model.modules() if isinstance(m, nn.Linear)]
