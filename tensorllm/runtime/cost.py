@@ -207,9 +207,9 @@ def whole_speedups(
     dense = small
     for choice in choices:
         if choice.factored:
-            reads, operations, products, moved = choice.factors
-            reads = int((choice.half_precision_reads if half_precision else 1) * reads)
-            sites += Cost(reads, operations, int(THIN * products), moved)
+            factors = choice.factors
+            reads = int((choice.half_precision_reads if half_precision else 1) * factors.reads)
+            sites += factors._replace(reads=reads, products=int(THIN * factors.products))
             small += Cost(*(-number for number in choice.dense))
 
     def decode(cost: Cost, more: int = 0) -> float:

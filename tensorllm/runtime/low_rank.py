@@ -12,11 +12,13 @@ from torch.nn import functional
 
 from tensorllm.compressors.layer import Site
 from tensorllm.runtime import ordering
-from tensorllm.runtime.ordering import as_rows, columns_of, expanded, orders_of, rows_of
+from tensorllm.runtime.ordering import Moves, as_rows, columns_of, expanded, orders_of, rows_of
 from tensorllm.runtime.products import Product, Setting, decodes, setting, times
 from tensorllm.runtime.sites import (
+    PROMPT,
     SHORT,
     STREAMED,
+    THIN_PRODUCTS,
     Cost,
     Held,
     Order,
@@ -31,6 +33,7 @@ from tensorllm.tensors.pivoted import PivotedLowRank
 from tensorllm.tensors.shared_input import ROWS_STACKINGS
 from tensorllm.tensors.stacking import ATTENTION_ROLES, Geometry, is_output_projection
 
+INPUT_MOVES, ATTENTION_MOVES, OUTPUT_MOVES = Moves(1, 2), Moves(3, 2), Moves(3, 1)
 FEW = 32  # up to so many tokens, a product with transposed weights is slower
 
 
@@ -95,7 +98,8 @@ class PivotedSite(SiteModule):
         if rank == rows:
             return Cost(reads, 1, stored)
         moves = 2 if site.roles[0] in ATTENTION_ROLES else 1
-        return Cost(reads, 3, stored, moves * rows)
+        beside = min(moves_of(site.roles[0]).costs(rows, rank, PROMPT, fast=True)) // PROMPT
+        return Cost(reads, 3, stored, moves * rows, THIN_PRODUCTS + beside)
 
     def finish(self) -> None:
         """Find the place of each row, once the indices of the chosen rows are loaded."""
@@ -205,6 +209,7 @@ class PivotedInputs(PivotedSite):
     def __init__(self, factors: Factors, site: Site, geometry: Geometry) -> None:
         super().__init__(factors, site, geometry)
         self.in_attention = site.roles[0] in ATTENTION_ROLES
+        self.moves = moves_of(site.roles[0])
         self._held: tuple[Tensor, Sequence[Tensor], int] | None = None
 
     def input_projection(self, x: Tensor, index: int) -> Tensor:
@@ -239,7 +244,7 @@ class PivotedInputs(PivotedSite):
             torch.mm(x_ND, basis_DR, out=y_NI[:, :rank])
             torch.mm(y_NI[:, :rank], mix_RX, out=y_NI[:, rank:])
             y_NI = columns_of(y_NI, self.places_I)
-        elif ordering.by_factor(x, features, rank, moves=3 if self.in_attention else 1):
+        elif ordering.by_factor(x, features, rank, self.moves):
             y_NI = functional.linear(x_ND @ basis_DR, expanded(mix_RX.mT, self.places_I))
         else:
             return self._in_order(latent_and_mixed(x_ND, basis_DR, mix_RX), lead)
@@ -292,7 +297,7 @@ class PivotedOutput(PivotedSite):
         if ordering.by_columns(x):
             x_NI = columns_of(x_NI, self.made_I)
             z_NR = torch.addmm(x_NI[:, :rank], x_NI[:, rank:], mix_XR)
-        elif ordering.by_factor(x, len(self.made_I), rank, moves=3):
+        elif ordering.by_factor(x, len(self.made_I), rank, OUTPUT_MOVES):
             z_NR = x_NI @ expanded(mix_XR, self.places_I)
         else:
             x_IN = rows_of(x_NI.mT.contiguous(), self.made_I)
@@ -310,6 +315,13 @@ class PivotedOutput(PivotedSite):
             return first(mixed(x_NX).add_(x_NR)).view(*x.shape[:-1], -1)
 
         return run
+
+
+def moves_of(role: str) -> Moves:
+    """What putting rows of a role's matrix in order copies."""
+    if is_output_projection(role):
+        return OUTPUT_MOVES
+    return ATTENTION_MOVES if role in ATTENTION_ROLES else INPUT_MOVES
 
 
 def _merges_equal_products() -> bool:

@@ -3,6 +3,8 @@
 Shapes: N tokens, I features of each, R of them chosen, X = I - R mixed from these.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,9 +12,9 @@ from torch import Tensor
 from tensorllm.runtime.products import OWN_INSTRUCTIONS, speed_of
 from tensorllm.runtime.sites import MOVE
 
-# So many times as fast products of 16 bits are here where they have instructions of their own. Not
-# as measured: what is computed must not depend on how busy a machine is.
-FASTER = 6
+# So many times as fast as copies products of 16 bits become here where they have instructions of
+# their own. Not as measured: what is computed must not depend on how busy a machine is.
+FASTER = 10
 
 
 def can_write_in_place() -> bool:
@@ -33,24 +35,47 @@ def by_columns(x: Tensor) -> bool:
     return can_write_in_place() and x.is_cpu and x.dtype is torch.float32
 
 
-def by_factor(x: Tensor, features: int, rank: int, moves: int) -> bool:
-    """Whether to put the rows of a factor in order (`expanded`), not the features of tokens.
+class Moves(NamedTuple):
+    """How often numbers are copied to put the rows of a pivoted factor in order.
 
-    A token then costs R^2 products more, and all of them together 2 I R copies; else a token costs
-    I copies, several times.
+    Attributes:
+        tokens: each feature of a token, if what is computed is put in order; transposing counts
+            twice.
+        factor: each number of the factor, if its rows are (`expanded`).
+    """
+
+    tokens: int
+    factor: int
+
+    def costs(self, features: int, rank: int, tokens: int, *, fast: bool) -> tuple[int, int]:
+        """The cost of either way, in products: R^2 more for each token with the factor's rows.
+
+        Args:
+            features: I.
+            rank: R.
+            tokens: N.
+            fast: whether products have instructions of their own.
+        """
+        copy = MOVE * (FASTER if fast else 1)
+        by_rows = tokens * rank * rank + self.factor * copy * features * rank
+        return self.tokens * copy * features * tokens, by_rows
+
+
+def by_factor(x: Tensor, features: int, rank: int, moves: Moves) -> bool:
+    """Whether to put the rows of a factor in order (`expanded`), not the features of tokens.
 
     Args:
         x: the tokens (..., features).
         features: I.
         rank: R.
-        moves: how often each feature would be copied; transposing counts twice.
+        moves: what each way copies.
     """
     if not can_write_in_place():
         return False
-    copy = MOVE * (FASTER if not x.is_cpu or speed_of(x.dtype) > OWN_INSTRUCTIONS else 1)
+    fast = not x.is_cpu or speed_of(x.dtype) > OWN_INSTRUCTIONS
     tokens = x.numel() // max(1, x.shape[-1])
-    more = tokens * rank * rank + 2 * copy * features * rank
-    return more < moves * copy * features * tokens
+    by_tokens, by_rows = moves.costs(features, rank, tokens, fast=fast)
+    return by_rows < by_tokens
 
 
 def expanded(mix_XR: Tensor, places_I: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tensorllm.compressors.layer import Site
 from tensorllm.runtime.one_token import OneTokenLinear
+from tensorllm.runtime.products import OWN_INSTRUCTIONS
 from tensorllm.tensors.factors import Factors, parameters
 from tensorllm.tensors.stacking import Geometry, is_output_projection
 
@@ -21,6 +22,9 @@ OPERATION = 23_000  # weights read in the time of starting one operation, 8 micr
 STREAMED = 0.75  # time to read a weight in `runtime.products`, relative to BLAS
 SHORT = 1.15  # the same for a weight of a thin factor in BLAS
 MOVE = 25  # products that take as long as copying one number, in a prompt
+# Products per token by which two thin ones take longer than one square one, in a prompt of 16 bits
+# where these have instructions of their own: some 30 microseconds each, whatever the size.
+THIN_PRODUCTS = 75_000
 PROMPT = 512  # prompt tokens in predictions
 Order = tuple[int, ...] | None
 Module = TypeVar("Module", bound="type[SiteModule]")
@@ -30,13 +34,15 @@ class Cost(NamedTuple):
     """Per token: weights read, operations started, and in a prompt of 512 tokens multiply-adds and
     numbers copied.
 
-    A weight that is read faster counts as less than one.
+    A weight that is read faster counts as less than one. `native` takes the place of the copies
+    where products of 16 bits have instructions of their own, in such products.
     """
 
     reads: int
     operations: int
     products: int
     moved: int = 0
+    native: int = 0
 
     @property
     def decode(self) -> int:
@@ -49,8 +55,9 @@ class Cost(NamedTuple):
         Args:
             speed: of products, relative to copies (see `runtime.products.speed_of`).
         """
-        beside = MOVE * self.moved + OPERATION * self.operations // PROMPT
-        return self.products + int(speed * beside)
+        started = speed * (OPERATION * self.operations // PROMPT)
+        copied = self.native if speed > OWN_INSTRUCTIONS else speed * MOVE * self.moved
+        return self.products + int(started + copied)
 
     def __add__(self, other: object) -> "Cost":
         assert isinstance(other, Cost)

@@ -231,16 +231,43 @@ def test_copies_weigh_more_where_products_are_fast() -> None:
     shape, rank = (GEOMETRY.H * GEOMETRY.K, GEOMETRY.D), 6
     site = Site((0,), ("q",), "matrix")
     factors = pivoted_outline(*shape, rank, True)
-    slow, fast = (choose(site, factors, GEOMETRY, "always", speed) for speed in (1.0, 4.0))
+    slow, fast, native = (
+        choose(site, factors, GEOMETRY, "always", speed) for speed in (1.0, 2.0, 4.0)
+    )
     assert fast.speedups[0] < slow.speedups[0]
-    assert fast.speedups[1] == slow.speedups[1]
+    assert native.speedups[1] == fast.speedups[1] == slow.speedups[1]
     products = parameters(factors) - rank
-    dense, (_, operations, _, moved) = slow.dense, slow.factors
+    dense, (_, operations, _, moved, instead) = slow.dense, slow.factors
     assert moved == 2 * shape[0]
-    beside = MOVE * moved + OPERATION * operations // PROMPT
-    small = products + rank + int(4.0 * beside)
-    wanted = (dense.products + int(4.0 * (OPERATION * dense.operations // PROMPT))) / small
-    assert fast.speedups[0] == pytest.approx(wanted)
+    started = OPERATION * operations // PROMPT
+    for choice, speed, copied in ((fast, 2.0, MOVE * moved * 2.0), (native, 4.0, instead)):
+        small = products + rank + int(speed * started + copied)
+        wanted = (dense.products + int(speed * (OPERATION * dense.operations // PROMPT))) / small
+        assert choice.speedups[0] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("role", "rows", "rank", "measured"),
+    [
+        ("q", 576, 96, 0.82),  # of the time of the dense matrix, 512 tokens in bfloat16 with AMX
+        ("q", 576, 160, 1.08),
+        ("q", 576, 256, 1.49),
+        ("o", 576, 96, 0.74),
+        ("o", 576, 160, 0.91),
+        ("o", 576, 224, 1.18),
+        ("in", 1536, 288, 1.18),
+    ],
+)
+def test_predicted_prompts_where_16_bits_have_instructions(
+    role: str, rows: int, rank: int, measured: float
+) -> None:
+    """The shapes of SmolLM2; the times are of one core of a Xeon, by hand."""
+    smollm2 = Geometry(D=576, H=9, G=9, K=64, F=1536, gated=True)
+    site = Site((0,), (role,), "matrix")
+    factors = pivoted_outline(rows, 576, rank, True)
+    choice = choose(site, factors, smollm2, "auto", 6.0)
+    assert 1 / choice.speedups[0] == pytest.approx(measured, rel=0.15)
+    assert choice.factored == (measured < 1)
 
 
 @pytest.mark.parametrize(
