@@ -72,6 +72,12 @@ def printable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
+def name_in_utf8(file: Any) -> str:
+    """The name of an open file, for libraries that open names in UTF-8 only."""
+    name = str(file.name)
+    return name if printable(name) == name else f"/dev/fd/{file.fileno()}"
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

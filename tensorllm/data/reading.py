@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorllm.data.opening import ending, lines_of
+from tensorllm.environment import name_in_utf8
 from tensorllm.errors import UserError
 from tensorllm.io import from_json
 
@@ -135,7 +136,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+        with path.open("rb") as opened, pq.ParquetFile(name_in_utf8(opened)) as file:
             for batch in file.iter_batches(PARQUET_ROWS):
                 yield from batch.to_pylist()
     except pa.ArrowException as error:

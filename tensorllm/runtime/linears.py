@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from tensorllm.errors import UserError
 from tensorllm.runtime.install import factors_of
+from tensorllm.runtime.one_token import OneTokenLinear
 from tensorllm.runtime.sites import SiteModule, TransposedLinear, linear
 
 
@@ -33,7 +34,7 @@ class LinearParametrization(nn.Module):
     def forward(self, nothing: Tensor) -> Tensor:
         del nothing
         inner: nn.Module = self.linear
-        if type(inner) is nn.Linear:
+        if type(inner) is OneTokenLinear:
             weight = inner.weight
         else:
             like = next(inner.parameters())
@@ -100,7 +101,7 @@ def as_parameters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     """
     out = dict(state)
     for below, name, parametrization in _parametrizations(model):
-        if type(parametrization.linear) is not nn.Linear:
+        if type(parametrization.linear) is not OneTokenLinear:
             raise UserError(
                 "adapters stand beside the factors still: merge them first (merge_and_unload), or "
                 "save them alone, by peft's own save_pretrained"

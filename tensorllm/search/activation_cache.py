@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorllm.environment import printable
+from tensorllm.environment import name_in_utf8
 
 Change = Callable[[Tensor], Tensor]
 
@@ -79,9 +79,7 @@ def mapped(t: Tensor, folder: Path) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
         file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
-        # PyTorch opens names in UTF-8 only.
-        name = file.name if printable(file.name) == file.name else f"/dev/fd/{file.fileno()}"
-        flat = torch.from_file(name, shared=True, size=t.numel(), dtype=t.dtype)
+        flat = torch.from_file(name_in_utf8(file), shared=True, size=t.numel(), dtype=t.dtype)
         return flat.view(t.shape)
 
 

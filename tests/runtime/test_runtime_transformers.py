@@ -27,7 +27,7 @@ from tensorllm.compression.factorize import factorize
 from tensorllm.compressors import PlainSVD
 from tensorllm.errors import UserError
 from tensorllm.runtime.attention import FactoredAttention
-from tensorllm.runtime.cost import choose
+from tensorllm.runtime.cost import choose_all
 from tensorllm.tensors.factors import Factors, LowRank
 
 HYBRID = tl.Hybrid(ranks=(20, 3, 2), rho=0.4, matrices=("in", "out"))
@@ -359,11 +359,11 @@ def test_a_model_loads_partly_dense_and_saves_itself(
     dense = saved("phi3", tmp_path / "out", tl.LaserSVD(rho=0.4, matrices=("q", "v", "in")))
     wanted = {"layers.0.q", "layers.1.in"}
 
-    def chosen(site: Any, factors: Any, geometry: Any, *policy_and_speed: Any) -> Any:
-        choice = choose(site, factors, geometry, "always")
-        return replace(choice, factored=site.name in wanted)
+    def chosen(sites: Any, geometry_of: Any, policy: Any, dtype: Any, **given: Any) -> Any:
+        choices = choose_all(sites, geometry_of, "always", dtype, **given)
+        return [replace(choice, factored=choice.site in wanted) for choice in choices]
 
-    monkeypatch.setattr(loading, "choose", chosen)
+    monkeypatch.setattr(loading, "choose_all", chosen)
     model = loading.load(tmp_path / "out", policy="auto")
     assert {c.site for c in loading.choices_of(model) if c.factored} == wanted
     assert {site.name for site in model.tensorllm_manifest.sites} == wanted
