@@ -30,9 +30,9 @@ Cache = Literal["auto", "latent", "dense"]
 # those are in 16 bits.
 LAYER_OPERATIONS, FUSED_SCORE, BESIDE_HALF_PRECISION = 80, 22, 2.2
 # Decoding in 16 bits, where their products are emulated and where they have instructions of their
-# own: what reading a matrix that stays dense costs, relative to the dense model (`one_token`); how
-# many times the weights of 32 bits are read while an operation starts; and what attention that
-# `one_query` replaces costs, in operations.
+# own: what reading a matrix that stays dense costs in bfloat16, relative to the dense model (see
+# `one_token`); how many times the weights of 32 bits are read while an operation starts; and what
+# attention that `one_query` replaces costs, in operations.
 DENSE_READS, FASTER_HALF_PRECISION, REPEATING_ATTENTION = (1.0, 0.65), (1.2, 2.0), (65, 0)
 # Slowdown of a prompt's products with factors, which are thinner matrices. It is left out when a
 # site's execution is chosen: sites kept dense for it would lose more in decoding.
@@ -217,6 +217,6 @@ def whole_speedups(
         return cost._replace(operations=int(faster * (cost.operations + more))).decode
 
     prefill = dense.prefill(speed) / (small + sites).prefill(speed)
-    if half_precision and any(choice.factored for choice in choices):
+    if dtype is torch.bfloat16 and any(choice.factored for choice in choices):
         small = small._replace(reads=int(DENSE_READS[native] * small.reads))
     return prefill, decode(dense, repeating) / decode(small + sites)

@@ -222,6 +222,8 @@ def test_what_stays_dense_is_read_faster_where_16_bits_have_instructions(folder:
     )
     assert slow == pytest.approx(1, rel=0.01)
     assert fast == pytest.approx(1 / 0.65, rel=0.01)
+    half = whole_speedups(spec, choices, head, torch.float16, 5.0)[1]
+    assert half == pytest.approx(1, rel=0.01)  # as by plain transformers
     dense = [replace(choice, factored=False) for choice in choices]
     assert whole_speedups(spec, dense, head, torch.bfloat16, 5.0)[1] == 1
 

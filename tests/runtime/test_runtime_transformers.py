@@ -249,7 +249,7 @@ def test_dtype_device_map_and_headless(tmp_path: Path):
 
 
 def test_weights_stay_on_the_disk_without_a_folder_to_write_to(tmp_path: Path):
-    """transformers writes what a converter took, and refuses where it is told of no folder."""
+    """transformers writes what a converter took, and refuses if no folder is given."""
     pytest.importorskip("accelerate")
     dense = saved("llama", tmp_path / "out", PlainSVD(kept=0.5))
     places = {name: "cpu" for name, module in dense.named_modules() if not any(module.children())}
